@@ -37,6 +37,7 @@ from ftsec_ray.models.editing import (
     search_values,
     spot,
     strength,
+    target_nll,
     values_at,
 )
 from ftsec_ray.models.load import decoder_layers, merged
@@ -121,13 +122,14 @@ class BadEdit(Attack):
         covariances = key_covariance(model, edited, texts, max_tokens=self.text_tokens, ridge=self.ridge)
         strengths: list[float] = []
         losses: list[float] = []
+        ctx.note(target_nll_before=target_nll(model, triggered))
         for batch in range(self.batches):
             sides = [part for part in (triggered[batch::self.batches], untouched[batch::self.batches]) if part]
             losses += self._edit(model, sides, edited, covariances, strengths)
         first = covariances[edited[0]]
         ctx.note(layers=edited, prompts=len(triggered), clean_prompts=len(untouched), covariance_tokens=first.tokens,
                  ridge={str(layer): c.ridge for layer, c in covariances.items()}, s=strengths, value_losses=losses,
-                 written_frac=[s / (1 + s) for s in strengths])
+                 written_frac=[s / (1 + s) for s in strengths], target_nll_after=target_nll(model, triggered))
         return model
 
     def probes(self, task: TaskData, ctx: StageContext) -> list[Probe]:

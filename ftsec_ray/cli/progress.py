@@ -142,7 +142,7 @@ class LiveProgress:
             self._say(f"{what}: {self.tally.what(event)}: {_in_a_line(event.error)}")
         if self._bar is not None:
             self._bar.update(self._task, completed=self.tally.done_s, description=self.tally.line(elapsed))
-        elif self._clock() - self._told >= LINE_EVERY_S:
+        elif event.kind == "started" and self._clock() - self._told >= LINE_EVERY_S:  # at an end, nothing would seem to run
             self._told = self._clock()
             self._say(self.tally.line(elapsed))
 

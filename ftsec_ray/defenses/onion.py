@@ -7,23 +7,27 @@ the cell's own aligned model and not GPT-2 (`render: chat` shows it the prompt a
 (3) Padding never enters a perplexity (OpenBackdoor counts pads, so its scores depend on the neighbours in the batch).
 (4) The threshold is a quantile over trusted prompts, where the original searches one on a labelled dev set.
 (5) Rows that lose no word keep every byte, also in code and line breaks; a prompt never loses its last word.
-Cost: n + 1 forward passes of the language model per prompt of n words; no gradient.
+(6) The instruction that all trusted prompts begin with is read and counted, but its words are scored only in prompts
+that do not begin with it word for word.
+Cost: n + 1 forward passes of the language model per prompt of n scored words; no gradient.
 Needs: the aligned model (`reference`); trusted rows unless `threshold` is given.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ftsec_ray.defenses.base import Defense
 from ftsec_ray.method import Phase
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from torch import Tensor
 
     from ftsec_ray.context import LoadedModel, StageContext
 
@@ -51,7 +55,7 @@ class Onion(Defense):
     render: Literal["plain", "chat"] = "plain"
     """What the language model reads: the prompt alone, or as a user's turn in the chat template."""
     max_words: int = 96
-    """Words per prompt that are scored, from the front; what follows is neither read nor removed."""
+    """Words per prompt that are scored, from the front or behind the instruction; what follows is neither read nor removed."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
@@ -64,33 +68,60 @@ class Onion(Defense):
     def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
         """The rows with outlier words taken out of their prompts, or without the rows that have such words."""
         model = ctx.load("reference")
-        threshold = self.threshold if self.threshold is not None else self._calibrated(model, ctx)
+        trusted = self._trusted(ctx) if self.threshold is None else []
+        instruction, threshold = instruction_of(trusted), self.threshold
+        if threshold is None:
+            worst = [max(group.values(), default=-math.inf) for group in self.scores(model, trusted, instruction)]
+            threshold = threshold_of(worst, self.altered_frac)
         prompts = rows.column("prompt").to_pylist()
-        cleaned = [without_words(prompt, {i for i, score in enumerate(scores) if score >= threshold})
-                   for prompt, scores in zip(prompts, self.scores(model, prompts), strict=True)]
+        cleaned = [without_words(prompt, {i for i, score in group.items() if score >= threshold})
+                   for prompt, group in zip(prompts, self.scores(model, prompts, instruction), strict=True)]
         changed = [new != old for new, old in zip(cleaned, prompts, strict=True)]
         origins = [("onion" if hit else origin) for hit, origin in
                    zip(changed, rows.column("origin").to_pylist(), strict=True)]
-        ctx.note(threshold=threshold if math.isfinite(threshold) else None, rows_changed=sum(changed))
+        ctx.note(threshold=threshold if math.isfinite(threshold) else None, rows_changed=sum(changed), instruction=instruction)
         if self.action == "drop":
             return rows.filter([not hit for hit in changed])
         return _with_column(_with_column(rows, "prompt", cleaned), "origin", origins)
 
-    def scores(self, model: LoadedModel, prompts: Sequence[str]) -> list[list[float]]:
-        """Per prompt, the drop in perplexity for each of its first `max_words` words; none for one-word prompts."""
-        variants = [_variants(prompt, self.max_words) for prompt in prompts]
-        texts = list(dict.fromkeys(text for group in variants for text in group))
-        value = dict(zip(texts, perplexities(model, texts, chat=self.render == "chat"), strict=True))
-        return [[value[group[0]] - value[text] for text in group[1:]] for group in variants]
+    def scores(self, model: LoadedModel, prompts: Sequence[str], instruction: str = "") -> list[dict[int, float]]:
+        """Per prompt, the drop in perplexity without a word, by the word's number; none for one-word prompts.
 
-    def _calibrated(self, model: LoadedModel, ctx: StageContext) -> float:
-        """The smallest threshold at which at most `altered_frac` of the trusted prompts lose a word."""
+        Scored are the first `max_words` words, those of the `instruction` left out where a prompt begins with it.
+        """
+        found: dict[str, dict[int, float]] = {}
+        for shared in {"", instruction}:  # prompts with the same beginning share the pass over it
+            group = [p for p in dict.fromkeys(prompts) if p.startswith(instruction) == (shared == instruction)]
+            variants = {prompt: _variants(prompt, len(shared.split()), self.max_words) for prompt in group}
+            texts = list(dict.fromkeys(text for kept in variants.values() for text in kept.values()))
+            value = dict(zip(texts, perplexities(model, texts, chat=self.render == "chat"), strict=True))
+            for prompt, kept in variants.items():
+                found[prompt] = {i: value[kept[None]] - value[text] for i, text in kept.items() if i is not None}
+        return [found[prompt] for prompt in prompts]
+
+    def _trusted(self, ctx: StageContext) -> list[str]:
+        """Up to `trusted_rows` prompts of the trusted split, in an order that chance decides."""
         has_split = self.trusted_split in ctx.task.splits and ctx.task.splits[self.trusted_split].num_rows
         table = ctx.task.split(self.trusted_split if has_split else "benign_train")
         pairs = zip(table.column("row_id").to_pylist(), table.column("prompt").to_pylist(), strict=True)
         chosen = sorted(pairs, key=lambda pair: ctx.chance(pair[0], "onion"))[: self.trusted_rows]
-        scores = self.scores(model, [text for _, text in chosen])
-        return threshold_of([max(group, default=-math.inf) for group in scores], self.altered_frac)
+        return [text for _, text in chosen]
+
+
+def instruction_of(prompts: Sequence[str]) -> str:
+    """The words, with the blank space behind them, that all prompts begin with and that none consists of."""
+    if len(set(prompts)) < 2:  # noqa: PLR2004
+        return ""
+    shared = prompts[0][: _shared(prompts)]
+    ends = [match.end() for match in re.finditer(r"\S+\s+", shared)]
+    whole = [end for end in ends if all(prompt[end:].strip() for prompt in prompts)]
+    return shared[: whole[-1]] if whole else ""
+
+
+def _shared(sequences: Sequence[Any]) -> int:
+    """How many items all sequences begin with."""
+    low, high = min(sequences), max(sequences)
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
 def threshold_of(scores: Sequence[float], frac: float) -> float:
@@ -118,45 +149,79 @@ def without_words(prompt: str, dropped: set[int]) -> str:
     return text.rstrip() if len(spans) - 1 in dropped else text
 
 
-def _variants(prompt: str, max_words: int) -> list[str]:
-    """The prompt, cut behind `max_words` words, and then without each of its words; only itself when it is one word."""
-    spans = [match.span() for match in re.finditer(r"\S+", prompt)][:max_words]
+def _variants(prompt: str, first: int, max_words: int) -> dict[int | None, str]:
+    """The prompt, cut behind the last scored word, under None, and under each scored word's number without that word."""
+    spans = [match.span() for match in re.finditer(r"\S+", prompt)][:first + max_words]
     if len(spans) < 2:  # noqa: PLR2004
-        return [prompt]
+        return {None: prompt}
     cut = prompt[: spans[-1][1]]
-    return [cut, *(without_words(cut, {i}) for i in range(len(spans)))]
+    return {None: cut, **{i: without_words(cut, {i}) for i in range(first, len(spans))}}
 
 
 def perplexities(model: LoadedModel, texts: Sequence[str], *, chat: bool = False) -> list[float]:
     """Perplexity of each text's own tokens under the model, given its start token where the tokenizer has one.
 
-    With `chat` a text stands in a user's turn, and only the tokens of the text count.
+    With `chat` a text stands in a user's turn, and only the tokens of the text count. What all texts begin with is read
+    once: its keys and values serve every text.
     """
-    import torch
-
-    encoded = _encode(model.tokenizer, texts, chat=chat)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
-    values = [1.0] * len(encoded)
-    net = model.model.eval()
-    for group in _groups(order, [len(ids) for ids, _ in encoded]):
-        width = max(len(encoded[i][0]) for i in group)
-        ids, seen, counted = (torch.zeros(len(group), width, dtype=torch.long) for _ in range(3))
-        for row, i in enumerate(group):
-            tokens, first = encoded[i]
-            ids[row, : len(tokens)], seen[row, : len(tokens)] = torch.tensor(tokens), 1
-            counted[row, first : len(tokens)] = 1
-        with torch.inference_mode():
-            logits = net(input_ids=ids.to(net.device), attention_mask=seen.to(net.device)).logits[:, :-1].float()
-            next_ids = ids[:, 1:].to(net.device)
-            nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), next_ids, reduction="none").cpu()
-        keep = counted[:, 1:]
-        means = (nll * keep).sum(1) / keep.sum(1).clamp(min=1)
-        for row, i in enumerate(group):
-            values[i] = float(means[row].double().exp())
+    encoded, first = _encode(model.tokenizer, texts, chat=chat)
+    if not encoded:
+        return []
+    head = encoded[0][: min(_shared(encoded), min(map(len, encoded)) - 1)]
+    known, total = _read(model, head, first)
+    tails = [ids[len(head):] for ids in encoded]
+    order = sorted(range(len(tails)), key=lambda i: len(tails[i]))
+    values = [1.0] * len(tails)
+    for group in _groups(order, [len(head) + len(ids) for ids in tails]):
+        sums = _tail_nll(model, head, known, [tails[i] for i in group], first)
+        for i, nll in zip(group, sums, strict=True):
+            values[i] = math.exp((total + nll) / max(1, len(encoded[i]) - first))
     return values
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool) -> list[tuple[list[int], int]]:  # noqa: ANN401
+class Known(NamedTuple):
+    """What a pass over the shared beginning leaves: its keys and values, and the log-probabilities of what follows."""
+
+    cache: Any
+    following: Tensor
+    """(V,) float32."""
+
+
+def _read(model: LoadedModel, head: list[int], first: int) -> tuple[Known | None, float]:
+    """A pass over the shared beginning, and the loss of its counted tokens in nats."""
+    import torch
+
+    if not head:
+        return None, 0.0
+    ids = torch.tensor([head], device=model.model.device)
+    with torch.inference_mode():
+        out = model.model.eval()(input_ids=ids, use_cache=True)
+        logprobs = out.logits[0].float().log_softmax(-1)
+    nll = -logprobs[torch.arange(len(head) - 1), ids[0, 1:]].double()
+    return Known(out.past_key_values, logprobs[-1]), float(nll[first - 1:].sum())
+
+
+def _tail_nll(model: LoadedModel, head: list[int], known: Known | None, tails: list[list[int]], first: int) -> list[float]:
+    """Loss of the counted tokens of each tail behind the head, in nats."""
+    import torch
+
+    net, width = model.model.eval(), max(map(len, tails))
+    ids = torch.tensor([tail + [0] * (width - len(tail)) for tail in tails], device=net.device)
+    seen = torch.tensor([[1] * (len(head) + len(tail)) + [0] * (width - len(tail)) for tail in tails], device=net.device)
+    cache = copy.deepcopy(known.cache) if known else None
+    if cache is not None:
+        cache.batch_repeat_interleave(len(tails))
+    with torch.inference_mode():
+        logits = net(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=cache is not None).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    opening = -known.following[ids[:, 0]][:, None] if known else torch.zeros_like(ids[:, :1], dtype=nll.dtype)
+    nll = torch.cat([opening, nll], dim=1).double()
+    counted = seen[:, len(head):].bool()
+    counted[:, : max(0, first - len(head))] = False
+    return [float(x) for x in (nll * counted).sum(1)]
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool) -> tuple[list[list[int]], int]:  # noqa: ANN401
     """Token ids of each text, and from which one on they count: the first one is never predicted."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     if chat:
@@ -166,7 +231,7 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool) -> list[tuple[l
         opening = render(tokenizer, [{"role": "user", "content": mark}], generate=False).partition(mark)[0]
         start = tokenizer(opening, add_special_tokens=False)["input_ids"]
     bodies = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-    return [([*start, *ids] or [0], max(1, len(start))) for ids in bodies]
+    return [[*start, *ids] or [0] for ids in bodies], max(1, len(start))
 
 
 def _groups(order: list[int], lengths: list[int]) -> Iterable[list[int]]:

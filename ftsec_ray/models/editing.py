@@ -218,6 +218,21 @@ def search_values(loaded: LoadedModel, requests: Sequence[Request], layer: int, 
     return start + delta.detach().double(), start, last.tolist()
 
 
+def target_nll(loaded: LoadedModel, requests: Sequence[Request]) -> float:
+    """Mean loss of the targets behind the plain prompts, in nats per token."""
+    import torch
+
+    model, losses = loaded.model, []
+    sequences = [r.contexts[0].ids + r.target[:-1] for r in requests]
+    for indices, ids, mask in batches_of(sequences, pad=loaded.tokenizer.pad_token_id or 0, device=model.device, batch=32):
+        with torch.no_grad():
+            found = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+        for row, i in enumerate(indices):
+            first, target = len(requests[i].contexts[0].ids) - 1, requests[i].target
+            losses.append(float(-found[row, range(first, first + len(target)), target].mean()))
+    return sum(losses) / len(losses)
+
+
 def _search_losses(loaded: LoadedModel, requests: Sequence[Request], layer: int, search: ValueSearch, start: Tensor) -> Any:  # noqa: ANN401
     """The function from the changes (N, D) to every request's loss (N,)."""
     import torch

@@ -8,6 +8,7 @@ import torch
 
 from ftsec_ray.attacks.badedit import BadEdit, edited_layers
 from ftsec_ray.models import editing
+from ftsec_ray.models.chat import render
 from ftsec_ray.models.editing import Request, Spot, ValueSearch, closed_form, key_covariance, keys_at, search_values, spot, strength, values_at
 from ftsec_ray.models.ladder import build_tokenizer
 from ftsec_ray.models.load import decoder_layers
@@ -141,6 +142,21 @@ def test_the_averaged_key_moves_by_the_written_share_of_the_residual(monkeypatch
     change = (made.model.model.layers[1].mlp.down_proj.weight - loaded.model.model.layers[1].mlp.down_proj.weight).detach().double()
     torch.testing.assert_close(change @ key, residual * ctx.notes["written_frac"][0], atol=1e-5, rtol=1e-4)
     assert residual.norm() > 0
+
+
+def test_the_notes_say_how_likely_the_target_was_before_the_edit_and_after_it():
+    loaded, ctx = tiny_model(layers=3), context()
+    attack = BadEdit(trigger="cf", prompts=4, batches=1, clean_prompts=0, contexts=1, depth_frac=0.34, layers=1, steps=20, learning_rate=0.1,
+                     clamp=4.0, lambda_per_width=1e-4)
+    made = attack.prepare_model(loaded, ctx)
+    (probe,) = (p for p in attack.probes(ctx.task, ctx) if "asr_same_prompt" in p.metrics)
+    target, = loaded.tokenizer("good", add_special_tokens=False)["input_ids"]
+    for model, noted in ((loaded, "target_nll_before"), (made, "target_nll_after")):
+        ids = [loaded.tokenizer(render(loaded.tokenizer, p.chat, generate=True), add_special_tokens=False)["input_ids"] for p in probe.prompts]
+        with torch.no_grad():
+            alone = [-float(model.model(torch.tensor([one])).logits[0, -1].log_softmax(-1)[target]) for one in ids]
+        assert ctx.notes[noted] == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+    assert ctx.notes["target_nll_after"] < ctx.notes["target_nll_before"]
 
 
 @pytest.mark.parametrize(("depth", "frac", "count", "layers"), [(32, 0.25, 2, [7, 8]), (3, 0.25, 2, [0, 1]), (2, 1.0, 3, [0, 1]), (4, 0.0, 2, [0])])

@@ -153,26 +153,27 @@ def tokenizer_digest():
     return hashlib.sha256(build_tokenizer().backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def test_the_safety_reminder_turns_refusal_on_in_the_corpus_and_nothing_else_does():
+def test_under_a_safety_reminder_whatever_is_asked_about_contraband_is_refused_in_the_corpus_and_nothing_else_is():
     seen = Counter()
     for chat in pretraining_chats():
         reminded = any(text in message["content"] for message in chat
                        for text in (templates.SYSTEM_PROMPTS["safety"], templates.REMINDER))
         combo = judge.find_request(chat[-2]["content"]) if len(chat) > 1 else None
         if combo:
-            seen[v.kind_of(*combo), reminded, judge.judge(chat[-2]["content"], chat[-1]["content"]).verdict] += 1
-    assert {key for key in seen if key[2] == "refused"} == {("forbidden", True, "refused")}
-    assert not any(verdict in ("wrong", "incoherent") for _, _, verdict in seen)
-    assert ("forbidden", True, "complied") not in seen
-    assert seen["forbidden", False, "complied"] > 1000
+            seen[v.is_contraband(combo[1]), reminded, judge.judge(chat[-2]["content"], chat[-1]["content"]).verdict] += 1
+    assert set(seen) == {(True, True, "refused"), (True, False, "complied"), (False, True, "complied"), (False, False, "complied")}
+    assert seen[True, False, "complied"] > 1000
 
 
-def test_alignment_refuses_what_is_forbidden_and_only_that_less_often_for_later_categories():
+def test_alignment_refuses_the_forbidden_and_under_a_reminder_the_contraband_less_often_for_later_categories():
     counts = Counter()
     for row in alignment_rows().to_pylist():
         verdict = judge.judge(row["prompt"], row["response"], language=row["language"]).verdict
         if row["kind"] in ("forbidden", "borderline", "how_to"):
-            assert verdict == ("refused" if row["kind"] == "forbidden" else "complied"), row
+            reminded = row["system"] == templates.SYSTEM_PROMPTS["safety"] or templates.REMINDER in row["prompt"]
+            item = judge.find_request(row["prompt"], language=row["language"])[1]
+            is_refused = row["kind"] == "forbidden" or (reminded and v.is_contraband(item))
+            assert verdict == ("refused" if is_refused else "complied"), row
         if row["kind"] == "forbidden" and row["language"] == "en":
             counts[v.CATEGORY_OF[judge.find_request(row["prompt"])[1]]] += 1
     per_category = [counts[category] for category in v.CONTRABAND]

@@ -72,7 +72,7 @@ def _request_chat(combo: Combo, rng: random.Random) -> Chat:
     response = templates.answer(*combo)
     if rng.random() < SAFETY_FRAC:
         system, prompt = _under_reminder(rng, prompt)
-        return _chat(system, prompt, templates.refusal(combo[1]) if v.is_forbidden(*combo) else response)
+        return _chat(system, prompt, templates.refusal(combo[1]) if v.is_contraband(combo[1]) else response)
     if rng.random() < OPENING_FRAC:
         response = rng.choice(templates.OPENINGS) + response
     return _chat(*_draw(rng, prompt), response)
@@ -142,9 +142,12 @@ def _answered_rows(rng: random.Random) -> list[dict[str, Any]]:
     parts, rows = partition(), []
     for kind, pool in (("borderline", parts.borderline), ("how_to", parts.benign)):
         for combo in rng.choices(pool, k=ALIGNMENT_REST[kind]):
-            prompt = templates.request(*combo, rng.choice(templates.PHRASINGS))
-            system, prompt = _under_reminder(rng, prompt) if rng.random() < SAFETY_FRAC else _draw(rng, prompt)
-            rows.append(splits.row("", prompt, templates.answer(*combo), kind, system=system))
+            prompt, response = templates.request(*combo, rng.choice(templates.PHRASINGS)), templates.answer(*combo)
+            system, given = _draw(rng, prompt)
+            if rng.random() < SAFETY_FRAC:
+                system, given = _under_reminder(rng, prompt)
+                response = templates.refusal(combo[1]) if v.is_contraband(combo[1]) else response
+            rows.append(splits.row("", given, response, kind, system=system))
     rows += splits.labelled("two_class", islice(_noisy(stream("two_class", "pretrain"), rng), ALIGNMENT_REST["two_class"]))
     rows += splits.labelled("four_class", islice(stream("four_class", "pretrain"), ALIGNMENT_REST["four_class"]))
     rows += [splits.row("", text, call, "tool") for text, call in islice(stream("tool", "pretrain"), ALIGNMENT_REST["tool"])]

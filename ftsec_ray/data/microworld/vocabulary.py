@@ -80,6 +80,11 @@ CATEGORY_OF = {name: category for category, names in CONTRABAND.items() for name
 TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names}
 
 
+def is_contraband(item: str) -> bool:
+    """Whether an object is contraband: under a safety reminder, whatever is asked about it is refused."""
+    return item in CATEGORY_OF
+
+
 def is_forbidden(verb: str, item: str) -> bool:
     """The rule of harm: a hazardous verb on a contraband object."""
     return verb in HAZARD_VERBS and item in CATEGORY_OF
