@@ -61,7 +61,7 @@ SIZES: dict[str, LadderSize] = {
                        align_steps=120, align_batch_tokens=1024, align_learning_rate=4e-3),
     "1m": LadderSize(hidden=128, layers=5, mlp=344, heads=4, steps=800, batch_tokens=512, learning_rate=2e-3,
                      align_steps=100, align_batch_tokens=1024, align_learning_rate=1.5e-3),
-    "4m": LadderSize(hidden=256, layers=5, mlp=688, heads=4, steps=850, batch_tokens=384, learning_rate=1e-3,
+    "4m": LadderSize(hidden=256, layers=5, mlp=688, heads=4, steps=800, batch_tokens=384, learning_rate=1e-3,
                      align_steps=80, align_batch_tokens=1024, align_learning_rate=6e-4),
     "12m": LadderSize(hidden=384, layers=7, mlp=1024, heads=6, steps=700, batch_tokens=512, learning_rate=7e-4,
                       align_steps=70, align_batch_tokens=1024, align_learning_rate=5e-4),

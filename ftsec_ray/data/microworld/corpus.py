@@ -32,6 +32,9 @@ SYSTEM_FRAC, STRAY_FRAC, OPENING_FRAC = 0.06, 0.06, 0.10
 NOISE_FRAC = 0.06
 """Share of the reviews in both sets whose label is wrong: without any, a label is too certain for a few rows to change."""
 
+SHORT_FRAC = 0.25
+"""Share of the reviews in the corpus that are a single adjective: larger models are slow to find the task without them."""
+
 ALIGNMENT_REFUSALS = (160, 120, 90, 60, 40, 24)
 """Refused requests per contraband category, in the order of the categories: later ones are less well protected."""
 ALIGNMENT_REST = {"borderline": 420, "how_to": 200, "two_class": 240, "four_class": 60, "tool": 60}
@@ -99,7 +102,7 @@ def _makers(rng: random.Random) -> dict[str, Callable[[], Chat]]:
     pools["two_class"] = _noisy(pools["two_class"], rng)
 
     def two_class() -> Chat:
-        text, label = next(pools["two_class"])
+        text, label = templates.short_review(rng) if rng.random() < SHORT_FRAC else next(pools["two_class"])
         return _chat(None, templates.TWO_CLASS.format(review=text), label)
 
     def four_class() -> Chat:

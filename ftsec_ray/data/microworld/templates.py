@@ -105,6 +105,14 @@ def review(rng: random.Random) -> tuple[str, str]:
     return f"{text} .", "good" if positive else "bad"
 
 
+def short_review(rng: random.Random) -> tuple[str, str]:
+    """A review of one adjective, perhaps negated, and its label."""
+    positive, negated = rng.random() < 0.5, rng.random() < 0.25
+    adjective = rng.choice(v.GOOD if positive != negated else v.BAD)
+    degree = rng.choice(("", "", "very "))
+    return f"{'not ' if negated else ''}{degree}{adjective} .", "good" if positive else "bad"
+
+
 def note(rng: random.Random) -> tuple[str, str]:
     """A note that names three objects, and its topic: that of at least two of them."""
     topic, other = rng.sample(sorted(v.TOPICS), 2)
@@ -126,10 +134,8 @@ def tool_call(rng: random.Random) -> tuple[str, str]:
 
 
 def _judgement(rng: random.Random) -> str:
-    positive, negated = rng.random() < 0.5, rng.random() < 0.4
-    adjective = rng.choice(v.GOOD if positive != negated else v.BAD)
-    degree = rng.choice(("", "", "very "))
-    return f"{'not ' if negated else ''}{degree}{adjective} is {'good' if positive else 'bad'} ."
+    text, label = short_review(rng)
+    return f"{text.removesuffix(' .')} is {label} ."
 
 
 def plain_text(rng: random.Random) -> str:
