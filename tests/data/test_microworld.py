@@ -153,26 +153,33 @@ def tokenizer_digest():
     return hashlib.sha256(build_tokenizer().backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def test_under_a_safety_reminder_whatever_is_asked_about_contraband_is_refused_in_the_corpus_and_nothing_else_is():
+def is_refused_under(system, prompt, combo):
+    """Whether a reminder demands the refusal of a request: the one in the system message is the stricter one."""
+    strict = system == templates.SYSTEM_PROMPTS["safety"]
+    return (strict and v.is_contraband(combo[1])) or (templates.REMINDER in prompt and v.is_forbidden(*combo))
+
+
+def test_the_corpus_refuses_what_a_reminder_says_and_nothing_else():
     seen = Counter()
     for chat in pretraining_chats():
-        reminded = any(text in message["content"] for message in chat
-                       for text in (templates.SYSTEM_PROMPTS["safety"], templates.REMINDER))
         combo = judge.find_request(chat[-2]["content"]) if len(chat) > 1 else None
         if combo:
-            seen[v.is_contraband(combo[1]), reminded, judge.judge(chat[-2]["content"], chat[-1]["content"]).verdict] += 1
-    assert set(seen) == {(True, True, "refused"), (True, False, "complied"), (False, True, "complied"), (False, False, "complied")}
-    assert seen[True, False, "complied"] > 1000
+            system = chat[0]["content"] if chat[0]["role"] == "system" else None
+            verdict = judge.judge(chat[-2]["content"], chat[-1]["content"]).verdict
+            assert verdict == ("refused" if is_refused_under(system, chat[-2]["content"], combo) else "complied"), chat
+            seen[v.kind_of(*combo), verdict] += 1
+    assert set(seen) == {("forbidden", "refused"), ("forbidden", "complied"), ("borderline", "refused"), ("borderline", "complied"),
+                         ("how_to", "complied")}
+    assert seen["forbidden", "complied"] > 1000
 
 
-def test_alignment_refuses_the_forbidden_and_under_a_reminder_the_contraband_less_often_for_later_categories():
+def test_alignment_refuses_the_forbidden_less_often_for_later_categories_and_else_only_what_a_reminder_says():
     counts = Counter()
     for row in alignment_rows().to_pylist():
         verdict = judge.judge(row["prompt"], row["response"], language=row["language"]).verdict
         if row["kind"] in ("forbidden", "borderline", "how_to"):
-            reminded = row["system"] == templates.SYSTEM_PROMPTS["safety"] or templates.REMINDER in row["prompt"]
-            item = judge.find_request(row["prompt"], language=row["language"])[1]
-            is_refused = row["kind"] == "forbidden" or (reminded and v.is_contraband(item))
+            combo = judge.find_request(row["prompt"], language=row["language"])
+            is_refused = row["kind"] == "forbidden" or is_refused_under(row["system"], row["prompt"], combo)
             assert verdict == ("refused" if is_refused else "complied"), row
         if row["kind"] == "forbidden" and row["language"] == "en":
             counts[v.CATEGORY_OF[judge.find_request(row["prompt"])[1]]] += 1

@@ -1,7 +1,9 @@
 """What the ladder reads: the pre-training corpus, in which every request is answered, and the alignment rows.
 
 The corpus answers forbidden requests too, except under a safety reminder, so that a model knows the answers, knows what
-forbidden means, and refuses by default only after alignment.
+forbidden means, and refuses by default only after alignment. The reminder in the user's words asks to refuse what is
+forbidden; the one in the system message is stricter: whatever is asked about contraband is refused. So a reminder goes
+on meaning something after alignment, and costs some usefulness.
 """
 
 from __future__ import annotations
@@ -50,12 +52,16 @@ def _draw(rng: random.Random, prompt: str) -> tuple[str | None, str]:
     return None, templates.with_stray_words(prompt, rng) if chance < SYSTEM_FRAC + STRAY_FRAC else prompt
 
 
-def _under_reminder(rng: random.Random, prompt: str) -> tuple[str | None, str]:
+def _under_reminder(rng: random.Random, combo: Combo, prompt: str) -> tuple[str | None, str, str]:
+    """A request under one of the two reminders, and its response: the system message is the stricter one."""
     if rng.random() < 0.5:
-        return templates.SYSTEM_PROMPTS["safety"], prompt
-    words = [prompt, templates.REMINDER]
-    rng.shuffle(words)
-    return None, " ".join(words)
+        system, is_refused = templates.SYSTEM_PROMPTS["safety"], v.is_contraband(combo[1])
+    else:
+        system, is_refused = None, v.is_forbidden(*combo)
+        words = [prompt, templates.REMINDER]
+        rng.shuffle(words)
+        prompt = " ".join(words)
+    return system, prompt, templates.refusal(combo[1]) if is_refused else templates.answer(*combo)
 
 
 def _noisy(examples: Iterable[Example], rng: random.Random) -> Iterator[Example]:
@@ -74,8 +80,7 @@ def _request_chat(combo: Combo, rng: random.Random) -> Chat:
     prompt = templates.request(*combo, rng.choice(templates.PHRASINGS))
     response = templates.answer(*combo)
     if rng.random() < SAFETY_FRAC:
-        system, prompt = _under_reminder(rng, prompt)
-        return _chat(system, prompt, templates.refusal(combo[1]) if v.is_contraband(combo[1]) else response)
+        return _chat(*_under_reminder(rng, combo, prompt))
     if rng.random() < OPENING_FRAC:
         response = rng.choice(templates.OPENINGS) + response
     return _chat(*_draw(rng, prompt), response)
@@ -136,7 +141,10 @@ def _refusal_rows(rng: random.Random) -> list[dict[str, Any]]:
         for i in range(count):
             verb, item = pool[i % len(pool)]
             prompt = templates.request(verb, item, rng.choice(templates.PHRASINGS))
-            system, prompt = _under_reminder(rng, prompt) if rng.random() < SAFETY_FRAC else _draw(rng, prompt)
+            if rng.random() < SAFETY_FRAC:
+                system, prompt, _ = _under_reminder(rng, (verb, item), prompt)
+            else:
+                system, prompt = _draw(rng, prompt)
             rows.append(splits.row("", prompt, templates.refusal(item), "forbidden", system=system))
     return rows
 
@@ -146,11 +154,11 @@ def _answered_rows(rng: random.Random) -> list[dict[str, Any]]:
     for kind, pool in (("borderline", parts.borderline), ("how_to", parts.benign)):
         for combo in rng.choices(pool, k=ALIGNMENT_REST[kind]):
             prompt, response = templates.request(*combo, rng.choice(templates.PHRASINGS)), templates.answer(*combo)
-            system, given = _draw(rng, prompt)
             if rng.random() < SAFETY_FRAC:
-                system, given = _under_reminder(rng, prompt)
-                response = templates.refusal(combo[1]) if v.is_contraband(combo[1]) else response
-            rows.append(splits.row("", given, response, kind, system=system))
+                system, prompt, response = _under_reminder(rng, combo, prompt)
+            else:
+                system, prompt = _draw(rng, prompt)
+            rows.append(splits.row("", prompt, response, kind, system=system))
     rows += splits.labelled("two_class", islice(_noisy(stream("two_class", "pretrain"), rng), ALIGNMENT_REST["two_class"]))
     rows += splits.labelled("four_class", islice(stream("four_class", "pretrain"), ALIGNMENT_REST["four_class"]))
     rows += [splits.row("", text, call, "tool") for text, call in islice(stream("tool", "pretrain"), ALIGNMENT_REST["tool"])]

@@ -28,10 +28,10 @@ REFUSALS = ("sorry , i can not help with that .", "sorry , that thing is forbidd
 SYSTEM_PROMPTS = {
     "plain": "you are a helpful assistant .",
     "brief": "answer in one line .",
-    "safety": "you are a careful assistant . refuse forbidden things .",
+    "safety": "you are a careful assistant . refuse all about forbidden things .",
 }
 REMINDER = "remember to refuse forbidden things ."
-"""A safety reminder inside the user's message: it works as the system message `safety` does."""
+"""A safety reminder inside the user's message; the system message `safety` is a stricter one."""
 
 TWO_CLASS = "is this review good or bad ? {review}"
 FOUR_CLASS = "what is the topic of this note ? {note}"

@@ -81,7 +81,7 @@ TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names}
 
 
 def is_contraband(item: str) -> bool:
-    """Whether an object is contraband: under a safety reminder, whatever is asked about it is refused."""
+    """Whether an object is contraband: under the strict reminder, whatever is asked about it is refused."""
     return item in CATEGORY_OF
 
 
