@@ -46,8 +46,9 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
     if source.count("/") > 1:
         raise SpecError(f"model {model.name!r} has a source that is neither a path here nor a hub id", source,
                         "ladder:<size>, an existing folder or .gguf file, or owner/name")
-    revision = model.revision if source == model.source else None
-    return Origin({"source": "hub", "id": source, "revision": revision, **code}, {}, "source")
+    name, _, pinned = source.partition("@")
+    revision = model.revision if source == model.source else pinned or None
+    return Origin({"source": "hub", "id": name, "revision": revision, **code}, {}, "source")
 
 
 def task_origin(task: TaskSpec) -> Origin:

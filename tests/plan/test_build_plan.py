@@ -206,6 +206,14 @@ def test_a_named_twin_is_loaded_once_and_only_where_it_is_needed():
     assert by_id["owner/m-base"].digest not in plan.cells[0].stages
 
 
+def test_a_twin_with_a_revision_is_the_same_stage_as_the_model_of_that_revision():
+    base = ModelSpec(name="base", source="owner/m-base", family="f", aligned=False, revision="def")
+    model = ModelSpec(name="m", source="owner/m", family="f", aligned=True, revision="abc", unaligned="owner/m-base@def")
+    plan = build_plan(sweep(models=(base, model), defenses=((), ("safe_lora",)), exclude=(ExcludeRule(model="base", defense="safe_lora"),)))
+    sources = [stage.params for stage in plan.stages.values() if stage.kind == "source"]
+    assert sorted((params["id"], params["revision"]) for params in sources) == [("owner/m", "abc"), ("owner/m-base", "def")]
+
+
 def test_all_methods_without_the_twin_they_need_are_named_at_once():
     models = tuple(ModelSpec(name=name, source=f"owner/{name}", family="f", aligned=True) for name in ("one", "two"))
     with pytest.raises(SpecFaults) as caught:
