@@ -50,7 +50,7 @@ def test_the_dashboard_and_the_job_port_listen_on_loopback_only(tmp_path):
     try:
         from ray.job_submission import JobSubmissionClient
 
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not listening(dashboard):
             assert head.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
