@@ -130,18 +130,21 @@ def schema() -> None:
 
 @app.command()
 @guarded
-def doctor(store: Store = DEFAULT_STORE, address: Address = None, as_json: Json = False) -> None:  # noqa: FBT002
+def doctor(
+    store: Store = DEFAULT_STORE, address: Address = None, as_json: Json = False,  # noqa: FBT002
+    image: Annotated[bool, typer.Option("--image", help="Look at what an image for the nodes of a cluster must hold instead.")] = False,  # noqa: FBT002
+) -> None:
     """Look at what this machine or cluster can run, and say what is missing."""
     import json
 
     from ftsec_ray.cli.console import table
-    from ftsec_ray.cli.doctor import examine, fault_of
+    from ftsec_ray.cli.doctor import examine, examine_image, fault_of
 
-    findings = list(examine(Path(store), address=address))
+    findings = list(examine_image() if image else examine(Path(store), address=address))
     if as_json:
         say(json.dumps([finding.as_json() for finding in findings], indent=1))
     else:
         table("doctor", ("what", "state", "found", "fix"), ((f.what, f.state, f.found, f.fix) for f in findings))
-    fault = fault_of(findings)
+    fault = fault_of(findings, what="this image cannot be a node of a cluster yet") if image else fault_of(findings)
     if fault is not None:
         raise fault

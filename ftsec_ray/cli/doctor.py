@@ -1,4 +1,8 @@
-"""`ftsec doctor`: what this machine or cluster can run, what is missing, and how to get it."""
+"""`ftsec doctor`: what this machine or cluster can run, what is missing, and how to get it.
+
+With `--image` it looks at an image that shall become the nodes of a cluster instead: what the launchers call inside it, the
+extras, and a torch that was built for CUDA, on a machine that need not have a GPU. `cluster/Dockerfile` ends with that check.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -25,6 +29,13 @@ REQUIRED = {"torch": "models", "transformers": "models", "peft": "adapters", "sa
             "ray": "the executor `tune`", "pydantic": "sweep files", "PyYAML": "sweep files", "jinja2": "chat templates and the report",
             "datasets": "tasks by Hugging Face id", "gguf": "models from .gguf files"}
 OPTIONAL = {"polars": "Results.to_polars", "pandas": "Results.to_pandas"}
+IMAGE_COMMANDS = {"bash": ("bash", "Ray runs every command of a node with it"),
+                  "rsync": ("rsync", "`ray up` sends the cluster's configuration with it"),
+                  "ssh": ("openssh-client", "the head starts its workers with it"),
+                  "wget": ("wget", "KubeRay asks pods with it whether they live")}
+"""Command that the nodes of a cluster call -> its Debian package, and what for."""
+IMAGE_EXTRAS = {"ray": ("default", "the job port and the dashboard"), "ftsec-ray": ("cluster", "starting workers on AWS and GCP")}
+"""Distribution -> the extra that the nodes of a cluster need of it, and what for."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,46 @@ def examine(store: Path, *, address: str | None = None) -> Iterator[Finding]:
     yield _hub()
     if address is not None:
         yield from _cluster(address)
+
+
+def examine_image() -> Iterator[Finding]:
+    """Everything that an image must hold to be the head and the workers of a cluster; it need not run on a GPU."""
+    yield _python()
+    yield from _packages()
+    yield from (_extra(name, extra, use) for name, (extra, use) in IMAGE_EXTRAS.items())
+    yield _cuda_build()
+    for command, (package, use) in IMAGE_COMMANDS.items():
+        found = shutil.which(command)
+        yield Finding(command, found or "not found", "ok" if found else "missing", "" if found else f"apt-get install {package} ({use})")
+    is_root = os.geteuid() == 0
+    yield Finding("user", "root" if is_root else f"uid {os.geteuid()}", "note" if is_root else "ok",
+                  "end the Dockerfile with a USER that is not root" if is_root else "")
+
+
+def _extra(name: str, extra: str, use: str) -> Finding:
+    """Whether every requirement of an extra of a distribution is there, in a version that it allows."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(text) for text in requires(name) or ()]
+    except PackageNotFoundError:
+        wanted = []
+    of_extra = [one for one in wanted if one.marker and one.marker.evaluate({"extra": extra}) and not one.marker.evaluate({"extra": ""})]
+    lacking = sorted({one.name for one in of_extra
+                      if (held := _version(one.name)) is None or not one.specifier.contains(held, prereleases=True)})
+    what, good = f"{name}[{extra}]", bool(of_extra) and not lacking
+    return Finding(what, "installed" if good else f"without {', '.join(lacking) or 'the extra'}", "ok" if good else "missing",
+                   "" if good else f"pip install '{what}' ({use})")
+
+
+def _cuda_build() -> Finding:
+    if find_spec("torch") is None:
+        return Finding("cuda", "no torch", "missing", "pip install torch")
+    import torch
+
+    built = torch.version.cuda
+    return Finding("cuda", f"torch built for CUDA {built}" if built else "torch built for the CPU only", "ok" if built else "missing",
+                   "" if built else "pip install torch from PyPI on Linux x86_64, not from the CPU index")
 
 
 def _python() -> Finding:
@@ -144,10 +195,10 @@ def _cluster(address: str) -> Iterator[Finding]:
         ray.shutdown()
 
 
-def fault_of(findings: list[Finding]) -> EnvironmentFault | None:
+def fault_of(findings: list[Finding], *, what: str = "this machine cannot run a sweep yet") -> EnvironmentFault | None:
     """The fault to end with when something needed is missing."""
     missing = [finding for finding in findings if finding.state == "missing"]
     if not missing:
         return None
-    return EnvironmentFault("this machine cannot run a sweep yet", [f.what for f in missing], "all of them present",
+    return EnvironmentFault(what, [f.what for f in missing], "all of them present",
                             "; ".join(f.fix for f in missing))

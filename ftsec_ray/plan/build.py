@@ -185,7 +185,7 @@ class _Builder:
         origin = self._origin(model.name, ("model", model.name, source), lambda: model_origin(model, source))
         where = {"model": model.name, "family": model.family, "aligned": aligned, "parameters": parameters_of(model),
                  **origin.where}
-        head = self.head("source", origin.params, variant=origin.variant, on_model=origin.trains)
+        head = self.head("source", origin.params, variant=origin.variant)
         return self.add(head, (), None, None, where), where
 
     def _origin(self, place: str, key: tuple[str, ...], find: Callable[[], Origin]) -> Origin:

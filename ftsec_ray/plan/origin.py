@@ -22,8 +22,6 @@ class Origin:
     where: Mapping[str, Any]
     variant: str
     """Key of `KIND_SOURCES`."""
-    trains: bool = False
-    """Whether the stage trains a model and does not only read one."""
 
 
 def local_path(source: str) -> Path | None:
@@ -37,7 +35,7 @@ def local_path(source: str) -> Path | None:
 def model_origin(model: ModelSpec, source: str) -> Origin:
     """Where a model comes from: a rung of the ladder before alignment, a local file or folder, or a hub id."""
     if source.startswith("ladder:"):
-        return Origin({"source": source.removesuffix("-base")}, {}, "source:ladder", trains=True)
+        return Origin({"source": source.removesuffix("-base")}, {}, "source:ladder")
     path = local_path(source)
     code = {"trust_remote_code": True} if model.trust_remote_code else {}
     if path is not None:
@@ -46,8 +44,9 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
     if source.count("/") > 1:
         raise SpecError(f"model {model.name!r} has a source that is neither a path here nor a hub id", source,
                         "ladder:<size>, an existing folder or .gguf file, or owner/name")
-    revision = model.revision if source == model.source else None
-    return Origin({"source": "hub", "id": source, "revision": revision, **code}, {}, "source")
+    name, _, pinned = source.partition("@")
+    revision = model.revision if source == model.source else pinned or None
+    return Origin({"source": "hub", "id": name, "revision": revision, **code}, {}, "source")
 
 
 def task_origin(task: TaskSpec) -> Origin:

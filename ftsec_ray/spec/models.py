@@ -1,4 +1,5 @@
-"""The model axis of a sweep: `ladder:1m`, a Hugging Face id, a folder, a `.gguf` file, or a mapping -> ModelSpec.
+"""The model axis of a sweep: `ladder:1m`, a Hugging Face id (`owner/name` or `owner/name@revision`), a folder, a `.gguf` file, or a
+mapping -> ModelSpec.
 
 What a source tells by itself is derived: family, alignment and twin of a ladder model; family and alignment of a name
 that follows the usual pattern `<family>-<size>-<instruct|base>`. What it does not tell must be written.
@@ -17,6 +18,7 @@ from ftsec_ray.spec.typed import build, unknown_keys
 
 _KEYS = ("path", "id", "source", "name", "family", "aligned", "align", "unaligned", "revision", "parameters", "trust_remote_code")
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_REVISION = r"[A-Za-z0-9][\w.-]*"
 _SIZE = re.compile(r"[-_]?\d+(\.\d+)?[kmb](?=[-_.]|$)")
 _ALIGNED = re.compile(r"(^|[-_.])(instruct|chat|it|dpo|rlhf|sft)(?=[-_.]|$)")
 _BASE = re.compile(r"(^|[-_.])(base|pt|pretrained)(?=[-_.]|$)")
@@ -32,6 +34,7 @@ class _Source:
     family: str | None = None
     aligned: bool | None = None
     unaligned: str | None = None
+    revision: str | None = None
     local: bool = False
 
 
@@ -79,6 +82,8 @@ def _built(given: Mapping[str, object], source: _Source, place: str, base: Path,
     fixed["unaligned"] = _twin(given, source, f"{place}.unaligned", base, faults)
     if source.local and given.get("revision") is not None:
         faults.add(f"{place}.revision", "a revision of a local model", given["revision"], "no revision", "revisions are of Hugging Face ids")
+    if source.revision is not None and values.setdefault("revision", source.revision) != source.revision:
+        faults.add(f"{place}.revision", "two revisions of one model", values["revision"], repr(source.revision), "write it once")
     _derive(values, source, fixed, place, faults)
     model = build(ModelSpec, values, place, faults, **fixed)
     return model if len(faults.found) == before else None
@@ -115,7 +120,9 @@ def _twin(given: Mapping[str, object], source: _Source, place: str, base: Path, 
         faults.add(place, "align and unaligned together", given["unaligned"], "one of them",
                    "with align the twin before alignment is the loaded model itself")
     twin = source_of(given["unaligned"], place, base, faults)
-    return twin.text if twin else None
+    if twin is None:
+        return None
+    return twin.text if twin.revision is None else f"{twin.text}@{twin.revision}"
 
 
 def source_of(given: object, place: str, base: Path, faults: Faults, *, kind: str = "source") -> _Source | None:
@@ -130,10 +137,11 @@ def source_of(given: object, place: str, base: Path, faults: Faults, *, kind: st
     looks_local = given.endswith(".gguf") or given.startswith((".", "/", "~"))
     if kind == "path" or (kind == "source" and (looks_local or path.exists())):
         return _local(given, path, place, faults)
-    if re.fullmatch(_HUB_ID, given) and "--" not in given and ".." not in given:
-        return _named(_Source(given, _slug(given.rsplit("/", 1)[-1])))
+    hub, at, revision = given.partition("@")
+    if re.fullmatch(_HUB_ID, hub) and "--" not in hub and ".." not in given and (not at or re.fullmatch(_REVISION, revision)):
+        return _named(_Source(hub, _slug(hub.rsplit("/", 1)[-1]), revision=revision or None))
     faults.add(place, "neither a file, a ladder model nor a Hugging Face id", given,
-               "ladder:<size> | owner/name | ./folder | file.gguf", nearest(given, [f"ladder:{size}" for size in LADDER_SIZES],
+               "ladder:<size> | owner/name | owner/name@revision | ./folder | file.gguf", nearest(given, [f"ladder:{size}" for size in LADDER_SIZES],
                                                                             f"there is no {path.name!r} in the sweep's folder"))
     return None
 

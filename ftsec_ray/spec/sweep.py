@@ -106,7 +106,7 @@ class ModelSpec:
     align: AlignSpec | None = None
     """Align the loaded model first; the twin before alignment is then the loaded one."""
     unaligned: str | None = None
-    """Source of the twin before alignment, for methods that need it."""
+    """Source of the twin before alignment, for methods that need it; `owner/name@revision` pins a Hugging Face id."""
     parameters: Annotated[int, Ge(1)] | None = None
     """Count of weights where it is known before loading."""
     trust_remote_code: bool = False

@@ -183,6 +183,8 @@ def test_stages_that_touch_a_model_take_a_gpu_where_the_sweep_has_one():
     assert found["tune", None] == found["evaluate", "badnets"] == found["align", None] == "gpu"
     assert found["task", None] == found["craft", "badnets"] == "cpu"
     assert found["craft", "onion"] == "gpu", "it reads a model"
+    hub = ModelSpec(name="m", source="owner/m", family="f", aligned=True)
+    assert only(build_plan(sweep(models=(hub,), resources=ResourceSpec(gpus_per_stage=1.0))), "source").resource == "gpu", "it ends on the device"
 
 
 def test_an_alignment_of_the_sweep_makes_the_loaded_model_the_twin():
@@ -204,6 +206,14 @@ def test_a_named_twin_is_loaded_once_and_only_where_it_is_needed():
     assert by_id["owner/m-base"].params["revision"] is None
     assert only(plan, "revise").input("unaligned") == by_id["owner/m-base"].digest
     assert by_id["owner/m-base"].digest not in plan.cells[0].stages
+
+
+def test_a_twin_with_a_revision_is_the_same_stage_as_the_model_of_that_revision():
+    base = ModelSpec(name="base", source="owner/m-base", family="f", aligned=False, revision="def")
+    model = ModelSpec(name="m", source="owner/m", family="f", aligned=True, revision="abc", unaligned="owner/m-base@def")
+    plan = build_plan(sweep(models=(base, model), defenses=((), ("safe_lora",)), exclude=(ExcludeRule(model="base", defense="safe_lora"),)))
+    sources = [stage.params for stage in plan.stages.values() if stage.kind == "source"]
+    assert sorted((params["id"], params["revision"]) for params in sources) == [("owner/m", "abc"), ("owner/m-base", "def")]
 
 
 def test_all_methods_without_the_twin_they_need_are_named_at_once():

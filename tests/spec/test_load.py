@@ -175,6 +175,22 @@ def test_seeds_that_are_neither_are_refused(given):
     assert faults(seeds=given)["seeds"].got == given
 
 
+def test_a_hub_id_may_carry_its_revision_and_so_may_a_twin():
+    short, long = (sweep(models=[given]).models[0] for given in
+                   ("owner/m-1b-instruct@abc", {"id": "owner/m-1b-instruct", "revision": "abc", "unaligned": "owner/m-1b@def"}))
+    assert (short.source, short.revision, short.name) == (long.source, long.revision, long.name) == ("owner/m-1b-instruct", "abc", "m-1b-instruct")
+    assert long.unaligned == "owner/m-1b@def"
+
+
+@pytest.mark.parametrize("given", ["owner/m-1b-it@", "owner/m-1b-it@a@b", "owner/m-1b-it@../x"])
+def test_what_cannot_be_a_revision_is_a_fault(given):
+    assert "neither a file" in str(faults(models=[given])["models[0]"])
+
+
+def test_two_revisions_of_one_model_are_a_fault():
+    assert "two revisions" in str(faults(models=[{"id": "owner/m-1b-it@abc", "revision": "def"}])["models[0].revision"])
+
+
 def test_a_rule_may_name_a_model_by_its_source_and_a_list_makes_one_rule_of_each():
     spec = sweep(models=[{"source": "ladder:1m", "name": "small"}, "ladder:4m"], attacks=["none", "badnets"], defenses=["none", "shrink"],
                  exclude=[{"model": "ladder:1m", "defense": ["none", "shrink"], "attack": "badnets"}])
