@@ -108,7 +108,7 @@ def sft_with_trl(loaded: LoadedModel, rows: pa.Table, config: TrainingConfig, *,
     """Tune a copy on rows with TRL: loss on the answers only, the same hyper-parameters, batches as TRL draws them."""
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from trl import SFTConfig, SFTTrainer
 
     from ftsec_ray.models.chat import chat_of
@@ -131,7 +131,14 @@ def sft_with_trl(loaded: LoadedModel, rows: pa.Table, config: TrainingConfig, *,
     trainer = SFTTrainer(model=merged(loaded).model, args=settings, train_dataset=data, peft_config=lora,
                          processing_class=loaded.tokenizer)
     trainer.train()
-    return replace(loaded, model=trainer.model.eval(), base_digest="start" if lora else None)
+    tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if lora is None:
+        return replace(loaded, model=tuned.eval(), base_digest=None)
+    # As if saved and loaded: the trainer leaves a forward of its own on the model, and a copy of it goes on reading the weights it was
+    # copied from, so that a method which changes the copy would change nothing.
+    fresh = get_peft_model(merged(loaded).model, lora)
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(tuned))
+    return replace(loaded, model=fresh.eval(), base_digest="start")
 
 
 def complete(generator: Generator, chats: Sequence[Chat], *, limit: int, batch: int) -> list[str]:
