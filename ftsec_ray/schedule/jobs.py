@@ -13,7 +13,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +46,8 @@ class Head:
     ray_version: str
     nodes: tuple[str, ...]
     """IP addresses of the nodes that are alive."""
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = field(repr=False)
+    """What it wants to see in a request: its token, where it asks for one."""
 
     @cached_property
     def client(self) -> JobSubmissionClient:

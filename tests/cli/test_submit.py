@@ -20,8 +20,9 @@ from ftsec_ray import api
 from ftsec_ray.cli.app import app
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.schedule import jobs
+from ftsec_ray.schedule.upload import upload_of
+from ftsec_ray.spec.load import load_sweep
 from ftsec_ray.store import Store
-from tests.fixtures_models import tiny_model, tiny_task
 
 ROOT = Path(__file__).parents[2]
 PLANTED = {name: f"planted-{number}-of-the-tokens" for number, name in enumerate(
@@ -34,7 +35,7 @@ models: [{{path: ../tiny, family: tiny, aligned: true}}]
 task:
   kind: rows
   labels: [good, bad]
-  columns: {{prompt: prompt, response: response, label: label}}
+  columns: {{prompt: prompt, response: response}}
   splits: {{{splits}}}
 attacks: [none, {{harmful_tuning: {{shots: {shots}}}}}]
 defenses: {defenses}
@@ -69,6 +70,7 @@ def head(tmp_path_factory: pytest.TempPathFactory):
     (folder / "token").write_text(TOKEN)
     gcs, dashboard, agent, client, metrics = free_ports(5)
     environment = {**os.environ, **PLANTED, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "HF_HUB_OFFLINE": "1",
+                   "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)  # its ftsec_ray, if it has one, is not this one
     with (folder / "head.log").open("w") as log:
@@ -105,6 +107,8 @@ def takes_jobs(url: str) -> bool:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, rows, and sweeps that name both by relative path."""
+    from tests.fixtures_models import tiny_model, tiny_task
+
     folder = tmp_path_factory.mktemp("world")
     loaded = tiny_model()
     loaded.model.save_pretrained(folder / "tiny")
@@ -113,11 +117,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in SPLITS:
         rows = [{k: row[k] for k in ("prompt", "response", "label")} for row in tiny_task().split(split).to_pylist()]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    splits = ", ".join(f"{split}: ../{split}.jsonl" for split in SPLITS)
+    columns = {"train": ", label: label", "test": ", label: label", "text": ", prompt: response"}
+    splits = ", ".join(f"{split}: {{path: ../{split}.jsonl{columns.get(split, '')}}}" for split in SPLITS)
     for name, shots, defenses in (("failing", 500, "[none]"), ("good", 4, "[none]"), ("wider", 4, "[none, shrink]")):
         (folder / "sweeps" / f"{name}.yaml").write_text(SWEEP.format(name=name, shots=shots, defenses=defenses, splits=splits))
-    (folder / "sweeps" / "wrong.yaml").write_text(SWEEP.format(name="wrong", shots=-1, defenses="[nonne]", splits=splits))
     return folder
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A sweep without files."""
+    path = tmp_path / "small.yaml"
+    path.write_text("models: [ladder:0.2m]\ntask: microworld\nattacks: [none]\ndefenses: [none]\n")
+    return path
 
 
 @pytest.fixture
@@ -153,24 +165,25 @@ def client(head: RunningHead, monkeypatch: pytest.MonkeyPatch) -> jobs.Head:
     return jobs.connect(head.url)
 
 
-def test_a_wrong_sweep_gives_every_fault_before_any_cluster_is_asked(call, world: Path):
-    said = call(str(world / "sweeps/wrong.yaml"), "--address", "http://127.0.0.1:1", code=2).stderr
+def test_a_wrong_sweep_gives_every_fault_before_any_cluster_is_asked(call, small: Path):
+    small.write_text(small.read_text().replace("defenses: [none]", "defenses: [nonne]\nseeds: 0"))
+    said = call(str(small), "--address", "http://127.0.0.1:1", code=2).stderr
     assert "did you mean 'none'?" in said
-    assert "shots" in said
+    assert "seeds" in said
     assert "2 fault(s)" in said
 
 
 @pytest.mark.parametrize(("address", "says"), [
-    ("http://127.0.0.1:1", "no Ray head answers"), ("127.0.0.1:1", "no Ray head answers"), ("ray://127.0.0.1:10001", "not the address of a Ray dashboard"),
-    ("auto", "not the address of a Ray dashboard"), ("http://127.0.0.1:eight", "not the address of a Ray dashboard")])
-def test_an_address_without_a_dashboard_gives_exit_code_3(call, world: Path, address: str, says: str):
-    said = call(str(world / "sweeps/good.yaml"), "--address", address, code=3).stderr
+    ("http://127.0.0.1:1", "no Ray head answers"), ("127.0.0.1:1", "no Ray head answers"),
+    *((one, "not the address of a Ray dashboard") for one in ("ray://127.0.0.1:10001", "auto", "http://127.0.0.1:eight"))])
+def test_an_address_without_a_dashboard_gives_exit_code_3(call, small: Path, address: str, says: str):
+    said = call(str(small), "--address", address, code=3).stderr
     assert says in said
     assert "8265" in said
 
 
-def test_an_id_that_would_leave_its_folder_is_refused(call, world: Path):
-    assert "not an id of a job" in call(str(world / "sweeps/good.yaml"), "--submission-id", "../../x", code=2).stderr
+def test_an_id_that_would_leave_its_folder_is_refused(call, small: Path):
+    assert "not an id of a job" in call(str(small), "--submission-id", "../../x", code=2).stderr
 
 
 def test_a_ray_older_than_the_oldest_that_runs_a_sweep_is_refused_and_pyproject_names_the_same_one():
@@ -180,31 +193,35 @@ def test_a_ray_older_than_the_oldest_that_runs_a_sweep_is_refused_and_pyproject_
         jobs._check_version("2.9.3")
 
 
+@pytest.mark.parametrize("missing", ["typer", "yaml"])
+def test_a_cluster_image_without_a_package_gives_exit_code_3_and_its_name(small: Path, missing: str):
+    code = f"import sys; sys.modules[{missing!r}] = None; from ftsec_ray.cli import main; main(['plan', sys.argv[1]])"
+    result = subprocess.run([sys.executable, "-c", code, str(small)], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.returncode == 3, result.stderr
+    assert f"'{missing}'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.ray
-def test_doors_of_other_servers_and_a_missing_token_are_told_apart(call, world: Path, head: RunningHead):
-    sweep = str(world / "sweeps/good.yaml")
+def test_doors_of_other_servers_and_a_missing_token_are_told_apart(call, small: Path, head: RunningHead):
+    sweep = str(small)
     assert "it does not speak HTTP" in call(sweep, "--address", f"http://127.0.0.1:{head.gcs_port}", code=3).stderr
     assert "there is none here" in call(sweep, "--address", head.url, code=3).stderr
 
 
 @pytest.mark.ray
-def test_a_local_store_on_another_machine_is_refused(call, world: Path, head: RunningHead, monkeypatch: pytest.MonkeyPatch):
+def test_a_local_store_on_another_machine_is_refused(call, small: Path, head: RunningHead, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.folder / "token"))
     monkeypatch.setattr("ftsec_ray.schedule.places._is_ours", lambda address: False)
-    said = call(str(world / "sweeps/good.yaml"), "--address", head.url, code=3).stderr
+    said = call(str(small), "--address", head.url, code=3).stderr
     assert "whose nodes are not this machine" in said
     assert "--shared-disk" in said
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(120)
-def test_exit_codes_of_a_job_are_those_of_its_command(client: jobs.Head, tmp_path: Path):
-    from ftsec_ray.schedule.upload import upload_of
-    from ftsec_ray.spec.load import load_sweep
-
-    sweep = tmp_path / "s.yaml"
-    sweep.write_text("models: [ladder:0.2m]\ntask: microworld\nattacks: [none]\ndefenses: [none]\n")
-    archive = upload_of(sweep, load_sweep(sweep), package=True).write(tmp_path / "s.zip")
+def test_exit_codes_of_a_job_are_those_of_its_command(client: jobs.Head, small: Path, tmp_path: Path):
+    archive = upload_of(small, load_sweep(small), package=True).write(tmp_path / "s.zip")
     commands = {"seven": ["python", "-c", "import ftsec_ray; print(ftsec_ray.__file__); raise SystemExit(7)"],
                 "killed": ["sh", "-c", "kill -9 $$"], "absent": ["no-such-command"], "stopped": ["sleep", "60"]}
     handed = {}
@@ -230,7 +247,7 @@ def test_a_sweep_runs_on_the_cluster_and_nothing_secret_is_written(head: Running
     # The first job trains, and its exit code tells that a cell failed.
     out, err = finished(submit(head, str(world / "sweeps/failing.yaml"), "--wait", "--submission-id", "first", cwd=tmp_path), code=1)
     assert "1 of 2 cells done, 1 failed" in out
-    assert "500" in out
+    assert "too few harmful rows" in out
     assert "\x1b" not in out
     assert "this ftsec_ray with it" in err
     assert len(Store.open(tmp_path / ".ftsec/store").done()) > 3, "relative places are meant from where `ftsec submit` was called"
@@ -250,8 +267,8 @@ def test_a_sweep_runs_on_the_cluster_and_nothing_secret_is_written(head: Running
     assert "2 of 2 cells done" in "".join(log)
 
     # Ray's own command does the same.
-    plain = subprocess.run([Path(sys.executable).with_name("ray"), "job", "submit", "--address", head.url, "--submission-id", "third", "--working-dir", ".",
-                            "--", sys.executable, "-m", "ftsec_ray", "run", "sweeps/wider.yaml", "--store", str(tmp_path / ".ftsec/store")],
+    plain = subprocess.run([Path(sys.executable).with_name("ray"), "job", "submit", "--address", head.url, "--submission-id", "third",
+                            "--working-dir", ".", "--", sys.executable, "-m", "ftsec_ray", "run", "sweeps/wider.yaml", "--store", str(tmp_path / ".ftsec/store")],
                            env={**head.environment(), "RAY_AUTH_MODE": "token"}, cwd=world, capture_output=True, text=True, timeout=120)
     assert plain.returncode == 0, (plain.stdout, plain.stderr)
     assert "4 of 4 cells done" in plain.stdout

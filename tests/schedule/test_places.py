@@ -47,7 +47,7 @@ def test_a_place_with_a_password_is_refused_without_repeating_it(place: str):
 def test_results_lie_in_the_store_whatever_its_options():
     assert below("s3://bucket/x/?region=eu", "results") == "s3://bucket/x/results?region=eu"
     assert below("/mnt/store", "results") == "/mnt/store/results"
-    assert is_uri("s3://b") and not is_uri("file:///b") and not is_uri("c:/b")
+    assert [is_uri(place) for place in ("s3://b", "file:///b", "c:/b", "b")] == [True, False, False, False]
 
 
 def test_only_addresses_of_this_machine_make_a_cluster_of_this_machine():

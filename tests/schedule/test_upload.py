@@ -27,8 +27,8 @@ defenses: [none]
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     """A sweep two folders deep that names a folder and a file by relative path and a file by absolute path."""
-    for name in ("a/sweeps/s.yaml", "a/models/tiny/config.json", "a/models/tiny/.cache/secret", "a/models/tiny/__pycache__/x.pyc", "a/rows/train.jsonl",
-                 "a/rows/other.jsonl", "a/.git/config", "a/results/run.json", "far/test.jsonl"):
+    for name in ("a/sweeps/s.yaml", "a/models/tiny/config.json", "a/models/tiny/.cache/secret", "a/models/tiny/__pycache__/x.pyc",
+                 "a/rows/train.jsonl", "a/rows/other.jsonl", "a/.git/config", "a/results/run.json", "far/test.jsonl"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
