@@ -268,7 +268,8 @@ def test_a_sweep_runs_on_the_cluster_and_nothing_secret_is_written(head: Running
 
     # Ray's own command does the same.
     plain = subprocess.run([Path(sys.executable).with_name("ray"), "job", "submit", "--address", head.url, "--submission-id", "third",
-                            "--working-dir", ".", "--", sys.executable, "-m", "ftsec_ray", "run", "sweeps/wider.yaml", "--store", str(tmp_path / ".ftsec/store")],
+                            "--working-dir", ".", "--", sys.executable, "-m", "ftsec_ray", "run", "sweeps/wider.yaml",
+                            "--store", str(tmp_path / ".ftsec/store")],
                            env={**head.environment(), "RAY_AUTH_MODE": "token"}, cwd=world, capture_output=True, text=True, timeout=120)
     assert plain.returncode == 0, (plain.stdout, plain.stderr)
     assert "4 of 4 cells done" in plain.stdout
