@@ -68,7 +68,8 @@ def run(
 @guarded
 def submit(
     sweep: Sweep,
-    address: Annotated[str | None, typer.Option("--address", metavar="URL", help=f"The cluster's dashboard; default: {DASHBOARD}.")] = None,
+    address: Annotated[str | None, typer.Option("--address", metavar="URL", help=(
+        f"The cluster's dashboard; default: that of RAY_API_SERVER_ADDRESS, else {DASHBOARD}."))] = None,
     store: Annotated[str | None, typer.Option("--store", metavar="URI", help=(
         "Where the job keeps artifacts: s3://... or gs://...; a folder only where all nodes are this machine (default then: .ftsec/store) "
         "or mount it (--shared-disk)."))] = None,

@@ -69,7 +69,9 @@ def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
     """What a sweep takes along; `package` adds this machine's ftsec_ray."""
     base = sweep.parent.resolve()
     local = local_paths(spec)
-    relative = sorted({path for path in _relative(_texts(read_yaml(sweep.read_text(encoding="utf-8"), Faults(str(sweep)))), base) if path in local})
+    texts = _texts(read_yaml(sweep.read_text(encoding="utf-8"), Faults(str(sweep))))
+    # A link keeps its own place, since the sweep names that one; what it leads to is sent.
+    relative = sorted({path for path in _relative(texts, base) if path.resolve() in local})
     root = Path(os.path.commonpath([base, *(path.parent for path in relative)]))
     files = {_name(sweep.name, base, root): base / sweep.name}
     for path in relative:
@@ -77,7 +79,7 @@ def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
     if package:
         files.update({f"{PACKAGE.name}/{path.relative_to(PACKAGE).as_posix()}": path for path in _files_of(PACKAGE)})
     judge = _judge(spec)
-    left_out = (*sorted(str(path) for path in local.difference(relative)), *([judge] if judge else []))
+    left_out = (*sorted(str(path) for path in local.difference(path.resolve() for path in relative)), *([judge] if judge else []))
     return Upload(sweep=_name(sweep.name, base, root), files=files, left_out=left_out, has_package=package)
 
 
@@ -108,7 +110,7 @@ def _relative(texts: Iterator[str], base: Path) -> Iterator[Path]:
     """What the texts mean as paths from `base`; most of them are no paths at all."""
     for text in texts:
         if text and "\n" not in text and "\0" not in text and not text.startswith(("/", "~")):
-            yield (base / text).resolve()
+            yield Path(os.path.normpath(base / text))
 
 
 def _files_of(path: Path) -> Iterator[Path]:

@@ -48,6 +48,14 @@ def test_the_sweep_and_what_it_names_by_relative_path_keep_their_places(sweep: P
     assert (tmp_path / "there" / sent.sweep).read_text() == sweep.read_text()
 
 
+def test_what_lies_behind_a_link_is_sent_under_the_name_of_the_link(sweep: Path, tmp_path: Path):
+    (tmp_path / "a/models").rename(tmp_path / "elsewhere")
+    (tmp_path / "a/models").symlink_to(tmp_path / "elsewhere")
+    sent = upload.upload_of(sweep, load_sweep(sweep), package=False)
+    assert "models/tiny/config.json" in sent.files
+    assert sent.left_out == (str(tmp_path / "far/test.jsonl"),)
+
+
 def test_a_sweep_without_files_is_sent_alone(tmp_path: Path):
     path = tmp_path / "s.yaml"
     path.write_text("models: [ladder:0.2m]\ntask: microworld\nattacks: [none]\ndefenses: [none]\n")
