@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,12 +89,17 @@ def head(tmp_path_factory: pytest.TempPathFactory):
             time.sleep(0.2)
         yield running
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(20)
+        end_group(process)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads its group, and what is left of the group."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(20)
 
 
 def takes_jobs(url: str) -> bool:
@@ -149,8 +155,11 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def submit(head: RunningHead, *args: str, cwd: Path) -> subprocess.Popen[str]:
+    def hear_interrupts() -> None:  # a test run in the background of a shell ignores them, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return subprocess.Popen([sys.executable, "-m", "ftsec_ray", "submit", *args, "--address", head.url], env=head.environment(), cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts)  # noqa: PLW1509
 
 
 def finished(process: subprocess.Popen[str], *, code: int) -> tuple[str, str]:
