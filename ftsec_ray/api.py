@@ -1,12 +1,16 @@
 """The public Python API; the command line does nothing that it cannot.
 
-`load` reads a sweep, `plan` shows what it takes, `run` runs it and gives the tables, `open_results` opens them again.
+`load` reads a sweep, `plan` shows what it takes, `run` runs it and gives the tables, `submit` has a cluster run it, and
+`open_results` opens the tables again.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +22,9 @@ from ftsec_ray.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
+    from ftsec_ray.schedule.jobs import Head, Job
     from ftsec_ray.schedule.run import Event, RunReport
+    from ftsec_ray.schedule.upload import Upload
     from ftsec_ray.store.store import Store
 
 Sweep = str | Path | Mapping[str, Any] | SweepSpec | Plan
@@ -64,18 +70,76 @@ def run(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Path 
     Args:
         sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan.
         store: Folder or URI where artifacts are kept and found again.
-        results: Tables and report go to the folder of the sweep's name below this one.
+        results: Tables and report go to the folder of the sweep's name below this one, or below this URI.
         executor: `tune` (Ray Tune) or `local` (this process, one stage at a time).
         address: A running Ray cluster; None starts Ray on this machine.
         workers: Stages at a time; None: the sweep's `resources.workers`, else as many as fit.
         limit: Run the first so many cells only; the others stay `pending`.
         on_event: Called with every start, end and failure of a unit.
     """
+    from ftsec_ray.results.remote import local_results, send_results
+    from ftsec_ray.schedule.places import is_uri
     from ftsec_ray.store.store import Store
 
     whole = make_plan(sweep)
-    return run_plan(whole, Store.open(store), Path(results) / whole.spec.name, executor=executor, address=address, workers=workers,
-                    limit=limit, on_event=on_event, sweep_text=text_of(sweep)).results
+    folder = local_results(results) / whole.spec.name
+    outcome = run_plan(whole, Store.open(store), folder, executor=executor, address=address, workers=workers, limit=limit, on_event=on_event,
+                       sweep_text=text_of(sweep))
+    if is_uri(str(results)):
+        send_results(folder, results)
+    return outcome.results
+
+
+def submit(sweep: str | Path, *, address: str | None = None, store: str | None = None, results: str | None = None, workers: int | None = None,
+           limit: int | None = None, submission_id: str | None = None, package: bool | None = None, shared_disk: bool = False) -> Job:
+    """Have a running Ray cluster run a sweep file as a job, and return the job; nothing is sent when the file has a fault.
+
+    Args:
+        sweep: A sweep file. What it names by relative path is sent along.
+        address: The cluster's dashboard; None: http://127.0.0.1:8265.
+        store: As for `run`; a URI unless all nodes are this machine.
+        results: As for `run`; None: `results` where all nodes are this machine, else `results` in the store.
+        workers: Stages at a time.
+        limit: Run the first so many cells only.
+        submission_id: The job's id; None makes one.
+        package: Whether this machine's ftsec_ray is sent along; None: when it is a checkout or an editable install.
+        shared_disk: Whether all nodes mount this machine's absolute paths at the same place.
+    """
+    from ftsec_ray.schedule import jobs, places, upload
+
+    path = Path(sweep)
+    whole = limited(make_plan(path), limit)
+    job_id = _job_id(submission_id, whole.spec.name)
+    sent = upload.upload_of(path, whole.spec, package=upload.is_checkout() if package is None else package)
+    head = jobs.connect(address)
+    here = places.is_this_machine(head.nodes)
+    places.checked_files(sent.left_out, here=here, shared_disk=shared_disk)
+    store = places.checked_place(store or DEFAULT_STORE, "store", here=here, shared_disk=shared_disk)
+    results = places.checked_place(results or (DEFAULT_RESULTS if here else places.below(store, DEFAULT_RESULTS)), "results", here=here,
+                                   shared_disk=shared_disk)
+    command = ["python", "-m", "ftsec_ray"] if sent.has_package else ["ftsec"]
+    command += ["run", sent.sweep, "--store", store, "--results", results]
+    command += [part for name, count in (("--workers", workers), ("--limit", limit)) if count is not None for part in (name, str(count))]
+    return _sent(head, command, sent, job_id=job_id, name=whole.spec.name, store=store, results=results)
+
+
+def _sent(head: Head, command: list[str], sent: Upload, *, job_id: str, name: str, store: str, results: str) -> Job:
+    """Pack the files of a job, hand it over and return it."""
+    from ftsec_ray.schedule.jobs import Job, hand_over
+
+    with tempfile.TemporaryDirectory(prefix="ftsec-job-") as scratch:
+        archive = sent.write(Path(scratch) / "sweep.zip")
+        hand_over(head, command, archive, submission_id=job_id, name=name)
+        return Job(id=job_id, head=head, store=store, results=results, sent_bytes=archive.stat().st_size, has_package=sent.has_package)
+
+
+def _job_id(given: str | None, name: str) -> str:
+    """The id of a job: the one given, or one that tells the sweep and the time."""
+    if given is None:
+        return f"ftsec-{re.sub('[^A-Za-z0-9_-]+', '-', name)}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.urandom(2).hex()}"
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", given):
+        raise SpecError("not an id of a job", given, "letters, digits, - _ and .", "it becomes part of file names")
+    return given
 
 
 def run_plan(whole: Plan, store: Store, folder: Path, *, executor: Executor = "tune", address: str | None = None,

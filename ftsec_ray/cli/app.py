@@ -27,10 +27,12 @@ class Executor(StrEnum):
 Sweep = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file, such as sweeps/quickstart.yaml.", show_default=False)]
 Store = Annotated[str, typer.Option("--store", metavar="DIR", help="Where artifacts are kept and found again: a folder, s3://... or gs://...")]
 ResultsDir = Annotated[Path, typer.Option("--results", metavar="DIR", help="Tables and report go to DIR/<sweep name>.")]
+ResultsPlace = Annotated[str, typer.Option("--results", metavar="DIR", help="Tables and report go to DIR/<sweep name>; also s3://... or gs://...")]
 Address = Annotated[str | None, typer.Option("--address", metavar="ADDR", help="A running Ray cluster (host:port, auto); default: this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
 DEFAULT_STORE = ".ftsec/store"
 DEFAULT_RESULTS = Path("results")
+DASHBOARD = "http://127.0.0.1:8265"
 
 
 def _version(wanted: bool) -> None:  # noqa: FBT001 (a callback of typer)
@@ -49,7 +51,7 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command()
 @guarded
 def run(
-    sweep: Sweep, store: Store = DEFAULT_STORE, results: ResultsDir = DEFAULT_RESULTS,
+    sweep: Sweep, store: Store = DEFAULT_STORE, results: ResultsPlace = str(DEFAULT_RESULTS),
     executor: Annotated[Executor, typer.Option(help="tune: Ray Tune; local: in this process, one stage at a time.")] = Executor.tune,
     address: Address = None,
     workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stages at a time; default: as many as fit.")] = None,
@@ -59,6 +61,38 @@ def run(
     from ftsec_ray.cli.run import run_sweep
 
     code = run_sweep(sweep, store=store, results=results, executor=executor.value, address=address, workers=workers, limit=limit)
+    raise typer.Exit(code)
+
+
+@app.command()
+@guarded
+def submit(
+    sweep: Sweep,
+    address: Annotated[str | None, typer.Option("--address", metavar="URL", help=(
+        f"The cluster's dashboard; default: that of RAY_API_SERVER_ADDRESS, else {DASHBOARD}."))] = None,
+    store: Annotated[str | None, typer.Option("--store", metavar="URI", help=(
+        "Where the job keeps artifacts: s3://... or gs://...; a folder only where all nodes are this machine (default then: .ftsec/store) "
+        "or mount it (--shared-disk)."))] = None,
+    results: Annotated[str | None, typer.Option("--results", metavar="URI", help=(
+        "Tables and report go to URI/<sweep name>; default: STORE/results, or results where all nodes are this machine."))] = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stages at a time; default: as many as fit.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Run the first N cells only.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the job's log until it ends, and leave with its exit code.")] = False,
+    submission_id: Annotated[str | None, typer.Option("--submission-id", metavar="ID", help="The job's id; default: of sweep and time.")] = None,
+    package: Annotated[bool | None, typer.Option("--package/--no-package", show_default=False, help=(
+        "Send this machine's ftsec_ray along, or use the one installed on the cluster; default: send it when it is a checkout or an "
+        "editable install."))] = None,
+    shared_disk: Annotated[bool, typer.Option("--shared-disk", help="All nodes mount this machine's absolute paths at the same place.")] = False,
+) -> None:
+    """Run a sweep as a job on a Ray cluster; its files that are named by relative path go along.
+
+    The job is `ftsec run` there: what the store holds is not repeated, so a job that was lost is submitted again. Tokens and cloud keys are
+    never sent: the cluster's nodes have their own. Prints the job's id, and how to follow and to stop it.
+    """
+    from ftsec_ray.cli.submit import submit_sweep
+
+    code = submit_sweep(sweep, wait=wait, address=address, store=store, results=results, workers=workers, limit=limit, submission_id=submission_id,
+                        package=package, shared_disk=shared_disk)
     raise typer.Exit(code)
 
 

@@ -10,14 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ftsec_ray.errors import FtsecError
+from ftsec_ray.errors import EnvironmentFault, FtsecError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,6 +65,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
         say(line.rstrip())
 
 
+def _leave(error: FtsecError) -> NoReturn:
+    say(str(error), err=True, style="red" if stderr().is_terminal else None)
+    raise typer.Exit(error.exit_code) from None
+
+
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
     """A command whose FtsecErrors are printed and become exit codes; Ctrl-C says how to continue."""
 
@@ -73,8 +78,12 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except FtsecError as error:
-            say(str(error), err=True, style="red" if stderr().is_terminal else None)
-            raise typer.Exit(error.exit_code) from None
+            _leave(error)
+        except ModuleNotFoundError as error:
+            if (error.name or "ftsec_ray").partition(".")[0] == "ftsec_ray":
+                raise  # a bug, and not a package that somebody forgot to install
+            _leave(EnvironmentFault("a package that ftsec_ray needs is not installed", error.name, "everything that its pyproject.toml requires",
+                                    f"install {error.name}, on a cluster in the image of all nodes; `ftsec doctor` lists what else is missing"))
         except KeyboardInterrupt:
             again = " ".join(["ftsec", *sys.argv[1:]])
             say(f"\ninterrupted; finished stages are kept. Continue with: {again}", err=True)

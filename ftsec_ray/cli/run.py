@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -14,21 +15,26 @@ from ftsec_ray.cli.progress import LiveProgress, Tally
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import render, summarize
 from ftsec_ray.results.read import Results
+from ftsec_ray.results.remote import local_results, send_results
+from ftsec_ray.schedule.places import is_uri
 from ftsec_ray.store.store import Store
 
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it in the processes of a submitted job."""
 MAX_ERRORS = 10
 """Failed cells shown after a run; the table `cells` holds all."""
 
 
-def run_sweep(sweep: Path, *, store: str, results: Path, executor: str, address: str | None, workers: int | None, limit: int | None) -> int:
+def run_sweep(sweep: Path, *, store: str, results: str, executor: str, address: str | None, workers: int | None, limit: int | None) -> int:
     """Run a sweep and return the exit code: 0 when every cell asked for is done, 1 otherwise."""
+    _warn_of_job_folder(store=store, results=results)
     # Libraries' notes to their own developers would tear the progress apart.
     warnings.filterwarnings("ignore", category=FutureWarning)
     whole, held = api.make_plan(sweep), Store.open(store)
     part = api.limited(whole, limit)
     done = held.done()
     costs = costs_of(part, held, done)
-    folder = results / whole.spec.name
+    folder = local_results(results) / whole.spec.name
     kind = cast(Literal["tune", "local"], executor)
     if part.needed(done):
         say(render(summarize(part, done, costs=costs)), err=True)
@@ -38,8 +44,16 @@ def run_sweep(sweep: Path, *, store: str, results: Path, executor: str, address:
     else:
         outcome = api.run_plan(whole, held, folder, executor=kind, limit=limit, sweep_text=api.text_of(sweep))
         say(f"{whole.spec.name}: the store holds every stage of {len(part.cells)} cells, nothing to run", err=True)
-    _print_outcome(outcome.results, outcome.page)
+    _print_outcome(outcome.results, outcome.page, sent_to=send_results(folder, results) if is_uri(results) else None)
     return exit_code(outcome.results, part)
+
+
+def _warn_of_job_folder(**places: str) -> None:
+    """Inside a Ray job, say which of the places go away with the job's own folder."""
+    lost = [f"--{name} {place}" for name, place in places.items() if not is_uri(place) and Path(place).absolute().is_relative_to(Path.cwd())]
+    if lost and JOB_VARIABLE in os.environ:
+        say(f"note: {' and '.join(lost)} lie in the working folder of this Ray job, which Ray removes some time after the job. To keep them, "
+            "give an absolute path on a disk that all nodes mount, or a URI such as s3://BUCKET/PREFIX", err=True)
 
 
 def report_sweep(sweep: Path, *, store: str, results: Path, as_markdown: bool = False) -> None:
@@ -64,7 +78,7 @@ def exit_code(results: Results, part: Plan) -> int:
     return 0 if all(status == "done" for cell, status in statuses if cell in wanted) else 1
 
 
-def _print_outcome(results: Results, page: Path) -> None:
+def _print_outcome(results: Results, page: Path, *, sent_to: str | None = None) -> None:
     rows = results.cells.to_pylist()
     counts = Counter(row["status"] for row in rows)
     broken = [row for row in rows if row["status"] == "failed"]
@@ -75,8 +89,8 @@ def _print_outcome(results: Results, page: Path) -> None:
             say(f"and {len(broken) - MAX_ERRORS} more in the table `cells`")
     parts = [f"{counts['done']} of {len(rows)} cells done"] + [f"{counts[s]} {s}" for s in ("failed", "pending") if counts[s]]
     say(", ".join(parts))
-    say(f"tables: {results.folder}")
-    say(f"report: {page}")
+    say(f"tables: {sent_to or results.folder}")
+    say(f"report: {f'{sent_to}/{page.name}' if sent_to else page}")
 
 
 def _short(row: dict[str, object]) -> str:

@@ -1,0 +1,45 @@
+"""`ftsec submit`: hand a sweep to a Ray cluster, tell how to follow it, and follow it where asked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ftsec_ray import api
+from ftsec_ray.cli.console import INTERRUPTED, say
+from ftsec_ray.schedule.jobs import Job
+
+
+def submit_sweep(sweep: Path, *, wait: bool, address: str | None, store: str | None, results: str | None, workers: int | None, limit: int | None,
+                 submission_id: str | None, package: bool | None, shared_disk: bool) -> int:
+    """Submit a sweep and return the exit code: that of the job when it is waited for, else 0.
+
+    The id goes to stdout, or the job's log where it is waited for; everything else to stderr.
+    """
+    job = api.submit(sweep, address=address, store=store, results=results, workers=workers, limit=limit, submission_id=submission_id,
+                     package=package, shared_disk=shared_disk)
+    size = f"{job.sent_bytes / 1024:.0f} KiB sent" + (", this ftsec_ray with it" if job.has_package else "")
+    say(f"submitted to {job.head.address} (Ray {job.head.ray_version}, {len(job.head.nodes)} node(s)), {size}", err=True)
+    say(f"store: {job.store}", err=True)
+    say(f"results: {job.results}", err=True)
+    if not wait:
+        _print_commands(job)
+        print(job.id)
+        return 0
+    say(f"job: {job.id}", err=True)
+    try:
+        return job.wait(_print_log)
+    except KeyboardInterrupt:
+        say(f"\nno longer waiting; the job {job.id} runs on", err=True)
+        _print_commands(job)
+        return INTERRUPTED
+
+
+def _print_commands(job: Job) -> None:
+    for what, command in job.commands().items():
+        say(f"{what}: {command}", err=True)
+
+
+def _print_log(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,128 @@
+"""What a job takes along to a cluster: the sweep file, the files it names by relative path, and this package where asked.
+
+Everything goes into one zip without time stamps, so that the same content has the same name and a cluster that holds it
+already is not sent it again. The files keep their places relative to each other, and the sweep file stays as its author
+wrote it. What a sweep names by absolute path stays behind: such a path means a place that the nodes have themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.spec.faults import Faults
+from ftsec_ray.spec.sweep import SweepSpec
+from ftsec_ray.spec.yaml_text import read_yaml
+
+LIMIT_BYTES = 100 * 2**20
+"""Ray's own limit of what the job API takes."""
+PACKAGE = Path(__file__).resolve().parents[1]
+_NO_DATE = (1980, 1, 1, 0, 0, 0)
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """The files of a job, by their place in its working folder."""
+
+    sweep: str
+    """The sweep file's place."""
+    files: Mapping[str, Path]
+    left_out: tuple[str, ...]
+    """Local models and rows that stay behind, since the sweep names them by absolute path."""
+    has_package: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files, before they are packed."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+    def write(self, target: Path) -> Path:
+        """Pack the files into a zip whose bytes depend on theirs alone; EnvironmentFault above the limit."""
+        if self.bytes > LIMIT_BYTES:
+            largest = sorted(self.files.items(), key=lambda item: -item[1].stat().st_size)[:_SHOWN]
+            raise EnvironmentFault("the sweep and its files are too large to be sent with a job",
+                                   f"{self.bytes / 2**20:.0f} MiB, most of it in {', '.join(name for name, _ in largest)}",
+                                   f"at most {LIMIT_BYTES / 2**20:.0f} MiB",
+                                   "name large models by Hugging Face id, or by an absolute path on a disk that all nodes mount (--shared-disk)")
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, path in sorted(self.files.items()):
+                entry = zipfile.ZipInfo(name, _NO_DATE)
+                entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+                with path.open("rb") as source, archive.open(entry, "w") as sink:
+                    shutil.copyfileobj(source, sink)
+        return target
+
+
+def is_checkout(package: Path = PACKAGE) -> bool:
+    """Whether this package runs from a checkout or an editable install, which no cluster can have by `pip install`."""
+    return not any(package.is_relative_to(Path(sysconfig.get_path(name)).resolve()) for name in ("purelib", "platlib"))
+
+
+def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
+    """What a sweep takes along; `package` adds this machine's ftsec_ray."""
+    base = sweep.parent.resolve()
+    local = local_paths(spec)
+    texts = _texts(read_yaml(sweep.read_text(encoding="utf-8"), Faults(str(sweep))))
+    # A link keeps its own place, since the sweep names that one; what it leads to is sent.
+    relative = sorted({path for path in _relative(texts, base) if path.resolve() in local})
+    root = Path(os.path.commonpath([base, *(path.parent for path in relative)]))
+    files = {_name(sweep.name, base, root): base / sweep.name}
+    for path in relative:
+        files.update({_name(one, path.parent, root): one for one in _files_of(path)})
+    if package:
+        files.update({f"{PACKAGE.name}/{path.relative_to(PACKAGE).as_posix()}": path for path in _files_of(PACKAGE)})
+    judge = _judge(spec)
+    left_out = (*sorted(str(path) for path in local.difference(path.resolve() for path in relative)), *([judge] if judge else []))
+    return Upload(sweep=_name(sweep.name, base, root), files=files, left_out=left_out, has_package=package)
+
+
+def local_paths(spec: SweepSpec) -> set[Path]:
+    """The files and folders of this machine that a sweep's models and tasks are read from."""
+    sources = [source for model in spec.models for source in (model.source, model.unaligned) if source]
+    paths = [source.path for task in spec.tasks for _, source in task.splits if source.path]
+    return {Path(one).expanduser().resolve() for one in (*sources, *paths) if Path(one).expanduser().is_absolute()}
+
+
+def _judge(spec: SweepSpec) -> str | None:
+    kind, _, place = (spec.evaluation.judge or "").partition(":")
+    return place if kind == "classifier" and Path(place).is_dir() else None
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, Sequence):
+        for one in value:
+            yield from _texts(one)
+
+
+def _relative(texts: Iterator[str], base: Path) -> Iterator[Path]:
+    """What the texts mean as paths from `base`; most of them are no paths at all."""
+    for text in texts:
+        if text and "\n" not in text and "\0" not in text and not text.startswith(("/", "~")):
+            yield Path(os.path.normpath(base / text))
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    """A file, or the files of a folder without hidden ones and caches."""
+    if path.is_file():
+        yield path
+        return
+    for one in sorted(path.rglob("*")):
+        parts = one.relative_to(path).parts
+        if one.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
+            yield one
+
+
+def _name(path: str | Path, base: Path, root: Path) -> str:
+    return (base / path).relative_to(root).as_posix()
