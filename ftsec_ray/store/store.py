@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from ftsec_ray.store.record import checked_digest
+from ftsec_ray.store.record import DamagedArtifact, checked_digest
 
 
 class Store(ABC):
@@ -92,7 +93,11 @@ class Store(ABC):
 
     def records(self, digests: set[str]) -> dict[str, dict[str, Any]]:
         """Records of those of the artifacts that are there."""
-        return {digest: self.record(digest) for digest in sorted(digests) if self.has(digest)}
+        found = {}
+        for digest in sorted(digests):
+            with suppress(DamagedArtifact):
+                found[digest] = self.record(digest)
+        return found
 
     def read_json(self, digest: str, name: str) -> Any:  # noqa: ANN401
         """A JSON file of an artifact."""
