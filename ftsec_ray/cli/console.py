@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftsec_ray.errors import FtsecError
+from ftsec_ray.redact import redacted
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,10 +74,10 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except FtsecError as error:
-            say(str(error), err=True, style="red" if stderr().is_terminal else None)
+            say(redacted(str(error)), err=True, style="red" if stderr().is_terminal else None)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            again = " ".join(["ftsec", *sys.argv[1:]])
+            again = redacted(" ".join(["ftsec", *sys.argv[1:]]))
             say(f"\ninterrupted; finished stages are kept. Continue with: {again}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
