@@ -102,6 +102,7 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
             raise
         return _bad(stage, store, error, meter, attempt, host)
     finally:
+        store.leave_work(stage.digest)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     store.drop_verdict(stage.digest)

@@ -13,6 +13,7 @@ from typing import Any
 from ftsec_ray.store.record import RECORD, checked_digest, damaged, dumped, fault_of, files_of, is_digest, verdict_of
 from ftsec_ray.store.room import drop_dead, entries, own_folder, room
 from ftsec_ray.store.store import Store, artifact_key
+from ftsec_ray.store.work import WorkFolders
 
 
 class LocalStore(Store):
@@ -22,6 +23,7 @@ class LocalStore(Store):
         self.root = root.absolute()
         self.uri = str(self.root)
         self._verified: set[str] = set()
+        self._work = WorkFolders(self.root / "work")
 
     def _folder(self, digest: str) -> Path:
         return self.root / artifact_key(digest)
@@ -110,17 +112,19 @@ class LocalStore(Store):
     def drop_leftovers(self) -> None:
         """Remove what processes of this machine that are no more were writing."""
         drop_dead(self.root / "staging")
+        self._work.drop_leftovers()
 
     def workdir(self, digest: str) -> Path:
         """Folder of a stage's step checkpoints, made on first use."""
-        path = self.root / "work" / checked_digest(digest)
-        with room(self.root):
-            path.mkdir(parents=True, exist_ok=True)
-        return path
+        return self._work.take(digest)
+
+    def leave_work(self, digest: str) -> None:
+        """Leave the work folder of a stage that is not done to whoever tries it next."""
+        self._work.leave(digest)
 
     def drop_work(self, digest: str) -> None:
         """Remove the work folder of a stage."""
-        shutil.rmtree(self.root / "work" / checked_digest(digest), ignore_errors=True)
+        self._work.drop(digest)
 
     def _verdict(self, digest: str) -> Path:
         return self.root / "verdicts" / f"{checked_digest(digest)}.json"

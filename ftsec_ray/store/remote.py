@@ -6,8 +6,8 @@
 
 Every publisher sends its files under a name of its own, so two never mix their bytes: whichever record is written last
 names one whole set of files, and the other set is left over until `drop_leftovers`. What is fetched stays in a cache
-folder of the machine, as do step checkpoints. An upload that dies half-way can leave invisible parts in the bucket; a
-lifecycle rule that aborts incomplete multipart uploads removes them.
+folder of the machine; step checkpoints are sent to `work/` while a stage runs. An upload that dies half-way can leave
+invisible parts in the bucket; a lifecycle rule that aborts incomplete multipart uploads removes them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.errors import StoreError
+from ftsec_ray.store.calls import Calls
+from ftsec_ray.store.mirror import WorkMirror
 from ftsec_ray.store.record import (
     RECORD,
     DamagedArtifact,
@@ -39,19 +41,16 @@ from ftsec_ray.store.record import (
     listing_fault,
     verdict_of,
 )
-from ftsec_ray.store.retry import retried
 from ftsec_ray.store.room import disk_full, drop_dead, is_full, own_folder, own_name, room
 from ftsec_ray.store.store import Store, artifact_key
-from ftsec_ray.store.uri import OBJECT_STORES, checked_uri, filesystem_of
+from ftsec_ray.store.uri import checked_uri, filesystem_of
+from ftsec_ray.store.work import WorkFolders
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileInfo, FileSystem
+    from pyarrow.fs import FileSystem
 
-P = ParamSpec("P")
-R = TypeVar("R")
 LEFTOVER_AGE_S = 24 * 3600.0
 """Files that no record names are left over when nothing was added to them for so long: an upload may take hours."""
-_CHUNK = 8 * 2**20
 _READERS = 16
 """Small objects read at a time: reading them is waiting."""
 _ATTEMPT = re.compile(r"[0-9a-f]{12}")
@@ -61,12 +60,14 @@ class RemoteStore(Store):
     """Artifacts behind a `pyarrow.fs` filesystem."""
 
     def __init__(self, filesystem: FileSystem, root: str, *, uri: str, cache: Path | None = None) -> None:
-        self._fs = filesystem
+        self._calls = Calls(filesystem, uri)
         self._root = root.rstrip("/")
         self.uri = checked_uri(uri)
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.cache = cache or home / "ftsec_ray" / "artifacts" / hashlib.sha256(uri.encode()).hexdigest()[:16]
         self._verified: dict[str, Path] = {}
+        self._work = WorkFolders(self.cache / "work")
+        self._mirrors: dict[str, WorkMirror] = {}
 
     @classmethod
     def at(cls, uri: str, *, cache: Path | None = None) -> RemoteStore:
@@ -80,73 +81,11 @@ class RemoteStore(Store):
     def _files(self, digest: str, attempt: str) -> str:
         return f"{self._root}/files/{checked_digest(digest)[:2]}/{digest}/{attempt}"
 
-    # Single calls, each made again when it fails for a passing reason.
-
-    def _call(self, what: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return retried(call, *args, **kwargs)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            if is_full(error):
-                raise
-            raise StoreError(f"cannot {what}: {error}", self.uri, "a store that answers and that the credentials of the environment open",
-                             "check the endpoint, the bucket and the credentials, then run again: what is done stays done") from error
-
-    def _info(self, key: str) -> FileInfo:
-        return self._call("look into the store", self._fs.get_file_info, key)
-
-    def _list(self, folder: str, *, recursive: bool = False) -> Iterator[FileInfo]:
-        from pyarrow.fs import FileSelector
-
-        selector = FileSelector(f"{self._root}/{folder}", recursive=recursive, allow_not_found=True)
-        yield from (info for info in self._call("list the store", self._fs.get_file_info, selector) if info.is_file)
-
-    def _open_sink(self, key: str) -> Any:  # noqa: ANN401
-        if self._fs.type_name not in OBJECT_STORES:
-            self._fs.create_dir(key.rsplit("/", 1)[0], recursive=True)  # an object store would get an empty object for each level
-        return self._fs.open_output_stream(key)
-
-    def _send_once(self, path: Path, key: str) -> None:
-        with path.open("rb") as source, self._open_sink(key) as sink:
-            shutil.copyfileobj(source, sink, _CHUNK)
-
-    def _send(self, path: Path, key: str) -> None:
-        self._call("send a file", self._send_once, path, key)
-
-    def _write_once(self, key: str, text: str) -> None:
-        if self._fs.type_name in OBJECT_STORES:
-            with self._open_sink(key) as sink:
-                sink.write(text.encode())
-            return
-        aside = f"{key}.{uuid.uuid4().hex[:8]}"  # here a reader could see half of it
-        with self._open_sink(aside) as sink:
-            sink.write(text.encode())
-        self._fs.move(aside, key)
-
-    def _write(self, key: str, text: str) -> None:
-        self._call("write to the store", self._write_once, key, text)
-
-    def _read_once(self, key: str) -> bytes:
-        with self._fs.open_input_stream(key) as source:
-            return bytes(source.read())
-
-    def _read(self, key: str) -> str:
-        return self._call("read from the store", self._read_once, key).decode(errors="replace")
-
-    def _receive_once(self, key: str, path: Path) -> None:
-        with self._fs.open_input_stream(key) as source, path.open("wb") as sink:
-            shutil.copyfileobj(source, sink, _CHUNK)
-
-    def _drop(self, remove: Callable[[str], None], key: str) -> None:
-        with suppress(FileNotFoundError):  # another worker was first
-            self._call("delete from the store", remove, key)
-
     # What is done.
 
     def done(self) -> set[str]:
         """Digests of all artifacts, by one listing of their records."""
-        parts = [info.path.rsplit("/", 2) for info in self._list("artifacts", recursive=True) if info.size]
+        parts = [info.path.rsplit("/", 2) for info in self._calls.files(f"{self._root}/artifacts", recursive=True) if info.size]
         found = {part[-2] for part in parts if part[-1] == RECORD}
         if not found:
             self._check_bucket()
@@ -155,18 +94,18 @@ class RemoteStore(Store):
     def _check_bucket(self) -> None:
         """StoreError when the bucket does not exist: its listing is empty and every publication would fail after the work."""
         bucket = self._root.split("/", 1)[0]
-        if self._fs.type_name in OBJECT_STORES and self._info(bucket).type.name == "NotFound":
+        if self._calls.has_buckets and self._calls.info(bucket).type.name == "NotFound":
             raise StoreError("no such bucket", self.uri, "an existing bucket", f"make the bucket {bucket!r}, or correct the URI")
 
     def has(self, digest: str) -> bool:
         """Whether an artifact is done; an empty record is that of a writer that was interrupted."""
-        info = self._info(self._key(digest))
+        info = self._calls.info(self._key(digest))
         return bool(info.is_file and info.size)
 
     def record(self, digest: str) -> dict[str, Any]:
         """The record of an artifact."""
         try:
-            text = self._read(self._key(digest))
+            text = self._calls.read(self._key(digest))
         except FileNotFoundError:
             raise damaged(digest, "it is not in the store") from None
         if not text:
@@ -210,11 +149,11 @@ class RemoteStore(Store):
                 return
             files = files_of(folder)
             for name in files:
-                self._send(folder / name, f"{self._files(digest, attempt)}/{name}")
+                self._calls.send(folder / name, f"{self._files(digest, attempt)}/{name}")
             if self.has(digest):
-                self._drop(self._fs.delete_dir, self._files(digest, attempt))
+                self._calls.drop_folder(self._files(digest, attempt))
                 return
-            self._write(self._key(digest), dumped({**record, "digest": digest, "files": files, "payload": attempt}))
+            self._calls.write(self._key(digest), dumped({**record, "digest": digest, "files": files, "payload": attempt}))
         except OSError as error:
             if is_full(error):
                 raise disk_full(error, self.cache) from error
@@ -279,7 +218,7 @@ class RemoteStore(Store):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._call("read from the store", self._receive_once, f"{self._files(digest, record['payload'])}/{name}", path)
+                self._calls.receive(f"{self._files(digest, record['payload'])}/{name}", path)
             except FileNotFoundError:
                 return f"{name} is missing"
         return None
@@ -289,27 +228,39 @@ class RemoteStore(Store):
         self._verified.pop(digest, None)
         aside = f"{self._root}/quarantine/{digest}.{uuid.uuid4().hex[:8]}.json"
         with suppress(FileNotFoundError):  # another worker was first
-            self._write(aside, self._read(self._key(digest)))
-        self._drop(self._fs.delete_file, self._key(digest))
+            self._calls.write(aside, self._calls.read(self._key(digest)))
+        self._calls.drop_file(self._key(digest))
 
     # Work folders and leftovers.
 
     def workdir(self, digest: str) -> Path:
-        """Folder of a stage's step checkpoints on this machine."""
-        path = self.cache / "work" / checked_digest(digest)
-        with room(self.cache):
-            path.mkdir(parents=True, exist_ok=True)
+        """Folder of a stage's step checkpoints, with the last one that any machine has sent."""
+        path = self._work.take(digest)
+        if self._work.is_shared(digest) and not (digest in self._mirrors and self._mirrors[digest].is_on):
+            self._mirrors[digest] = WorkMirror(path, self._calls, f"{self._root}/work/{digest}")
+            self._mirrors[digest].start()
         return path
+
+    def leave_work(self, digest: str) -> None:
+        """Leave the work folder of a stage that is not done to whoever tries it next, on whatever machine."""
+        if digest in self._mirrors:
+            self._mirrors[digest].stop()
+        self._work.leave(digest)
 
     def drop_work(self, digest: str) -> None:
         """Remove the work folder of a stage."""
-        shutil.rmtree(self.cache / "work" / checked_digest(digest), ignore_errors=True)
+        mirror = self._mirrors.pop(digest, None)
+        if mirror is not None:
+            mirror.stop()
+            mirror.drop()
+        self._work.drop(digest)
 
     def drop_leftovers(self) -> None:
         """Remove what dead processes of this machine left in the cache, and old files in the store that no record names."""
         drop_dead(self.cache / "staging")
+        self._work.drop_leftovers()
         newest: dict[tuple[str, str], datetime] = {}
-        for info in self._list("files", recursive=True):
+        for info in self._calls.files(f"{self._root}/files", recursive=True):
             digest, attempt = (*info.path.removeprefix(f"{self._root}/files/").split("/"), "", "")[1:3]
             if is_digest(digest) and _ATTEMPT.fullmatch(attempt) and info.mtime is not None:
                 newest[digest, attempt] = max(info.mtime, newest.get((digest, attempt), info.mtime))
@@ -319,7 +270,7 @@ class RemoteStore(Store):
         named = {digest: record["payload"] for digest, record in self.records(unsure).items()}
         for (digest, attempt), mtime in newest.items():
             if mtime < limit and (digest not in done or named.get(digest, attempt) != attempt):
-                self._drop(self._fs.delete_dir, self._files(digest, attempt))
+                self._calls.drop_folder(self._files(digest, attempt))
 
     # Verdicts.
 
@@ -328,21 +279,22 @@ class RemoteStore(Store):
 
     def write_verdict(self, digest: str, verdict: Mapping[str, Any]) -> None:
         """Keep why a stage failed."""
-        self._write(self._verdict(digest), dumped(verdict))
+        self._calls.write(self._verdict(digest), dumped(verdict))
 
     def drop_verdict(self, digest: str) -> None:
         """Forget why a stage failed."""
-        if self._info(self._verdict(digest)).is_file:
-            self._drop(self._fs.delete_file, self._verdict(digest))
+        if self._calls.info(self._verdict(digest)).is_file:
+            self._calls.drop_file(self._verdict(digest))
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """Verdicts of all stages that failed and have not succeeded since."""
-        names = {info.path.rsplit("/", 1)[-1].removesuffix(".json") for info in self._list("verdicts") if info.path.endswith(".json")}
+        paths = [info.path for info in self._calls.files(f"{self._root}/verdicts") if info.path.endswith(".json")]
+        names = {path.rsplit("/", 1)[-1].removesuffix(".json") for path in paths}
         failed = {name for name in names if is_digest(name)}
         return self._each(self._verdict_or_none, sorted(failed - self.done())) if failed else {}
 
     def _verdict_or_none(self, digest: str) -> dict[str, Any] | None:
         try:
-            return verdict_of(self._read(self._verdict(digest)))
+            return verdict_of(self._calls.read(self._verdict(digest)))
         except FileNotFoundError:  # its stage has succeeded in the meantime
             return None

@@ -69,7 +69,11 @@ class Store(ABC):
 
     @abstractmethod
     def workdir(self, digest: str) -> Path:
-        """A local folder that belongs to a stage until it is done, whoever runs it."""
+        """A local folder for a stage's step checkpoints, which outlives a kill; of two processes at once each has its own."""
+
+    @abstractmethod
+    def leave_work(self, digest: str) -> None:
+        """Leave the work folder of a stage that is not done to whoever tries it next."""
 
     @abstractmethod
     def drop_work(self, digest: str) -> None:

@@ -38,7 +38,7 @@ def store(request, tmp_path):
 def again(store):
     """The same store as another process sees it: nothing verified, nothing cached."""
     if isinstance(store, RemoteStore):
-        return RemoteStore(store._fs, store._root, uri=store.uri, cache=store.cache.parent / "cache2")
+        return RemoteStore(store._calls._fs, store._root, uri=store.uri, cache=store.cache.parent / "cache2")
     return Store.open(store.uri)
 
 
@@ -70,8 +70,8 @@ class S3Object:
 
 def stored_files(store, name):
     if isinstance(store, RemoteStore) and store.uri.startswith("s3:"):
-        found = store._fs.get_file_info(FileSelector(store._root, recursive=True, allow_not_found=True))
-        return [S3Object(store._fs, info.path) for info in found if info.is_file and info.base_name == name]
+        found = store._calls._fs.get_file_info(FileSelector(store._root, recursive=True, allow_not_found=True))
+        return [S3Object(store._calls._fs, info.path) for info in found if info.is_file and info.base_name == name]
     root = store.root if not isinstance(store, RemoteStore) else store.cache.parent / "bucket"
     return sorted(root.rglob(name))
 
@@ -190,7 +190,7 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_published(store, monkeypatc
     folder = store.scratch(ONE)
     (folder / "weights.bin").write_text("w")
     if isinstance(store, RemoteStore):
-        monkeypatch.setattr(store, "_send", full)
+        monkeypatch.setattr(store._calls, "send", full)
     else:
         monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(StoreError, match="no space left to publish") as caught:
