@@ -137,7 +137,7 @@ def doctor(store: Store = DEFAULT_STORE, address: Address = None, as_json: Json 
     from ftsec_ray.cli.console import table
     from ftsec_ray.cli.doctor import examine, fault_of
 
-    findings = list(examine(Path(store), address=address))
+    findings = list(examine(store, address=address))
     if as_json:
         say(json.dumps([finding.as_json() for finding in findings], indent=1))
     else:

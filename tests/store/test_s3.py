@@ -511,6 +511,17 @@ def test_a_full_disk_under_the_work_and_staging_folders_says_so(s3, store, monke
             act(ONE)
 
 
+def test_doctor_says_whether_a_remote_store_answers(s3, store):
+    from ftsec_ray.cli.doctor import examine
+
+    publish(store)
+    found = {finding.what: finding for finding in examine(store.uri)}
+    assert (found["store"].state, found["store"].found) == ("ok", f"{store.uri} answers and holds 1 artifacts")
+    found = {finding.what: finding for finding in examine("s3://user:planted@bucket/x")}
+    assert found["store"].state == "missing"
+    assert "planted" not in str([finding.as_json() for finding in found.values()])
+
+
 def test_the_filesystem_is_made_without_a_request(s3, place):
     s3.requests.clear()
     assert isinstance(Store.open(place)._calls._fs, FileSystem)
