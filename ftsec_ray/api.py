@@ -82,7 +82,7 @@ def run(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Path 
     from ftsec_ray.store.store import Store
 
     whole = make_plan(sweep)
-    folder = local_results(results) / whole.spec.name
+    folder = results_folder(local_results(results), whole.spec.name)
     outcome = run_plan(whole, Store.open(store), folder, executor=executor, address=address, workers=workers, limit=limit, on_event=on_event,
                        sweep_text=text_of(sweep))
     if is_uri(str(results)):
@@ -204,6 +204,15 @@ def limited(whole: Plan, limit: int | None) -> Plan:
     cells = whole.cells[:limit]
     wanted = {stage for cell in cells for stage in cell.stages}
     return Plan(whole.spec, cells, {digest: stage for digest, stage in whole.stages.items() if digest in wanted})
+
+
+def results_folder(results: str | Path, name: str) -> Path:
+    """The folder of a sweep's tables and report; SpecError for a name that would leave `results`, as a spec made by hand may have."""
+    from ftsec_ray.spec.faults import is_name
+
+    if not is_name(name):
+        raise SpecError("a sweep whose name is no folder name", name, "lower-case letters, digits and _ . -")
+    return Path(results) / name
 
 
 def whole_results(whole: Plan, folder: Path) -> Results | None:

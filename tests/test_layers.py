@@ -13,8 +13,8 @@ import pytest
 import ftsec_ray
 
 ROOT = Path(ftsec_ray.__file__).parent
-LAYERS = ["version", "errors", "identity", "schema", "context", "method", "registry", "spec", "models", "data", "training", "attacks", "defenses",
-          "evals", "plan", "store", "execute", "schedule", "results", "report", "api", "cli", "__main__"]
+LAYERS = ["version", "errors", "redact", "identity", "schema", "context", "method", "registry", "spec", "models", "data", "training", "attacks",
+          "defenses", "evals", "plan", "store", "execute", "schedule", "results", "report", "api", "cli", "__main__"]
 ALLOWED = {("attacks", "evals"), ("defenses", "evals"), ("attacks", "defenses")}
 HEAVY = {"torch", "ray", "deepspeed", "transformers", "peft", "datasets"}
 

@@ -174,7 +174,7 @@ def doctor(
     from ftsec_ray.cli.console import table
     from ftsec_ray.cli.doctor import examine, examine_image, fault_of
 
-    findings = list(examine_image() if image else examine(Path(store), address=address))
+    findings = list(examine_image() if image else examine(store, address=address))
     if as_json:
         say(json.dumps([finding.as_json() for finding in findings], indent=1))
     else:

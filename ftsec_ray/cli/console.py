@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftsec_ray.errors import EnvironmentFault, FtsecError
+from ftsec_ray.redact import redacted
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,7 +67,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 
 def _leave(error: FtsecError) -> NoReturn:
-    say(str(error), err=True, style="red" if stderr().is_terminal else None)
+    say(redacted(str(error)), err=True, style="red" if stderr().is_terminal else None)
     raise typer.Exit(error.exit_code) from None
 
 
@@ -85,7 +86,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             _leave(EnvironmentFault("a package that ftsec_ray needs is not installed", error.name, "everything that its pyproject.toml requires",
                                     f"install {error.name}, on a cluster in the image of all nodes; `ftsec doctor` lists what else is missing"))
         except KeyboardInterrupt:
-            again = " ".join(["ftsec", *sys.argv[1:]])
+            again = redacted(" ".join(["ftsec", *sys.argv[1:]]))
             say(f"\ninterrupted; finished stages are kept. Continue with: {again}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from ftsec_ray.api import check_address
-from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.errors import EnvironmentFault, StoreError
+from ftsec_ray.redact import redacted
+from ftsec_ray.store.store import Store
 
 State = Literal["ok", "note", "missing"]
 GIB = 2**30
@@ -27,7 +29,7 @@ LOW_DISK_GIB, LOW_MEMORY_GIB = 5.0, 4.0
 """Below these a laptop-sized sweep may not fit."""
 REQUIRED = {"torch": "models", "transformers": "models", "peft": "adapters", "safetensors": "the store", "pyarrow": "tables and rows",
             "ray": "the executor `tune`", "pydantic": "sweep files", "PyYAML": "sweep files", "jinja2": "chat templates and the report",
-            "datasets": "tasks by Hugging Face id", "gguf": "models from .gguf files"}
+            "datasets": "tasks by Hugging Face id", "tenacity": "remote stores", "gguf": "models from .gguf files"}
 OPTIONAL = {"polars": "Results.to_polars", "pandas": "Results.to_pandas"}
 IMAGE_COMMANDS = {"bash": ("bash", "Ray runs every command of a node with it"),
                   "rsync": ("rsync", "`ray up` sends the cluster's configuration with it"),
@@ -52,11 +54,14 @@ class Finding:
         return asdict(self)
 
 
-def examine(store: Path, *, address: str | None = None) -> Iterator[Finding]:
+def examine(store: str | Path, *, address: str | None = None) -> Iterator[Finding]:
     """Everything that a run depends on, one finding after the other."""
     yield _python()
     yield from _packages()
-    yield from _machine(store)
+    is_remote = "://" in str(store)
+    yield from _machine(Path.home() if is_remote else Path(store), "cache of the store" if is_remote else "store")
+    if is_remote:
+        yield _remote(str(store))
     yield from _gpus()
     yield _hub()
     if address is not None:
@@ -125,7 +130,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _machine(store: Path) -> Iterator[Finding]:
+def _machine(store: Path, use: str) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Finding("cores", str(cores))
     memory = memory_bytes() / GIB
@@ -133,10 +138,19 @@ def _machine(store: Path) -> Iterator[Finding]:
                   "" if memory >= LOW_MEMORY_GIB else "run with --workers 1 and resources: {cache_gib: 0.5}")
     place = next(folder for folder in (store.absolute(), *store.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free / GIB
-    yield Finding("disk", f"{free:.1f} GiB free for the store {store}", "ok" if free >= LOW_DISK_GIB else "note",
+    yield Finding("disk", f"{free:.1f} GiB free for the {use} {store}", "ok" if free >= LOW_DISK_GIB else "note",
                   "" if free >= LOW_DISK_GIB else "give another disk with --store")
     if not os.access(place, os.W_OK):
         yield Finding("store", f"{place} cannot be written", "missing", "give a writable folder with --store")
+
+
+def _remote(store: str) -> Finding:
+    """Whether a store behind a URI answers."""
+    try:
+        held = len(Store.open(store).done())
+    except StoreError as error:
+        return Finding("store", redacted(error.what), "missing", error.fix)
+    return Finding("store", f"{store} answers and holds {held} artifacts")
 
 
 def memory_bytes() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
-from ftsec_ray.plan.cost import Costs
+from ftsec_ray.plan.cost import Costs, like_stages
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration, render, summarize
 from ftsec_ray.plan.stage import Cell
@@ -22,7 +22,7 @@ MAX_ROWS = 20
 
 def costs_of(plan: Plan, store: Store, done: set[str]) -> Costs:
     """Durations of stages, learned from the records of those that are done."""
-    return Costs(store.records(done & set(plan.stages)).values())
+    return Costs(store.records(like_stages(plan.stages, done)).values())
 
 
 def print_plan(sweep: Path, *, store: str, as_json: bool, gpu_price: float | None) -> None:

@@ -34,7 +34,7 @@ def run_sweep(sweep: Path, *, store: str, results: str, executor: str, address: 
     part = api.limited(whole, limit)
     done = held.done()
     costs = costs_of(part, held, done)
-    folder = local_results(results) / whole.spec.name
+    folder = api.results_folder(local_results(results), whole.spec.name)
     kind = cast(Literal["tune", "local"], executor)
     if part.needed(done):
         say(render(summarize(part, done, costs=costs)), err=True)
@@ -62,7 +62,7 @@ def report_sweep(sweep: Path, *, store: str, results: Path, as_markdown: bool = 
     from ftsec_ray.report.page import write_report
 
     whole = api.make_plan(sweep)
-    folder = results / whole.spec.name
+    folder = api.results_folder(results, whole.spec.name)
     api.collect_plan(whole, Store.open(store), None, folder, sweep_text=api.text_of(sweep))
     found, page = api.open_results(folder), write_report(folder)
     if as_markdown:

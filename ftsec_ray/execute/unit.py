@@ -26,6 +26,7 @@ from typing import Any, Literal
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.plan.stage import Stage
+from ftsec_ray.redact import redacted, without_secrets
 from ftsec_ray.store import DamagedArtifact, Store
 
 Status = Literal["done", "cached", "failed", "upstream_failed", "retry"]
@@ -95,12 +96,13 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
         folder = store.scratch(stage.digest)
         extra = _run_fitting(run, stage, folder, session)
         record = {**_identity(stage), **meter.read(), **extra, "attempt": attempt, "host": host, "versions": dict(_versions())}
-        store.publish(stage.digest, folder, record)
+        store.publish(stage.digest, folder, without_secrets(record))
     except BaseException as error:
         if not isinstance(error, Exception):
             raise
         return _bad(stage, store, error, meter, attempt, host)
     finally:
+        store.leave_work(stage.digest)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     store.drop_verdict(stage.digest)
@@ -167,10 +169,10 @@ def code_of(error: Exception) -> str:
 
 
 def short_text(error: Exception) -> str:
-    """The message of an error, and for one that nobody raised on purpose the last lines of its traceback."""
+    """The message of an error, and for one that nobody raised on purpose the last lines of its traceback; without secrets."""
     if isinstance(error, FtsecError):
-        return str(error)
-    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+        return redacted(str(error))
+    lines = redacted("".join(traceback.format_exception(error))).rstrip().splitlines()
     return "\n".join(lines[-_TRACEBACK_LINES:])
 
 

@@ -20,6 +20,7 @@ from ftsec_ray import schema
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method, hooks_of
+from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.write import write_results
@@ -58,7 +59,7 @@ def collect(plan: Plan, store: Store, report: RunReport | None, folder: Path, *,
             "counts": {status: statuses.count(status) for status in schema.STATUSES},
             "attack_goals": {name_of(attack): type(attack).GOAL for attack in plan.spec.attacks},  # type: ignore[attr-defined]
             "defense_hooks": {name_of(one): list(hooks_of(type(one))) for stack in plan.spec.defenses for one in stack},
-            "sweep_text": sweep_text or _sweep_text(plan)}
+            "sweep_text": redacted(sweep_text or _sweep_text(plan))}
     return write_results(folder, tables=tables, meta=meta)
 
 

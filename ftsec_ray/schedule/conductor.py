@@ -15,6 +15,7 @@ from ftsec_ray.execute.unit import StageVerdict
 from ftsec_ray.plan.cost import Costs, like_stages
 from ftsec_ray.plan.graph import Plan, fuse
 from ftsec_ray.plan.stage import Unit
+from ftsec_ray.redact import redacted
 from ftsec_ray.schedule.scheduler import Node, Scheduler, State
 from ftsec_ray.store import Store
 
@@ -119,6 +120,7 @@ class Conductor:
 
     def lost(self, unit: str, error: str) -> None:
         """A worker died, or came back without a verdict."""
+        error = redacted(error)
         if self.scheduler.requeue(unit):
             self._tell("requeued", unit, error)
             return

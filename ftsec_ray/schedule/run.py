@@ -9,6 +9,7 @@ from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION, imported
 from ftsec_ray.plan.graph import Plan
+from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor, Event, RunReport
 from ftsec_ray.store import Store
 
@@ -45,6 +46,7 @@ def execute(plan: Plan, store: Store, *, executor: Literal["tune", "local"] = "t
     conductor = Conductor(plan, store, store.done(), on_event=on_event)
     if conductor.finished:
         return conductor.report()
+    clean_logs()
     store.drop_leftovers()
     runtime = runtime or runtime_of(plan)
     resources = plan.spec.resources

@@ -29,6 +29,7 @@ from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.unit import StageVerdict, cpu_threads, imported, run_unit, short_text
 from ftsec_ray.plan.stage import Stage
+from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
@@ -68,6 +69,7 @@ class StageHost(tune.Trainable):
         assert work is not None, "given by tune.with_parameters"
         assert units is not None, "given by tune.with_parameters"
         logging.getLogger("ray").setLevel(logging.ERROR)
+        clean_logs()
         self._work, self._units, self._config = work, units, config
         self._session: Any = None
 

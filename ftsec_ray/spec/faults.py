@@ -56,11 +56,15 @@ def nearest(name: object, known: Iterable[str], otherwise: str = "") -> str:
     return f"did you mean {near[0]!r}?" if near else otherwise
 
 
+def is_name(value: object, *, also: str = "") -> bool:
+    """Whether a value is safe as the name of a folder."""
+    return isinstance(value, str) and re.fullmatch(NAME_PATTERN.replace("_.-", f"_.{also}-"), value) is not None and ".." not in value
+
+
 def name_or_none(value: object, place: str, faults: Faults, *, also: str = "") -> str | None:
     """A name that is safe as a folder, or None with a fault; `also` names further characters that may occur."""
-    pattern = NAME_PATTERN.replace("_.-", f"_.{also}-")
-    if isinstance(value, str) and re.fullmatch(pattern, value) and ".." not in value:
-        return value
+    if is_name(value, also=also):
+        return str(value)
     faults.add(place, "not a name", value, f"lower-case letters, digits and _ . {also} -, starting with a letter or digit".replace("  ", " "),
                "a name becomes a folder of the results")
     return None

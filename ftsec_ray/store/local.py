@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import socket
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ftsec_ray.store.record import RECORD, checked_digest, damaged, disk_full, dumped, fault_of, files_of, is_full
+from ftsec_ray.store.record import RECORD, checked_digest, damaged, dumped, fault_of, files_of, is_digest, verdict_of
+from ftsec_ray.store.room import drop_dead, entries, own_folder, room
 from ftsec_ray.store.store import Store, artifact_key
+from ftsec_ray.store.work import WorkFolders
 
 
 class LocalStore(Store):
@@ -25,6 +23,7 @@ class LocalStore(Store):
         self.root = root.absolute()
         self.uri = str(self.root)
         self._verified: set[str] = set()
+        self._work = WorkFolders(self.root / "work")
 
     def _folder(self, digest: str) -> Path:
         return self.root / artifact_key(digest)
@@ -32,8 +31,8 @@ class LocalStore(Store):
     def done(self) -> set[str]:
         """Digests of all artifacts, by one listing."""
         found = set()
-        for prefix in _entries(self.root / "artifacts"):
-            for entry in _entries(Path(prefix.path)):
+        for prefix in entries(self.root / "artifacts"):
+            for entry in entries(Path(prefix.path)):
                 if os.path.exists(f"{entry.path}/{RECORD}"):  # noqa: PTH110 - ten thousand times, and Path costs more than the call
                     found.add(entry.name)
         return found
@@ -44,17 +43,14 @@ class LocalStore(Store):
 
     def scratch(self, digest: str) -> Path:
         """A fresh empty folder on the filesystem of the store."""
-        path = self.root / "staging" / f"{checked_digest(digest)}.{host_mark()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-        with _room(self.root):
-            path.mkdir(parents=True)
-        return path
+        return own_folder(self.root / "staging", digest)
 
     def publish(self, digest: str, folder: Path, record: Mapping[str, Any]) -> None:
         """Move a folder to its place with its record inside; a copy that comes second is discarded."""
         final = self._folder(digest)
         staged = folder
         try:
-            with _room(self.root):
+            with room(self.root):
                 if folder.parent != self.root / "staging":
                     staged = self.scratch(digest)
                     shutil.copytree(folder, staged, dirs_exist_ok=True)
@@ -99,9 +95,9 @@ class LocalStore(Store):
             raise damaged(digest, "it is not in the store") from None
         except ValueError:
             found = None
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or found.get("digest") != digest:
             self._quarantine(folder)
-            raise damaged(digest, "its record is not JSON")
+            raise damaged(digest, "its record is not that of an artifact")
         return found
 
     def _quarantine(self, folder: Path) -> None:
@@ -115,21 +111,20 @@ class LocalStore(Store):
 
     def drop_leftovers(self) -> None:
         """Remove what processes of this machine that are no more were writing."""
-        for entry in _entries(self.root / "staging"):
-            host, pid = (*entry.name.split("."), "", "")[1:3]
-            if host == host_mark() and pid.isdigit() and not _is_alive(int(pid)):
-                shutil.rmtree(entry.path, ignore_errors=True)
+        drop_dead(self.root / "staging")
+        self._work.drop_leftovers()
 
     def workdir(self, digest: str) -> Path:
         """Folder of a stage's step checkpoints, made on first use."""
-        path = self.root / "work" / checked_digest(digest)
-        with _room(self.root):
-            path.mkdir(parents=True, exist_ok=True)
-        return path
+        return self._work.take(digest)
+
+    def leave_work(self, digest: str) -> None:
+        """Leave the work folder of a stage that is not done to whoever tries it next."""
+        self._work.leave(digest)
 
     def drop_work(self, digest: str) -> None:
         """Remove the work folder of a stage."""
-        shutil.rmtree(self.root / "work" / checked_digest(digest), ignore_errors=True)
+        self._work.drop(digest)
 
     def _verdict(self, digest: str) -> Path:
         return self.root / "verdicts" / f"{checked_digest(digest)}.json"
@@ -137,7 +132,7 @@ class LocalStore(Store):
     def write_verdict(self, digest: str, verdict: Mapping[str, Any]) -> None:
         """Keep why a stage failed."""
         path = self._verdict(digest)
-        with _room(self.root):
+        with room(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
             aside.write_text(dumped(verdict), encoding="utf-8")
@@ -149,45 +144,6 @@ class LocalStore(Store):
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """Verdicts of all stages that failed and have not succeeded since."""
-        paths = sorted((self.root / "verdicts").glob("*.json"))
-        return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in paths if not self.has(p.stem)}
-
-
-@cache
-def host_mark() -> str:
-    """A short name of this machine without dots."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as found:
-            return list(found)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-@contextmanager
-def _room(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except shutil.Error as error:  # copytree gathers its errors
-        causes = [OSError(*cause.args) if isinstance(cause, OSError) else cause for *_, cause in error.args[0]]
-        full = next((c for c in causes if isinstance(c, OSError) and is_full(c)), None)
-        if full is None and not any("No space left" in str(c) for c in causes):
-            raise
-        raise disk_full(full or OSError(28, "No space left on device"), root) from error
-    except OSError as error:
-        if is_full(error):
-            raise disk_full(error, root) from error
-        raise
+        paths = [p for p in sorted((self.root / "verdicts").glob("*.json")) if is_digest(p.stem) and not self.has(p.stem)]
+        found = {p.stem: verdict_of(p.read_text(encoding="utf-8", errors="replace")) for p in paths}
+        return {digest: verdict for digest, verdict in found.items() if verdict is not None}

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ftsec_ray.errors import StoreError
 from ftsec_ray.identity import DIGEST_CHARS
 
 RECORD = "record.json"
+_PICKLES = re.compile(r"\.(pkl|pickle|pt|pth|ckpt|joblib|dill)$|(^|/)(pytorch_model[^/]*|adapter_model|training_args)\.bin$", re.IGNORECASE)
+"""Names under which libraries keep, and would load, pickled objects."""
 _DIGEST = re.compile(rf"[0-9a-f]{{{DIGEST_CHARS}}}")
 
 
@@ -31,6 +31,11 @@ def checked_digest(digest: str) -> str:
     return digest
 
 
+def is_digest(text: str) -> bool:
+    """Whether a text is the digest of an artifact."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of an artifact's folder, by relative path; the record itself is left out."""
     found = {}
@@ -38,6 +43,9 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             raise StoreError("an artifact may hold plain files and folders only", str(path), "no links, no sockets")
+        if member_fault(name) is not None:
+            raise StoreError(f"a file that no artifact may hold: {member_fault(name)}", name,
+                             "tensors as safetensors, tables as Parquet, the rest as JSON")
         if path.is_file() and name != RECORD:
             found[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return found
@@ -54,15 +62,42 @@ def dumped(record: Mapping[str, Any]) -> str:
     return json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
-def fault_of(folder: Path, record: Mapping[str, Any]) -> str | None:
-    """What of a folder does not match its record; None when every file does."""
+def member_fault(name: str) -> str | None:
+    """What is wrong with the name of a file of an artifact; None when it stays inside and nobody would unpickle it."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or not name.isprintable() or "\\" in name:
+        return f"its record names a path outside of it: {name}"
+    return f"{name} is the name of a pickle" if _PICKLES.search(name) else None
+
+
+def listing_fault(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with the list of files in a record; None when every entry can be used as it is."""
     files = record.get("files")
     if not isinstance(files, dict):
         return "its record lists no files"
     for name, expected in files.items():
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            return f"its record does not say what {name} holds"
+        fault = member_fault(name)
+        if fault is not None:
+            return fault
+    return None
+
+
+def fault_of(folder: Path, record: Mapping[str, Any]) -> str | None:
+    """What of a folder does not match its record; None when every file does and there is no other."""
+    fault = listing_fault(record)
+    if fault is not None:
+        return fault
+    files = record["files"]
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            return f"{name} is a link"
+        if name not in files and name != RECORD and not path.name.startswith(".") and not path.is_dir():
+            return f"{name} is not in its record"
+    for name, expected in files.items():
         path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            return f"its record names a path outside of it: {name}"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
@@ -72,21 +107,16 @@ def fault_of(folder: Path, record: Mapping[str, Any]) -> str | None:
     return None
 
 
+def verdict_of(text: str) -> dict[str, Any] | None:
+    """The verdict in a text; None where it is not one, so that a damaged verdict hides no cell."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return {"error_code": None, "error": None, **found} if isinstance(found, dict) else None
+
+
 def damaged(digest: str, fault: str) -> DamagedArtifact:
     """The error for an artifact that must be made again."""
     return DamagedArtifact(f"artifact {digest} cannot be used: {fault}", digest, "files that match their record",
                            "nothing by hand: its stage runs again")
-
-
-def disk_full(error: OSError, place: Path) -> StoreError:
-    """The error for a write that found no room."""
-    spot = next((p for p in (place, *place.parents) if p.exists()), Path("/"))
-    usage = shutil.disk_usage(spot)
-    return StoreError(f"no space left to publish under {place}", f"{usage.free} bytes free of {usage.total} ({error.strerror})",
-                      "room for the artifact", "free some space or choose another --store, then run again: "
-                      "nothing half-written is left, and what is done stays done")
-
-
-def is_full(error: OSError) -> bool:
-    """Whether an error says that a disk or a quota is used up."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from ftsec_ray.store.record import checked_digest
+from ftsec_ray.store.record import DamagedArtifact, checked_digest
 
 
 class Store(ABC):
@@ -68,7 +69,11 @@ class Store(ABC):
 
     @abstractmethod
     def workdir(self, digest: str) -> Path:
-        """A local folder that belongs to a stage until it is done, whoever runs it."""
+        """A local folder for a stage's step checkpoints, which outlives a kill; of two processes at once each has its own."""
+
+    @abstractmethod
+    def leave_work(self, digest: str) -> None:
+        """Leave the work folder of a stage that is not done to whoever tries it next."""
 
     @abstractmethod
     def drop_work(self, digest: str) -> None:
@@ -92,7 +97,11 @@ class Store(ABC):
 
     def records(self, digests: set[str]) -> dict[str, dict[str, Any]]:
         """Records of those of the artifacts that are there."""
-        return {digest: self.record(digest) for digest in sorted(digests) if self.has(digest)}
+        found = {}
+        for digest in sorted(digests):
+            with suppress(DamagedArtifact):
+                found[digest] = self.record(digest)
+        return found
 
     def read_json(self, digest: str, name: str) -> Any:  # noqa: ANN401
         """A JSON file of an artifact."""

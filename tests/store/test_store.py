@@ -1,4 +1,4 @@
-"""The store, on a local disk and behind a `pyarrow.fs` filesystem: publishing, damage, full disks, rivals."""
+"""The store, on a local disk, behind a `pyarrow.fs` filesystem and on S3: publishing, damage, full disks, rivals."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ import time
 from pathlib import Path
 
 import pytest
-from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from pyarrow.fs import FileSelector, LocalFileSystem, SubTreeFileSystem
 
 from ftsec_ray.errors import StoreError
 from ftsec_ray.store import DamagedArtifact, Store
 from ftsec_ray.store import local as local_module
 from ftsec_ray.store.remote import RemoteStore
+from tests.s3_server import BUCKET
 
 ONE, TWO = "1" * 32, "ab" * 16
 
 
-@pytest.fixture(params=["local", "remote"])
+@pytest.fixture(params=["local", "remote", "s3"])
 def store(request, tmp_path):
     if request.param == "local":
         return Store.open(tmp_path / "store")
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return Store.open(f"s3://{BUCKET}/{tmp_path.name}", cache=tmp_path / "cache")
     (tmp_path / "bucket").mkdir()
     filesystem = SubTreeFileSystem(str(tmp_path / "bucket"), LocalFileSystem())
     return RemoteStore(filesystem, "sweeps/a", uri="test://sweeps/a", cache=tmp_path / "cache")
@@ -34,7 +38,7 @@ def store(request, tmp_path):
 def again(store):
     """The same store as another process sees it: nothing verified, nothing cached."""
     if isinstance(store, RemoteStore):
-        return RemoteStore(store._fs, store._root, uri=store.uri, cache=store.cache.parent / "cache2")
+        return RemoteStore(store._calls._fs, store._root, uri=store.uri, cache=store.cache.parent / "cache2")
     return Store.open(store.uri)
 
 
@@ -47,7 +51,27 @@ def publish(store, digest=ONE, text="weights", **record):
     return folder
 
 
+class S3Object:
+    """An object with the few methods of a path that the tests use."""
+
+    def __init__(self, filesystem, key):
+        self.filesystem, self.key = filesystem, key
+
+    def read_text(self):
+        return self.filesystem.open_input_stream(self.key).read().decode()
+
+    def write_text(self, text):
+        with self.filesystem.open_output_stream(self.key) as sink:
+            sink.write(text.encode())
+
+    def unlink(self):
+        self.filesystem.delete_file(self.key)
+
+
 def stored_files(store, name):
+    if isinstance(store, RemoteStore) and store.uri.startswith("s3:"):
+        found = store._calls._fs.get_file_info(FileSelector(store._root, recursive=True, allow_not_found=True))
+        return [S3Object(store._calls._fs, info.path) for info in found if info.is_file and info.base_name == name]
     root = store.root if not isinstance(store, RemoteStore) else store.cache.parent / "bucket"
     return sorted(root.rglob(name))
 
@@ -166,7 +190,7 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_published(store, monkeypatc
     folder = store.scratch(ONE)
     (folder / "weights.bin").write_text("w")
     if isinstance(store, RemoteStore):
-        monkeypatch.setattr(store, "_send", full)
+        monkeypatch.setattr(store._calls, "send", full)
     else:
         monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(StoreError, match="no space left to publish") as caught:
