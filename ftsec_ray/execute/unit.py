@@ -141,7 +141,7 @@ def _release(session: Any) -> None:  # noqa: ANN401
 
 def _identity(stage: Stage) -> dict[str, Any]:
     plain = stage.to_json()
-    return {key: plain[key] for key in ("kind", "method", "seed", "params", "inputs", "where", "cost_s")}
+    return {key: plain[key] for key in ("kind", "method", "seed", "params", "inputs", "where", "resource", "cost_s")}
 
 
 def _bad(stage: Stage, store: Store, error: Exception, meter: _Meter, attempt: int, host: str) -> StageVerdict:
@@ -242,3 +242,10 @@ def cpu_threads(count: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(count)
+
+
+def gpu_share(share: float) -> None:
+    """Let torch allocate so much of the GPU's memory, 0..1: a stage that outgrows its share fails alone, and spares its neighbours."""
+    cuda = _torch_cuda()
+    if cuda is not None and 0 < share < 1:
+        cuda.set_per_process_memory_fraction(share)

@@ -15,9 +15,9 @@ import os
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray  # noqa: TID253 - this module is the place for it
@@ -27,10 +27,11 @@ from ray.tune.search import Searcher  # noqa: TID253
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
-from ftsec_ray.execute.unit import StageVerdict, cpu_threads, imported, run_unit, short_text
+from ftsec_ray.execute.unit import StageVerdict, cpu_threads, gpu_share, imported, run_unit, short_text
+from ftsec_ray.plan.resources import cpus_of, gpus_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.schedule.conductor import Conductor
-from ftsec_ray.spec.sweep import ResourceSpec
+from ftsec_ray.spec.sweep import ResourceSpec, SweepSpec
 from ftsec_ray.store import Store
 
 SURPLUS = 16
@@ -45,6 +46,8 @@ _ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_
                 "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0", "RAY_AIR_NEW_OUTPUT": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 Bundles = Mapping[str, Mapping[str, float]]
 """Resource class -> what one unit of it occupies."""
+Room = Callable[[Mapping[str, int]], Mapping[str, int]]
+"""Trials of each class that wait or run -> how many more may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,23 +94,27 @@ class StageHost(tune.Trainable):
     def _open(self) -> None:
         """Import and open what outlives a unit, once."""
         if self._session is None:
-            threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+            assigned = ray.get_runtime_context().get_assigned_resources()
+            threads, gpus = max(1, int(assigned.get("CPU", 1))), float(assigned.get("GPU", 0.0))
+            # A worker without a GPU sees none, whatever the rest of the sweep runs on.
+            runtime = self._work.runtime if gpus or not self._work.runtime.device.startswith("cuda") else replace(self._work.runtime, device="cpu")
             cpu_threads(threads)
             self._store = Store.open(self._work.store)
             self._runner = imported(self._work.runner)
-            session = imported(self._work.session)(self._store, self._work.runtime, self._work.cache_gib)
+            session = imported(self._work.session)(self._store, runtime, self._work.cache_gib)
             cpu_threads(threads)  # again, for what the imports have brought
+            gpu_share(gpus)
             self._session = session
 
 
 class StageSearcher(Searcher):
     """Hands units to Tune as the conductor says, and tells it what became of them."""
 
-    def __init__(self, conductor: Conductor, *, room: Mapping[str, int], limit: int, given: frozenset[str]) -> None:
+    def __init__(self, conductor: Conductor, *, room: Room, limit: int, given: frozenset[str]) -> None:
         super().__init__()
         self.conductor = conductor
         self.room = room
-        """Trials of each resource class that may wait or run at a time."""
+        """Trials of each resource class that may wait or run beside those that do."""
         self.limit = limit
         """The same of all classes together."""
         self.live: dict[str, str] = {}
@@ -125,10 +132,10 @@ class StageSearcher(Searcher):
         if len(self.live) >= self.limit:
             return None
         taken: Counter[str] = Counter(self.conductor.units[unit].resource for unit in self.live.values())
-        free = {resource: room - taken[resource] for resource, room in self.room.items()}
+        free = self.room(taken)
         unit = self.conductor.next(free=free, warm=self._warm)
-        if unit is None:
-            return None
+        if unit is None:  # with nothing live only a budget can be the reason, and then the conductor has finished
+            return str(Searcher.FINISHED) if self.conductor.finished else None
         self.live[trial_id] = unit.id
         config = {"unit": unit.id, "on": unit.resource, "attempt": self.conductor.attempt(unit.id)}
         if unit.id not in self._given:  # it was not foreseen when the workers got their units
@@ -254,8 +261,8 @@ class StopWhenStalled(tune.Stopper):
 
 def run_tune(conductor: Conductor, work: Work, resources: ResourceSpec, *, address: str | None, workers: int | None) -> None:
     """Run the units of a conductor as trials, until none is left."""
-    bundles = bundles_of(resources)
     used = {unit.resource for unit in conductor.units.values()}
+    bundles = bundles_of(conductor.plan.spec, {stage.resource for stage in conductor.plan.stages.values()})
     address = address or os.environ.get("RAY_ADDRESS")
     with _environment(), _ray(address, workers, resources), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
         if address is None:
@@ -275,10 +282,12 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
                *, can_grow: bool) -> list[str]:
     """One tuner over what is left; returns the units that it left without an answer."""
     given = {unit.id: unit.stages for unit in conductor.units.values()}
-    room = slots_of(bundles, used)
+    have = ray.cluster_resources()
+    slots = {one: max(1, count) for one, count in slots_of({one: bundles[one] for one in used}, have).items()}
     if can_grow:
-        room = {name: max(count, workers or 0) + SURPLUS for name, count in room.items()}
-    limit = min(sum(room.values()), max(workers or 2**31, len(room)))
+        slots = {one: max(count, workers or 0) + SURPLUS for one, count in slots.items()}
+    limit = min(sum(slots.values()), max(workers or 2**31, len(slots)))
+    room = room_ahead(slots) if can_grow else room_beside(bundles, have)
     searcher = StageSearcher(conductor, room=room, limit=limit, given=frozenset(given))
     factories = {name: tune.PlacementGroupFactory([dict(bundle)]) for name, bundle in bundles.items()}
     host = tune.with_resources(tune.with_parameters(StageHost, work=work, units=given), lambda config: factories[config["on"]])
@@ -300,17 +309,33 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
     return list(searcher.live.values())
 
 
-def bundles_of(resources: ResourceSpec) -> dict[str, dict[str, float]]:
+def bundles_of(spec: SweepSpec, classes: Iterable[str]) -> dict[str, dict[str, float]]:
     """What one unit of each resource class occupies."""
-    cpu = {"CPU": resources.cpus_per_stage}
-    return {"cpu": cpu if resources.gpus_per_stage == 0 else {"CPU": 1.0},
-            "gpu": {"CPU": resources.cpus_per_stage, "GPU": resources.gpus_per_stage or 1.0}}
+    found = {}
+    for one in sorted(classes):
+        gpus = gpus_of(one)
+        found[one] = {"CPU": cpus_of(one, spec), **({"GPU": gpus} if gpus else {})}
+    return found
 
 
-def slots_of(bundles: Bundles, used: Collection[str]) -> dict[str, int]:
-    """Units of each class in use that the cluster as it is now runs at a time, at least 1."""
-    have = ray.cluster_resources()
-    return {one: max(1, int(min(have.get(name, 0.0) / amount for name, amount in bundles[one].items()))) for one in sorted(used)}
+def slots_of(bundles: Bundles, have: Mapping[str, float]) -> dict[str, int]:
+    """Units of each class that these resources run at a time, if those of no other class run beside them."""
+    return {one: int(min(have.get(name, 0.0) / amount for name, amount in bundle.items()) + 1e-6) for one, bundle in bundles.items()}
+
+
+def room_beside(bundles: Bundles, have: Mapping[str, float]) -> Room:
+    """Room in a cluster that does not grow: classes share its cores and GPUs, and the first unit always gets its turn."""
+    def room(taken: Mapping[str, int]) -> Mapping[str, int]:
+        left = {name: amount - sum(count * bundles[one].get(name, 0.0) for one, count in taken.items()) for name, amount in have.items()}
+        least = 0 if any(taken.values()) else 1
+        return {one: max(least, count) for one, count in slots_of(bundles, left).items()}
+
+    return room
+
+
+def room_ahead(most: Mapping[str, int]) -> Room:
+    """Room in a cluster that may grow: so many of each class, whatever the others take."""
+    return lambda taken: {one: count - taken.get(one, 0) for one, count in most.items()}
 
 
 def _check_room(bundles: Bundles, used: Collection[str]) -> None:
