@@ -10,7 +10,7 @@ from typing import Any
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
-from ftsec_ray.plan.bill import spent_of
+from ftsec_ray.plan.bill import shortfall, spent_of
 from ftsec_ray.plan.cost import Costs, learned_from
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration, render, summarize
@@ -74,6 +74,9 @@ def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
     summary = summarize(plan, done, costs=costs_of(plan, held, done))
     say(f"{plan.spec.name}: {counts['done']} of {len(plan.cells)} cells done, {counts['failed']} failed, {counts['pending']} pending; "
         f"{summary.done} of {summary.stages} stages held, {summary.to_run} to run ({duration(summary.work_s)} of work)")
+    over = shortfall(plan, spent_of(plan, held, done), summary.bill) if plan.spec.budget else None
+    if over is not None:
+        say(f"pending: {over.what}; allowed: {over.want}")
     broken = [cell for cell in plan.cells if statuses[cell.digest] == "failed"]
     if broken:
         say()

@@ -11,6 +11,7 @@ from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
 from ftsec_ray.cli.overview import costs_of
 from ftsec_ray.cli.progress import LiveProgress, Tally
+from ftsec_ray.plan.bill import spent_of
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import render, summarize
 from ftsec_ray.results.read import Results
@@ -21,7 +22,10 @@ MAX_ERRORS = 10
 
 
 def run_sweep(sweep: Path, *, store: str, results: Path, executor: str, address: str | None, workers: int | None, limit: int | None) -> int:
-    """Run a sweep and return the exit code: 0 when every cell asked for is done, 1 otherwise."""
+    """Run a sweep and return the exit code: 0 when every cell asked for is done, 1 otherwise.
+
+    BudgetError (exit 2) when what is left would take more than the sweep's budget.
+    """
     # Libraries' notes to their own developers would tear the progress apart.
     warnings.filterwarnings("ignore", category=FutureWarning)
     whole, held = api.make_plan(sweep), Store.open(store)
@@ -31,7 +35,8 @@ def run_sweep(sweep: Path, *, store: str, results: Path, executor: str, address:
     folder = results / whole.spec.name
     kind = cast(Literal["tune", "local"], executor)
     if part.needed(done):
-        say(render(summarize(part, done, costs=costs)), err=True)
+        spent = spent_of(part, held, done) if part.spec.budget else None
+        say(render(summarize(part, done, costs=costs, spent=spent)), err=True)
         with LiveProgress(Tally(part, done, costs)) as shown:
             outcome = api.run_plan(whole, held, folder, executor=kind, address=address, workers=workers, limit=limit, on_event=shown.on_event,
                                    sweep_text=api.text_of(sweep))
@@ -75,6 +80,8 @@ def _print_outcome(results: Results, page: Path) -> None:
             say(f"and {len(broken) - MAX_ERRORS} more in the table `cells`")
     parts = [f"{counts['done']} of {len(rows)} cells done"] + [f"{counts[s]} {s}" for s in ("failed", "pending") if counts[s]]
     say(", ".join(parts))
+    for why in sorted({row["error"] for row in rows if row["status"] == "pending" and row["error_code"] == "budget"}):
+        say(f"pending: {why}; a higher `budget` lets the next run go on")
     say(f"tables: {results.folder}")
     say(f"report: {page}")
 
