@@ -94,7 +94,8 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
     try:
         folder = store.scratch(stage.digest)
         extra = _run_fitting(run, stage, folder, session)
-        record = {**_identity(stage), **meter.read(), **extra, "attempt": attempt, "host": host, "versions": dict(_versions())}
+        measured = meter.read()
+        record = {**_identity(stage), **measured, **extra, "attempt": attempt, "host": host, "versions": dict(_versions())}
         store.publish(stage.digest, folder, record)
     except BaseException as error:
         if not isinstance(error, Exception):
@@ -105,7 +106,7 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
             shutil.rmtree(folder, ignore_errors=True)
     store.drop_verdict(stage.digest)
     store.drop_work(stage.digest)
-    return StageVerdict(digest=stage.digest, status="done", wall_s=meter.wall_s, attempt=attempt, host=host)
+    return StageVerdict(digest=stage.digest, status="done", wall_s=measured["wall_s"], attempt=attempt, host=host)
 
 
 def _run_fitting(run: Runner, stage: Stage, folder: Path, session: Any) -> dict[str, Any]:  # noqa: ANN401

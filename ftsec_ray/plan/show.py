@@ -115,14 +115,14 @@ def _bill_lines(s: PlanSummary) -> list[str]:
     is_priced = any(row.node for row in bill.rows)
     names = [f"{row.node or 'any'}{' (spot)' if row.spot else ''}" for row in bill.rows]
     wide = max(map(len, [*names, "node type"])) + 2
-    wide_asks = max(len(row.asks) for row in bill.rows) + 2
+    asks = "a stage asks for"
+    wide_asks = max(map(len, [*(row.asks for row in bill.rows), asks])) + 2
 
     def line(name: str, asks: str, stages: int, spend: Spend) -> str:
-        money = f"{spend.usd:>11.2f}" if is_priced else ""
-        return (f"{name:<{wide}}{asks:<{wide_asks}}{stages:>7}{_hours(spend.hours):>11}{_hours(spend.gpu_hours):>11}"
-                f"{_hours(spend.cpu_hours):>11}{money}").rstrip()
+        figures = [spend.hours, spend.gpu_hours, spend.cpu_hours, *([spend.usd] if is_priced else [])]
+        return f"{name:<{wide}}{asks:<{wide_asks}}{stages:>7}" + "".join(f"{_short(one):>11}" for one in figures)
 
-    lines = ["", f"{'node type':<{wide}}{'a stage asks for':<{wide_asks}}{'to run':>7}{'hours':>11}{'GPU-hours':>11}{'CPU-hours':>11}"
+    lines = ["", f"{'node type':<{wide}}{asks:<{wide_asks}}{'to run':>7}{'hours':>11}{'GPU-hours':>11}{'CPU-hours':>11}"
              + (f"{'usd':>11}" if is_priced else "")]
     lines += [line(name, row.asks, row.stages, row.spend) for name, row in zip(names, bill.rows, strict=True)]
     lines.append(line("all", "", sum(row.stages for row in bill.rows), bill.total))
@@ -142,8 +142,8 @@ def _budget_lines(s: PlanSummary) -> list[str]:
             + (", MORE THAN ALLOWED" if took[name] + takes[name] > limit * (1 + 1e-9) else "") for name, limit in s.budget.items()]
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:.2f}" if hours >= 0.1 or hours == 0 else f"{hours:.4f}"
+def _short(figure: float) -> str:
+    return f"{figure:.2f}" if figure >= 0.1 or figure == 0 else f"{figure:.4f}"
 
 
 def duration(seconds: float) -> str:

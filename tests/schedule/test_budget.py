@@ -65,7 +65,8 @@ def drive(nodes: list[Node], limits: dict[str, float], spent: dict[str, float], 
 
 
 @settings(max_examples=120, deadline=None)
-@given(priced_graphs(), st.floats(0, 60), st.floats(0, 10), st.floats(0, 5), st.integers(0, 2**32), st.integers(1, 4), st.sampled_from([0.5, 1.0, 3.0]))
+@given(priced_graphs(), st.floats(0, 60), st.floats(0, 10), st.floats(0, 5), st.integers(0, 2**32), st.integers(1, 4),
+       st.sampled_from([0.5, 1.0, 3.0]))
 def test_no_unit_starts_past_the_budget_and_the_run_ends(nodes, usd, hours, spent, seed, slots, actual):
     scheduler = drive(nodes, {"usd": usd, "hours": hours}, {"usd": spent}, seed, slots, actual=actual)
     left = {one for one, state in scheduler.states().items() if state not in TERMINAL}
