@@ -156,13 +156,3 @@ def test_failed_stages_are_paid_for(tmp_path):
     report = run(budgeted(slow(tmp_path, fail=True), hours=0.5 / 3600), store)
     assert 1 <= len(report.failed) <= 3
     assert len(report.failed) + len(report.unaffordable) == 8
-
-
-@pytest.mark.ray
-def test_a_run_on_ray_stops_at_its_budget_and_ends(tmp_path):
-    store = Store.open(tmp_path / "store")
-    plan = budgeted(slow(tmp_path, count=12), hours=0.5 / 3600)
-    report = execute(plan, store, executor="tune", workers=2, runner=RUNNER, session=SESSION)
-    assert 1 <= len(report.done) <= 5, "three, and what ran beside the third"
-    assert len(report.done) + len(report.unaffordable) == 12
-    assert store.done() == set(report.done)
