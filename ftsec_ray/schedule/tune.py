@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,10 +28,10 @@ from ray.tune.search import Searcher  # noqa: TID253
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.unit import StageVerdict, cpu_threads, gpu_share, imported, run_unit, short_text
-from ftsec_ray.plan.resources import cpus_of, gpus_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.schedule.conductor import Conductor
-from ftsec_ray.spec.sweep import ResourceSpec, SweepSpec
+from ftsec_ray.schedule.room import Bundles, Room, bundles_of, room_ahead, room_beside, slots_of
+from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
 
 SURPLUS = 16
@@ -44,10 +44,6 @@ MAX_RESTARTS = 3
 _ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
                 "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "TUNE_GLOBAL_CHECKPOINT_S": "3600",
                 "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0", "RAY_AIR_NEW_OUTPUT": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-Bundles = Mapping[str, Mapping[str, float]]
-"""Resource class -> what one unit of it occupies."""
-Room = Callable[[Mapping[str, int]], Mapping[str, int]]
-"""Trials of each class that wait or run -> how many more may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,35 +303,6 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
         raise EnvironmentFault(f"workers cannot open: {searcher.broken[-1]}", work.runner, "workers that have ftsec_ray installed "
                                "and can reach the store", "install the same version on all nodes, or look at the text above")
     return list(searcher.live.values())
-
-
-def bundles_of(spec: SweepSpec, classes: Iterable[str]) -> dict[str, dict[str, float]]:
-    """What one unit of each resource class occupies."""
-    found = {}
-    for one in sorted(classes):
-        gpus = gpus_of(one)
-        found[one] = {"CPU": cpus_of(one, spec), **({"GPU": gpus} if gpus else {})}
-    return found
-
-
-def slots_of(bundles: Bundles, have: Mapping[str, float]) -> dict[str, int]:
-    """Units of each class that these resources run at a time, if those of no other class run beside them."""
-    return {one: int(min(have.get(name, 0.0) / amount for name, amount in bundle.items()) + 1e-6) for one, bundle in bundles.items()}
-
-
-def room_beside(bundles: Bundles, have: Mapping[str, float]) -> Room:
-    """Room in a cluster that does not grow: classes share its cores and GPUs, and the first unit always gets its turn."""
-    def room(taken: Mapping[str, int]) -> Mapping[str, int]:
-        left = {name: amount - sum(count * bundles[one].get(name, 0.0) for one, count in taken.items()) for name, amount in have.items()}
-        least = 0 if any(taken.values()) else 1
-        return {one: max(least, count) for one, count in slots_of(bundles, left).items()}
-
-    return room
-
-
-def room_ahead(most: Mapping[str, int]) -> Room:
-    """Room in a cluster that may grow: so many of each class, whatever the others take."""
-    return lambda taken: {one: count - taken.get(one, 0) for one, count in most.items()}
 
 
 def _check_room(bundles: Bundles, used: Collection[str]) -> None:

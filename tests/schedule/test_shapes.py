@@ -9,6 +9,7 @@ import pytest
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.plan.resources import cpus_of, gpus_of
+from ftsec_ray.schedule.room import room_beside
 from ftsec_ray.schedule.run import execute
 from ftsec_ray.spec.sweep import BudgetSpec, ResourceSpec
 from ftsec_ray.store import Store
@@ -35,8 +36,6 @@ def cluster():
 
 
 def test_classes_take_room_from_each_other():
-    from ftsec_ray.schedule.tune import room_beside
-
     bundles = {one: {"CPU": 1.0, **({"GPU": gpus_of(one)} if gpus_of(one) else {})} for one in ("cpu", "gpu:0.125", "gpu:0.5", "gpu")}
     room = room_beside(bundles, {"CPU": 16.0, "GPU": 1.0})
     assert room({}) == {"cpu": 16, "gpu:0.125": 8, "gpu:0.5": 2, "gpu": 1}
