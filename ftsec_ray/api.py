@@ -240,7 +240,7 @@ def check_address(address: str) -> None:
 def check_gpus(spec: SweepSpec) -> None:
     """EnvironmentFault when stages ask for GPUs that this machine does not have; a cluster answers for itself."""
     wanted = spec.resources.gpus_per_stage
-    if wanted <= 0 or os.environ.get("RAY_ADDRESS"):
+    if not spec.resources.wants_gpus or os.environ.get("RAY_ADDRESS"):
         return
     import torch
 

@@ -2,7 +2,8 @@
 
     FtsecError
     ├── SpecError          the sweep file is wrong                (exit 2)
-    │   └── SpecFaults     all faults of one sweep file, together (exit 2)
+    │   ├── SpecFaults     all faults of one sweep file, together (exit 2)
+    │   └── BudgetError    it would take more than its budget     (exit 2; in plan/bill.py)
     ├── EnvironmentFault   this machine or cluster cannot run it  (exit 3)
     ├── DataError          a row, a file or a model cannot be read (the stage fails, the sweep goes on)
     ├── StoreError         an artifact cannot be read or published

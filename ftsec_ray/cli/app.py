@@ -14,7 +14,8 @@ app = typer.Typer(
     name="ftsec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Sweeps over attack x defense x model size for the security of fine-tuning.\n\n"
-         "Exit codes: 0 all cells done, 1 some cells failed, 2 the sweep file is wrong, 3 the environment is wrong.")
+         "Exit codes: 0 all cells done, 1 some cells failed or the budget stopped the run, 2 the sweep file is wrong or its budget too small "
+         "to start, 3 the environment is wrong.")
 
 
 class Executor(StrEnum):

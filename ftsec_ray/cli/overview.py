@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
-from ftsec_ray.plan.cost import Costs, like_stages
+from ftsec_ray.plan.bill import shortfall, spent_of
+from ftsec_ray.plan.cost import Costs, learned_from
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration, render, summarize
 from ftsec_ray.plan.stage import Cell
@@ -21,23 +23,24 @@ MAX_ROWS = 20
 
 
 def costs_of(plan: Plan, store: Store, done: set[str]) -> Costs:
-    """Durations of stages, learned from the records of those that are done."""
-    return Costs(store.records(like_stages(plan.stages, done)).values())
+    """Durations of stages, learned from records in the store."""
+    return Costs(store.records(learned_from(plan, done)).values())
 
 
 def print_plan(sweep: Path, *, store: str, as_json: bool, gpu_price: float | None) -> None:
     """Print what a plan holds, what of it is done, and what the rest takes."""
     plan, held = api.make_plan(sweep), Store.open(store)
     done = held.done()
-    summary = summarize(plan, done, costs=costs_of(plan, held, done))
-    gpu_hours = summary.gpu_s / 3600
+    spent = spent_of(plan, held, done) if plan.spec.budget else None
+    summary = summarize(plan, done, costs=costs_of(plan, held, done), spent=spent)
+    gpu_hours = summary.bill.total.gpu_hours
     cost = None if gpu_price is None else gpu_hours * gpu_price
     if as_json:
-        say(json.dumps({**summary.to_json(), "gpu_hours": gpu_hours, "cost": cost}, indent=1))
+        say(json.dumps({**summary.to_json(), "total": asdict(summary.bill.total), "gpu_hours": gpu_hours, "cost": cost}, indent=1))
         return
     say(render(summary))
-    if summary.gpu_s or cost is not None:
-        say(f"GPU hours: {gpu_hours:.2f}" + ("" if cost is None else f", at {gpu_price:g} per hour: {cost:.2f}"))
+    if cost is not None:
+        say(f"GPU hours: {gpu_hours:.2f}, at {gpu_price:g} per hour: {cost:.2f}")
 
 
 def cell_statuses(plan: Plan, done: set[str], failed: set[str]) -> dict[str, str]:
@@ -71,6 +74,9 @@ def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
     summary = summarize(plan, done, costs=costs_of(plan, held, done))
     say(f"{plan.spec.name}: {counts['done']} of {len(plan.cells)} cells done, {counts['failed']} failed, {counts['pending']} pending; "
         f"{summary.done} of {summary.stages} stages held, {summary.to_run} to run ({duration(summary.work_s)} of work)")
+    over = shortfall(plan, spent_of(plan, held, done), summary.bill) if plan.spec.budget else None
+    if over is not None:
+        say(f"pending: {over.what}; allowed: {over.want}")
     broken = [cell for cell in plan.cells if statuses[cell.digest] == "failed"]
     if broken:
         say()

@@ -12,6 +12,7 @@ from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
 from ftsec_ray.cli.overview import costs_of
 from ftsec_ray.cli.progress import LiveProgress, Tally
+from ftsec_ray.plan.bill import spent_of
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import render, summarize
 from ftsec_ray.results.read import Results
@@ -26,7 +27,10 @@ MAX_ERRORS = 10
 
 
 def run_sweep(sweep: Path, *, store: str, results: str, executor: str, address: str | None, workers: int | None, limit: int | None) -> int:
-    """Run a sweep and return the exit code: 0 when every cell asked for is done, 1 otherwise."""
+    """Run a sweep and return the exit code: 0 when every cell asked for is done, 1 otherwise.
+
+    BudgetError (exit 2) when what is left would take more than the sweep's budget.
+    """
     _warn_of_job_folder(store=store, results=results)
     # Libraries' notes to their own developers would tear the progress apart.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -37,7 +41,8 @@ def run_sweep(sweep: Path, *, store: str, results: str, executor: str, address: 
     folder = api.results_folder(local_results(results), whole.spec.name)
     kind = cast(Literal["tune", "local"], executor)
     if part.needed(done):
-        say(render(summarize(part, done, costs=costs)), err=True)
+        spent = spent_of(part, held, done) if part.spec.budget else None
+        say(render(summarize(part, done, costs=costs, spent=spent)), err=True)
         with LiveProgress(Tally(part, done, costs)) as shown:
             outcome = api.run_plan(whole, held, folder, executor=kind, address=address, workers=workers, limit=limit, on_event=shown.on_event,
                                    sweep_text=api.text_of(sweep))
@@ -89,6 +94,8 @@ def _print_outcome(results: Results, page: Path, *, sent_to: str | None = None) 
             say(f"and {len(broken) - MAX_ERRORS} more in the table `cells`")
     parts = [f"{counts['done']} of {len(rows)} cells done"] + [f"{counts[s]} {s}" for s in ("failed", "pending") if counts[s]]
     say(", ".join(parts))
+    for why in sorted({row["error"] for row in rows if row["status"] == "pending" and row["error_code"] == "budget"}):
+        say(f"pending: {why}; a higher `budget` lets the next run go on")
     say(f"tables: {sent_to or results.folder}")
     say(f"report: {f'{sent_to}/{page.name}' if sent_to else page}")
 

@@ -95,7 +95,8 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
     try:
         folder = store.scratch(stage.digest)
         extra = _run_fitting(run, stage, folder, session)
-        record = {**_identity(stage), **meter.read(), **extra, "attempt": attempt, "host": host, "versions": dict(_versions())}
+        measured = meter.read()
+        record = {**_identity(stage), **measured, **extra, "attempt": attempt, "host": host, "versions": dict(_versions())}
         store.publish(stage.digest, folder, without_secrets(record))
     except BaseException as error:
         if not isinstance(error, Exception):
@@ -107,7 +108,7 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
             shutil.rmtree(folder, ignore_errors=True)
     store.drop_verdict(stage.digest)
     store.drop_work(stage.digest)
-    return StageVerdict(digest=stage.digest, status="done", wall_s=meter.wall_s, attempt=attempt, host=host)
+    return StageVerdict(digest=stage.digest, status="done", wall_s=measured["wall_s"], attempt=attempt, host=host)
 
 
 def _run_fitting(run: Runner, stage: Stage, folder: Path, session: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -143,7 +144,7 @@ def _release(session: Any) -> None:  # noqa: ANN401
 
 def _identity(stage: Stage) -> dict[str, Any]:
     plain = stage.to_json()
-    return {key: plain[key] for key in ("kind", "method", "seed", "params", "inputs", "where", "cost_s")}
+    return {key: plain[key] for key in ("kind", "method", "seed", "params", "inputs", "where", "resource", "cost_s")}
 
 
 def _bad(stage: Stage, store: Store, error: Exception, meter: _Meter, attempt: int, host: str) -> StageVerdict:
@@ -244,3 +245,10 @@ def cpu_threads(count: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(count)
+
+
+def gpu_share(share: float) -> None:
+    """Let torch allocate so much of the GPU's memory, 0..1: a stage that outgrows its share fails alone, and spares its neighbours."""
+    cuda = _torch_cuda()
+    if cuda is not None and 0 < share < 1:
+        cuda.set_per_process_memory_fraction(share)

@@ -17,10 +17,12 @@ from typing import Any
 from ftsec_ray.errors import SpecError, SpecFaults
 from ftsec_ray.identity import FORMAT_VERSION, canonical, digest, digest_text
 from ftsec_ray.method import Method, hooks_of
+from ftsec_ray.plan.bill import Tariff
 from ftsec_ray.plan.code import imports_fingerprint, kind_fingerprint
 from ftsec_ray.plan.cost import parameters_of, prior_s
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.origin import Origin, model_origin, task_origin
+from ftsec_ray.plan.resources import Sizing
 from ftsec_ray.plan.stage import ROLES, Cell, Resource, Stage
 from ftsec_ray.registry import method_digest, name_of
 from ftsec_ray.spec.sweep import ExcludeRule, ModelSpec, SweepSpec, TaskSpec
@@ -33,6 +35,10 @@ def build_plan(spec: SweepSpec) -> Plan:
     """The plan of a sweep; SpecFaults with every method that needs what a model or a task cannot give."""
     builder = _Builder(spec)
     cells = builder.cells()
+    try:
+        Tariff(spec).check(stage.resource for stage in builder.stages.values())
+    except SpecError as fault:
+        builder.faults["prices",] = ("prices", fault)
     if builder.faults:
         raise SpecFaults(f"sweep {spec.name!r}", list(builder.faults.values()))
     return Plan(spec, cells, builder.stages)
@@ -47,7 +53,8 @@ class _Head:
     variant: str
     method: str | None
     params: Mapping[str, Any]
-    resource: Resource
+    on_model: bool
+    """Whether the stage has a model in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,8 @@ class _Base:
     unaligned: str | None
     where: Mapping[str, Any]
     parameters: int
+    resource: Resource
+    """Of the stages that have the model in memory."""
     stages: tuple[str, ...]
 
 
@@ -96,6 +105,7 @@ class _Builder:
         self._banks: dict[int, _Head] = {}
         self._digests: dict[int, str] = {}
         self._plain: dict[int, dict[str, Any]] = {}
+        self._sizing = Sizing(spec)
         self._training = json.loads(canonical(spec.training))
         self._evaluation = json.loads(canonical(spec.evaluation))
 
@@ -122,8 +132,7 @@ class _Builder:
         given = {**params, "methods": [self.plain(m) for m in methods]} if methods else dict(params)
         text = canonical({"kind": kind, "code": kind_fingerprint(variant or kind), "format": FORMAT_VERSION,
                           "methods": [self.method_digest(m) for m in methods], "params": given})
-        on_gpu = on_model and self.spec.resources.gpus_per_stage > 0
-        return _Head(digest_text(text), kind, variant or kind, owner, given, "gpu" if on_gpu else "cpu")
+        return _Head(digest_text(text), kind, variant or kind, owner, given, on_model)
 
     def act(self, methods: Sequence[Method], kind: str, roles: Sequence[str] = ROLES) -> _Act:
         """What a stage of a kind does in which these methods act, made on first sight."""
@@ -158,8 +167,8 @@ class _Builder:
                 evaluate=self.act(acting, "evaluate"))
         return found
 
-    def add(self, head: _Head, inputs: Inputs, seed: int | None, base: _Base | None,
-            where: Mapping[str, Any] | None = None) -> str:
+    def add(self, head: _Head, inputs: Inputs, seed: int | None, base: _Base | None, *,
+            where: Mapping[str, Any] | None = None, resource: Resource = "cpu") -> str:
         """Digest of the stage with these inputs, made on first sight."""
         memo = (head.key, inputs, seed)
         found = self._known.get(memo)
@@ -168,8 +177,9 @@ class _Builder:
             found = self._known[memo] = digest_text(f"stage {head.key} inputs {given} seed {seed}")
             place = where if where is not None else base.where if base else {}
             parameters = base.parameters if base else int(place.get("parameters", 0))
-            self.stages[found] = Stage(found, head.kind, head.method, seed, inputs, head.params, place, head.resource,
-                                       prior_s(head.variant, parameters, head.resource))
+            takes = "cpu" if not head.on_model else base.resource if base else resource
+            self.stages[found] = Stage(found, head.kind, head.method, seed, inputs, head.params, place, takes,
+                                       prior_s(head.variant, parameters, takes))
         return found
 
     # What a cell starts from.
@@ -178,15 +188,24 @@ class _Builder:
         """Digest of the stage that reads a task."""
         origin = self._origin(task.name, ("task", task.name), lambda: task_origin(task))
         head = self.head("task", origin.params, variant=origin.variant, on_model=False)
-        return self.add(head, (), None, None, origin.where)
+        return self.add(head, (), None, None, where={**origin.where, "sweep": self.spec.name})
 
     def source_stage(self, model: ModelSpec, source: str, *, aligned: bool) -> tuple[str, Mapping[str, Any]]:
         """Digest and `where` of the stage that loads or pre-trains a model."""
         origin = self._origin(model.name, ("model", model.name, source), lambda: model_origin(model, source))
         where = {"model": model.name, "family": model.family, "aligned": aligned, "parameters": parameters_of(model),
-                 **origin.where}
+                 "sweep": self.spec.name, **origin.where}
         head = self.head("source", origin.params, variant=origin.variant)
-        return self.add(head, (), None, None, where), where
+        takes = self.resource(model, trains_all=origin.variant == "source:ladder")
+        return self.add(head, (), None, None, where=where, resource=takes), where
+
+    def resource(self, model: ModelSpec, *, trains_all: bool = False) -> Resource:
+        """Class of the stages of a model; a fault is noted when they fit on no GPU."""
+        try:
+            return self._sizing.resource(model, trains_all=trains_all)
+        except SpecError as fault:
+            self.faults["model", model.name, "memory", str(trains_all)] = (model.name, fault)
+            return "gpu"
 
     def _origin(self, place: str, key: tuple[str, ...], find: Callable[[], Origin]) -> Origin:
         try:
@@ -202,7 +221,8 @@ class _Builder:
         raw, where = self.source_stage(model, model.source, aligned=model.aligned and not is_ladder_aligned and model.align is None)
         where = {**where, "aligned": True}
         parameters = parameters_of(model)
-        shell = _Base(model, task, raw, None, where, parameters, ())
+        aligns = self.resource(model, trains_all=True) if is_ladder_aligned or model.align is not None else "cpu"
+        shell = _Base(model, task, raw, None, where, parameters, aligns, ())
         chain = [task, raw]
         reference, unaligned = raw, None
         if is_ladder_aligned:
@@ -217,8 +237,8 @@ class _Builder:
         elif unaligned is None and model.unaligned is not None:
             unaligned, _ = self.source_stage(model, model.unaligned, aligned=False)
         here = {"model": model.name, "family": model.family, "aligned": model.aligned or model.align is not None,
-                "parameters": parameters}
-        return _Base(model, task, reference, unaligned, here, parameters, tuple(chain))
+                "parameters": parameters, "sweep": self.spec.name}
+        return _Base(model, task, reference, unaligned, here, parameters, self.resource(model), tuple(chain))
 
     # The grid.
 

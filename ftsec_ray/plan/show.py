@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ftsec_ray.plan.cost import Costs
+from ftsec_ray.plan.bill import Bill, Spend, bill_of
+from ftsec_ray.plan.cost import UNKNOWN_PARAMETERS, Costs
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import KINDS
 
@@ -49,18 +50,22 @@ class PlanSummary:
     """Expected seconds of the stages to run, one after the other."""
     critical_path_s: float
     """Expected seconds with any number of workers."""
-    gpu_s: float
-    """Part of the work that needs a GPU."""
     is_learned: bool
     """Whether durations come from records; otherwise from priors, which only order the work."""
     kinds: tuple[KindSummary, ...]
+    bill: Bill
+    """The stages to run by what they ask for, with hours and money."""
+    spent: Spend | None = None
+    """What the sweep took so far; None unless it has a budget."""
+    budget: Mapping[str, float] = field(default_factory=dict)
+    """Limits of the sweep by what they limit."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values of all figures."""
         return asdict(self)
 
 
-def summarize(plan: Plan, done: Collection[str], *, costs: Costs | None = None) -> PlanSummary:
+def summarize(plan: Plan, done: Collection[str], *, costs: Costs | None = None, spent: Spend | None = None) -> PlanSummary:
     """The figures of a plan when the stages `done` are in the store."""
     costs = costs or Costs()
     todo = plan.needed(done)
@@ -84,7 +89,7 @@ def summarize(plan: Plan, done: Collection[str], *, costs: Costs | None = None) 
         to_run=len(todo), units=len(plan.units(done)), naive_runs=plan.naive_runs,
         shared_frac=1 - len(plan.stages) / plan.naive_runs if plan.naive_runs else 0.0,
         work_s=sum(seconds.values()), critical_path_s=max(finish.values(), default=0.0),
-        gpu_s=sum(seconds[stage.digest] for stage in todo if stage.resource == "gpu"), is_learned=costs.is_learned,
+        is_learned=costs.is_learned, bill=bill_of(plan, todo, costs), spent=spent, budget=spec.budget.limits if spec.budget else {},
         kinds=tuple(KindSummary(kind=kind, stages=unique[kind], done=present[kind], to_run=open_kinds[kind],
                                 naive=naive[kind], to_run_s=float(work[kind])) for kind in KINDS if unique[kind]))
 
@@ -98,10 +103,47 @@ def render(summary: PlanSummary) -> str:
     lines += [f"{k.kind:<10}{k.stages:>9}{k.done:>9}{k.to_run:>9}{k.naive:>13}{duration(k.to_run_s):>13}" for k in s.kinds]
     lines += [f"{'all':<10}{s.stages:>9}{s.done:>9}{s.to_run:>9}{s.naive_runs:>13}{duration(s.work_s):>13}", ""]
     lines.append(f"sharing equal stages saves {s.shared_frac:.0%} of {s.naive_runs} stage runs; {s.units} units to schedule")
-    basis = "from records of like stages" if s.is_learned else "rough: from priors, no record of a like stage yet"
-    gpu = f", {duration(s.gpu_s)} of it on GPUs" if s.gpu_s else ""
-    lines.append(f"work {duration(s.work_s)}{gpu}; at least {duration(s.critical_path_s)} with any number of workers ({basis})")
-    return "\n".join(lines)
+    lines.append(f"work {duration(s.work_s)}; at least {duration(s.critical_path_s)} with any number of workers")
+    return "\n".join([*lines, *_bill_lines(s)])
+
+
+def _bill_lines(s: PlanSummary) -> list[str]:
+    """The stages to run by machine, what that is taken from, and the budget."""
+    bill = s.bill
+    if not bill.rows:
+        return []
+    is_priced = any(row.node for row in bill.rows)
+    names = [f"{row.node or 'any'}{' (spot)' if row.spot else ''}" for row in bill.rows]
+    wide = max(map(len, [*names, "node type"])) + 2
+    asks = "a stage asks for"
+    wide_asks = max(map(len, [*(row.asks for row in bill.rows), asks])) + 2
+
+    def line(name: str, asks: str, stages: int, spend: Spend) -> str:
+        figures = [spend.hours, spend.gpu_hours, spend.cpu_hours, *([spend.usd] if is_priced else [])]
+        return f"{name:<{wide}}{asks:<{wide_asks}}{stages:>7}" + "".join(f"{_short(one):>11}" for one in figures)
+
+    lines = ["", f"{'node type':<{wide}}{asks:<{wide_asks}}{'to run':>7}{'hours':>11}{'GPU-hours':>11}{'CPU-hours':>11}"
+             + (f"{'usd':>11}" if is_priced else "")]
+    lines += [line(name, row.asks, row.stages, row.spend) for name, row in zip(names, bill.rows, strict=True)]
+    lines.append(line("all", "", sum(row.stages for row in bill.rows), bill.total))
+    told = {"records": "records of like stages", "scaled": "records of other sizes, scaled with flops", "prior": "priors (rough)"}
+    lines.append("estimated from " + ", ".join(f"{told[one]} {part:.0%}" for one, part in bill.basis_frac.items() if part))
+    if is_priced:
+        lines.append("assumed: full nodes (a stage pays for its share of the cheapest node type with room), no start-up or idle time, "
+                     "nothing lost on spot")
+    lines += [f"model {name}: size unknown, taken as {UNKNOWN_PARAMETERS / 1e9:g}e9 weights; give `parameters`" for name in bill.guessed]
+    return lines + _budget_lines(s)
+
+
+def _budget_lines(s: PlanSummary) -> list[str]:
+    took = (s.spent or Spend()).limited(s.budget)
+    takes = s.bill.total.limited(s.budget)
+    return [f"budget {name} {limit:g}: spent {took[name]:.3g}, to come {takes[name]:.3g}"
+            + (", MORE THAN ALLOWED" if took[name] + takes[name] > limit * (1 + 1e-9) else "") for name, limit in s.budget.items()]
+
+
+def _short(figure: float) -> str:
+    return f"{figure:.2f}" if figure >= 0.1 or figure == 0 else f"{figure:.4f}"
 
 
 def duration(seconds: float) -> str:

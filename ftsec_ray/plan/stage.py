@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ftsec_ray.method import Method
 from ftsec_ray.spec.sweep import ModelSpec, TaskSpec
 
-Resource = Literal["cpu", "gpu"]
+Resource = str
+"""`cpu`, `gpu`, or `gpu:<amount>`: see plan.resources."""
 KINDS = ("task", "source", "align", "prepare", "craft", "tune", "bank", "revise", "inspect", "evaluate")
 ROLES = ("reference", "unaligned", "start", "clean_bank")
 """Inputs that a method may ask for in NEEDS; its other entries name splits of the task."""

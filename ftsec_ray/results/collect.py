@@ -20,6 +20,8 @@ from ftsec_ray import schema
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method, hooks_of
+from ftsec_ray.plan.bill import BudgetError, bill_of, shortfall, spent
+from ftsec_ray.plan.cost import Costs
 from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.intervals import wilson
@@ -89,6 +91,16 @@ class _Found:
         """Verdicts of failed stages: those kept in the store, and this run's own, which cover lost workers too."""
         fresh = {} if self.report is None else {digest: asdict(one) for digest, one in self.report.failed.items()}
         return {**self.store.failures(), **fresh}
+
+    @cached_property
+    def over_budget(self) -> tuple[str, frozenset[str]]:
+        """Why the sweep's budget keeps stages from running, and which."""
+        if self.report is not None:
+            return self.report.over_budget or "", frozenset(self.report.unaffordable)
+        plan = self.plan
+        left = plan.needed(set(self.records)) if plan.spec.budget else []
+        fault = shortfall(plan, spent(plan, self.records, self.failures), bill_of(plan, left, Costs(self.records.values()))) if left else None
+        return (fault.what, frozenset(stage.digest for stage in left)) if fault else ("", frozenset())
 
     def read_answers(self) -> None:
         """Read every artifact that the tables quote; one that is damaged counts as absent."""
@@ -180,7 +192,10 @@ def _outcome(found: _Found, cell: Cell) -> tuple[str, str | None, str | None]:
         if verdict is not None and stage not in found.records:
             return "failed", verdict["error_code"], f"{_named(found, stage)}: {verdict['error']}"
     broken = next((one for one in missing if one in found.broken), None)
-    return ("pending", "store.damaged", found.broken[broken]) if broken else ("pending", None, None)
+    if broken:
+        return "pending", "store.damaged", found.broken[broken]
+    why, kept = found.over_budget
+    return ("pending", BudgetError.code, why) if kept.intersection(cell.stages) else ("pending", None, None)
 
 
 def _named(found: _Found, digest: str) -> str:

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from ftsec_ray.execute.unit import StageVerdict
-from ftsec_ray.plan.cost import Costs, like_stages
+from ftsec_ray.plan.bill import Tariff, bill_of, shortfall, spent_of
+from ftsec_ray.plan.cost import Costs, learned_from
 from ftsec_ray.plan.graph import Plan, fuse
 from ftsec_ray.plan.stage import Unit
 from ftsec_ray.redact import redacted
+from ftsec_ray.schedule.budget import Ledger
 from ftsec_ray.schedule.scheduler import Node, Scheduler, State
 from ftsec_ray.store import Store
 
@@ -44,11 +46,15 @@ class RunReport:
     attempts: Mapping[str, int] = field(default_factory=dict)
     """Starts of every unit, by its id."""
     wall_s: float = 0.0
+    unaffordable: tuple[str, ...] = ()
+    """Digests of the stages that the sweep's budget kept from running."""
+    over_budget: str | None = None
+    """Why they were kept, in words."""
 
     @property
     def is_complete(self) -> bool:
         """Whether every stage that was needed is done."""
-        return not self.failed and not self.upstream_failed
+        return not self.failed and not self.upstream_failed and not self.unaffordable
 
 
 class Conductor:
@@ -59,18 +65,23 @@ class Conductor:
         self.plan = plan
         self.store = store
         self._cached = tuple(digest for digest in plan.stages if digest in done)
-        self._costs = Costs(store.records(like_stages(plan.stages, done)).values())
+        self._costs = Costs(store.records(learned_from(plan, done)).values())
         self._on_event = on_event or (lambda event: None)
         self._units: dict[str, Unit] = {}
         self._producer: dict[str, str] = {}
         self._verdicts: dict[str, StageVerdict] = {}
+        self._tariff = Tariff(plan.spec)
+        self._limits = plan.spec.budget.limits if plan.spec.budget else {}
+        self._spent = spent_of(plan, store, done) if self._limits else None
+        self._began: dict[str, float] = {}
         self._started = time.monotonic()
         self.last_event = self._started
         """Monotonic time of the latest event."""
         units = plan.units(done)
         for unit in units:
             self._know(unit)
-        self.scheduler = Scheduler(self._node(unit) for unit in units)
+        ledger = Ledger(self._limits, self._spent.limited(self._limits) if self._spent else None)
+        self.scheduler = Scheduler((self._node(unit) for unit in units), ledger=ledger)
 
     def _know(self, unit: Unit) -> None:
         self._units[unit.id] = unit
@@ -78,8 +89,20 @@ class Conductor:
 
     def _node(self, unit: Unit) -> Node:
         needs = tuple(dict.fromkeys(self._producer[digest] for digest in unit.needs))
-        return Node(id=unit.id, needs=needs, cost_s=sum(self._costs(stage) for stage in unit.stages),
-                    cells=self.plan.cells_of(unit.stages[0].digest), resource=unit.resource, affinity=unit.affinity)
+        cost_s = sum(self._costs(stage) for stage in unit.stages)
+        return Node(id=unit.id, needs=needs, cost_s=cost_s, cells=self.plan.cells_of(unit.stages[0].digest), resource=unit.resource,
+                    affinity=unit.affinity, spend=self._takes(unit, cost_s))
+
+    def _takes(self, unit: Unit, seconds: float) -> dict[str, float]:
+        """What a unit takes in so many seconds of each thing that has a limit."""
+        return self._tariff.of(unit.resource, seconds).limited(self._limits) if self._limits else {}
+
+    def check_budget(self, done: Collection[str]) -> None:
+        """BudgetError when what is left of the plan would take more than the sweep's budget allows."""
+        if self._spent is not None:
+            fault = shortfall(self.plan, self._spent, bill_of(self.plan, self.plan.needed(done), self._costs))
+            if fault is not None:
+                raise fault
 
     # For executors.
 
@@ -100,6 +123,7 @@ class Conductor:
 
     def started(self, unit: str) -> None:
         """A worker took a unit."""
+        self._began[unit] = time.monotonic()
         self._tell("started", unit)
 
     def attempt(self, unit: str) -> int:
@@ -108,6 +132,7 @@ class Conductor:
 
     def settle(self, unit: str, verdicts: Sequence[StageVerdict]) -> None:
         """A worker ran a unit to a verdict."""
+        self.scheduler.ledger.charge(self._takes(self._units[unit], sum(verdict.wall_s for verdict in verdicts)))
         self._verdicts.update((verdict.digest, verdict) for verdict in verdicts if verdict.status != "retry")
         bad = next((verdict for verdict in verdicts if not verdict.is_good), None)
         if bad is None:
@@ -121,6 +146,9 @@ class Conductor:
     def lost(self, unit: str, error: str) -> None:
         """A worker died, or came back without a verdict."""
         error = redacted(error)
+        began = self._began.pop(unit, None)
+        if began is not None:
+            self.scheduler.ledger.charge(self._takes(self._units[unit], time.monotonic() - began))
         if self.scheduler.requeue(unit):
             self._tell("requeued", unit, error)
             return
@@ -185,5 +213,7 @@ class Conductor:
         never = [stage.digest for unit in self._units.values() for stage in unit.stages
                  if states[unit.id] in (State.FAILED, State.UPSTREAM_FAILED) and stage.digest not in failed
                  and stage.digest not in done]
-        return RunReport(done=done, failed=failed, upstream_failed=tuple(never), cached=self._cached,
+        kept = tuple(stage.digest for unit in self.scheduler.unaffordable for stage in self._units[unit].stages if stage.digest not in done)
+        why = f"the budget has no room for a stage that is left: {self.scheduler.ledger}" if kept else None
+        return RunReport(done=done, failed=failed, upstream_failed=tuple(never), cached=self._cached, unaffordable=kept, over_budget=why,
                          attempts=dict(self.scheduler.starts), wall_s=time.monotonic() - self._started)

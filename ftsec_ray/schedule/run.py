@@ -19,7 +19,7 @@ __all__ = ["Event", "RunReport", "execute", "runtime_of"]
 def runtime_of(plan: Plan) -> Runtime:
     """Where and how stages run, as the sweep's `resources` say."""
     resources = plan.spec.resources
-    return Runtime(device="cuda" if resources.gpus_per_stage > 0 else "cpu", micro_batch=resources.micro_batch,
+    return Runtime(device="cuda" if resources.wants_gpus else "cpu", micro_batch=resources.micro_batch,
                    eval_batch=resources.eval_batch, checkpoint_every_s=resources.checkpoint_every_s)
 
 
@@ -28,6 +28,8 @@ def execute(plan: Plan, store: Store, *, executor: Literal["tune", "local"] = "t
             runner: str = DEFAULT_RUNNER, session: str = DEFAULT_SESSION,
             on_event: Callable[[Event], None] | None = None) -> RunReport:
     """Run every stage that the answers of a plan need and the store lacks; a failed stage stops only its descendants.
+
+    BudgetError, before anything starts, when that would take more than the sweep's budget; past it no further unit starts.
 
     Args:
         plan: what to run.
@@ -43,10 +45,12 @@ def execute(plan: Plan, store: Store, *, executor: Literal["tune", "local"] = "t
     """
     if executor not in ("tune", "local"):
         raise EnvironmentFault("no such executor", executor, "tune | local")
-    conductor = Conductor(plan, store, store.done(), on_event=on_event)
+    done = store.done()
+    conductor = Conductor(plan, store, done, on_event=on_event)
     if conductor.finished:
         return conductor.report()
     clean_logs()
+    conductor.check_budget(done)
     store.drop_leftovers()
     runtime = runtime or runtime_of(plan)
     resources = plan.spec.resources

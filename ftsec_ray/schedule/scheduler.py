@@ -1,10 +1,13 @@
 """Which unit next: a pure state machine over the units of a plan. It knows no executor, no clock and no disk.
 
-    blocked -> ready -> running -> done | failed          blocked, ready -> upstream_failed
+    blocked -> ready -> running -> done | failed          blocked, ready -> upstream_failed          ready <-> held
 
 A unit is ready when all units that it needs are done. Among the ready ones the longest remaining path goes first, then
 the one that unlocks most cells, then one whose base model the asking worker has warm. `requeue` puts a unit back whose
 worker died, `reopen` runs the producer of a damaged artifact again before whoever needs it.
+
+A ready unit that a budget has no room for is held, and asked again when one that runs has ended, since that may have
+taken less than expected. When nothing runs and nothing that is ready fits, the rest stays held and blocked: finished.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ftsec_ray.errors import FtsecError
+from ftsec_ray.schedule.budget import Ledger
 
 MAX_ATTEMPTS = 3
 """Starts of one unit when workers die under it, and rebuilds of one artifact that is found damaged."""
@@ -26,6 +30,7 @@ class State(Enum):
 
     BLOCKED = "blocked"
     READY = "ready"
+    HELD = "held"
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
@@ -33,6 +38,7 @@ class State(Enum):
 
 
 TERMINAL = frozenset({State.DONE, State.FAILED, State.UPSTREAM_FAILED})
+_WAITING = frozenset({State.BLOCKED, State.READY, State.HELD})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,8 @@ class Node:
     resource: str = "cpu"
     affinity: str = ""
     """Base model that it loads."""
+    spend: Mapping[str, float] = field(default_factory=dict)
+    """What it is expected to take of each thing that has a limit."""
 
 
 @dataclass
@@ -60,7 +68,9 @@ class _Bucket:
 class Scheduler:
     """States of all units, and which one to hand out next."""
 
-    def __init__(self, nodes: Iterable[Node], *, max_attempts: int = MAX_ATTEMPTS) -> None:
+    def __init__(self, nodes: Iterable[Node], *, max_attempts: int = MAX_ATTEMPTS, ledger: Ledger | None = None) -> None:
+        self.ledger = ledger or Ledger()
+        self._held: list[str] = []
         self._nodes: dict[str, Node] = {}
         self._max_attempts = max_attempts
         self._state: dict[str, State] = {}
@@ -123,6 +133,16 @@ class Scheduler:
                 self._ready[self._nodes[unit].resource] -= 1
         self._state[unit] = state
         self._counts[state] += 1
+        if old is State.RUNNING:
+            self.ledger.release(unit)
+            self._ask_again()
+
+    def _ask_again(self) -> None:
+        """What was held may fit now."""
+        held, self._held = self._held, []
+        for unit in held:
+            if self._state[unit] is State.HELD:
+                self._make_ready(unit)
 
     def _make_ready(self, unit: str) -> None:
         node = self._nodes[unit]
@@ -160,24 +180,39 @@ class Scheduler:
     @property
     def finished(self) -> bool:
         """Whether every unit is in a state that it will not leave."""
-        return not (self._counts[State.BLOCKED] or self._counts[State.READY] or self._counts[State.RUNNING])
+        if self._counts[State.READY] or self._counts[State.RUNNING]:
+            return False
+        return not self._counts[State.BLOCKED] or bool(self._counts[State.HELD])
+
+    @property
+    def unaffordable(self) -> list[str]:
+        """Units that a budget keeps from running: those held, and those that wait for them."""
+        if not self._counts[State.HELD] or not self.finished:
+            return []
+        return [unit for unit, state in self._state.items() if state in (State.HELD, State.BLOCKED)]
 
     # Handing out.
 
     def next_ready(self, free: Mapping[str, int] | None = None, *, warm: str | None = None) -> str | None:
-        """The next unit, now running; None when no unit is ready for a resource with a free slot.
+        """The next unit, now running; None when no unit is ready for a resource with a free slot, or the budget has no room.
 
         Args:
             free: free slots by resource; None when there is room for any.
             warm: base model that the asking worker has loaded.
         """
-        resources = [r for r in self._heaps if self._ready[r] and (free is None or free.get(r, 0) > 0)]
-        heads = [(head, r) for r in resources if (head := self._head(r)) is not None]
-        if not heads:
-            return None
-        (path, cells), resource = min(heads)
-        unit = self._pop(self._buckets[resource, path, cells], warm)
+        while True:
+            resources = [r for r in self._heaps if self._ready[r] and (free is None or free.get(r, 0) > 0)]
+            heads = [(head, r) for r in resources if (head := self._head(r)) is not None]
+            if not heads:
+                return None
+            (path, cells), resource = min(heads)
+            unit = self._pop(self._buckets[resource, path, cells], warm)
+            if self.ledger.fits(self._nodes[unit].spend):
+                break
+            self._set(unit, State.HELD)
+            self._held.append(unit)
         self._set(unit, State.RUNNING)
+        self.ledger.reserve(unit, self._nodes[unit].spend)
         self.starts[unit] += 1
         return unit
 
@@ -218,7 +253,7 @@ class Scheduler:
         waiting = list(self._users[unit])
         while waiting:
             one = waiting.pop()
-            if self._state[one] in (State.BLOCKED, State.READY):
+            if self._state[one] in _WAITING:
                 self._set(one, State.UPSTREAM_FAILED)
                 lost.append(one)
                 waiting += self._users[one]
@@ -244,7 +279,7 @@ class Scheduler:
             if self._reopened[producer] >= self._max_attempts or self._is_doomed(producer):
                 return False
             for user in self._users[producer]:
-                if self._state[user] in (State.BLOCKED, State.READY):
+                if self._state[user] in _WAITING:
                     self._waits[user].add(producer)
                     self._set(user, State.BLOCKED)
             self._set(producer, State.BLOCKED)

@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray  # noqa: TID253 - this module is the place for it
@@ -27,10 +27,11 @@ from ray.tune.search import Searcher  # noqa: TID253
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
-from ftsec_ray.execute.unit import StageVerdict, cpu_threads, imported, run_unit, short_text
+from ftsec_ray.execute.unit import StageVerdict, cpu_threads, gpu_share, imported, run_unit, short_text
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor
+from ftsec_ray.schedule.room import Bundles, Room, bundles_of, room_ahead, room_beside, slots_of
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
 
@@ -44,8 +45,6 @@ MAX_RESTARTS = 3
 _ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
                 "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "TUNE_GLOBAL_CHECKPOINT_S": "3600",
                 "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0", "RAY_AIR_NEW_OUTPUT": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-Bundles = Mapping[str, Mapping[str, float]]
-"""Resource class -> what one unit of it occupies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,23 +92,27 @@ class StageHost(tune.Trainable):
     def _open(self) -> None:
         """Import and open what outlives a unit, once."""
         if self._session is None:
-            threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+            assigned = ray.get_runtime_context().get_assigned_resources()
+            threads, gpus = max(1, int(assigned.get("CPU", 1))), float(assigned.get("GPU", 0.0))
+            # A worker without a GPU sees none, whatever the rest of the sweep runs on.
+            runtime = self._work.runtime if gpus or not self._work.runtime.device.startswith("cuda") else replace(self._work.runtime, device="cpu")
             cpu_threads(threads)
             self._store = Store.open(self._work.store)
             self._runner = imported(self._work.runner)
-            session = imported(self._work.session)(self._store, self._work.runtime, self._work.cache_gib)
+            session = imported(self._work.session)(self._store, runtime, self._work.cache_gib)
             cpu_threads(threads)  # again, for what the imports have brought
+            gpu_share(gpus)
             self._session = session
 
 
 class StageSearcher(Searcher):
     """Hands units to Tune as the conductor says, and tells it what became of them."""
 
-    def __init__(self, conductor: Conductor, *, room: Mapping[str, int], limit: int, given: frozenset[str]) -> None:
+    def __init__(self, conductor: Conductor, *, room: Room, limit: int, given: frozenset[str]) -> None:
         super().__init__()
         self.conductor = conductor
         self.room = room
-        """Trials of each resource class that may wait or run at a time."""
+        """Trials of each resource class that may wait or run beside those that do."""
         self.limit = limit
         """The same of all classes together."""
         self.live: dict[str, str] = {}
@@ -127,10 +130,10 @@ class StageSearcher(Searcher):
         if len(self.live) >= self.limit:
             return None
         taken: Counter[str] = Counter(self.conductor.units[unit].resource for unit in self.live.values())
-        free = {resource: room - taken[resource] for resource, room in self.room.items()}
+        free = self.room(taken)
         unit = self.conductor.next(free=free, warm=self._warm)
-        if unit is None:
-            return None
+        if unit is None:  # with nothing live only a budget can be the reason, and then the conductor has finished
+            return str(Searcher.FINISHED) if self.conductor.finished else None
         self.live[trial_id] = unit.id
         config = {"unit": unit.id, "on": unit.resource, "attempt": self.conductor.attempt(unit.id)}
         if unit.id not in self._given:  # it was not foreseen when the workers got their units
@@ -256,8 +259,8 @@ class StopWhenStalled(tune.Stopper):
 
 def run_tune(conductor: Conductor, work: Work, resources: ResourceSpec, *, address: str | None, workers: int | None) -> None:
     """Run the units of a conductor as trials, until none is left."""
-    bundles = bundles_of(resources)
     used = {unit.resource for unit in conductor.units.values()}
+    bundles = bundles_of(conductor.plan.spec, {stage.resource for stage in conductor.plan.stages.values()})
     address = address or os.environ.get("RAY_ADDRESS")
     with _environment(), _ray(address, workers, resources), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
         if address is None:
@@ -277,10 +280,12 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
                *, can_grow: bool) -> list[str]:
     """One tuner over what is left; returns the units that it left without an answer."""
     given = {unit.id: unit.stages for unit in conductor.units.values()}
-    room = slots_of(bundles, used)
+    have = ray.cluster_resources()
+    slots = {one: max(1, count) for one, count in slots_of({one: bundles[one] for one in used}, have).items()}
     if can_grow:
-        room = {name: max(count, workers or 0) + SURPLUS for name, count in room.items()}
-    limit = min(sum(room.values()), max(workers or 2**31, len(room)))
+        slots = {one: max(count, workers or 0) + SURPLUS for one, count in slots.items()}
+    limit = min(sum(slots.values()), max(workers or 2**31, len(slots)))
+    room = room_ahead(slots) if can_grow else room_beside(bundles, have)
     searcher = StageSearcher(conductor, room=room, limit=limit, given=frozenset(given))
     factories = {name: tune.PlacementGroupFactory([dict(bundle)]) for name, bundle in bundles.items()}
     host = tune.with_resources(tune.with_parameters(StageHost, work=work, units=given), lambda config: factories[config["on"]])
@@ -300,19 +305,6 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
         raise EnvironmentFault(f"workers cannot open: {searcher.broken[-1]}", work.runner, "workers that have ftsec_ray installed "
                                "and can reach the store", "install the same version on all nodes, or look at the text above")
     return list(searcher.live.values())
-
-
-def bundles_of(resources: ResourceSpec) -> dict[str, dict[str, float]]:
-    """What one unit of each resource class occupies."""
-    cpu = {"CPU": resources.cpus_per_stage}
-    return {"cpu": cpu if resources.gpus_per_stage == 0 else {"CPU": 1.0},
-            "gpu": {"CPU": resources.cpus_per_stage, "GPU": resources.gpus_per_stage or 1.0}}
-
-
-def slots_of(bundles: Bundles, used: Collection[str]) -> dict[str, int]:
-    """Units of each class in use that the cluster as it is now runs at a time, at least 1."""
-    have = ray.cluster_resources()
-    return {one: max(1, int(min(have.get(name, 0.0) / amount for name, amount in bundles[one].items()))) for one in sorted(used)}
 
 
 def _check_room(bundles: Bundles, used: Collection[str]) -> None:

@@ -16,9 +16,11 @@ from ftsec_ray.spec.sweep import (
     TASK_KINDS,
     TASK_OPTIONS,
     AlignSpec,
+    BudgetSpec,
     EvaluationConfig,
     ExcludeRule,
     ModelSpec,
+    NodeType,
     ResourceSpec,
     SourceSpec,
     TaskSpec,
@@ -49,6 +51,8 @@ def sweep_schema() -> Schema:
             "type": "object", "additionalProperties": False, "minProperties": 1,
             "properties": {info.name: _one_or_list(seed if info.name == "seed" else _TEXT) for info in fields_of(ExcludeRule)}}},
         "training": _object(TrainingConfig), "evaluation": _object(EvaluationConfig), "resources": _object(ResourceSpec),
+        "prices": {"type": "object", "minProperties": 1, "propertyNames": _NAME, "additionalProperties": _node()},
+        "budget": {**_object(BudgetSpec), "minProperties": 1},
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "ftsec_ray sweep", "type": "object",
             "additionalProperties": False, "required": ["models", "task", "attacks", "defenses"], "properties": properties,
@@ -93,6 +97,12 @@ def _model() -> Schema:
     align = {"anyOf": [{"type": "boolean"}, _object(AlignSpec)], "description": "Align the loaded model first."}
     one = [{"required": [key]} for key in ("path", "id", "source")]
     return {"type": "object", "additionalProperties": False, "properties": {**properties, **sources, "align": align}, "oneOf": one}
+
+
+def _node() -> Schema:
+    node = _object(NodeType)
+    return {**node, "properties": {name: schema for name, schema in node["properties"].items() if name != "name"},
+            "required": [name for name in node["required"] if name != "name"]}
 
 
 def _source() -> Schema:

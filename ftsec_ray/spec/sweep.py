@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from ftsec_ray.errors import SpecError
 from ftsec_ray.method import Method
 
 LADDER_SIZES = ("0.2m", "1m", "4m", "12m")
@@ -201,8 +202,10 @@ class ResourceSpec:
     """Stages at a time; None: as many as the machine or cluster has room for."""
     cpus_per_stage: Annotated[float, Gt(0)] = 1.0
     """Cores that one stage asks for."""
-    gpus_per_stage: Annotated[float, Ge(0)] = 0.0
-    """GPUs that one stage with a model asks for; a share below 1 lets stages share one."""
+    gpus_per_stage: Annotated[float, Ge(0)] | Literal["auto"] = 0.0
+    """GPUs that one stage with a model asks for; a share below 1 lets stages share one; `auto`: by the size of the model."""
+    gpu_memory_gib: Annotated[float, Gt(0)] | None = None
+    """Memory of one GPU, for `auto`; None: the smallest of `prices`, else 80."""
     micro_batch: Annotated[int, Ge(1)] | None = None
     """Rows per forward pass in training; None: chosen by length."""
     eval_batch: Annotated[int, Ge(1)] = 64
@@ -211,6 +214,61 @@ class ResourceSpec:
     """Seconds between step checkpoints of a tune."""
     cache_gib: Annotated[float, Ge(0)] = 4.0
     """Base models kept in a worker's memory, at most."""
+
+    def __post_init__(self) -> None:
+        gpus = self.gpus_per_stage
+        if isinstance(gpus, float) and gpus > 1 and not gpus.is_integer():
+            raise SpecError("a broken number of GPUs above 1", gpus, "a share up to 1, a whole number, or auto",
+                            "Ray gives out shares of one GPU, or several whole ones")
+
+    @property
+    def wants_gpus(self) -> bool:
+        """Whether stages with a model ask for a GPU or a share of one."""
+        return self.gpus_per_stage == "auto" or self.gpus_per_stage > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeType:
+    """One kind of machine that the cluster may hold, and its price: never part of a digest."""
+
+    name: str
+    """As the plan calls it."""
+    gpus: Annotated[int, Ge(0)] = 0
+    """GPUs of one node."""
+    cpus: Annotated[int, Ge(1)]
+    """Cores of one node, as Ray counts them."""
+    gpu_memory_gib: Annotated[float, Gt(0)] | None = None
+    """Memory of one of its GPUs."""
+    usd_per_hour: Annotated[float, Ge(0)]
+    """Price of the whole node."""
+    spot: bool = False
+    """Whether the node may be taken away at any time."""
+
+    def __post_init__(self) -> None:
+        if self.gpu_memory_gib is not None and not self.gpus:
+            raise SpecError("memory of GPUs and no GPU", self.gpu_memory_gib, "gpus >= 1, or no gpu_memory_gib", "write the number of its gpus")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSpec:
+    """What all stages of the sweep together may take: never part of a digest."""
+
+    usd: Annotated[float, Gt(0)] | None = None
+    """Money by `prices`."""
+    gpu_hours: Annotated[float, Gt(0)] | None = None
+    """Hours of whole GPUs; half a GPU for two hours is one."""
+    hours: Annotated[float, Gt(0)] | None = None
+    """Hours of stages, summed over all workers: not the time on a clock."""
+
+    def __post_init__(self) -> None:
+        if not self.limits:
+            raise SpecError("a budget that limits nothing", {}, "usd, gpu_hours or hours", "set one of them, or leave out `budget`")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by what they limit."""
+        known = {"usd": self.usd, "gpu_hours": self.gpu_hours, "hours": self.hours}
+        return {name: limit for name, limit in known.items() if limit is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,3 +288,6 @@ class SweepSpec:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     resources: ResourceSpec = field(default_factory=ResourceSpec)
+    prices: tuple[NodeType, ...] = ()
+    """The machines that stages may run on; empty: only hours are told, no money."""
+    budget: BudgetSpec | None = None

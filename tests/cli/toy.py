@@ -16,6 +16,7 @@ from ftsec_ray.plan.stage import Stage
 from ftsec_ray.schedule import run as schedule_run
 
 _real_execute = schedule_run.execute
+RUNNER = "tests.cli.toy:run_stage"
 failing: set[str | None] = set()
 """Methods whose stages fail."""
 ran: list[str] = []
@@ -49,7 +50,7 @@ def run_stage(stage: Stage, out: Path, session: Session) -> Mapping[str, Any]:
 def execute(plan: object, store: object, *, executor: str, address: str | None, workers: int | None, on_event: object) -> object:
     """The engine's `execute` in this process with the runner above."""
     assert executor in ("tune", "local")
-    return _real_execute(plan, store, executor="local", on_event=on_event, runner="tests.cli.toy:run_stage", session="tests.cli.toy:Session")
+    return _real_execute(plan, store, executor="local", on_event=on_event, runner=RUNNER, session="tests.cli.toy:Session")
 
 
 @contextmanager

@@ -20,9 +20,11 @@ from ftsec_ray.plan.stage import KINDS
 from ftsec_ray.registry import ATTACKS, DEFENSES
 from ftsec_ray.spec.sweep import (
     AlignSpec,
+    BudgetSpec,
     EvaluationConfig,
     ExcludeRule,
     ModelSpec,
+    NodeType,
     ResourceSpec,
     SourceSpec,
     SweepSpec,
@@ -171,6 +173,8 @@ def test_another_evaluation_reruns_no_tune():
 
 @pytest.mark.parametrize("change", [
     {"resources": ResourceSpec(workers=7, micro_batch=2, gpus_per_stage=1.0)}, {"question": "why?"},
+    {"resources": ResourceSpec(gpus_per_stage="auto", gpu_memory_gib=24.0), "budget": BudgetSpec(usd=5.0, gpu_hours=1.0),
+     "prices": (NodeType(name="a", gpus=1, cpus=4, usd_per_hour=2.0),)},
     {"models": (replace(LADDER, name="renamed", parameters=5),)},
 ])
 def test_where_and_how_it_runs_and_how_it_is_called_change_no_stage(change):

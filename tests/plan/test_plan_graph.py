@@ -117,6 +117,7 @@ def test_durations_are_learned_from_records_of_like_stages():
 @pytest.mark.parametrize(("source", "parameters"), [
     ("ladder:0.2m", 200_000), ("ladder:12m-base", 12_000_000), ("owner/SmolLM2-135M-Instruct", 135_000_000),
     ("models/llama-3.2-1.5b.gguf", 1_500_000_000), ("owner/gpt", 1_000_000_000),
+    ("meta-llama/Llama-3.2-1B", 1_000_000_000), ("microsoft/Phi-3-mini-4k-instruct", 1_000_000_000), ("mistralai/Mixtral-8x7B-v0.1", 56_000_000_000),
 ])
 def test_the_size_of_a_model_is_read_from_its_name(source, parameters):
     assert parameters_of(ModelSpec(name="m", source=source, family="f", aligned=True)) == parameters

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Bench:
 
     def __init__(self, store: Store, runtime: Any, cache_gib: float) -> None:
         self.store = store
+        self.runtime = runtime
 
 
 def stage_of(name: str, *needs: Stage, cost_s: float = 1.0, **params: Any) -> Stage:
@@ -88,4 +90,13 @@ def write(stage: Stage, out: Path, session: Bench) -> dict[str, Any]:
 
 
 def nothing(stage: Stage, out: Path, session: Bench) -> None:
+    time.sleep(stage.params.get("sleep", 0.0))
+
+
+def placed(stage: Stage, out: Path, session: Bench) -> None:
+    """Write down what the worker was given, and on which device it would run."""
+    import ray
+
+    given = ray.get_runtime_context().get_assigned_resources()
+    log(replace(stage, params={**stage.params, "name": f"{given.get('GPU', 0.0):g}:{given['CPU']:g}:{session.runtime.device}"}), stage.params["name"])
     time.sleep(stage.params.get("sleep", 0.0))

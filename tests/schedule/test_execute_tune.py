@@ -115,7 +115,7 @@ def test_units_of_two_resource_classes_run_side_by_side(store, tmp_path, monkeyp
     """A half-CPU class stands for the GPU that this machine lacks."""
     from ftsec_ray.schedule import tune
 
-    monkeypatch.setattr(tune, "bundles_of", lambda resources: {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 0.5}})
+    monkeypatch.setattr(tune, "bundles_of", lambda spec, classes: {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 0.5}})
     stages = []
     for i in range(12):
         before = [stages[-1]] if i % 3 else []

@@ -1,0 +1,143 @@
+"""What `ftsec plan` says of hours and money, and what a budget does to `ftsec run`, through the command line."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from ftsec_ray import api
+from ftsec_ray.cli.app import app
+from ftsec_ray.store.store import Store
+from tests.cli import toy
+
+SMALL = """\
+name: small
+models: [ladder:0.2m]
+task: microworld
+attacks: [none]
+defenses: [none, shrink]
+seeds: 4
+"""
+MONEY = """\
+name: money
+models: [ladder:1m, {id: owner/m-135m, family: m, aligned: true}, {id: owner/gpt, family: g, aligned: true}]
+task: microworld
+attacks: [none]
+defenses: [none, shrink]
+resources: {gpus_per_stage: auto}
+prices:
+  gpu-spot: {gpus: 8, cpus: 96, gpu_memory_gib: 80, usd_per_hour: 16, spot: true}
+  cpu: {cpus: 32, usd_per_hour: 1.6}
+budget: {usd: 0.05, hours: 2}
+"""
+TABLE = """\
+node type        a stage asks for           to run      hours  GPU-hours  CPU-hours        usd
+gpu-spot (spot)  1 GPU of 80 GiB, 1 CPU          4     0.0219     0.0219     0.0219     0.0439
+gpu-spot (spot)  1/4 GPU of 80 GiB, 1 CPU        4     0.0039     0.0010     0.0039     0.0020
+gpu-spot (spot)  1/8 GPU of 80 GiB, 1 CPU        6     0.0033     0.0004     0.0033     0.0008
+cpu              1 CPU                           3       0.63       0.00       0.63     0.0316
+all                                             17       0.66     0.0233       0.66     0.0783
+estimated from priors (rough) 100%
+assumed: full nodes (a stage pays for its share of the cheapest node type with room), no start-up or idle time, nothing lost on spot
+model gpt: size unknown, taken as 1e9 weights; give `parameters`
+budget usd 0.05: spent 0, to come 0.0783, MORE THAN ALLOWED
+budget hours 2: spent 0, to come 0.662
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ftsec_ray.schedule.run.execute", toy.execute)
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "money.yaml").write_text(MONEY)
+    toy.ran.clear()
+    return tmp_path
+
+
+def call(*args: str, code: int = 0):
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def keep(store: Store, stage, wall_s: float, flops: float) -> None:
+    """A record of a stage that took so long."""
+    folder = store.scratch(stage.digest)
+    (folder / "toy.txt").write_text("kept")
+    store.publish(stage.digest, folder, {**stage.to_json(), "wall_s": wall_s, "flops": flops})
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_plan_shows_machines_hours_money_what_that_is_taken_from_and_the_budget():
+    shown = call("plan", "money.yaml").stdout
+    assert shown[shown.index("node type"):] == TABLE
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_plan_without_gpus_and_prices_shows_cpu_hours():
+    shown = call("plan", "small.yaml").stdout
+    assert shown[shown.index("node type"):] == """\
+node type  a stage asks for   to run      hours  GPU-hours  CPU-hours
+any        1 CPU                  19     0.0172       0.00     0.0172
+all                               19     0.0172       0.00     0.0172
+estimated from priors (rough) 100%
+"""
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_figures_are_there_as_json():
+    shown = json.loads(call("plan", "money.yaml", "--json").stdout)
+    assert shown["gpu_hours"] == shown["total"]["gpu_hours"] == pytest.approx(sum(row["spend"]["gpu_hours"] for row in shown["bill"]["rows"]))
+    assert {row["node"] for row in shown["bill"]["rows"]} == {"cpu", "gpu-spot"}
+    assert shown["bill"]["basis_frac"] == {"records": 0.0, "scaled": 0.0, "prior": 1.0}
+    assert shown["budget"] == {"usd": 0.05, "hours": 2.0}
+
+
+def test_a_plan_learns_from_the_records_of_another_sweep(folder):
+    text = SMALL.replace("[ladder:0.2m]", "[ladder:0.2m, ladder:1m]").replace("defenses: [none, shrink]\nseeds: 4", "defenses: [none]\nseeds: 4")
+    (folder / "before.yaml").write_text(text.replace("small", "before"))
+    (folder / "after.yaml").write_text(text.replace("[ladder:0.2m, ladder:1m]", "[ladder:1m, ladder:4m]") + "training: {rank: 4}\n")
+    store = Store.open(api.DEFAULT_STORE)
+    for stage in api.make_plan("before.yaml").stages.values():
+        if stage.kind == "tune":
+            keep(store, stage, 3600.0 * stage.where["parameters"] / 1e6, stage.where["parameters"] * 1e6)
+    shown = call("plan", "after.yaml").stdout
+    assert "estimated from records of like stages 20%, records of other sizes, scaled with flops 79%, priors (rough) 1%" in shown
+    kinds = {kind["kind"]: kind["to_run_s"] for kind in json.loads(call("plan", "after.yaml", "--json").stdout)["kinds"]}
+    assert kinds["tune"] == pytest.approx(4 * (3600 + 4 * 3600)), "four seeds of each size"
+
+
+def test_a_sweep_over_its_budget_gives_exit_code_2_and_starts_nothing(folder):
+    (folder / "small.yaml").write_text(SMALL + "budget: {hours: 0.001}\n")
+    assert "MORE THAN ALLOWED" in call("plan", "small.yaml").stdout
+    told = call("run", "small.yaml", code=2).stderr
+    for word in ("[budget] sweep 'small' would take", "at most 0.001 hours of stages", "raise `budget`", "--limit N"):
+        assert word in told
+    assert toy.ran == []
+    assert "pending: sweep 'small' would take" in call("status", "small.yaml").stdout
+
+
+def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_reason_and_goes_on_with_a_higher_one(folder, monkeypatch):
+    def slow(stage, out, session):
+        time.sleep(0.05)
+        return toy.run_stage(stage, out, session)
+
+    monkeypatch.setattr("tests.cli.toy.slow", slow, raising=False)
+    monkeypatch.setattr("ftsec_ray.plan.cost._PRIOR_S", dict.fromkeys(("task", "source", "align", "tune", "revise", "evaluate"), (1e-5, 0.0)))
+    monkeypatch.setattr(toy, "RUNNER", "tests.cli.toy:slow")
+    (folder / "small.yaml").write_text(SMALL + f"budget: {{hours: {0.4 / 3600}}}\n")
+    stopped = call("run", "small.yaml", code=1).stdout
+    assert "pending: the budget has no room for a stage that is left: hours" in stopped
+    assert 1 <= len(toy.ran) <= 9
+    first = len(toy.ran)
+    cells = api.open_results("results/small").cells.to_pylist()
+    assert {row["error_code"] for row in cells if row["status"] == "pending"} == {"budget"}
+    assert "pending: sweep 'small' would take" in call("report", "small.yaml").stdout
+    (folder / "small.yaml").write_text(SMALL + "budget: {hours: 1}\n")
+    monkeypatch.setattr(toy, "RUNNER", "tests.cli.toy:run_stage")
+    assert "8 of 8 cells done" in call("run", "small.yaml").stdout
+    assert len(toy.ran) == len(api.make_plan("small.yaml").stages) > first

@@ -1,0 +1,76 @@
+"""Shares of a GPU and a budget under Ray Tune, on a cluster that only claims to have a GPU."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from ftsec_ray.context import Runtime
+from ftsec_ray.plan.resources import cpus_of, gpus_of
+from ftsec_ray.schedule.room import room_beside
+from ftsec_ray.schedule.run import execute
+from ftsec_ray.spec.sweep import BudgetSpec, ResourceSpec
+from ftsec_ray.store import Store
+from tests.schedule.engine_runners import plan_of, runs, stage_of
+from tests.schedule.test_execute import RUNNER, SESSION
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import logging
+
+    import ray
+
+    for _ in range(3):  # Ray gives its first node 30 s, which a busy machine may exceed
+        try:
+            ray.init(address="local", num_cpus=3, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            break
+        except Exception as error:
+            print(error)
+            ray.shutdown()
+    assert ray.is_initialized()
+    yield
+    ray.shutdown()
+
+
+def test_classes_take_room_from_each_other():
+    bundles = {one: {"CPU": 1.0, **({"GPU": gpus_of(one)} if gpus_of(one) else {})} for one in ("cpu", "gpu:0.125", "gpu:0.5", "gpu")}
+    room = room_beside(bundles, {"CPU": 16.0, "GPU": 1.0})
+    assert room({}) == {"cpu": 16, "gpu:0.125": 8, "gpu:0.5": 2, "gpu": 1}
+    assert room({"gpu:0.5": 1}) == {"cpu": 15, "gpu:0.125": 4, "gpu:0.5": 1, "gpu": 0}
+    assert room({"gpu": 1, "cpu": 15}) == {"cpu": 0, "gpu:0.125": 0, "gpu:0.5": 0, "gpu": 0}
+    assert room_beside(bundles, {"CPU": 1.0})({}) == dict.fromkeys(bundles, 1), "the first is asked for, so that its lack is told"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_again(tmp_path):
+    kinds = ["cpu", "gpu:0.125", "gpu:0.5", "gpu"]
+    base = stage_of("base", log=str(tmp_path))
+    stages = [base, *(replace(stage_of(f"s{i}", base, log=str(tmp_path), sleep=0.05), resource=kinds[i % 4]) for i in range(12))]
+    plan = plan_of(stages)
+    plan = replace(plan, spec=replace(plan.spec, resources=ResourceSpec(gpus_per_stage="auto")))
+    began = time.monotonic()
+    report = execute(plan, Store.open(tmp_path / "store"), executor="tune", runner="tests.schedule.engine_runners:placed", session=SESSION,
+                     runtime=Runtime(device="cuda"))
+    print(f"13 units of four classes: {time.monotonic() - began:.1f} s")
+    assert report.is_complete
+    for stage in stages:
+        device = "cuda" if gpus_of(stage.resource) else "cpu"
+        assert runs(tmp_path, stage.params["name"]) == [f"{gpus_of(stage.resource):g}:{cpus_of(stage.resource, plan.spec):g}:{device}"]
+    workers = {line.split()[2] for line in (tmp_path / "log.txt").read_text().splitlines()}
+    assert len(workers) < len(stages), workers
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_a_run_on_ray_stops_at_its_budget_and_ends(tmp_path):
+    store = Store.open(tmp_path / "store")
+    plan = plan_of([stage_of(f"s{i}", cost_s=0.002, sleep=0.2) for i in range(12)])
+    plan = replace(plan, spec=replace(plan.spec, budget=BudgetSpec(hours=0.5 / 3600)))
+    report = execute(plan, store, executor="tune", workers=2, runner=RUNNER, session=SESSION)
+    assert 1 <= len(report.done) <= 5, "three, and what ran beside the third"
+    assert len(report.done) + len(report.unaffordable) == 12
+    assert store.done() == set(report.done)
