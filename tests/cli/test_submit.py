@@ -71,7 +71,7 @@ def head(tmp_path_factory: pytest.TempPathFactory):
     (folder / "token").write_text(TOKEN)
     gcs, dashboard, agent, client, metrics = free_ports(5)
     environment = {**os.environ, **PLANTED, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "HF_HUB_OFFLINE": "1",
-                   "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+                   "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",
                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)  # its ftsec_ray, if it has one, is not this one
     with (folder / "head.log").open("w") as log:
