@@ -30,6 +30,7 @@ from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.unit import StageVerdict, cpu_threads, imported, run_unit, short_text
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.schedule.conductor import Conductor
+from ftsec_ray.schedule.credentials import no_keys_for_workers
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
 
@@ -257,7 +258,7 @@ def run_tune(conductor: Conductor, work: Work, resources: ResourceSpec, *, addre
     bundles = bundles_of(resources)
     used = {unit.resource for unit in conductor.units.values()}
     address = address or os.environ.get("RAY_ADDRESS")
-    with _environment(), _ray(address, workers, resources), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
+    with _environment(), no_keys_for_workers(), _ray(address, workers, resources), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
         if address is None:
             _check_room(bundles, used)
         for restart in range(MAX_RESTARTS + 1):
