@@ -57,7 +57,8 @@ def _warn_of_job_folder(**places: str) -> None:
     """Inside a Ray job, say which of the places go away with the job's own folder."""
     lost = [f"--{name} {place}" for name, place in places.items() if not is_uri(place) and Path(place).absolute().is_relative_to(Path.cwd())]
     if lost and JOB_VARIABLE in os.environ:
-        say(f"note: {' and '.join(lost)} lie in the working folder of this Ray job, which Ray removes some time after the job. To keep them, "
+        verb = "lies" if len(lost) == 1 else "lie"
+        say(f"note: {' and '.join(lost)} {verb} in the working folder of this Ray job, which Ray removes some time after it. To keep it, "
             "give an absolute path on a disk that all nodes mount, or a URI such as s3://BUCKET/PREFIX", err=True)
 
 

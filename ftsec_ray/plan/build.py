@@ -196,7 +196,8 @@ class _Builder:
         where = {"model": model.name, "family": model.family, "aligned": aligned, "parameters": parameters_of(model),
                  "sweep": self.spec.name, **origin.where}
         head = self.head("source", origin.params, variant=origin.variant)
-        takes = self.resource(model, trains_all=origin.variant == "source:ladder")
+        # Reading weights needs no GPU: the worker that does it sees none and keeps them on the CPU.
+        takes = self.resource(model, trains_all=True) if origin.variant == "source:ladder" else "cpu"
         return self.add(head, (), None, None, where=where, resource=takes), where
 
     def resource(self, model: ModelSpec, *, trains_all: bool = False) -> Resource:

@@ -31,6 +31,7 @@ from ftsec_ray.execute.unit import StageVerdict, cpu_threads, gpu_share, importe
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor
+from ftsec_ray.schedule.credentials import no_keys_for_workers
 from ftsec_ray.schedule.room import Bundles, Room, bundles_of, room_ahead, room_beside, slots_of
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
@@ -262,7 +263,7 @@ def run_tune(conductor: Conductor, work: Work, resources: ResourceSpec, *, addre
     used = {unit.resource for unit in conductor.units.values()}
     bundles = bundles_of(conductor.plan.spec, {stage.resource for stage in conductor.plan.stages.values()})
     address = address or os.environ.get("RAY_ADDRESS")
-    with _environment(), _ray(address, workers, resources), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
+    with _environment(), no_keys_for_workers(), _ray(address, workers, resources), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
         if address is None:
             _check_room(bundles, used)
         for restart in range(MAX_RESTARTS + 1):

@@ -38,8 +38,8 @@ task:
   labels: [good, bad]
   columns: {{prompt: prompt, response: response}}
   splits: {{{splits}}}
-attacks: [none, {{harmful_tuning: {{shots: {shots}}}}}]
-defenses: {defenses}
+attacks: {attacks}
+defenses: [none]
 training: {{epochs: 1, batch_size: 16, rank: 2}}
 evaluation: {{prompts: 2, max_new_tokens: 2, perplexity_rows: 2}}
 """
@@ -125,8 +125,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     columns = {"train": ", label: label", "test": ", label: label", "text": ", prompt: response"}
     splits = ", ".join(f"{split}: {{path: ../{split}.jsonl{columns.get(split, '')}}}" for split in SPLITS)
-    for name, shots, defenses in (("failing", 500, "[none]"), ("good", 4, "[none]"), ("wider", 4, "[none, shrink]")):
-        (folder / "sweeps" / f"{name}.yaml").write_text(SWEEP.format(name=name, shots=shots, defenses=defenses, splits=splits))
+    for name, attacks in (("failing", "[none, {harmful_tuning: {shots: 500}}]"), ("good", "[none]"), ("wider", "[none, badnets]")):
+        (folder / "sweeps" / f"{name}.yaml").write_text(SWEEP.format(name=name, attacks=attacks, splits=splits))
     return folder
 
 
@@ -273,25 +273,27 @@ def test_a_sweep_runs_on_the_cluster_and_nothing_secret_is_written(head: Running
     log: list[str] = []
     job = jobs.Job(id="second", head=client, store="", results="", sent_bytes=0, has_package=True)
     assert job.wait(log.append) == 0
-    assert "2 of 2 cells done" in "".join(log)
+    assert "1 of 1 cells done" in "".join(log)
 
-    # Ray's own command does the same.
+    # Ray's own command does the same, here with the package of this checkout.
+    ours = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
     plain = subprocess.run([Path(sys.executable).with_name("ray"), "job", "submit", "--address", head.url, "--submission-id", "third",
-                            "--working-dir", ".", "--", sys.executable, "-m", "ftsec_ray", "run", "sweeps/wider.yaml",
+                            "--working-dir", ".", "--runtime-env-json", ours, "--", sys.executable, "-m", "ftsec_ray", "run", "sweeps/wider.yaml",
                             "--store", str(tmp_path / ".ftsec/store")],
                            env={**head.environment(), "RAY_AUTH_MODE": "token"}, cwd=world, capture_output=True, text=True, timeout=120)
     assert plain.returncode == 0, (plain.stdout, plain.stderr)
-    assert "4 of 4 cells done" in plain.stdout
-    assert "--results results lie in the working folder of this Ray job" in plain.stdout
+    assert "2 of 2 cells done" in plain.stdout
+    assert "note: --results results lies in the working folder of this Ray job" in plain.stdout
 
     # Without --wait, stdout is the id and nothing else. All that was written anywhere knows no token.
     out, err = finished(submit(head, str(world / "sweeps/good.yaml"), "--submission-id", "fourth", cwd=tmp_path), code=0)
     assert out == "fourth\n"
     assert "follow: " in err
-    told = "\n".join(details.model_dump_json() if hasattr(details, "model_dump_json") else details.json() for details in client.client.list_jobs())
+    told = "\n".join(map(repr, client.client.list_jobs()))
     told += "".join(client.client.get_job_logs(name) for name in ("first", "second", "third"))
-    assert '"first"' in told
-    written = {path: path.read_bytes() for folder in (tmp_path, head.folder) for path in folder.rglob("*") if path.is_file() and path.name != "token"}
+    assert "'first'" in told
+    files = [path for folder in (tmp_path, head.folder) for path in folder.rglob("*") if path.is_file() and path.name != "token"]
+    written = {path: path.read_bytes() for path in files}
     assert len(written) > 50
     secrets = [*PLANTED.values(), TOKEN]
     assert [name for name in secrets if name in told] == []

@@ -71,12 +71,12 @@ def test_workers_go_on_spot_nodes_of_any_cloud_and_the_head_never_does(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_workers_come_from_none_and_a_stage_of_the_surveys_sweep_fits_into_one(name):
-    from ftsec_ray.schedule.tune import bundles_of
+    from ftsec_ray.schedule.room import bundles_of
 
     cluster = cluster_of(manifest(name))
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    bundles = bundles_of(api.load(ROOT / "sweeps" / "paper_1b_4b.yaml").resources)
+    bundles = bundles_of(api.load(ROOT / "sweeps" / "paper_1b_4b.yaml"), ["cpu", "gpu"])
     for group in cluster["workerGroupSpecs"]:
         assert (group["minReplicas"], group["replicas"]) == (0, 0)
         assert group["maxReplicas"] > 0

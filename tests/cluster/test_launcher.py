@@ -109,13 +109,13 @@ def demanded(config, *bundles):
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_the_autoscaler_starts_spot_workers_for_stages_by_what_they_ask_for_alone(name):
-    from ftsec_ray.schedule.tune import bundles_of
+    from ftsec_ray.schedule.room import bundles_of
 
     config = prepared(name)
     for node in config["available_node_types"].values():
         assert set(node["resources"]) <= {"CPU", "GPU"}
         assert "labels" not in node
-    stages = bundles_of(api.load(ROOT / "sweeps" / "paper_1b_4b.yaml").resources)
+    stages = bundles_of(api.load(ROOT / "sweeps" / "paper_1b_4b.yaml"), ["cpu", "gpu"])
     assert demanded(config) == (Counter(), 0)
     assert demanded(config, stages["gpu"]) == (Counter({SPOT: 1}), 0)
     assert demanded(config, stages["cpu"]) == (Counter({SPOT: 1}), 0)
