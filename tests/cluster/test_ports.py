@@ -48,7 +48,8 @@ def test_the_dashboard_and_the_job_port_listen_on_loopback_only(tmp_path):
         head = subprocess.Popen([*flags, "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--object-store-memory=100000000"],
                                 stdout=out, stderr=out, start_new_session=True,
                                 # A token of this machine's user, if there is one, is not on a new node.
-                                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"})
+                                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                                     "RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"})
     try:
         from ray.job_submission import JobSubmissionClient
 
