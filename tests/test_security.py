@@ -323,7 +323,7 @@ def test_secrets_of_the_environment_reach_no_record_no_log_and_no_report(tmp_pat
     planted = environment(tmp_path)
     for verb in (["run", "s.yaml", "--executor", "local"], ["status", "s.yaml", "--json"], ["status", "s.yaml"], ["report", "s.yaml"]):
         ended = subprocess.run([sys.executable, "-m", "tests.leaky", *verb], cwd=work, env=planted, capture_output=True, text=True, check=False,
-                               timeout=120)
+                               timeout=280)
         assert ended.returncode in (0, 1), ended.stderr
         written, found = leaks(work, ended)
         assert found == []
