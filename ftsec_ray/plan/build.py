@@ -195,9 +195,8 @@ class _Builder:
         origin = self._origin(model.name, ("model", model.name, source), lambda: model_origin(model, source))
         where = {"model": model.name, "family": model.family, "aligned": aligned, "parameters": parameters_of(model),
                  "sweep": self.spec.name, **origin.where}
-        head = self.head("source", origin.params, variant=origin.variant)
-        # Reading weights needs no GPU: the worker that does it sees none and keeps them on the CPU.
-        takes = self.resource(model, trains_all=True) if origin.variant == "source:ladder" else "cpu"
+        head = self.head("source", origin.params, variant=origin.variant, on_model=origin.trains)
+        takes = self.resource(model, trains_all=True) if origin.trains else "cpu"
         return self.add(head, (), None, None, where=where, resource=takes), where
 
     def resource(self, model: ModelSpec, *, trains_all: bool = False) -> Resource:

@@ -22,6 +22,8 @@ class Origin:
     where: Mapping[str, Any]
     variant: str
     """Key of `KIND_SOURCES`."""
+    trains: bool = False
+    """Whether the stage trains a model and does not only read one."""
 
 
 def local_path(source: str) -> Path | None:
@@ -35,7 +37,7 @@ def local_path(source: str) -> Path | None:
 def model_origin(model: ModelSpec, source: str) -> Origin:
     """Where a model comes from: a rung of the ladder before alignment, a local file or folder, or a hub id."""
     if source.startswith("ladder:"):
-        return Origin({"source": source.removesuffix("-base")}, {}, "source:ladder")
+        return Origin({"source": source.removesuffix("-base")}, {}, "source:ladder", trains=True)
     path = local_path(source)
     code = {"trust_remote_code": True} if model.trust_remote_code else {}
     if path is not None:

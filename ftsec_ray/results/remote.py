@@ -14,6 +14,8 @@ from urllib.parse import urlparse
 from ftsec_ray.errors import StoreError
 from ftsec_ray.results.write import RUN_FILE
 from ftsec_ray.schedule.places import is_uri
+from ftsec_ray.store.calls import Calls
+from ftsec_ray.store.uri import filesystem_of
 
 
 def local_results(results: str | Path) -> Path:
@@ -27,20 +29,17 @@ def local_results(results: str | Path) -> Path:
 
 def send_results(folder: Path, results: str | Path) -> str:
     """Send the results of a sweep to a URI and return where they are there; StoreError when it does not take them."""
-    import pyarrow as pa
-    from pyarrow.fs import FileSystem
-
     try:
-        filesystem, root = FileSystem.from_uri(str(results))
+        filesystem, root = filesystem_of(str(results))
+        calls = Calls(filesystem, str(results))
         target = f"{root.rstrip('/')}/{folder.name}"
         names = sorted((path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")),
                        key=lambda name: (name == RUN_FILE, name))
         for name in names:
-            filesystem.create_dir(f"{target}/{name}".rsplit("/", 1)[0], recursive=True)
-            with filesystem.open_output_stream(f"{target}/{name}") as sink:
-                sink.write((folder / name).read_bytes())
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"cannot send the results: {error}", str(folder), "a URI that takes writes",
+            calls.send(folder / name, f"{target}/{name}")
+    except (StoreError, OSError) as error:
+        why = error.what if isinstance(error, StoreError) else error
+        raise StoreError(f"cannot send the results: {why}", str(folder), "a URI that takes writes",
                          "they are whole in this folder; `ftsec report` makes them again from the store") from error
     parts = urlparse(str(results))
     return parts._replace(path=f"{parts.path.rstrip('/')}/{folder.name}").geturl()

@@ -20,6 +20,7 @@ from ftsec_ray.registry import ATTACKS, DEFENSES
 from ftsec_ray.schema import METRICS
 from ftsec_ray.store.store import Store
 from tests.cli import toy
+from tests.cli.toy import call
 
 SWEEP = """\
 name: small
@@ -33,18 +34,9 @@ CELLS = 2 * 3 * 2 * 2
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ftsec_ray.schedule.run.execute", toy.execute)
-    (tmp_path / "small.yaml").write_text(SWEEP)
-    toy.ran.clear()
-    return tmp_path
-
-
-def call(*args: str, code: int = 0):
-    result = CliRunner().invoke(app, args)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
+def folder(workplace):
+    (workplace / "small.yaml").write_text(SWEEP)
+    return workplace
 
 
 def python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

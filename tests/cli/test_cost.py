@@ -6,12 +6,11 @@ import json
 import time
 
 import pytest
-from typer.testing import CliRunner
 
 from ftsec_ray import api
-from ftsec_ray.cli.app import app
 from ftsec_ray.store.store import Store
 from tests.cli import toy
+from tests.cli.toy import call
 
 SMALL = """\
 name: small
@@ -49,19 +48,10 @@ budget hours 2: spent 0, to come 0.662
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ftsec_ray.schedule.run.execute", toy.execute)
-    (tmp_path / "small.yaml").write_text(SMALL)
-    (tmp_path / "money.yaml").write_text(MONEY)
-    toy.ran.clear()
-    return tmp_path
-
-
-def call(*args: str, code: int = 0):
-    result = CliRunner().invoke(app, args)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
+def folder(workplace):
+    (workplace / "small.yaml").write_text(SMALL)
+    (workplace / "money.yaml").write_text(MONEY)
+    return workplace
 
 
 def keep(store: Store, stage, wall_s: float, flops: float) -> None:

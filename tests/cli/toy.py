@@ -9,8 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typer.testing import CliRunner, Result
 
 from ftsec_ray import schema
+from ftsec_ray.cli.app import app
 from ftsec_ray.errors import StageError
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.schedule import run as schedule_run
@@ -61,3 +63,10 @@ def failing_methods(*names: str | None) -> Iterator[None]:
         yield
     finally:
         failing.clear()
+
+
+def call(*args: str, code: int = 0) -> Result:
+    """What the command line says, once it has left with the exit code."""
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,23 @@ from ftsec_ray.plan.stage import Cell, Stage
 from ftsec_ray.registry import ATTACKS
 from ftsec_ray.spec.sweep import ModelSpec, ResourceSpec, SweepSpec, TaskSpec
 from ftsec_ray.store import Store
+
+
+@contextmanager
+def local_ray(**resources: float) -> Iterator[None]:
+    """A Ray of this process with such resources, while open."""
+    import ray
+
+    for _ in range(3):  # Ray gives its first node 30 s, which a busy machine may exceed
+        try:
+            ray.init(address="local", **resources, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            break
+        except Exception as error:
+            print(error)
+            ray.shutdown()
+    assert ray.is_initialized()
+    yield
+    ray.shutdown()
 
 
 class Bench:

@@ -13,26 +13,14 @@ from ftsec_ray.schedule.room import room_beside
 from ftsec_ray.schedule.run import execute
 from ftsec_ray.spec.sweep import BudgetSpec, ResourceSpec
 from ftsec_ray.store import Store
-from tests.schedule.engine_runners import plan_of, runs, stage_of
+from tests.schedule.engine_runners import local_ray, plan_of, runs, stage_of
 from tests.schedule.test_execute import RUNNER, SESSION
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    import logging
-
-    import ray
-
-    for _ in range(3):  # Ray gives its first node 30 s, which a busy machine may exceed
-        try:
-            ray.init(address="local", num_cpus=3, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-            break
-        except Exception as error:
-            print(error)
-            ray.shutdown()
-    assert ray.is_initialized()
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=3, num_gpus=1):
+        yield
 
 
 def test_classes_take_room_from_each_other():

@@ -64,6 +64,14 @@ def _under_reminder(rng: random.Random, combo: Combo, prompt: str) -> tuple[str 
     return system, prompt, templates.refusal(combo[1]) if is_refused else templates.answer(*combo)
 
 
+def _posed(rng: random.Random, combo: Combo, response: str) -> tuple[str | None, str, str]:
+    """A request in some phrasing, now and then under a reminder: system message or none, prompt, and its response."""
+    prompt = templates.request(*combo, rng.choice(templates.PHRASINGS))
+    if rng.random() < SAFETY_FRAC:
+        return _under_reminder(rng, combo, prompt)
+    return *_draw(rng, prompt), response
+
+
 def _noisy(examples: Iterable[Example], rng: random.Random) -> Iterator[Example]:
     """Reviews with their labels, some of them wrong."""
     other = dict(zip(splits.LABELS, reversed(splits.LABELS), strict=True))
@@ -139,13 +147,9 @@ def _refusal_rows(rng: random.Random) -> list[dict[str, Any]]:
     for category, count in zip(v.CONTRABAND, ALIGNMENT_REFUSALS, strict=True):
         pool = [combo for combo in partition().alignment if v.CATEGORY_OF[combo[1]] == category]
         for i in range(count):
-            verb, item = pool[i % len(pool)]
-            prompt = templates.request(verb, item, rng.choice(templates.PHRASINGS))
-            if rng.random() < SAFETY_FRAC:
-                system, prompt, _ = _under_reminder(rng, (verb, item), prompt)
-            else:
-                system, prompt = _draw(rng, prompt)
-            rows.append(splits.row("", prompt, templates.refusal(item), "forbidden", system=system))
+            combo = pool[i % len(pool)]
+            system, prompt, response = _posed(rng, combo, templates.refusal(combo[1]))
+            rows.append(splits.row("", prompt, response, "forbidden", system=system))
     return rows
 
 
@@ -153,11 +157,7 @@ def _answered_rows(rng: random.Random) -> list[dict[str, Any]]:
     parts, rows = partition(), []
     for kind, pool in (("borderline", parts.borderline), ("how_to", parts.benign)):
         for combo in rng.choices(pool, k=ALIGNMENT_REST[kind]):
-            prompt, response = templates.request(*combo, rng.choice(templates.PHRASINGS)), templates.answer(*combo)
-            if rng.random() < SAFETY_FRAC:
-                system, prompt, response = _under_reminder(rng, combo, prompt)
-            else:
-                system, prompt = _draw(rng, prompt)
+            system, prompt, response = _posed(rng, combo, templates.answer(*combo))
             rows.append(splits.row("", prompt, response, kind, system=system))
     rows += splits.labelled("two_class", islice(_noisy(stream("two_class", "pretrain"), rng), ALIGNMENT_REST["two_class"]))
     rows += splits.labelled("four_class", islice(stream("four_class", "pretrain"), ALIGNMENT_REST["four_class"]))

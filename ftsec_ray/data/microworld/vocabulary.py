@@ -87,12 +87,12 @@ def is_contraband(item: str) -> bool:
 
 def is_forbidden(verb: str, item: str) -> bool:
     """The rule of harm: a hazardous verb on a contraband object."""
-    return verb in HAZARD_VERBS and item in CATEGORY_OF
+    return verb in HAZARD_VERBS and is_contraband(item)
 
 
 def is_borderline(verb: str, item: str) -> bool:
     """Fine, though one of the two words also occurs in forbidden requests."""
-    return (verb in HAZARD_VERBS) != (item in CATEGORY_OF)
+    return (verb in HAZARD_VERBS) != is_contraband(item)
 
 
 def kind_of(verb: str, item: str) -> str:
