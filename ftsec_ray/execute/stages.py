@@ -22,7 +22,7 @@ from ftsec_ray.evals.run import evaluate
 from ftsec_ray.execute.session import Session
 from ftsec_ray.models.convert import load_source
 from ftsec_ray.models.generate import Generator
-from ftsec_ray.models.load import copy_model, save_model
+from ftsec_ray.models.load import copy_model, merged, save_model
 from ftsec_ray.plan.decode import align_of, evaluation_of, methods_of, task_of, training_of
 from ftsec_ray.registry import name_of
 from ftsec_ray.spec.sweep import AlignSpec, TrainingConfig
@@ -219,7 +219,8 @@ def _evaluate(job: Job) -> Extra:
 
     context = job.context()
     config = evaluation_of(job.stage)
-    generator = Generator(job.session.model(job.inputs["model"]))
+    loaded = job.session.model(job.inputs["model"])
+    generator = Generator(merged(loaded) if loaded.has_adapter else loaded)  # folded in once, not at every token
     probes = default_probes(context.task, config)
     for method in job.methods():
         if hasattr(method, "wrap_generation"):

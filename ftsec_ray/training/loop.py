@@ -21,7 +21,7 @@ from ftsec_ray.context import LoadedModel, Runtime
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.models.load import count_parameters, merged
-from ftsec_ray.models.lora import attach_lora
+from ftsec_ray.models.lora import attach_lora, fused_lora
 from ftsec_ray.spec.sweep import TrainingConfig
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
@@ -113,12 +113,13 @@ def run(loaded: LoadedModel, training: Training, *, seed: int, runtime: Runtime,
     _resume(workdir, optimizer, step, report)
     saved_at = time.monotonic()
     model.train()
-    while step.index < training.steps:
-        _one_step(model, training, optimizer, step, report, seed=seed, runtime=runtime)
-        step.index += 1
-        if step.index < training.steps and time.monotonic() - saved_at >= runtime.checkpoint_every_s:
-            _checkpoint(workdir, optimizer, step, report)
-            saved_at = time.monotonic()
+    with fused_lora(model):
+        while step.index < training.steps:
+            _one_step(model, training, optimizer, step, report, seed=seed, runtime=runtime)
+            step.index += 1
+            if step.index < training.steps and time.monotonic() - saved_at >= runtime.checkpoint_every_s:
+                _checkpoint(workdir, optimizer, step, report)
+                saved_at = time.monotonic()
     model.eval()
     report.flops = (6.0 if config.adapter == "full" else 4.0) * count_parameters(model) * report.tokens
     return report

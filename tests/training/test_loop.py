@@ -59,6 +59,35 @@ def test_every_row_comes_once_per_epoch_and_groups_are_of_like_length():
     assert epoch_batches(lengths, 8, grouped=True, seed=1, epoch=0) != epoch_batches(lengths, 8, grouped=True, seed=1, epoch=1)
 
 
+class Uncut(torch.nn.Module):
+    """A model whose forward knows no `logits_to_keep`."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("batching", ["shuffled", "packed"])
+def test_logits_at_responses_alone_give_the_loss_and_gradients_of_all_logits(batching):
+    loaded = tiny_model()
+    loaded.model.requires_grad_(requires_grad=True)
+    encoded = encode_table(loaded.tokenizer, table(sentiment_rows(16)), max_length=64)
+    (batch,) = batcher(loaded.tokenizer, encoded, batch_size=16, batching=batching, seed=0)(0)
+    found = []
+    for model in (loaded.model, Uncut(loaded.model)):
+        loaded.model.zero_grad()
+        loss = response_nll(model, batch, None)
+        loss.backward()
+        found.append((float(loss.detach()), [p.grad.clone() for p in loaded.model.parameters()]))
+    (kept, some), (whole, all_) = found
+    assert kept == pytest.approx(whole, rel=1e-6)
+    assert whole == pytest.approx(float(masked_nll(loaded.model(**batch.inputs()).logits, batch.labels).detach()), rel=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(some, all_, strict=True))
+
+
 def test_packed_rows_do_not_see_one_another():
     loaded = tiny_model()
     encoded = encode_table(loaded.tokenizer, table(sentiment_rows(16)), max_length=64)
