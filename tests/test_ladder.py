@@ -44,7 +44,7 @@ def measured(store, size):
     return found
 
 
-@pytest.mark.parametrize("size", ["1m", "4m"])
+@pytest.mark.parametrize("size", ["1m", "4m", "12m"])
 def test_a_rung_knows_refuses_and_stays_useful(store, size):
     base, aligned = measured(store, size)
     print(size, "base", base, "aligned", aligned)
