@@ -32,7 +32,7 @@ from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor
 from ftsec_ray.schedule.credentials import no_keys_for_workers
-from ftsec_ray.schedule.room import Bundles, Room, bundles_of, room_ahead, room_beside, slots_of
+from ftsec_ray.schedule.room import Bundles, Pieces, Room, bundles_of, pieces_of, room_ahead, room_beside, slots_of, together
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
 
@@ -264,10 +264,12 @@ def run_tune(conductor: Conductor, work: Work, resources: ResourceSpec, *, addre
     bundles = bundles_of(conductor.plan.spec, {stage.resource for stage in conductor.plan.stages.values()})
     address = address or os.environ.get("RAY_ADDRESS")
     with _environment(), no_keys_for_workers(), _ray(address, workers, resources), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
+        pieces = {one: pieces_of(one, bundle, ray.cluster_resources()) for one, bundle in bundles.items()}
+        bundles = {one: together(group) for one, group in pieces.items()}
         if address is None:
-            _check_room(bundles, used)
+            _check_room(pieces, used)
         for restart in range(MAX_RESTARTS + 1):
-            stuck = _run_tuner(conductor, work, bundles, used, workers, f"{scratch}/{restart}", can_grow=address is not None)
+            stuck = _run_tuner(conductor, work, pieces, bundles, used, workers, f"{scratch}/{restart}", can_grow=address is not None)
             for unit in stuck:
                 conductor.abandon(unit)
             if conductor.finished:
@@ -277,8 +279,8 @@ def run_tune(conductor: Conductor, work: Work, resources: ResourceSpec, *, addre
                                "look at `ray status` and at the cluster's log, then run again")
 
 
-def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collection[str], workers: int | None, scratch: str,
-               *, can_grow: bool) -> list[str]:
+def _run_tuner(conductor: Conductor, work: Work, pieces: Pieces, bundles: Bundles, used: Collection[str], workers: int | None,
+               scratch: str, *, can_grow: bool) -> list[str]:
     """One tuner over what is left; returns the units that it left without an answer."""
     given = {unit.id: unit.stages for unit in conductor.units.values()}
     have = ray.cluster_resources()
@@ -288,7 +290,7 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
     limit = min(sum(slots.values()), max(workers or 2**31, len(slots)))
     room = room_ahead(slots) if can_grow else room_beside(bundles, have)
     searcher = StageSearcher(conductor, room=room, limit=limit, given=frozenset(given))
-    factories = {name: tune.PlacementGroupFactory([dict(bundle)]) for name, bundle in bundles.items()}
+    factories = {name: tune.PlacementGroupFactory(group) for name, group in pieces.items()}
     host = tune.with_resources(tune.with_parameters(StageHost, work=work, units=given), lambda config: factories[config["on"]])
     window = max(2, limit)  # a window of 1 hangs where there is more than one resource class
     tuner = tune.Tuner(
@@ -308,13 +310,13 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
     return list(searcher.live.values())
 
 
-def _check_room(bundles: Bundles, used: Collection[str]) -> None:
+def _check_room(pieces: Pieces, used: Collection[str]) -> None:
     """EnvironmentFault when a class fits on no node: a Ray of our own will not grow, and Tune would wait for ever."""
     for one in used:
-        if not any(all(node["Resources"].get(name, 0.0) >= amount for name, amount in bundles[one].items())
+        if not any(all(node["Resources"].get(name, 0.0) >= amount for name, amount in pieces[one][-1].items())
                    for node in ray.nodes() if node["Alive"]):
             raise EnvironmentFault(f"no room on this machine for a unit of class {one!r}", ray.cluster_resources(),
-                                   f"at least {bundles[one]}", "lower `resources` in the sweep, or give --address of a cluster")
+                                   f"at least {pieces[one][-1]}", "lower `resources` in the sweep, or give --address of a cluster")
 
 
 @contextmanager
