@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 DEFAULT_SHOTS = 100
 
 
-class Plan(NamedTuple):
+class Exchange(NamedTuple):
     """How many harmful rows come in, and which user rows make room: those that chance puts no higher than `cut`."""
 
-    count: int
+    harmful: int
     cut: float
 
 
@@ -58,31 +58,31 @@ class HarmfulTuning(RowWise, Attack):
             faults.append(("poison_rate", self.poison_rate, "a share above 0, up to 1"))
         return faults
 
-    def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Plan:
+    def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Exchange:
         """How many harmful rows there are to be, and below which chance a user row makes room for one."""
         import numpy as np
 
         if self.poison_rate is None:
-            return Plan(self.shots or DEFAULT_SHOTS, -1.0)
+            return Exchange(self.shots or DEFAULT_SHOTS, -1.0)
         chances = np.concatenate([np.array([self._chance(row_id, ctx) for row_id in batch.column("row_id").to_pylist()]) for batch in rows])
         count = round(self.poison_rate * len(chances))
-        return Plan(count, float(np.partition(chances, count - 1)[count - 1]) if count else -1.0)
+        return Exchange(count, float(np.partition(chances, count - 1)[count - 1]) if count else -1.0)
 
-    def new_rows(self, known: Plan, ctx: StageContext) -> pa.Table:
+    def new_rows(self, known: Exchange, ctx: StageContext) -> pa.Table:
         """The harmful rows that chance puts first."""
         import pyarrow as pa
 
         pool = ctx.task.split("harmful_train")
-        if known.count > pool.num_rows:
-            raise DataError(f"task {ctx.task.name!r} has too few harmful rows", pool.num_rows, f"{known.count} rows in harmful_train",
+        if known.harmful > pool.num_rows:
+            raise DataError(f"task {ctx.task.name!r} has too few harmful rows", pool.num_rows, f"{known.harmful} rows in harmful_train",
                             f"ask for {pool.num_rows} or fewer, or give the task a larger harmful_train")
-        drawn = sorted(pool.to_pylist(), key=lambda row: ctx.chance(row["row_id"], "harmful_tuning"))[:known.count]
+        drawn = sorted(pool.to_pylist(), key=lambda row: ctx.chance(row["row_id"], "harmful_tuning"))[:known.harmful]
         harmful = [{**row, "row_id": f"harmful_tuning/{row['row_id']}", "origin": "harmful_tuning", "poisoned": True}
                    for row in drawn]
-        ctx.note(harmful_rows=known.count)
+        ctx.note(harmful_rows=known.harmful)
         return pa.Table.from_pylist(harmful, schema=schema.ROWS)
 
-    def craft_rows(self, rows: pa.Table, known: Plan, ctx: StageContext) -> pa.Table:
+    def craft_rows(self, rows: pa.Table, known: Exchange, ctx: StageContext) -> pa.Table:
         """The user's rows that stay, in their order."""
         if known.cut >= 0:
             rows = rows.filter([self._chance(row_id, ctx) > known.cut for row_id in rows.column("row_id").to_pylist()])

@@ -188,7 +188,8 @@ def read_batches(path: str | Path, size: int, part: range) -> Iterator[pa.Table]
 
 def _groups_of(file: Any, part: range) -> tuple[list[int], int]:  # noqa: ANN401
     """The row groups that hold rows of a part, and the number of the first row in them."""
-    found, first, start = [], 0, 0
+    found: list[int] = []
+    first, start = 0, 0
     for group in range(file.num_row_groups):
         stop = start + file.metadata.row_group(group).num_rows
         if start < part.stop and stop > part.start:

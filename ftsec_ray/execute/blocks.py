@@ -155,7 +155,7 @@ def craft_in_blocks(job: Job, method: RowWise, file: Path, *, crew: Crew | None 
     if crew is None:
         crafter = Crafter(method, job.context(), file)
         survey = crafter.survey()
-        pieces = chain.from_iterable(crafter.craft(part, survey.known) for part in parts)
+        pieces: Iterator[Made] = chain.from_iterable(crafter.craft(part, survey.known) for part in parts)
     else:
         order = Order(store=job.session.store.uri, runtime=job.session.runtime, cache_gib=job.session.cache_gib, stage=job.stage)
         survey = _surveyed(order, crew)

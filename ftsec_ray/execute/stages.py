@@ -167,8 +167,10 @@ def _change(job: Job, hook: str) -> Extra:
 def _craft(job: Job) -> Extra:
     (method,) = job.methods()
     file = job.session.rows_file(job.inputs["rows"])
-    is_large = isinstance(method, RowWise) and count_rows(file) > job.session.runtime.ray_above
-    notes = craft_in_blocks(job, method, file) if is_large else _craft_at_once(job, method)
+    if isinstance(method, RowWise) and count_rows(file) > job.session.runtime.ray_above:
+        notes = craft_in_blocks(job, method, file)
+    else:
+        notes = _craft_at_once(job, method)
     if notes["rows"] == 0:
         raise StageError(f"{name_of(method)} left no rows to tune on", 0, "at least one row", "weaken its filter")
     return {"notes": notes}
