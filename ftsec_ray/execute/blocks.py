@@ -65,7 +65,7 @@ class Made:
         with pa.ipc.new_stream(sink, self.rows.schema) as writer:
             writer.write_table(self.rows)
         told = json.dumps([dict(self.counts), astuple(self.tally)])
-        return pa.table({"rows": pa.array([sink.getvalue()], pa.large_binary()), "told": [told]})
+        return pa.table({"rows": pa.array([sink.getvalue().to_pybytes()], pa.large_binary()), "told": [told]})
 
     @classmethod
     def unpacked(cls, row: Mapping[str, Any]) -> Made:

@@ -9,7 +9,7 @@ import pytest
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.plan.resources import cpus_of, gpus_of
-from ftsec_ray.schedule.room import room_beside
+from ftsec_ray.schedule.room import pieces_of, room_beside, together
 from ftsec_ray.schedule.run import execute
 from ftsec_ray.spec.sweep import BudgetSpec, ResourceSpec
 from ftsec_ray.store import Store
@@ -30,6 +30,16 @@ def test_classes_take_room_from_each_other():
     assert room({"gpu:0.5": 1}) == {"cpu": 15, "gpu:0.125": 4, "gpu:0.5": 1, "gpu": 0}
     assert room({"gpu": 1, "cpu": 15}) == {"cpu": 0, "gpu:0.125": 0, "gpu:0.5": 0, "gpu": 0}
     assert room_beside(bundles, {"CPU": 1.0})({}) == dict.fromkeys(bundles, 1), "the first is asked for, so that its lack is told"
+
+
+def test_a_pipeline_gets_as_many_workers_as_there_is_room_for_and_its_trial_nothing():
+    asked = {"CPU": 8.0, "GPU": 2.0}
+    assert pieces_of("gpu", {"CPU": 1.0, "GPU": 1.0}, {}) == [{"CPU": 1.0, "GPU": 1.0}]
+    each = {"CPU": 2.0, "GPU": 0.5}
+    rooms = [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 4.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 0.5}, {"CPU": 0.0}]
+    found = [pieces_of("data:4:0.5", asked, have) for have in rooms]
+    assert found == [[{}, *[each] * count] for count in (4, 2, 1, 4)], "a cluster without any room may grow"
+    assert together(found[1]) == {"CPU": 4.0, "GPU": 1.0}
 
 
 @pytest.mark.ray
