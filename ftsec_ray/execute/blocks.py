@@ -216,6 +216,7 @@ def _crafted(order: Order, crew: Crew, parts: list[range], known: Any) -> Iterat
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     context.target_max_block_size = 16 * 2**20
     context.scheduling_strategy = context.scheduling_strategy_large_args = crew.strategy()
     context.execution_options = ExecutionOptions(resource_limits=ExecutionResources(
@@ -227,7 +228,7 @@ def _crafted(order: Order, crew: Crew, parts: list[range], known: Any) -> Iterat
     try:
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from map(Made.unpacked, batch.to_pylist())
-    except (ray.exceptions.RayError, ray.data.exceptions.RayDataUserCodeException) as error:
+    except Exception as error:  # Ray Data wraps errors in classes of many kinds
         raise _cause_of(error) from error
 
 
@@ -235,11 +236,14 @@ class _Worker:
     """An actor of the pipeline: it opens the session once, and the model of a filter with it."""
 
     def __init__(self, order: Order, known: Any) -> None:  # noqa: ANN401
-        self._crafter = _opened(order)
+        self._order = order
         self._known = known
+        self._crafter: Crafter | None = None
 
     def __call__(self, blocks: Mapping[str, Any]) -> Iterator[pa.Table]:
         """The pieces of some blocks, packed."""
+        if self._crafter is None:  # not in __init__, whose errors reach the driver as text only
+            self._crafter = _opened(self._order)
         for start, stop in zip(blocks["start"], blocks["stop"], strict=True):
             for made in self._crafter.craft(range(int(start), int(stop)), self._known):
                 yield made.packed()
@@ -268,7 +272,8 @@ def _opened(order: Order) -> Crafter:
 
 def _cause_of(error: BaseException) -> BaseException:
     """The error of the method behind those that Ray wraps around it; one that Ray itself has raised stays."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, FtsecError):
-        last, found = found, getattr(found, "cause", None) or found.__cause__
-    return found or last
+    behind = [error]
+    while found := getattr(behind[-1], "cause", None) or behind[-1].__cause__:
+        behind.append(found)
+    ours = [one for one in behind if isinstance(one, FtsecError)]
+    return (ours or [one for one in behind if type(one).__name__ != "SystemException"])[-1]

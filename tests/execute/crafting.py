@@ -21,6 +21,8 @@ from ftsec_ray.store import Store
 from tests.fixtures_models import row, sentiment_rows, table, tiny_model, tiny_task
 
 TASK, MODEL = digest("task"), digest("model")
+GIVEN = [Stage(one, kind, None, None, (), {}, {}, "cpu", 1.0) for one, kind in ((TASK, "task"), (MODEL, "source"))]
+"""The stages whose artifacts a filled store has."""
 
 
 def many_rows(count: int) -> list[dict]:

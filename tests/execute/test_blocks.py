@@ -24,8 +24,7 @@ from ftsec_ray.execute.stages import run_stage
 from ftsec_ray.method import BATCH_ROWS
 from ftsec_ray.schedule.run import execute
 from ftsec_ray.spec.sweep import DataSpec
-from ftsec_ray.store import Store
-from tests.execute.crafting import at_once, craft_stage, filled, job_of, many_rows, session_of
+from tests.execute.crafting import GIVEN, at_once, craft_stage, filled, job_of, many_rows, session_of
 from tests.fixtures_models import row, sentiment_rows, table
 from tests.schedule.engine_runners import local_ray, plan_of, stage_of
 
@@ -136,10 +135,10 @@ def test_an_error_of_a_method_in_a_worker_is_the_error_of_the_stage(store, tmp_p
     crew = Crew(size=1, each={"CPU": 1.0})
     with pytest.raises(DataError, match=r"got:  8\n  want: 100 rows in harmful_train"):
         in_blocks(store, HarmfulTuning(), 0, tmp_path / "survey", crew=crew)
+    job, made, file = job_of(store, craft_stage(Onion(threshold=1.0)), tmp_path / "craft")
+    job = replace(job, stage=replace(job.stage, inputs=job.stage.inputs[:2]))
     with pytest.raises(StageError, match="a method asked for a model that it did not declare"):
-        job, made, file = job_of(store, craft_stage(Onion(threshold=1.0)), tmp_path / "craft")
-        stage = replace(job.stage, inputs=job.stage.inputs[:2])
-        craft_in_blocks(replace(job, stage=stage), made, file, crew=crew)
+        craft_in_blocks(job, made, file, crew=crew)
 
 
 @pytest.mark.ray
@@ -165,14 +164,14 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(tmp_path):
 
 
 def plan_with(stage, *others, workers=2):
-    plan = plan_of([stage, *others])
+    plan = plan_of([*GIVEN, stage, *others])
     return replace(plan, spec=replace(plan.spec, data=DataSpec(ray_above=0, workers=workers)))
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("asked", [2, 16])
-def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, store, expected, tmp_path):
+def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, expected, tmp_path):
     """Two cores, twelve units that hold one each, and a set whose blocks need both: nobody starves and nobody waits for ever."""
     here = filled(tmp_path / "store", many_rows(ROWS))
     busy = [replace(stage_of(f"busy{i}", sleep=0.5), kind="evaluate") for i in range(12)]
@@ -190,12 +189,11 @@ def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, sto
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_a_chain_of_pipelines_under_tune_has_the_bytes_of_the_local_executor(store, tmp_path):
+def test_a_chain_of_pipelines_under_tune_has_the_bytes_of_the_local_executor(tmp_path):
     stores = [filled(tmp_path / name, many_rows(ROWS)) for name in ("tune", "local")]
     poison = craft_stage(METHODS[0], resource="data:2")
     clean = craft_stage(METHODS[4], rows=poison.digest, resource="data:2")
     for where, executor in zip(stores, ("tune", "local"), strict=True):
-        # The tiny task stands in the store, so that the plan knows only what is to be made of it.
         assert execute(plan_with(poison, clean), where, executor=executor, runner=BUSY).is_complete
     for stage in (poison, clean):
         records = [where.record(stage.digest) for where in stores]

@@ -133,7 +133,8 @@ def test_a_pipeline_asks_for_the_cores_and_gpus_of_all_its_workers():
     spec = crafting_plan(0.5).spec
     assert [data_resource(3, each) for each in ("cpu", "gpu", "gpu:0.25")] == ["data:3", "data:3:1", "data:3:0.25"]
     asked = {one: (workers_of(one), cpus_of(one, spec), gpus_of(one)) for one in ("cpu", "gpu", "gpu:0.5", "data:3", "data:3:1", "data:3:0.25")}
-    assert asked == {"cpu": (0, 1, 0), "gpu": (0, 2, 1), "gpu:0.5": (0, 2, 0.5), "data:3": (3, 3, 0), "data:3:1": (3, 6, 3), "data:3:0.25": (3, 6, 0.75)}
+    assert asked == {"cpu": (0, 1, 0), "gpu": (0, 2, 1), "gpu:0.5": (0, 2, 0.5),
+                     "data:3": (3, 3, 0), "data:3:1": (3, 6, 3), "data:3:0.25": (3, 6, 0.75)}
 
 
 def test_the_price_of_a_pipeline_is_that_of_its_workers_whatever_node_each_is_on():
