@@ -78,10 +78,10 @@ def test_blocks_in_one_process_give_the_bytes_and_notes_of_the_whole_set(method,
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(("method", "seed"), list(zip(METHODS, (0, 7, 0, 7, 0, 7), strict=True)), ids=IDS)
-def test_ray_data_gives_the_bytes_and_notes_of_the_whole_set(method, seed, store, expected, tmp_path):
-    crew = Crew(size=2, each={"CPU": 1.0})
-    for blocks in (1, 2, 8):
+@pytest.mark.parametrize("which", ["badnets", "harmful_tuning-share", "onion"])
+def test_ray_data_gives_the_bytes_and_notes_of_the_whole_set(which, store, expected, tmp_path):
+    method, crew = METHODS[IDS.index(which)], Crew(size=2, each={"CPU": 1.0})
+    for blocks, seed in ((1, 0), (2, 7), (8, 0)):
         assert in_blocks(store, method, seed, tmp_path / str(blocks), crew=crew, blocks=blocks) == expected(method, seed)
 
 
@@ -230,7 +230,7 @@ def test_batches_of_a_part_are_whole_but_for_the_last(start, length, size, tmp_p
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 10_000), max_size=60), max_size=8), st.integers(0, 5))
+@given(numbers=st.lists(st.lists(st.integers(0, 10_000), max_size=60), max_size=8), seed=st.integers(0, 5))
 def test_pieces_in_any_order_are_merged_to_the_bytes_of_a_sorted_table(numbers, seed, tmp_path_factory):
     seen: set[int] = set()
     pieces = [[one for one in piece if not (one in seen or seen.add(one))] for piece in numbers]
