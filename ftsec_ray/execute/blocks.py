@@ -275,5 +275,5 @@ def _cause_of(error: BaseException) -> BaseException:
     behind = [error]
     while found := getattr(behind[-1], "cause", None) or behind[-1].__cause__:
         behind.append(found)
-    ours = [one for one in behind if isinstance(one, FtsecError)]
-    return (ours or [one for one in behind if type(one).__name__ != "SystemException"])[-1]
+    ours = next((one for one in behind if isinstance(one, FtsecError)), None)
+    return ours or [one for one in behind if type(one).__name__ != "SystemException"][-1]
