@@ -109,7 +109,7 @@ class Crafter:
             context, tally, tables = replace(self.context, notes={}, counts={}), FilterTally(), []
             for batch in batches:
                 made = plain_rows(self.method.craft_rows(batch, known, context))
-                tally += filter_tally(batch, made)
+                tally += filter_tally(batch, made) if self.method.KIND == "defense" else FilterTally()
                 tables.append(made)
             check_notes(self.method, context.notes, {})
             yield Made(pa.concat_tables(tables), context.counts, tally)
