@@ -28,6 +28,7 @@ from ray.tune.search import Searcher  # noqa: TID253
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.unit import StageVerdict, cpu_threads, gpu_share, imported, run_unit, short_text
+from ftsec_ray.plan.resources import workers_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor
@@ -123,27 +124,38 @@ class StageSearcher(Searcher):
         """What workers said that could not open."""
         self._given = given
         self._warm: str | None = None
+        self._wide: set[str] = set()
+        """Trials of pipelines that wait for all of their cores."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """A unit for a new trial; None only while a trial is live, FINISHED when no unit is left."""
         if self.is_stopped or self.conductor.finished:
             return str(Searcher.FINISHED)
-        if len(self.live) >= self.limit:
-            return None
+        if len(self.live) >= self.limit or self._wide:
+            return None  # what would take one of the cores for which a pipeline waits, one by one, waits as well
         taken: Counter[str] = Counter(self.conductor.units[unit].resource for unit in self.live.values())
-        free = self.room(taken)
+        free = {one: max(1, count) if workers_of(one) else count for one, count in self.room(taken).items()}
         unit = self.conductor.next(free=free, warm=self._warm)
         if unit is None:  # with nothing live only a budget can be the reason, and then the conductor has finished
             return str(Searcher.FINISHED) if self.conductor.finished else None
         self.live[trial_id] = unit.id
+        if workers_of(unit.resource):
+            self._wide.add(trial_id)
         config = {"unit": unit.id, "on": unit.resource, "attempt": self.conductor.attempt(unit.id)}
         if unit.id not in self._given:  # it was not foreseen when the workers got their units
             config["rebuilt"] = json.dumps([stage.to_json() for stage in unit.stages])
         return config
 
+    def on_trial_start(self, trial_id: str) -> None:
+        """A worker took the unit of a trial."""
+        self._wide.discard(trial_id)
+        if trial_id in self.live:
+            self.conductor.started(self.live[trial_id])
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
         """Settle the unit of a trial by its verdicts; without any, its worker was lost."""
         unit = self.live.pop(trial_id, None)
+        self._wide.discard(trial_id)
         if unit is None:
             return
         told = {} if error or not result else result
@@ -213,8 +225,7 @@ class Reconcile(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
         """A worker took the unit of a trial."""
-        if trial.trial_id in self._searcher.live:
-            self._searcher.conductor.started(self._searcher.live[trial.trial_id])
+        self._searcher.on_trial_start(trial.trial_id)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ANN401, ARG002
         """Once a second, compare what Tune thinks of its trials with what the searcher thinks."""
