@@ -218,7 +218,8 @@ def _crafted(order: Order, crew: Crew, parts: list[range], known: Any) -> Iterat
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
     context.target_max_block_size = 16 * 2**20
-    context.scheduling_strategy = context.scheduling_strategy_large_args = crew.strategy()
+    # The group is told to the operator alone: told to the whole context, Ray Data (2.60) takes the group's bundles for all that there is,
+    # and since these hold no object store, it runs one block at a time.
     context.execution_options = ExecutionOptions(resource_limits=ExecutionResources(
         cpu=crew.size * crew.each["CPU"], gpu=crew.size * crew.each.get("GPU", 0.0), object_store_memory=STORE_BYTES))
     items = [{"start": part.start, "stop": part.stop} for part in parts]
