@@ -136,15 +136,17 @@ class Crew:
     group: Any = None
     """Placement group in which they live; None: anywhere."""
 
-    def options(self) -> dict[str, Any]:
-        """What Ray is told of each worker."""
-        return {"num_cpus": self.each["CPU"], "num_gpus": self.each.get("GPU", 0.0) or None, "scheduling_strategy": self.strategy()}
+    def asks(self) -> dict[str, float | None]:
+        """What each of them asks for."""
+        return {"num_cpus": self.each["CPU"], "num_gpus": self.each.get("GPU", 0.0) or None}
 
-    def strategy(self) -> Any:  # noqa: ANN401
+    def place(self) -> dict[str, Any]:
         """Where Ray puts them."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        return "DEFAULT" if self.group is None else PlacementGroupSchedulingStrategy(self.group, placement_group_capture_child_tasks=True)
+        if self.group is None:
+            return {"scheduling_strategy": "DEFAULT"}
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_capture_child_tasks=True)}
 
 
 def craft_in_blocks(job: Job, method: RowWise, file: Path, *, crew: Crew | None = None, blocks: int | None = None) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def _crew_of(stage: Stage) -> Crew | None:
 def _surveyed(order: Order, crew: Crew) -> Survey:
     import ray
 
-    task = ray.remote(_survey_task).options(**crew.options(), max_retries=MAX_DEATHS)
+    task = ray.remote(_survey_task).options(**crew.asks(), **crew.place(), max_retries=MAX_DEATHS)
     try:
         found: Survey = ray.get(task.remote(order))
     except ray.exceptions.RayError as error:
@@ -225,7 +227,7 @@ def _crafted(order: Order, crew: Crew, parts: list[range], known: Any) -> Iterat
     items = [{"start": part.start, "stop": part.stop} for part in parts]
     data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _Worker, fn_constructor_args=(order, known), compute=ActorPoolStrategy(size=min(crew.size, len(items))), batch_size=None,
-        max_restarts=MAX_DEATHS, max_task_retries=MAX_DEATHS, **crew.options())
+        ray_remote_args_fn=lambda: {**crew.place(), "max_restarts": MAX_DEATHS, "max_task_retries": MAX_DEATHS}, **crew.asks())
     try:
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from map(Made.unpacked, batch.to_pylist())

@@ -144,7 +144,7 @@ def test_an_error_of_a_method_in_a_worker_is_the_error_of_the_stage(store, tmp_p
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(tmp_path):
-    method, out, killed = BadNets(rate=0.9, repeat=40), tmp_path / "out", []
+    method, out, killed = BadNets(rate=0.9, repeat=20), tmp_path / "out", []
     store = filled(tmp_path / "store", many_rows(40 * BATCH_ROWS))
     whole = at_once(store, craft_stage(method), tmp_path / "whole")
 
@@ -163,8 +163,8 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(tmp_path):
     assert killed
 
 
-def plan_with(stage, *others, workers=2):
-    plan = plan_of([*GIVEN, stage, *others])
+def plan_with(*others, stage, workers=2):
+    plan = plan_of([*GIVEN, *others, stage])
     return replace(plan, spec=replace(plan.spec, data=DataSpec(ray_above=0, workers=workers)))
 
 
@@ -178,7 +178,7 @@ def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, exp
     stage = craft_stage(METHODS[0], resource=f"data:{asked}")
     stage = replace(stage, inputs=(*stage.inputs, ("after", busy[0].digest)), cost_s=50.0)
     events = []
-    report = execute(plan_with(stage, *busy, workers=asked), here, runner=BUSY, on_event=lambda e: events.append((e.kind, e.unit)))
+    report = execute(plan_with(*busy, stage=stage, workers=asked), here, runner=BUSY, on_event=lambda e: events.append((e.kind, e.unit)))
     assert report.is_complete
     assert report.attempts[stage.digest] == 1
     assert len(report.done) == 17
@@ -195,7 +195,7 @@ def test_a_chain_of_pipelines_under_tune_has_the_bytes_of_the_local_executor(tmp
     poison = craft_stage(METHODS[0], resource="data:2")
     clean = craft_stage(METHODS[4], rows=poison.digest, resource="data:2")
     for where, executor in zip(stores, ("tune", "local"), strict=True):
-        assert execute(plan_with(poison, clean), where, executor=executor, runner=BUSY).is_complete
+        assert execute(plan_with(poison, stage=clean), where, executor=executor, runner=BUSY).is_complete
     for stage in (poison, clean):
         records = [where.record(stage.digest) for where in stores]
         assert records[0]["files"] == records[1]["files"]
