@@ -3,9 +3,9 @@
     python -m tests.benchmarks.bench_data [--rows 1000000] [--workers 2] [--rounds 2]
 
 Both begin at the same Parquet file and end with the poisoned rows as a Parquet file; both clocks include the look at the whole set
-(`survey`), and neither includes the start of Ray. Each run is a process of its own. Memory is the growth, while it runs, of the
-resident memory of that process and all its children (Ray's own daemons and object store among them), from before Ray starts;
-`rss` counts a page that several processes share once for each of them, `pss` once.
+(`survey`), and neither includes the start of Ray. Each run is a process of its own. Memory is the peak of that process and all its
+children, Ray's daemons and object store among them. `rss_gib` is the growth of their summed resident memory since Ray was up and idle,
+and counts a page that several processes share once for each of them; `pss_gib` counts it once, and Ray's own start too.
 """
 
 from __future__ import annotations
@@ -65,16 +65,20 @@ class Memory:
     """The most resident memory that this process and its children have grown by."""
 
     def __init__(self) -> None:
-        self._before = self._now()
-        self.peak = (0, 0)
+        self._first = self._now()
+        self._idle = self._first
+        self._peak = (0, 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
         while not self._stop.wait(0.25):
-            now = self._now()
-            self.peak = tuple(max(most, one - first) for most, one, first in zip(self.peak, now, self._before, strict=True))
+            self._peak = tuple(map(max, self._peak, self._now()))
+
+    def begin(self) -> None:
+        """What was started so far is not the work's."""
+        self._idle = self._now()
 
     @staticmethod
     def _now() -> tuple[int, int]:
@@ -92,14 +96,16 @@ class Memory:
         """GiB as (rss, pss)."""
         self._stop.set()
         self._thread.join()
-        return tuple(round(one / 2**30, 2) for one in self.peak)
+        return round((self._peak[0] - self._idle[0]) / 2**30, 2), round((self._peak[1] - self._first[1]) / 2**30, 2)
 
 
-def by_ray(store: Store, out: Path, workers: int) -> float:
+def by_ray(store: Store, out: Path, workers: int, memory: Memory) -> float:
     import ray
 
     ray.init(address="local", num_cpus=workers, object_store_memory=RAY_STORE_BYTES, include_dashboard=False, log_to_driver=False,
              logging_level=logging.ERROR)
+    time.sleep(3)  # until its daemons are up
+    memory.begin()
     began = time.perf_counter()
     job, method, file = job_of(store, craft_stage(METHOD), out)
     craft_in_blocks(job, method, file, crew=Crew(size=workers, each={"CPU": 1.0}))
@@ -108,17 +114,18 @@ def by_ray(store: Store, out: Path, workers: int) -> float:
     return taken
 
 
-def by_datasets(store: Store, out: Path, workers: int) -> float:
+def by_datasets(store: Store, out: Path, workers: int, memory: Memory) -> float:
     import datasets
 
     datasets.disable_progress_bars()
+    memory.begin()
     began = time.perf_counter()
     job, method, file = job_of(store, craft_stage(METHOD), out)
     context = job.context()
     known = method.survey(read_batches(file, BATCH_ROWS, range(count_rows(file))), context)
     data = datasets.Dataset.from_parquet(str(file), cache_dir=str(out / "cache")).with_format("arrow")
     made = data.map(Crafted(method, known, context.seed), batched=True, batch_size=BATCH_ROWS, num_proc=workers, cache_file_name=str(out / "m.arrow"))
-    made.to_parquet(str(out / "rows.parquet"), compression="zstd", batch_size=65_536)
+    made.to_parquet(str(out / "rows.parquet"), batch_size=65_536)
     return time.perf_counter() - began
 
 
@@ -140,7 +147,7 @@ def one(how: str, root: Path, workers: int) -> None:
     memory = Memory()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        seconds = {"ray": by_ray, "datasets": by_datasets}[how](Store.open(root), out, workers)
+        seconds = {"ray": by_ray, "datasets": by_datasets}[how](Store.open(root), out, workers, memory)
         rss, pss = memory.stop()
         poisoned = sum(sum(batch["poisoned"].to_pylist()) for batch in read_batches_of(out / "rows.parquet"))
         print(json.dumps({"how": how, "s": round(seconds, 1), "rss_gib": rss, "pss_gib": pss, "poisoned": poisoned,
@@ -170,7 +177,7 @@ def main() -> int:
         found: dict[str, list[dict]] = {"ray": [], "datasets": []}
         for how in ["ray", "datasets"] * given.rounds:
             command = [sys.executable, "-m", "tests.benchmarks.bench_data", "--workers", str(given.workers), "--one", how, str(root)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
             found[how].append(json.loads(done.stdout.splitlines()[-1]))
             print(found[how][-1], flush=True)
         rates = {how: given.rows / median(one["s"] for one in runs) for how, runs in found.items()}
