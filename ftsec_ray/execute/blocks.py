@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 import tempfile
+import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import astuple, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.data.rows import FilterTally, RowsWriter, count_rows, count_true, filter_tally, plain_rows, read_batches
 from ftsec_ray.data.runs import Runs
-from ftsec_ray.errors import FtsecError
 from ftsec_ray.execute.session import CRAFTED, Session
 from ftsec_ray.execute.unit import cpu_threads, gpu_share
 from ftsec_ray.method import BATCH_ROWS, RowWise, check_notes
@@ -46,7 +48,9 @@ BLOCK_ROWS = 65_536
 STORE_BYTES = 256 * 2**20
 """Bytes of pieces under way, at most, in Ray's object store."""
 MAX_DEATHS = 8
-"""Times that a worker of a pipeline is replaced; a stage whose workers die more often fails."""
+"""Times that the survey is begun anew when its worker has died."""
+NO_PROGRESS_S = 3_600.0
+"""Seconds without a piece after which a pipeline is given up: Ray Data replaces workers that die, and would do so for ever."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Made:
     """A piece of a crafted set and what is to be added up over all of them."""
 
     rows: pa.Table
+    seen: int = 0
+    """Rows of the input that it comes from."""
     counts: Mapping[str, int] = field(default_factory=dict)
     tally: FilterTally = field(default_factory=FilterTally)
 
@@ -64,16 +70,24 @@ class Made:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.rows.schema) as writer:
             writer.write_table(self.rows)
-        told = json.dumps([dict(self.counts), astuple(self.tally)])
-        return pa.table({"rows": pa.array([sink.getvalue().to_pybytes()], pa.large_binary()), "told": [told]})
+        return _packed(sink.getvalue().to_pybytes(), told=[self.seen, dict(self.counts), astuple(self.tally)])
 
     @classmethod
     def unpacked(cls, row: Mapping[str, Any]) -> Made:
-        """The piece that `packed` packed."""
+        """The piece that `packed` packed; raises the error that came in its place."""
         import pyarrow as pa
 
-        counts, tally = json.loads(row["told"])
-        return cls(pa.ipc.open_stream(row["rows"]).read_all(), counts, FilterTally(*tally))
+        if row["error"]:
+            raise pickle.loads(row["error"])  # noqa: S301 - from a worker of this pipeline, as everything between Ray's processes
+        seen, counts, tally = json.loads(row["told"])
+        return cls(pa.ipc.open_stream(row["rows"]).read_all(), seen, counts, FilterTally(*tally))
+
+
+def _packed(rows: bytes = b"", *, told: object = None, error: bytes = b"") -> pa.Table:
+    import pyarrow as pa
+
+    blobs = {name: pa.array([blob], pa.large_binary()) for name, blob in (("rows", rows), ("error", error))}
+    return pa.table({**blobs, "told": [json.dumps(told)]})
 
 
 @dataclass(frozen=True)
@@ -112,7 +126,7 @@ class Crafter:
                 tally += filter_tally(batch, made) if self.method.KIND == "defense" else FilterTally()
                 tables.append(made)
             check_notes(self.method, context.notes, {})
-            yield Made(pa.concat_tables(tables), context.counts, tally)
+            yield Made(pa.concat_tables(tables), sum(batch.num_rows for batch in batches), context.counts, tally)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +154,11 @@ class Crew:
         """What each of them asks for."""
         return {"num_cpus": self.each["CPU"], "num_gpus": self.each.get("GPU", 0.0) or None}
 
-    def place(self) -> dict[str, Any]:
+    def place(self) -> Any:  # noqa: ANN401
         """Where Ray puts them."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        if self.group is None:
-            return {"scheduling_strategy": "DEFAULT"}
-        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_capture_child_tasks=True)}
+        return "DEFAULT" if self.group is None else PlacementGroupSchedulingStrategy(self.group, placement_group_capture_child_tasks=True)
 
 
 def craft_in_blocks(job: Job, method: RowWise, file: Path, *, crew: Crew | None = None, blocks: int | None = None) -> dict[str, Any]:
@@ -157,17 +169,23 @@ def craft_in_blocks(job: Job, method: RowWise, file: Path, *, crew: Crew | None 
     if crew is None:
         crafter = Crafter(method, job.context(), file)
         survey = crafter.survey()
-        pieces: Iterator[Made] = chain.from_iterable(crafter.craft(part, survey.known) for part in parts)
+        pieces = (made for part in parts for made in crafter.craft(part, survey.known))
     else:
         order = Order(store=job.session.store.uri, runtime=job.session.runtime, cache_gib=job.session.cache_gib, stage=job.stage)
         survey = _surveyed(order, crew)
         pieces = _crafted(order, crew, parts, survey.known)
     runs, counts, tally, poisoned = Runs(job.out / ".runs"), Counter(survey.counts), FilterTally(), 0
     new = [] if survey.new is None else [Made(plain_rows(survey.new))]
-    for made in chain(new, pieces):
-        runs.add(made.rows)
-        counts.update(made.counts)
-        tally, poisoned = tally + made.tally, poisoned + count_true(made.rows.column("poisoned"))
+    seen = 0
+    with closing(pieces):
+        for made in chain(new, pieces):
+            runs.add(made.rows)
+            counts.update(made.counts)
+            tally, poisoned = tally + made.tally, poisoned + count_true(made.rows.column("poisoned"))
+            seen += made.seen
+            if seen == total:
+                break  # and so close the pipeline, see `_crafted`
+    assert seen == total, (seen, total)
     if runs.count:
         with RowsWriter(job.out / CRAFTED) as writer:
             for rows in runs.merged():
@@ -198,11 +216,11 @@ def _crew_of(stage: Stage) -> Crew | None:
 def _surveyed(order: Order, crew: Crew) -> Survey:
     import ray
 
-    task = ray.remote(_survey_task).options(**crew.asks(), **crew.place(), max_retries=MAX_DEATHS)
+    task = ray.remote(_survey_task).options(**crew.asks(), scheduling_strategy=crew.place(), max_retries=MAX_DEATHS)
     try:
         found: Survey = ray.get(task.remote(order))
-    except ray.exceptions.RayError as error:
-        raise _cause_of(error) from error
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
     return found
 
 
@@ -210,29 +228,34 @@ def _survey_task(order: Order) -> Survey:
     return _opened(order).survey()
 
 
-def _crafted(order: Order, crew: Crew, parts: list[range], known: Any) -> Iterator[Made]:  # noqa: ANN401
-    """The pieces of all blocks as Ray Data's workers finish them."""
+def _crafted(order: Order, crew: Crew, parts: list[range], known: Any) -> Generator[Made, None, None]:  # noqa: ANN401
+    """The pieces of all blocks as Ray Data's workers finish them.
+
+    To be closed by who takes them: then Ray Data ends its actors at once. At its own end, or after an error of its own, it only lets
+    go of them, and as long as anything (a traceback) refers to them they keep the bundles that the next pipeline of this trial needs.
+    """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, ExecutionOptions, ExecutionResources
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.raise_original_map_exception = True
     context.target_max_block_size = 16 * 2**20
-    # The group is told to the operator alone: told to the whole context, Ray Data (2.60) takes the group's bundles for all that there is,
+    # Only here, and not as `scheduling_strategy_large_args` too: with both, Ray Data (2.60) takes the group's bundles for all that there is,
     # and since these hold no object store, it runs one block at a time.
+    context.scheduling_strategy = crew.place()
+    context.scheduling_strategy_large_args = "DEFAULT"
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S
     context.execution_options = ExecutionOptions(resource_limits=ExecutionResources(
         cpu=crew.size * crew.each["CPU"], gpu=crew.size * crew.each.get("GPU", 0.0), object_store_memory=STORE_BYTES))
     items = [{"start": part.start, "stop": part.stop} for part in parts]
     data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _Worker, fn_constructor_args=(order, known), compute=ActorPoolStrategy(size=min(crew.size, len(items))), batch_size=None,
-        ray_remote_args_fn=lambda: {**crew.place(), "max_restarts": MAX_DEATHS, "max_task_retries": MAX_DEATHS}, **crew.asks())
-    try:
-        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        **crew.asks())
+    batches = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    with closing(batches):
+        for batch in batches:
             yield from map(Made.unpacked, batch.to_pylist())
-    except Exception as error:  # Ray Data wraps errors in classes of many kinds
-        raise _cause_of(error) from error
 
 
 class _Worker:
@@ -245,11 +268,14 @@ class _Worker:
 
     def __call__(self, blocks: Mapping[str, Any]) -> Iterator[pa.Table]:
         """The pieces of some blocks, packed."""
-        if self._crafter is None:  # not in __init__, whose errors reach the driver as text only
-            self._crafter = _opened(self._order)
-        for start, stop in zip(blocks["start"], blocks["stop"], strict=True):
-            for made in self._crafter.craft(range(int(start), int(stop)), self._known):
-                yield made.packed()
+        try:
+            self._crafter = self._crafter or _opened(self._order)
+            for start, stop in zip(blocks["start"], blocks["stop"], strict=True):
+                for made in self._crafter.craft(range(int(start), int(stop)), self._known):
+                    yield made.packed()
+        except Exception as error:  # noqa: BLE001 - raised again on the driver, which ends the pipeline first
+            error.add_note("".join(traceback.format_exception(error)))
+            yield _packed(error=pickle.dumps(error))
 
 
 def _opened(order: Order) -> Crafter:
@@ -272,11 +298,3 @@ def _opened(order: Order) -> Crafter:
     assert isinstance(method, RowWise), "only these are crafted in blocks"
     return Crafter(method, job.context(workdir=folder), session.rows_file(job.inputs["rows"]))
 
-
-def _cause_of(error: BaseException) -> BaseException:
-    """The error of the method behind those that Ray wraps around it; one that Ray itself has raised stays."""
-    behind = [error]
-    while found := getattr(behind[-1], "cause", None) or behind[-1].__cause__:
-        behind.append(found)
-    ours = next((one for one in behind if isinstance(one, FtsecError)), None)
-    return ours or [one for one in behind if type(one).__name__ != "SystemException"][-1]
