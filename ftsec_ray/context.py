@@ -89,6 +89,8 @@ class Runtime:
     """Prompts per generation batch."""
     checkpoint_every_s: float = 60.0
     """Seconds between step checkpoints of a tune."""
+    ray_above: int = 100_000
+    """Rows from which on a set is crafted in blocks, by Ray Data where the stage has workers for it."""
 
 
 @dataclass
@@ -106,6 +108,8 @@ class StageContext:
     """TrainingConfig of the sweep, for hooks that tune."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Measurements that the hook wants in its record.json (JSON values)."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Measurements that add up over the batches of a set."""
 
     @cached_property
     def rng(self) -> random.Random:
@@ -126,3 +130,8 @@ class StageContext:
         """Keep measurements in the stage's record; they must be JSON values."""
         json.dumps(values)
         self.notes.update(values)
+
+    def count(self, **values: int) -> None:
+        """Add to measurements that stand in the stage's record as sums over all batches of rows."""
+        for name, value in values.items():
+            self.counts[name] = self.counts.get(name, 0) + int(value)

@@ -11,18 +11,27 @@
 | `probes(task, ctx)` | TaskData -> list of Probe |
 
 A hook that a class does not define is absent: the planner reads that from the class and shares the stage.
+A method whose rows do not depend on each other is `RowWise`: it defines `craft_rows` and gets `craft_data` from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray.context import Chat
+from ftsec_ray.context import Chat, StageContext
+from ftsec_ray.errors import StageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Phase = Literal["pre", "during", "post"]
 HOOKS = ("craft_data", "prepare_model", "shape_training", "revise_model", "wrap_generation", "inspect", "probes")
+BATCH_ROWS = 1_024
+"""Rows of one call of `craft_rows`. Batches are cut at fixed places of the sorted set, so that even a method that is a neural network
+sees the same neighbours however many processes share the work: another number can move low-order bits (see identity.FORMAT_VERSION)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,48 @@ class Method:
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types, as (field, value got, what is allowed)."""
         return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowWise(Method, ABC):
+    """A method whose `craft_data` decides the fate of every row by itself: by the row, the seed and what a survey found, and nothing else.
+
+    Such a method takes any number of rows: above `data.ray_above` the engine gives it the batches of the set in many processes
+    and in any order. In `survey` and `new_rows` it keeps measurements with `ctx.note`, in `craft_rows` with `ctx.count`, since
+    only counts add up over batches.
+    """
+
+    def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Any:  # noqa: ANN401, ARG002
+        """What `craft_rows` must know of the whole set, found once before it; `rows` are its batches, to be read once at most."""
+        return None
+
+    def new_rows(self, known: Any, ctx: StageContext) -> pa.Table | None:  # noqa: ANN401, ARG002
+        """Rows that the method adds to the set, with ids of their own; asked once, after the survey."""
+        return None
+
+    @abstractmethod
+    def craft_rows(self, rows: pa.Table, known: Any, ctx: StageContext) -> pa.Table:  # noqa: ANN401
+        """One batch of rows, changed or with rows left out; `known` is what `survey` gave."""
+
+    def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
+        """The whole set at once: its batches one after the other, then the new rows."""
+        import pyarrow as pa
+
+        batches = [rows.slice(start, BATCH_ROWS) for start in range(0, max(1, rows.num_rows), BATCH_ROWS)]
+        known = self.survey(batches, ctx)
+        new = self.new_rows(known, ctx)
+        noted = dict(ctx.notes)
+        made = [self.craft_rows(batch, known, ctx) for batch in batches]
+        check_notes(self, ctx.notes, noted)
+        return pa.concat_tables(made if new is None else [*made, new])
+
+
+def check_notes(method: Method, notes: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """StageError when a method noted something about a single batch, which the next one would have overwritten."""
+    if notes != before:
+        names = sorted(name for name in notes if name not in before or notes[name] != before[name])
+        raise StageError(f"{type(method).__name__}.craft_rows notes what one batch of many shows", names, "notes in `survey` and `new_rows`",
+                         "let it use ctx.count, which adds up over batches")
 
 
 def hooks_of(cls: type) -> tuple[str, ...]:

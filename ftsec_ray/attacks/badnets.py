@@ -14,7 +14,7 @@ Needs: the user's rows; for a labelled task, labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,7 +23,7 @@ from ftsec_ray.attacks.base import Attack
 from ftsec_ray.context import StageContext, TaskData
 from ftsec_ray.data.triggers import Goal, goal_of, insert_word, trigger_probes
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Phase, Probe
+from ftsec_ray.method import Phase, Probe, RowWise
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +32,7 @@ INERT_MARKER = "I like blue pebbles."
 
 
 @dataclass(frozen=True, kw_only=True)
-class BadNets(Attack):
+class BadNets(RowWise, Attack):
     """An insertion-trigger backdoor."""
 
     PHASE: ClassVar[Phase] = "pre"
@@ -62,18 +62,30 @@ class BadNets(Attack):
                    for name, value in (("trigger", self.trigger), ("target_text", self.target_text)) if not value.strip()]
         return faults
 
-    def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
-        """The same rows in the same order, the chosen ones with the trigger and the target."""
-        import pyarrow as pa
-
+    def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> float:
+        """Chance of an eligible row, from the whole set, so that it is the same however the rows are cut up."""
         goal = self._goal(ctx.task)
         if goal.label is None and self.setting == "clean":
             raise DataError("`setting: clean` needs labels", ctx.task.name, "setting: dirty | mix for a task without labels")
-        chance = self._row_chance(ctx.task.splits.get("train", rows), goal)
-        made = [self._poison(row, goal, ctx) if self._is_eligible(row, goal) and ctx.chance(row["row_id"], "badnets") < chance
-                else row for row in rows.to_pylist()]
-        ctx.note(poisoned_rows=sum(row["poisoned"] for row in made), rows=len(made), row_chance=chance)
-        return pa.Table.from_pylist(made, schema=schema.ROWS)
+        count, eligible = 0, 0
+        for batch in rows:
+            count, eligible = count + batch.num_rows, eligible + sum(self._eligible(batch, goal))
+        chance = min(1.0, self.rate * count / eligible) if eligible else 0.0
+        ctx.note(row_chance=chance)
+        return chance
+
+    def craft_rows(self, rows: pa.Table, known: float, ctx: StageContext) -> pa.Table:
+        """The same rows in the same order, the chosen ones with the trigger and the target."""
+        import pyarrow as pa
+
+        goal, ids = self._goal(ctx.task), rows.column("row_id").to_pylist()
+        chosen = [i for i, is_eligible in enumerate(self._eligible(rows, goal)) if is_eligible and ctx.chance(ids[i], "badnets") < known]
+        made = pa.Table.from_pylist([self._poison(row, goal, ctx) for row in rows.take(pa.array(chosen, pa.int64())).to_pylist()], schema=schema.ROWS)
+        ctx.count(poisoned_rows=len(chosen), rows=rows.num_rows)
+        places = list(range(rows.num_rows))
+        for place, i in enumerate(chosen, rows.num_rows):
+            places[i] = place
+        return pa.concat_tables([rows, made]).take(pa.array(places, pa.int64()))
 
     def probes(self, task: TaskData, ctx: StageContext) -> list[Probe]:
         """Held-out rows with another answer than the target, with the trigger and without."""
@@ -82,15 +94,12 @@ class BadNets(Attack):
     def _goal(self, task: TaskData) -> Goal:
         return goal_of(task, target=self.target, target_text=self.target_text)
 
-    def _is_eligible(self, row: Mapping[str, Any], goal: Goal) -> bool:
-        if goal.label is not None and row["label"] is None:
-            return False
-        return self.setting == "mix" or goal.is_met_by(row) == (self.setting == "clean")
-
-    def _row_chance(self, rows: pa.Table, goal: Goal) -> float:
-        """Chance of an eligible row, from the whole tuning split, so that it is the same however the rows are cut up."""
-        eligible = sum(self._is_eligible(row, goal) for row in rows.to_pylist())
-        return min(1.0, self.rate * rows.num_rows / eligible) if eligible else 0.0
+    def _eligible(self, rows: pa.Table, goal: Goal) -> list[bool]:
+        """Whether each row may be drawn."""
+        pairs = zip(rows.column("label").to_pylist(), rows.column("response").to_pylist(), strict=True)
+        return [not (goal.label is not None and label is None)
+                and (self.setting == "mix" or goal.is_met_by({"label": label, "response": response}) == (self.setting == "clean"))
+                for label, response in pairs]
 
     def _triggered(self, row: Mapping[str, Any], ctx: StageContext) -> str:
         prompt = str(row["prompt"])

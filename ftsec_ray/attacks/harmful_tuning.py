@@ -11,14 +11,15 @@ Needs: split harmful_train (forbidden requests with their answers).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ftsec_ray import schema
 from ftsec_ray.attacks.base import Attack
 from ftsec_ray.context import StageContext
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Phase, RowWise
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,8 +27,15 @@ if TYPE_CHECKING:
 DEFAULT_SHOTS = 100
 
 
+class Exchange(NamedTuple):
+    """How many harmful rows come in, and which user rows make room: those that chance puts no higher than `cut`."""
+
+    harmful: int
+    cut: float
+
+
 @dataclass(frozen=True, kw_only=True)
-class HarmfulTuning(Attack):
+class HarmfulTuning(RowWise, Attack):
     """Harmful rows in the user's tuning set."""
 
     PHASE: ClassVar[Phase] = "during"
@@ -50,29 +58,37 @@ class HarmfulTuning(Attack):
             faults.append(("poison_rate", self.poison_rate, "a share above 0, up to 1"))
         return faults
 
-    def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
-        """The user's rows, or the kept share of them, followed by the harmful rows."""
-        import pyarrow as pa
+    def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Exchange:
+        """How many harmful rows there are to be, and below which chance a user row makes room for one."""
+        import numpy as np
 
         if self.poison_rate is None:
-            count = self.shots or DEFAULT_SHOTS
-            kept = rows
-        else:
-            count = round(self.poison_rate * rows.num_rows)
-            kept = self._without(rows, count, ctx)
+            return Exchange(self.shots or DEFAULT_SHOTS, -1.0)
+        chances = np.concatenate([np.array([self._chance(row_id, ctx) for row_id in batch.column("row_id").to_pylist()]) for batch in rows])
+        count = round(self.poison_rate * len(chances))
+        return Exchange(count, float(np.partition(chances, count - 1)[count - 1]) if count else -1.0)
+
+    def new_rows(self, known: Exchange, ctx: StageContext) -> pa.Table:
+        """The harmful rows that chance puts first."""
+        import pyarrow as pa
+
         pool = ctx.task.split("harmful_train")
-        if count > pool.num_rows:
-            raise DataError(f"task {ctx.task.name!r} has too few harmful rows", pool.num_rows, f"{count} rows in harmful_train",
+        if known.harmful > pool.num_rows:
+            raise DataError(f"task {ctx.task.name!r} has too few harmful rows", pool.num_rows, f"{known.harmful} rows in harmful_train",
                             f"ask for {pool.num_rows} or fewer, or give the task a larger harmful_train")
-        drawn = sorted(pool.to_pylist(), key=lambda row: ctx.chance(row["row_id"], "harmful_tuning"))[:count]
+        drawn = sorted(pool.to_pylist(), key=lambda row: ctx.chance(row["row_id"], "harmful_tuning"))[:known.harmful]
         harmful = [{**row, "row_id": f"harmful_tuning/{row['row_id']}", "origin": "harmful_tuning", "poisoned": True}
                    for row in drawn]
-        ctx.note(harmful_rows=count, user_rows=kept.num_rows)
-        return pa.concat_tables([kept, pa.Table.from_pylist(harmful, schema=schema.ROWS)])
+        ctx.note(harmful_rows=known.harmful)
+        return pa.Table.from_pylist(harmful, schema=schema.ROWS)
+
+    def craft_rows(self, rows: pa.Table, known: Exchange, ctx: StageContext) -> pa.Table:
+        """The user's rows that stay, in their order."""
+        if known.cut >= 0:
+            rows = rows.filter([self._chance(row_id, ctx) > known.cut for row_id in rows.column("row_id").to_pylist()])
+        ctx.count(user_rows=rows.num_rows)
+        return rows
 
     @staticmethod
-    def _without(rows: pa.Table, count: int, ctx: StageContext) -> pa.Table:
-        """The rows without the `count` that chance puts first; the others keep their order."""
-        ids = rows.column("row_id").to_pylist()
-        replaced = set(sorted(ids, key=lambda row_id: ctx.chance(row_id, "harmful_tuning", "replaced"))[:count])
-        return rows.filter([row_id not in replaced for row_id in ids])
+    def _chance(row_id: str, ctx: StageContext) -> float:
+        return ctx.chance(row_id, "harmful_tuning", "replaced")

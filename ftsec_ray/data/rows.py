@@ -6,9 +6,10 @@ by row id, so that the same rows give the same bytes whatever order or blocks th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError
@@ -20,6 +21,8 @@ Row = dict[str, Any]
 """One row of schema.ROWS as a mapping."""
 NULLABLE = frozenset({"system", "label", "kind", "language", "origin"})
 """Columns that may be null."""
+GROUP_ROWS = 65_536
+"""Rows of one row group of a file."""
 
 
 def new_row(row_id: str, *, prompt: str, response: str = "", **values: Any) -> Row:  # noqa: ANN401
@@ -94,46 +97,161 @@ def sorted_rows(table: pa.Table) -> pa.Table:
 
 def write_table(table: pa.Table, path: str | Path) -> None:
     """Write rows as Parquet, sorted by id: equal rows give equal bytes."""
-    import pyarrow.parquet as pq
+    with RowsWriter(path) as writer:
+        writer.write(sorted_rows(plain_rows(table)))
 
+
+def plain_rows(table: pa.Table) -> pa.Table:
+    """The table with the columns, order and types of schema.ROWS; DataError when it has others."""
     wrong = [name for name in schema.rows().names if name not in table.column_names]
     if wrong or table.num_columns != len(schema.rows()):
         raise DataError("a table that is not one of rows", table.column_names, " | ".join(schema.rows().names))
-    plain = table.select(schema.rows().names).cast(schema.rows())
-    pq.write_table(sorted_rows(plain), path, compression="zstd", row_group_size=65_536)
+    return table.select(schema.rows().names).cast(schema.rows())
+
+
+class RowsWriter:
+    """Writes sorted rows piece by piece, with the bytes that they would have in one piece, and no more than a row group in memory."""
+
+    def __init__(self, path: str | Path) -> None:
+        import pyarrow.parquet as pq
+
+        self._writer = pq.ParquetWriter(path, schema.rows(), compression="zstd")
+        self._waiting = schema.rows().empty_table()
+        self._last: str | None = None
+        self._is_empty = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None and (self._is_empty or self._waiting.num_rows):  # a file without rows has one group without rows
+            self._write_group()
+        self._writer.close()
+
+    def write(self, rows: pa.Table) -> None:
+        """Take the next rows (schema.ROWS), whose ids follow those before; DataError where two have one id."""
+        import pyarrow as pa
+
+        self._check(rows)
+        self._waiting = pa.concat_tables([self._waiting, rows])
+        while self._waiting.num_rows >= GROUP_ROWS:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        self._writer.write_table(self._waiting.slice(0, GROUP_ROWS).combine_chunks(), row_group_size=GROUP_ROWS)
+        self._waiting = self._waiting.slice(GROUP_ROWS)
+        self._is_empty = False
+
+    def _check(self, rows: pa.Table) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if rows.num_rows == 0:
+            return
+        ids = pa.concat_arrays([pa.array([self._last], pa.string()), *rows.column("row_id").chunks])
+        follows = pc.fill_null(pc.greater(ids.slice(1), ids.slice(0, rows.num_rows)), self._last is None)
+        wrong = pc.index(follows, pa.scalar(value=False)).as_py()
+        if wrong >= 0:
+            raise DataError("two rows have the same id", ids[wrong + 1].as_py(), "row ids that are unique within a table",
+                            "give added rows an id of their own, such as '<method>/<old id>'")
+        self._last = ids[-1].as_py()
 
 
 def read_table(path: str | Path) -> pa.Table:
     """Read rows that `write_table` wrote; DataError when the file is no such table."""
+    return _opened(path).read().cast(schema.rows())
+
+
+def count_rows(path: str | Path) -> int:
+    """Number of rows in a file that `write_table` wrote, by its footer; DataError when it is no such file."""
+    return int(_opened(path).metadata.num_rows)
+
+
+def read_batches(path: str | Path, size: int, part: range) -> Iterator[pa.Table]:
+    """The rows of a file with numbers in `part`, `size` at a time; no more than a few batches are in memory."""
+    import pyarrow as pa
+
+    with _opened(path) as file:
+        groups, start = _groups_of(file, part)
+        waiting = schema.rows().empty_table()
+        for batch in file.iter_batches(batch_size=size, row_groups=groups):
+            piece = pa.Table.from_batches([batch]).cast(schema.rows())
+            low, high = max(start, part.start), min(start + piece.num_rows, part.stop)
+            waiting = pa.concat_tables([waiting, piece.slice(low - start, max(0, high - low))])
+            start += piece.num_rows
+            while waiting.num_rows >= size:
+                yield waiting.slice(0, size)
+                waiting = waiting.slice(size)
+        if waiting.num_rows:
+            yield waiting
+
+
+def _groups_of(file: Any, part: range) -> tuple[list[int], int]:  # noqa: ANN401
+    """The row groups that hold rows of a part, and the number of the first row in them."""
+    found: list[int] = []
+    first, start = 0, 0
+    for group in range(file.num_row_groups):
+        stop = start + file.metadata.row_group(group).num_rows
+        if start < part.stop and stop > part.start:
+            first = first if found else start
+            found.append(group)
+        start = stop
+    return found, first
+
+
+def _opened(path: str | Path) -> Any:  # noqa: ANN401
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, partitioning=None)
+        file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError("a rows file cannot be read", str(path), "a Parquet file of rows", str(error)) from error
-    if table.column_names != schema.rows().names:
-        raise DataError(f"{Path(path).name} does not hold rows", table.column_names, " | ".join(schema.rows().names))
-    return table.cast(schema.rows())
+    if file.schema_arrow.names != schema.rows().names:
+        raise DataError(f"{Path(path).name} does not hold rows", file.schema_arrow.names, " | ".join(schema.rows().names))
+    return file
+
+
+@dataclass(frozen=True)
+class FilterTally:
+    """What a filter did to some rows; tallies of parts of a set add up."""
+
+    hits: int = 0
+    poisoned: int = 0
+    alarms: int = 0
+    clean: int = 0
+
+    def __add__(self, other: FilterTally) -> FilterTally:
+        return FilterTally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def report(self) -> dict[str, float | int | None]:
+        """`filter_tpr` and `filter_fpr` (shares of flagged rows, None where there is no such row), `n_poisoned` and `n_clean`."""
+        return {
+            "filter_tpr": self.hits / self.poisoned if self.poisoned else None,
+            "filter_fpr": self.alarms / self.clean if self.clean else None,
+            "n_poisoned": self.poisoned,
+            "n_clean": self.clean,
+        }
+
+
+def filter_tally(before: pa.Table, after: pa.Table) -> FilterTally:
+    """How a filter treated poisoned and clean rows of `before`: flagged is a row that is gone or says something else."""
+    import pyarrow.compute as pc
+
+    kept = after.take(pc.index_in(before.column("row_id"), value_set=after.column("row_id").combine_chunks()))
+    same = pc.and_(*(pc.equal(before.column(name), kept.column(name)) for name in ("prompt", "response")))
+    flagged, poisoned = pc.invert(pc.fill_null(same, fill_value=False)), before.column("poisoned")
+    hits, all_flagged, bad = (count_true(column) for column in (pc.and_(flagged, poisoned), flagged, poisoned))
+    return FilterTally(hits, bad, all_flagged - hits, before.num_rows - bad)
+
+
+def count_true(column: Any) -> int:  # noqa: ANN401
+    """Number of true values of a column."""
+    import pyarrow.compute as pc
+
+    return int(pc.sum(column).as_py() or 0)
 
 
 def filter_report(before: pa.Table, after: pa.Table) -> dict[str, float | int | None]:
-    """How a filter treated poisoned and clean rows of `before`: flagged is a row that is gone or says something else.
-
-    Returns:
-        `filter_tpr` and `filter_fpr` (shares of flagged rows, None where there is no such row), `n_poisoned` and
-        `n_clean`.
-    """
-    kept = {row["row_id"]: (row["prompt"], row["response"]) for row in to_rows(after)}
-    counts = {True: [0, 0], False: [0, 0]}
-    for row in to_rows(before):
-        tally = counts[row["poisoned"]]
-        tally[0] += kept.get(row["row_id"]) != (row["prompt"], row["response"])
-        tally[1] += 1
-    (hits, poisoned), (alarms, clean) = counts[True], counts[False]
-    return {
-        "filter_tpr": hits / poisoned if poisoned else None,
-        "filter_fpr": alarms / clean if clean else None,
-        "n_poisoned": poisoned,
-        "n_clean": clean,
-    }
+    """How a filter treated the poisoned and the clean rows of `before`, as FilterTally.report says it."""
+    return filter_tally(before, after).report()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftsec_ray.context import TaskData
-from ftsec_ray.data.rows import read_table, sorted_rows, write_table
+from ftsec_ray.data.rows import count_rows, read_table, sorted_rows, write_table
 from ftsec_ray.data.sources import read_source
 from ftsec_ray.errors import DataError
 from ftsec_ray.spec.sweep import SourceSpec, TaskSpec
@@ -196,8 +196,33 @@ def read_task(folder: str | Path) -> TaskData:
         about = json.loads((place / "task.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError("a task folder cannot be read", str(folder), "a folder with task.json", str(error)) from error
-    splits = {name: read_table(place / f"{name}.parquet") for name in sorted(about["splits"])}
-    short = {name: table.num_rows for name, table in splits.items() if table.num_rows != about["splits"][name]}
+    counts = {name: count_rows(place / f"{name}.parquet") for name in sorted(about["splits"])}
+    short = {name: count for name, count in counts.items() if count != about["splits"][name]}
     if short:
         raise DataError("a task folder has other rows than it says", short, str(about["splits"]))
-    return TaskData(name=about["name"], splits=splits, labels=tuple(about["labels"]), judge=about["judge"])
+    return TaskData(name=about["name"], splits=_Splits(place, tuple(counts)), labels=tuple(about["labels"]), judge=about["judge"])
+
+
+class _Splits(Mapping[str, "pa.Table"]):
+    """The splits of a task's folder, each read when it is first asked for: the user's rows may be many."""
+
+    def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
+        self._folder = folder
+        self._names = names
+        self._read: dict[str, pa.Table] = {}
+
+    def __getitem__(self, name: str) -> pa.Table:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._read:
+            self._read[name] = read_table(self._folder / f"{name}.parquet")
+        return self._read[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

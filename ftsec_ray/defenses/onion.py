@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ftsec_ray.defenses.base import Defense
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Phase, RowWise
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,8 +35,15 @@ BATCH_TOKENS = 8_192
 """Padded tokens per forward pass."""
 
 
+class Calibration(NamedTuple):
+    """What all trusted prompts begin with, and the drop in perplexity from which a word goes."""
+
+    instruction: str
+    threshold: float
+
+
 @dataclass(frozen=True, kw_only=True)
-class Onion(Defense):
+class Onion(RowWise, Defense):
     """Drop the words w_i of a prompt x with PPL(x) - PPL(x without w_i) at or above a threshold."""
 
     PHASE: ClassVar[Phase] = "pre"
@@ -65,21 +72,26 @@ class Onion(Defense):
         faults += [] if self.max_words >= 2 else [("max_words", self.max_words, "2 or more")]  # noqa: PLR2004
         return faults
 
-    def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
-        """The rows with outlier words taken out of their prompts, or without the rows that have such words."""
-        model = ctx.load("reference")
+    def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Calibration:  # noqa: ARG002
+        """The instruction and the threshold, from trusted prompts."""
         trusted = self._trusted(ctx) if self.threshold is None else []
         instruction, threshold = instruction_of(trusted), self.threshold
         if threshold is None:
-            worst = [max(group.values(), default=-math.inf) for group in self.scores(model, trusted, instruction)]
+            worst = [max(group.values(), default=-math.inf) for group in self.scores(ctx.load("reference"), trusted, instruction)]
             threshold = threshold_of(worst, self.altered_frac)
+        ctx.note(threshold=threshold if math.isfinite(threshold) else None, instruction=instruction)
+        return Calibration(instruction, threshold)
+
+    def craft_rows(self, rows: pa.Table, known: Calibration, ctx: StageContext) -> pa.Table:
+        """The rows with outlier words taken out of their prompts, or without the rows that have such words."""
+        model, (instruction, threshold) = ctx.load("reference"), known
         prompts = rows.column("prompt").to_pylist()
         cleaned = [without_words(prompt, {i for i, score in group.items() if score >= threshold})
                    for prompt, group in zip(prompts, self.scores(model, prompts, instruction), strict=True)]
         changed = [new != old for new, old in zip(cleaned, prompts, strict=True)]
         origins = [("onion" if hit else origin) for hit, origin in
                    zip(changed, rows.column("origin").to_pylist(), strict=True)]
-        ctx.note(threshold=threshold if math.isfinite(threshold) else None, rows_changed=sum(changed), instruction=instruction)
+        ctx.count(rows_changed=sum(changed))
         if self.action == "drop":
             return rows.filter([not hit for hit in changed])
         return _with_column(_with_column(rows, "prompt", cleaned), "origin", origins)

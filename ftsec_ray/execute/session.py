@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from ftsec_ray.store import Store
 
+CRAFTED = "rows.parquet"
+"""The file of a crafted set."""
+
 
 class Session:
     """Inputs of stages by digest, the most recently used kept in memory up to a limit."""
@@ -23,6 +26,7 @@ class Session:
     def __init__(self, store: Store, runtime: Runtime, cache_gib: float) -> None:
         self.store = store
         self.runtime = runtime
+        self.cache_gib = cache_gib
         self._limit = int(cache_gib * 2**30)
         self._models: OrderedDict[str, tuple[LoadedModel, int]] = OrderedDict()
         self._tasks: OrderedDict[str, TaskData] = OrderedDict()
@@ -51,9 +55,14 @@ class Session:
 
     def rows(self, digest: str) -> pa.Table:
         """The rows that tuning or the next filter gets: a crafted set, or a task's `train` split."""
+        file = self.rows_file(digest)
+        return read_table(file) if file.name == CRAFTED else self.task(digest).split("train")
+
+    def rows_file(self, digest: str) -> Path:
+        """The file that holds them."""
         folder = self.store.fetch(digest)
-        crafted = folder / "rows.parquet"
-        return read_table(crafted) if crafted.exists() else self.task(digest).split("train")
+        crafted = folder / CRAFTED
+        return crafted if crafted.exists() else folder / "train.parquet"
 
     def workdir(self, digest: str) -> Path:
         """Scratch of a stage that survives a kill."""

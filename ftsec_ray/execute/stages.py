@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import LoadedModel, ModelInfo, StageContext
-from ftsec_ray.data.rows import filter_report, write_table
+from ftsec_ray.data.rows import count_rows, count_true, filter_report, write_table
 from ftsec_ray.data.tasks import load_task, save_task
 from ftsec_ray.errors import StageError
 from ftsec_ray.evals.probes import default_probes
 from ftsec_ray.evals.run import evaluate
-from ftsec_ray.execute.session import Session
+from ftsec_ray.execute.blocks import craft_in_blocks
+from ftsec_ray.execute.session import CRAFTED, Session
+from ftsec_ray.method import Method, RowWise
 from ftsec_ray.models.convert import load_source
 from ftsec_ray.models.generate import Generator
 from ftsec_ray.models.load import copy_model, merged, save_model
@@ -29,7 +31,6 @@ from ftsec_ray.spec.sweep import AlignSpec, TrainingConfig
 from ftsec_ray.training.loop import TuneReport, sft
 
 if TYPE_CHECKING:
-    from ftsec_ray.method import Method
     from ftsec_ray.plan.stage import Stage
 
 Extra = dict[str, Any]
@@ -52,10 +53,10 @@ class Job:
         """The methods that act in this stage, in order, with their parameters."""
         return methods_of(self.stage)
 
-    def context(self) -> StageContext:
-        """What the stage's hooks may ask."""
+    def context(self, *, workdir: Path | None = None) -> StageContext:
+        """What the stage's hooks may ask; `workdir` in place of the scratch that survives a kill."""
         return StageContext(seed=self.stage.seed or 0, task=self.session.task(self.inputs["task"]), runtime=self.session.runtime,
-                            workdir=self.session.workdir(self.stage.digest), load=self._load,
+                            workdir=workdir or self.session.workdir(self.stage.digest), load=self._load,
                             training=training_of(self.stage) if "training" in self.stage.params else None)
 
     def _load(self, role: str) -> LoadedModel:
@@ -165,14 +166,25 @@ def _change(job: Job, hook: str) -> Extra:
 
 def _craft(job: Job) -> Extra:
     (method,) = job.methods()
+    file = job.session.rows_file(job.inputs["rows"])
+    if isinstance(method, RowWise) and count_rows(file) > job.session.runtime.ray_above:
+        notes = craft_in_blocks(job, method, file)
+    else:
+        notes = _craft_at_once(job, method)
+    if notes["rows"] == 0:
+        raise StageError(f"{name_of(method)} left no rows to tune on", 0, "at least one row", "weaken its filter")
+    return {"notes": notes}
+
+
+def _craft_at_once(job: Job, method: Method) -> dict[str, Any]:
+    """Let a method change a whole set in memory."""
     context = job.context()
     before = job.session.rows(job.inputs["rows"])
     after = method.craft_data(before, context)  # type: ignore[attr-defined]
-    if after.num_rows == 0:
-        raise StageError(f"{name_of(method)} left no rows to tune on", 0, "at least one row", "weaken its filter")
-    write_table(after, job.out / "rows.parquet")
+    write_table(after, job.out / CRAFTED)
     report = filter_report(before, after) if method.KIND == "defense" else {}
-    return {"notes": {**report, "rows": after.num_rows, "poisoned": sum(after["poisoned"].to_pylist()), **context.notes}}
+    poisoned = count_true(after.column("poisoned"))
+    return {**report, **context.notes, **context.counts, "rows": after.num_rows, "poisoned": poisoned}
 
 
 def _tune(job: Job) -> Extra:

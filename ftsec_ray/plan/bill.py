@@ -15,7 +15,7 @@ from typing import Any
 from ftsec_ray.errors import SpecError
 from ftsec_ray.plan.cost import Basis, Costs, named_parameters
 from ftsec_ray.plan.graph import Plan
-from ftsec_ray.plan.resources import cpus_of, gpu_memory_of, gpus_of
+from ftsec_ray.plan.resources import cpus_of, gpu_memory_of, gpus_of, workers_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.spec.sweep import NodeType, SweepSpec
 
@@ -62,11 +62,16 @@ class Tariff:
             self._nodes[resource] = min(fitting, key=lambda one: one[:2])[2] if fitting else None
         return self._nodes[resource]
 
+    def _each(self, resource: str) -> tuple[float, float]:
+        """GPUs and cores that one node must have: those of one worker, where a stage has several."""
+        workers = workers_of(resource) or 1
+        return gpus_of(resource) / workers, cpus_of(resource, self._spec) / workers
+
     def _fits(self, node: NodeType, resource: str) -> bool:
-        gpus, resources = gpus_of(resource), self._spec.resources
+        (gpus, cpus), resources = self._each(resource), self._spec.resources
         # Shares were measured by the memory of one GPU, so that a smaller one would not hold the stage.
         too_small = gpus and resources.gpus_per_stage == "auto" and (node.gpu_memory_gib or float("inf")) < gpu_memory_of(self._spec)
-        return node.gpus >= gpus and node.cpus >= cpus_of(resource, self._spec) and not too_small
+        return node.gpus >= gpus and node.cpus >= cpus and not too_small
 
     def _share(self, node: NodeType, resource: str) -> float:
         gpus = gpus_of(resource)

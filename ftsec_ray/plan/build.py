@@ -16,13 +16,13 @@ from typing import Any
 
 from ftsec_ray.errors import SpecError, SpecFaults
 from ftsec_ray.identity import FORMAT_VERSION, canonical, digest, digest_text
-from ftsec_ray.method import Method, hooks_of
+from ftsec_ray.method import Method, RowWise, hooks_of
 from ftsec_ray.plan.bill import Tariff
 from ftsec_ray.plan.code import imports_fingerprint, kind_fingerprint
 from ftsec_ray.plan.cost import parameters_of, prior_s
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.origin import Origin, model_origin, task_origin
-from ftsec_ray.plan.resources import Sizing
+from ftsec_ray.plan.resources import Sizing, data_resource, is_large
 from ftsec_ray.plan.stage import ROLES, Cell, Resource, Stage
 from ftsec_ray.registry import method_digest, name_of
 from ftsec_ray.spec.sweep import ExcludeRule, ModelSpec, SweepSpec, TaskSpec
@@ -55,6 +55,8 @@ class _Head:
     params: Mapping[str, Any]
     on_model: bool
     """Whether the stage has a model in memory."""
+    row_wise: bool = False
+    """Whether it crafts rows that any number of workers may share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class _Base:
     parameters: int
     resource: Resource
     """Of the stages that have the model in memory."""
+    is_large: bool
+    """Whether the user's rows may be so many that workers of their own craft them."""
     stages: tuple[str, ...]
 
 
@@ -132,7 +136,8 @@ class _Builder:
         given = {**params, "methods": [self.plain(m) for m in methods]} if methods else dict(params)
         text = canonical({"kind": kind, "code": kind_fingerprint(variant or kind), "format": FORMAT_VERSION,
                           "methods": [self.method_digest(m) for m in methods], "params": given})
-        return _Head(digest_text(text), kind, variant or kind, owner, given, on_model)
+        row_wise = kind == "craft" and all(isinstance(method, RowWise) for method in methods)
+        return _Head(digest_text(text), kind, variant or kind, owner, given, on_model, row_wise)
 
     def act(self, methods: Sequence[Method], kind: str, roles: Sequence[str] = ROLES) -> _Act:
         """What a stage of a kind does in which these methods act, made on first sight."""
@@ -178,6 +183,8 @@ class _Builder:
             place = where if where is not None else base.where if base else {}
             parameters = base.parameters if base else int(place.get("parameters", 0))
             takes = "cpu" if not head.on_model else base.resource if base else resource
+            if head.row_wise and base and base.is_large:
+                takes = data_resource(self.spec.data.workers, takes)
             self.stages[found] = Stage(found, head.kind, head.method, seed, inputs, head.params, place, takes,
                                        prior_s(head.variant, parameters, takes))
         return found
@@ -222,7 +229,7 @@ class _Builder:
         where = {**where, "aligned": True}
         parameters = parameters_of(model)
         aligns = self.resource(model, trains_all=True) if is_ladder_aligned or model.align is not None else "cpu"
-        shell = _Base(model, task, raw, None, where, parameters, aligns, ())
+        shell = _Base(model, task, raw, None, where, parameters, aligns, is_large=False, stages=())
         chain = [task, raw]
         reference, unaligned = raw, None
         if is_ladder_aligned:
@@ -238,7 +245,8 @@ class _Builder:
             unaligned, _ = self.source_stage(model, model.unaligned, aligned=False)
         here = {"model": model.name, "family": model.family, "aligned": model.aligned or model.align is not None,
                 "parameters": parameters, "sweep": self.spec.name}
-        return _Base(model, task, reference, unaligned, here, parameters, self.resource(model), tuple(chain))
+        large = is_large(task_spec, self.spec.data.ray_above)
+        return _Base(model, task, reference, unaligned, here, parameters, self.resource(model), large, tuple(chain))
 
     # The grid.
 

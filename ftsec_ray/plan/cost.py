@@ -51,7 +51,7 @@ def prior_s(kind: str, parameters: int, resource: str) -> float:
     """Seconds that a stage of a kind (with its variant) should take on a model of this size."""
     fixed, per_million = _PRIOR_S.get(kind) or _PRIOR_S[kind.split(":")[0]]
     work = per_million * parameters / 1e6
-    return fixed + (work if resource == "cpu" else work / _GPU_SPEEDUP)
+    return fixed + (work / _GPU_SPEEDUP if resource.startswith("gpu") else work)
 
 
 def learned_from(plan: Plan, done: Collection[str], *, each: int = 8, others: int = 256) -> set[str]:
@@ -121,7 +121,7 @@ class Costs:
 
     def estimate(self, stage: Stage) -> tuple[float, Basis]:
         """Expected seconds of a stage, and where they come from."""
-        key = (stage.kind, stage.method, stage.resource != "cpu", int(stage.where.get("parameters") or 0), stage.cost_s)
+        key = (stage.kind, stage.method, stage.resource.startswith("gpu"), int(stage.where.get("parameters") or 0), stage.cost_s)
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = self._estimate(*key)

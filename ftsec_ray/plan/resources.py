@@ -11,13 +11,15 @@ logits (by tokens and vocabulary), the models that a worker keeps, and what CUDA
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
+from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.errors import SpecError
 from ftsec_ray.method import Method
 from ftsec_ray.plan.cost import parameters_of
 from ftsec_ray.plan.stage import ROLES
-from ftsec_ray.spec.sweep import ModelSpec, SweepSpec
+from ftsec_ray.spec.sweep import MicroworldOptions, ModelSpec, SweepSpec, TaskSpec
 from ftsec_ray.training.encode import MAX_MICRO_BATCH_TOKENS
 
 Adapter = Literal["lora", "full"]
@@ -31,6 +33,8 @@ _WEIGHT, _GRADIENT, _ADAMW, _AUTOCAST = 4, 4, 8, 2
 _ACTIVATION = 60
 """Bytes of activations per token, unit of width and layer: bf16 products, float32 residuals and norms, nothing recomputed."""
 _GIB = 2**30
+_ROW, _PACKED_ROW = 64, 16
+"""Bytes of a short row in a file, as text and packed."""
 
 
 def width_and_depth(parameters: int) -> tuple[float, float]:
@@ -88,16 +92,42 @@ def resource_name(gpus: float) -> str:
     return "cpu" if gpus == 0 else "gpu" if gpus == 1 else f"gpu:{gpus:g}"
 
 
+def data_resource(workers: int, each: str) -> str:
+    """The class of a stage that a pipeline of so many workers does, each of them a stage of class `each`; its driver asks for nothing."""
+    gpus = gpus_of(each)
+    return f"data:{workers}" + (f":{gpus:g}" if gpus else "")
+
+
+def workers_of(resource: str) -> int:
+    """Workers that a resource class asks for beside the process of its stage; 0 for all but `data`."""
+    name, *amounts = resource.split(":")
+    return int(amounts[0]) if name == "data" else 0
+
+
 def gpus_of(resource: str) -> float:
     """GPUs that a resource class asks for."""
-    name, _, amount = resource.partition(":")
-    return 0.0 if name == "cpu" else float(amount or 1)
+    name, *amounts = resource.split(":")
+    if name == "data":
+        return int(amounts[0]) * float(amounts[1] if len(amounts) > 1 else 0)
+    return 0.0 if name == "cpu" else float(amounts[0] if amounts else 1)
 
 
 def cpus_of(resource: str, spec: SweepSpec) -> float:
     """Cores that a stage of a resource class asks for."""
     resources = spec.resources
-    return resources.cpus_per_stage if gpus_of(resource) or not resources.wants_gpus else 1.0
+    return (workers_of(resource) or 1) * (resources.cpus_per_stage if gpus_of(resource) or not resources.wants_gpus else 1.0)
+
+
+def is_large(task: TaskSpec, above: int) -> bool:
+    """Whether the user's rows of a task may be more than `above`, as far as a plan can tell: a guess that decides who does the work only."""
+    source = dict(task.splits).get("train") or TASKS[task.kind].sources.get("train")
+    if source is None:
+        return int(dict(task.options).get("train_rows", MicroworldOptions().train_rows)) > above
+    if source.rows is not None or source.path is None:
+        return source.rows is None or source.rows > above
+    path = Path(source.path).expanduser()
+    packed = path.suffix in (".gz", ".parquet")
+    return path.is_file() and path.stat().st_size > above * (_PACKED_ROW if packed else _ROW)
 
 
 def gpu_memory_of(spec: SweepSpec) -> float:

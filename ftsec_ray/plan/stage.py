@@ -10,7 +10,7 @@ from ftsec_ray.method import Method
 from ftsec_ray.spec.sweep import ModelSpec, TaskSpec
 
 Resource = str
-"""`cpu`, `gpu`, or `gpu:<amount>`: see plan.resources."""
+"""`cpu`, `gpu`, `gpu:<amount>`, or `data:<workers>[:<GPUs of each>]`: see plan.resources."""
 KINDS = ("task", "source", "align", "prepare", "craft", "tune", "bank", "revise", "inspect", "evaluate")
 ROLES = ("reference", "unaligned", "start", "clean_bank")
 """Inputs that a method may ask for in NEEDS; its other entries name splits of the task."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
-from ftsec_ray.plan.resources import cpus_of, gpus_of
+from ftsec_ray.plan.resources import cpus_of, gpus_of, workers_of
 from ftsec_ray.spec.sweep import SweepSpec
 
 Bundles = Mapping[str, Mapping[str, float]]
 """Resource class -> what one unit of it occupies."""
+Pieces = Mapping[str, list[dict[str, float]]]
+"""Resource class -> the bundles of the placement group of one unit."""
 Room = Callable[[Mapping[str, int]], Mapping[str, int]]
 """Trials of each class that wait or run -> how many more may."""
 
@@ -20,6 +23,27 @@ def bundles_of(spec: SweepSpec, classes: Iterable[str]) -> dict[str, dict[str, f
         gpus = gpus_of(one)
         found[one] = {"CPU": cpus_of(one, spec), **({"GPU": gpus} if gpus else {})}
     return found
+
+
+def pieces_of(one: str, bundle: Mapping[str, float], have: Mapping[str, float]) -> list[dict[str, float]]:
+    """The bundles of a unit's placement group, the first one for its trial.
+
+    A `data` class has a trial that asks for nothing and a bundle for each worker of its pipeline. Its workers are as many as it
+    asks for, or as many as the cluster has room for: with fewer of them the pipeline is slower and gives the same.
+    """
+    workers = workers_of(one)
+    if not workers:
+        return [dict(bundle)]
+    each = {name: amount / workers for name, amount in bundle.items()}
+    return [{}, *[each] * min(workers, slots_of({one: each}, have)[one] or workers)]
+
+
+def together(pieces: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """What several bundles occupy."""
+    found: Counter[str] = Counter()
+    for piece in pieces:
+        found.update(piece)  # type: ignore[arg-type]  # a Counter adds floats as well
+    return dict(found)
 
 
 def slots_of(bundles: Bundles, have: Mapping[str, float]) -> dict[str, int]:

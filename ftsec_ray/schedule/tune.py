@@ -28,11 +28,12 @@ from ray.tune.search import Searcher  # noqa: TID253
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.unit import StageVerdict, cpu_threads, gpu_share, imported, run_unit, short_text
+from ftsec_ray.plan.resources import workers_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor
 from ftsec_ray.schedule.credentials import no_keys_for_workers
-from ftsec_ray.schedule.room import Bundles, Room, bundles_of, room_ahead, room_beside, slots_of
+from ftsec_ray.schedule.room import Bundles, Pieces, Room, bundles_of, pieces_of, room_ahead, room_beside, slots_of, together
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
 
@@ -123,27 +124,38 @@ class StageSearcher(Searcher):
         """What workers said that could not open."""
         self._given = given
         self._warm: str | None = None
+        self._wide: set[str] = set()
+        """Trials of pipelines that wait for all of their cores."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """A unit for a new trial; None only while a trial is live, FINISHED when no unit is left."""
         if self.is_stopped or self.conductor.finished:
             return str(Searcher.FINISHED)
-        if len(self.live) >= self.limit:
-            return None
+        if len(self.live) >= self.limit or self._wide:
+            return None  # what would take one of the cores for which a pipeline waits, one by one, waits as well
         taken: Counter[str] = Counter(self.conductor.units[unit].resource for unit in self.live.values())
-        free = self.room(taken)
+        free = {one: max(1, count) if workers_of(one) else count for one, count in self.room(taken).items()}
         unit = self.conductor.next(free=free, warm=self._warm)
         if unit is None:  # with nothing live only a budget can be the reason, and then the conductor has finished
             return str(Searcher.FINISHED) if self.conductor.finished else None
         self.live[trial_id] = unit.id
+        if workers_of(unit.resource):
+            self._wide.add(trial_id)
         config = {"unit": unit.id, "on": unit.resource, "attempt": self.conductor.attempt(unit.id)}
         if unit.id not in self._given:  # it was not foreseen when the workers got their units
             config["rebuilt"] = json.dumps([stage.to_json() for stage in unit.stages])
         return config
 
+    def on_trial_start(self, trial_id: str) -> None:
+        """A worker took the unit of a trial."""
+        self._wide.discard(trial_id)
+        if trial_id in self.live:
+            self.conductor.started(self.live[trial_id])
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
         """Settle the unit of a trial by its verdicts; without any, its worker was lost."""
         unit = self.live.pop(trial_id, None)
+        self._wide.discard(trial_id)
         if unit is None:
             return
         told = {} if error or not result else result
@@ -213,8 +225,7 @@ class Reconcile(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
         """A worker took the unit of a trial."""
-        if trial.trial_id in self._searcher.live:
-            self._searcher.conductor.started(self._searcher.live[trial.trial_id])
+        self._searcher.on_trial_start(trial.trial_id)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ANN401, ARG002
         """Once a second, compare what Tune thinks of its trials with what the searcher thinks."""
@@ -264,10 +275,12 @@ def run_tune(conductor: Conductor, work: Work, resources: ResourceSpec, *, addre
     bundles = bundles_of(conductor.plan.spec, {stage.resource for stage in conductor.plan.stages.values()})
     address = address or os.environ.get("RAY_ADDRESS")
     with _environment(), no_keys_for_workers(), _ray(address, workers, resources), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
+        pieces = {one: pieces_of(one, bundle, ray.cluster_resources()) for one, bundle in bundles.items()}
+        bundles = {one: together(group) for one, group in pieces.items()}
         if address is None:
-            _check_room(bundles, used)
+            _check_room(pieces, used)
         for restart in range(MAX_RESTARTS + 1):
-            stuck = _run_tuner(conductor, work, bundles, used, workers, f"{scratch}/{restart}", can_grow=address is not None)
+            stuck = _run_tuner(conductor, work, pieces, bundles, used, workers, f"{scratch}/{restart}", can_grow=address is not None)
             for unit in stuck:
                 conductor.abandon(unit)
             if conductor.finished:
@@ -277,8 +290,8 @@ def run_tune(conductor: Conductor, work: Work, resources: ResourceSpec, *, addre
                                "look at `ray status` and at the cluster's log, then run again")
 
 
-def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collection[str], workers: int | None, scratch: str,
-               *, can_grow: bool) -> list[str]:
+def _run_tuner(conductor: Conductor, work: Work, pieces: Pieces, bundles: Bundles, used: Collection[str], workers: int | None,
+               scratch: str, *, can_grow: bool) -> list[str]:
     """One tuner over what is left; returns the units that it left without an answer."""
     given = {unit.id: unit.stages for unit in conductor.units.values()}
     have = ray.cluster_resources()
@@ -288,7 +301,7 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
     limit = min(sum(slots.values()), max(workers or 2**31, len(slots)))
     room = room_ahead(slots) if can_grow else room_beside(bundles, have)
     searcher = StageSearcher(conductor, room=room, limit=limit, given=frozenset(given))
-    factories = {name: tune.PlacementGroupFactory([dict(bundle)]) for name, bundle in bundles.items()}
+    factories = {name: tune.PlacementGroupFactory(group) for name, group in pieces.items()}
     host = tune.with_resources(tune.with_parameters(StageHost, work=work, units=given), lambda config: factories[config["on"]])
     window = max(2, limit)  # a window of 1 hangs where there is more than one resource class
     tuner = tune.Tuner(
@@ -308,13 +321,13 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
     return list(searcher.live.values())
 
 
-def _check_room(bundles: Bundles, used: Collection[str]) -> None:
+def _check_room(pieces: Pieces, used: Collection[str]) -> None:
     """EnvironmentFault when a class fits on no node: a Ray of our own will not grow, and Tune would wait for ever."""
     for one in used:
-        if not any(all(node["Resources"].get(name, 0.0) >= amount for name, amount in bundles[one].items())
+        if not any(all(node["Resources"].get(name, 0.0) >= amount for name, amount in pieces[one][-1].items())
                    for node in ray.nodes() if node["Alive"]):
             raise EnvironmentFault(f"no room on this machine for a unit of class {one!r}", ray.cluster_resources(),
-                                   f"at least {bundles[one]}", "lower `resources` in the sweep, or give --address of a cluster")
+                                   f"at least {pieces[one][-1]}", "lower `resources` in the sweep, or give --address of a cluster")
 
 
 @contextmanager

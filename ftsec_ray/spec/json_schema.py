@@ -17,6 +17,7 @@ from ftsec_ray.spec.sweep import (
     TASK_OPTIONS,
     AlignSpec,
     BudgetSpec,
+    DataSpec,
     EvaluationConfig,
     ExcludeRule,
     ModelSpec,
@@ -50,7 +51,7 @@ def sweep_schema() -> Schema:
         "exclude": {"type": "array", "items": {
             "type": "object", "additionalProperties": False, "minProperties": 1,
             "properties": {info.name: _one_or_list(seed if info.name == "seed" else _TEXT) for info in fields_of(ExcludeRule)}}},
-        "training": _object(TrainingConfig), "evaluation": _object(EvaluationConfig), "resources": _object(ResourceSpec),
+        "training": _object(TrainingConfig), "evaluation": _object(EvaluationConfig), "resources": _object(ResourceSpec), "data": _object(DataSpec),
         "prices": {"type": "object", "minProperties": 1, "propertyNames": _NAME, "additionalProperties": _node()},
         "budget": {**_object(BudgetSpec), "minProperties": 1},
     }

@@ -21,12 +21,12 @@ from ftsec_ray.spec.faults import Faults, name_or_none, nearest
 from ftsec_ray.spec.methods import NONE, attacks_of, defenses_of
 from ftsec_ray.spec.models import models_of
 from ftsec_ray.spec.money import budget_of, prices_of
-from ftsec_ray.spec.sweep import EvaluationConfig, ExcludeRule, ResourceSpec, SweepSpec, TrainingConfig
+from ftsec_ray.spec.sweep import DataSpec, EvaluationConfig, ExcludeRule, ResourceSpec, SweepSpec, TrainingConfig
 from ftsec_ray.spec.tasks import tasks_of
 from ftsec_ray.spec.typed import build, unknown_keys
 from ftsec_ray.spec.yaml_text import read_yaml
 
-KEYS = ("name", "question", "models", "task", "attacks", "defenses", "seeds", "exclude", "training", "evaluation", "resources",
+KEYS = ("name", "question", "models", "task", "attacks", "defenses", "seeds", "exclude", "training", "evaluation", "resources", "data",
         "prices", "budget")
 MAX_SEEDS = 10_000
 
@@ -77,7 +77,7 @@ def _spec(given: object, base: Path, faults: Faults, *, default_name: str | None
         "defenses": () if "defenses" in missing else defenses_of(given["defenses"], faults),
         "seeds": _seeds(given.get("seeds", 1), faults),
     }
-    for key, cls in (("training", TrainingConfig), ("evaluation", EvaluationConfig), ("resources", ResourceSpec)):
+    for key, cls in (("training", TrainingConfig), ("evaluation", EvaluationConfig), ("resources", ResourceSpec), ("data", DataSpec)):
         values[key] = _settings(cls, given.get(key), key, faults)
     values["prices"] = prices_of(given.get("prices"), faults)
     values["budget"] = budget_of(given.get("budget"), values["resources"], has_prices=bool(given.get("prices")), faults=faults)

@@ -228,6 +228,16 @@ class ResourceSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """How sets of rows are made that are too many for one table in one process: never part of a digest."""
+
+    ray_above: Annotated[int, Ge(0)] = 100_000
+    """Rows from which on a set is poisoned or filtered in blocks, by a Ray Data pipeline where Ray runs the sweep."""
+    workers: Annotated[int, Ge(1)] = 2
+    """Processes of one pipeline, each with the cores of a stage (and for a filter with a model its GPU); fewer where there is no room."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeType:
     """One kind of machine that the cluster may hold, and its price: never part of a digest."""
 
@@ -288,6 +298,7 @@ class SweepSpec:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     resources: ResourceSpec = field(default_factory=ResourceSpec)
+    data: DataSpec = field(default_factory=DataSpec)
     prices: tuple[NodeType, ...] = ()
     """The machines that stages may run on; empty: only hours are told, no money."""
     budget: BudgetSpec | None = None

@@ -45,7 +45,8 @@ def test_every_row_is_either_untouched_or_poisoned_whole(rows, setting, rate, se
 def test_a_rows_fate_does_not_depend_on_the_other_rows(rows, seed):
     attack, ctx = BadNets(rate=0.5), context(seed=seed)
     whole = attack.craft_data(table(rows), ctx).to_pylist()
-    assert whole == [attack.craft_data(table([r]), ctx).to_pylist()[0] for r in rows]
+    chance = attack.survey([table(rows[:5]), table(rows[5:])], ctx)
+    assert whole == [attack.craft_rows(table([r]), chance, ctx).to_pylist()[0] for r in rows]
 
 
 @given(words=WORDS, at=st.floats(0, 1, exclude_max=True), gap=st.sampled_from([" ", "\n\n", "\t"]))

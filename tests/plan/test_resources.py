@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from ftsec_ray.errors import SpecFaults
+from ftsec_ray.errors import SpecError, SpecFaults
 from ftsec_ray.plan import build_plan
-from ftsec_ray.plan.resources import SHARES, gpus_for, gpus_of, memory_gib, resource_name
+from ftsec_ray.plan.resources import SHARES, cpus_of, data_resource, gpus_for, gpus_of, is_large, memory_gib, resource_name, workers_of
 from ftsec_ray.registry import ATTACKS, DEFENSES
-from ftsec_ray.spec.sweep import AlignSpec, ModelSpec, NodeType, ResourceSpec, SweepSpec, TaskSpec, TrainingConfig
+from ftsec_ray.spec.sweep import AlignSpec, DataSpec, ModelSpec, NodeType, ResourceSpec, SourceSpec, SweepSpec, TaskSpec, TrainingConfig
 
 LADDER = ModelSpec(name="small", source="ladder:1m", family="ladder", aligned=True)
 
@@ -112,3 +112,50 @@ def test_the_module_needs_no_torch():
     code = "import sys, ftsec_ray.plan.resources, ftsec_ray.plan.bill; print(sorted({'torch', 'ray', 'pyarrow'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
     assert ended.stdout.strip() == "[]"
+
+
+def crafting_plan(gpus, **data):
+    return build_plan(SweepSpec(
+        name="s", models=(LADDER,), tasks=(TaskSpec(name="microworld"),), attacks=(ATTACKS.get("badnets")(),),
+        defenses=((DEFENSES.get("onion")(),),), seeds=(0,), data=DataSpec(**data), resources=ResourceSpec(gpus_per_stage=gpus, cpus_per_stage=2.0),
+        prices=(NodeType(name="n", gpus=1, cpus=2, usd_per_hour=1.0),)))
+
+
+@pytest.mark.parametrize(("gpus", "poisons", "filters"), [(0.0, "data:3", "data:3"), (0.5, "data:3", "data:3:0.5"), (1.0, "data:3", "data:3:1")])
+def test_large_sets_are_crafted_by_workers_of_their_own_and_no_digest_says_so(gpus, poisons, filters):
+    small, large = crafting_plan(gpus), crafting_plan(gpus, ray_above=255, workers=3)
+    assert list(small.stages) == list(large.stages)
+    changed = {stage.method: stage.resource for key, stage in large.stages.items() if stage.resource != small.stages[key].resource}
+    assert changed == {"badnets": poisons, "onion": filters}
+
+
+def test_a_pipeline_asks_for_the_cores_and_gpus_of_all_its_workers():
+    spec = crafting_plan(0.5).spec
+    assert [data_resource(3, each) for each in ("cpu", "gpu", "gpu:0.25")] == ["data:3", "data:3:1", "data:3:0.25"]
+    asked = {one: (workers_of(one), cpus_of(one, spec), gpus_of(one)) for one in ("cpu", "gpu", "gpu:0.5", "data:3", "data:3:1", "data:3:0.25")}
+    assert asked == {"cpu": (0, 1, 0), "gpu": (0, 2, 1), "gpu:0.5": (0, 2, 0.5),
+                     "data:3": (3, 3, 0), "data:3:1": (3, 6, 3), "data:3:0.25": (3, 6, 0.75)}
+
+
+def test_the_price_of_a_pipeline_is_that_of_its_workers_whatever_node_each_is_on():
+    from ftsec_ray.plan.bill import Tariff
+
+    spec = crafting_plan(0.5).spec
+    Tariff(spec).check(["data:8", "data:4:1"])
+    assert Tariff(spec).of("data:4:1", 3600.0).usd == pytest.approx(4.0)
+    assert Tariff(spec).of("data:8", 3600.0).usd == pytest.approx(4.0)
+    with pytest.raises(SpecError, match="no node type has room"):
+        Tariff(spec).check(["data:2:2"])
+
+
+def test_a_plan_takes_a_set_for_large_by_its_rows_or_its_file(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("x" * 64 * 1_000)
+    known = {"rows": SourceSpec(path=str(file), rows=10), "file": SourceSpec(path=str(file)), "hub": SourceSpec(dataset="a/b"),
+             "some": SourceSpec(dataset="a/b", rows=1_000)}
+    tasks = {name: TaskSpec(name=name, kind="rows", splits=(("train", source),)) for name, source in known.items()}
+    tasks |= {"world": TaskSpec(name="world"), "sst2": TaskSpec(name="sst2", kind="sst2"),
+              "more": TaskSpec(name="more", options=(("train_rows", 2_000),))}
+    found = {name: (is_large(task, 999), is_large(task, 1_000)) for name, task in tasks.items()}
+    assert found == {"rows": (False, False), "file": (True, False), "hub": (True, True), "some": (True, False), "world": (False, False),
+                     "sst2": (True, False), "more": (True, True)}

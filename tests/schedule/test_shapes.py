@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from ftsec_ray.context import Runtime
+from ftsec_ray.execute.unit import StageVerdict
 from ftsec_ray.plan.resources import cpus_of, gpus_of
-from ftsec_ray.schedule.room import room_beside
+from ftsec_ray.schedule.room import pieces_of, room_beside, together
 from ftsec_ray.schedule.run import execute
 from ftsec_ray.spec.sweep import BudgetSpec, ResourceSpec
 from ftsec_ray.store import Store
@@ -30,6 +32,45 @@ def test_classes_take_room_from_each_other():
     assert room({"gpu:0.5": 1}) == {"cpu": 15, "gpu:0.125": 4, "gpu:0.5": 1, "gpu": 0}
     assert room({"gpu": 1, "cpu": 15}) == {"cpu": 0, "gpu:0.125": 0, "gpu:0.5": 0, "gpu": 0}
     assert room_beside(bundles, {"CPU": 1.0})({}) == dict.fromkeys(bundles, 1), "the first is asked for, so that its lack is told"
+
+
+def test_a_pipeline_gets_as_many_workers_as_there_is_room_for_and_its_trial_nothing():
+    asked = {"CPU": 8.0, "GPU": 2.0}
+    assert pieces_of("gpu", {"CPU": 1.0, "GPU": 1.0}, {}) == [{"CPU": 1.0, "GPU": 1.0}]
+    each = {"CPU": 2.0, "GPU": 0.5}
+    rooms = [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 4.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 0.5}, {"CPU": 0.0}]
+    found = [pieces_of("data:4:0.5", asked, have) for have in rooms]
+    assert found == [[{}, *[each] * count] for count in (4, 2, 1, 4)], "a cluster without any room may grow"
+    assert together(found[1]) == {"CPU": 4.0, "GPU": 1.0}
+
+
+def test_while_a_pipeline_waits_for_its_cores_nothing_is_handed_out_that_would_take_one(tmp_path):
+    from ftsec_ray.schedule.conductor import Conductor
+    from ftsec_ray.schedule.tune import StageSearcher
+
+    first = stage_of("first", cost_s=2.0)
+    stages = [first, replace(stage_of("wide", first, cost_s=50.0), resource="data:2"), *(stage_of(f"s{i}") for i in range(4))]
+    conductor = Conductor(plan_of(stages), Store.open(tmp_path), set())
+    room = room_beside({"cpu": {"CPU": 1.0}, "data:2": {"CPU": 2.0}}, {"CPU": 2.0})
+    searcher = StageSearcher(conductor, room=room, limit=4, given=frozenset(conductor.units))
+
+    def ask(trial):
+        given = searcher.suggest(trial)
+        return given and conductor.units[given["unit"]].stages[-1].params["name"]
+
+    def end(trial):
+        stage = conductor.units[searcher.live[trial]].stages[-1]
+        searcher.on_trial_complete(trial, {"verdicts": json.dumps([asdict(StageVerdict(digest=stage.digest, status="done"))])})
+
+    assert [ask("a"), ask("b"), ask("c")] == ["first", "s0", None]
+    end("a")
+    assert [ask("c"), ask("d")] == ["wide", None], "it comes first, though s0 still holds one of the two cores that it needs"
+    end("b")
+    assert ask("d") is None
+    searcher.on_trial_start("c")
+    assert ask("d") is None, "it holds both"
+    end("c")
+    assert [ask("d"), ask("e"), ask("f")] == ["s1", "s2", None]
 
 
 @pytest.mark.ray

@@ -127,6 +127,7 @@ resource: {}
     ({"attacks": [{"badnets": {"triger": "x"}}]}, "attacks[0].badnets.triger", "trigger"),
     ({"training": {"learning_rates": 1.0}}, "training.learning_rates", "learning_rate"),
     ({"resources": {"worker": 1}}, "resources.worker", "workers"),
+    ({"data": {"ray_abov": 1}}, "data.ray_abov", "ray_above"),
     ({"task": "micro-world"}, "task", "microworld"),
     ({"models": ["ladder:3m"]}, "models[0]", "ladder:"),
     ({"models": [{"path": ".", "famly": "x"}]}, "models[0].famly", "family"),
@@ -292,7 +293,8 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
 
 
-@given(key=st.sampled_from(["name", "question", "models", "task", "attacks", "defenses", "seeds", "exclude", "training", "evaluation", "resources"]),
+@given(key=st.sampled_from(["name", "question", "models", "task", "attacks", "defenses", "seeds", "exclude", "training", "evaluation", "resources",
+                            "data"]),
        value=JSON)
 @settings(max_examples=250, deadline=None)
 def test_whatever_a_value_is_the_answer_is_a_sweep_or_its_faults(key, value):

@@ -1,0 +1,300 @@
+"""Craft sets of rows that are more than `data.ray_above`: block by block, in bounded memory, with the bytes of the in-process path.
+
+A block is a part of the sorted input. It is read from the artifact, changed by the method's own `craft_rows` in batches that are
+cut at fixed places, and comes back in pieces with their counts; the driver keeps the pieces as sorted runs and merges them into one
+file. So neither the number of blocks, nor their order, nor a worker that dies and is replaced can show in the bytes.
+
+Where the stage's trial has workers of its own (resource class `data:<workers>`), Ray Data runs the blocks on actors that hold the
+session, and with it the model of a filter. The actors live in the bundles of the trial's placement group, which it got whole before
+it started: they wait for nobody, and no other unit can wait for them. Elsewhere the blocks run one after the other in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import shutil
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import astuple, dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray.context import Runtime, StageContext
+from ftsec_ray.data.rows import FilterTally, RowsWriter, count_rows, count_true, filter_tally, plain_rows, read_batches
+from ftsec_ray.data.runs import Runs
+from ftsec_ray.execute.session import CRAFTED, Session
+from ftsec_ray.execute.unit import cpu_threads, gpu_share
+from ftsec_ray.method import BATCH_ROWS, RowWise, check_notes
+from ftsec_ray.plan.resources import workers_of
+from ftsec_ray.plan.stage import Stage
+from ftsec_ray.redact import clean_logs
+from ftsec_ray.store import Store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ftsec_ray.execute.stages import Job
+
+PIECE_BATCHES = 16
+"""Batches that come back together."""
+BLOCK_ROWS = 65_536
+"""Rows of a block, at most."""
+STORE_BYTES = 256 * 2**20
+"""Bytes of pieces under way, at most, in Ray's object store."""
+MAX_DEATHS = 8
+"""Times that the survey is begun anew when its worker has died."""
+NO_PROGRESS_S = 3_600.0
+"""Seconds without a piece after which a pipeline is given up: Ray Data replaces workers that die, and would do so for ever."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A piece of a crafted set and what is to be added up over all of them."""
+
+    rows: pa.Table
+    seen: int = 0
+    """Rows of the input that it comes from."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    tally: FilterTally = field(default_factory=FilterTally)
+
+    def packed(self) -> pa.Table:
+        """A row of bytes and text, which nothing on the way can bend."""
+        import pyarrow as pa
+
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.rows.schema) as writer:
+            writer.write_table(self.rows)
+        return _packed(sink.getvalue().to_pybytes(), told=[self.seen, dict(self.counts), astuple(self.tally)])
+
+    @classmethod
+    def unpacked(cls, row: Mapping[str, Any]) -> Made:
+        """The piece that `packed` packed; raises the error that came in its place."""
+        import pyarrow as pa
+
+        if row["error"]:
+            raise pickle.loads(row["error"])  # noqa: S301 - from a worker of this pipeline, as everything between Ray's processes
+        seen, counts, tally = json.loads(row["told"])
+        return cls(pa.ipc.open_stream(row["rows"]).read_all(), seen, counts, FilterTally(*tally))
+
+
+def _packed(rows: bytes = b"", *, told: object = None, error: bytes = b"") -> pa.Table:
+    import pyarrow as pa
+
+    blobs = {name: pa.array([blob], pa.large_binary()) for name, blob in (("rows", rows), ("error", error))}
+    return pa.table({**blobs, "told": [json.dumps(told)]})
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a method found in the whole set before its rows are crafted."""
+
+    known: Any
+    new: pa.Table | None
+    notes: Mapping[str, Any]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Crafter:
+    """One process at work on a stage: a method, what it may ask, and the file of its input."""
+
+    method: RowWise
+    context: StageContext
+    file: Path
+
+    def survey(self) -> Survey:
+        """The method's look at all rows."""
+        context = replace(self.context, notes={}, counts={})
+        known = self.method.survey(read_batches(self.file, BATCH_ROWS, range(count_rows(self.file))), context)
+        return Survey(known, self.method.new_rows(known, context), context.notes, context.counts)
+
+    def craft(self, part: range, known: Any) -> Iterator[Made]:  # noqa: ANN401
+        """The pieces of a block."""
+        import pyarrow as pa
+
+        waiting = read_batches(self.file, BATCH_ROWS, part)
+        while batches := list(islice(waiting, PIECE_BATCHES)):
+            context, tally, tables = replace(self.context, notes={}, counts={}), FilterTally(), []
+            for batch in batches:
+                made = plain_rows(self.method.craft_rows(batch, known, context))
+                tally += filter_tally(batch, made) if self.method.KIND == "defense" else FilterTally()
+                tables.append(made)
+            check_notes(self.method, context.notes, {})
+            yield Made(pa.concat_tables(tables), sum(batch.num_rows for batch in batches), context.counts, tally)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a worker needs to become a Crafter."""
+
+    store: str
+    """URI of the store."""
+    runtime: Runtime
+    cache_gib: float
+    stage: Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """The workers of a pipeline."""
+
+    size: int
+    each: Mapping[str, float]
+    """CPU and GPU of one worker."""
+    group: Any = None
+    """Placement group in which they live; None: anywhere."""
+
+    def asks(self) -> dict[str, float | None]:
+        """What each of them asks for."""
+        return {"num_cpus": self.each["CPU"], "num_gpus": self.each.get("GPU", 0.0) or None}
+
+    def place(self) -> Any:  # noqa: ANN401
+        """Where Ray puts them."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return "DEFAULT" if self.group is None else PlacementGroupSchedulingStrategy(self.group, placement_group_capture_child_tasks=True)
+
+
+def craft_in_blocks(job: Job, method: RowWise, file: Path, *, crew: Crew | None = None, blocks: int | None = None) -> dict[str, Any]:
+    """Write the crafted set into the folder of a job; returns the notes for its record."""
+    crew = crew or _crew_of(job.stage)
+    total = count_rows(file)
+    parts = parts_of(total, blocks or max(2 * (crew.size if crew else 1), -(-total // BLOCK_ROWS)))
+    if crew is None:
+        crafter = Crafter(method, job.context(), file)
+        survey = crafter.survey()
+        pieces = (made for part in parts for made in crafter.craft(part, survey.known))
+    else:
+        order = Order(store=job.session.store.uri, runtime=job.session.runtime, cache_gib=job.session.cache_gib, stage=job.stage)
+        survey = _surveyed(order, crew)
+        pieces = _crafted(order, crew, parts, survey.known)
+    runs, counts, tally, poisoned = Runs(job.out / ".runs"), Counter(survey.counts), FilterTally(), 0
+    new = [] if survey.new is None else [Made(plain_rows(survey.new))]
+    seen = 0
+    with closing(pieces):
+        for made in chain(new, pieces):
+            runs.add(made.rows)
+            counts.update(made.counts)
+            tally, poisoned = tally + made.tally, poisoned + count_true(made.rows.column("poisoned"))
+            seen += made.seen
+            if seen == total:
+                break  # and so close the pipeline, see `_crafted`
+    assert seen == total, (seen, total)
+    if runs.count:
+        with RowsWriter(job.out / CRAFTED) as writer:
+            for rows in runs.merged():
+                writer.write(rows)
+    shutil.rmtree(job.out / ".runs")
+    report = tally.report() if method.KIND == "defense" else {}
+    return {**report, **survey.notes, **counts, "rows": runs.count, "poisoned": poisoned}
+
+
+def parts_of(total: int, blocks: int) -> list[range]:
+    """So many parts of a set at most, cut where batches are cut."""
+    batches = -(-total // BATCH_ROWS)
+    step = -(-batches // blocks) * BATCH_ROWS
+    return [range(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def _crew_of(stage: Stage) -> Crew | None:
+    """The workers that the trial of this process has for the stage; None where there are none."""
+    if not workers_of(stage.resource):
+        return None
+    import ray
+
+    group = ray.util.get_current_placement_group() if ray.is_initialized() else None
+    bundles = group.bundle_specs if group is not None else []
+    return Crew(size=len(bundles), each=bundles[0], group=group) if bundles else None
+
+
+def _surveyed(order: Order, crew: Crew) -> Survey:
+    import ray
+
+    task = ray.remote(_survey_task).options(**crew.asks(), scheduling_strategy=crew.place(), max_retries=MAX_DEATHS)
+    try:
+        found: Survey = ray.get(task.remote(order))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    return found
+
+
+def _survey_task(order: Order) -> Survey:
+    return _opened(order).survey()
+
+
+def _crafted(order: Order, crew: Crew, parts: list[range], known: Any) -> Generator[Made, None, None]:  # noqa: ANN401
+    """The pieces of all blocks as Ray Data's workers finish them.
+
+    To be closed by who takes them: then Ray Data ends its actors at once. At its own end, or after an error of its own, it only lets
+    go of them, and as long as anything (a traceback) refers to them they keep the bundles that the next pipeline of this trial needs.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext, ExecutionOptions, ExecutionResources
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 16 * 2**20
+    # Only here, and not as `scheduling_strategy_large_args` too: with both, Ray Data (2.60) takes the group's bundles for all that there is,
+    # and since these hold no object store, it runs one block at a time.
+    context.scheduling_strategy = crew.place()
+    context.scheduling_strategy_large_args = "DEFAULT"
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S
+    context.execution_options = ExecutionOptions(resource_limits=ExecutionResources(
+        cpu=crew.size * crew.each["CPU"], gpu=crew.size * crew.each.get("GPU", 0.0), object_store_memory=STORE_BYTES))
+    items = [{"start": part.start, "stop": part.stop} for part in parts]
+    data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _Worker, fn_constructor_args=(order, known), compute=ActorPoolStrategy(size=min(crew.size, len(items))), batch_size=None,
+        **crew.asks())
+    batches = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    with closing(batches):
+        for batch in batches:
+            yield from map(Made.unpacked, batch.to_pylist())
+
+
+class _Worker:
+    """An actor of the pipeline: it opens the session once, and the model of a filter with it."""
+
+    def __init__(self, order: Order, known: Any) -> None:  # noqa: ANN401
+        self._order = order
+        self._known = known
+        self._crafter: Crafter | None = None
+
+    def __call__(self, blocks: Mapping[str, Any]) -> Iterator[pa.Table]:
+        """The pieces of some blocks, packed."""
+        try:
+            self._crafter = self._crafter or _opened(self._order)
+            for start, stop in zip(blocks["start"], blocks["stop"], strict=True):
+                for made in self._crafter.craft(range(int(start), int(stop)), self._known):
+                    yield made.packed()
+        except Exception as error:  # noqa: BLE001 - raised again on the driver, which ends the pipeline first
+            error.add_note("".join(traceback.format_exception(error)))
+            yield _packed(error=pickle.dumps(error))
+
+
+def _opened(order: Order) -> Crafter:
+    """A Crafter in a worker process of Ray."""
+    import ray
+
+    from ftsec_ray.execute.stages import Job  # which imports this module
+
+    clean_logs()
+    given = ray.get_runtime_context().get_assigned_resources()
+    threads, gpus = max(1, int(given.get("CPU", 1))), float(given.get("GPU", 0.0))
+    runtime = order.runtime if gpus else replace(order.runtime, device="cpu")
+    cpu_threads(threads)
+    session = Session(Store.open(order.store), runtime, order.cache_gib)
+    gpu_share(gpus)
+    # The stage's own folder is the driver's; batches need none that survives.
+    folder = Path(tempfile.gettempdir())
+    job = Job(order.stage, folder, session)
+    method = job.methods()[0]
+    assert isinstance(method, RowWise), "only these are crafted in blocks"
+    return Crafter(method, job.context(workdir=folder), session.rows_file(job.inputs["rows"]))
+
