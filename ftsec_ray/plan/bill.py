@@ -16,7 +16,7 @@ from ftsec_ray.errors import SpecError
 from ftsec_ray.plan.cost import Basis, Costs, named_parameters
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.resources import cpus_of, gpu_memory_of, gpus_of
-from ftsec_ray.plan.stage import Stage
+from ftsec_ray.plan.stage import Stage, is_gang, workers_of
 from ftsec_ray.spec.sweep import NodeType, SweepSpec
 
 HOUR_S = 3600.0
@@ -63,10 +63,12 @@ class Tariff:
         return self._nodes[resource]
 
     def _fits(self, node: NodeType, resource: str) -> bool:
-        gpus, resources = gpus_of(resource), self._spec.resources
+        # The workers of a gang may be on several nodes.
+        workers, resources = workers_of(resource), self._spec.resources
+        gpus, cpus = gpus_of(resource) / workers, cpus_of(resource, self._spec) / workers
         # Shares were measured by the memory of one GPU, so that a smaller one would not hold the stage.
         too_small = gpus and resources.gpus_per_stage == "auto" and (node.gpu_memory_gib or float("inf")) < gpu_memory_of(self._spec)
-        return node.gpus >= gpus and node.cpus >= cpus_of(resource, self._spec) and not too_small
+        return node.gpus >= gpus and node.cpus >= cpus and not too_small
 
     def _share(self, node: NodeType, resource: str) -> float:
         gpus = gpus_of(resource)
@@ -91,7 +93,8 @@ class Tariff:
         gpus, cpus = gpus_of(resource), cpus_of(resource, self._spec)
         share = f"1/{1 / gpus:g}" if 0 < gpus < 1 and (1 / gpus).is_integer() else f"{gpus:g}"
         memory = f" of {gpu_memory_of(self._spec):g} GiB" if self._spec.resources.gpus_per_stage == "auto" else ""
-        return (f"{share} GPU{memory}, " if gpus else "") + f"{cpus:g} CPU"
+        gang = f" in a gang of {workers_of(resource)}" if is_gang(resource) else ""
+        return (f"{share} GPU{memory}, " if gpus else "") + f"{cpus:g} CPU{gang}"
 
 
 @dataclass(frozen=True, kw_only=True)

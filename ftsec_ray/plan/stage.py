@@ -10,10 +10,25 @@ from ftsec_ray.method import Method
 from ftsec_ray.spec.sweep import ModelSpec, TaskSpec
 
 Resource = str
-"""`cpu`, `gpu`, or `gpu:<amount>`: see plan.resources."""
+"""`cpu`, `gpu`, `gpu:<amount>`, or a gang, `gang:<workers>` with a GPU each or `gang:<workers>cpu`: see plan.resources."""
 KINDS = ("task", "source", "align", "prepare", "craft", "tune", "bank", "revise", "inspect", "evaluate")
 ROLES = ("reference", "unaligned", "start", "clean_bank")
 """Inputs that a method may ask for in NEEDS; its other entries name splits of the task."""
+
+
+def is_gang(resource: Resource) -> bool:
+    """Whether a class is that of stages which several processes run together."""
+    return resource.startswith("gang:")
+
+
+def workers_of(resource: Resource) -> int:
+    """Processes of a stage of a class."""
+    return int(resource.removeprefix("gang:").removesuffix("cpu")) if is_gang(resource) else 1
+
+
+def is_on_gpu(resource: Resource) -> bool:
+    """Whether a class asks for GPUs."""
+    return not resource.endswith("cpu")
 
 
 @dataclass(frozen=True, slots=True)

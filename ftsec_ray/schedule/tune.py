@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,12 +27,14 @@ from ray.tune.search import Searcher  # noqa: TID253
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
+from ftsec_ray.execute.gang import GangOrder
 from ftsec_ray.execute.unit import StageVerdict, cpu_threads, gpu_share, imported, run_unit, short_text
-from ftsec_ray.plan.stage import Stage
+from ftsec_ray.plan.stage import Stage, is_gang
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor
 from ftsec_ray.schedule.credentials import no_keys_for_workers
-from ftsec_ray.schedule.room import Bundles, Room, bundles_of, room_ahead, room_beside, slots_of
+from ftsec_ray.schedule.gang import launch_on_ray, run_gang
+from ftsec_ray.schedule.room import Bundles, Room, asks_of, bundles_of, room_ahead, room_beside, share_of, slots_of
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
 
@@ -58,6 +60,8 @@ class Work:
     cache_gib: float
     runner: str
     session: str
+    bundles: Bundles
+    """Resource class -> what one unit of it occupies."""
 
 
 class StageHost(tune.Trainable):
@@ -80,15 +84,23 @@ class StageHost(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Run the unit to its verdicts."""
+        rebuilt, unit, on = self._config.get("rebuilt"), self._config["unit"], self._config["on"]
+        stages = [Stage.from_json(one) for one in json.loads(rebuilt)] if rebuilt else self._units[unit]
         try:
+            if is_gang(on):
+                return {"done": True, "verdicts": json.dumps([asdict(verdict) for verdict in self._gang(stages, on)])}
             self._open()
         except (ImportError, FtsecError, OSError) as error:
             return {"done": True, "broken": short_text(error)}
-        rebuilt = self._config.get("rebuilt")
-        unit = self._config["unit"]
-        stages = [Stage.from_json(one) for one in json.loads(rebuilt)] if rebuilt else self._units[unit]
         verdicts = run_unit(stages, self._store, self._session, self._runner, attempt=self._config["attempt"])
         return {"done": True, "verdicts": json.dumps([asdict(verdict) for verdict in verdicts])}
+
+    def _gang(self, stages: Sequence[Stage], on: str) -> list[StageVerdict]:
+        """Have a gang run the unit: this process only waits for it."""
+        work, share = self._work, share_of(on, self._work.bundles[on])
+        order = GangOrder(stages=tuple(stages), store=work.store, runtime=work.runtime, cache_gib=work.cache_gib, runner=work.runner,
+                          session=work.session, attempt=self._config["attempt"], threads=max(1, int(share.get("CPU", 1))))
+        return run_gang(order, lambda order: launch_on_ray(order, share), Store.open(work.store))
 
     def _open(self) -> None:
         """Import and open what outlives a unit, once."""
@@ -263,7 +275,8 @@ def run_tune(conductor: Conductor, work: Work, resources: ResourceSpec, *, addre
     used = {unit.resource for unit in conductor.units.values()}
     bundles = bundles_of(conductor.plan.spec, {stage.resource for stage in conductor.plan.stages.values()})
     address = address or os.environ.get("RAY_ADDRESS")
-    with _environment(), no_keys_for_workers(), _ray(address, workers, resources), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
+    need = max((bundles[one].get("CPU", 0.0) for one in used if is_gang(one)), default=0.0)
+    with _environment(), no_keys_for_workers(), _ray(address, workers, resources, need), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
         if address is None:
             _check_room(bundles, used)
         for restart in range(MAX_RESTARTS + 1):
@@ -284,11 +297,11 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
     have = ray.cluster_resources()
     slots = {one: max(1, count) for one, count in slots_of({one: bundles[one] for one in used}, have).items()}
     if can_grow:
-        slots = {one: max(count, workers or 0) + SURPLUS for one, count in slots.items()}
+        slots = {one: count if is_gang(one) else max(count, workers or 0) + SURPLUS for one, count in slots.items()}
     limit = min(sum(slots.values()), max(workers or 2**31, len(slots)))
-    room = room_ahead(slots) if can_grow else room_beside(bundles, have)
+    room = room_ahead(slots, bundles, ray.cluster_resources) if can_grow else room_beside(bundles, have)
     searcher = StageSearcher(conductor, room=room, limit=limit, given=frozenset(given))
-    factories = {name: tune.PlacementGroupFactory([dict(bundle)]) for name, bundle in bundles.items()}
+    factories = {name: tune.PlacementGroupFactory([asks_of(name, bundle)]) for name, bundle in bundles.items()}
     host = tune.with_resources(tune.with_parameters(StageHost, work=work, units=given), lambda config: factories[config["on"]])
     window = max(2, limit)  # a window of 1 hangs where there is more than one resource class
     tuner = tune.Tuner(
@@ -318,8 +331,8 @@ def _check_room(bundles: Bundles, used: Collection[str]) -> None:
 
 
 @contextmanager
-def _ray(address: str | None, workers: int | None, resources: ResourceSpec) -> Iterator[None]:
-    """A Ray cluster: the one at hand, the one at an address, or one of this process that ends with it."""
+def _ray(address: str | None, workers: int | None, resources: ResourceSpec, need: float) -> Iterator[None]:
+    """A Ray cluster: the one at hand, the one at an address, or one of this process, with so many cores as a gang needs."""
     if ray.is_initialized():
         yield
         return
@@ -329,7 +342,7 @@ def _ray(address: str | None, workers: int | None, resources: ResourceSpec) -> I
             ray.init(address=address, **quiet)
         else:
             count = (workers or 0) * resources.cpus_per_stage or os.cpu_count() or 1
-            ray.init(address="local", num_cpus=max(1, round(count + 0.499)), include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=max(1, round(max(count, need) + 0.499)), include_dashboard=False, **quiet)
     except Exception as error:  # Ray has no class of its own for a start that takes too long
         raise EnvironmentFault(f"cannot reach or start Ray: {error}", address or "this machine", "a running cluster",
                                "--address HOST:6379 of a Ray head, or --executor local") from error
