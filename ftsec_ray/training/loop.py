@@ -90,9 +90,10 @@ class Solo:
         self.trainable = trainable_of(model)
         self._max_grad_norm = config.max_grad_norm
         self._optimizer = torch.optim.AdamW(self.trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        for name, parameter in self.trainable.items() if saved else ():
-            self._optimizer.state[parameter] = {"exp_avg": saved.tensors[f"m/{name}"].to(parameter.device),
-                                                "exp_avg_sq": saved.tensors[f"v/{name}"].to(parameter.device), "step": saved.tensors[f"t/{name}"]}
+        if saved is not None:
+            for name, parameter in self.trainable.items():
+                m, v, t = (saved.tensors[f"{part}/{name}"] for part in "mvt")
+                self._optimizer.state[parameter] = {"exp_avg": m.to(parameter.device), "exp_avg_sq": v.to(parameter.device), "step": t}
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of a step that this process works on."""
@@ -101,6 +102,10 @@ class Solo:
     def mean(self, loss: float) -> float:
         """The loss of the whole step, from this process's part of it."""
         return loss
+
+    def total(self, number: float) -> float:
+        """A number summed over all processes of this tune."""
+        return number
 
     def is_due(self, due: bool) -> bool:  # noqa: FBT001
         """Whether all processes of this tune write a checkpoint now."""
@@ -198,7 +203,7 @@ def run(loaded: LoadedModel, training: Training, *, seed: int, runtime: Runtime,
     if saved is not None:
         _resume(model, saved, step, report)
     process.begin(model, config, saved)
-    step.trainable = process.trainable
+    step.trainable, step.total = process.trainable, process.total
     saved_at = time.monotonic()
     while step.index < training.steps:
         _one_step(process, training, step, report, seed=seed, runtime=runtime)

@@ -15,8 +15,10 @@ Whoever writes weights between steps must write both:
   (`Member.after`), which at stage 3 are whole while the hooks run and are then dealt out as process 0 left them. No method of
   this package writes weights there: `lisa` only reads them.
 - `objective` and `backward` may read weights, at stages 0 to 2 only: at stage 3 they are empty outside a layer's own forward
-  pass. `lisa` does (its proximal term), hence its ZERO_STAGES. `vaccine` differentiates by hidden states with an inner forward
-  pass of its own and reads no weights; it needs plain hooks of autograd, hence stages 0 to 2 as well.
+  pass. `lisa` does (its proximal term), hence its ZERO_STAGES. `vaccine` reads none, but differentiates by
+  hidden states in a forward pass of the bare model, past DeepSpeed's engine; under stage 3 the engine's own hooks would have to
+  take part in that, so stages 0 to 2 as well. What couples all rows of a step (the norm of its perturbation) is summed over the
+  processes by `Step.total`.
 - A checkpoint's weights are copied into the model before DeepSpeed sees it, so both copies start from them.
 - `revise_model`, `badedit` and other edits of finished models act outside training, on plain models.
 """
@@ -116,13 +118,14 @@ class Member:
 
     def mean(self, loss: float) -> float:
         """The loss of the whole step: the mean over all processes, see `dealt`."""
-        return self._sum(loss) / self._gang.workers
+        return self.total(loss) / self._gang.workers
 
     def is_due(self, due: bool) -> bool:  # noqa: FBT001
         """Whether process 0 wants a checkpoint now; all must help to gather it."""
-        return self._sum(float(due and self._rank == 0)) > 0
+        return self.total(float(due and self._rank == 0)) > 0
 
-    def _sum(self, number: float) -> float:
+    def total(self, number: float) -> float:
+        """A number summed over all processes."""
         import torch
         import torch.distributed as dist
 
@@ -252,19 +255,19 @@ class Member:
 
 
 def check_deepspeed() -> None:
-    """EnvironmentFault when DeepSpeed or Ray Train is not installed here."""
+    """EnvironmentFault when DeepSpeed is not installed here."""
     from importlib.util import find_spec
 
-    missing = [name for name in ("deepspeed", "ray.train") if find_spec(name.split(".")[0]) is None]
-    if missing:
-        raise EnvironmentFault("this sweep trains with DeepSpeed, which is not installed", ", ".join(missing), "deepspeed and ray[train]",
-                               "pip install 'ftsec-ray[deepspeed]' on all nodes, or training.strategy: single")
+    if find_spec("deepspeed") is None:
+        raise EnvironmentFault("this sweep trains with DeepSpeed, which is not installed", "deepspeed", "the extra `deepspeed` on all nodes",
+                               "pip install 'ftsec-ray[deepspeed]', or training.strategy: single")
 
 
 def _deepspeed(device: str) -> Any:  # noqa: ANN401
     """The library, told where it runs and kept quiet; EnvironmentFault when it is not there."""
     if not device.startswith("cuda"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")  # it looks for nvcc otherwise, and nothing is compiled
     check_deepspeed()
     import deepspeed
 
