@@ -165,10 +165,10 @@ class Sizing:
         if gpus > 1:
             what = "pre-training or alignment" if trains_all else "a stage" if trains else "a stage that does not train"
             strategy = " training.strategy: auto (DeepSpeed for what trains)," if self._spec.strategy.strategy == "single" else ""
+            less = f"{strategy} training.adapter: lora, a smaller resources.micro_batch," if trains else " a smaller"
             raise SpecError(f"{what} of model {model.name!r} needs about {gib:.0f} GiB in one process and one GPU has {card:g}",
                             parameters_of(model), f"at most {card:g} GiB",
-                            f"a larger resources.gpu_memory_gib,{strategy} training.adapter: lora, a smaller resources.micro_batch, "
-                            "resources.eval_batch or training.max_length; or gpus_per_stage: 1 if you know better")
+                            f"a larger resources.gpu_memory_gib,{less} resources.eval_batch or  training.max_length; or gpus_per_stage: 1 if you know better")
         return resource_name(gpus)
 
     def is_split(self, model: ModelSpec, *, trains_all: bool = False) -> bool:

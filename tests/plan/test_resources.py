@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,13 +44,6 @@ def test_memory_grows_with_rows_length_and_weights():
     assert small < memory_gib(10**9, "lora", 512, 4) == pytest.approx(memory_gib(10**9, "lora", 256, 8))
     assert small < memory_gib(2 * 10**9, "lora", 256, 4)
     assert small < memory_gib(10**9, "full", 256, 4)
-
-
-def test_each_zero_stage_splits_one_thing_more():
-    found = [memory_gib(10**9, "full", 8, 1, zero, 4) for zero in range(4)]
-    saved = [(before - after) * 2**30 / 10**9 for before, after in pairwise(found)]
-    assert saved == pytest.approx([8 * 3 / 4, 4 * 3 / 4, 6 * 3 / 4])
-    assert memory_gib(10**9, "full", 8, 1, 3, 1) == found[0]
 
 
 @pytest.mark.parametrize(("gib", "gpus"), [(1, 0.125), (10, 0.125), (10.1, 0.25), (40, 0.5), (79, 1), (80.5, 2), (161, 3)])
@@ -97,7 +89,7 @@ def test_a_number_of_gpus_goes_before_the_arithmetic():
 
 def test_a_model_that_fits_on_no_gpu_is_a_fault_with_its_size_and_what_helps():
     with pytest.raises(SpecFaults, match=r"model 'm-70b' needs about [0-9]+ GiB in one process and one GPU has 80") as caught:
-        plan_of(hub("70b"))
+        plan_of(hub("70b"), cache_gib=0.0)
     assert "gpus_per_stage: 1" in str(caught.value)
     assert [place for place, _ in caught.value.faults] == ["m-70b"]
 

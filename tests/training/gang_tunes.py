@@ -55,7 +55,8 @@ def shape_of(name: str, runtime: Runtime, folder: Path) -> Callable[[Training], 
     from ftsec_ray.defenses.vaccine import Vaccine
 
     known = {"decay": lambda training: replace(training, after_step=(decay,)), "cut": lambda training: replace(training, after_step=(cut,)),
-             "vaccine": Vaccine(rho=0.5)._shape, "lisa": lisa, "frozen": lambda training: replace(training, is_trainable=lambda name: "layers.0" in name)}
+             "vaccine": Vaccine(rho=0.5)._shape,
+             "lisa": lisa, "frozen": lambda training: replace(training, is_trainable=lambda name: "layers.0" in name)}
     return known.get(name)
 
 
