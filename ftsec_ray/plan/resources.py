@@ -168,7 +168,8 @@ class Sizing:
             less = f"{strategy} training.adapter: lora, a smaller resources.micro_batch," if trains else " a smaller"
             raise SpecError(f"{what} of model {model.name!r} needs about {gib:.0f} GiB in one process and one GPU has {card:g}",
                             parameters_of(model), f"at most {card:g} GiB",
-                            f"a larger resources.gpu_memory_gib,{less} resources.eval_batch or  training.max_length; or gpus_per_stage: 1 if you know better")
+                            f"a larger resources.gpu_memory_gib,{less} resources.eval_batch or training.max_length; "
+                            "or gpus_per_stage: 1 if you know better")
         return resource_name(gpus)
 
     def is_split(self, model: ModelSpec, *, trains_all: bool = False) -> bool:

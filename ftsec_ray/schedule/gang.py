@@ -7,6 +7,7 @@ only silence or consequences are heard has lost a worker, so that the scheduler 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -55,8 +56,6 @@ def run_gang(order: GangOrder, launch: Launch, store: Store) -> list[StageVerdic
 
 
 def _verdicts(order: GangOrder, ended: GangEnded, store: Store) -> list[StageVerdict]:
-    import json
-
     told = next((fault for fault in ended.faults if fault.sort == "verdict"), None)
     if told is not None:
         return [StageVerdict(**one) for one in json.loads(told.text)]
@@ -116,9 +115,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
 
 def launch_on_ray(order: GangOrder, asks: Mapping[str, float]) -> list[StageVerdict]:
     """A gang of workers of Ray Train, each with a node's resources of its own."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     # Ray would give a group up after a minute and try anew without end; a node may take longer to boot than that.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
