@@ -137,7 +137,7 @@ def perturbations(model: Any, micro_batches: list[Batch], objective: Objective, 
                 loss = batch.weight * objective(model, batch, step)
             gradients.append(torch.autograd.grad(loss, [leaves[block] for block in sorted(leaves)]))
     square = sum(g.double().square().sum() for group in gradients for g in group)
-    scale = rho / (step.total(float(square)) ** 0.5 + 1e-7)  # the official code's guard against a zero gradient
+    scale = rho / (step.summed(float(square)) ** 0.5 + 1e-7)  # the official code's guard against a zero gradient
     return [[g.detach() * scale for g in group] for group in gradients]
 
 

@@ -226,9 +226,9 @@ class Sizing:
         config, resources = self._spec.strategy.deepspeed, self._spec.resources
         length, batch = self._rows(model, trains_all=trains_all)
         gpus = resources.gpus_per_stage
-        counts = [1, *(2**power for power in range(1, 7))] if gpus == "auto" else [max(1, int(gpus))] if gpus else [2]
+        counts = [2**power for power in range(MAX_WORKERS.bit_length())] if gpus == "auto" else [max(1, int(gpus))] if gpus else [2]
         for workers in [config.workers] if config.workers else counts:
-            if not config.workers and workers > min(batch, MAX_WORKERS):
+            if gpus == "auto" and not config.workers and workers > min(batch, MAX_WORKERS):
                 return
             most = -(-batch // workers)
             given = config.micro_batch or resources.micro_batch

@@ -103,7 +103,7 @@ class Solo:
         """The loss of the whole step, from this process's part of it."""
         return loss
 
-    def total(self, number: float) -> float:
+    def summed(self, number: float) -> float:
         """A number summed over all processes of this tune."""
         return number
 
@@ -203,7 +203,7 @@ def run(loaded: LoadedModel, training: Training, *, seed: int, runtime: Runtime,
     if saved is not None:
         _resume(model, saved, step, report)
     process.begin(model, config, saved)
-    step.trainable, step.total = process.trainable, process.total
+    step.trainable, step.summed = process.trainable, process.summed
     saved_at = time.monotonic()
     while step.index < training.steps:
         _one_step(process, training, step, report, seed=seed, runtime=runtime)

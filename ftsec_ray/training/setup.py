@@ -47,7 +47,7 @@ class Step:
     memory: dict[str, Tensor] = field(default_factory=dict)
     trainable: dict[str, Any] = field(default_factory=dict)
     """Trainable parameters by name."""
-    total: Callable[[float], float] = float
+    summed: Callable[[float], float] = float
     """Sum of a number over the processes of the tune, each of which sees its own micro-batches; all must ask at once."""
 
 

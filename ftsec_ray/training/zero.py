@@ -18,7 +18,7 @@ Whoever writes weights between steps must write both:
   pass. `lisa` does (its proximal term), hence its ZERO_STAGES. `vaccine` reads none, but differentiates by
   hidden states in a forward pass of the bare model, past DeepSpeed's engine; under stage 3 the engine's own hooks would have to
   take part in that, so stages 0 to 2 as well. What couples all rows of a step (the norm of its perturbation) is summed over the
-  processes by `Step.total`.
+  processes by `Step.summed`.
 - A checkpoint's weights are copied into the model before DeepSpeed sees it, so both copies start from them.
 - `revise_model`, `badedit` and other edits of finished models act outside training, on plain models.
 """
@@ -118,13 +118,13 @@ class Member:
 
     def mean(self, loss: float) -> float:
         """The loss of the whole step: the mean over all processes, see `dealt`."""
-        return self.total(loss) / self._gang.workers
+        return self.summed(loss) / self._gang.workers
 
     def is_due(self, due: bool) -> bool:  # noqa: FBT001
         """Whether process 0 wants a checkpoint now; all must help to gather it."""
-        return self.total(float(due and self._rank == 0)) > 0
+        return self.summed(float(due and self._rank == 0)) > 0
 
-    def total(self, number: float) -> float:
+    def summed(self, number: float) -> float:
         """A number summed over all processes."""
         import torch
         import torch.distributed as dist
