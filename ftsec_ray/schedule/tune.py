@@ -33,7 +33,7 @@ from ftsec_ray.plan.stage import Stage, is_gang
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor
 from ftsec_ray.schedule.credentials import no_keys_for_workers
-from ftsec_ray.schedule.gang import launch_on_ray, run_gang
+from ftsec_ray.schedule.gang import GangEnded, launch_on_ray, run_gang
 from ftsec_ray.schedule.room import Bundles, Room, asks_of, bundles_of, room_ahead, room_beside, share_of, slots_of
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
@@ -90,6 +90,8 @@ class StageHost(tune.Trainable):
             if is_gang(on):
                 return {"done": True, "verdicts": json.dumps([asdict(verdict) for verdict in self._gang(stages, on)])}
             self._open()
+        except GangEnded as ended:
+            return {"done": True, "lost": short_text(ended)}
         except (ImportError, FtsecError, OSError) as error:
             return {"done": True, "broken": short_text(error)}
         verdicts = run_unit(stages, self._store, self._session, self._runner, attempt=self._config["attempt"])
@@ -164,7 +166,7 @@ class StageSearcher(Searcher):
             if "broken" in told:
                 self.broken.append(str(told["broken"]))
                 self.is_stopped = self.is_stopped or (self._warm is None and len(self.broken) >= BROKEN_LIMIT)
-            self.conductor.lost(unit, str(told.get("broken", "the trial ended without a verdict")))
+            self.conductor.lost(unit, str(told.get("broken") or told.get("lost") or "the trial ended without a verdict"))
         else:
             self._warm = self.conductor.units[unit].affinity
             self.conductor.settle(unit, [StageVerdict(**one) for one in json.loads(verdicts)])

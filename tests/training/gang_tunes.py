@@ -75,15 +75,16 @@ def in_gang(folder: Path, jobs: list[dict[str, Any]], *, workers: int = WORKERS)
     """Run tunes one after the other in one gang of processes; the first process leaves what `tune` leaves."""
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    running = [subprocess.Popen([sys.executable, "-m", "tests.training.gang_tunes", str(folder), str(rank), str(workers)],
-                                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-               for rank in range(workers)]
-    try:
-        said = [process.communicate(timeout=280)[0].decode()[-3000:] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * workers, said
+    with (folder / "log.txt").open("wb") as log:
+        running = [subprocess.Popen([sys.executable, "-m", "tests.training.gang_tunes", str(folder), str(rank), str(workers)],
+                                    env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, stdout=log, stderr=log)
+                   for rank in range(workers)]
+        try:
+            codes = [process.wait(timeout=600) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+    assert codes == [0] * workers, (folder / "log.txt").read_text()[-3000:]
 
 
 def main(folder: Path, rank: int, workers: int) -> None:

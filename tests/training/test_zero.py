@@ -18,6 +18,7 @@ from ftsec_ray.training.zero import dealt, deepspeed_config
 from tests.fixtures_models import tiny_model
 from tests.training.gang_tunes import CUT_AT, Cut, in_gang, tune
 
+pytestmark = pytest.mark.timeout(900)
 STAGES = (0, 1, 2, 3)
 SAME = 1e-4
 """Relative; float32 sums in another order."""
