@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from ftsec_ray.context import Gang, Runtime, StageContext
 from ftsec_ray.models.load import save_model
@@ -60,11 +62,13 @@ def shape_of(name: str, runtime: Runtime, folder: Path) -> Callable[[Training], 
     return known.get(name)
 
 
-def tune(folder: Path, name: str, config: str, *, shape: str = "", gang: Gang | None = None, work: str = "") -> TuneReport:
+def tune(folder: Path, name: str, config: str, *, shape: str = "", gang: Gang | None = None) -> TuneReport:
     """One tune; leaves losses and model in `folder/name`."""
     runtime = Runtime(gang=gang, micro_batch=gang.micro_batch if gang else None, checkpoint_every_s=0.0 if shape == "cut" else 60.0)
-    report = sft(tiny_model(), table(sentiment_rows(ROWS)), CONFIGS[config], seed=0, runtime=runtime, workdir=folder / "work" / (work or name),
-                 shape=shape_of(shape, runtime, folder), base_digest="b" * 32)
+    bf16 = patch("ftsec_ray.training.loop._has_bf16", lambda device: True) if shape == "bf16" else nullcontext()
+    with bf16:  # a CPU can compute in it as well, which is only never worth it
+        report = sft(tiny_model(), table(sentiment_rows(ROWS)), CONFIGS[config], seed=0, runtime=runtime, workdir=folder / "work" / name,
+                     shape=shape_of(shape, runtime, folder), base_digest="b" * 32)
     (folder / name).mkdir()
     save_model(report.loaded, folder / name)
     (folder / name / "report.json").write_text(json.dumps({"losses": report.losses, "tokens": report.tokens, "flops": report.flops}))
