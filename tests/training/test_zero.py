@@ -91,7 +91,7 @@ def test_two_processes_tune_as_one_does(alone, together, config, shape, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_is_what_it_is_in_one_process(alone, together, stage):
-    """Rounding hides the order of sums; it must not hide whether there was any."""
+    """Rounding to bf16 moves the curve more than dealing out does, which itself moves it by what rounding makes of other sums."""
     def apart(one, other):
         return max(abs(a - b) / b for a, b in zip(curve(one), curve(other), strict=True))
 
