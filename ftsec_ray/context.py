@@ -79,6 +79,22 @@ class TaskData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gang:
+    """How several processes train one model together by DeepSpeed: never part of a digest."""
+
+    workers: int
+    """Processes, one GPU each, or one share of the cores each where there is no GPU."""
+    zero_stage: int
+    """What is split over them: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
+    micro_batch: int
+    """Rows per forward pass of one process."""
+    offload_optimizer: bool = False
+    """Whether the optimizer's state and its copy of the weights stay in host memory."""
+    offload_parameters: bool = False
+    """Whether the weights stay in host memory between their uses; with stage 3 only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """Where and how a stage runs: never part of a digest."""
 
@@ -91,6 +107,8 @@ class Runtime:
     """Seconds between step checkpoints of a tune."""
     ray_above: int = 100_000
     """Rows from which on a set is crafted in blocks, by Ray Data where the stage has workers for it."""
+    gang: Gang | None = None
+    """The gang that this process belongs to; None where it trains alone."""
 
 
 @dataclass

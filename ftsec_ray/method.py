@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Phase = Literal["pre", "during", "post"]
+ZERO_STAGES = frozenset({0, 1, 2, 3})
 HOOKS = ("craft_data", "prepare_model", "shape_training", "revise_model", "wrap_generation", "inspect", "probes")
 BATCH_ROWS = 1_024
 """Rows of one call of `craft_rows`. Batches are cut at fixed places of the sorted set, so that even a method that is a neural network
@@ -45,6 +46,11 @@ class Method:
     NEEDS: ClassVar[frozenset[str]] = frozenset()
     """`unaligned`: the twin before alignment; `start`: the model that tuning started from; `clean_bank`: adapters
     tuned on clean rows; `safety`, `harmful_train`, ...: splits of the task."""
+    TRAINS: ClassVar[frozenset[str]] = frozenset()
+    """Hooks among `prepare_model` and `revise_model` that tune the model by `training.loop.sft`: a gang may do that, as tuning itself."""
+    ZERO_STAGES: ClassVar[frozenset[int]] = ZERO_STAGES
+    """Stages of DeepSpeed ZeRO under which the method's tuning works; fewer where it reads weights outside a layer's forward
+    pass (not under 3), or needs whole gradients (not under 2 and 3). See training.zero."""
     KIND: ClassVar[str]
 
     def check(self) -> list[tuple[str, object, str]]:

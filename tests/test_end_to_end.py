@@ -19,8 +19,11 @@ SPLITS = ("train", "test", "harmful_train", "harmful_test", "safety", "benign_tr
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    return filled(tmp_path_factory.mktemp("world"))
+
+
+def filled(folder):
     """A folder with a model, its twin and the rows of a task."""
-    folder = tmp_path_factory.mktemp("world")
     for name, seed in (("model", 0), ("twin", 9)):
         loaded = tiny_model(seed=seed)
         loaded.model.save_pretrained(folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import fields, is_dataclass
 
@@ -132,3 +133,17 @@ def test_only_the_do_nothing_methods_have_no_hook():
 
 def test_a_method_is_named_after_its_file():
     assert all(name_of(method_of(registry, name)) == name for registry, name in METHODS)
+
+
+@pytest.mark.parametrize(("registry", "name"), METHODS, ids=IDS)
+def test_a_method_names_zero_stages_that_exist_and_hooks_that_it_has(registry, name):
+    cls = registry.get(name)
+    assert not cls.ZERO_STAGES - {0, 1, 2, 3}
+    assert not cls.TRAINS - (set(hooks_of(cls)) & {"prepare_model", "revise_model"})
+
+
+@pytest.mark.parametrize(("registry", "name"), METHODS, ids=IDS)
+def test_a_method_that_tunes_by_sft_says_so(registry, name):
+    """The planner reads TRAINS from the class; a hook that tunes a large model unannounced would run in one process."""
+    source = inspect.getsource(registry.get(name))
+    assert ("sft(" in source) == bool(registry.get(name).TRAINS)

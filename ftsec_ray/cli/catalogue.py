@@ -10,7 +10,7 @@ from typing import Any
 from ftsec_ray import schema
 from ftsec_ray.cli.console import say, table
 from ftsec_ray.errors import SpecError
-from ftsec_ray.method import HOOKS, hooks_of
+from ftsec_ray.method import HOOKS, ZERO_STAGES, hooks_of
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
 from ftsec_ray.spec.docs import sections, summary
 from ftsec_ray.spec.faults import nearest
@@ -99,6 +99,7 @@ def page(registry: Registry, name: str) -> dict[str, Any]:
     parameters = [{"name": i.name, "type": i.type, "default": _default(i), "doc": i.doc} for i in fields_of(cls)]
     goal = {"goal": cls.GOAL} if hasattr(cls, "GOAL") else {}
     return {"name": name, "kind": registry.kind, "phase": cls.PHASE, **goal, "version": cls.VERSION, "needs": sorted(cls.NEEDS),
+            "zero_stages": sorted(cls.ZERO_STAGES),
             "text": parts.pop(""), "sections": parts, "hooks": hooks, "parameters": parameters}
 
 
@@ -120,6 +121,8 @@ def _print_page(shown: dict[str, Any]) -> None:
         say(f"{name}: {text}")
     if shown["needs"]:
         say(f"Inputs: {', '.join(shown['needs'])}")
+    if shown["zero_stages"] != sorted(ZERO_STAGES):
+        say(f"DeepSpeed: ZeRO stages {', '.join(map(str, shown['zero_stages']))} only")
     say("\nHooks", style="bold")
     if shown["hooks"]:
         table("", ("hook", "what it does"), ((hook, shown["hooks"][hook]) for hook in HOOKS if hook in shown["hooks"]))

@@ -30,7 +30,8 @@ LOW_DISK_GIB, LOW_MEMORY_GIB = 5.0, 4.0
 REQUIRED = {"torch": "models", "transformers": "models", "peft": "adapters", "safetensors": "the store", "pyarrow": "tables and rows",
             "ray": "the executor `tune`", "pydantic": "sweep files", "PyYAML": "sweep files", "jinja2": "chat templates and the report",
             "datasets": "tasks by Hugging Face id", "tenacity": "remote stores", "gguf": "models from .gguf files"}
-OPTIONAL = {"polars": "Results.to_polars", "pandas": "Results.to_pandas"}
+OPTIONAL = {"polars": "Results.to_polars", "pandas": "Results.to_pandas", "deepspeed": "training a model in several processes"}
+_FROM = {"deepspeed": "'ftsec-ray[deepspeed]'"}
 IMAGE_COMMANDS = {"bash": ("bash", "Ray runs every command of a node with it"),
                   "rsync": ("rsync", "`ray up` sends the cluster's configuration with it"),
                   "ssh": ("openssh-client", "the head starts its workers with it"),
@@ -120,7 +121,8 @@ def _packages() -> Iterator[Finding]:
         yield Finding(name, found or "not installed", "ok" if found else "missing", "" if found else f"pip install {name} ({use})")
     for name, use in OPTIONAL.items():
         found = _version(name)
-        yield Finding(name, found or f"not installed; only for {use}", "ok" if found else "note", "" if found else f"pip install {name}")
+        fix = "" if found else f"pip install {_FROM.get(name, name)}"
+        yield Finding(name, found or f"not installed; only for {use}", "ok" if found else "note", fix)
 
 
 def _version(name: str) -> str | None:

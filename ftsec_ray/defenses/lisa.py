@@ -42,6 +42,7 @@ class Lisa(Defense):
 
     PHASE: ClassVar[Phase] = "during"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety"})
+    ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
 
     rho: float = 1.0
     """Strength of the proximal term, 0 or more; sweep it logarithmically."""

@@ -41,6 +41,8 @@ class Vaccine(Defense):
 
     PHASE: ClassVar[Phase] = "pre"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety"})
+    TRAINS: ClassVar[frozenset[str]] = frozenset({"prepare_model"})
+    ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
 
     rho: float = 2.0
     """Norm of the perturbation over all blocks, rows and tokens of a step; 0 is plain tuning."""
@@ -119,6 +121,7 @@ def perturbations(model: Any, micro_batches: list[Batch], objective: Objective, 
     """Per micro-batch and block, the shift of the attention's output: rho * g / |all g|. Shapes: (B, T, D) each."""
     import torch
 
+    model = getattr(model, "module", model)  # in a gang the bare model: DeepSpeed must not take these gradients for a step's
     gradients = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -134,7 +137,7 @@ def perturbations(model: Any, micro_batches: list[Batch], objective: Objective, 
                 loss = batch.weight * objective(model, batch, step)
             gradients.append(torch.autograd.grad(loss, [leaves[block] for block in sorted(leaves)]))
     square = sum(g.double().square().sum() for group in gradients for g in group)
-    scale = rho / (float(square) ** 0.5 + 1e-7)  # the official code's guard against a zero gradient
+    scale = rho / (step.summed(float(square)) ** 0.5 + 1e-7)  # the official code's guard against a zero gradient
     return [[g.detach() * scale for g in group] for group in gradients]
 
 

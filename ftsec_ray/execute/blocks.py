@@ -31,8 +31,7 @@ from ftsec_ray.data.runs import Runs
 from ftsec_ray.execute.session import CRAFTED, Session
 from ftsec_ray.execute.unit import cpu_threads, gpu_share
 from ftsec_ray.method import BATCH_ROWS, RowWise, check_notes
-from ftsec_ray.plan.resources import workers_of
-from ftsec_ray.plan.stage import Stage
+from ftsec_ray.plan.stage import Stage, is_data
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.store import Store
 
@@ -204,7 +203,7 @@ def parts_of(total: int, blocks: int) -> list[range]:
 
 def _crew_of(stage: Stage) -> Crew | None:
     """The workers that the trial of this process has for the stage; None where there are none."""
-    if not workers_of(stage.resource):
+    if not is_data(stage.resource):
         return None
     import ray
 

@@ -31,13 +31,18 @@ class Session:
         self._models: OrderedDict[str, tuple[LoadedModel, int]] = OrderedDict()
         self._tasks: OrderedDict[str, TaskData] = OrderedDict()
 
+    @property
+    def _device(self) -> str:
+        # DeepSpeed takes its share onto the GPU of each process: the whole may not fit there.
+        return "cpu" if self.runtime.gang else self.runtime.device
+
     def model(self, digest: str, *, member: str = "") -> LoadedModel:
         """The model of an artifact, or of its folder `member`; shared between callers, who must not change it."""
         key = f"{digest}/{member}"
         if key not in self._models:
             folder = self.store.fetch(digest) / member
             base = read_meta(folder)["base"]
-            self._keep(key, load_model(folder, base=self.model(base) if base else None, device=self.runtime.device))
+            self._keep(key, load_model(folder, base=self.model(base) if base else None, device=self._device))
         self._models.move_to_end(key)
         return self._models[key][0]
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
-from ftsec_ray.plan.stage import Stage
+from ftsec_ray.plan.stage import Stage, workers_of
 from ftsec_ray.redact import redacted, without_secrets
 from ftsec_ray.store import DamagedArtifact, Store
 
@@ -34,7 +34,7 @@ Runner = Callable[[Stage, Path, Any], "Mapping[str, Any] | None"]
 """(stage, empty folder to fill, session) -> measurements for the record: tokens, flops, notes."""
 DEFAULT_RUNNER = "ftsec_ray.execute.stages:run_stage"
 DEFAULT_SESSION = "ftsec_ray.execute.session:Session"
-_PACKAGES = ("ftsec_ray", "torch", "transformers", "peft", "ray")
+_PACKAGES = ("ftsec_ray", "torch", "transformers", "peft", "ray", "deepspeed")
 _TRACEBACK_LINES = 6
 _USUAL_BATCH = 8
 """Rows at a time when the runtime leaves the choice to the training loop, for halving after an out-of-memory."""
@@ -95,7 +95,7 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
     try:
         folder = store.scratch(stage.digest)
         extra = _run_fitting(run, stage, folder, session)
-        measured = meter.read()
+        measured = meter.read(gpus=workers_of(stage.resource))
         record = {**_identity(stage), **measured, **extra, "attempt": attempt, "host": host, "versions": dict(_versions())}
         store.publish(stage.digest, folder, without_secrets(record))
     except BaseException as error:
@@ -201,10 +201,10 @@ class _Meter:
     def wall_s(self) -> float:
         return time.perf_counter() - self._wall
 
-    def read(self) -> dict[str, Any]:
+    def read(self, *, gpus: int = 1) -> dict[str, Any]:
         gpu_peak = _gpu_peak()
         return {"started": self._started, "wall_s": self.wall_s, "cpu_s": time.process_time() - self._cpu,
-                "gpu_s": self.wall_s if gpu_peak else 0.0, "peak_bytes": _peak_bytes(), "gpu_peak_bytes": gpu_peak}
+                "gpu_s": self.wall_s * gpus if gpu_peak else 0.0, "peak_bytes": _peak_bytes(), "gpu_peak_bytes": gpu_peak}
 
 
 def _torch_cuda() -> Any:  # noqa: ANN401

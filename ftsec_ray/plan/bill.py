@@ -15,8 +15,8 @@ from typing import Any
 from ftsec_ray.errors import SpecError
 from ftsec_ray.plan.cost import Basis, Costs, named_parameters
 from ftsec_ray.plan.graph import Plan
-from ftsec_ray.plan.resources import cpus_of, gpu_memory_of, gpus_of, workers_of
-from ftsec_ray.plan.stage import Stage
+from ftsec_ray.plan.resources import cpus_of, gpu_memory_of, gpus_of
+from ftsec_ray.plan.stage import Stage, is_gang, workers_of
 from ftsec_ray.spec.sweep import NodeType, SweepSpec
 
 HOUR_S = 3600.0
@@ -62,13 +62,10 @@ class Tariff:
             self._nodes[resource] = min(fitting, key=lambda one: one[:2])[2] if fitting else None
         return self._nodes[resource]
 
-    def _each(self, resource: str) -> tuple[float, float]:
-        """GPUs and cores that one node must have: those of one worker, where a stage has several."""
-        workers = workers_of(resource) or 1
-        return gpus_of(resource) / workers, cpus_of(resource, self._spec) / workers
-
     def _fits(self, node: NodeType, resource: str) -> bool:
-        (gpus, cpus), resources = self._each(resource), self._spec.resources
+        # The workers of a stage may be on several nodes.
+        workers, resources = workers_of(resource), self._spec.resources
+        gpus, cpus = gpus_of(resource) / workers, cpus_of(resource, self._spec) / workers
         # Shares were measured by the memory of one GPU, so that a smaller one would not hold the stage.
         too_small = gpus and resources.gpus_per_stage == "auto" and (node.gpu_memory_gib or float("inf")) < gpu_memory_of(self._spec)
         return node.gpus >= gpus and node.cpus >= cpus and not too_small
@@ -96,7 +93,8 @@ class Tariff:
         gpus, cpus = gpus_of(resource), cpus_of(resource, self._spec)
         share = f"1/{1 / gpus:g}" if 0 < gpus < 1 and (1 / gpus).is_integer() else f"{gpus:g}"
         memory = f" of {gpu_memory_of(self._spec):g} GiB" if self._spec.resources.gpus_per_stage == "auto" else ""
-        return (f"{share} GPU{memory}, " if gpus else "") + f"{cpus:g} CPU"
+        gang = f" in a gang of {workers_of(resource)}" if is_gang(resource) else ""
+        return (f"{share} GPU{memory}, " if gpus else "") + f"{cpus:g} CPU{gang}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from ftsec_ray.plan.code import imports_fingerprint, kind_fingerprint
 from ftsec_ray.plan.cost import parameters_of, prior_s
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.origin import Origin, model_origin, task_origin
-from ftsec_ray.plan.resources import Sizing, data_resource, is_large
+from ftsec_ray.plan.resources import Sizing, data_resource, gang_name, is_large
 from ftsec_ray.plan.stage import ROLES, Cell, Resource, Stage
 from ftsec_ray.registry import method_digest, name_of
 from ftsec_ray.spec.sweep import ExcludeRule, ModelSpec, SweepSpec, TaskSpec
@@ -83,6 +83,8 @@ class _Act:
     name: str
     head: _Head
     needs: tuple[tuple[str, Method], ...]
+    trains: tuple[Method, ...] | None
+    """The methods that shape what trains; None for a stage that does not train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class _Builder:
         self._digests: dict[int, str] = {}
         self._plain: dict[int, dict[str, Any]] = {}
         self._sizing = Sizing(spec)
+        self._gangs: dict[tuple[object, ...], tuple[Resource, dict[str, Any]]] = {}
         self._training = json.loads(canonical(spec.training))
         self._evaluation = json.loads(canonical(spec.evaluation))
 
@@ -151,7 +154,9 @@ class _Builder:
             name = "+".join(name_of(method) for method in methods)
             head = self.head(kind, params, methods=methods, owner=name or None, on_model=on_model)
             needs = {role: method for method in methods for role in roles if role in method.NEEDS}
-            found = self._acts[memo] = _Act(name, head, tuple(needs.items()))
+            hook = {"prepare": "prepare_model", "revise": "revise_model"}.get(kind, "")
+            trains = tuple(methods) if kind == "tune" or any(hook in method.TRAINS for method in methods) else None
+            found = self._acts[memo] = _Act(name, head, tuple(needs.items()), trains)
         return found
 
     def recipe(self, attack: Method, stack: tuple[Method, ...]) -> _Recipe:
@@ -173,8 +178,9 @@ class _Builder:
         return found
 
     def add(self, head: _Head, inputs: Inputs, seed: int | None, base: _Base | None, *,
-            where: Mapping[str, Any] | None = None, resource: Resource = "cpu") -> str:
-        """Digest of the stage with these inputs, made on first sight."""
+            where: Mapping[str, Any] | None = None, resource: Resource = "cpu", trains: Sequence[Method] | None = None,
+            trains_all: bool = False) -> str:
+        """Digest of the stage with these inputs, made on first sight; `trains` are the methods that shape what it trains."""
         memo = (head.key, inputs, seed)
         found = self._known.get(memo)
         if found is None:
@@ -185,6 +191,9 @@ class _Builder:
             takes = "cpu" if not head.on_model else base.resource if base else resource
             if head.row_wise and base and base.is_large:
                 takes = data_resource(self.spec.data.workers, takes)
+            if base is not None and trains is not None and self._sizing.is_split(base.model, trains_all=trains_all):
+                takes, gang = self.gang(base.model, tuple(trains), trains_all=trains_all)
+                place = {**place, "gang": gang}
             self.stages[found] = Stage(found, head.kind, head.method, seed, inputs, head.params, place, takes,
                                        prior_s(head.variant, parameters, takes))
         return found
@@ -214,6 +223,20 @@ class _Builder:
             self.faults["model", model.name, "memory", str(trains_all)] = (model.name, fault)
             return "gpu"
 
+    def gang(self, model: ModelSpec, methods: tuple[Method, ...], *, trains_all: bool) -> tuple[Resource, dict[str, Any]]:
+        """Class and settings of the gang that trains a model; a fault is noted when there is none."""
+        memo = (model.name, trains_all, *(id(method) for method in methods))
+        found = self._gangs.get(memo)
+        if found is None:
+            try:
+                gang = self._sizing.gang(model, methods, trains_all=trains_all)
+                found = gang_name(gang.workers, on_gpu=self.spec.resources.wants_gpus), asdict(gang)
+            except SpecError as fault:
+                self.faults["gang", model.name, fault.what] = (model.name, fault)
+                found = "gpu", {}
+            self._gangs[memo] = found
+        return found
+
     def _origin(self, place: str, key: tuple[str, ...], find: Callable[[], Origin]) -> Origin:
         try:
             return find()
@@ -228,7 +251,8 @@ class _Builder:
         raw, where = self.source_stage(model, model.source, aligned=model.aligned and not is_ladder_aligned and model.align is None)
         where = {**where, "aligned": True}
         parameters = parameters_of(model)
-        aligns = self.resource(model, trains_all=True) if is_ladder_aligned or model.align is not None else "cpu"
+        is_single = is_ladder_aligned or (model.align is not None and not self._sizing.is_split(model, trains_all=True))
+        aligns = self.resource(model, trains_all=True) if is_single else "cpu"
         shell = _Base(model, task, raw, None, where, parameters, aligns, is_large=False, stages=())
         chain = [task, raw]
         reference, unaligned = raw, None
@@ -239,7 +263,7 @@ class _Builder:
         if model.align is not None:
             head = self.head("align", {"align": json.loads(canonical(model.align))})
             unaligned = reference
-            reference = self.add(head, (("model", reference), ("task", task)), None, shell)
+            reference = self.add(head, (("model", reference), ("task", task)), None, shell, trains=(), trains_all=True)
             chain.append(reference)
         elif unaligned is None and model.unaligned is not None:
             unaligned, _ = self.source_stage(model, model.unaligned, aligned=False)
@@ -271,7 +295,7 @@ class _Builder:
         def step(act: _Act, *given: tuple[str, str]) -> str:
             needs = tuple((role, self._role(role, roles, method, base, seed)) for role, method in act.needs)
             chain.extend(one for _, one in needs)
-            chain.append(self.add(act.head, (*given, ("task", base.task), *needs), seed, base))
+            chain.append(self.add(act.head, (*given, ("task", base.task), *needs), seed, base, trains=act.trains))
             return chain[-1]
 
         start = base.reference
@@ -298,7 +322,7 @@ class _Builder:
             size = int(getattr(method, "bank", _DEFAULT_BANK))
             if size not in self._banks:
                 self._banks[size] = self.head("bank", {"training": self._training, "size": size})
-            return self.add(self._banks[size], (("model", base.reference), ("task", base.task)), seed, base)
+            return self.add(self._banks[size], (("model", base.reference), ("task", base.task)), seed, base, trains=())
         found = roles.get(role)
         if found is not None:
             return found

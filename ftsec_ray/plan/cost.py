@@ -12,7 +12,7 @@ from math import log
 from statistics import linear_regression, median
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.plan.stage import Stage
+from ftsec_ray.plan.stage import Stage, is_on_gpu, workers_of
 from ftsec_ray.spec.sweep import ModelSpec
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def prior_s(kind: str, parameters: int, resource: str) -> float:
     """Seconds that a stage of a kind (with its variant) should take on a model of this size."""
     fixed, per_million = _PRIOR_S.get(kind) or _PRIOR_S[kind.split(":")[0]]
     work = per_million * parameters / 1e6
-    return fixed + (work / _GPU_SPEEDUP if resource.startswith("gpu") else work)
+    return fixed + (work / _GPU_SPEEDUP if is_on_gpu(resource) else work) / workers_of(resource)
 
 
 def learned_from(plan: Plan, done: Collection[str], *, each: int = 8, others: int = 256) -> set[str]:
@@ -102,7 +102,7 @@ class Costs:
         for record in records:
             measured, prior = record.get("wall_s"), record.get("cost_s")
             if measured and prior:
-                on_gpu = str(record.get("resource") or ("gpu" if record.get("gpu_s") else "cpu")).startswith("gpu")
+                on_gpu = is_on_gpu(str(record.get("resource") or ("gpu" if record.get("gpu_s") else "cpu")))
                 size = int(record.get("where", {}).get("parameters") or 0)
                 point = _Point(size, float(record.get("flops") or 0.0), measured, prior)
                 self._points[record["kind"], record.get("method"), on_gpu][size].append(point)
@@ -121,7 +121,7 @@ class Costs:
 
     def estimate(self, stage: Stage) -> tuple[float, Basis]:
         """Expected seconds of a stage, and where they come from."""
-        key = (stage.kind, stage.method, stage.resource.startswith("gpu"), int(stage.where.get("parameters") or 0), stage.cost_s)
+        key = (stage.kind, stage.method, is_on_gpu(stage.resource), int(stage.where.get("parameters") or 0), stage.cost_s)
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = self._estimate(*key)

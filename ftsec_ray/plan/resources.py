@@ -1,26 +1,41 @@
-"""What a stage asks the cluster for: memory by arithmetic, and from that a share of a GPU or several of them.
+"""What a stage asks the cluster for: memory by arithmetic, and from that a share of a GPU, or a gang of processes with one each.
 
 Nobody knows a model's shape before it is loaded, so width and depth are guessed from the count of weights. Few shares are
 given out (1/8, 1/4, 1/2, 1, n), since a worker is only reused by stages that ask for exactly the same.
 
-Bytes per weight of a single process that trains in float32 under bf16 autocast: 4 weight, 4 gradient, 8 AdamW, 2 bf16
-copy; an adapter spares the frozen weights gradient and optimizer. Beside them lie activations (by tokens, width, depth),
-logits (by tokens and vocabulary), the models that a worker keeps, and what CUDA itself takes.
+Bytes on the GPU of each of `n` processes that train in float32 under bf16 autocast, by DeepSpeed's ZeRO stage; a process
+alone is stage 0 with n = 1. All weights and those that train count apart: an adapter trains only its factors.
+
+| bytes per                            | stage 0 | 1   | 2   | 3            | optimizer offloaded | weights offloaded |
+|---|---|---|---|---|---|---|
+| weight: 4 itself                     | 4       | 4   | 4   | 4/n          |                     | 0                 |
+| weight: 2 its bf16 copy              | 2       | 2   | 2   | of those live |                    |                   |
+| trained weight: 4 gradient           | 4       | 4   | 4/n | 4/n          | 0 from stage 2 on   |                   |
+| trained weight: 8 moments of AdamW   | 8       | 8/n | 8/n | 8/n          | 0                   |                   |
+| trained weight: 4 DeepSpeed's master | 0       | 4/n | 4/n | 4/n          | 0                   |                   |
+
+Stage 3 also holds the weights that are whole at the moment, 4 + 2 bytes each: LIVE and the embedding, at most all. From stage 1
+on there are buckets for messages, BUCKET float32 numbers each. Beside all that lie activations (60 bytes by token, width and
+layer), logits (12 bytes by token and entry of the vocabulary), the models that a worker keeps (a gang keeps them in host
+memory), and what CUDA itself takes. Host memory of a gang is two models in float32 per process, and what is offloaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from ftsec_ray.context import Gang
 from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.errors import SpecError
-from ftsec_ray.method import Method
+from ftsec_ray.method import ZERO_STAGES, Method
 from ftsec_ray.plan.cost import parameters_of
-from ftsec_ray.plan.stage import ROLES
+from ftsec_ray.plan.stage import ROLES, is_gang, is_on_gpu, workers_of
+from ftsec_ray.registry import name_of
 from ftsec_ray.spec.sweep import MicroworldOptions, ModelSpec, SweepSpec, TaskSpec
 from ftsec_ray.training.encode import MAX_MICRO_BATCH_TOKENS
+from ftsec_ray.training.zero import BUCKET, LIVE
 
 Adapter = Literal["lora", "full"]
 SHARES = (0.125, 0.25, 0.5, 1.0)
@@ -29,7 +44,11 @@ DEFAULT_GPU_MEMORY_GIB = 80.0
 CUDA_GIB = 1.0
 """Context, kernels and fragments of one process on a GPU."""
 MAX_VOCABULARY = 128_256
-_WEIGHT, _GRADIENT, _ADAMW, _AUTOCAST = 4, 4, 8, 2
+MAX_WORKERS = 64
+"""Processes of a gang that are looked at when the sweep does not say how many."""
+_WEIGHT, _GRADIENT, _ADAMW, _AUTOCAST, _MASTER = 4, 4, 8, 2, 4
+_BUCKETS = 3
+"""Two for gradients, of which one fills while the other is sent, and one for weights."""
 _ACTIVATION = 60
 """Bytes of activations per token, unit of width and layer: bf16 products, float32 residuals and norms, nothing recomputed."""
 _GIB = 2**30
@@ -49,8 +68,8 @@ def vocabulary_of(parameters: int) -> float:
 
 
 def memory_gib(parameters: int, adapter: Adapter, max_length: int, micro_batch: int, zero_stage: int = 0, workers: int = 1,
-               *, rank: int = 8) -> float:
-    """GiB that one process of a tune takes on its GPU, without what it keeps of other models.
+               *, rank: int = 8, offload_optimizer: bool = False, offload_parameters: bool = False) -> float:
+    """GiB that one process of a tune takes on its GPU, without what it keeps of other models; by the table above.
 
     Args:
         parameters: weights of the model.
@@ -60,17 +79,24 @@ def memory_gib(parameters: int, adapter: Adapter, max_length: int, micro_batch: 
         zero_stage: DeepSpeed ZeRO, 0..3: what is split over the workers (1 optimizer, 2 gradients too, 3 weights too).
         workers: processes of the tune, one GPU each.
         rank: of the LoRA factors.
+        offload_optimizer: whether moments and master stay in host memory.
+        offload_parameters: whether weights do so between their uses.
     """
     width, depth = width_and_depth(parameters)
     # Seven linear layers per block: four of width x width, three of width x 8/3 width.
     trained = parameters if adapter == "full" else rank * depth * 19 * width
-    added = 0.0 if adapter == "full" else trained
-    split = [workers if zero_stage >= stage else 1 for stage in (3, 2, 1)]
-    weights = (parameters + added) * (_WEIGHT + _AUTOCAST) / split[0]
-    optimizer = trained * (_GRADIENT / split[1] + _ADAMW / split[2])
+    weights = parameters + (0.0 if adapter == "full" else trained)
+    by_weights, by_gradients, by_moments = (workers if zero_stage >= stage else 1 for stage in (3, 2, 1))
+    embedding = vocabulary_of(parameters) * width
+    live = weights if zero_stage < 3 else min(weights, LIVE + embedding)  # noqa: PLR2004
+    held = 0.0 if offload_parameters else _WEIGHT * weights / by_weights
+    held += _AUTOCAST * live + (_WEIGHT * live if zero_stage == 3 else 0.0)  # noqa: PLR2004
+    held += 0.0 if offload_optimizer and zero_stage > 1 else _GRADIENT * trained / by_gradients
+    held += 0.0 if offload_optimizer else (_ADAMW + (_MASTER if zero_stage else 0)) * trained / by_moments
+    held += _BUCKETS * 4 * min(BUCKET, trained) if zero_stage else 0.0
     tokens = micro_batch * max_length
     logits = 3 * 4 * vocabulary_of(parameters)  # in float32: the logits, their log-softmax, their gradient
-    return (weights + optimizer + tokens * (_ACTIVATION * width * depth + logits)) / _GIB + CUDA_GIB
+    return (held + tokens * (_ACTIVATION * width * depth + logits)) / _GIB + CUDA_GIB
 
 
 def inference_gib(parameters: int, *, models: int, batch: int, prompt_tokens: int, new_tokens: int) -> float:
@@ -98,24 +124,25 @@ def data_resource(workers: int, each: str) -> str:
     return f"data:{workers}" + (f":{gpus:g}" if gpus else "")
 
 
-def workers_of(resource: str) -> int:
-    """Workers that a resource class asks for beside the process of its stage; 0 for all but `data`."""
-    name, *amounts = resource.split(":")
-    return int(amounts[0]) if name == "data" else 0
+def gang_name(workers: int, *, on_gpu: bool) -> str:
+    """The resource class of a gang."""
+    return f"gang:{workers}" if on_gpu else f"gang:{workers}cpu"
 
 
 def gpus_of(resource: str) -> float:
-    """GPUs that a resource class asks for."""
-    name, *amounts = resource.split(":")
-    if name == "data":
-        return int(amounts[0]) * float(amounts[1] if len(amounts) > 1 else 0)
-    return 0.0 if name == "cpu" else float(amounts[0] if amounts else 1)
+    """GPUs that a stage of a resource class occupies, over all its processes."""
+    if not is_on_gpu(resource):
+        return 0.0
+    if is_gang(resource):
+        return float(workers_of(resource))
+    _, _, amount = resource.rpartition(":") if ":" in resource else ("", "", "1")
+    return workers_of(resource) * float(amount)
 
 
 def cpus_of(resource: str, spec: SweepSpec) -> float:
-    """Cores that a stage of a resource class asks for."""
+    """Cores that a stage of a resource class occupies, over all its processes."""
     resources = spec.resources
-    return (workers_of(resource) or 1) * (resources.cpus_per_stage if gpus_of(resource) or not resources.wants_gpus else 1.0)
+    return workers_of(resource) * (resources.cpus_per_stage if is_on_gpu(resource) or is_gang(resource) or not resources.wants_gpus else 1.0)
 
 
 def is_large(task: TaskSpec, above: int) -> bool:
@@ -145,7 +172,7 @@ class Sizing:
         self._models = 2 + most_roles(methods)  # the stage's own, the copy that it changes, and those that methods compare with
 
     def resource(self, model: ModelSpec, *, trains_all: bool = False) -> str:
-        """Class of the stages of a model; SpecError when one process does not fit on one GPU.
+        """Class of the stages of a model that run in one process; SpecError when that does not fit on one GPU.
 
         Stages of a cell share one class, so that a tune and what follows it stay one unit in one worker. `trains_all` are
         the stages that pre-train or align.
@@ -153,32 +180,120 @@ class Sizing:
         wanted = self._spec.resources.gpus_per_stage
         if wanted != "auto":
             return resource_name(wanted)
-        gib = self.needed_gib(model, trains_all=trains_all)
+        trains = trains_all or not self.is_split(model)
+        gib = self.needed_gib(model, trains_all=trains_all, trains=trains)
         card = gpu_memory_of(self._spec)
         gpus = gpus_for(gib, card)
         if gpus > 1:
-            what = "pre-training or alignment" if trains_all else "a stage"
+            what = "pre-training or alignment" if trains_all else "a stage" if trains else "a stage that does not train"
+            strategy = " training.strategy: auto (DeepSpeed for what trains)," if self._spec.strategy.strategy == "single" else ""
+            less = f"{strategy} training.adapter: lora, a smaller resources.micro_batch," if trains else " a smaller"
             raise SpecError(f"{what} of model {model.name!r} needs about {gib:.0f} GiB in one process and one GPU has {card:g}",
                             parameters_of(model), f"at most {card:g} GiB",
-                            "a larger resources.gpu_memory_gib, training.adapter: lora, a smaller resources.micro_batch, resources.eval_batch or "
-                            "training.max_length; or gpus_per_stage: 1 if you know better")
+                            f"a larger resources.gpu_memory_gib,{less} resources.eval_batch or training.max_length; "
+                            "or gpus_per_stage: 1 if you know better")
         return resource_name(gpus)
 
-    def needed_gib(self, model: ModelSpec, *, trains_all: bool = False) -> float:
-        """GiB that the largest stage of a model takes on its GPU."""
+    def is_split(self, model: ModelSpec, *, trains_all: bool = False) -> bool:
+        """Whether what trains a model runs in a gang: as the sweep says, else where one process does not fit on one GPU."""
+        strategy = self._spec.strategy
+        if strategy.strategy != "auto":
+            return strategy.strategy == "deepspeed"
+        if strategy.deepspeed_above is not None:
+            return parameters_of(model) > strategy.deepspeed_above
+        if self._spec.resources.gpus_per_stage != "auto":
+            return False
+        return self.needed_gib(model, trains_all=trains_all, runs=False) > gpu_memory_of(self._spec)
+
+    def gang(self, model: ModelSpec, methods: Sequence[Method] = (), *, trains_all: bool = False) -> Gang:
+        """The smallest gang that trains a model: fewest workers first, then the lowest ZeRO stage that all methods work with.
+
+        Where the sweep does not size GPUs by memory, its number of workers holds, and the table only picks the stage.
+        """
+        card = gpu_memory_of(self._spec)
+        stages = self._zero_stages(model, methods)
+        least = (float("inf"), Gang(workers=0, zero_stage=0, micro_batch=0))
+        for gang in self._gangs(model, stages, trains_all=trains_all):
+            gib = self._gang_gib(model, gang, trains_all=trains_all)
+            if gib <= card:
+                return gang
+            least = min(least, (gib, gang), key=lambda found: found[0])
+        gib, gang = least
+        if self._spec.resources.gpus_per_stage != "auto":
+            return gang
+        narrow = [method for method in methods if method.ZERO_STAGES != ZERO_STAGES]
+        because = "".join(f"; {method.KIND} {name_of(method)!r} works with ZeRO {_listed(method.ZERO_STAGES)} only" for method in narrow)
+        raise SpecError(f"training model {model.name!r} needs about {gib:.0f} GiB on each of {gang.workers} GPUs at ZeRO stage {gang.zero_stage} and "
+                        f"one has {card:g}{because}", parameters_of(model), f"at most {card:g} GiB",
+                        "training.deepspeed: {offload: optimizer} (or parameters), more workers there, a larger resources.gpu_memory_gib, "
+                        "training.adapter: lora, or a smaller training.max_length" + (", or exclude that method for this model" if narrow else ""))
+
+    def _zero_stages(self, model: ModelSpec, methods: Sequence[Method]) -> list[int]:
+        """Stages that the sweep allows and all methods work with, lowest first; SpecError that names the first that does not."""
+        config = self._spec.strategy.deepspeed
+        floor = {"none": 0, "optimizer": 1, "parameters": 3}[config.offload]
+        stages = {stage for stage in ZERO_STAGES if stage >= floor} if config.zero_stage == "auto" else {config.zero_stage}
+        for method in methods:
+            if not stages & method.ZERO_STAGES:
+                name, works = name_of(method), _listed(method.ZERO_STAGES)
+                raise SpecError(f"{method.KIND} {name!r} does not work under ZeRO stage {_listed(stages)}, which training.deepspeed asks for",
+                                _listed(stages), works or "one process",
+                                (f"training.deepspeed: {{zero_stage: auto, offload: none}} (it works with {works}), " if works else "")
+                                + f"training.strategy: single, or exclude {{model: {model.name}, {method.KIND}: {name}}}")
+            stages &= method.ZERO_STAGES
+        return sorted(stages)
+
+    def _gangs(self, model: ModelSpec, stages: Sequence[int], *, trains_all: bool) -> Iterator[Gang]:
+        """All gangs that the sweep allows, the smallest first, each with ever smaller micro-batches."""
+        config, resources = self._spec.strategy.deepspeed, self._spec.resources
+        length, batch = self._rows(model, trains_all=trains_all)
+        gpus = resources.gpus_per_stage
+        counts = [2**power for power in range(MAX_WORKERS.bit_length())] if gpus == "auto" else [max(1, int(gpus))] if gpus else [2]
+        for workers in [config.workers] if config.workers else counts:
+            if gpus == "auto" and not config.workers and workers > min(batch, MAX_WORKERS):
+                return
+            most = -(-batch // workers)
+            given = config.micro_batch or resources.micro_batch
+            largest = min(given or max(1, MAX_MICRO_BATCH_TOKENS // length), most)
+            for stage in stages:
+                for micro_batch in [largest] if given else _halvings(largest):
+                    yield Gang(workers=workers, zero_stage=stage, micro_batch=micro_batch, offload_optimizer=config.offload != "none",
+                               offload_parameters=config.offload == "parameters")
+
+    def _gang_gib(self, model: ModelSpec, gang: Gang, *, trains_all: bool) -> float:
+        training = self._spec.training
+        length, _ = self._rows(model, trains_all=trains_all)
+        return memory_gib(parameters_of(model), "full" if trains_all else training.adapter, length, gang.micro_batch, gang.zero_stage, gang.workers,
+                          rank=training.rank, offload_optimizer=gang.offload_optimizer, offload_parameters=gang.offload_parameters)
+
+    def _rows(self, model: ModelSpec, *, trains_all: bool) -> tuple[int, int]:
+        """Tokens per row and rows per step of what trains a model."""
+        config = model.align if trains_all and model.align else self._spec.training
+        return config.max_length, config.batch_size
+
+    def needed_gib(self, model: ModelSpec, *, trains_all: bool = False, trains: bool = True, runs: bool = True) -> float:
+        """GiB that the largest stage of a model takes on its GPU in one process, among those that train and those that run it."""
         spec, parameters = self._spec, parameters_of(model)
         training, resources = spec.training, spec.resources
         weights_gib = parameters * _WEIGHT / _GIB
         kept = max(weights_gib, min(resources.cache_gib, 4 * weights_gib))
-        length = model.align.max_length if trains_all and model.align else training.max_length
-        batch = model.align.batch_size if trains_all and model.align else training.batch_size
+        length, batch = self._rows(model, trains_all=trains_all)
         rows = resources.micro_batch or min(batch, max(1, MAX_MICRO_BATCH_TOKENS // length))
         train = memory_gib(parameters, "full" if trains_all else training.adapter, length, rows, rank=training.rank)
         if trains_all:
             return kept + train
         run = inference_gib(parameters, models=self._models, batch=resources.eval_batch, prompt_tokens=training.max_length,
                             new_tokens=spec.evaluation.max_new_tokens)
-        return kept + max(train, run)
+        return kept + max(train if trains else 0.0, run if runs else 0.0)
+
+
+def _halvings(number: int) -> list[int]:
+    """A number, its half, and so on down to 1."""
+    return [number >> power for power in range(number.bit_length())]
+
+
+def _listed(stages: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(stages)))
 
 
 def most_roles(methods: Iterable[Method]) -> int:

@@ -10,10 +10,31 @@ from ftsec_ray.method import Method
 from ftsec_ray.spec.sweep import ModelSpec, TaskSpec
 
 Resource = str
-"""`cpu`, `gpu`, `gpu:<amount>`, or `data:<workers>[:<GPUs of each>]`: see plan.resources."""
+"""`cpu`, `gpu`, `gpu:<amount>`; of several processes `gang:<workers>` with a GPU each or `gang:<workers>cpu`, and
+`data:<workers>[:<GPUs of each>]`: see plan.resources."""
 KINDS = ("task", "source", "align", "prepare", "craft", "tune", "bank", "revise", "inspect", "evaluate")
 ROLES = ("reference", "unaligned", "start", "clean_bank")
 """Inputs that a method may ask for in NEEDS; its other entries name splits of the task."""
+
+
+def is_gang(resource: Resource) -> bool:
+    """Whether a class is that of stages which several processes train together."""
+    return resource.startswith("gang:")
+
+
+def is_data(resource: Resource) -> bool:
+    """Whether a class is that of stages which a pipeline of several processes does block by block."""
+    return resource.startswith("data:")
+
+
+def workers_of(resource: Resource) -> int:
+    """Processes that do the work of a stage of a class."""
+    return int(resource.split(":")[1].removesuffix("cpu")) if is_gang(resource) or is_data(resource) else 1
+
+
+def is_on_gpu(resource: Resource) -> bool:
+    """Whether a class asks for GPUs."""
+    return resource.count(":") > 1 if is_data(resource) else not resource.endswith("cpu")
 
 
 @dataclass(frozen=True, slots=True)

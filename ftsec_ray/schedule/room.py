@@ -1,17 +1,24 @@
-"""How many units of each resource class a cluster has room for: pure arithmetic on cores and GPUs."""
+"""How many units of each resource class a cluster has room for: pure arithmetic on cores and GPUs.
+
+A gang's trial is a driver that asks for next to nothing; its workers ask for their resources themselves, behind Tune's back. So
+what a unit occupies and what its trial asks for differ, and it is by the former that gangs are counted.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
-from ftsec_ray.plan.resources import cpus_of, gpus_of, workers_of
+from ftsec_ray.plan.resources import cpus_of, gpus_of
+from ftsec_ray.plan.stage import is_data, is_gang, workers_of
 from ftsec_ray.spec.sweep import SweepSpec
 
 Bundles = Mapping[str, Mapping[str, float]]
 """Resource class -> what one unit of it occupies."""
 Pieces = Mapping[str, list[dict[str, float]]]
-"""Resource class -> the bundles of the placement group of one unit."""
+"""Resource class -> the bundles of the placement group of the trial of one unit."""
+DRIVER = {"memory": 1.0}
+"""What the trial of a gang asks for: Ray wants something, and a byte leaves every core to the workers."""
 Room = Callable[[Mapping[str, int]], Mapping[str, int]]
 """Trials of each class that wait or run -> how many more may."""
 
@@ -26,16 +33,23 @@ def bundles_of(spec: SweepSpec, classes: Iterable[str]) -> dict[str, dict[str, f
 
 
 def pieces_of(one: str, bundle: Mapping[str, float], have: Mapping[str, float]) -> list[dict[str, float]]:
-    """The bundles of a unit's placement group, the first one for its trial.
+    """The bundles of the placement group of a unit's trial, the first one for the trial itself.
 
-    A `data` class has a trial that asks for nothing and a bundle for each worker of its pipeline. Its workers are as many as it
-    asks for, or as many as the cluster has room for: with fewer of them the pipeline is slower and gives the same.
+    The workers of a gang are not among them. A `data` class has a trial that asks for nothing and a bundle for each worker of its
+    pipeline. Its workers are as many as it asks for, or as many as the cluster has room for: with fewer of them the pipeline is
+    slower and gives the same.
     """
-    workers = workers_of(one)
-    if not workers:
+    if is_gang(one):
+        return [dict(DRIVER)]
+    if not is_data(one):
         return [dict(bundle)]
-    each = {name: amount / workers for name, amount in bundle.items()}
-    return [{}, *[each] * min(workers, slots_of({one: each}, have)[one] or workers)]
+    each = share_of(one, bundle)
+    return [{}, *[each] * min(workers_of(one), slots_of({one: each}, have)[one] or workers_of(one))]
+
+
+def share_of(one: str, bundle: Mapping[str, float]) -> dict[str, float]:
+    """What one process of a unit occupies."""
+    return {name: amount / workers_of(one) for name, amount in bundle.items()}
 
 
 def together(pieces: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -61,6 +75,17 @@ def room_beside(bundles: Bundles, have: Mapping[str, float]) -> Room:
     return room
 
 
-def room_ahead(most: Mapping[str, int]) -> Room:
-    """Room in a cluster that may grow: so many of each class, whatever the others take."""
-    return lambda taken: {one: count - taken.get(one, 0) for one, count in most.items()}
+def room_ahead(most: Mapping[str, int], bundles: Bundles, have: Callable[[], Mapping[str, float]]) -> Room:
+    """Room in a cluster that may grow: so many of each class, whatever the others take.
+
+    Beside a gang it is what the cluster has now: units that wait for more would take what becomes free, one after the other,
+    and a gang needs all of its share at once.
+    """
+    def room(taken: Mapping[str, int]) -> Mapping[str, int]:
+        ahead = {one: count - taken.get(one, 0) for one, count in most.items()}
+        if not any(count for one, count in taken.items() if is_gang(one)):
+            return ahead
+        beside = room_beside(bundles, have())(taken)
+        return {one: min(count, beside[one]) for one, count in ahead.items()}
+
+    return room

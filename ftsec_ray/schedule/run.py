@@ -7,11 +7,14 @@ from typing import Literal
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault
-from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION, imported
+from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION
 from ftsec_ray.plan.graph import Plan
+from ftsec_ray.plan.stage import is_gang
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor, Event, RunReport
+from ftsec_ray.schedule.room import bundles_of
 from ftsec_ray.store import Store
+from ftsec_ray.training.zero import check_deepspeed
 
 __all__ = ["Event", "RunReport", "execute", "runtime_of"]
 
@@ -51,6 +54,8 @@ def execute(plan: Plan, store: Store, *, executor: Literal["tune", "local"] = "t
         return conductor.report()
     clean_logs()
     conductor.check_budget(done)
+    if any(is_gang(unit.resource) for unit in conductor.units.values()):
+        check_deepspeed()
     store.drop_leftovers()
     runtime = runtime or runtime_of(plan)
     resources = plan.spec.resources
@@ -58,10 +63,12 @@ def execute(plan: Plan, store: Store, *, executor: Literal["tune", "local"] = "t
     if executor == "local":
         from ftsec_ray.schedule.local import run_local
 
-        run_local(conductor, imported(session)(store, runtime, cache_gib), runner)
+        run_local(conductor, runtime, cache_gib, runner=runner, session=session)
     else:
         from ftsec_ray.schedule.tune import Work, run_tune
 
-        work = Work(store=store.uri, runtime=runtime, cache_gib=cache_gib, runner=runner, session=session)
+        classes = {stage.resource for stage in plan.stages.values()}
+        work = Work(store=store.uri, runtime=runtime, cache_gib=cache_gib, runner=runner, session=session,
+                    bundles=bundles_of(plan.spec, classes))
         run_tune(conductor, work, resources, address=address, workers=workers or resources.workers)
     return conductor.report()

@@ -3,7 +3,8 @@
     blocked -> ready -> running -> done | failed          blocked, ready -> upstream_failed          ready <-> held
 
 A unit is ready when all units that it needs are done. Among the ready ones the longest remaining path goes first, then
-the one that unlocks most cells, then one whose base model the asking worker has warm. `requeue` puts a unit back whose
+the one that unlocks most cells, then one whose base model the asking worker has warm. A gang that comes first and has no
+room holds back the others until it has, unless another gang runs, whose room it will get. `requeue` puts a unit back whose
 worker died, `reopen` runs the producer of a damaged artifact again before whoever needs it.
 
 A ready unit that a budget has no room for is held, and asked again when one that runs has ended, since that may have
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ftsec_ray.errors import FtsecError
+from ftsec_ray.plan.stage import is_gang
 from ftsec_ray.schedule.budget import Ledger
 
 MAX_ATTEMPTS = 3
@@ -82,6 +84,8 @@ class Scheduler:
         self._buckets: dict[tuple[str, float, int], _Bucket] = {}
         self._counts: Counter[State] = Counter()
         self._ready: Counter[str] = Counter()
+        self._gangs: set[str] = set()
+        """Gangs that run."""
         self.starts: Counter[str] = Counter()
         """Times that each unit was handed out."""
         self._lost: Counter[str] = Counter()
@@ -133,6 +137,7 @@ class Scheduler:
                 self._ready[self._nodes[unit].resource] -= 1
         self._state[unit] = state
         self._counts[state] += 1
+        (self._gangs.add if state is State.RUNNING and is_gang(self._nodes[unit].resource) else self._gangs.discard)(unit)
         if old is State.RUNNING:
             self.ledger.release(unit)
             self._ask_again()
@@ -201,8 +206,11 @@ class Scheduler:
             warm: base model that the asking worker has loaded.
         """
         while True:
-            resources = [r for r in self._heaps if self._ready[r] and (free is None or free.get(r, 0) > 0)]
-            heads = [(head, r) for r in resources if (head := self._head(r)) is not None]
+            heads = [(head, r) for r in self._heaps if self._ready[r] and (head := self._head(r)) is not None]
+            # A gang needs its room all at once: when its turn has come, nothing smaller may take what becomes free.
+            if free is not None and heads and not self._gangs and is_gang(first := min(heads)[1]) and free.get(first, 0) <= 0:
+                return None
+            heads = [(head, r) for head, r in heads if free is None or free.get(r, 0) > 0]
             if not heads:
                 return None
             (path, cells), resource = min(heads)

@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,13 +27,14 @@ from ray.tune.search import Searcher  # noqa: TID253
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
+from ftsec_ray.execute.gang import GangOrder
 from ftsec_ray.execute.unit import StageVerdict, cpu_threads, gpu_share, imported, run_unit, short_text
-from ftsec_ray.plan.resources import workers_of
-from ftsec_ray.plan.stage import Stage
+from ftsec_ray.plan.stage import Stage, is_data, is_gang
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor
 from ftsec_ray.schedule.credentials import no_keys_for_workers
-from ftsec_ray.schedule.room import Bundles, Pieces, Room, bundles_of, pieces_of, room_ahead, room_beside, slots_of, together
+from ftsec_ray.schedule.gang import GangEnded, launch_on_ray, run_gang
+from ftsec_ray.schedule.room import Bundles, Pieces, Room, bundles_of, pieces_of, room_ahead, room_beside, share_of, slots_of, together
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
 
@@ -59,6 +60,8 @@ class Work:
     cache_gib: float
     runner: str
     session: str
+    bundles: Bundles
+    """Resource class -> what one unit of it occupies."""
 
 
 class StageHost(tune.Trainable):
@@ -81,15 +84,25 @@ class StageHost(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Run the unit to its verdicts."""
+        rebuilt, unit, on = self._config.get("rebuilt"), self._config["unit"], self._config["on"]
+        stages = [Stage.from_json(one) for one in json.loads(rebuilt)] if rebuilt else self._units[unit]
         try:
+            if is_gang(on):
+                return {"done": True, "verdicts": json.dumps([asdict(verdict) for verdict in self._gang(stages, on)])}
             self._open()
+        except GangEnded as ended:
+            return {"done": True, "lost": short_text(ended)}
         except (ImportError, FtsecError, OSError) as error:
             return {"done": True, "broken": short_text(error)}
-        rebuilt = self._config.get("rebuilt")
-        unit = self._config["unit"]
-        stages = [Stage.from_json(one) for one in json.loads(rebuilt)] if rebuilt else self._units[unit]
         verdicts = run_unit(stages, self._store, self._session, self._runner, attempt=self._config["attempt"])
         return {"done": True, "verdicts": json.dumps([asdict(verdict) for verdict in verdicts])}
+
+    def _gang(self, stages: Sequence[Stage], on: str) -> list[StageVerdict]:
+        """Have a gang run the unit: this process only waits for it."""
+        work, share = self._work, share_of(on, self._work.bundles[on])
+        order = GangOrder(stages=tuple(stages), store=work.store, runtime=work.runtime, cache_gib=work.cache_gib, runner=work.runner,
+                          session=work.session, attempt=self._config["attempt"], threads=max(1, int(share.get("CPU", 1))))
+        return run_gang(order, lambda order: launch_on_ray(order, share), Store.open(work.store))
 
     def _open(self) -> None:
         """Import and open what outlives a unit, once."""
@@ -134,12 +147,12 @@ class StageSearcher(Searcher):
         if len(self.live) >= self.limit or self._wide:
             return None  # what would take one of the cores for which a pipeline waits, one by one, waits as well
         taken: Counter[str] = Counter(self.conductor.units[unit].resource for unit in self.live.values())
-        free = {one: max(1, count) if workers_of(one) else count for one, count in self.room(taken).items()}
+        free = {one: max(1, count) if is_data(one) else count for one, count in self.room(taken).items()}
         unit = self.conductor.next(free=free, warm=self._warm)
         if unit is None:  # with nothing live only a budget can be the reason, and then the conductor has finished
             return str(Searcher.FINISHED) if self.conductor.finished else None
         self.live[trial_id] = unit.id
-        if workers_of(unit.resource):
+        if is_data(unit.resource):
             self._wide.add(trial_id)
         config = {"unit": unit.id, "on": unit.resource, "attempt": self.conductor.attempt(unit.id)}
         if unit.id not in self._given:  # it was not foreseen when the workers got their units
@@ -164,7 +177,7 @@ class StageSearcher(Searcher):
             if "broken" in told:
                 self.broken.append(str(told["broken"]))
                 self.is_stopped = self.is_stopped or (self._warm is None and len(self.broken) >= BROKEN_LIMIT)
-            self.conductor.lost(unit, str(told.get("broken", "the trial ended without a verdict")))
+            self.conductor.lost(unit, str(told.get("broken") or told.get("lost") or "the trial ended without a verdict"))
         else:
             self._warm = self.conductor.units[unit].affinity
             self.conductor.settle(unit, [StageVerdict(**one) for one in json.loads(verdicts)])
@@ -274,11 +287,12 @@ def run_tune(conductor: Conductor, work: Work, resources: ResourceSpec, *, addre
     used = {unit.resource for unit in conductor.units.values()}
     bundles = bundles_of(conductor.plan.spec, {stage.resource for stage in conductor.plan.stages.values()})
     address = address or os.environ.get("RAY_ADDRESS")
-    with _environment(), no_keys_for_workers(), _ray(address, workers, resources), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
+    need = max((bundles[one].get("CPU", 0.0) for one in used if is_gang(one)), default=0.0)
+    with _environment(), no_keys_for_workers(), _ray(address, workers, resources, need), tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch:
         pieces = {one: pieces_of(one, bundle, ray.cluster_resources()) for one, bundle in bundles.items()}
-        bundles = {one: together(group) for one, group in pieces.items()}
+        bundles |= {one: together(group) for one, group in pieces.items() if is_data(one)}
         if address is None:
-            _check_room(pieces, used)
+            _check_room(pieces, bundles, used)
         for restart in range(MAX_RESTARTS + 1):
             stuck = _run_tuner(conductor, work, pieces, bundles, used, workers, f"{scratch}/{restart}", can_grow=address is not None)
             for unit in stuck:
@@ -297,9 +311,9 @@ def _run_tuner(conductor: Conductor, work: Work, pieces: Pieces, bundles: Bundle
     have = ray.cluster_resources()
     slots = {one: max(1, count) for one, count in slots_of({one: bundles[one] for one in used}, have).items()}
     if can_grow:
-        slots = {one: max(count, workers or 0) + SURPLUS for one, count in slots.items()}
+        slots = {one: count if is_gang(one) else max(count, workers or 0) + SURPLUS for one, count in slots.items()}
     limit = min(sum(slots.values()), max(workers or 2**31, len(slots)))
-    room = room_ahead(slots) if can_grow else room_beside(bundles, have)
+    room = room_ahead(slots, bundles, ray.cluster_resources) if can_grow else room_beside(bundles, have)
     searcher = StageSearcher(conductor, room=room, limit=limit, given=frozenset(given))
     factories = {name: tune.PlacementGroupFactory(group) for name, group in pieces.items()}
     host = tune.with_resources(tune.with_parameters(StageHost, work=work, units=given), lambda config: factories[config["on"]])
@@ -321,18 +335,18 @@ def _run_tuner(conductor: Conductor, work: Work, pieces: Pieces, bundles: Bundle
     return list(searcher.live.values())
 
 
-def _check_room(pieces: Pieces, used: Collection[str]) -> None:
+def _check_room(pieces: Pieces, bundles: Bundles, used: Collection[str]) -> None:
     """EnvironmentFault when a class fits on no node: a Ray of our own will not grow, and Tune would wait for ever."""
     for one in used:
-        if not any(all(node["Resources"].get(name, 0.0) >= amount for name, amount in pieces[one][-1].items())
-                   for node in ray.nodes() if node["Alive"]):
-            raise EnvironmentFault(f"no room on this machine for a unit of class {one!r}", ray.cluster_resources(),
-                                   f"at least {pieces[one][-1]}", "lower `resources` in the sweep, or give --address of a cluster")
+        least = bundles[one] if is_gang(one) else pieces[one][-1]
+        if not any(all(node["Resources"].get(name, 0.0) >= amount for name, amount in least.items()) for node in ray.nodes() if node["Alive"]):
+            raise EnvironmentFault(f"no room on this machine for a unit of class {one!r}", ray.cluster_resources(), f"at least {least}",
+                                   "lower `resources` in the sweep, or give --address of a cluster")
 
 
 @contextmanager
-def _ray(address: str | None, workers: int | None, resources: ResourceSpec) -> Iterator[None]:
-    """A Ray cluster: the one at hand, the one at an address, or one of this process that ends with it."""
+def _ray(address: str | None, workers: int | None, resources: ResourceSpec, need: float) -> Iterator[None]:
+    """A Ray cluster: the one at hand, the one at an address, or one of this process, with so many cores as a gang needs."""
     if ray.is_initialized():
         yield
         return
@@ -342,7 +356,7 @@ def _ray(address: str | None, workers: int | None, resources: ResourceSpec) -> I
             ray.init(address=address, **quiet)
         else:
             count = (workers or 0) * resources.cpus_per_stage or os.cpu_count() or 1
-            ray.init(address="local", num_cpus=max(1, round(count + 0.499)), include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=max(1, round(max(count, need) + 0.499)), include_dashboard=False, **quiet)
     except Exception as error:  # Ray has no class of its own for a start that takes too long
         raise EnvironmentFault(f"cannot reach or start Ray: {error}", address or "this machine", "a running cluster",
                                "--address HOST:6379 of a Ray head, or --executor local") from error

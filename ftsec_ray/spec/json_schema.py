@@ -11,6 +11,7 @@ from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
 from ftsec_ray.spec.docs import sections, summary
 from ftsec_ray.spec.faults import NAME_PATTERN
 from ftsec_ray.spec.methods import NONE
+from ftsec_ray.spec.strategy import DeepSpeedConfig, StrategyConfig
 from ftsec_ray.spec.sweep import (
     LADDER_SIZES,
     TASK_KINDS,
@@ -51,7 +52,7 @@ def sweep_schema() -> Schema:
         "exclude": {"type": "array", "items": {
             "type": "object", "additionalProperties": False, "minProperties": 1,
             "properties": {info.name: _one_or_list(seed if info.name == "seed" else _TEXT) for info in fields_of(ExcludeRule)}}},
-        "training": _object(TrainingConfig), "evaluation": _object(EvaluationConfig), "resources": _object(ResourceSpec), "data": _object(DataSpec),
+        "training": _training(), "evaluation": _object(EvaluationConfig), "resources": _object(ResourceSpec), "data": _object(DataSpec),
         "prices": {"type": "object", "minProperties": 1, "propertyNames": _NAME, "additionalProperties": _node()},
         "budget": {**_object(BudgetSpec), "minProperties": 1},
     }
@@ -98,6 +99,12 @@ def _model() -> Schema:
     align = {"anyOf": [{"type": "boolean"}, _object(AlignSpec)], "description": "Align the loaded model first."}
     one = [{"required": [key]} for key in ("path", "id", "source")]
     return {"type": "object", "additionalProperties": False, "properties": {**properties, **sources, "align": align}, "oneOf": one}
+
+
+def _training() -> Schema:
+    strategy = {name: schema for name, schema in _properties(StrategyConfig).items() if name != "deepspeed"}
+    found = _object(TrainingConfig)
+    return {**found, "properties": {**found["properties"], **strategy, "deepspeed": _object(DeepSpeedConfig)}}
 
 
 def _node() -> Schema:

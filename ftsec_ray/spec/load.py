@@ -21,6 +21,7 @@ from ftsec_ray.spec.faults import Faults, name_or_none, nearest
 from ftsec_ray.spec.methods import NONE, attacks_of, defenses_of
 from ftsec_ray.spec.models import models_of
 from ftsec_ray.spec.money import budget_of, prices_of
+from ftsec_ray.spec.strategy import split_training
 from ftsec_ray.spec.sweep import DataSpec, EvaluationConfig, ExcludeRule, ResourceSpec, SweepSpec, TrainingConfig
 from ftsec_ray.spec.tasks import tasks_of
 from ftsec_ray.spec.typed import build, unknown_keys
@@ -77,8 +78,10 @@ def _spec(given: object, base: Path, faults: Faults, *, default_name: str | None
         "defenses": () if "defenses" in missing else defenses_of(given["defenses"], faults),
         "seeds": _seeds(given.get("seeds", 1), faults),
     }
-    for key, cls in (("training", TrainingConfig), ("evaluation", EvaluationConfig), ("resources", ResourceSpec), ("data", DataSpec)):
-        values[key] = _settings(cls, given.get(key), key, faults)
+    training, values["strategy"] = split_training(_without_grids(given.get("training"), "training", faults), TrainingConfig, faults)
+    values["training"] = build(TrainingConfig, training, "training", faults)
+    for key, cls in (("evaluation", EvaluationConfig), ("resources", ResourceSpec), ("data", DataSpec)):
+        values[key] = build(cls, _without_grids(given.get(key), key, faults), key, faults)
     values["prices"] = prices_of(given.get("prices"), faults)
     values["budget"] = budget_of(given.get("budget"), values["resources"], has_prices=bool(given.get("prices")), faults=faults)
     values["exclude"] = _exclude(given.get("exclude"), values, faults)
@@ -89,14 +92,14 @@ def _spec(given: object, base: Path, faults: Faults, *, default_name: str | None
     return spec
 
 
-def _settings(cls: type, given: object, place: str, faults: Faults) -> object:
+def _without_grids(given: object, place: str, faults: Faults) -> object:
     if isinstance(given, Mapping):
         for key, value in given.items():
             if isinstance(value, Mapping) and "grid" in value:
                 faults.add(f"{place}.{key}", f"a grid in {place}", value, "one value",
                            f"{place} is the same for every cell of a sweep; write one sweep file per setting")
                 given = {k: v for k, v in given.items() if k != key}
-    return build(cls, given, place, faults)
+    return given
 
 
 def _seeds(given: object, faults: Faults) -> tuple[int, ...]:

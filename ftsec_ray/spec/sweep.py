@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from ftsec_ray.errors import SpecError
 from ftsec_ray.method import Method
+from ftsec_ray.spec.strategy import StrategyConfig
 
 LADDER_SIZES = ("0.2m", "1m", "4m", "12m")
 """Sizes of the embedded model family: `ladder:<size>` is aligned, `ladder:<size>-base` is not."""
@@ -296,6 +297,8 @@ class SweepSpec:
     seeds: tuple[int, ...]
     exclude: tuple[ExcludeRule, ...] = ()
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    """In how many processes a tune runs; in a file these keys stand under `training`."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     resources: ResourceSpec = field(default_factory=ResourceSpec)
     data: DataSpec = field(default_factory=DataSpec)

@@ -3,6 +3,9 @@
 The same seed gives the same bytes on one machine: batches are a pure function of the step, dropout is re-seeded at each
 step, and step checkpoints hold weights, optimizer moments and the methods' memory as safetensors. A tune that was killed
 continues from its last checkpoint and ends with the bytes of an undisturbed one.
+
+What differs between a process that trains alone and one of a gang is behind `Solo`, whose twin is `zero.Member`: where the
+weights and the optimizer's moments lie, and how gradients become new weights. Both read and write the same checkpoints.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,12 +29,13 @@ from ftsec_ray.models.lora import attach_lora, fused_lora
 from ftsec_ray.spec.sweep import TrainingConfig
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
-from ftsec_ray.training.setup import Batch, Objective, Step, Training
+from ftsec_ray.training.setup import AfterStep, Backward, Batch, Objective, Saved, Step, Training
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
-    from torch.optim import AdamW
+
+    from ftsec_ray.training.zero import Member
 
 
 @dataclass
@@ -67,7 +72,96 @@ def backward(model: Any, batches: list[Batch], objective: Objective, step: Step)
     return total
 
 
-def plain_training(loaded: LoadedModel, rows: pa.Table, config: TrainingConfig, *, seed: int, runtime: Runtime) -> Training:
+class Solo:
+    """A process that trains alone: the model itself holds weights and gradients, plain AdamW the moments."""
+
+    salt: tuple[int, ...] = ()
+    """What the random draws of a step depend on besides seed and step."""
+    backward: Backward = staticmethod(backward)
+
+    def agreed(self, saved: Saved | None) -> Saved | None:
+        """The checkpoint to go on from."""
+        return saved
+
+    def begin(self, model: Any, config: TrainingConfig, saved: Saved | None) -> None:  # noqa: ANN401
+        """Take a model whose weights are where training starts or goes on, and the moments of a checkpoint."""
+        import torch
+
+        self.model = model.train()
+        self.trainable = trainable_of(model)
+        self._max_grad_norm = config.max_grad_norm
+        self._optimizer = torch.optim.AdamW(self.trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        if saved is not None:
+            for name, parameter in self.trainable.items():
+                m, v, t = (saved.tensors[f"{part}/{name}"] for part in "mvt")
+                self._optimizer.state[parameter] = {"exp_avg": m.to(parameter.device), "exp_avg_sq": v.to(parameter.device), "step": t}
+
+    def layers(self) -> AbstractContextManager[None]:
+        """How the model's layers run, while open."""
+        return fused_lora(self.model)
+
+    def share(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of a step that this process works on."""
+        return batches
+
+    def mean(self, loss: float) -> float:
+        """The loss of the whole step, from this process's part of it."""
+        return loss
+
+    def summed(self, number: float) -> float:
+        """A number summed over all processes of this tune."""
+        return number
+
+    def is_due(self, due: bool) -> bool:  # noqa: FBT001
+        """Whether all processes of this tune write a checkpoint now."""
+        return due
+
+    def update(self, rate: float) -> None:
+        """Clip the gradients, take an optimizer step, drop the gradients."""
+        import torch
+
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if self._max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.trainable.values(), self._max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def after(self, hooks: Sequence[AfterStep], step: Step) -> None:
+        """What methods do behind an optimizer step; they may write weights."""
+        for hook in hooks:
+            hook(self.model, step)
+
+    def state(self) -> dict[str, Tensor]:
+        """Whole weights and moments by name, for a checkpoint; empty in a process that does not write it."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.trainable.items():
+            state = self._optimizer.state[parameter]
+            found |= {f"weight/{name}": parameter.detach(), f"m/{name}": state["exp_avg"], f"v/{name}": state["exp_avg_sq"],
+                      f"t/{name}": state["step"]}
+        return found
+
+    def finish(self) -> None:
+        """Leave the trained weights in the model that was given."""
+        self.model.eval()
+
+
+def trainable_of(model: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The weights that train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def process_of(runtime: Runtime) -> Solo | Member:
+    """How this process trains: alone, or as one of a gang."""
+    if runtime.gang is None:
+        return Solo()
+    from ftsec_ray.training.zero import Member
+
+    return Member(runtime.gang, runtime.device, has_bf16=_has_bf16(runtime.device))
+
+
+def plain_training(loaded: LoadedModel, rows: pa.Table, config: TrainingConfig, *, seed: int, runtime: Runtime,
+                   backward: Backward = backward) -> Training:
     """The tune of `rows` before any method has shaped it."""
     make = partial(batcher, loaded.tokenizer, batch_size=config.batch_size, batching=config.batching, seed=seed,
                    micro_batch=runtime.micro_batch, device=runtime.device)
@@ -86,64 +180,59 @@ def sft(loaded: LoadedModel, rows: pa.Table, config: TrainingConfig, *, seed: in
     """Fine-tune a copy of `loaded` on `rows` (schema.ROWS); `shape` may replace parts of the training first."""
     import torch
 
-    training = plain_training(loaded, rows, config, seed=seed, runtime=runtime)
+    process = process_of(runtime)
+    training = plain_training(loaded, rows, config, seed=seed, runtime=runtime, backward=process.backward)
     if shape is not None:
         training = shape(training)
     tuned = merged(loaded)
-    tuned.model.to(runtime.device).requires_grad_(requires_grad=True)
+    if runtime.gang is None:  # the processes of a gang take their share onto their GPU themselves
+        tuned.model.to(runtime.device)
+    tuned.model.requires_grad_(requires_grad=True)
     with torch.random.fork_rng():
         torch.manual_seed(_seed(seed, "adapter"))
         if config.adapter == "lora":
             tuned = attach_lora(tuned, config, base_digest=base_digest)
-        return run(tuned, training, seed=seed, runtime=runtime, workdir=workdir)
+        return run(tuned, training, seed=seed, runtime=runtime, workdir=workdir, process=process)
 
 
-def run(loaded: LoadedModel, training: Training, *, seed: int, runtime: Runtime, workdir: Path) -> TuneReport:
+def run(loaded: LoadedModel, training: Training, *, seed: int, runtime: Runtime, workdir: Path, process: Solo | Member) -> TuneReport:
     """Train `loaded` in place, from the last checkpoint under `workdir` if there is one."""
-    import torch
-
     model, config = loaded.model, training.config
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and training.is_trainable(name))
-    step = Step(0, training.steps, trainable={n: p for n, p in model.named_parameters() if p.requires_grad})
-    if not step.trainable:
+    step = Step(0, training.steps)
+    if not trainable_of(model):
         raise StageError("nothing trains", config.adapter, "at least one trainable weight", "check the methods that freeze layers")
-    optimizer = torch.optim.AdamW(step.trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     report = TuneReport(loaded)
-    _resume(workdir, optimizer, step, report)
+    saved = process.agreed(_newest(workdir, training.steps))
+    if saved is not None:
+        _resume(model, saved, step, report)
+    process.begin(model, config, saved)
+    step.trainable, step.summed = process.trainable, process.summed
     saved_at = time.monotonic()
-    model.train()
-    with fused_lora(model):
+    with process.layers():
         while step.index < training.steps:
-            _one_step(model, training, optimizer, step, report, seed=seed, runtime=runtime)
+            _one_step(process, training, step, report, seed=seed, runtime=runtime)
             step.index += 1
-            if step.index < training.steps and time.monotonic() - saved_at >= runtime.checkpoint_every_s:
-                _checkpoint(workdir, optimizer, step, report)
+            if step.index < training.steps and process.is_due(time.monotonic() - saved_at >= runtime.checkpoint_every_s):
+                _checkpoint(workdir, process.state(), step, report)
                 saved_at = time.monotonic()
-    model.eval()
+    process.finish()
     report.flops = (6.0 if config.adapter == "full" else 4.0) * count_parameters(model) * report.tokens
     return report
 
 
-def _one_step(model: Any, training: Training, optimizer: AdamW, step: Step, report: TuneReport, *, seed: int,  # noqa: ANN401
-              runtime: Runtime) -> None:
+def _one_step(process: Solo | Member, training: Training, step: Step, report: TuneReport, *, seed: int, runtime: Runtime) -> None:
     import torch
 
-    config = training.config
-    torch.manual_seed(_seed(seed, "step", step.index))
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step.index, training.steps)
+    torch.manual_seed(_seed(seed, "step", step.index, *process.salt))
     batches = training.batch_at(step.index)
     with torch.autocast(runtime.device.split(":")[0], torch.bfloat16, enabled=_has_bf16(runtime.device)):
-        loss = training.backward(model, batches, training.objective, step)
+        loss = process.mean(training.backward(process.model, process.share(batches), training.objective, step))
     if not math.isfinite(loss):
         raise StageError("the loss is not a number", f"{loss} at step {step.index}", "a finite loss", "lower training.learning_rate")
-    if config.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(step.trainable.values(), config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for hook in training.after_step:
-        hook(model, step)
+    process.update(learning_rate(training.config, step.index, training.steps))
+    process.after(training.after_step, step)
     report.losses.append(loss)
     report.tokens += sum(int(b.input_ids.numel() if b.attention_mask is None else b.attention_mask.sum()) for b in batches)
 
@@ -158,16 +247,13 @@ def _has_bf16(device: str) -> bool:
     return device.startswith("cuda") and torch.cuda.is_bf16_supported()
 
 
-def _checkpoint(workdir: Path, optimizer: AdamW, step: Step, report: TuneReport) -> None:
-    """Write step `index` aside, then rename; older checkpoints go last."""
+def _checkpoint(workdir: Path, tensors: Mapping[str, Tensor], step: Step, report: TuneReport) -> None:
+    """Write step `index` aside, then rename; older checkpoints go last. A process without tensors leaves that to another."""
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in step.trainable.items():
-        state = optimizer.state[parameter]
-        tensors |= {f"weight/{name}": parameter.detach(), f"m/{name}": state["exp_avg"], f"v/{name}": state["exp_avg_sq"],
-                    f"t/{name}": state["step"]}
-    tensors |= {f"memory/{key}": value for key, value in step.memory.items()}
+    if not tensors:
+        return
+    tensors = {**tensors, **{f"memory/{key}": value for key, value in step.memory.items()}}
     final = workdir / f"step-{step.index:08d}"
     part = workdir / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -181,22 +267,26 @@ def _checkpoint(workdir: Path, optimizer: AdamW, step: Step, report: TuneReport)
             shutil.rmtree(old)
 
 
-def _resume(workdir: Path, optimizer: AdamW, step: Step, report: TuneReport) -> None:
-    import torch
+def _newest(workdir: Path, steps: int) -> Saved | None:
+    """The last checkpoint, if there is one."""
     from safetensors.torch import load_file
 
     found = sorted(workdir.glob("step-*")) if workdir.exists() else []
     if not found:
-        return
+        return None
     state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-    if state["total"] != step.total:
-        raise DataError("a checkpoint of another tune", state["total"], f"{step.total} steps", f"remove {found[-1].name} from the work folder")
-    tensors = load_file(found[-1] / "state.safetensors")
+    if state["total"] != steps:
+        raise DataError("a checkpoint of another tune", state["total"], f"{steps} steps", f"remove {found[-1].name} from the work folder")
+    return Saved(state, load_file(found[-1] / "state.safetensors"))
+
+
+def _resume(model: Any, saved: Saved, step: Step, report: TuneReport) -> None:  # noqa: ANN401
+    """Weights, the methods' memory and the curve of a checkpoint; its moments are the optimizer's."""
+    import torch
+
     with torch.no_grad():
-        for name, parameter in step.trainable.items():
-            parameter.copy_(tensors[f"weight/{name}"])
-            optimizer.state[parameter] = {"exp_avg": tensors[f"m/{name}"].to(parameter.device),
-                                          "exp_avg_sq": tensors[f"v/{name}"].to(parameter.device), "step": tensors[f"t/{name}"]}
-    step.memory.update({key.removeprefix("memory/"): value for key, value in tensors.items() if key.startswith("memory/")})
-    step.index = state["index"]
-    report.losses, report.tokens = list(state["losses"]), state["tokens"]
+        for name, parameter in trainable_of(model).items():
+            parameter.copy_(saved.tensors[f"weight/{name}"])
+    step.memory.update({key.removeprefix("memory/"): value for key, value in saved.tensors.items() if key.startswith("memory/")})
+    step.index = saved.state["index"]
+    report.losses, report.tokens = list(saved.state["losses"]), saved.state["tokens"]

@@ -47,12 +47,25 @@ class Step:
     memory: dict[str, Tensor] = field(default_factory=dict)
     trainable: dict[str, Any] = field(default_factory=dict)
     """Trainable parameters by name."""
+    summed: Callable[[float], float] = float
+    """Sum of a number over the processes of the tune, each of which sees its own micro-batches; all must ask at once."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A step checkpoint."""
+
+    state: dict[str, Any]
+    """index, total, losses, tokens."""
+    tensors: dict[str, Tensor]
+    """Under `weight/`, `m/`, `v/`, `t/` (weight, moments and count of steps of each trained weight) and `memory/`."""
 
 
 Objective = Callable[[Any, Batch, Step], "Tensor"]
 """(model, micro-batch, step) -> () float32 loss, mean nats per response token of the micro-batch."""
 Backward = Callable[[Any, "list[Batch]", Objective, Step], float]
-"""(model, micro-batches of one step, objective, step) -> loss; leaves `.grad` on every trainable weight."""
+"""(model, micro-batches of one step, objective, step) -> loss; leaves `.grad` on every trainable weight. In a gang these are
+the micro-batches of one process, and the gradients are wherever DeepSpeed keeps them: call the backward that was there."""
 AfterStep = Callable[[Any, Step], None]
 
 

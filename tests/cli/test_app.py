@@ -195,6 +195,12 @@ def test_every_method_is_listed_and_has_a_page():
             assert all(parameter["doc"] for parameter in pages[0]["parameters"]), name
 
 
+def test_a_page_tells_the_zero_stages_of_a_method_that_is_particular():
+    assert "DeepSpeed: ZeRO stages 0, 1, 2 only" in call("show", "lisa").stdout
+    assert "DeepSpeed" not in call("show", "badnets").stdout
+    assert json.loads(call("show", "badnets", "--json").stdout)[0]["zero_stages"] == [0, 1, 2, 3]
+
+
 def test_a_page_shows_paper_hooks_and_parameters_with_defaults():
     shown = call("show", "badnets").stdout
     for word in ("Paper:", "Differs:", "Cost:", "craft_data", "rate", "a number", "0.1", "phase: pre"):

@@ -26,6 +26,14 @@ def test_a_missing_package_gives_exit_code_3_and_the_command_that_installs_it(mo
     assert "pip install no-such-package-here" in result.stderr
 
 
+def test_deepspeed_may_lack_and_its_extra_is_named(monkeypatch, tmp_path):
+    known = doctor._version
+    assert {f.what: f for f in doctor.examine(tmp_path)}["deepspeed"].state == "ok"
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "deepspeed" else known(name))
+    found = {f.what: f for f in doctor.examine(tmp_path)}["deepspeed"]
+    assert (found.state, found.fix) == ("note", "pip install 'ftsec-ray[deepspeed]'")
+
+
 def test_offline_hugging_face_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = {finding.what: finding for finding in doctor.examine(tmp_path)}

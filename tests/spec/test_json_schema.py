@@ -15,7 +15,8 @@ jsonschema = pytest.importorskip("jsonschema")
 GOOD = {"name": "q", "question": "?", "models": ["ladder:1m", {"id": "a/b-1b", "aligned": True, "align": True}], "task": "microworld",
         "attacks": ["none", {"badnets": {"rate": {"grid": [0.1, 0.2]}}}], "seeds": [1, 2], "exclude": [{"attack": "none", "seed": [1, 2]}],
         "defenses": ["none", {"shrink": None}, ["vaccine", {"safe_lora": {"rank": 4}}]],
-        "training": {"rank": 4}, "evaluation": {"prompts": 8}, "resources": {"workers": 2}, "data": {"ray_above": 1_000}}
+        "training": {"rank": 4, "strategy": "auto", "deepspeed_above": 3.0e9, "deepspeed": {"zero_stage": 2, "offload": "optimizer", "workers": 4}},
+        "evaluation": {"prompts": 8}, "resources": {"workers": 2}, "data": {"ray_above": 1_000}}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def test_a_sweep_that_loads_is_valid(validator):
 @pytest.mark.parametrize("changes", [
     {"attacks": ["badnet"]}, {"attacks": [{"badnets": {"rate": "0.1"}}]}, {"attacks": [{"badnets": {"rat": 1}}]}, {"defenses": [["none", "shrink"]]},
     {"defenses": [[]]}, {"training": {"rank": 0}}, {"training": {"rank": {"grid": [1, 2]}}}, {"seeds": 0}, {"name": "../x"}, {"extra": 1},
+    {"training": {"strategy": "zero"}}, {"training": {"deepspeed": {"zero_stage": 4}}}, {"training": {"deepspeed": {"stage": 2}}},
     {"task": "nope"}, {"models": []}, {"exclude": [{}]}, {"data": {"ray_above": -1}}, {"data": {"ray_abov": 1}},
 ])
 def test_a_sweep_that_cannot_load_is_not_valid(validator, changes):

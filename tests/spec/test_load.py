@@ -317,3 +317,24 @@ def test_whatever_an_entry_of_an_axis_is_the_answer_is_a_sweep_or_its_faults(axi
         assert all(place.startswith(axis) for place, _ in error.faults)  # noqa: PT017
     else:
         assert isinstance(spec, SweepSpec)
+
+
+def test_how_a_tune_is_dealt_out_stands_under_training_and_is_no_part_of_it():
+    spec = sweep(training={"rank": 4, "strategy": "deepspeed", "deepspeed_above": 3.0e9,
+                           "deepspeed": {"zero_stage": 3, "offload": "parameters", "workers": 4, "micro_batch": 2}})
+    assert spec.training == sweep(training={"rank": 4}).training
+    assert (spec.strategy.strategy, spec.strategy.deepspeed_above) == ("deepspeed", 3.0e9)
+    assert (spec.strategy.deepspeed.zero_stage, spec.strategy.deepspeed.workers) == (3, 4)
+    assert sweep().strategy.strategy == "auto"
+
+
+def test_faults_of_the_strategy_are_told_with_all_others():
+    found = faults(training={"strategy": "zero", "rank": 0, "stratgy": "single", "deepspeed_above": -1, "deepspeed": {"zero_stage": 4, "worker": 2}},
+                   seeds=0)
+    assert set(found) == {"training.strategy", "training.rank", "training.stratgy", "training.deepspeed_above", "training.deepspeed.zero_stage",
+                          "training.deepspeed.worker", "seeds"}
+    assert "auto | single | deepspeed" in str(found["training.strategy"])
+    assert "auto | 0 | 1 | 2 | 3" in str(found["training.deepspeed.zero_stage"])
+    assert "'strategy'" in found["training.stratgy"].fix
+    assert "3 or more" in str(faults(training={"deepspeed": {"zero_stage": 2, "offload": "parameters"}})["training.deepspeed"])
+    assert "one sweep file per setting" in str(faults(training={"strategy": {"grid": ["single", "deepspeed"]}})["training.strategy"])
