@@ -130,6 +130,31 @@ def report(
     report_sweep(sweep, store=store, results=results, as_markdown=markdown)
 
 
+@app.command()
+@guarded
+def export(
+    sweep: Sweep, store: Store = DEFAULT_STORE, results: ResultsPlace = str(DEFAULT_RESULTS),
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The archive; default: <sweep name>-<plan>.zip.")] = None,
+) -> None:
+    """Pack sweep, plan, versions, tables and report of a finished run into one archive for `ftsec verify`."""
+    from ftsec_ray.cli.archive import export_sweep
+
+    export_sweep(sweep, store=store, results=results, out=out)
+
+
+@app.command()
+@guarded
+def verify(
+    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="What `ftsec export` wrote.", show_default=False)],
+    base: Annotated[Path, typer.Option("--base", metavar="DIR", help="Where relative paths of its sweep start here.")] = Path(),
+    store: Store = DEFAULT_STORE, as_json: Json = False,  # noqa: FBT002
+) -> None:
+    """Plan the sweep of an archive here and say what would differ: code, packages, inputs, tables. Exit 0: nothing, 1: something."""
+    from ftsec_ray.cli.archive import verify_archive
+
+    raise typer.Exit(verify_archive(archive, base=base, store=store, as_json=as_json))
+
+
 @app.command("list")
 @guarded
 def list_(
