@@ -158,10 +158,10 @@ def verify(
 @app.command("list")
 @guarded
 def list_(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="attacks | defenses | models | tasks | metrics", show_default=False)],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="attacks | defenses | models | tasks | metrics | columns", show_default=False)],
     as_json: Json = False,  # noqa: FBT002
 ) -> None:
-    """List the attacks, defenses, models, tasks or metrics."""
+    """List the attacks, defenses, models, tasks, metrics or the columns of the results."""
     from ftsec_ray.cli.catalogue import list_kind
 
     list_kind(kind, as_json=as_json)
