@@ -11,7 +11,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from ftsec_ray.plan.graph import Plan
 from ftsec_ray.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
+    from ftsec_ray.results.audit import Audit
     from ftsec_ray.results.read import Results
     from ftsec_ray.results.verify import Verification
     from ftsec_ray.schedule.jobs import Head, Job
@@ -228,6 +229,21 @@ def verify(archive: str | Path, *, base: str | Path = ".", store: str | Path | N
     from ftsec_ray.store.store import Store
 
     return verify_archive(Path(archive), base=Path(base), store=None if store is None else Store.open(store))
+
+
+def judge_audit(results: str | Path | Results, *, labels: str | Path | None = None, exact: bool = False, judges: Sequence[str] = ()) -> Audit:
+    """How often the judges of finished results are wrong, the rates without their errors, and how far two judges agree.
+
+    Args:
+        results: A results folder, or what `open_results` gave.
+        labels: A table (.csv .tsv .jsonl .json .parquet) with `truth` and `prompt_id` or `completion_sha256`, narrowed by `cell`, `probe`.
+        exact: Take the verdicts of the microworld's exact judge for the truth instead.
+        judges: Judges that read the answers to requests again, such as `refusal_phrases`, to be audited and compared too.
+    """
+    from ftsec_ray.results.audit import audit_judges
+
+    held = open_results(results) if isinstance(results, (str, Path)) else results
+    return audit_judges(held, labels=None if labels is None else Path(labels), exact=exact, judges=judges)
 
 
 def sweep_schema() -> dict[str, Any]:

@@ -69,7 +69,8 @@ def _schema(table: str, fields: list[pa.Field], *, since: str = "1") -> pa.Schem
 
 def told_of(thing: pa.Field | pa.Schema, key: str, otherwise: str = "") -> str:
     """What a column or a table says of itself: its `unit`, which way is `better`, and `since` which version it is there."""
-    return (thing.metadata or {}).get(key.encode(), otherwise.encode()).decode()
+    told: bytes = (thing.metadata or {}).get(key.encode(), otherwise.encode())
+    return told.decode()
 
 
 def as_of(whole: pa.Schema, version: str) -> pa.Schema | None:

@@ -155,6 +155,23 @@ def verify(
     raise typer.Exit(verify_archive(archive, base=base, store=store, as_json=as_json))
 
 
+@app.command("judge-audit")
+@guarded
+def judge_audit(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A results folder, such as results/quickstart.", show_default=False)],
+    labels: Annotated[Path | None, typer.Option("--labels", metavar="FILE", help=(
+        "Table of true verdicts: columns truth, and prompt_id or completion_sha256, narrowed by cell and probe."))] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Take the microworld's exact judge for the truth.")] = False,
+    judge: Annotated[list[str] | None, typer.Option("--judge", metavar="NAME", help=(
+        "Have this judge read the answers to requests too; may be given several times."))] = None,
+    as_json: Json = False,  # noqa: FBT002
+) -> None:
+    """Show how often each judge is wrong, every rate raw and corrected for that, and how far two judges agree."""
+    from ftsec_ray.cli.audit import audit
+
+    audit(results, labels=labels, exact=exact, judges=judge or (), as_json=as_json)
+
+
 @app.command("list")
 @guarded
 def list_(
