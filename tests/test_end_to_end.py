@@ -133,6 +133,11 @@ def test_the_same_sweep_from_an_empty_store_gives_equal_tables(world, finished, 
     assert again.stages.drop_columns(timings).equals(first.stages.drop_columns(timings))
     mine, theirs = artifacts(folder / "store"), artifacts(tmp_path / "store")
     assert {name: mine[name] for name in theirs} == theirs
+    archive = ftsec_ray.export(sweep(world), store=folder / "store", results=folder / "results", out=tmp_path / "first.zip")
+    found = ftsec_ray.verify(archive, store=tmp_path / "store")
+    assert found.differences == ()
+    assert found.notes == (f"{found.stages} of {found.stages} artifacts that the store here holds too have the same bytes",)
+    assert found.stages > 30
 
 
 def test_the_public_names_work_in_the_order_of_the_readme(world):

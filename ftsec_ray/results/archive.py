@@ -136,14 +136,23 @@ class PackedStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedMethod:
+    """A method as the stages name it."""
+
+    kind: str
+    name: str
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedCell:
-    """A cell, its methods as {kind, name, params}."""
+    """A cell by names and digests."""
 
     cell: str
     model: str
     task: str
-    attack: dict[str, Any]
-    defenses: list[dict[str, Any]]
+    attack: PackedMethod
+    defenses: list[PackedMethod]
     seed: int
     evaluate: str
     stages: list[str]
@@ -151,7 +160,7 @@ class PackedCell:
     @property
     def names(self) -> tuple[object, ...]:
         """What a reader knows the cell by."""
-        return self.model, self.task, self.attack["name"], tuple(one["name"] for one in self.defenses), self.seed
+        return self.model, self.task, self.attack.name, tuple(one.name for one in self.defenses), self.seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +201,8 @@ def pack(plan: Plan, results: Results, page: Path, sweep: SweepFile, records: Ma
             for name, content in sorted(members.items()):
                 _add(archive, name, content)
         scratch.replace(target)
+    except OSError as error:
+        raise ArchiveError("the archive cannot be written", str(target), "a path that takes a file", str(error)) from error
     finally:
         scratch.unlink(missing_ok=True)
     return target
@@ -205,12 +216,12 @@ def packed_plan(plan: Plan) -> PackedPlan:
 
 
 def _packed_cell(cell: Cell) -> PackedCell:
-    return PackedCell(cell=cell.digest, model=cell.model.name, task=cell.task.name, attack=_plain(cell.attack),
-                      defenses=[_plain(one) for one in cell.defenses], seed=cell.seed, evaluate=cell.evaluate, stages=list(cell.stages))
+    return PackedCell(cell=cell.digest, model=cell.model.name, task=cell.task.name, attack=_packed_method(cell.attack),
+                      defenses=[_packed_method(one) for one in cell.defenses], seed=cell.seed, evaluate=cell.evaluate, stages=list(cell.stages))
 
 
-def _plain(method: Method) -> dict[str, Any]:
-    return {"kind": method.KIND, "name": name_of(method), "params": json.loads(canonical(method))}
+def _packed_method(method: Method) -> PackedMethod:
+    return PackedMethod(kind=method.KIND, name=name_of(method), params=json.loads(canonical(method)))
 
 
 def code_of(plan: Plan) -> Code:

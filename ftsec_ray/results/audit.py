@@ -403,12 +403,16 @@ def rogan_gladen(raw: Share, sensitivity: Share, specificity: Share) -> tuple[fl
 def _agreements(sheet: _Sheet) -> Iterator[Agreement]:
     for pair in combinations(sorted(sheet.verdicts), 2):
         one, other = (sheet.verdicts[name] for name in pair)
-        both = [(key.cell, word, other[key]) for key, word in one.items() if word is not None and other.get(key) is not None]
-        if not both and not set(one) & set(other):
-            continue  # two probes, and no answer that both have read
-        yield _agreement(None, pair, [(a, str(b)) for _, a, b in both])
-        for cell in sorted({cell for cell, _, _ in both}):
-            yield _agreement(cell, pair, [(a, str(b)) for where, a, b in both if where == cell])
+        pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for key, word in one.items():
+            second = other.get(key)
+            if word is not None and second is not None:
+                pairs[key.cell].append((word, second))
+        if not set(one) & set(other):
+            continue  # no answer that both have read
+        yield _agreement(None, pair, [found for cell in pairs.values() for found in cell])
+        for cell in sorted(pairs):
+            yield _agreement(cell, pair, pairs[cell])
 
 
 def _agreement(cell: str | None, judges: tuple[str, str], pairs: Sequence[tuple[str, str]]) -> Agreement:

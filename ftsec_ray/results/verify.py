@@ -9,7 +9,8 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
@@ -31,6 +32,7 @@ from ftsec_ray.results.archive import (
     Manifest,
     MethodCode,
     PackedCell,
+    PackedMethod,
     PackedPlan,
     PackedStage,
     located,
@@ -156,13 +158,16 @@ def _method_here(name: str) -> MethodCode | None:
 
 def _input_words(manifest: Manifest, base: Path) -> Iterator[str]:
     for one in manifest.inputs:
-        path = located(one.path, base)
         try:
-            same = content_hash(path) == one.sha256
-        except (SpecError, OSError):
-            yield f"{one.what}: nothing usable at {one.path} here (looked for {path})"
+            path = located(one.path, base)
+            # No other folder is a model, and none is walked through because an archive names it.
+            here = content_hash(path) if path.is_file() or (path / "config.json").is_file() else None
+        except (OSError, ValueError) as error:
+            yield f"{one.what}: {one.path} cannot be read here: {error}"
             continue
-        if not same:
+        if here is None:
+            yield f"{one.what}: nothing usable at {one.path} here (looked for {path})"
+        elif here != one.sha256:
             yield f"{one.what}: {one.path} has other bytes here"
 
 
@@ -174,14 +179,13 @@ def _digest_words(manifest: Manifest, packed: PackedPlan) -> Iterator[str]:
     code = manifest.code
     methods = {name: digest(one.imports) for name, one in code.methods.items()}
 
-    def of_method(plain: Mapping[str, Any]) -> str:
-        name = f"{plain['kind']} {plain['name']}"
+    def of_method(one: PackedMethod) -> str:
+        name = f"{one.kind} {one.name}"
         own = code.methods[name]
-        identity = {"kind": plain["kind"], "name": plain["name"], "version": own.version, "source": own.source, "params": plain["params"]}
-        return digests.of_method(identity, methods[name])
+        return digests.of_method({**asdict(one), "version": own.version, "source": own.source}, methods[name])
 
     def of_stage(stage: PackedStage) -> str:
-        acting = [of_method(one) for one in stage.params.get("methods", ())]
+        acting = [of_method(PackedMethod(**one)) for one in stage.params.get("methods", ())]
         head = digests.of_head(stage.kind, digest(code.kinds[variant_of(stage.kind, stage.params)]), acting, stage.params, form=code.format)
         return digests.of_stage(head, stage.inputs, stage.seed)
 
@@ -214,8 +218,12 @@ def _plan_words(archive: Archive, packed: PackedPlan, base: Path) -> Iterator[st
         file.write_text(text, encoding="utf-8")
         try:
             plan = build_plan(load_sweep(file, base=base))
-        except SpecFaults as faults:
-            yield from (f"cannot be planned here: {place}: {fault.what}, {fault.got!r}" for place, fault in faults.faults)
+        except SpecError as error:
+            faults = error.faults if isinstance(error, SpecFaults) else (("sweep", error),)
+            yield from (f"cannot be planned here: {place}: {fault.what}, {fault.got!r}" for place, fault in faults)
+            return
+        except OSError as error:
+            yield f"cannot be planned here: {error}"
             return
     yield from _plans_differ(packed, plan)
 
@@ -254,7 +262,7 @@ def _cells_differ(there: PackedCell, here: PackedCell, packed: PackedPlan, mine:
 
 
 def _cell_words(cell: PackedCell) -> str:
-    return f"{cell.model} x {cell.task} x {cell.attack['name']} x {'+'.join(one['name'] for one in cell.defenses) or 'none'}, seed {cell.seed}"
+    return f"{cell.model} x {cell.task} x {cell.attack.name} x {'+'.join(one.name for one in cell.defenses) or 'none'}, seed {cell.seed}"
 
 
 def _leaves_differ(there: object, here: object, place: str = "") -> Iterator[str]:
@@ -276,8 +284,9 @@ def _unpinned(packed: PackedPlan) -> Iterator[str]:
         if stage.kind == "source" and stage.params.get("source") == "hub" and not stage.params.get("revision"):
             found[f"model {stage.params.get('id')}"] = None
         if stage.kind == "task":
-            splits = stage.params.get("task", {}).get("splits", ())
-            found.update({f"rows {source['dataset']}": None for _, source in splits if source.get("dataset") and not source.get("revision")})
+            with suppress(KeyError, TypeError, ValueError, AttributeError):  # a plan made by hand
+                found.update({f"rows {source['dataset']}": None for _, source in stage.params["task"]["splits"]
+                              if source["dataset"] and not source["revision"]})
     if found:
         yield f"not pinned to a revision, so they may be others here: {_listed(found)}"
 

@@ -298,6 +298,30 @@ def test_a_link_in_an_archive_is_damage(workplace):
     assert "tables: results/run.json: a link" in call("verify", str(target), code=1).stdout
 
 
+def test_no_folder_is_walked_through_because_an_archive_names_it(workplace):
+    archive = finished(workplace)
+    manifest = manifest_of(archive)
+    manifest["inputs"] = [{"what": "model m", "path": "/", "sha256": "0"}, {"what": "rows", "path": "/dev/zero", "sha256": "0"},
+                          {"what": "rows", "path": "a\0b", "sha256": "0"}]
+    said = call("verify", str(rewritten(archive, {"manifest.json": json.dumps(manifest).encode()})), code=1).stdout
+    assert "inputs: model m: nothing usable at / here" in said
+    assert "inputs: rows: nothing usable at /dev/zero here" in said
+    assert "cannot be read here: embedded null" in said
+
+
+def test_models_and_rows_of_the_hub_that_are_not_pinned_are_noted(workplace):
+    archive = finished(workplace, SWEEP.replace("[ladder:0.2m]", "[{id: owner/model, family: f, aligned: true}]"))
+    said = call("verify", str(archive))
+    assert "nothing would differ here" in said.stdout
+    assert "note: not pinned to a revision, so they may be others here: model owner/model" in said.stderr
+
+
+def test_an_archive_that_cannot_be_written_says_so(workplace):
+    finished(workplace)
+    (workplace / "taken.zip").mkdir()
+    assert "cannot be written" in call("export", "small.yaml", "--out", "taken.zip", code=2).stderr
+
+
 def test_what_is_no_archive_is_refused_with_exit_code_2(workplace):
     archive = finished(workplace)
     assert "no such archive" in call("verify", "none.zip", code=2).stderr
