@@ -174,3 +174,5 @@ def test_10_answers_to_label(python, results):
     assert set(drawn["truth"]) == {""}
     known = {(row["cell"], row["probe"], row["prompt_id"]): row["completion"] for row in results.generations.to_pylist()}
     assert all(known[row.cell, row.probe, row.prompt_id] == row.completion for row in drawn.itertuples())
+    drawn.assign(truth=["complied", "refused"] * 50).to_csv("labels.csv", index=False)
+    assert ftsec_ray.judge_audit("results/quickstart", labels="labels.csv").labelled == 100
