@@ -40,7 +40,7 @@ class Results:
         if not folder.is_dir():
             raise DataError("no results folder", str(folder), "a folder that `ftsec run` wrote", _FIX)
         meta = _read_meta(folder)
-        for name in TABLES:
+        for name in _held(meta):
             _check_table(folder, name, meta["rows"].get(name), meta["schema"])
         return cls(folder, meta)
 
@@ -112,11 +112,11 @@ class Results:
     def _read(self, name: str) -> pa.Table:
         import pyarrow.parquet as pq
 
-        whole, version = table_schema(name), self.meta["schema"]
-        if schema.as_of(whole, version) is None:
+        whole = table_schema(name)
+        if name not in _held(self.meta):
             return whole.empty_table()
         table = pq.ParquetFile(self.folder / name / PART).read()
-        return table if version == schema.SCHEMA_VERSION else schema.brought_up(table, whole)
+        return table if self.meta["schema"] == schema.SCHEMA_VERSION else schema.brought_up(table, whole)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -138,13 +138,17 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def _held(meta: dict[str, Any]) -> tuple[str, ...]:
+    """The tables that results of this schema version have on disk."""
+    return tuple(name for name in TABLES if schema.as_of(table_schema(name), meta["schema"]) is not None)
+
+
 def _check_table(folder: Path, name: str, rows: object, version: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     wanted = schema.as_of(table_schema(name), version)
-    if wanted is None:
-        return
+    assert wanted is not None  # only tables of that version are looked at
     path = folder / name / PART
     if not path.is_file():
         raise DataError(f"the table {name!r} is missing", str(path), PART, _FIX)

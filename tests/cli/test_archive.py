@@ -22,6 +22,7 @@ from ftsec_ray import api
 from ftsec_ray.errors import SpecError
 from ftsec_ray.results.archive import Manifest, code_of, packed_plan
 from ftsec_ray.results.verify import _digest_words
+from ftsec_ray.results.write import TABLES
 from ftsec_ray.store.record import sha256
 from tests.cli import toy
 from tests.cli.toy import call
@@ -247,12 +248,10 @@ def test_damaged_tables_are_named(workplace):
 
 def test_a_table_of_another_run_is_told_even_where_the_checksums_agree(workplace):
     archive = finished(workplace)
-    call("run", "small.yaml", "--results", "other", "--store", "s2", "--limit", "1")
     (workplace / "one.yaml").write_text(SWEEP.replace("small", "one").replace(", shrink", ""))
     call("run", "one.yaml", "--executor", "local")
-    swapped = rewritten(archive, {f"results/{name}": (workplace / "results/one" / name).read_bytes() for name in
-                                  ("run.json", "cells/part-0.parquet", "metrics/part-0.parquet", "generations/part-0.parquet",
-                                   "stages/part-0.parquet")}, checksums=True)
+    files = ["run.json", *(f"{name}/part-0.parquet" for name in TABLES)]
+    swapped = rewritten(archive, {f"results/{name}": (workplace / "results/one" / name).read_bytes() for name in files}, checksums=True)
     said = call("verify", str(swapped), code=1).stdout
     assert "tables: they are of another plan than the archive" in said
     assert "tables: the table cells does not hold the cells of the plan" in said

@@ -21,7 +21,7 @@ from ftsec_ray.data.microworld.splits import build_task
 from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.evals.judges import RefusalPhrases
 from ftsec_ray.results.audit import Audit, Key, Share, rogan_gladen, share
-from ftsec_ray.results.write import write_results
+from ftsec_ray.results.write import TABLES, table_schema, write_results
 from tests.cli.toy import call
 
 PHRASES = RefusalPhrases.name
@@ -32,7 +32,7 @@ def folder_of(tmp_path: Path, answers: list[dict]) -> Path:
     rows = [{**dict.fromkeys(schema.generations().names), "probe": "harmful", "judge": PHRASES, **row} for row in answers]
     cells = [{**dict.fromkeys(schema.cells().names), "cell": cell, "status": "done", "defenses": [], "model": "m", "attack": "none", "seed": 0}
              for cell in sorted({row["cell"] for row in rows} | {"empty"})]
-    tables = {name: getattr(schema, name)().empty_table() for name in ("metrics", "stages")}
+    tables = {name: table_schema(name).empty_table() for name in TABLES}
     return write_results(tmp_path / "out", meta={"sweep": "s"}, tables={
         **tables, "cells": pa.Table.from_pylist(cells, schema.cells()), "generations": pa.Table.from_pylist(rows, schema.generations())})
 
