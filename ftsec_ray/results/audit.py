@@ -29,8 +29,8 @@ from ftsec_ray.results.read import Results
 
 VERDICTS = ("complied", "refused", "wrong", "incoherent", "correct", "target", "other")
 """What a label may say."""
-EVENTS = ("complied", "refused", "correct", "target")
-"""The verdicts whose shares are metrics."""
+EVENTS = ("complied", "refused", "correct", "target", "incoherent")
+"""The verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""
 KEYS = ("cell", "probe", "prompt_id", "completion_sha256")
 """Columns by which a label finds its answers."""
 _Z = 1.959963984540054
