@@ -15,7 +15,7 @@ from ftsec_ray.store.record import sha256
 def export_sweep(sweep: Path, *, store: str, results: str, out: Path | None) -> None:
     """Write the archive, and print where it is and the checksum to publish beside it."""
     target = api.export(sweep, store=store, results=results, out=out)
-    say(f"{target}  {target.stat().st_size / 2**20:.1f} MiB")
+    say(f"{target}  {target.stat().st_size / 2**20:.2f} MiB")
     say(f"sha256: {sha256(target)}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
-from ftsec_ray.results.audit import Agreement, Audit, Rate, Share
+from ftsec_ray.results.audit import NO_LABELS, Agreement, Audit, Rate, Share
 from ftsec_ray.results.read import Results
 
 MAX_ROWS = 20
@@ -41,7 +41,7 @@ def _print(found: Audit, results: Results) -> None:
               ((one.judge, one.probe, one.truth, one.verdict or "null", one.n) for one in found.confusion), right=("answers",))
     say()
     table("rates", ("cell", "judge", "probe", "verdict", "raw", "n", "null", "corrected"),
-          (_rate_row(one, names) for one in found.rates[:MAX_ROWS]), right=("n", "null"))
+          (_rate_row(one, names) for one in sorted(found.rates, key=lambda one: one.why == NO_LABELS)[:MAX_ROWS]), right=("n", "null"))
     _more(len(found.rates))
     if found.agreements:
         say()
@@ -62,9 +62,8 @@ def _rate_row(one: Rate, names: Mapping[str, str]) -> tuple[object, ...]:
 
 def _agreement_row(one: Agreement, names: Mapping[str, str]) -> tuple[object, ...]:
     where = "all cells" if one.cell is None else names.get(one.cell, one.cell)
-    kappa = "-" if one.kappa is None else f"{one.kappa:.2f}"
-    if one.kappa_low is not None and one.kappa_high is not None:
-        kappa += f" ({one.kappa_low:.2f}–{one.kappa_high:.2f})"
+    value, low, high = (None if found is None else f"{round(found, 2) + 0.0:.2f}" for found in (one.kappa, one.kappa_low, one.kappa_high))
+    kappa = "-" if value is None else value if low is None or high is None else f"{value} ({low}–{high})"
     return " and ".join(one.judges), where, one.n, "-" if one.same is None else f"{one.same:.2f}", kappa
 
 

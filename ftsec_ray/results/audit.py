@@ -33,6 +33,7 @@ EVENTS = ("complied", "refused", "correct", "target", "incoherent")
 """The verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""
 KEYS = ("cell", "probe", "prompt_id", "completion_sha256")
 """Columns by which a label finds its answers."""
+NO_LABELS = "no labels of this judge and probe"
 _Z = 1.959963984540054
 
 
@@ -361,7 +362,7 @@ def _rates(sheet: _Sheet, errors: Sequence[Errors]) -> Iterator[Rate]:
 def _without_errors(raw: Share, errors: Errors | None) -> tuple[float | None, float | None, float | None, str | None]:
     """A rate corrected for the errors of its judge with its interval, or why there is none."""
     if errors is None:
-        return None, None, None, "no labels of this judge and probe"
+        return None, None, None, NO_LABELS
     sensitivity, specificity = errors.sensitivity, errors.specificity
     if raw.value is None:
         return None, None, None, "no answer has a verdict"
