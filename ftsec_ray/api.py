@@ -1,7 +1,7 @@
 """The public Python API; the command line does nothing that it cannot.
 
 `load` reads a sweep, `plan` shows what it takes, `run` runs it and gives the tables, `submit` has a cluster run it, and
-`open_results` opens the tables again.
+`open_results` opens the tables again. `export` packs a finished sweep, and `verify` says what of it would differ here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,9 @@ from ftsec_ray.plan.graph import Plan
 from ftsec_ray.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
+    from ftsec_ray.results.audit import Audit
     from ftsec_ray.results.read import Results
+    from ftsec_ray.results.verify import Verification
     from ftsec_ray.schedule.jobs import Head, Job
     from ftsec_ray.schedule.run import Event, RunReport
     from ftsec_ray.schedule.upload import Upload
@@ -186,6 +188,62 @@ def open_results(folder: str | Path) -> Results:
     from ftsec_ray.results.read import Results
 
     return Results.open(Path(folder))
+
+
+def export(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Path = DEFAULT_RESULTS, out: str | Path | None = None) -> Path:
+    """Pack a sweep, its plan, its versions, its tables and its report into one zip and return where it is.
+
+    Args:
+        sweep: A path, a YAML text or a mapping.
+        store: Where its artifacts are: their checksums go along, they do not.
+        results: As for `run`; what it left there is packed as it is.
+        out: The archive; None: `<sweep name>-<first digits of the plan>.zip` in the working folder.
+    """
+    from ftsec_ray.report.page import REPORT_FILE, write_report
+    from ftsec_ray.results.archive import pack, sweep_file
+    from ftsec_ray.results.remote import local_results
+    from ftsec_ray.store.store import Store
+
+    whole, file = make_plan(sweep), sweep_file(sweep)
+    folder = results_folder(local_results(results), whole.spec.name)
+    held = open_results(folder)
+    if held.meta.get("plan") != whole.digest:
+        raise DataError(f"the results in {folder} are of another plan", held.meta.get("plan"), whole.digest,
+                        "the sweep, the code or an input has changed since: `ftsec run SWEEP` does what is missing and collects anew")
+    page = folder / REPORT_FILE if (folder / REPORT_FILE).is_file() else write_report(folder)
+    target = Path(out) if out is not None else Path(f"{whole.spec.name}-{whole.digest[:8]}.zip")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    kept = Store.open(store)
+    return pack(whole, held, page, file, kept.records(kept.done() & set(whole.stages)), target)
+
+
+def verify(archive: str | Path, *, base: str | Path = ".", store: str | Path | None = None) -> Verification:
+    """Say what of an archive would differ here: its sweep is planned again; code, packages, inputs and checksums are compared.
+
+    Args:
+        archive: What `export` wrote.
+        base: Folder at which the relative paths of its sweep start here.
+        store: A store that may hold artifacts of the same stages, to compare their bytes; None compares none.
+    """
+    from ftsec_ray.results.verify import verify_archive
+    from ftsec_ray.store.store import Store
+
+    return verify_archive(Path(archive), base=Path(base), store=None if store is None else Store.open(store))
+
+
+def judge_audit(results: str | Path | Results, *, labels: str | Path | None = None, exact: bool = False, judges: Sequence[str] = ()) -> Audit:
+    """How often the judges of finished results are wrong, the rates without their errors, and how far two judges agree.
+
+    Args:
+        results: A results folder, or what `open_results` gave.
+        labels: A table (.csv .tsv .jsonl .json .parquet) with `truth` and `prompt_id` or `completion_sha256`, narrowed by `cell`, `probe`.
+        exact: Take the verdicts of the microworld's exact judge for the truth instead.
+        judges: Judges that read the answers to requests again, such as `refusal_phrases`, to be audited and compared too.
+    """
+    from ftsec_ray.results.audit import audit_judges
+
+    held = open_results(results) if isinstance(results, (str, Path)) else results
+    return audit_judges(held, labels=None if labels is None else Path(labels), exact=exact, judges=judges)
 
 
 def sweep_schema() -> dict[str, Any]:

@@ -37,6 +37,11 @@ def redacted(text: str) -> str:
     return _cleaned(text, _secrets())
 
 
+def environment_secrets() -> dict[str, str]:
+    """Secret -> the variable or file of this process's environment that holds it: what nothing written may repeat."""
+    return _secrets()
+
+
 def without_secrets(value: T) -> T:
     """A value of JSON, with all its texts redacted."""
     return _walked(value, _secrets())  # type: ignore[return-value]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = "1"
+"""Raise by one when a table or a column is added, and give that `since`: older results then open with null in its place."""
 
 Direction = Literal["higher", "lower", "none"]
 
@@ -52,16 +53,43 @@ METRICS: dict[str, Metric] = {m.name: m for m in (
 STATUSES = ("done", "failed", "pending")
 
 
-def _field(name: str, kind: pa.DataType, unit: str = "", *, nullable: bool = True) -> pa.Field:
+def _field(name: str, kind: pa.DataType, unit: str = "", *, nullable: bool = True, better: Direction = "none", since: str = "1") -> pa.Field:
+    """A column; `unit` says what its values are, `since` the schema version that brought it (nullable, where that is not 1)."""
     import pyarrow as pa
 
-    return pa.field(name, kind, nullable=nullable, metadata={"unit": unit} if unit else None)
+    told = {"unit": unit, "better": "" if better == "none" else better, "since": "" if since == "1" else since}
+    return pa.field(name, kind, nullable=nullable, metadata={key: value for key, value in told.items() if value} or None)
 
 
-def _schema(table: str, fields: list[pa.Field]) -> pa.Schema:
+def _schema(table: str, fields: list[pa.Field], *, since: str = "1") -> pa.Schema:
     import pyarrow as pa
 
-    return pa.schema(fields, metadata={"ftsec_table": table, "ftsec_schema": SCHEMA_VERSION})
+    return pa.schema(fields, metadata={"ftsec_table": table, "ftsec_schema": SCHEMA_VERSION, "since": since})
+
+
+def told_of(thing: pa.Field | pa.Schema, key: str, otherwise: str = "") -> str:
+    """What a column or a table says of itself: its `unit`, which way is `better`, and `since` which version it is there."""
+    told: bytes = (thing.metadata or {}).get(key.encode(), otherwise.encode())
+    return told.decode()
+
+
+def as_of(whole: pa.Schema, version: str) -> pa.Schema | None:
+    """A table as an older version had it, without the columns that came later; None where the table itself came later."""
+    import pyarrow as pa
+
+    def is_there(thing: pa.Field | pa.Schema) -> bool:
+        return int(told_of(thing, "since", "1")) <= int(version)
+
+    return pa.schema([field for field in whole if is_there(field)]) if is_there(whole) else None
+
+
+def brought_up(table: pa.Table, whole: pa.Schema) -> pa.Table:
+    """A table of an older version with the columns of today, null where it had none."""
+    import pyarrow as pa
+
+    held = set(table.schema.names)
+    columns = [table[field.name] if field.name in held else pa.nulls(table.num_rows, field.type) for field in whole]
+    return pa.table(columns, schema=whole)
 
 
 @cache
@@ -90,12 +118,15 @@ def cells() -> pa.Schema:
 
     s, strings = pa.string(), pa.list_(pa.string())
     return _schema("cells", [
-        _field("cell", s, "digest", nullable=False), _field("sweep", s), _field("model", s), _field("family", s),
-        _field("model_params", pa.int64(), "weights"), _field("aligned", pa.bool_()), _field("task", s),
-        _field("attack", s, "`none` too"), _field("attack_phase", s), _field("attack_params", s, "JSON"),
-        _field("defenses", strings, "in the order of the stack; empty for `none`"),
-        _field("defense_phases", strings), _field("defense_params", s, "JSON list"), _field("seed", pa.int64()),
-        _field("status", s, "done | failed | pending", nullable=False), _field("error_code", s), _field("error", s),
+        _field("cell", s, "digest", nullable=False), _field("sweep", s, "name"), _field("model", s, "name"),
+        _field("family", s, "name; sizes are compared within one"), _field("model_params", pa.int64(), "weights"),
+        _field("aligned", pa.bool_(), "whether the model went through a safety alignment"), _field("task", s, "name"),
+        _field("attack", s, "name; `none` too"), _field("attack_phase", s, "pre | during | post"), _field("attack_params", s, "JSON"),
+        _field("defenses", strings, "names in the order of the stack; empty for `none`"),
+        _field("defense_phases", strings, "pre | during | post, one per defense"), _field("defense_params", s, "JSON list"),
+        _field("seed", pa.int64(), "of the cell's random choices"),
+        _field("status", s, "done | failed | pending", nullable=False), _field("error_code", s, "sort of error, null for none"),
+        _field("error", s, "of the earliest stage that failed"),
     ])
 
 
@@ -106,9 +137,9 @@ def metrics() -> pa.Schema:
 
     f = pa.float64()
     return _schema("metrics", [
-        _field("cell", pa.string(), nullable=False), _field("metric", pa.string(), nullable=False),
-        _field("value", f, "see schema.METRICS; null when nothing could be judged"),
-        _field("n", pa.int64(), "judged items"), _field("ci_low", f, "95 %"), _field("ci_high", f, "95 %"),
+        _field("cell", pa.string(), "digest", nullable=False), _field("metric", pa.string(), "name: `ftsec list metrics`", nullable=False),
+        _field("value", f, "that of the metric, as is which way is better; null when nothing could be judged"),
+        _field("n", pa.int64(), "judged items"), _field("ci_low", f, "as value; 95 % Wilson"), _field("ci_high", f, "as value; 95 % Wilson"),
     ])
 
 
@@ -119,10 +150,12 @@ def generations() -> pa.Schema:
 
     s = pa.string()
     return _schema("generations", [
-        _field("cell", s, nullable=False), _field("probe", s), _field("prompt_id", s), _field("prompt", s),
+        _field("cell", s, "digest", nullable=False), _field("probe", s, "name: harmful | borderline | benign | clean | those of attacks"),
+        _field("prompt_id", s, "the same prompt in every cell"), _field("prompt", s, "user's message, or JSON of several"),
         _field("completion", s, "model output: data, never markup"), _field("judge", s, "name and version"),
-        _field("verdict", s, "null when unparsed"), _field("raw", s, "what the judge read"),
-        _field("override", s, "why a verdict was overruled"), _field("template_hash", s),
+        _field("verdict", s, "complied | refused | wrong | incoherent | correct | target | other; null when unparsed"),
+        _field("raw", s, "what the judge read"),
+        _field("override", s, "why a verdict was overruled"), _field("template_hash", s, "of the chat template"),
     ])
 
 
@@ -133,10 +166,14 @@ def stages() -> pa.Schema:
 
     s, f, i = pa.string(), pa.float64(), pa.int64()
     return _schema("stages", [
-        _field("digest", s, nullable=False), _field("kind", s), _field("method", s), _field("wall_s", f, "s"),
-        _field("cpu_s", f, "s"), _field("gpu_s", f, "s"), _field("peak_bytes", i, "bytes"), _field("tokens", i),
-        _field("flops", f), _field("cells_served", i), _field("cached", pa.bool_(), "done before this run"),
-        _field("attempt", i), _field("status", s), _field("host", s), _field("error_code", s), _field("error", s),
+        _field("digest", s, "digest", nullable=False),
+        _field("kind", s, "task | source | align | prepare | craft | tune | bank | revise | inspect | evaluate"),
+        _field("method", s, "name, null where no single method owns the stage"), _field("wall_s", f, "s", better="lower"),
+        _field("cpu_s", f, "s", better="lower"), _field("gpu_s", f, "s", better="lower"), _field("peak_bytes", i, "bytes", better="lower"),
+        _field("tokens", i, "tokens seen"), _field("flops", f, "floating-point operations", better="lower"),
+        _field("cells_served", i, "cells"), _field("cached", pa.bool_(), "done before this run"), _field("attempt", i, "count, from 1"),
+        _field("status", s, "done | failed | upstream_failed | pending"), _field("host", s, "name"),
+        _field("error_code", s, "sort of error, null for none"), _field("error", s, "text"),
     ])
 
 

@@ -124,13 +124,23 @@ def test_a_stage_that_fails_costs_its_own_cells_only(world, tmp_path):
     assert all("500" in c["error"] for c in cells if c["status"] == "failed")
 
 
-@pytest.mark.ray
-def test_ray_tune_gives_the_same_bytes_as_this_process(world, finished, tmp_path):
-    folder, here = finished
-    there = ftsec_ray.run(sweep(world), store=tmp_path / "store", results=tmp_path / "results", executor="tune", workers=2)
-    assert there.metrics.equals(here.metrics)
+@pytest.mark.parametrize(("executor", "workers"), [("local", None), pytest.param("tune", 1, marks=pytest.mark.ray),
+                                                   pytest.param("tune", 2, marks=pytest.mark.ray)])
+def test_the_same_sweep_from_an_empty_store_gives_equal_tables(world, finished, tmp_path, executor, workers):
+    folder, first = finished
+    again = ftsec_ray.run(sweep(world), store=tmp_path / "store", results=tmp_path / "results", executor=executor, workers=workers)
+    for name in ("cells", "metrics", "generations"):
+        assert again.table(name).equals(first.table(name)), name
+    assert again.generations.num_rows > 100
+    timings = ["wall_s", "cpu_s", "gpu_s", "peak_bytes"]
+    assert again.stages.drop_columns(timings).equals(first.stages.drop_columns(timings))
     mine, theirs = artifacts(folder / "store"), artifacts(tmp_path / "store")
     assert {name: mine[name] for name in theirs} == theirs
+    archive = ftsec_ray.export(sweep(world), store=folder / "store", results=folder / "results", out=tmp_path / "first.zip")
+    found = ftsec_ray.verify(archive, store=tmp_path / "store")
+    assert found.differences == ()
+    assert found.notes == (f"{found.stages} of {found.stages} artifacts that the store here holds too have the same bytes",)
+    assert found.stages > 20
 
 
 def test_the_public_names_work_in_the_order_of_the_readme(world):

@@ -130,13 +130,55 @@ def report(
     report_sweep(sweep, store=store, results=results, as_markdown=markdown)
 
 
+@app.command()
+@guarded
+def export(
+    sweep: Sweep, store: Store = DEFAULT_STORE, results: ResultsPlace = str(DEFAULT_RESULTS),
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The archive; default: <sweep name>-<plan>.zip.")] = None,
+) -> None:
+    """Pack sweep, plan, versions, tables and report of a finished run into one archive for `ftsec verify`."""
+    from ftsec_ray.cli.archive import export_sweep
+
+    export_sweep(sweep, store=store, results=results, out=out)
+
+
+@app.command()
+@guarded
+def verify(
+    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="What `ftsec export` wrote.", show_default=False)],
+    base: Annotated[Path, typer.Option("--base", metavar="DIR", help="Where relative paths of its sweep start here.")] = Path(),
+    store: Store = DEFAULT_STORE, as_json: Json = False,  # noqa: FBT002
+) -> None:
+    """Plan the sweep of an archive here and say what would differ: code, packages, inputs, tables. Exit 0: nothing, 1: something."""
+    from ftsec_ray.cli.archive import verify_archive
+
+    raise typer.Exit(verify_archive(archive, base=base, store=store, as_json=as_json))
+
+
+@app.command("judge-audit")
+@guarded
+def judge_audit(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A results folder, such as results/quickstart.", show_default=False)],
+    labels: Annotated[Path | None, typer.Option("--labels", metavar="FILE", help=(
+        "Table of true verdicts: columns truth, and prompt_id or completion_sha256, narrowed by cell and probe."))] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Take the microworld's exact judge for the truth.")] = False,
+    judge: Annotated[list[str] | None, typer.Option("--judge", metavar="NAME", help=(
+        "Have this judge read the answers to requests too; may be given several times."))] = None,
+    as_json: Json = False,  # noqa: FBT002
+) -> None:
+    """Show how often each judge is wrong, every rate raw and corrected for that, and how far two judges agree."""
+    from ftsec_ray.cli.audit import audit
+
+    audit(results, labels=labels, exact=exact, judges=judge or (), as_json=as_json)
+
+
 @app.command("list")
 @guarded
 def list_(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="attacks | defenses | models | tasks | metrics", show_default=False)],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="attacks | defenses | models | tasks | metrics | columns", show_default=False)],
     as_json: Json = False,  # noqa: FBT002
 ) -> None:
-    """List the attacks, defenses, models, tasks or metrics."""
+    """List the attacks, defenses, models, tasks, metrics or the columns of the results."""
     from ftsec_ray.cli.catalogue import list_kind
 
     list_kind(kind, as_json=as_json)

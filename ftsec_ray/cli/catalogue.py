@@ -46,8 +46,22 @@ def _metrics() -> list[dict[str, Any]]:
     return [{f.name: getattr(m, f.name) for f in fields(m)} for m in schema.METRICS.values()]
 
 
+def _columns() -> list[dict[str, Any]]:
+    from ftsec_ray.results.write import TABLES, table_schema
+
+    rows = []
+    for name in TABLES:
+        whole = table_schema(name)
+        for field in whole:
+            since = max(schema.told_of(whole, "since", "1"), schema.told_of(field, "since", "1"), key=int)
+            rows.append({"table": name, "column": field.name, "type": str(field.type), "null": field.nullable,
+                         "better": schema.told_of(field, "better", "none"), "since": since, "unit": schema.told_of(field, "unit")})
+    return rows
+
+
 KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "attacks": lambda: _methods(ATTACKS), "defenses": lambda: _methods(DEFENSES), "models": _models, "tasks": _tasks, "metrics": _metrics,
+    "columns": _columns,
 }
 
 
@@ -63,6 +77,8 @@ def list_kind(kind: str, *, as_json: bool) -> None:
     if kind == "metrics":
         columns = ["name", "unit", "better", "meaning"]
     table(kind, columns, ([_cell(row[column]) for column in columns] for row in rows), right=("parameters",))
+    if kind == "columns":
+        say(f"\nschema version {schema.SCHEMA_VERSION}; `since` is the version that brought a column, and results of older ones open with null there")
     if kind == "models":
         say("\nalso: a Hugging Face id (owner/name), a folder with config.json, a .gguf file; family and aligned are taken from names of the\n"
             "pattern <family>-<size>-<instruct|base>, else write {path: FILE, family: NAME, aligned: true}")

@@ -15,8 +15,9 @@ from functools import cache
 from typing import Any
 
 from ftsec_ray.errors import SpecError, SpecFaults
-from ftsec_ray.identity import FORMAT_VERSION, canonical, digest, digest_text
+from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method, RowWise, hooks_of
+from ftsec_ray.plan import digests
 from ftsec_ray.plan.bill import Tariff
 from ftsec_ray.plan.code import imports_fingerprint, kind_fingerprint
 from ftsec_ray.plan.cost import parameters_of, prior_s
@@ -24,7 +25,7 @@ from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.origin import Origin, model_origin, task_origin
 from ftsec_ray.plan.resources import Sizing, data_resource, gang_name, is_large
 from ftsec_ray.plan.stage import ROLES, Cell, Resource, Stage
-from ftsec_ray.registry import method_digest, name_of
+from ftsec_ray.registry import identity_of, name_of
 from ftsec_ray.spec.sweep import ExcludeRule, ModelSpec, SweepSpec, TaskSpec
 
 Inputs = tuple[tuple[str, str], ...]
@@ -122,7 +123,7 @@ class _Builder:
         """Identity of a method with all the code that it calls."""
         found = self._digests.get(id(method))
         if found is None:
-            found = self._digests[id(method)] = digest([method_digest(method), imports_fingerprint(type(method).__module__)])
+            found = self._digests[id(method)] = digests.of_method(identity_of(method), imports_fingerprint(type(method).__module__))
         return found
 
     def plain(self, method: Method) -> dict[str, Any]:
@@ -137,10 +138,9 @@ class _Builder:
              owner: str | None = None, on_model: bool = True) -> _Head:
         """What stages of a kind share; `variant` names the code where it differs within a kind."""
         given = {**params, "methods": [self.plain(m) for m in methods]} if methods else dict(params)
-        text = canonical({"kind": kind, "code": kind_fingerprint(variant or kind), "format": FORMAT_VERSION,
-                          "methods": [self.method_digest(m) for m in methods], "params": given})
         row_wise = kind == "craft" and all(isinstance(method, RowWise) for method in methods)
-        return _Head(digest_text(text), kind, variant or kind, owner, given, on_model, row_wise)
+        key = digests.of_head(kind, kind_fingerprint(variant or kind), [self.method_digest(m) for m in methods], given)
+        return _Head(key, kind, variant or kind, owner, given, on_model, row_wise)
 
     def act(self, methods: Sequence[Method], kind: str, roles: Sequence[str] = ROLES) -> _Act:
         """What a stage of a kind does in which these methods act, made on first sight."""
@@ -168,7 +168,7 @@ class _Builder:
             before = ("reference", "unaligned")
             acting = tuple(m for m in both if _has(m, "wrap_generation") or _has(m, "probes"))
             found = self._recipes[memo] = _Recipe(
-                key=digest([self.method_digest(method) for method in both]),
+                key=digests.of_recipe([self.method_digest(method) for method in both]),
                 prepare=tuple(self.act((m,), "prepare", before) for m in both if _has(m, "prepare_model")),
                 craft=tuple(self.act((m,), "craft", before) for m in both if _has(m, "craft_data")),
                 tune=self.act(tuple(m for m in both if _has(m, "shape_training")), "tune"),
@@ -184,8 +184,7 @@ class _Builder:
         memo = (head.key, inputs, seed)
         found = self._known.get(memo)
         if found is None:
-            given = " ".join(f"{role}={digest}" for role, digest in inputs)
-            found = self._known[memo] = digest_text(f"stage {head.key} inputs {given} seed {seed}")
+            found = self._known[memo] = digests.of_stage(head.key, inputs, seed)
             place = where if where is not None else base.where if base else {}
             parameters = base.parameters if base else int(place.get("parameters", 0))
             takes = "cpu" if not head.on_model else base.resource if base else resource
@@ -312,7 +311,7 @@ class _Builder:
         for act in recipe.revise:
             model = step(act, ("model", model))
         evaluate = step(recipe.evaluate, ("model", model))
-        key = digest_text(f"cell {recipe.key} model {base.model.name!r} task {task.name!r} seed {seed} evaluate {evaluate}")
+        key = digests.of_cell(recipe.key, model=base.model.name, task=task.name, seed=seed, evaluate=evaluate)
         return Cell(key, base.model, task, attack, stack, seed, evaluate, inspects, tuple(crafts),
                     tuple(dict.fromkeys(chain)))
 

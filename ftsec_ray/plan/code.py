@@ -12,9 +12,10 @@ import importlib.util
 import json
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import digest, source_fingerprint
@@ -59,15 +60,32 @@ def _package_modules(package: str) -> list[str]:
     return sorted(f"{package}.{info.name}" for info in pkgutil.iter_modules(folders or []))
 
 
+def variant_of(kind: str, params: Mapping[str, Any]) -> str:
+    """Key of `KIND_SOURCES` for a stage of this kind and these params."""
+    if kind == "task":
+        return "task:microworld" if params["task"]["kind"] == "microworld" else kind
+    return f"{kind}:ladder" if kind in ("source", "align") and str(params.get("source", "")).startswith("ladder:") else kind
+
+
+def kind_code(kind: str) -> list[tuple[str, str]]:
+    """(module, fingerprint) of the code of a stage kind."""
+    return [(name, source_fingerprint(name)) for name in modules_of(kind)]
+
+
 @cache
 def kind_fingerprint(kind: str) -> str:
     """Digest of the code of a stage kind."""
-    return digest([[name, source_fingerprint(name)] for name in modules_of(kind)])
+    return digest(kind_code(kind))
 
 
 @cache
 def imports_fingerprint(module: str) -> str:
     """Digest of the code that a method's module imports from this package, through any number of steps."""
+    return digest(imports_code(module))
+
+
+def imports_code(module: str) -> dict[str, str]:
+    """Module -> fingerprint of the code that a method's module imports from this package, through any number of steps."""
     seen: dict[str, str] = {}
     waiting = list(_imports_of(module))
     while waiting:
@@ -75,7 +93,7 @@ def imports_fingerprint(module: str) -> str:
         if name not in seen:
             seen[name] = source_fingerprint(name)
             waiting += _imports_of(name)
-    return digest(seen)
+    return seen
 
 
 @cache

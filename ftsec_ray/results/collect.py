@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ftsec_ray.schedule.conductor import RunReport
     from ftsec_ray.store import Store
 
-_PACKAGES = ("ftsec_ray", "torch", "transformers", "peft", "ray", "pyarrow")
+_PACKAGES = ("ftsec_ray", "torch", "transformers", "tokenizers", "peft", "ray", "numpy", "pyarrow", "statsmodels")
 Row = dict[str, Any]
 
 

@@ -1,11 +1,13 @@
 """Results of a sweep as tables: opened only when whole, of this schema, and written by one run.
 
-`Results.open` checks the four footers against `run.json` and reads no rows; each table is read when first asked for.
+`Results.open` checks the footers of all tables against `run.json` and reads no rows; each table is read when first asked
+for. Results of an older schema open too: tables and columns that came later are empty and null.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,8 +40,8 @@ class Results:
         if not folder.is_dir():
             raise DataError("no results folder", str(folder), "a folder that `ftsec run` wrote", _FIX)
         meta = _read_meta(folder)
-        for name in TABLES:
-            _check_table(folder, name, meta["rows"].get(name))
+        for name in _held(meta):
+            _check_table(folder, name, meta["rows"].get(name), meta["schema"])
         return cls(folder, meta)
 
     @cached_property
@@ -66,7 +68,7 @@ class Results:
         """A table by name; DataError when there is none of that name."""
         if name not in TABLES:
             raise DataError("no such results table", name, " | ".join(TABLES))
-        return getattr(self, name)
+        return getattr(self, name) if hasattr(type(self), name) else self._read(name)
 
     def to_polars(self, name: str) -> polars.DataFrame:
         """A table as a Polars frame."""
@@ -110,7 +112,11 @@ class Results:
     def _read(self, name: str) -> pa.Table:
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(self.folder / name / PART).read()
+        whole = table_schema(name)
+        if name not in _held(self.meta):
+            return whole.empty_table()
+        table = pq.ParquetFile(self.folder / name / PART).read()
+        return table if self.meta["schema"] == schema.SCHEMA_VERSION else schema.brought_up(table, whole)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -125,16 +131,24 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON", str(broken), "JSON as ftsec writes it", _FIX) from broken
     if not isinstance(meta, dict) or not isinstance(meta.get("rows"), dict):
         raise DataError(f"{path} was not written by ftsec", str(meta)[:80], "a mapping with `schema` and `rows`", _FIX)
-    if meta.get("schema") != schema.SCHEMA_VERSION:
-        raise DataError(f"results of another schema version in {folder}", meta.get("schema"), schema.SCHEMA_VERSION,
-                        "read them with the package that wrote them, or collect the sweep again")
+    version = meta.get("schema")
+    if not isinstance(version, str) or not re.fullmatch("[1-9][0-9]{0,5}", version) or int(version) > int(schema.SCHEMA_VERSION):
+        raise DataError(f"results of a schema version that this ftsec_ray does not know in {folder}", version, f"1 to {schema.SCHEMA_VERSION}",
+                        "read them with the package that wrote them or a newer one, or collect the sweep again")
     return meta
 
 
-def _check_table(folder: Path, name: str, rows: object) -> None:
+def _held(meta: dict[str, Any]) -> tuple[str, ...]:
+    """The tables that results of this schema version have on disk."""
+    return tuple(name for name in TABLES if schema.as_of(table_schema(name), meta["schema"]) is not None)
+
+
+def _check_table(folder: Path, name: str, rows: object, version: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    wanted = schema.as_of(table_schema(name), version)
+    assert wanted is not None  # only tables of that version are looked at
     path = folder / name / PART
     if not path.is_file():
         raise DataError(f"the table {name!r} is missing", str(path), PART, _FIX)
@@ -143,7 +157,6 @@ def _check_table(folder: Path, name: str, rows: object) -> None:
             found, count = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError) as broken:
         raise DataError(f"{path} is not a whole Parquet file", str(broken)[:120], "Parquet", _FIX) from broken
-    wanted = table_schema(name)
     if not found.equals(wanted):
         lacks = [f"{field.name}: {field.type}" for field in wanted if field not in found]
         raise DataError(f"{path} is not the table {name!r} of this schema", ", ".join(found.names), f"columns {', '.join(lacks)}", _FIX)

@@ -69,7 +69,7 @@ def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
     """What a sweep takes along; `package` adds this machine's ftsec_ray."""
     base = sweep.parent.resolve()
     local = local_paths(spec)
-    texts = _texts(read_yaml(sweep.read_text(encoding="utf-8"), Faults(str(sweep))))
+    texts = texts_in(read_yaml(sweep.read_text(encoding="utf-8"), Faults(str(sweep))))
     # A link keeps its own place, since the sweep names that one; what it leads to is sent.
     relative = sorted({path for path in _relative(texts, base) if path.resolve() in local})
     root = Path(os.path.commonpath([base, *(path.parent for path in relative)]))
@@ -95,15 +95,16 @@ def _judge(spec: SweepSpec) -> str | None:
     return place if kind == "classifier" and Path(place).is_dir() else None
 
 
-def _texts(value: object) -> Iterator[str]:
+def texts_in(value: object) -> Iterator[str]:
+    """Every text in the values of a sweep file."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for one in value.values():
-            yield from _texts(one)
+            yield from texts_in(one)
     elif isinstance(value, Sequence):
         for one in value:
-            yield from _texts(one)
+            yield from texts_in(one)
 
 
 def _relative(texts: Iterator[str], base: Path) -> Iterator[Path]:

@@ -17,7 +17,8 @@ from ftsec_ray import api
 from ftsec_ray.cli.app import app
 from ftsec_ray.errors import StoreError
 from ftsec_ray.registry import ATTACKS, DEFENSES
-from ftsec_ray.schema import METRICS
+from ftsec_ray.results.write import TABLES, table_schema
+from ftsec_ray.schema import METRICS, SCHEMA_VERSION
 from ftsec_ray.store.store import Store
 from tests.cli import toy
 from tests.cli.toy import call
@@ -211,6 +212,16 @@ def test_a_name_of_an_attack_and_a_defense_shows_both_pages():
     shown = call("show", "none").stdout
     assert "(attack" in shown
     assert "(defense" in shown
+
+
+def test_every_column_of_the_results_is_listed_with_type_unit_and_direction():
+    rows = json.loads(call("list", "columns", "--json").stdout)
+    assert [(row["table"], row["column"], row["type"]) for row in rows] == [
+        (name, field.name, str(field.type)) for name in TABLES for field in table_schema(name)]
+    assert all(row["unit"] for row in rows)
+    assert {row["better"] for row in rows} == {"none", "lower"}
+    assert {int(row["since"]) for row in rows} <= set(range(1, int(SCHEMA_VERSION) + 1))
+    assert f"schema version {SCHEMA_VERSION}" in call("list", "columns").stdout
 
 
 def test_all_metrics_models_and_tasks_are_listed():

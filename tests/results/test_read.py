@@ -12,6 +12,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError, StoreError
+from ftsec_ray.results import read
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
@@ -98,6 +99,59 @@ def test_another_schema_version_is_refused(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps({**meta, "schema": "99"}))
     with pytest.raises(DataError, match="'99'"):
         Results.open(folder)
+
+
+@pytest.mark.parametrize("version", [None, 1, "0", "1.5", "newest", "", ["1"]])
+def test_a_schema_version_that_is_none_is_refused(folder: Path, version: object) -> None:
+    meta = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**meta, "schema": version}))
+    with pytest.raises(DataError, match="schema version that this ftsec_ray does not know"):
+        Results.open(folder)
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The schema as a later version may have it: one more column of cells, and one more table; returns the version before it."""
+    now = schema.SCHEMA_VERSION
+    new = str(int(now) + 1)
+    extra = schema._schema("extra", [schema._field("cell", pa.string(), nullable=False)], since=new)
+    cells = schema.cells().append(schema._field("judged_by", pa.string(), "name", since=new))
+    real = read.table_schema
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", new)
+    monkeypatch.setattr(read, "TABLES", (*read.TABLES, "extra"))
+    monkeypatch.setattr(read, "table_schema", lambda name: {"extra": extra, "cells": cells}.get(name) or real(name))
+    return now
+
+
+def by_hand(folder: Path, tables: dict[str, pa.Table], version: str) -> Path:
+    """A results folder written without the package."""
+    for name, table in tables.items():
+        (folder / name).mkdir(parents=True)
+        pq.write_table(table, folder / name / "part-0.parquet")
+    (folder / "run.json").write_text(json.dumps({"schema": version, "rows": {name: table.num_rows for name, table in tables.items()}}))
+    return folder
+
+
+def test_results_of_an_older_version_open_with_null_and_nothing_where_something_came_later(tmp_path: Path, later: str) -> None:
+    results = Results.open(by_hand(tmp_path / "old", tables_of(), later))
+    assert results.cells.column_names == [*schema.cells().names, "judged_by"]
+    assert results.cells["judged_by"].to_pylist() == [None] * 3
+    assert results.cells["cell"].to_pylist() == ["c0", "c1", "c2"]
+    assert results.metrics.num_rows == 5
+    assert (results.table("extra").num_rows, results.table("extra").column_names) == (0, ["cell"])
+    assert results.to_polars("cells")["judged_by"].null_count() == 3
+    assert results.wide().num_rows == 3
+
+
+def test_older_results_must_still_be_whole_and_newer_ones_may_not_lack_what_came(tmp_path: Path, later: str) -> None:
+    lacks = {**tables_of(), "cells": tables_of()["cells"].drop_columns(["seed"])}
+    with pytest.raises(DataError, match="seed: int64"):
+        Results.open(by_hand(tmp_path / "lacks", lacks, later))
+    with pytest.raises(DataError, match="judged_by: string"):
+        Results.open(by_hand(tmp_path / "claims", tables_of(), schema.SCHEMA_VERSION))
+    grown = tables_of()["cells"].append_column("judged_by", pa.nulls(3, pa.string()))
+    with pytest.raises(DataError, match="'extra' is missing"):
+        Results.open(by_hand(tmp_path / "half", {**tables_of(), "cells": grown}, schema.SCHEMA_VERSION))
 
 
 def test_a_wrong_table_is_never_written_and_leaves_no_finished_results(folder: Path) -> None:
