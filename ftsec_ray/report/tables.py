@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,17 @@ from markupsafe import Markup
 from ftsec_ray import schema
 from ftsec_ray.report import figures
 from ftsec_ray.report.figures import Dot, Series
-from ftsec_ray.report.grid import NONE, SUCCESS, Estimate, Grid, MethodLabel, Model
-from ftsec_ray.report.verdict import Verdict, utility_of
+from ftsec_ray.report.grid import NONE, SUCCESS, Estimate, Grid, Key, MethodLabel, Model, Utility
+from ftsec_ray.report.verdict import Effect, Verdict, utility_text
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
 
 _NOT_IN_HEAT = {"detect_score", "detect_auroc", "detect_tpr_at_1fpr", "filter_tpr", "filter_fpr"}
+_VOID = {SUCCESS, *schema.SAFETY}
 MAX_LINES = 8
+MAX_FOREST = 40
+"""Comparisons in the forest plot; the table beside it holds all."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class HeatCell:
     notes: tuple[str, ...]
     anchor: str | None
     """Where its example generations are on the page."""
+    utility: tuple[Utility, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,22 +78,27 @@ def heat(grid: Grid, anchors: dict[tuple[str, str, str, str], str]) -> Heat:
                     notes += (f"{point.statuses['done']} of {sum(point.statuses.values())} seeds",)
                 elif point.status != "done":
                     notes += (point.status,)
-                squares.append(HeatCell(index if measured else None, point.status, notes, anchors.get(key)))
+                squares.append(HeatCell(index if measured else None, point.status, notes, anchors.get(key), grid.utilities(key)))
                 if measured:
                     index += 1
                     for name in names:
                         found = point.estimates.get(name)
-                        data[name].append(None if found is None else _square(found, scales[name]))
+                        data[name].append(None if found is None else _square(found, scales[name], is_void=point.incoherent and name in _VOID))
             lines.append((attack, squares))
         slices.append((model, task, lines))
     return Heat(slices, [_legend(grid, name) for name in names], data)
 
 
-def _square(found: Estimate, scale: Callable[[float], float]) -> list[Any]:
-    interval = "" if found.low is None or found.high is None else f"{_number(found.low)}–{_number(found.high)}"
+def _square(found: Estimate, scale: Callable[[float], float], *, is_void: bool) -> list[Any]:
+    """Colour step (-1, no colour, where gibberish would look safe), value, interval over prompts, then n and seeds with theirs."""
     n = "" if found.n is None else f"n {found.n}"
-    seeds = "1 seed" if found.seeds == 1 else f"{found.seeds} seeds"
-    return [figures.heat_step(scale(found.value)), _number(found.value), interval, " · ".join(filter(None, (n, seeds)))]
+    seeds = "1 seed" if found.seeds == 1 else f"{found.seeds} seeds {_interval(found.over_seeds)}"
+    step = -1 if is_void else figures.heat_step(scale(found.value))
+    return [step, _number(found.value), _interval(found.prompts), " · ".join(filter(None, (n, seeds)))]
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{_number(ends[0])}–{_number(ends[1])}"
 
 
 def _number(value: float) -> str:
@@ -160,8 +169,12 @@ def _series(grid: Grid, index: int, defense: str, models: list[Model], task: str
     for model in models:
         found = grid.value((model.name, task, attack, defense))
         if found is not None and model.params:
-            tip = f"{attack}, {defense}, {model.name}: {found.text}" + (f", n {found.n}" if found.n else "") + f", {found.seeds} seed(s)"
-            points.append((float(model.params), found.value, found.low, found.high, tip))
+            key = (model.name, task, attack, defense)
+            beside = grid.utilities(key)
+            parts = [f"{attack}, {defense}, {model.name}: {found.text}", f"n {found.n}" if found.n else "",
+                     "1 seed" if found.seeds == 1 else f"{found.seeds} seeds", *(one.text for one in beside)]
+            doubtful = grid.points[key].incoherent or any(one.fell for one in beside)
+            points.append((float(model.params), found.value, found.low, found.high, ", ".join(filter(None, parts)), doubtful))
     return Series(index, defense, tuple(sorted(points)))
 
 
@@ -179,6 +192,8 @@ class TradeRow:
     on_front: bool
     incoherent: bool
     attacks: int
+    seeds: int
+    """Seeds of the point that has fewest."""
 
 
 @dataclass(frozen=True)
@@ -196,32 +211,33 @@ class Trade:
 
 def trades(grid: Grid) -> list[Trade]:
     """Utility against safety per model and task, where both were measured."""
-    utility = utility_of(grid)
     found = []
     for model, task in grid.slices():
+        utility = grid.utility_metrics[task][0]
         names = [d.label for d in grid.defenses if not d.only_inspects]
-        rows = [row for name in names if (row := _trade_row(grid, model.name, task, name, utility(task))) is not None]
+        rows = [row for name in names if (row := _trade_row(grid, model.name, task, name, utility)) is not None]
         most = max((row.attacks for row in rows), default=0)
         left_out = [row.defense for row in rows if row.attacks < most]
         rows = [row for row in rows if row.attacks == most]
         if not rows:
             continue
         rows = [_with_front(row, rows) for row in rows]
-        dots = [Dot(r.defense, r.utility, r.safety, r.worst, r.on_front, r.defense == NONE, r.incoherent, _tip(r, utility(task))) for r in rows]
-        title = f"safety against {metric_title(utility(task))} of every defense on {model.name}"
-        svg = figures.scatter(dots, title=title, x_label=f"utility: {metric_title(utility(task))}")
-        found.append(Trade(model, task, utility(task), svg, sorted(rows, key=lambda r: (not r.on_front, -r.safety)),
+        dots = [Dot(r.defense, r.utility, r.safety, r.worst, r.on_front, r.defense == NONE, r.incoherent, _tip(r, utility)) for r in rows]
+        title = f"safety against {metric_title(utility)} of every defense on {model.name}"
+        svg = figures.scatter(dots, title=title, x_label=f"utility: {metric_title(utility)}")
+        found.append(Trade(model, task, utility, svg, sorted(rows, key=lambda r: (not r.on_front, -r.safety)),
                            left_out))
     return found
 
 
 def _trade_row(grid: Grid, model: str, task: str, defense: str, utility: str) -> TradeRow | None:
-    pairs = []
+    pairs, seeds = [], []
     for attack in grid.real_attacks:
         key = (model, task, attack.label, defense)
         success, use = grid.value(key), grid.value(key, utility)
         if success is not None and use is not None:
             pairs.append((success.value, use.value, attack.label, key))
+            seeds.append(success.seeds)
     if not pairs:
         return None
 
@@ -231,7 +247,8 @@ def _trade_row(grid: Grid, model: str, task: str, defense: str, utility: str) ->
     worst, _, name, _ = max(pairs)
     return TradeRow(defense, fmean(p[1] for p in pairs), 1 - fmean(p[0] for p in pairs), 1 - worst, name,
                     mean("over_refusal_rate"), mean("coherent_rate"), on_front=False,
-                    incoherent=any(grid.points[key].incoherent for *_, key in pairs), attacks=len(pairs))
+                    incoherent=any(grid.points[key].incoherent for *_, key in pairs), attacks=len(pairs),
+                    seeds=min(seeds))
 
 
 def _with_front(row: TradeRow, rows: list[TradeRow]) -> TradeRow:
@@ -246,6 +263,7 @@ def _tip(row: TradeRow, utility: str) -> str:
         parts.append(f"over-refusal {row.over_refusal:.2f}")
     if row.coherent is not None:
         parts.append(f"coherent {row.coherent:.2f}")
+    parts.append("1 seed" if row.seeds == 1 else f"{row.seeds} seeds")
     return ", ".join(parts)
 
 
@@ -276,19 +294,95 @@ def _in_order(grid: Grid, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: (defense[r["defense"]], r["task"], attack[r["attack"]], model[r["model"]]))
 
 
-def phase_table(grid: Grid, verdict: Verdict) -> list[tuple[str, list[tuple[float, int] | None]]]:
-    """Mean drop in attack success by phase of the attack (rows) and of the defense (columns pre, during, post, mixed)."""
+def phase_table(grid: Grid, verdict: Verdict) -> list[tuple[str, list[tuple[float, int, Markup] | None]]]:
+    """Mean drop in attack success by phase of the attack (rows) and of the defense (columns pre, during, post, mixed), with pairs and utility."""
     phase_a = {a.label: a.phase for a in grid.attacks}
     phase_d = {d.label: d.phase for d in grid.defenses}
-    drops: dict[tuple[str, str], list[float]] = defaultdict(list)
+    held: dict[tuple[str, str], list[Effect]] = defaultdict(list)
     for effect in verdict.effects:
-        drops[phase_a[effect.attack], phase_d[effect.defense]].append(effect.drop)
+        held[phase_a[effect.attack], phase_d[effect.defense]].append(effect)
+
+    def square(own: list[Effect]) -> tuple[float, int, Markup] | None:
+        return (fmean(e.drop for e in own), len(own), utility_text(grid, [pair for e in own for pair in e.pairs])) if own else None
     rows = []
     for phase in ("pre", "during", "post"):
-        if any(a == phase for a, _ in drops):
-            rows.append((phase, [(fmean(drops[phase, d]), len(drops[phase, d])) if drops[phase, d] else None
-                                 for d in ("pre", "during", "post", "mixed")]))
+        if any(a == phase for a, _ in held):
+            rows.append((phase, [square(held.get((phase, d), [])) for d in ("pre", "during", "post", "mixed")]))
     return rows
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One comparison of attack success, with the utility of the same two points."""
+
+    model: str
+    task: str
+    attack: str
+    defense: str
+    against: str
+    kind: str
+    row: Mapping[str, Any]
+    """As the table `comparisons` has it."""
+    utility: str
+
+    @property
+    def tone(self) -> str:
+        """better, worse, incoherent, or open."""
+        word = str(self.row["conclusion"])
+        return word if word in ("better", "worse", "incoherent") else "open"
+
+    @property
+    def words(self) -> str:
+        """What can be said."""
+        row = self.row
+        if row["conclusion"] == "not tested":
+            return f"not tested: {row['note'] or 'no p'}"
+        if row["conclusion"] == "incoherent":
+            return f"not counted as safe or unsafe: {row['note']}"
+        if row["conclusion"] != "no difference shown":
+            return str(row["conclusion"])
+        if row["detectable"] is None:
+            return "no difference shown; so few prompts and seeds could not have shown any"
+        return f"no difference shown; one of {row['detectable']:.2f} would have been"
+
+    @property
+    def seeds(self) -> str:
+        """How many seeds and prompts it rests on."""
+        count = "1 seed" if self.row["n_seeds"] == 1 else f"{self.row['n_seeds']} seeds"
+        return count if self.row["n_prompts"] is None else f"{count}, {self.row['n_prompts']} prompts"
+
+
+def contrasts(grid: Grid) -> list[Contrast]:
+    """The comparisons of attack success, those that lower it most first; what has no effect comes last."""
+    found = []
+    for (own, other, metric), row in grid.compared.items():
+        if metric == grid.points[own].success:
+            found.append(Contrast(own[0], own[1], own[2], own[3], other[3], row["kind"], row, _beside(grid, own, other)))
+    return sorted(found, key=lambda c: (c.row["effect"] is None, c.row["effect"] or 0.0, c.model, c.task, c.attack, c.defense, c.against))
+
+
+def forest(found: Sequence[Contrast], *, has_tasks: bool) -> tuple[Markup, int] | None:
+    """The plot of the largest effects on real attacks that were tested, and how many more there are; None where there is none."""
+    tested = [c for c in found if c.row["q"] is not None and c.attack != NONE]
+    shown = {id(c) for c in sorted(tested, key=lambda c: -abs(c.row["effect"]))[:MAX_FOREST]}
+    lines = [figures.Line(tone=c.tone, title=f"{c.defense} vs {c.against}", about=" · ".join([c.attack, c.model, *[c.task] * has_tasks]),
+                          effect=c.row["effect"], low=c.row["ci_low"], high=c.row["ci_high"], detectable=c.row["detectable"],
+                          words=f"{c.row['conclusion']} · {c.seeds}", beside=c.utility) for c in tested if id(c) in shown]
+    if not lines:
+        return None
+    return figures.forest(lines, title="difference in attack success of pairs of stacks, with 95 % intervals"), len(tested) - len(shown)
+
+
+def _beside(grid: Grid, own: Key, other: Key) -> str:
+    """The utility of a pair, the stack compared with first; an arrow where the stack is clearly worse."""
+    parts = []
+    for before, after in zip(grid.utilities(other), grid.utilities(own), strict=True):
+        row = grid.comparison(own, other, after.metric)
+        if row is not None:
+            before = Utility(before.metric, row["rate_against"])
+            after = Utility(after.metric, row["rate"], row["conclusion"] == "worse")
+        parts.append(f"{before.text} → {replace(after, fell=row is not None and after.fell).number}")
+    return " · ".join(parts)
 
 
 def cost(results: Results) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Results of a sweep as tables: opened only when whole, of this schema, and written by one run.
 
-`Results.open` checks the four footers against `run.json` and reads no rows; each table is read when first asked for.
+`Results.open` checks the footer of every table against `run.json` and reads no rows; each table is read when first asked for.
+Results of schema version 1 have no `comparisons`: they are computed from the other tables.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import polars
     import pyarrow as pa
 
+    from ftsec_ray.results.paired import Correction
+
 _FIX = "collect the sweep again: ftsec run SWEEP finds finished stages in the store"
 
 
@@ -38,7 +41,7 @@ class Results:
         if not folder.is_dir():
             raise DataError("no results folder", str(folder), "a folder that `ftsec run` wrote", _FIX)
         meta = _read_meta(folder)
-        for name in TABLES:
+        for name in _held(meta):
             _check_table(folder, name, meta["rows"].get(name))
         return cls(folder, meta)
 
@@ -61,6 +64,25 @@ class Results:
     def stages(self) -> pa.Table:
         """One row per unique stage (schema.stages)."""
         return self._read("stages")
+
+    @cached_property
+    def comparisons(self) -> pa.Table:
+        """One row per pair of stacks and metric (schema.comparisons)."""
+        return self._read("comparisons") if "comparisons" in _held(self.meta) else self.compared()
+
+    def compared(self, correction: Correction = "bh") -> pa.Table:
+        """The comparisons computed anew, with another correction: `bh` (Benjamini-Hochberg) or `holm`."""
+        from ftsec_ray.results.compare import compare
+
+        return compare(self.cells, self.metrics, self.generations, hooks=self.meta.get("defense_hooks", {}),
+                       controls=self.meta.get("controls", ()), correction=correction)
+
+    @cached_property
+    def aggregated(self) -> pa.Table:
+        """One row per point of the grid and metric: mean over seeds, with spreads over prompts and over seeds (schema.aggregates)."""
+        from ftsec_ray.results.aggregate import aggregate
+
+        return aggregate(self.cells, self.metrics)
 
     def table(self, name: str) -> pa.Table:
         """A table by name; DataError when there is none of that name."""
@@ -125,10 +147,15 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON", str(broken), "JSON as ftsec writes it", _FIX) from broken
     if not isinstance(meta, dict) or not isinstance(meta.get("rows"), dict):
         raise DataError(f"{path} was not written by ftsec", str(meta)[:80], "a mapping with `schema` and `rows`", _FIX)
-    if meta.get("schema") != schema.SCHEMA_VERSION:
-        raise DataError(f"results of another schema version in {folder}", meta.get("schema"), schema.SCHEMA_VERSION,
+    if meta.get("schema") not in schema.READABLE:
+        raise DataError(f"results of another schema version in {folder}", meta.get("schema"), " | ".join(schema.READABLE),
                         "read them with the package that wrote them, or collect the sweep again")
     return meta
+
+
+def _held(meta: dict[str, Any]) -> tuple[str, ...]:
+    """The tables that results of this schema version have on disk."""
+    return tuple(name for name in TABLES if name != "comparisons" or meta["schema"] != "1")
 
 
 def _check_table(folder: Path, name: str, rows: object) -> None:

@@ -17,6 +17,7 @@ from ftsec_ray.report.verdict import difference, effects_of, judge
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
+from tests.results.toy import whole
 
 Measured = dict[tuple[str, str], dict[str, float]]
 GOALS = {"none": "none", "poison": "backdoor", "jailbreak": "harmful"}
@@ -41,7 +42,7 @@ def grid_of(tmp_path: Path) -> Callable[..., Grid]:
         tables_ = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
                    "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()}
         meta = {"sweep": "s", "question": "", "attack_goals": GOALS, "defense_hooks": hooks or {}}
-        return build_grid(Results.open(write_results(tmp_path / "r", tables=tables_, meta=meta)))
+        return build_grid(Results.open(write_results(tmp_path / "r", tables=whole(tables_, meta), meta=meta)))
     return make
 
 
@@ -143,9 +144,9 @@ def test_labels_name_the_parameters_that_differ_and_no_others(make_results: Call
         if cell["attack"] == "badnets":
             turn += 1
             cell["attack_params"] = json.dumps({"rate": 0.1, "trigger": "cf" if turn % 2 else "mn"})
-    whole = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": results.metrics, "generations": results.generations,
+    changed = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": results.metrics, "generations": results.generations,
              "stages": results.stages}
-    grid = build_grid(Results.open(write_results(results.folder, tables=whole, meta=results.meta)))
+    grid = build_grid(Results.open(write_results(results.folder, tables=whole(changed, results.meta), meta=results.meta)))
     labels = [attack.label for attack in grid.attacks]
     assert labels[0] == "none"
     assert [label for label in labels if label.startswith("badnets")] == ["badnets (trigger=cf)", "badnets (trigger=mn)"]
