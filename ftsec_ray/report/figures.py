@@ -206,7 +206,7 @@ class Line:
     """Utility of the same two points."""
 
 
-_TONES = {"better": (1, "#0072b2"), "worse": (2, "#c24a00"), "incoherent": (6, "#3b1204"), "open": (7, "#6b7785")}
+_TONES = {"better": (0, "#0072b2"), "worse": (1, "#c24a00"), "incoherent": (6, "#3b1204"), "open": (7, "#6b7785")}
 """Tone -> marker shape and colour: blue is good for the defender, as on the grid."""
 FOREST_WIDTH, _FOREST_LEFT, _FOREST_RIGHT, _FOREST_LINE = 1180, 330, 730, 30
 
@@ -239,7 +239,7 @@ def _forest_line(line: Line, y: float, x_at: Callable[[float], float]) -> Markup
             x_at(-line.detectable), y - 7, x_at(line.detectable) - x_at(-line.detectable)))
     parts += [Markup('<line x1="{0:.1f}" x2="{1:.1f}" y1="{2:.1f}" y2="{2:.1f}" stroke="{3}" stroke-width="1.8"/>').format(
         x_at(line.low), x_at(line.high), y, colour), _mark(shape, colour, x_at(line.effect), y)]
-    right, number = _FOREST_RIGHT + 14, f"{line.effect:.2f} [{line.low:.2f}, {line.high:.2f}]".replace("-", "−")
+    right, number = _FOREST_RIGHT + 14, f"{line.effect:.2f} [{line.low:.2f}, {line.high:.2f}]".replace("-0.00", "0.00").replace("-", "−")
     for x, up, down in ((4, _cut(line.title, 52), _cut(line.about, 62)), (right, f"{number} {line.words}", line.beside)):
         parts.append(Markup('<text class="name" x="{}" y="{:.1f}">{}</text>').format(x, y - 2, up))
         parts.append(Markup('<text class="tick" x="{}" y="{:.1f}">{}</text>').format(x, y + 10, down))

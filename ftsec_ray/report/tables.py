@@ -15,12 +15,11 @@ from ftsec_ray import schema
 from ftsec_ray.report import figures
 from ftsec_ray.report.figures import Dot, Series
 from ftsec_ray.report.grid import NONE, SUCCESS, Estimate, Grid, Key, MethodLabel, Model, Utility
-from ftsec_ray.report.verdict import Effect, Verdict, utility_text
+from ftsec_ray.report.verdict import Effect, Verdict, change_text, utility_text
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
 
-_NOT_IN_HEAT = {"detect_score", "detect_auroc", "detect_tpr_at_1fpr", "filter_tpr", "filter_fpr"}
 _VOID = {SUCCESS, *schema.SAFETY}
 MAX_LINES = 8
 MAX_FOREST = 40
@@ -58,7 +57,7 @@ def metric_title(name: str) -> str:
 
 def heat(grid: Grid, anchors: dict[tuple[str, str, str, str], str]) -> Heat:
     """The heatmaps of a grid, one per model and task."""
-    names = [name for name in grid.metrics if name not in _NOT_IN_HEAT]
+    names = [name for name in grid.metrics if name not in schema.ABOUT_DEFENSES]
     scales = {name: _scale(grid, name) for name in names}
     data: dict[str, list[list[Any] | None]] = {name: [] for name in names}
     slices, index = [], 0
@@ -90,11 +89,12 @@ def heat(grid: Grid, anchors: dict[tuple[str, str, str, str], str]) -> Heat:
 
 
 def _square(found: Estimate, scale: Callable[[float], float], *, is_void: bool) -> list[Any]:
-    """Colour step (-1, no colour, where gibberish would look safe), value, interval over prompts, then n and seeds with theirs."""
-    n = "" if found.n is None else f"n {found.n}"
-    seeds = "1 seed" if found.seeds == 1 else f"{found.seeds} seeds {_interval(found.over_seeds)}"
+    """Colour step (-1, no colour, where gibberish would look safe), value, and two lines: prompts and seeds with their intervals."""
+    n, prompts = "" if found.n is None else f"n {found.n}", _interval(found.prompts)
     step = -1 if is_void else figures.heat_step(scale(found.value))
-    return [step, _number(found.value), _interval(found.prompts), " · ".join(filter(None, (n, seeds)))]
+    if found.seeds == 1:
+        return [step, _number(found.value), prompts, " · ".join(filter(None, (n, "1 seed")))]
+    return [step, _number(found.value), " · ".join(filter(None, (prompts, n))), f"{found.seeds} seeds {_interval(found.over_seeds)}"]
 
 
 def _interval(ends: tuple[float, float] | None) -> str:
@@ -340,9 +340,9 @@ class Contrast:
         if row["conclusion"] == "incoherent":
             return f"not counted as safe or unsafe: {row['note']}"
         if row["conclusion"] != "no difference shown":
-            return str(row["conclusion"])
+            return str(row["conclusion"]) + (f"; utility {row['utility']}" if row["utility"].startswith("worse") else "")
         if row["detectable"] is None:
-            return "no difference shown; so few prompts and seeds could not have shown any"
+            return "no difference shown; too few seeds or prompts to show any"
         return f"no difference shown; one of {row['detectable']:.2f} would have been"
 
     @property
@@ -381,7 +381,7 @@ def _beside(grid: Grid, own: Key, other: Key) -> str:
         if row is not None:
             before = Utility(before.metric, row["rate_against"])
             after = Utility(after.metric, row["rate"], row["conclusion"] == "worse")
-        parts.append(f"{before.text} → {replace(after, fell=row is not None and after.fell).number}")
+        parts.append(change_text(before, replace(after, fell=row is not None and after.fell)))
     return " · ".join(parts)
 
 

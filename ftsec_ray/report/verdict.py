@@ -84,6 +84,11 @@ def is_clear(grid: Grid, before: Key, after: Key, metric: str = SUCCESS) -> bool
     return difference(_measured(grid, before, metric), _measured(grid, after, metric))[1] > 0
 
 
+def change_text(before: Utility, after: Utility) -> str:
+    """One utility before and after, in one unbroken piece."""
+    return f"{before.text} → {after.number}".replace(" ", "\u00a0")
+
+
 def utility_text(grid: Grid, pairs: Sequence[tuple[Key, Key]]) -> Markup:
     """Clean accuracy, over-refusal and coherence over pairs of points of one or several models, first -> second of each pair."""
     parts = []
@@ -92,7 +97,7 @@ def utility_text(grid: Grid, pairs: Sequence[tuple[Key, Key]]) -> Markup:
         if all(sides):
             before, after = (Utility(side[0].metric, fmean(one.value for one in side if one.value is not None)) for side in sides)
             after = replace(after, fell=any(one.fell for one in sides[1]))
-            parts.append(f"{before.text} → {after.number}")
+            parts.append(change_text(before, after))
         else:
             parts.append(f"{SHORT[grid.utilities(pairs[0][0])[slot].metric]} –")
     return Markup(" · ").join(parts)

@@ -24,7 +24,7 @@ from ftsec_ray.plan.bill import BudgetError, bill_of, shortfall, spent
 from ftsec_ray.plan.cost import Costs
 from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
-from ftsec_ray.results.compare import Correction, compare
+from ftsec_ray.results.compare import compare
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.write import write_results
 from ftsec_ray.store import DamagedArtifact
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ftsec_ray.plan import Cell, Plan
+    from ftsec_ray.results.paired import Correction
     from ftsec_ray.schedule.conductor import RunReport
     from ftsec_ray.store import Store
 

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
-from ftsec_ray.results.paired import ALPHA, CORRECTIONS, Correction, Paired, corrected, detectable, paired, plain
+from ftsec_ray.results.paired import ALPHA, Correction, Paired, corrected, detectable, paired, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -239,9 +239,8 @@ def _rows(grid: _Grid, answers: _Answers, pair: _Pair) -> Iterator[_Row]:
     one, other = grid.arms[pair.place][pair.stack], grid.arms[pair.place][pair.against]
     seeds = sorted(set(one) & set(other))
     both = [*one.values(), *other.values()]
-    names = {name for cell in both for name in grid.values.get(cell, ())} or {grid.success(both)}
-    with_direction = [name for name in schema.METRICS if name in names and schema.METRICS[name].better != "none"]
-    for metric in with_direction:
+    names = {name for cell in both for name in grid.values.get(cell, ())} - set(schema.ABOUT_DEFENSES) or {grid.success(both)}
+    for metric in [name for name in schema.METRICS if name in names]:
         shared = [seed for seed in seeds if all(metric in grid.values.get(side[seed], {}) for side in (one, other))]
         sides = [[side[seed] for seed in shared] for side in (one, other)]
         incoherent = tuple(who for who, cells in zip(("the stack", "`against`"), sides, strict=True)
@@ -361,5 +360,3 @@ def _conclude(rows: Sequence[_Row]) -> None:
         if row.pair in tested:
             row.shown["utility"] = f"worse: {', '.join(lost[row.pair])}" if row.pair in lost else "no loss shown"
 
-
-__all__ = ["ALPHA", "CORRECTIONS", "Correction", "compare"]

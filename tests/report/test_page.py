@@ -239,17 +239,17 @@ def judged(make_results: Make) -> Results:
 def test_comparisons_stand_in_the_table_and_the_plot_sorted_by_effect(judged: Results) -> None:
     page = page_of(judged.folder)
     rows = re.findall(r'<tr[^>]*><th scope="row"><code>([^<]*)</code></th><td><code>none</code></td><td>([^<]*)</td><td>([^<]*)</td>'
-                      r'<td class="num"><b>([^<]*)</b>.*?<td class="word (\w+)">([^<]*)</td><td class="ci">([^<]*)</td>'
+                      r'<td class="ci">([^<]*)</td><td class="num"><b>([^<]*)</b>.*?<td class="word (\w+)">([^<]*)</td>'
                       r'<td class="ci">([^<]*)</td>', page.text)
     success = {attack: "asr" if attack in ("badnets", "badedit") else "harmful_rate" for attack in ATTACKS}
     wanted = [row for row in judged.comparisons.to_pylist() if row["metric"] == success[row["attack"]] and row["effect"] is not None]
     assert len(rows) == len(wanted)
-    effects = [float(row[3].replace("−", "-")) for row in rows]
+    effects = [float(row[4].replace("−", "-")) for row in rows]
     assert effects == sorted(effects)
-    assert {row[4] for row in rows} >= {"better", "open", "incoherent"}
-    assert all("cacc" in row[6] and "over" in row[6] and "coh" in row[6] for row in rows)
+    assert {row[5] for row in rows} >= {"better", "open", "incoherent"}
+    assert all("cacc" in row[7] and "over" in row[7] and "coh" in row[7] for row in rows)
     by_key = {(row["defenses"][0], row["attack"], row["model"]): row for row in wanted}
-    for defense, attack, model, effect, _, words, _, seeds in rows:
+    for defense, attack, model, seeds, effect, _, words, _ in rows:
         row = by_key[defense, attack, model]
         assert effect.replace("−", "-") in (f"{row['effect']:+.2f}", "0.00")
         assert words.startswith(("not counted as safe", "no difference shown") if row["conclusion"] in ("incoherent", "no difference shown")
@@ -268,7 +268,7 @@ def test_what_defends_clearly_is_what_the_corrected_comparisons_say(judged: Resu
     for effect in effects:
         own = [rows[after[0], effect.attack, effect.defense] for _, after in effect.pairs]
         assert effect.clear == sum(row["conclusion"] == "better" for row in own)
-        assert re.match(r"cacc [\d.]+ → [\d.]+↓? · over [\d.]+ → [\d.]+↑? · coh [\d.]+ → [\d.]+$", effect.utility)
+        assert re.match(r"cacc\s[\d.]+\s→\s[\d.]+↓? · over\s[\d.]+\s→\s[\d.]+↑? · coh\s[\d.]+\s→\s[\d.]+$", effect.utility)
 
 
 def test_a_clear_loss_of_utility_has_its_arrow_where_the_attack_success_is_shown(judged: Results) -> None:

@@ -14,6 +14,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from ftsec_ray import schema
+from ftsec_ray.method import hooks_of
 from ftsec_ray.results.compare import compare
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
@@ -159,7 +160,7 @@ def test_verdicts_are_enough_and_without_them_only_the_difference_is_told(tmp_pa
 
 def test_metrics_without_verdicts_and_unknown_ones_do_not_pretend(tmp_path: Path) -> None:
     tables = tables_of({("poison", stack, 0): {"asr": "1100"} for stack in ("none", "guard")})
-    extra = [metric_row(f"m/poison/{stack}/0", name, 1, 2) for stack in ("none", "guard") for name in ("perplexity", "detect_score")]
+    extra = [metric_row(f"m/poison/{stack}/0", name, 1, 2) for stack in ("none", "guard") for name in ("perplexity", "filter_tpr", "of_tomorrow")]
     tables["metrics"] = pa.concat_tables([tables["metrics"], pa.Table.from_pylist(extra, schema.metrics())])
     rows = {row["metric"]: row for row in whole(tables, META)["comparisons"].to_pylist()}
     assert set(rows) == {"asr", "perplexity"}
@@ -191,13 +192,17 @@ def test_results_of_version_one_open_and_are_compared_when_asked(tmp_path: Path)
 
 def test_the_metrics_name_the_verdicts_that_the_evaluation_counts() -> None:
     from ftsec_ray.evals.probes import REQUEST_PROBES, default_probes
+    from ftsec_ray.registry import ATTACKS
     from ftsec_ray.spec.sweep import EvaluationConfig
+    from tests.attacks.context import context
     from tests.fixtures_models import tiny_task
 
     counted = {metric: ((probe,), verdict) for probe, (_, metrics) in REQUEST_PROBES.items() for metric, verdict in metrics.items()}
-    for probe in default_probes(tiny_task(), EvaluationConfig()):
+    backdoors = [ATTACKS.get(name)() for name in ATTACKS.names() if "probes" in hooks_of(ATTACKS.get(name))]
+    own = [probe for attack in backdoors for probe in attack.probes(tiny_task(), context())]  # type: ignore[attr-defined]
+    for probe in [*default_probes(tiny_task(), EvaluationConfig()), *own]:
         counted |= {metric: ((probe.name,), verdict) for metric, verdict in probe.metrics.items()}
-    assert {"cacc", "harmful_rate"} <= set(counted)
+    assert {"cacc", "harmful_rate", "asr", "asr_no_trigger", "asr_same_prompt"} <= set(counted)
     told = {name: (metric.probes, metric.verdict) for name, metric in schema.METRICS.items() if name in counted}
     assert told == counted
     assert schema.METRICS["coherent_rate"].probes == tuple(REQUEST_PROBES)

@@ -75,6 +75,12 @@ def test_a_missing_table_is_named(folder: Path) -> None:
         Results.open(folder)
 
 
+def test_results_of_this_version_need_their_comparisons(folder: Path) -> None:
+    (folder / "comparisons" / "part-0.parquet").unlink()
+    with pytest.raises(DataError, match="'comparisons' is missing"):
+        Results.open(folder)
+
+
 def test_a_cut_file_is_named(folder: Path) -> None:
     path = folder / "metrics" / "part-0.parquet"
     path.write_bytes(path.read_bytes()[:-20])
