@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = "2"
-"""Raised when a table gains or changes columns."""
+"""Of results as a whole: raised when a table comes or its columns change. A table's own metadata says since when it is as it is."""
 READABLE = ("1", "2")
 """Versions that `Results.open` opens: "1" had no `comparisons`."""
 
@@ -80,10 +80,10 @@ def _field(name: str, kind: pa.DataType, unit: str = "", *, nullable: bool = Tru
     return pa.field(name, kind, nullable=nullable, metadata={"unit": unit} if unit else None)
 
 
-def _schema(table: str, fields: list[pa.Field]) -> pa.Schema:
+def _schema(table: str, fields: list[pa.Field], *, since: str = "1") -> pa.Schema:
     import pyarrow as pa
 
-    return pa.schema(fields, metadata={"ftsec_table": table, "ftsec_schema": SCHEMA_VERSION})
+    return pa.schema(fields, metadata={"ftsec_table": table, "ftsec_schema": since})
 
 
 @cache
@@ -192,7 +192,7 @@ def comparisons() -> pa.Schema:
         _field("utility", s, "of the same pair: no loss shown | worse: <metrics> | not tested", nullable=False),
         *(_field(name, f, "of the stack, mean over the seeds of both") for name in UTILITY),
         _field("note", s, "why it was not tested, or what is missing"),
-    ])
+    ], since="2")
 
 
 @cache
@@ -208,7 +208,7 @@ def aggregates() -> pa.Schema:
         _field("prompts_low", f, "95 % over prompts within a run (Wilson)"), _field("prompts_high", f, "95 %"),
         _field("seeds_low", f, "95 % over seeds (t); null with one seed"), _field("seeds_high", f, "95 %"),
         _field("ci_low", f, "span of both"), _field("ci_high", f, "span of both"),
-    ])
+    ], since="2")
 
 
 def __getattr__(name: str) -> object:

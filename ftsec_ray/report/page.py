@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ftsec_ray import schema
+from ftsec_ray.report import contrasts as contrasts_of
 from ftsec_ray.report import examples as examples_of
 from ftsec_ray.report import figures, tables
 from ftsec_ray.report.grid import SUCCESS, Grid, build_grid
@@ -47,7 +48,7 @@ def render(results: Results) -> str:
     shown, left_out = examples_of.examples(grid, results)
     anchors = {(e.model, e.task, e.attack, e.defense): e.anchor for e in shown}
     heat = tables.heat(grid, anchors)
-    contrasts = tables.contrasts(grid)
+    contrasts = contrasts_of.contrasts(grid)
     legend, charts, not_drawn = tables.size_charts(grid, verdict)
     style, script = _asset("page.css") + _heat_rules(), _asset("page.js")
     return _environment().get_template("page.html.j2").render(
@@ -56,7 +57,8 @@ def render(results: Results) -> str:
         charts=charts, not_drawn=not_drawn, trades=tables.trades(grid), detections=tables.detections(grid), filters=tables.filters(grid),
         phases=tables.phase_table(grid, verdict), cost=tables.cost(results), failures=tables.failures(grid, results),
         examples=shown, examples_left_out=left_out, contrasts=contrasts,
-        forest=tables.forest(contrasts, has_tasks=len(grid.tasks) > 1), incoherent_below=schema.INCOHERENT_BELOW, best_rows=_best_rows(grid, verdict))
+        forest=contrasts_of.forest(contrasts, has_tasks=len(grid.tasks) > 1), incoherent_below=schema.INCOHERENT_BELOW,
+        best_rows=_best_rows(grid, verdict))
 
 
 def _environment() -> Environment:

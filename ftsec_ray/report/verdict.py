@@ -12,11 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean
 
 from markupsafe import Markup
 
+from ftsec_ray import schema
 from ftsec_ray.report.grid import NONE, SHORT, SUCCESS, Estimate, Grid, Key, MethodLabel, Model, Utility
+
+LONG = {"cacc": "clean accuracy", "benign_rate": "right answers to benign requests", "over_refusal_rate": "over-refusal",
+        "coherent_rate": "coherence"}
+"""Utility in sentences."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,13 @@ def difference(before: Estimate, after: Estimate) -> tuple[float, float, float]:
     return drop, low, high
 
 
-def is_clear(grid: Grid, before: Key, after: Key, metric: str = SUCCESS) -> bool:
-    """Whether a metric is clearly lower with a stack than without it."""
+def is_clear(grid: Grid, before: Key, after: Key, metric: str = SUCCESS, *, rises: bool = False) -> bool:
+    """Whether a metric is clearly lower, or with `rises` higher, with a stack than without it."""
     row = grid.comparison(after, before, metric)
     if row is not None:
-        return bool(row["effect"] < 0 and row["conclusion"] in ("better", "worse"))
-    return difference(_measured(grid, before, metric), _measured(grid, after, metric))[1] > 0
+        return bool((row["effect"] > 0) is rises and row["conclusion"] in ("better", "worse"))
+    first, second = _measured(grid, before, metric), _measured(grid, after, metric)
+    return (difference(second, first) if rises else difference(first, second))[1] > 0
 
 
 def change_text(before: Utility, after: Utility) -> str:
@@ -214,21 +221,19 @@ def _failures(grid: Grid, effects: Sequence[Effect], working: frozenset[str]) ->
 
 def _costs(grid: Grid) -> list[Sentence]:
     found = []
-    worst: tuple[float, str, Model, Estimate, Estimate] | None = None
+    worst: tuple[float, str, str, Model, Estimate, Estimate] | None = None
     for model, task in grid.slices():
-        metric = grid.utility_metrics[task][0]
-        before = (model.name, task, NONE, NONE)
-        plain = grid.value(before, metric)
-        for defense in grid.acting:
-            kept = grid.value((model.name, task, NONE, defense.label), metric)
-            if plain is None or kept is None or not is_clear(grid, before, (model.name, task, NONE, defense.label), metric):
+        for defense, metric in product(grid.acting, grid.utility_metrics[task]):
+            before, after = (model.name, task, NONE, NONE), (model.name, task, NONE, defense.label)
+            plain, kept = grid.value(before, metric), grid.value(after, metric)
+            if plain is None or kept is None or not is_clear(grid, before, after, metric, rises=schema.METRICS[metric].better == "lower"):
                 continue
-            if worst is None or plain.value - kept.value > worst[0]:
-                worst = (plain.value - kept.value, defense.label, model, plain, kept)
+            if worst is None or abs(plain.value - kept.value) > worst[0]:
+                worst = (abs(plain.value - kept.value), defense.label, LONG[metric], model, plain, kept)
     if worst:
-        _, name, model, plain, kept = worst
-        found.append(Sentence("bad", Markup("The dearest defense: without any attack, {} costs utility on {}, {:.2f} → {:.2f}.").format(
-            code(name), code(model.name), plain.value, kept.value)))
+        _, name, what, model, plain, kept = worst
+        found.append(Sentence("bad", Markup("The dearest defense: without any attack, {} costs {} on {}, {:.2f} → {:.2f}.").format(
+            code(name), what, code(model.name), plain.value, kept.value)))
     broken = sorted({key[3] for key, point in grid.points.items() if point.incoherent and key[3] != NONE})
     if broken:
         found.append(Sentence("bad", Markup("With {} at least one model no longer writes coherent text: low attack success there is "

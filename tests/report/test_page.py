@@ -15,7 +15,7 @@ import pytest
 
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError
-from ftsec_ray.report import tables
+from ftsec_ray.report.contrasts import MAX_FOREST
 from ftsec_ray.report.examples import is_hidden, visible
 from ftsec_ray.report.grid import build_grid
 from ftsec_ray.report.page import write_report
@@ -256,7 +256,7 @@ def test_comparisons_stand_in_the_table_and_the_plot_sorted_by_effect(judged: Re
                                 else row["conclusion"])
         assert seeds == f"{row['n_seeds']} seeds, 40 prompts"
     plot = page.text[page.text.index('<svg class="forest"'):]
-    assert plot[:plot.index("</svg>")].count("<title>") == tables.MAX_FOREST
+    assert plot[:plot.index("</svg>")].count("<title>") == MAX_FOREST
 
 
 def test_what_defends_clearly_is_what_the_corrected_comparisons_say(judged: Results) -> None:

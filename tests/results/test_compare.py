@@ -167,6 +167,15 @@ def test_metrics_without_verdicts_and_unknown_ones_do_not_pretend(tmp_path: Path
     assert (rows["perplexity"]["note"], rows["perplexity"]["q"]) == ("not a share of verdicts per prompt", None)
 
 
+def test_pairs_are_within_one_model_and_one_setting_of_the_attack(tmp_path: Path) -> None:
+    answers = {("poison", "none", 0): {"asr": share(18, 20)}, ("poison", "guard", 0): {"asr": share(2, 20)}}
+    rows = rows_of(results_of(tmp_path, answers, models=("a", "b")))
+    assert [(row["model"], row["conclusion"]) for row in rows] == [("a", "better"), ("b", "better")]
+    tables = tables_of(answers)
+    cells = [{**cell, "attack_params": json.dumps({"rate": len(cell["defenses"])})} for cell in tables["cells"].to_pylist()]
+    assert whole({**tables, "cells": pa.Table.from_pylist(cells, schema.cells())}, META)["comparisons"].num_rows == 0
+
+
 def test_all_cells_failed_or_no_cells_at_all(tmp_path: Path) -> None:
     failed = {("poison", stack, seed): "failed" for stack in ("none", "guard", "shrink", "filter+guard") for seed in (0, 1)}
     results = results_of(tmp_path, {}, statuses=failed)
