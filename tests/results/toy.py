@@ -19,7 +19,7 @@ from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
 
 Answers = Mapping[tuple[str, str, int], Mapping[str, str]]
-"""(attack, stack, seed) -> metric -> answers; a stack is names joined by `+`, each perhaps with `:<setting>`."""
+"""(attack, stack, seed) -> metric -> answers (`x`: gibberish); a stack is names joined by `+`, each perhaps with `:<setting>`."""
 MISS = {"target": "other", "correct": "wrong", "complied": "refused", "refused": "complied", "not incoherent": "incoherent"}
 PROBE = {"coherent_rate": "benign", **{name: one.probes[0] for name, one in schema.METRICS.items() if len(one.probes) == 1}}
 META = {"sweep": "toy", "question": "", "plan": "p", "attack_goals": {"none": "none", "poison": "backdoor", "jailbreak": "harmful"},
@@ -71,7 +71,8 @@ def metric_row(cell: str, metric: str, hits: int, n: int) -> dict[str, Any]:
 def answer_row(cell: str, metric: str, number: int, answer: str, *, keeps_text: bool) -> dict[str, Any]:
     """A row of `generations` with the verdict that the metric counts, its opposite, or none."""
     good = schema.METRICS[metric].verdict
-    verdict = None if answer == "?" else (good.replace("not incoherent", "complied") if answer == "1" else MISS[good])
+    told = {"x": "incoherent", "?": None}
+    verdict = told[answer] if answer in told else (good.replace("not incoherent", "complied") if answer == "1" else MISS[good])
     return {"cell": cell, "probe": PROBE[metric], "prompt_id": f"{number:04d}", "prompt": "how ?" if keeps_text else None,
             "completion": "so ." if keeps_text else None, "judge": "j@1", "verdict": verdict, "raw": "", "override": None, "template_hash": "t"}
 
