@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ftsec_ray.errors import DataError, EnvironmentFault, SpecError
 from ftsec_ray.plan.graph import Plan
+from ftsec_ray.schema import SCHEMA_VERSION
 from ftsec_ray.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
     from ftsec_ray.results.audit import Audit
+    from ftsec_ray.results.paired import Correction
     from ftsec_ray.results.read import Results
     from ftsec_ray.results.verify import Verification
     from ftsec_ray.schedule.jobs import Head, Job
@@ -170,11 +172,12 @@ def run_plan(whole: Plan, store: Store, folder: Path, *, executor: Executor = "t
     return Outcome(results=open_results(folder), page=write_report(folder), report=report)
 
 
-def collect_plan(whole: Plan, store: Store, report: RunReport | None, folder: Path, *, sweep_text: str | None = None) -> Path:
+def collect_plan(whole: Plan, store: Store, report: RunReport | None, folder: Path, *, sweep_text: str | None = None,
+                 correction: Correction = "bh") -> Path:
     """Write the tables of what the store holds of a plan: one row for every cell, whatever happened to it."""
     from ftsec_ray.results.collect import collect
 
-    return collect(whole, store, report, folder, sweep_text=sweep_text)
+    return collect(whole, store, report, folder, sweep_text=sweep_text, correction=correction)
 
 
 def text_of(sweep: Sweep) -> str | None:
@@ -184,7 +187,7 @@ def text_of(sweep: Sweep) -> str | None:
 
 
 def open_results(folder: str | Path) -> Results:
-    """The tables of a finished run: `.cells`, `.metrics`, `.generations`, `.stages`, `.to_polars(name)`, `.to_pandas(name)`."""
+    """The tables of a finished run: `.cells`, `.metrics`, `.generations`, `.stages`, `.comparisons`, `.aggregated`, `.to_polars(name)`."""
     from ftsec_ray.results.read import Results
 
     return Results.open(Path(folder))
@@ -279,7 +282,7 @@ def whole_results(whole: Plan, folder: Path) -> Results | None:
         held = open_results(folder)
     except DataError:  # none yet, half-written, or of another version: collected anew
         return None
-    same = held.meta.get("plan") == whole.digest
+    same = (held.meta.get("plan"), held.meta["schema"]) == (whole.digest, SCHEMA_VERSION)
     return held if same and set(held.cells["status"].to_pylist()) == {"done"} else None
 
 

@@ -74,6 +74,18 @@ def test_every_cell_is_answered_with_intervals(finished):
     assert {m["cell"] for m in metrics if m["metric"] == "asr_no_trigger"} == backdoored
 
 
+def test_every_share_of_verdicts_is_compared_with_none_on_the_very_prompts(finished):
+    _, results = finished
+    rows = [row for row in results.comparisons.to_pylist() if schema.METRICS[row["metric"]].probes]
+    stacks = (("safe_lora",), ("self_reminder",), ("lisa", "shrink"))
+    wanted = {(attack, stack, "none") for attack in ("none", "badnets", "harmful_tuning") for stack in stacks}
+    assert {(row["attack"], tuple(row["defenses"]), row["kind"]) for row in rows} == wanted
+    assert {"asr", "cacc", "over_refusal_rate", "coherent_rate", "harmful_rate"} <= {row["metric"] for row in rows}
+    untested = [(row["metric"], row["note"]) for row in rows if row["q"] is None]
+    assert untested == []
+    assert all(row["n_prompts"] > 0 and row["p"] <= row["q"] <= 1 and row["ci_low"] <= row["effect"] <= row["ci_high"] for row in rows)
+
+
 def test_cells_share_their_stages(world):
     plan = build_plan(ftsec_ray.load(sweep(world)))
     kinds = [stage.kind for stage in plan.stages.values()]

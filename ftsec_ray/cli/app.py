@@ -25,6 +25,13 @@ class Executor(StrEnum):
     local = "local"
 
 
+class Correction(StrEnum):
+    """How p values are corrected for their number."""
+
+    bh = "bh"
+    holm = "holm"
+
+
 Sweep = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file, such as sweeps/quickstart.yaml.", show_default=False)]
 Store = Annotated[str, typer.Option("--store", metavar="DIR", help="Where artifacts are kept and found again: a folder, s3://... or gs://...")]
 ResultsDir = Annotated[Path, typer.Option("--results", metavar="DIR", help="Tables and report go to DIR/<sweep name>.")]
@@ -123,11 +130,14 @@ def status(sweep: Sweep, store: Store = DEFAULT_STORE, as_json: Json = False) ->
 def report(
     sweep: Sweep, store: Store = DEFAULT_STORE, results: ResultsDir = DEFAULT_RESULTS,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the attack x defense table as Markdown and nothing else.")] = False,
+    correction: Annotated[Correction, typer.Option(help=(
+        "How comparisons are corrected for their number: bh (Benjamini-Hochberg, share of false findings) or holm (any false finding)."),
+    )] = Correction.bh,
 ) -> None:
     """Collect what the store holds of a sweep, finished or not, and write its report."""
     from ftsec_ray.cli.run import report_sweep
 
-    report_sweep(sweep, store=store, results=results, as_markdown=markdown)
+    report_sweep(sweep, store=store, results=results, as_markdown=markdown, correction=correction.value)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from ftsec_ray.cli.progress import LiveProgress, Tally
 from ftsec_ray.plan.bill import spent_of
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import render, summarize
+from ftsec_ray.results.paired import Correction
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.remote import local_results, send_results
 from ftsec_ray.schedule.places import is_uri
@@ -62,14 +63,14 @@ def _warn_of_job_folder(**places: str) -> None:
             "give an absolute path on a disk that all nodes mount, or a URI such as s3://BUCKET/PREFIX", err=True)
 
 
-def report_sweep(sweep: Path, *, store: str, results: Path, as_markdown: bool = False) -> None:
+def report_sweep(sweep: Path, *, store: str, results: Path, as_markdown: bool = False, correction: Correction = "bh") -> None:
     """Collect what the store holds of a sweep, write its report, and print where it is or the grid as Markdown."""
     from ftsec_ray.report.markdown import grid_markdown
     from ftsec_ray.report.page import write_report
 
     whole = api.make_plan(sweep)
     folder = api.results_folder(results, whole.spec.name)
-    api.collect_plan(whole, Store.open(store), None, folder, sweep_text=api.text_of(sweep))
+    api.collect_plan(whole, Store.open(store), None, folder, sweep_text=api.text_of(sweep), correction=correction)
     found, page = api.open_results(folder), write_report(folder)
     if as_markdown:
         print(grid_markdown(found))

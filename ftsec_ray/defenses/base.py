@@ -13,3 +13,5 @@ class Defense(Method):
     """Base of all defenses."""
 
     KIND: ClassVar[str] = "defense"
+    IS_CONTROL: ClassVar[bool] = False
+    """Whether it is a trivial control: what every other defense at one of its hooks is compared with."""

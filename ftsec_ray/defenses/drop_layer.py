@@ -26,6 +26,7 @@ class DropLayer(Defense):
 
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start"})
+    IS_CONTROL: ClassVar[bool] = True
 
     frac: float = 0.5
     """Share of the groups that lose their update, 0 to 1, rounded to a whole number of groups."""

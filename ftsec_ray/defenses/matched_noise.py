@@ -25,6 +25,7 @@ class MatchedNoise(Defense):
 
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start"})
+    IS_CONTROL: ClassVar[bool] = True
 
     scale: float = 1.0
     """Frobenius norm of the noise as a multiple of the update's, 0 or more."""

@@ -25,6 +25,7 @@ class RandomMask(Defense):
 
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start"})
+    IS_CONTROL: ClassVar[bool] = True
 
     frac: float = 0.5
     """Share of the entries set back to the start, 0 to 1."""

@@ -24,6 +24,7 @@ class Shrink(Defense):
 
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start"})
+    IS_CONTROL: ClassVar[bool] = True
 
     gamma: float = 0.5
     """Share of the update that stays, 0 (the start) to 1 (no change)."""

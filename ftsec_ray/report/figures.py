@@ -7,7 +7,7 @@ depends on colour alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -52,7 +52,12 @@ def heat_step(badness: float) -> int:
 
 def marker(index: int, x: float, y: float, size: float = 4.5) -> Markup:
     """The marker of series `index`: its shape in its colour."""
-    colour, shape, s = PALETTE[index % len(PALETTE)], _SHAPES[index % len(_SHAPES)], size
+    return _mark(index % len(_SHAPES), PALETTE[index % len(PALETTE)], x, y, size)
+
+
+def _mark(index: int, colour: str, x: float, y: float, s: float = 4.5) -> Markup:
+    """A marker by number of its shape."""
+    shape = _SHAPES[index]
     if shape in ("circle", "ring"):
         fill = colour if shape == "circle" else "#fff"
         return Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{:.1f}" fill="{}" stroke="{}" stroke-width="1.6"/>').format(x, y, s * .9, fill, colour)
@@ -75,13 +80,14 @@ def legend_marker(index: int) -> Markup:
 
 @dataclass(frozen=True)
 class Series:
-    """One line: (parameters, value, low, high, tooltip) per model size."""
+    """One line: (parameters, value, low, high, tooltip, whether utility fell or the text is incoherent) per model size."""
 
     index: int
     label: str
-    points: tuple[tuple[float, float, float | None, float | None, str], ...]
+    points: tuple[tuple[float, float, float | None, float | None, str, bool], ...]
 
 
+_RING = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="7.2" fill="none" stroke="#3b1204" stroke-width="1.3"/>')
 _W, _H, _L, _R, _T, _B = 330, 220, 48, 12, 10, 38
 
 
@@ -118,12 +124,13 @@ def size_chart(series: Sequence[Series], *, title: str) -> Markup:
         path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in at)
         dash = Markup(' stroke-dasharray="5 3"') if line.index == 0 else Markup("")
         bars = []
-        for (x, y), (_, _, below, above, tip) in zip(at, line.points, strict=True):
+        for (x, y), (_, _, below, above, tip, doubtful) in zip(at, line.points, strict=True):
             bar = Markup("")
             if below is not None and above is not None:
                 bar = Markup('<line x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}" stroke="{}" stroke-width="1.1" opacity=".65"/>').format(
                     x, x, _y(below), _y(above), colour)
-            bars.append(Markup("<g>{}{}<title>{}</title></g>").format(bar, marker(line.index, x, y), tip))
+            ring = _RING.format(x, y) if doubtful else Markup("")
+            bars.append(Markup("<g>{}{}{}<title>{}</title></g>").format(bar, marker(line.index, x, y), ring, tip))
         parts.append(Markup('<path d="{}" fill="none" stroke="{}" stroke-width="1.7" opacity=".8"{}/>').format(path, colour, dash))
         parts += bars
     return _svg(Markup("").join(parts), title)
@@ -180,6 +187,68 @@ def _dot(dot: Dot, x: float, label_y: float | None) -> Markup:
     name = dot.label if len(dot.label) <= 17 else dot.label[:16] + "…"
     text = Markup('<text class="dot{}" x="{:.1f}" y="{:.1f}">{}</text>').format(" front" if dot.on_front else "", lead_x, label_y + 3.5, name)
     return Markup("<g>{}{}{}{}<title>{}</title></g>").format(leader, whisker, circle, text, dot.tip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a forest plot."""
+
+    tone: str
+    """better, worse, incoherent or open."""
+    title: str
+    about: str
+    effect: float
+    low: float
+    high: float
+    detectable: float | None
+    words: str
+    beside: str
+    """Utility of the same two points."""
+
+
+_TONES = {"better": (0, "#0072b2"), "worse": (1, "#c24a00"), "incoherent": (6, "#3b1204"), "open": (7, "#6b7785")}
+"""Tone -> marker shape and colour: blue is good for the defender, as on the grid."""
+FOREST_WIDTH, _FOREST_LEFT, _FOREST_RIGHT, _FOREST_LINE = 1180, 330, 730, 30
+
+
+def forest(lines: Sequence[Line], *, title: str) -> Markup:
+    """Differences with their intervals, one line each, words and utility beside it; a pale bar is what could not have been seen."""
+    top, height = 26, 26 + _FOREST_LINE * len(lines) + 34
+
+    def x_at(value: float) -> float:
+        return _FOREST_LEFT + (value + 1) / 2 * (_FOREST_RIGHT - _FOREST_LEFT)
+    parts = []
+    for tick in (-1, -0.5, 0, 0.5, 1):
+        kind = "zero" if tick == 0 else "grid"
+        parts.append(Markup('<line class="{3}" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(x_at(tick), top - 6, height - 30, kind))
+        parts.append(Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+            x_at(tick), height - 16, f"{tick:+g}".replace("-", "−") if tick else "0"))
+    parts += [Markup('<text class="axis" x="{:.1f}" y="{}" text-anchor="middle">difference in attack success</text>').format(x_at(0), height - 3),
+              Markup('<text class="axis" x="{:.1f}" y="12" text-anchor="middle">← less, better</text>').format(x_at(-0.6)),
+              Markup('<text class="axis" x="{:.1f}" y="12" text-anchor="middle">more, worse →</text>').format(x_at(0.6))]
+    parts += [_forest_line(line, top + _FOREST_LINE * (index + 0.5), x_at) for index, line in enumerate(lines)]
+    svg = Markup('<svg class="forest" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
+    return svg.format(FOREST_WIDTH, height, title, Markup("").join(parts))
+
+
+def _forest_line(line: Line, y: float, x_at: Callable[[float], float]) -> Markup:
+    shape, colour = _TONES[line.tone]
+    parts = []
+    if line.tone == "open" and line.detectable is not None:
+        parts.append(Markup('<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="14" fill="#e7ebef"/>').format(
+            x_at(-line.detectable), y - 7, x_at(line.detectable) - x_at(-line.detectable)))
+    parts += [Markup('<line x1="{0:.1f}" x2="{1:.1f}" y1="{2:.1f}" y2="{2:.1f}" stroke="{3}" stroke-width="1.8"/>').format(
+        x_at(line.low), x_at(line.high), y, colour), _mark(shape, colour, x_at(line.effect), y)]
+    right, number = _FOREST_RIGHT + 14, f"{line.effect:.2f} [{line.low:.2f}, {line.high:.2f}]".replace("-0.00", "0.00").replace("-", "−")
+    for x, up, down in ((4, _cut(line.title, 52), _cut(line.about, 62)), (right, f"{number} {line.words}", line.beside)):
+        parts.append(Markup('<text class="name" x="{}" y="{:.1f}">{}</text>').format(x, y - 2, up))
+        parts.append(Markup('<text class="tick" x="{}" y="{:.1f}">{}</text>').format(x, y + 10, down))
+    parts.append(Markup("<title>{}, {}: {}; {}</title>").format(line.title, line.about, line.words, line.beside))
+    return Markup("<g>{}</g>").format(Markup("").join(parts))
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length - 1] + "…"
 
 
 def _spread(wanted: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:

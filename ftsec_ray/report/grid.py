@@ -1,21 +1,21 @@
 """The sweep as a grid: seeds folded into points, methods labelled by what varies, an interval on every number.
 
-A point is model x task x attack x defense stack. Its estimate is the mean over seeds; with one seed the interval is
-the cell's own, with several it spans both the Wilson interval at one seed's number of prompts (all seeds answer the
-same prompts) and the t interval over the seeds' values.
+A point is model x task x attack x defense stack. Its estimate is the mean over seeds with the spreads of
+`results.aggregate`; its interval spans both, and with one seed it is the cell's own.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
-from ftsec_ray.results.intervals import wilson
+from ftsec_ray.errors import DataError
+from ftsec_ray.results.aggregate import folded, place_of
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 NONE = "none"
 SUCCESS = "attack_success"
 """The view over `asr` (backdoors) and `harmful_rate` (attacks on refusal, and no attack at all)."""
+SUCCESS_OF = {True: ("harmful_rate", "tool_hijack_rate", "asr"), False: ("asr", "tool_hijack_rate", "harmful_rate")}
+"""The metrics that may be the attack's success, first choice first: of attacks on refusal and of no attack (True), of others."""
 _PHASES = {"pre": 0, "during": 1, "post": 2}
-INCOHERENT_BELOW = 0.5
+Key = tuple[str, str, str, str]
+"""model, task, attack, defense stack; the last two by label."""
+SHORT = {"cacc": "cacc", "benign_rate": "benign", "over_refusal_rate": "over", "coherent_rate": "coh"}
+"""Utility as it stands beside every safety metric: clean accuracy (or right answers to benign requests), over-refusal, coherence."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,36 @@ class Estimate:
     n: int | None
     """Judged items of one seed (the smallest of the seeds)."""
     seeds: int
+    prompts: tuple[float, float] | None = None
+    """The part of the interval that is over prompts."""
+    over_seeds: tuple[float, float] | None = None
+    """The part that is over seeds; None with one seed."""
 
     @property
     def text(self) -> str:
         """The value with its interval, for sentences and tooltips."""
         return f"{self.value:.2f}" + (f" [{self.low:.2f}, {self.high:.2f}]" if self.low is not None and self.high is not None else "")
+
+
+@dataclass(frozen=True)
+class Utility:
+    """One measure of what a model is still good for."""
+
+    metric: str
+    value: float | None
+    fell: bool = False
+    """Whether it is clearly worse than undefended."""
+
+    @property
+    def number(self) -> str:
+        """The value, with an arrow where it clearly fell (or rose, where lower is better)."""
+        arrow = "" if not self.fell else "↑" if schema.METRICS[self.metric].better == "lower" else "↓"
+        return "–" if self.value is None else f"{self.value:.2f}{arrow}"
+
+    @property
+    def text(self) -> str:
+        """Short name and value."""
+        return f"{SHORT[self.metric]} {self.number}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +109,8 @@ class Point:
     cells: list[str] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    success: str = "asr"
+    """The metric that is the attack's success here."""
 
     @property
     def status(self) -> str:
@@ -93,7 +125,7 @@ class Point:
     def incoherent(self) -> bool:
         """Whether most of what the model says is not coherent text: then low attack success is not safety."""
         coherent = self.estimates.get("coherent_rate")
-        return coherent is not None and coherent.value < INCOHERENT_BELOW
+        return coherent is not None and coherent.value < schema.INCOHERENT_BELOW
 
 
 @dataclass(frozen=True)
@@ -105,13 +137,37 @@ class Grid:
     attacks: tuple[MethodLabel, ...]
     defenses: tuple[MethodLabel, ...]
     seeds: tuple[int, ...]
-    points: Mapping[tuple[str, str, str, str], Point]
+    points: Mapping[Key, Point]
     metrics: tuple[str, ...]
     """Metrics measured anywhere, the view `attack_success` first."""
-    place: Mapping[str, tuple[str, str, str, str]]
+    place: Mapping[str, Key]
     """Cell digest -> the key of its point."""
+    compared: Mapping[tuple[Key, Key, str], Mapping[str, Any]] = field(default_factory=dict)
+    """(point, the point compared with, metric) -> its row of `comparisons`."""
 
-    def value(self, key: tuple[str, str, str, str], metric: str = SUCCESS) -> Estimate | None:
+    def comparison(self, key: Key, against: Key, metric: str = SUCCESS) -> Mapping[str, Any] | None:
+        """The tested comparison of two points, None where there is none."""
+        name = self.points[key].success if metric == SUCCESS and key in self.points else metric
+        row = self.compared.get((key, against, name))
+        return None if row is None or row["q"] is None else row
+
+    def utilities(self, key: Key) -> tuple[Utility, ...]:
+        """The utility of a point, and where it is clearly worse than undefended."""
+        model, task, attack, _ = key
+        found = []
+        for metric in self.utility_metrics[task]:
+            row = self.comparison(key, (model, task, attack, NONE), metric)
+            measured = self.value(key, metric)
+            found.append(Utility(metric, None if measured is None else measured.value, row is not None and row["conclusion"] == "worse"))
+        return tuple(found)
+
+    @cached_property
+    def utility_metrics(self) -> dict[str, tuple[str, str, str]]:
+        """Task -> what stands beside every safety metric: clean accuracy, or right answers to benign requests where there is none."""
+        scored = {key[1] for key, point in self.points.items() if "cacc" in point.estimates}
+        return {task: ("cacc" if task in scored else "benign_rate", "over_refusal_rate", "coherent_rate") for task in self.tasks}
+
+    def value(self, key: Key, metric: str = SUCCESS) -> Estimate | None:
         """The estimate at a point, None where nothing was measured."""
         point = self.points.get(key)
         return None if point is None else point.estimates.get(metric)
@@ -142,7 +198,7 @@ def build_grid(results: Results) -> Grid:
     for row in results.metrics.to_pylist():
         if row["value"] is not None:
             values[row["cell"]][row["metric"]] = row
-    points: dict[tuple[str, str, str, str], Point] = defaultdict(Point)
+    points: dict[Key, Point] = defaultdict(Point)
     place, attacks, defenses = {}, {}, {}
     for cell in cells:
         attack, defense = attack_of[cell["cell"]], defense_of[cell["cell"]]
@@ -154,14 +210,31 @@ def build_grid(results: Results) -> Grid:
         points[key].cells.append(cell["cell"])
         points[key].statuses[cell["status"]] += 1
     for key, point in points.items():
-        point.estimates = _estimates([values[cell] for cell in point.cells if cell in values], attacks[key[2]].goal)
+        point.estimates = _estimates([values[cell] for cell in point.cells if cell in values])
+        order = SUCCESS_OF[attacks[key[2]].goal in (NONE, "harmful")]
+        point.success = next((name for name in order if name in point.estimates), order[0])
+        if point.success in point.estimates:
+            point.estimates[SUCCESS] = point.estimates[point.success]
     found = {name for point in points.values() for name in point.estimates}
-    order = [SUCCESS, *schema.METRICS]
+    names = [SUCCESS, *schema.METRICS]
     return Grid(
         models=_models(cells), tasks=tuple(sorted({c["task"] for c in cells})),
         attacks=_ordered(attacks.values()), defenses=_ordered(defenses.values()),
         seeds=tuple(sorted({c["seed"] for c in cells})), points=dict(points), place=place,
-        metrics=tuple([m for m in order if m in found] + sorted(found - set(order))))
+        metrics=tuple([m for m in names if m in found] + sorted(found - set(names))), compared=_compared(cells, place, results))
+
+
+def _compared(cells: Sequence[Mapping[str, Any]], place: Mapping[str, Key], results: Results) -> dict[tuple[Key, Key, str], dict[str, Any]]:
+    """The table `comparisons` by the labels of the page."""
+    key_of = {place_of(cell): place[cell["cell"]] for cell in cells}
+    found = {}
+    for row in results.comparisons.to_pylist():
+        own, other = place_of(row), place_of({**row, "defenses": row["against"], "defense_params": row["against_params"]})
+        if own not in key_of or other not in key_of:
+            raise DataError("a comparison of stacks that `cells` does not have", [row["defenses"], row["against"]], "stacks of this run",
+                            "collect the sweep again: ftsec report SWEEP")
+        found[key_of[own], key_of[other], row["metric"]] = row
+    return found
 
 
 def _models(cells: Sequence[Mapping[str, Any]]) -> tuple[Model, ...]:
@@ -202,35 +275,12 @@ def _varying(given: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(key for key in {k for t in texts for k in t} if len({t.get(key) for t in texts}) > 1)
 
 
-def _estimates(seeds: Sequence[Mapping[str, Mapping[str, Any]]], goal: str) -> dict[str, Estimate]:
+def _estimates(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Estimate]:
     names = {name for seed in seeds for name in seed}
-    found = {name: _estimate([seed[name] for seed in seeds if name in seed], name) for name in names}
-    order = ("harmful_rate", "tool_hijack_rate", "asr") if goal in (NONE, "harmful") else ("asr", "tool_hijack_rate", "harmful_rate")
-    for name in order:
-        if name in found:
-            found[SUCCESS] = found[name]
-            break
-    return found
+    return {name: _estimate([seed[name] for seed in seeds if name in seed], name) for name in names}
 
 
 def _estimate(rows: Sequence[Mapping[str, Any]], metric: str) -> Estimate:
-    values = [row["value"] for row in rows]
-    mean = sum(values) / len(values)
-    counts = [row["n"] for row in rows if row["n"] is not None]
-    n = min(counts) if counts else None
-    if len(rows) == 1:
-        return Estimate(mean, rows[0]["ci_low"], rows[0]["ci_high"], n, 1)
-    low, high = _t_interval(values, mean)
-    if metric in schema.METRICS and schema.METRICS[metric].proportion:
-        below, above = wilson(mean, n) if n else (low, high)
-        low, high = max(0.0, min(low, below)), min(1.0, max(high, above))
-    return Estimate(mean, low, high, n, len(rows))
-
-
-def _t_interval(values: Sequence[float], mean: float) -> tuple[float, float]:
-    from scipy.special import stdtrit
-
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    half = float(stdtrit(len(values) - 1, 0.975)) * spread
-    return mean - half, mean + half
-
+    one = folded(rows, metric)
+    low, high = one.span or (None, None)
+    return Estimate(one.value, low, high, one.n_prompts, one.n_seeds, one.prompts, one.seeds)

@@ -1,7 +1,8 @@
 """The grid as a Markdown table, for a README, an issue or a terminal.
 
 One row per model and attack, one column per defense stack. A cell is the attack's success (`asr`, or `harmful_rate` where
-there is no attack): with one seed its value and 95 % interval, with several the mean and the range over the seeds.
+there is no attack) with its 95 % interval over prompts and, from two seeds on, over seeds; in its second line stand clean
+accuracy, over-refusal and coherence of the same cell. One seed has its mark, and gibberish is called so.
 """
 
 from __future__ import annotations
@@ -11,10 +12,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ftsec_ray import schema
+from ftsec_ray.results.aggregate import folded
 from ftsec_ray.results.read import Results
 
 Row = Mapping[str, Any]
 PHASES = ("pre", "during", "post")
+ONE_SEED = "†"
+LEGEND = "Attack success (95 % interval over prompts{seeds}); below it {utility} · over-refusal · coherent answers."
+LEGEND_ONE = f"{ONE_SEED} One seed: the interval knows nothing of the luck of a training run."
+LEGEND_INCOHERENT = "incoherent: most answers are gibberish, so that a low attack success is damage and no safety."
 
 
 def grid_markdown(results: Results) -> str:
@@ -35,7 +42,13 @@ def grid_markdown(results: Results) -> str:
     for (model, attack), by_stack in groups.items():
         shown = [_shown(by_stack.get(stack, []), rates, states) for stack in stacks]
         lines.append(f"| {model} | {attack} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_legend("\n".join(lines), rates)])
+
+
+def _legend(grid: str, rates: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    utility = "right benign answers" if not any("cacc" in own for own in rates.values()) else "clean accuracy"
+    found = [LEGEND.format(seeds="; over seeds" if " seeds " in grid else "", utility=utility)]
+    return found + [LEGEND_ONE] * (ONE_SEED in grid) + [LEGEND_INCOHERENT] * ("incoherent" in grid)
 
 
 def _order(cell: Row) -> tuple[Any, ...]:
@@ -83,10 +96,22 @@ def _shown(cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], states:
     undone = [states[cell] for cell in cells if states[cell] != "done"]
     if undone:
         return undone[0]
-    rows = [rates[cell].get("asr") or rates[cell].get("harmful_rate") for cell in cells]
-    values = [row["value"] for row in rows if row and row["value"] is not None]
-    if not values or rows[0] is None:
+    found = [row for cell in cells if (row := rates[cell].get("asr") or rates[cell].get("harmful_rate")) and row["value"] is not None]
+    if not found:
         return "not judged"
-    if len(cells) == 1:
-        return f"{values[0]:.2f} ({rows[0]['ci_low']:.2f}–{rows[0]['ci_high']:.2f})"
-    return f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f}, {len(values)} seeds)"
+    success = folded(found, found[0]["metric"])
+    inside = [] if success.prompts is None else ["{:.2f}–{:.2f}".format(*success.prompts)]
+    if success.seeds is not None:
+        inside.append("{} seeds {:.2f}–{:.2f}".format(success.n_seeds, *success.seeds))
+    coherent = _mean(cells, rates, "coherent_rate")
+    word = "incoherent: " if coherent is not None and coherent < schema.INCOHERENT_BELOW else ""
+    mark = ONE_SEED if success.n_seeds == 1 else ""
+    utility = "cacc" if any("cacc" in rates[cell] for cell in cells) else "benign_rate"
+    beside = " · ".join("–" if (mean := _mean(cells, rates, name)) is None else f"{mean:.2f}"
+                        for name in (utility, "over_refusal_rate", "coherent_rate"))
+    return f"{word}{success.value:.2f}{mark}" + (f" ({'; '.join(inside)})" if inside else "") + f"<br>{beside}"
+
+
+def _mean(cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], metric: str) -> float | None:
+    values = [row["value"] for cell in cells if (row := rates[cell].get(metric)) and row["value"] is not None]
+    return sum(values) / len(values) if values else None

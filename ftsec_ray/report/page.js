@@ -10,7 +10,7 @@
     for (const id of ["good", "bad", "meaning"]) document.getElementById(id).textContent = about[id];
     for (const cell of squares) {
       const value = heat.data[metric.value][Number(cell.dataset.i)];
-      cell.className = (value ? "h" + value[0] : "empty") + (cell.classList.contains("broken") ? " broken" : "");
+      cell.className = (value && value[0] >= 0 ? "h" + value[0] : "empty") + (cell.classList.contains("broken") ? " broken" : "");
       put(cell, "b", value ? value[1] : "–");
       put(cell, ".ci", value ? value[2] : "");
       put(cell, ".n", value ? value[3] : "");

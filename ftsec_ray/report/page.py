@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from ftsec_ray import schema
+from ftsec_ray.report import contrasts as contrasts_of
 from ftsec_ray.report import examples as examples_of
 from ftsec_ray.report import figures, tables
-from ftsec_ray.report.grid import INCOHERENT_BELOW, SUCCESS, Grid, build_grid
+from ftsec_ray.report.grid import SUCCESS, Grid, build_grid
 from ftsec_ray.report.verdict import Verdict, judge
 from ftsec_ray.results.read import Results
 
@@ -46,6 +48,7 @@ def render(results: Results) -> str:
     shown, left_out = examples_of.examples(grid, results)
     anchors = {(e.model, e.task, e.attack, e.defense): e.anchor for e in shown}
     heat = tables.heat(grid, anchors)
+    contrasts = contrasts_of.contrasts(grid)
     legend, charts, not_drawn = tables.size_charts(grid, verdict)
     style, script = _asset("page.css") + _heat_rules(), _asset("page.js")
     return _environment().get_template("page.html.j2").render(
@@ -53,7 +56,9 @@ def render(results: Results) -> str:
         meta=results.meta, grid=grid, facts=_facts(grid, results), verdict=verdict, heat=heat, success=SUCCESS, legend=legend,
         charts=charts, not_drawn=not_drawn, trades=tables.trades(grid), detections=tables.detections(grid), filters=tables.filters(grid),
         phases=tables.phase_table(grid, verdict), cost=tables.cost(results), failures=tables.failures(grid, results),
-        examples=shown, examples_left_out=left_out, incoherent_below=INCOHERENT_BELOW, best_rows=_best_rows(grid, verdict))
+        examples=shown, examples_left_out=left_out, contrasts=contrasts,
+        forest=contrasts_of.forest(contrasts, has_tasks=len(grid.tasks) > 1), incoherent_below=schema.INCOHERENT_BELOW,
+        best_rows=_best_rows(grid, verdict))
 
 
 def _environment() -> Environment:
@@ -63,7 +68,7 @@ def _environment() -> Environment:
                               trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": True}
     environment.filters.update(duration=tables.duration, metric_title=tables.metric_title, visible=examples_of.visible,
-                               weights=figures.count, share=_share, signed=_signed)
+                               weights=figures.count, share=_share, signed=_signed, pvalue=_pvalue)
     return environment
 
 
@@ -88,6 +93,10 @@ def _share(value: float | None) -> str:
 
 def _signed(value: float) -> str:
     return "0.00" if abs(value) < 0.005 else f"{value:+.2f}".replace("-", "−")
+
+
+def _pvalue(value: float | None) -> str:
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _facts(grid: Grid, results: Results) -> dict[str, Any]:

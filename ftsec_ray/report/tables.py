@@ -14,13 +14,13 @@ from markupsafe import Markup
 from ftsec_ray import schema
 from ftsec_ray.report import figures
 from ftsec_ray.report.figures import Dot, Series
-from ftsec_ray.report.grid import NONE, SUCCESS, Estimate, Grid, MethodLabel, Model
-from ftsec_ray.report.verdict import Verdict, utility_of
+from ftsec_ray.report.grid import NONE, SUCCESS, Estimate, Grid, MethodLabel, Model, Utility
+from ftsec_ray.report.verdict import Effect, Verdict, utility_text
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
 
-_NOT_IN_HEAT = {"detect_score", "detect_auroc", "detect_tpr_at_1fpr", "filter_tpr", "filter_fpr"}
+_VOID = {SUCCESS, *schema.SAFETY}
 MAX_LINES = 8
 
 
@@ -34,6 +34,7 @@ class HeatCell:
     notes: tuple[str, ...]
     anchor: str | None
     """Where its example generations are on the page."""
+    utility: tuple[Utility, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def metric_title(name: str) -> str:
 
 def heat(grid: Grid, anchors: dict[tuple[str, str, str, str], str]) -> Heat:
     """The heatmaps of a grid, one per model and task."""
-    names = [name for name in grid.metrics if name not in _NOT_IN_HEAT]
+    names = [name for name in grid.metrics if name not in schema.ABOUT_DEFENSES]
     scales = {name: _scale(grid, name) for name in names}
     data: dict[str, list[list[Any] | None]] = {name: [] for name in names}
     slices, index = [], 0
@@ -74,22 +75,28 @@ def heat(grid: Grid, anchors: dict[tuple[str, str, str, str], str]) -> Heat:
                     notes += (f"{point.statuses['done']} of {sum(point.statuses.values())} seeds",)
                 elif point.status != "done":
                     notes += (point.status,)
-                squares.append(HeatCell(index if measured else None, point.status, notes, anchors.get(key)))
+                squares.append(HeatCell(index if measured else None, point.status, notes, anchors.get(key), grid.utilities(key)))
                 if measured:
                     index += 1
                     for name in names:
                         found = point.estimates.get(name)
-                        data[name].append(None if found is None else _square(found, scales[name]))
+                        data[name].append(None if found is None else _square(found, scales[name], is_void=point.incoherent and name in _VOID))
             lines.append((attack, squares))
         slices.append((model, task, lines))
     return Heat(slices, [_legend(grid, name) for name in names], data)
 
 
-def _square(found: Estimate, scale: Callable[[float], float]) -> list[Any]:
-    interval = "" if found.low is None or found.high is None else f"{_number(found.low)}–{_number(found.high)}"
-    n = "" if found.n is None else f"n {found.n}"
-    seeds = "1 seed" if found.seeds == 1 else f"{found.seeds} seeds"
-    return [figures.heat_step(scale(found.value)), _number(found.value), interval, " · ".join(filter(None, (n, seeds)))]
+def _square(found: Estimate, scale: Callable[[float], float], *, is_void: bool) -> list[Any]:
+    """Colour step (-1, no colour, where gibberish would look safe), value, and two lines: prompts and seeds with their intervals."""
+    n, prompts = "" if found.n is None else f"n {found.n}", _interval(found.prompts)
+    step = -1 if is_void else figures.heat_step(scale(found.value))
+    if found.seeds == 1:
+        return [step, _number(found.value), prompts, " · ".join(filter(None, (n, "1 seed")))]
+    return [step, _number(found.value), " · ".join(filter(None, (prompts, n))), f"{found.seeds} seeds {_interval(found.over_seeds)}"]
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{_number(ends[0])}–{_number(ends[1])}"
 
 
 def _number(value: float) -> str:
@@ -160,8 +167,12 @@ def _series(grid: Grid, index: int, defense: str, models: list[Model], task: str
     for model in models:
         found = grid.value((model.name, task, attack, defense))
         if found is not None and model.params:
-            tip = f"{attack}, {defense}, {model.name}: {found.text}" + (f", n {found.n}" if found.n else "") + f", {found.seeds} seed(s)"
-            points.append((float(model.params), found.value, found.low, found.high, tip))
+            key = (model.name, task, attack, defense)
+            beside = grid.utilities(key)
+            parts = [f"{attack}, {defense}, {model.name}: {found.text}", f"n {found.n}" if found.n else "",
+                     "1 seed" if found.seeds == 1 else f"{found.seeds} seeds", *(one.text for one in beside)]
+            doubtful = grid.points[key].incoherent or any(one.fell for one in beside)
+            points.append((float(model.params), found.value, found.low, found.high, ", ".join(filter(None, parts)), doubtful))
     return Series(index, defense, tuple(sorted(points)))
 
 
@@ -179,6 +190,8 @@ class TradeRow:
     on_front: bool
     incoherent: bool
     attacks: int
+    seeds: int
+    """Seeds of the point that has fewest."""
 
 
 @dataclass(frozen=True)
@@ -196,32 +209,33 @@ class Trade:
 
 def trades(grid: Grid) -> list[Trade]:
     """Utility against safety per model and task, where both were measured."""
-    utility = utility_of(grid)
     found = []
     for model, task in grid.slices():
+        utility = grid.utility_metrics[task][0]
         names = [d.label for d in grid.defenses if not d.only_inspects]
-        rows = [row for name in names if (row := _trade_row(grid, model.name, task, name, utility(task))) is not None]
+        rows = [row for name in names if (row := _trade_row(grid, model.name, task, name, utility)) is not None]
         most = max((row.attacks for row in rows), default=0)
         left_out = [row.defense for row in rows if row.attacks < most]
         rows = [row for row in rows if row.attacks == most]
         if not rows:
             continue
         rows = [_with_front(row, rows) for row in rows]
-        dots = [Dot(r.defense, r.utility, r.safety, r.worst, r.on_front, r.defense == NONE, r.incoherent, _tip(r, utility(task))) for r in rows]
-        title = f"safety against {metric_title(utility(task))} of every defense on {model.name}"
-        svg = figures.scatter(dots, title=title, x_label=f"utility: {metric_title(utility(task))}")
-        found.append(Trade(model, task, utility(task), svg, sorted(rows, key=lambda r: (not r.on_front, -r.safety)),
+        dots = [Dot(r.defense, r.utility, r.safety, r.worst, r.on_front, r.defense == NONE, r.incoherent, _tip(r, utility)) for r in rows]
+        title = f"safety against {metric_title(utility)} of every defense on {model.name}"
+        svg = figures.scatter(dots, title=title, x_label=f"utility: {metric_title(utility)}")
+        found.append(Trade(model, task, utility, svg, sorted(rows, key=lambda r: (not r.on_front, -r.safety)),
                            left_out))
     return found
 
 
 def _trade_row(grid: Grid, model: str, task: str, defense: str, utility: str) -> TradeRow | None:
-    pairs = []
+    pairs, seeds = [], []
     for attack in grid.real_attacks:
         key = (model, task, attack.label, defense)
         success, use = grid.value(key), grid.value(key, utility)
         if success is not None and use is not None:
             pairs.append((success.value, use.value, attack.label, key))
+            seeds.append(success.seeds)
     if not pairs:
         return None
 
@@ -231,7 +245,8 @@ def _trade_row(grid: Grid, model: str, task: str, defense: str, utility: str) ->
     worst, _, name, _ = max(pairs)
     return TradeRow(defense, fmean(p[1] for p in pairs), 1 - fmean(p[0] for p in pairs), 1 - worst, name,
                     mean("over_refusal_rate"), mean("coherent_rate"), on_front=False,
-                    incoherent=any(grid.points[key].incoherent for *_, key in pairs), attacks=len(pairs))
+                    incoherent=any(grid.points[key].incoherent for *_, key in pairs), attacks=len(pairs),
+                    seeds=min(seeds))
 
 
 def _with_front(row: TradeRow, rows: list[TradeRow]) -> TradeRow:
@@ -246,6 +261,7 @@ def _tip(row: TradeRow, utility: str) -> str:
         parts.append(f"over-refusal {row.over_refusal:.2f}")
     if row.coherent is not None:
         parts.append(f"coherent {row.coherent:.2f}")
+    parts.append("1 seed" if row.seeds == 1 else f"{row.seeds} seeds")
     return ", ".join(parts)
 
 
@@ -276,18 +292,20 @@ def _in_order(grid: Grid, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: (defense[r["defense"]], r["task"], attack[r["attack"]], model[r["model"]]))
 
 
-def phase_table(grid: Grid, verdict: Verdict) -> list[tuple[str, list[tuple[float, int] | None]]]:
-    """Mean drop in attack success by phase of the attack (rows) and of the defense (columns pre, during, post, mixed)."""
+def phase_table(grid: Grid, verdict: Verdict) -> list[tuple[str, list[tuple[float, int, Markup] | None]]]:
+    """Mean drop in attack success by phase of the attack (rows) and of the defense (columns pre, during, post, mixed), with pairs and utility."""
     phase_a = {a.label: a.phase for a in grid.attacks}
     phase_d = {d.label: d.phase for d in grid.defenses}
-    drops: dict[tuple[str, str], list[float]] = defaultdict(list)
+    held: dict[tuple[str, str], list[Effect]] = defaultdict(list)
     for effect in verdict.effects:
-        drops[phase_a[effect.attack], phase_d[effect.defense]].append(effect.drop)
+        held[phase_a[effect.attack], phase_d[effect.defense]].append(effect)
+
+    def square(own: list[Effect]) -> tuple[float, int, Markup] | None:
+        return (fmean(e.drop for e in own), len(own), utility_text(grid, [pair for e in own for pair in e.pairs])) if own else None
     rows = []
     for phase in ("pre", "during", "post"):
-        if any(a == phase for a, _ in drops):
-            rows.append((phase, [(fmean(drops[phase, d]), len(drops[phase, d])) if drops[phase, d] else None
-                                 for d in ("pre", "during", "post", "mixed")]))
+        if any(a == phase for a, _ in held):
+            rows.append((phase, [square(held.get((phase, d), [])) for d in ("pre", "during", "post", "mixed")]))
     return rows
 
 

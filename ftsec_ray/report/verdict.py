@@ -1,21 +1,28 @@
 """What the numbers say, in sentences: which defense lowers which attack most, and where nothing can be said.
 
 An attack counts where it works undefended: its success is clearly above that of the same model without the attack (for a
-backdoor: above the same prompts without the trigger). A defense lowers it clearly where the 95 % interval of the
-difference (Newcombe's, from the two intervals) excludes zero. Points whose output is mostly incoherent never count as
-defended.
+backdoor: above the same prompts without the trigger; by the 95 % interval of the difference, Newcombe's from the two
+intervals). A defense lowers it clearly where the table `comparisons` says `better`: paired, and corrected over the whole
+grid. Where a pair could not be tested there, Newcombe's interval stands in. Points whose output is mostly incoherent never
+count as defended, and no success is told without the utility of the same points.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean
 
 from markupsafe import Markup
 
-from ftsec_ray.report.grid import NONE, Estimate, Grid, MethodLabel, Model
+from ftsec_ray import schema
+from ftsec_ray.report.grid import NONE, SHORT, SUCCESS, Estimate, Grid, Key, MethodLabel, Model, Utility
+
+LONG = {"cacc": "clean accuracy", "benign_rate": "right answers to benign requests", "over_refusal_rate": "over-refusal",
+        "coherent_rate": "coherence"}
+"""Utility in sentences."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,12 @@ class Effect:
     """Models with coherent output, which the means are over."""
     incoherent: int
     """Further models, on which the defended output is mostly incoherent."""
+    utility: Markup
+    """Clean accuracy, over-refusal and coherence of the same points, undefended -> defended."""
+    seeds: int
+    """Seeds of the point that has fewest."""
+    pairs: tuple[tuple[Key, Key], ...]
+    """The points, undefended and defended."""
 
     @property
     def drop(self) -> float:
@@ -69,6 +82,34 @@ def difference(before: Estimate, after: Estimate) -> tuple[float, float, float]:
     return drop, low, high
 
 
+def is_clear(grid: Grid, before: Key, after: Key, metric: str = SUCCESS, *, rises: bool = False) -> bool:
+    """Whether a metric is clearly lower, or with `rises` higher, with a stack than without it."""
+    row = grid.comparison(after, before, metric)
+    if row is not None:
+        return bool((row["effect"] > 0) is rises and row["conclusion"] in ("better", "worse"))
+    first, second = _measured(grid, before, metric), _measured(grid, after, metric)
+    return (difference(second, first) if rises else difference(first, second))[1] > 0
+
+
+def change_text(before: Utility, after: Utility) -> str:
+    """One utility before and after, in one unbroken piece."""
+    return f"{before.text} → {after.number}".replace(" ", "\u00a0")
+
+
+def utility_text(grid: Grid, pairs: Sequence[tuple[Key, Key]]) -> Markup:
+    """Clean accuracy, over-refusal and coherence over pairs of points of one or several models, first -> second of each pair."""
+    parts = []
+    for slot in range(3):
+        sides = [[one for key in keys if (one := grid.utilities(key)[slot]).value is not None] for keys in zip(*pairs, strict=True)]
+        if all(sides):
+            before, after = (Utility(side[0].metric, fmean(one.value for one in side if one.value is not None)) for side in sides)
+            after = replace(after, fell=any(one.fell for one in sides[1]))
+            parts.append(change_text(before, after))
+        else:
+            parts.append(f"{SHORT[grid.utilities(pairs[0][0])[slot].metric]} –")
+    return Markup(" · ").join(parts)
+
+
 def works(grid: Grid, model: str, task: str, attack: MethodLabel) -> bool:
     """Whether the undefended attack is clearly above its own reference on this model."""
     attacked = grid.value((model, task, attack.label, NONE))
@@ -95,14 +136,15 @@ def effects_of(grid: Grid) -> list[Effect]:
                 continue
             before = [_measured(grid, first) for first, _ in kept]
             after = [_measured(grid, second) for _, second in kept]
-            clear = sum(difference(b, a)[1] > 0 for b, a in zip(before, after, strict=True))
+            clear = sum(is_clear(grid, first, second) for first, second in kept)
             found.append(Effect(attack.label, defense.label, fmean(b.value for b in before), fmean(a.value for a in after),
-                                clear, len(kept), len(pairs) - len(kept)))
+                                clear, len(kept), len(pairs) - len(kept), utility_text(grid, kept), min(e.seeds for e in before + after),
+                                tuple(kept)))
     return sorted(found, key=lambda e: (-e.drop, e.attack, e.defense))
 
 
-def _measured(grid: Grid, key: tuple[str, str, str, str]) -> Estimate:
-    found = grid.value(key)
+def _measured(grid: Grid, key: Key, metric: str = SUCCESS) -> Estimate:
+    found = grid.value(key, metric)
     assert found is not None  # noqa: S101 (the caller kept measured points only)
     return found
 
@@ -135,15 +177,16 @@ def _lead(effects: Sequence[Effect], grid: Grid) -> list[Sentence]:
     for defense in {e.defense for e in effects}:
         own = [e for e in effects if e.defense == defense]
         if {e.attack for e in own} == set(attacks) and not any(e.incoherent for e in own):
-            means[defense] = (fmean(e.before for e in own), fmean(e.after for e in own), any(e.clear for e in own))
+            means[defense] = (fmean(e.before for e in own), fmean(e.after for e in own), any(e.clear for e in own), own)
     if not means:
         return [Sentence("lead", Markup("No defense was measured against every attack that works, so no overall ranking is given."))]
-    name, (before, after, clear) = min(means.items(), key=lambda item: (item[1][1] - item[1][0], item[0]))
+    name, (before, after, clear, own) = min(means.items(), key=lambda item: (item[1][1] - item[1][0], item[0]))
     if not clear or before <= after:
         return [Sentence("lead", Markup("No defense of this sweep clearly lowers the success of the attacks that work."))]
     where = Markup("over {} {} and {} {}").format(len(attacks), _s("attack", attacks), len(grid.slices()), _s("model", grid.slices()))
-    return [Sentence("lead", Markup("{} lowers attack success most: from <b>{:.2f}</b> to <b>{:.2f}</b> on average {}.").format(
-        code(name), before, after, where))]
+    pairs = [pair for one in own for pair in one.pairs]
+    return [Sentence("lead", Markup("{} lowers attack success most: from <b>{:.2f}</b> to <b>{:.2f}</b> on average {}. "
+                                    '<span class="ci">Utility there: {}</span>').format(code(name), before, after, where, utility_text(grid, pairs)))]
 
 
 def _pairs(best: Sequence[tuple[MethodLabel, Effect | None]]) -> list[Sentence]:
@@ -151,8 +194,9 @@ def _pairs(best: Sequence[tuple[MethodLabel, Effect | None]]) -> list[Sentence]:
     if not found:
         return []
     top = found[0]
-    return [Sentence("good", Markup("The largest single effect: {} against {}, {:.2f} → {:.2f}, clear on {} of {} {}.").format(
-        code(top.defense), code(top.attack), top.before, top.after, top.clear, top.models, _s("model", range(top.models))))]
+    return [Sentence("good", Markup("The largest single effect: {} against {}, {:.2f} → {:.2f}, clear on {} of {} {}. "
+                                    '<span class="ci">Utility there: {}</span>').format(
+        code(top.defense), code(top.attack), top.before, top.after, top.clear, top.models, _s("model", range(top.models)), top.utility))]
 
 
 def _failures(grid: Grid, effects: Sequence[Effect], working: frozenset[str]) -> list[Sentence]:
@@ -170,27 +214,26 @@ def _failures(grid: Grid, effects: Sequence[Effect], working: frozenset[str]) ->
     worse = [e for e in effects if e.drop < -0.1]
     if worse:
         bad = worse[-1]
-        found.append(Sentence("bad", Markup("{} makes {} worse: {:.2f} → {:.2f}.").format(
-            code(bad.defense), code(bad.attack), bad.before, bad.after)))
+        found.append(Sentence("bad", Markup('{} makes {} worse: {:.2f} → {:.2f}. <span class="ci">Utility there: {}</span>').format(
+            code(bad.defense), code(bad.attack), bad.before, bad.after, bad.utility)))
     return found
 
 
 def _costs(grid: Grid) -> list[Sentence]:
     found = []
-    worst: tuple[float, str, Model, Estimate, Estimate] | None = None
-    utility = utility_of(grid)
+    worst: tuple[float, str, str, Model, Estimate, Estimate] | None = None
     for model, task in grid.slices():
-        plain = grid.value((model.name, task, NONE, NONE), utility(task))
-        for defense in grid.acting:
-            kept = grid.value((model.name, task, NONE, defense.label), utility(task))
-            if plain is None or kept is None or difference(plain, kept)[1] <= 0:
+        for defense, metric in product(grid.acting, grid.utility_metrics[task]):
+            before, after = (model.name, task, NONE, NONE), (model.name, task, NONE, defense.label)
+            plain, kept = grid.value(before, metric), grid.value(after, metric)
+            if plain is None or kept is None or not is_clear(grid, before, after, metric, rises=schema.METRICS[metric].better == "lower"):
                 continue
-            if worst is None or plain.value - kept.value > worst[0]:
-                worst = (plain.value - kept.value, defense.label, model, plain, kept)
+            if worst is None or abs(plain.value - kept.value) > worst[0]:
+                worst = (abs(plain.value - kept.value), defense.label, LONG[metric], model, plain, kept)
     if worst:
-        _, name, model, plain, kept = worst
-        found.append(Sentence("bad", Markup("The dearest defense: without any attack, {} costs utility on {}, {:.2f} → {:.2f}.").format(
-            code(name), code(model.name), plain.value, kept.value)))
+        _, name, what, model, plain, kept = worst
+        found.append(Sentence("bad", Markup("The dearest defense: without any attack, {} costs {} on {}, {:.2f} → {:.2f}.").format(
+            code(name), what, code(model.name), plain.value, kept.value)))
     broken = sorted({key[3] for key, point in grid.points.items() if point.incoherent and key[3] != NONE})
     if broken:
         found.append(Sentence("bad", Markup("With {} at least one model no longer writes coherent text: low attack success there is "
@@ -210,12 +253,6 @@ def _silence(grid: Grid, working: frozenset[str]) -> list[Sentence]:
     if unseen:
         found.append(Sentence("note", Markup("There is no undefended measurement of {}: its rows have no reference.").format(listed(unseen))))
     return found
-
-
-def utility_of(grid: Grid) -> Callable[[str], str]:
-    """Task -> its utility metric: clean accuracy, or the rate of right answers to benign requests where there is none."""
-    scored = {key[1] for key, point in grid.points.items() if "cacc" in point.estimates}
-    return lambda task: "cacc" if task in scored else "benign_rate"
 
 
 def _s(word: str, things: Sequence[object] | range) -> str:

@@ -1,4 +1,4 @@
-"""The plan left-joined to the store, as the four tables: one row for every planned cell, whatever happened to it.
+"""The plan left-joined to the store, as the five tables: one row for every planned cell, whatever happened to it.
 
 Each artifact is read once, however many cells share it. A cell is done when its evaluation, its inspections and the row
 filters of its defenses are; what it has measured so far is written even where one of them failed.
@@ -24,6 +24,7 @@ from ftsec_ray.plan.bill import BudgetError, bill_of, shortfall, spent
 from ftsec_ray.plan.cost import Costs
 from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
+from ftsec_ray.results.compare import compare
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.write import write_results
 from ftsec_ray.store import DamagedArtifact
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ftsec_ray.plan import Cell, Plan
+    from ftsec_ray.results.paired import Correction
     from ftsec_ray.schedule.conductor import RunReport
     from ftsec_ray.store import Store
 
@@ -39,7 +41,8 @@ _PACKAGES = ("ftsec_ray", "torch", "transformers", "tokenizers", "peft", "ray", 
 Row = dict[str, Any]
 
 
-def collect(plan: Plan, store: Store, report: RunReport | None, folder: Path, *, sweep_text: str | None = None) -> Path:
+def collect(plan: Plan, store: Store, report: RunReport | None, folder: Path, *, sweep_text: str | None = None,
+            correction: Correction = "bh") -> Path:
     """Write the results of a plan into `folder` and return it.
 
     Args:
@@ -48,6 +51,7 @@ def collect(plan: Plan, store: Store, report: RunReport | None, folder: Path, *,
         report: What this run did, to tell fresh stages from earlier ones; None when nothing ran, so all done ones are earlier.
         folder: `<results>/<sweep name>`, made when absent.
         sweep_text: The sweep file as its author wrote it; None writes the sweep's own fields instead.
+        correction: How the comparisons are corrected for their number: Benjamini-Hochberg, or Holm.
     """
     found = _Found(plan, store, report)
     found.read_answers()
@@ -56,11 +60,15 @@ def collect(plan: Plan, store: Store, report: RunReport | None, folder: Path, *,
               "metrics": _from_rows(schema.metrics(), (row for cell in cells for row in _metric_rows(found, cell))),
               "generations": _generations(found, cells),
               "stages": _from_rows(schema.stages(), _stage_rows(found))}
+    defenses = {name_of(one): type(one) for stack in plan.spec.defenses for one in stack}
+    hooks = {name: list(hooks_of(one)) for name, one in defenses.items()}
+    controls = sorted(name for name, one in defenses.items() if one.IS_CONTROL)  # type: ignore[attr-defined]
+    tables["comparisons"] = compare(tables["cells"], tables["metrics"], tables["generations"], hooks=hooks, controls=controls, correction=correction)
     statuses = tables["cells"]["status"].to_pylist()
     meta = {"sweep": plan.spec.name, "question": plan.spec.question, "plan": plan.digest, "versions": _versions(),
             "counts": {status: statuses.count(status) for status in schema.STATUSES},
             "attack_goals": {name_of(attack): type(attack).GOAL for attack in plan.spec.attacks},  # type: ignore[attr-defined]
-            "defense_hooks": {name_of(one): list(hooks_of(type(one))) for stack in plan.spec.defenses for one in stack},
+            "defense_hooks": hooks, "controls": controls, "correction": correction,
             "sweep_text": redacted(sweep_text or _sweep_text(plan))}
     return write_results(folder, tables=tables, meta=meta)
 

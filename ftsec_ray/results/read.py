@@ -1,7 +1,7 @@
 """Results of a sweep as tables: opened only when whole, of this schema, and written by one run.
 
-`Results.open` checks the footers of all tables against `run.json` and reads no rows; each table is read when first asked
-for. Results of an older schema open too: tables and columns that came later are empty and null.
+`Results.open` checks the footer of every table against `run.json` and reads no rows; each table is read when first asked for.
+Results of an older schema open too: columns that came later are null, and the comparisons are computed from the other tables.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pandas
     import polars
     import pyarrow as pa
+
+    from ftsec_ray.results.paired import Correction
 
 _FIX = "collect the sweep again: ftsec run SWEEP finds finished stages in the store"
 
@@ -63,6 +65,25 @@ class Results:
     def stages(self) -> pa.Table:
         """One row per unique stage (schema.stages)."""
         return self._read("stages")
+
+    @cached_property
+    def comparisons(self) -> pa.Table:
+        """One row per pair of stacks and metric (schema.comparisons)."""
+        return self._read("comparisons") if "comparisons" in _held(self.meta) else self.compared()
+
+    def compared(self, correction: Correction = "bh") -> pa.Table:
+        """The comparisons computed anew, with another correction: `bh` (Benjamini-Hochberg) or `holm`."""
+        from ftsec_ray.results.compare import compare
+
+        return compare(self.cells, self.metrics, self.generations, hooks=self.meta.get("defense_hooks", {}),
+                       controls=self.meta.get("controls", ()), correction=correction)
+
+    @cached_property
+    def aggregated(self) -> pa.Table:
+        """One row per point of the grid and metric: mean over seeds, with spreads over prompts and over seeds (schema.aggregates)."""
+        from ftsec_ray.results.aggregate import aggregate
+
+        return aggregate(self.cells, self.metrics)
 
     def table(self, name: str) -> pa.Table:
         """A table by name; DataError when there is none of that name."""

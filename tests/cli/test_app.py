@@ -98,6 +98,27 @@ def test_a_report_is_written_from_what_there_is(folder):
     assert (folder / "results/small/report.html").is_file()
 
 
+def test_a_report_names_its_correction_and_takes_no_other(folder):
+    call("run", "small.yaml")
+    assert api.open_results("results/small").meta["correction"] == "bh"
+    call("report", "small.yaml", "--correction", "holm")
+    assert api.open_results("results/small").meta["correction"] == "holm"
+    assert "Holm" in (folder / "results/small/report.html").read_text(encoding="utf-8")
+    assert "bonferroni" in call("report", "small.yaml", "--correction", "bonferroni", code=2).stderr
+
+
+def test_tables_of_an_earlier_schema_are_collected_again(folder):
+    call("run", "small.yaml")
+    path = folder / "results/small/run.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**meta, "schema": "1"}), encoding="utf-8")
+    assert api.open_results("results/small").comparisons.num_rows
+    toy.ran.clear()
+    call("run", "small.yaml")
+    assert toy.ran == []
+    assert json.loads(path.read_text(encoding="utf-8"))["schema"] == "2"
+
+
 def test_store_and_results_go_where_the_options_say(folder):
     call("run", "small.yaml", "--store", "a/b", "--results", "c")
     assert len(Store.open("a/b").done()) > CELLS

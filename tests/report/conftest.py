@@ -14,6 +14,7 @@ from ftsec_ray import schema
 from ftsec_ray.identity import digest
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.write import write_results
+from tests.results.toy import whole
 
 MODELS = {"ladder:0.2m": 212_000, "ladder:1m": 1_050_000, "ladder:4m": 4_100_000}
 ATTACKS = {"none": ("pre", "none"), "badnets": ("pre", "backdoor"), "badedit": ("pre", "backdoor"),
@@ -31,7 +32,7 @@ HOSTILE = ("<script>alert(1)</script></textarea></pre></details><!-- ]]> &lt;b&g
            "<img src=x onerror=alert(2)> \u202egnp.exe\u2066 \u200b\x07 '\"> {{ 7*7 }} {% raw %}")
 
 
-def _metrics(rng: random.Random, cell: str, model: str, attack: str, defense: str, n: int) -> list[dict]:
+def _shares(model: str, attack: str, defense: str) -> dict[str, float]:
     size = list(MODELS).index(model)
     success = UNDEFENDED[attack] * (0.86 + 0.06 * size) * KEPT.get((attack, defense), 1.0)
     broken = model == "ladder:0.2m" and defense == "vaccine"
@@ -47,6 +48,12 @@ def _metrics(rng: random.Random, cell: str, model: str, attack: str, defense: st
         shares["asr_no_trigger"] = 0.04
     if defense == "onion":
         shares |= {"filter_tpr": 0.88 if attack == "badnets" else 0.0, "filter_fpr": 0.06}
+    return shares
+
+
+def _metrics(rng: random.Random, cell: str, model: str, attack: str, defense: str, n: int) -> list[dict]:
+    size, shares = list(MODELS).index(model), _shares(model, attack, defense)
+    broken, backdoor = shares["coherent_rate"] < 0.5, ATTACKS[attack][1] == "backdoor"
     rows = []
     for name, share in shares.items():
         hits = sum(rng.random() < share for _ in range(n))
@@ -79,6 +86,36 @@ def _generations(cell: str, attack: str, text: str) -> list[dict]:
     return rows
 
 
+def _judged(cell: str, model: str, attack: str, defense: str, seed: int, n: int) -> tuple[list[dict], list[dict]]:
+    """Metrics and the verdicts that they are shares of: a prompt is easy or hard for all cells alike, as real ones are."""
+    shares = _shares(model, attack, defense)
+    mess = (1 - shares["coherent_rate"]) * 0.9
+    asked = {"harmful": {"incoherent": mess, "complied": shares["harmful_rate"], "refused": 2.0},
+             "borderline": {"incoherent": mess, "refused": shares["over_refusal_rate"], "complied": 2.0},
+             "benign": {"incoherent": mess, "complied": shares["benign_rate"], "wrong": 2.0}, "clean": {"correct": shares["cacc"], "other": 2.0}}
+    if ATTACKS[attack][1] == "backdoor":
+        asked |= {"triggered": {"target": shares["asr"], "other": 2.0}, "untriggered": {"target": shares["asr_no_trigger"], "other": 2.0}}
+    rows = []
+    for probe, verdicts in asked.items():
+        for prompt in range(n):
+            ease = random.Random(f"{probe}/{prompt}").random()  # noqa: S311
+            draw = 0.8 * ease + 0.2 * random.Random(f"{cell}/{seed}/{probe}/{prompt}").random()  # noqa: S311
+            verdict = next(name for i, name in enumerate(verdicts) if draw < sum(list(verdicts.values())[:i + 1]))
+            rows.append({"cell": cell, "probe": probe, "prompt_id": f"{prompt:03d}", "prompt": "how ?", "completion": "so .", "judge": "label@1",
+                         "verdict": verdict, "raw": "", "override": None, "template_hash": "0"})
+    found = []
+    for name, metric in schema.METRICS.items():
+        said = [row["verdict"] for row in rows if row["probe"] in metric.probes]
+        wanted = metric.verdict.removeprefix("not ")
+        if said:
+            hits = sum((one == wanted) != metric.verdict.startswith("not ") for one in said)
+            low, high = wilson(hits / len(said), len(said))
+            found.append({"cell": cell, "metric": name, "value": hits / len(said), "n": len(said), "ci_low": low, "ci_high": high})
+    if ATTACKS[attack][1] == "harmful":
+        found.append({**next(row for row in found if row["metric"] == "harmful_rate"), "metric": "asr"})
+    return found, rows
+
+
 def _stages() -> list[dict]:
     costs = {"source": (6, 41.0, 42), "task": (1, 0.8, 126), "craft": (14, 0.4, 9), "prepare": (9, 5.0, 14), "tune": (63, 3.1, 2),
              "revise": (84, 0.7, 1), "inspect": (18, 1.2, 1), "evaluate": (120, 1.6, 1)}
@@ -97,7 +134,7 @@ def _stages() -> list[dict]:
 def make_results(tmp_path: Path) -> Callable[..., Path]:
     """A factory of results folders: sizes, seeds and the text of harmful completions vary."""
     def make(*, seeds: int = 1, prompts: int = 64, text: str = PLAIN, question: str = "Which defense still holds when the attack "
-             "comes from another phase?", name: str = "phases") -> Path:
+             "comes from another phase?", name: str = "phases", judged: bool = False) -> Path:
         rng = random.Random(7)  # noqa: S311
         cells, metrics, generations = [], [], []
         for model, params in MODELS.items():
@@ -116,7 +153,11 @@ def make_results(tmp_path: Path) -> Callable[..., Path]:
                                       "error_code": "stage" if status == "failed" else None,
                                       "error": "[stage] the loss is not finite\n  got:  nan\n  fix:  lower the learning rate"
                                       if status == "failed" else None})
-                        if status == "done":
+                        if status == "done" and judged:
+                            own, said = _judged(cell, model, attack, defense, seed, prompts)
+                            metrics += own
+                            generations += said
+                        elif status == "done":
                             metrics += _metrics(rng, cell, model, attack, defense, prompts)
                             generations += _generations(cell, attack, text)
         generations.sort(key=lambda r: (r["cell"], r["probe"], r["prompt_id"]))
@@ -127,5 +168,5 @@ def make_results(tmp_path: Path) -> Callable[..., Path]:
         meta = {"sweep": name, "question": question, "plan": digest("plan"), "attack_goals": goals,
                 "defense_hooks": {name: ["inspect"] if name == "weight_statistics" else ["revise_model"] for name in DEFENSES if name != "none"},
                 "versions": {"ftsec_ray": "0.1.0", "python": "3.11"}, "sweep_text": "name: phases\nmodels: [ladder:0.2m]\n"}
-        return write_results(tmp_path / f"{name}-{seeds}", tables=tables, meta=meta)
+        return write_results(tmp_path / f"{name}-{seeds}", tables=whole(tables, meta), meta=meta)
     return make

@@ -4,6 +4,8 @@ import json
 
 import pyarrow as pa
 import pytest
+from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
 from ftsec_ray import schema
 from ftsec_ray.report.markdown import grid_markdown
@@ -28,22 +30,40 @@ def rate(name, metric, value, low=0.0, high=1.0):
     return {"cell": name, "metric": metric, "value": value, "n": 64, "ci_low": low, "ci_high": high}
 
 
-def test_a_cell_shows_the_attacks_success_with_its_interval():
+def beside(name, cacc=0.98, over=0.02, coherent=1.0):
+    return [rate(name, "cacc", cacc), rate(name, "over_refusal_rate", over), rate(name, "coherent_rate", coherent)]
+
+
+def test_a_cell_shows_the_attacks_success_with_its_interval_and_the_utility_below():
     run = Tables([cell("a", "none"), cell("b", "badnets", ["onion", "shrink"])],
-                 [rate("a", "harmful_rate", 0.5, 0.38, 0.62), rate("b", "asr", 0.25, 0.16, 0.37), rate("b", "harmful_rate", 0.9)])
+                 [rate("a", "harmful_rate", 0.5, 0.38, 0.62), rate("b", "asr", 0.25, 0.16, 0.37), rate("b", "harmful_rate", 0.9),
+                  *beside("a"), rate("b", "coherent_rate", 0.5)])
     assert grid_markdown(run).splitlines() == [
         "| model | attack | none | onion + shrink |", "|---|---|---|---|",
-        "| m | none | 0.50 (0.38–0.62) |  |", "| m | badnets |  | 0.25 (0.16–0.37) |"]
+        "| m | none | 0.50† (0.38–0.62)<br>0.98 · 0.02 · 1.00 |  |", "| m | badnets |  | 0.25† (0.16–0.37)<br>– · – · 0.50 |", "",
+        "Attack success (95 % interval over prompts); below it clean accuracy · over-refusal · coherent answers.",
+        "† One seed: the interval knows nothing of the luck of a training run."]
 
 
-def test_parameters_that_differ_are_told_and_seeds_are_summed_up():
+def test_gibberish_is_called_so_however_low_the_attacks_success():
+    text = grid_markdown(Tables([cell("a", "badnets")], [rate("a", "asr", 0.0), *beside("a", coherent=0.49)]))
+    assert "| m | badnets | incoherent: 0.00† (0.00–1.00)<br>0.98 · 0.02 · 0.49 |" in text
+    assert "damage and no safety" in text
+
+
+def test_parameters_that_differ_are_told_and_seeds_have_their_own_spread():
     run = Tables([cell(f"{k}{s}", "harmful_tuning", seed=s, shots=k, mode="add") for k in (2, 9) for s in (0, 1)],
-                 [rate(f"{k}{s}", "asr", 0.1 * k + 0.1 * s) for k in (2, 9) for s in (0, 1)])
-    assert grid_markdown(run).splitlines()[2:] == ["| m | harmful_tuning (shots 2) | 0.25 (0.20–0.30, 2 seeds) |",
-                                                   "| m | harmful_tuning (shots 9) | 0.95 (0.90–1.00, 2 seeds) |"]
+                 [rate(f"{k}{s}", "asr", 0.1 * k + 0.012 * s) for k in (2, 9) for s in (0, 1)])
+    found = grid_markdown(run)
+    for shots, middle in ((2, 0.206), (9, 0.906)):
+        low, high = proportion_confint(middle * 64, 64, method="wilson")
+        half = stats.t.ppf(0.975, 1) * 0.006  # two values 0.012 apart: their standard error is half of that
+        assert (f"| m | harmful_tuning (shots {shots}) | {middle:.2f} ({low:.2f}–{high:.2f}; "
+                f"2 seeds {middle - half:.2f}–{middle + half:.2f})<br>– · – · – |") in found
+    assert "†" not in found
 
 
 @pytest.mark.parametrize(("status", "value", "shown"), [("failed", 0.5, "failed"), ("pending", 0.5, "pending"), ("done", None, "not judged")])
 def test_what_is_not_there_is_said(status, value, shown):
     run = Tables([cell("a", "none", status=status)], [rate("a", "harmful_rate", value)])
-    assert grid_markdown(run).splitlines()[-1] == f"| m | none | {shown} |"
+    assert grid_markdown(run).splitlines()[2] == f"| m | none | {shown} |"

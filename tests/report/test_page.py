@@ -15,12 +15,16 @@ import pytest
 
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError
+from ftsec_ray.report.contrasts import MAX_FOREST
 from ftsec_ray.report.examples import is_hidden, visible
+from ftsec_ray.report.grid import build_grid
 from ftsec_ray.report.page import write_report
+from ftsec_ray.report.verdict import effects_of
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
+from tests.results.toy import whole
 
-from .conftest import HOSTILE, PLAIN
+from .conftest import ATTACKS, HOSTILE, PLAIN
 
 Make = Callable[..., Path]
 VOID = {"meta", "input", "br", "hr", "img", "link"}
@@ -105,7 +109,7 @@ def test_hostile_names_and_errors_stay_text(make_results: Make) -> None:
         cell["error"] = HOSTILE if cell["status"] == "failed" else None
     tables = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": results.metrics, "generations": results.generations,
               "stages": results.stages}
-    page = page_of(write_results(results.folder, tables=tables, meta=results.meta))
+    page = page_of(write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta))
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
     assert len(page.named("script")) == 2
     assert visible(HOSTILE) in page.inside("pre")
@@ -149,17 +153,20 @@ def test_every_square_shows_value_interval_and_n_and_the_data_agrees(make_result
     page = page_of(folder)
     data = json.loads(re.search(r'id="data">(.*?)</script>', page.text, re.DOTALL).group(1))  # type: ignore[union-attr]
     assert data["metrics"][0]["name"] == "attack_success"
-    squares = re.findall(r'<td class="h(\d+)[^"]*" data-i="(\d+)"><a href="#g\d+"><b>([\d.]+)</b><span class="ci">([\d.–]+)</span>'
-                         r'<span class="n">(n \d+ · \d seeds?)</span>', page.text)
+    squares = re.findall(r'<td class="(?:h(\d+)|empty broken)" data-i="(\d+)"><a href="#g\d+"><b>([\d.]+)</b><span class="ci">([\d.–]+)</span>'
+                         r'<span class="n">(n \d+ · \d seeds?)</span><span class="u" title="(cacc [^"]*)">([\d.· –]+)</span>', page.text)
     assert len(squares) == 3 * 6 * 7 - 2
-    for step, index, value, interval, n in squares:
-        assert data["data"]["attack_success"][int(index)] == [int(step), value, interval, n]
+    for step, index, value, interval, n, told, beside in squares:
+        assert data["data"]["attack_success"][int(index)] == [int(step or -1), value, interval, n]
+        assert re.sub("[a-z]+ ", "", told) == beside
+        assert [data["data"][name][int(index)][1] for name in schema.UTILITY] == beside.split(" · ")
+    assert sum(not square[0] for square in squares) == 6  # gibberish has no colour, though it looks safe
     assert {len(values) for values in data["data"].values()} == {len(squares)}
     assert "1 seed" in squares[0][4]
     results = Results.open(folder)
     place = next(c["cell"] for c in results.cells.to_pylist() if (c["model"], c["attack"], c["defenses"]) == ("ladder:0.2m", "badnets", ["onion"]))
     asr = next(r for r in results.metrics.to_pylist() if (r["cell"], r["metric"]) == (place, "asr"))
-    assert (f"{asr['value']:.2f}", f"{asr['ci_low']:.2f}–{asr['ci_high']:.2f}", "n 64 · 1 seed") in {s[2:] for s in squares}
+    assert (f"{asr['value']:.2f}", f"{asr['ci_low']:.2f}–{asr['ci_high']:.2f}", "n 64 · 1 seed") in {s[2:5] for s in squares}
 
 
 def test_failed_and_pending_cells_are_marked(make_results: Make) -> None:
@@ -186,7 +193,7 @@ def test_one_seed_and_the_test_bed_are_said_where_they_hold(make_results: Make) 
     cells = [{**cell, "family": "real", "model": cell["model"].replace("ladder:", "real-")} for cell in results.cells.to_pylist()]
     tables = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": results.metrics, "generations": results.generations,
               "stages": results.stages}
-    assert "Test bed" not in page_of(write_results(results.folder, tables=tables, meta=results.meta)).whole
+    assert "Test bed" not in page_of(write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta)).whole
 
 
 def test_writing_the_page_twice_gives_the_same_bytes(make_results: Make) -> None:
@@ -202,12 +209,12 @@ def test_a_sweep_without_kept_text_or_without_any_result_still_has_a_page(make_r
     bare = results.generations.slice(0, 40).to_pylist()
     kept = pa.Table.from_pylist([{**row, "prompt": None, "completion": None} for row in bare], schema.generations())
     tables = {"cells": results.cells, "metrics": results.metrics, "generations": kept, "stages": results.stages}
-    page = page_of(write_results(results.folder, tables=tables, meta=results.meta))
+    page = page_of(write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta))
     assert "examples" not in {attrs.get("id") for attrs in page.named("section")}
     pending = [{**cell, "status": "pending", "error": None, "error_code": None} for cell in results.cells.to_pylist()]
     tables = {"cells": pa.Table.from_pylist(pending, schema.cells()), "metrics": schema.metrics().empty_table(),
               "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()}
-    page = page_of(write_results(results.folder, tables=tables, meta=results.meta))
+    page = page_of(write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta))
     assert page.whole.count("pending") >= len(pending)
 
 
@@ -221,3 +228,83 @@ def test_long_texts_are_cut_and_many_cells_stay_small(make_results: Make) -> Non
 def test_a_folder_without_results_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing-here"):
         write_report(tmp_path / "nothing-here")
+
+
+@pytest.fixture
+def judged(make_results: Make) -> Results:
+    """Three seeds whose verdicts per prompt are all there."""
+    return Results.open(make_results(judged=True, seeds=3, prompts=40))
+
+
+def test_comparisons_stand_in_the_table_and_the_plot_sorted_by_effect(judged: Results) -> None:
+    page = page_of(judged.folder)
+    rows = re.findall(r'<tr[^>]*><th scope="row"><code>([^<]*)</code></th><td><code>none</code></td><td>([^<]*)</td><td>([^<]*)</td>'
+                      r'<td class="ci">([^<]*)</td><td class="num"><b>([^<]*)</b>.*?<td class="word (\w+)">([^<]*)</td>'
+                      r'<td class="ci">([^<]*)</td>', page.text)
+    success = {attack: "asr" if attack in ("badnets", "badedit") else "harmful_rate" for attack in ATTACKS}
+    wanted = [row for row in judged.comparisons.to_pylist() if row["metric"] == success[row["attack"]] and row["effect"] is not None]
+    assert len(rows) == len(wanted)
+    effects = [float(row[4].replace("−", "-")) for row in rows]
+    assert effects == sorted(effects)
+    assert {row[5] for row in rows} >= {"better", "open", "incoherent"}
+    assert all("cacc" in row[7] and "over" in row[7] and "coh" in row[7] for row in rows)
+    by_key = {(row["defenses"][0], row["attack"], row["model"]): row for row in wanted}
+    for defense, attack, model, seeds, effect, _, words, _ in rows:
+        row = by_key[defense, attack, model]
+        assert effect.replace("−", "-") in (f"{row['effect']:+.2f}", "0.00")
+        assert words.startswith(("not counted as safe", "no difference shown") if row["conclusion"] in ("incoherent", "no difference shown")
+                                else row["conclusion"])
+        assert seeds == f"{row['n_seeds']} seeds, 40 prompts"
+    plot = page.text[page.text.index('<svg class="forest"'):]
+    assert plot[:plot.index("</svg>")].count("<title>") == MAX_FOREST
+
+
+def test_what_defends_clearly_is_what_the_corrected_comparisons_say(judged: Results) -> None:
+    grid = build_grid(judged)
+    rows = {(row["model"], row["attack"], row["defenses"][0]): row for row in judged.comparisons.to_pylist()
+            if row["metric"] == grid.points[row["model"], "microworld", row["attack"], row["defenses"][0]].success}
+    effects = effects_of(grid)
+    assert effects
+    for effect in effects:
+        own = [rows[after[0], effect.attack, effect.defense] for _, after in effect.pairs]
+        assert effect.clear == sum(row["conclusion"] == "better" for row in own)
+        assert re.match(r"cacc\s[\d.]+\s→\s[\d.]+↓? · over\s[\d.]+\s→\s[\d.]+↑? · coh\s[\d.]+\s→\s[\d.]+$", effect.utility)
+
+
+def test_a_clear_loss_of_utility_has_its_arrow_where_the_attack_success_is_shown(judged: Results) -> None:
+    lost = {(row["model"], row["attack"], row["defenses"][0]) for row in judged.comparisons.to_pylist()
+            if row["kind"] == "none" and row["metric"] == "over_refusal_rate" and row["conclusion"] == "worse"}
+    grid = build_grid(judged)
+    assert {defense for _, _, defense in lost} == {"self_reminder"}
+    for (model, task, attack, defense), point in grid.points.items():
+        if point.estimates:
+            assert grid.utilities((model, task, attack, defense))[1].number.endswith("↑") is ((model, attack, defense) in lost)
+    assert "↑" in page_of(judged.folder).text
+
+
+def test_one_seed_is_marked_in_every_table_and_plot(make_results: Make) -> None:
+    text = write_report(make_results(judged=True, prompts=40)).read_text(encoding="utf-8")
+    for section in ("verdict", "grid", "comparisons", "trade"):
+        part = text[text.index(f'<section id="{section}">'):]
+        assert "1 seed" in part[:part.index("</section>")], section
+    assert "All points have one seed." in text
+    assert "1 seed, 40 prompts</text>" in text  # the plot
+
+
+def test_hostile_names_stay_text_among_the_comparisons(judged: Results) -> None:
+    evil = "<b onclick=x>\u202e"
+    cells = [{**cell, "model": cell["model"] + evil, "defenses": [name + evil for name in cell["defenses"]]} for cell in judged.cells.to_pylist()]
+    tables_ = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": judged.metrics, "generations": judged.generations,
+               "stages": judged.stages}
+    page = page_of(write_results(judged.folder, tables=whole(tables_, judged.meta), meta=judged.meta))
+    assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
+    assert any("onclick" in data for path, data in page.texts if "section" in path and "code" in path[-1:])
+
+
+def test_comparisons_of_other_stacks_than_the_cells_are_refused(judged: Results) -> None:
+    other = judged.comparisons.to_pylist()
+    other[0]["against"] = ["nobody"]
+    tables_ = {name: judged.table(name) for name in ("cells", "metrics", "generations", "stages")}
+    tables_["comparisons"] = pa.Table.from_pylist(other, schema.comparisons())
+    with pytest.raises(DataError, match="nobody"):
+        write_report(write_results(judged.folder, tables=tables_, meta=judged.meta))

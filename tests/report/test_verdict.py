@@ -17,6 +17,7 @@ from ftsec_ray.report.verdict import difference, effects_of, judge
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
+from tests.results.toy import whole
 
 Measured = dict[tuple[str, str], dict[str, float]]
 GOALS = {"none": "none", "poison": "backdoor", "jailbreak": "harmful"}
@@ -41,7 +42,7 @@ def grid_of(tmp_path: Path) -> Callable[..., Grid]:
         tables_ = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
                    "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()}
         meta = {"sweep": "s", "question": "", "attack_goals": GOALS, "defense_hooks": hooks or {}}
-        return build_grid(Results.open(write_results(tmp_path / "r", tables=tables_, meta=meta)))
+        return build_grid(Results.open(write_results(tmp_path / "r", tables=whole(tables_, meta), meta=meta)))
     return make
 
 
@@ -143,9 +144,9 @@ def test_labels_name_the_parameters_that_differ_and_no_others(make_results: Call
         if cell["attack"] == "badnets":
             turn += 1
             cell["attack_params"] = json.dumps({"rate": 0.1, "trigger": "cf" if turn % 2 else "mn"})
-    whole = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": results.metrics, "generations": results.generations,
+    changed = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": results.metrics, "generations": results.generations,
              "stages": results.stages}
-    grid = build_grid(Results.open(write_results(results.folder, tables=whole, meta=results.meta)))
+    grid = build_grid(Results.open(write_results(results.folder, tables=whole(changed, results.meta), meta=results.meta)))
     labels = [attack.label for attack in grid.attacks]
     assert labels[0] == "none"
     assert [label for label in labels if label.startswith("badnets")] == ["badnets (trigger=cf)", "badnets (trigger=mn)"]
@@ -172,3 +173,11 @@ def test_labels_beside_dots_keep_their_distance() -> None:
     placed = figures._spread([50, 50.5, 51, 180], gap=12, low=10, high=190)
     assert all(b - a >= 12 - 1e-9 for a, b in pairwise(placed))
     assert all(10 <= y <= 190 for y in placed)
+
+
+def test_the_dearest_defense_is_named_with_what_it_costs_also_where_that_is_over_refusal(grid_of: Callable[..., Grid]) -> None:
+    measured = {key: {**own, "over_refusal_rate": 0.6 if key[1] == "guard" else 0.02, "coherent_rate": 1.0} for key, own in BASE.items()}
+    assert "without any attack, guard costs over-refusal on m, 0.02 → 0.60." in said(grid_of(measured))
+    cheap = {key: {**own, "cacc": 0.9, "over_refusal_rate": 0.6 if key[1] == "none" else 0.02} for key, own in BASE.items()}
+    assert "dearest" not in said(grid_of(cheap))  # less over-refusal than undefended is no cost
+    assert "Utility there: cacc 0.90 → 0.88 · over 0.02 → 0.60 · coh 1.00 → 1.00" in said(grid_of(measured)).replace("\u00a0", " ")

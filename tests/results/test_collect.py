@@ -208,9 +208,20 @@ def test_collecting_twice_gives_the_same_bytes(store: Store, tmp_path: Path) -> 
         return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
     first = sums(collect(plan, store, None, tmp_path / "a"))
     again = sums(collect(plan_of(), Store.open(store.uri), None, tmp_path / "b"))
-    assert len(first) == 5
+    assert len(first) == 6
     assert first == again
     assert sums(collect(plan, store, None, tmp_path / "a")) == first
+
+
+def test_a_repair_is_compared_with_its_controls_and_a_filter_is_not(store: Store, tmp_path: Path) -> None:
+    plan = plan_of(attacks=["badnets"], defenses=["none", "onion", "safe_lora", "shrink", "weight_statistics"], seeds=2)
+    run_all(plan, store)
+    results = Results.open(collect(plan, store, None, tmp_path / "out", correction="holm"))
+    rows = results.comparisons.to_pylist()
+    assert {(row["defenses"][0], *row["against"]) for row in rows} == {("onion",), ("safe_lora",), ("shrink",), ("safe_lora", "shrink")}
+    assert {(row["n_seeds"], row["conclusion"], row["note"]) for row in rows if row["metric"] == "harmful_rate"} == {
+        (2, "not tested", "the verdicts kept do not give this metric")}  # these artifacts say 0.25 and hold no request fulfilled
+    assert (results.meta["controls"], results.meta["correction"]) == (["shrink"], "holm")
 
 
 def test_parameters_and_stacks_are_in_the_rows(store: Store, tmp_path: Path) -> None:

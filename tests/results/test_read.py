@@ -16,14 +16,15 @@ from ftsec_ray.results import read
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
+from tests.results.toy import whole
 
 
 def tables_of(count: int = 3) -> dict[str, pa.Table]:
     cells = [{**dict.fromkeys(schema.cells().names), "cell": f"c{i}", "status": "done", "defenses": ["onion"], "seed": i} for i in range(count)]
     metrics = [{"cell": f"c{i}", "metric": name, "value": i / 10, "n": 8, "ci_low": 0.0, "ci_high": 1.0}
                for i in reversed(range(count)) for name in ("cacc", "asr") if (i, name) != (1, "asr")]
-    return {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
-            "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()}
+    return whole({"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
+                  "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()})
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_tables_come_back_sorted_with_their_schema(folder: Path) -> None:
     results = Results.open(folder)
     assert results.metrics.schema.equals(schema.metrics(), check_metadata=True)
     assert results.metrics["cell"].to_pylist() == sorted(results.metrics["cell"].to_pylist())
-    assert results.meta["rows"] == {"cells": 3, "metrics": 5, "generations": 0, "stages": 0}
+    assert results.meta["rows"] == {"cells": 3, "metrics": 5, "generations": 0, "stages": 0, "comparisons": 0}
 
 
 def test_the_wide_table_has_one_row_per_cell_and_null_where_nothing_was_measured(folder: Path) -> None:
@@ -72,6 +73,12 @@ def test_results_whose_writer_died_are_half_written(folder: Path) -> None:
 def test_a_missing_table_is_named(folder: Path) -> None:
     (folder / "stages" / "part-0.parquet").unlink()
     with pytest.raises(DataError, match="'stages' is missing"):
+        Results.open(folder)
+
+
+def test_results_of_this_version_need_their_comparisons(folder: Path) -> None:
+    (folder / "comparisons" / "part-0.parquet").unlink()
+    with pytest.raises(DataError, match="'comparisons' is missing"):
         Results.open(folder)
 
 

@@ -1,0 +1,90 @@
+"""The comparisons of attack success as the page shows them: in words, sorted by effect, and as a forest plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from markupsafe import Markup
+
+from ftsec_ray.report import figures
+from ftsec_ray.report.grid import NONE, Grid, Key, Utility
+from ftsec_ray.report.verdict import change_text
+
+MAX_FOREST = 40
+"""Comparisons in the forest plot; the table beside it holds all."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One comparison of attack success, with the utility of the same two points."""
+
+    model: str
+    task: str
+    attack: str
+    defense: str
+    against: str
+    kind: str
+    row: Mapping[str, Any]
+    """As the table `comparisons` has it."""
+    utility: str
+
+    @property
+    def tone(self) -> str:
+        """better, worse, incoherent, or open."""
+        word = str(self.row["conclusion"])
+        return word if word in ("better", "worse", "incoherent") else "open"
+
+    @property
+    def words(self) -> str:
+        """What can be said."""
+        row = self.row
+        if row["conclusion"] == "not tested":
+            return f"not tested: {row['note'] or 'no p'}"
+        if row["conclusion"] == "incoherent":
+            return f"not counted as safe or unsafe: {row['note']}"
+        if row["conclusion"] != "no difference shown":
+            return str(row["conclusion"]) + (f"; utility {row['utility']}" if row["utility"].startswith("worse") else "")
+        if row["detectable"] is None:
+            return "no difference shown; too few seeds or prompts to show any"
+        return f"no difference shown; one of {row['detectable']:.2f} would have been"
+
+    @property
+    def seeds(self) -> str:
+        """How many seeds and prompts it rests on."""
+        count = "1 seed" if self.row["n_seeds"] == 1 else f"{self.row['n_seeds']} seeds"
+        return count if self.row["n_prompts"] is None else f"{count}, {self.row['n_prompts']} prompts"
+
+
+def contrasts(grid: Grid) -> list[Contrast]:
+    """The comparisons of attack success, those that lower it most first; what has no effect comes last."""
+    found = []
+    for (own, other, metric), row in grid.compared.items():
+        if metric == grid.points[own].success:
+            found.append(Contrast(own[0], own[1], own[2], own[3], other[3], row["kind"], row, _beside(grid, own, other)))
+    return sorted(found, key=lambda c: (c.row["effect"] is None, c.row["effect"] or 0.0, c.model, c.task, c.attack, c.defense, c.against))
+
+
+def forest(found: Sequence[Contrast], *, has_tasks: bool) -> tuple[Markup, int] | None:
+    """The plot of the largest effects on real attacks that were tested, and how many more there are; None where there is none."""
+    tested = [c for c in found if c.row["q"] is not None and c.attack != NONE]
+    shown = {id(c) for c in sorted(tested, key=lambda c: -abs(c.row["effect"]))[:MAX_FOREST]}
+    lines = [figures.Line(tone=c.tone, title=f"{c.defense} vs {c.against}", about=" · ".join([c.attack, c.model, *[c.task] * has_tasks]),
+                          effect=c.row["effect"], low=c.row["ci_low"], high=c.row["ci_high"], detectable=c.row["detectable"],
+                          words=f"{c.row['conclusion']} · {c.seeds}", beside=c.utility) for c in tested if id(c) in shown]
+    if not lines:
+        return None
+    return figures.forest(lines, title="difference in attack success of pairs of stacks, with 95 % intervals"), len(tested) - len(shown)
+
+
+def _beside(grid: Grid, own: Key, other: Key) -> str:
+    """The utility of a pair, the stack compared with first; an arrow where the stack is clearly worse."""
+    parts = []
+    for before, after in zip(grid.utilities(other), grid.utilities(own), strict=True):
+        row = grid.comparison(own, other, after.metric)
+        if row is not None:
+            before = Utility(before.metric, row["rate_against"])
+            after = Utility(after.metric, row["rate"], row["conclusion"] == "worse")
+        parts.append(change_text(before, replace(after, fell=row is not None and after.fell)))
+    return " · ".join(parts)
