@@ -132,13 +132,20 @@ def test_a_filter_that_leaves_nothing_fails_the_same_either_way(limit, tmp_path)
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
 def test_an_error_of_a_method_in_a_worker_is_the_error_of_the_stage(store, tmp_path):
+    import ray
+
     crew = Crew(size=1, each={"CPU": 1.0})
     with pytest.raises(DataError, match=r"got:  8\n  want: 100 rows in harmful_train"):
         in_blocks(store, HarmfulTuning(), 0, tmp_path / "survey", crew=crew)
     job, made, file = job_of(store, craft_stage(Onion(threshold=1.0)), tmp_path / "craft")
     job = replace(job, stage=replace(job.stage, inputs=job.stage.inputs[:2]))
-    with pytest.raises(StageError, match="a method asked for a model that it did not declare"):
+    with pytest.raises(StageError, match="a method asked for a model that it did not declare") as held:
         craft_in_blocks(job, made, file, crew=crew)
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2, "its actor is gone, though the error is still held"
+    assert "craft_rows" in "".join(held.value.__notes__), "where it happened"
 
 
 @pytest.mark.ray
