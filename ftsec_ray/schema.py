@@ -202,7 +202,7 @@ def _place() -> list[pa.Field]:
     import pyarrow as pa
 
     s, strings = pa.string(), pa.list_(pa.string())
-    return [_field("model", s), _field("task", s), _field("attack", s), _field("attack_params", s, "JSON"),
+    return [_field("model", s, "name"), _field("task", s, "name"), _field("attack", s, "name"), _field("attack_params", s, "JSON"),
             _field("defenses", strings, "in the order of the stack; empty for `none`"), _field("defense_params", s, "JSON list")]
 
 
@@ -215,7 +215,7 @@ def comparisons() -> pa.Schema:
     return _schema("comparisons", [
         *_place(), _field("against", pa.list_(s), "the stack compared with; empty for `none`"),
         _field("against_params", s, "JSON list"), _field("kind", s, "none | member (the best single one of the stack) | control", nullable=False),
-        _field("metric", s, nullable=False), _field("better", s, "lower | higher: what is good for the defender"),
+        _field("metric", s, "name", nullable=False), _field("better", s, "lower | higher: what is good for the defender"),
         _field("rate", f, "of the stack, mean over the seeds and prompts of both"), _field("rate_against", f, "of `against`, likewise"),
         _field("effect", f, "rate - rate_against"), _field("ci_low", f, "95 %, of this pair alone"), _field("ci_high", f, "95 %"),
         _field("n_seeds", i, "seeds that both have"), _field("n_prompts", i, "prompts judged on both sides in each of these seeds"),
@@ -237,7 +237,7 @@ def aggregates() -> pa.Schema:
 
     f, i = pa.float64(), pa.int64()
     return _schema("aggregates", [
-        *_place(), _field("metric", pa.string(), nullable=False), _field("value", f, "mean over seeds"),
+        *_place(), _field("metric", pa.string(), "name", nullable=False), _field("value", f, "mean over seeds"),
         _field("n_seeds", i, "seeds measured"), _field("n_planned", i, "seeds planned"),
         _field("n_prompts", i, "judged items of one seed, the smallest of the seeds"),
         _field("prompts_low", f, "95 % over prompts within a run (Wilson)"), _field("prompts_high", f, "95 %"),

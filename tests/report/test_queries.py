@@ -43,7 +43,7 @@ def results(make_results, tmp_path, monkeypatch):
 @pytest.fixture
 def sql(results):
     """Number of a query -> its rows as mappings."""
-    (block,) = blocks("sql")
+    block, _ = blocks("sql")
     views, numbered = queries(block)
     connection = duckdb.connect()
     connection.execute(views)
@@ -68,6 +68,14 @@ def asr(results):
 
 def key(row):
     return row["model"], row["attack"], row["stack"]
+
+
+def test_the_query_on_comparisons_gives_the_compared_attack_success(results):
+    _, block = blocks("sql")
+    found = duckdb.sql(block).fetchall()
+    wanted = [row for row in results.comparisons.to_pylist() if row["metric"] == "asr"]
+    assert len(found) == len(wanted) > 0
+    assert sorted(row[4] for row in found if row[4] is not None) == sorted(row["effect"] for row in wanted if row["effect"] is not None)
 
 
 def test_there_are_ten_and_each_is_tested_here():
