@@ -140,6 +140,11 @@ class StageSearcher(Searcher):
         self._wide: set[str] = set()
         """Trials of pipelines that wait for all of their cores."""
 
+    @property
+    def has_gang(self) -> bool:
+        """Whether a gang waits or runs."""
+        return any(is_gang(self.conductor.units[unit].resource) for unit in self.live.values())
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """A unit for a new trial; None only while a trial is live, FINISHED when no unit is left."""
         if self.is_stopped or self.conductor.finished:
@@ -199,7 +204,27 @@ class StageSearcher(Searcher):
         return (Searcher, ())  # Tune pickles its searcher into scratch that is never read
 
 
-class FreshFirst(FIFOScheduler):  # type: ignore[misc]
+class InTurn(FIFOScheduler):  # type: ignore[misc]
+    """Starts trials in the order of their suggestion, and lets idle workers go while a gang lives.
+
+    Tune keeps one idle worker for trials to come, with its core or its GPU, and does not see that the workers of a gang wait for it.
+    """
+
+    def __init__(self, searcher: StageSearcher) -> None:
+        super().__init__()
+        self._searcher = searcher
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The oldest trial that waits."""
+        return self._or_release(super().choose_trial_to_run(tune_controller), tune_controller)
+
+    def _or_release(self, chosen: Any, tune_controller: Any) -> Any:
+        if chosen is None and self._searcher.has_gang:
+            tune_controller._tune_controller._cleanup_cached_actors(force_all=True)  # noqa: SLF001 - Tune has no other name for it
+        return chosen
+
+
+class FreshFirst(InTurn):
     """Gives a worker that has just become free to the newest trial.
 
     First in, first out would give it to the oldest, whose own worker may be about to start, and throw that one away:
@@ -207,8 +232,8 @@ class FreshFirst(FIFOScheduler):  # type: ignore[misc]
     searcher), so nothing is overtaken by more than the start of a worker.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, searcher: StageSearcher) -> None:
+        super().__init__(searcher)
         self._fresh: deque[Any] = deque()
         self._older: deque[Any] = deque()
 
@@ -216,14 +241,14 @@ class FreshFirst(FIFOScheduler):  # type: ignore[misc]
         """Note a new trial."""
         self._fresh.append(trial)
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:  # noqa: ARG002
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """A trial that Tune has not yet asked a worker for, else the oldest that waits."""
         chosen = next((trial for trial in self._fresh if trial.status == "PENDING"), None)
         self._older += self._fresh
         self._fresh.clear()
         while self._older and self._older[0].status != "PENDING":
             self._older.popleft()
-        return chosen or (self._older[0] if self._older else None)
+        return self._or_release(chosen or (self._older[0] if self._older else None), tune_controller)
 
 
 class Reconcile(tune.Callback):
@@ -321,7 +346,7 @@ def _run_tuner(conductor: Conductor, work: Work, pieces: Pieces, bundles: Bundle
     tuner = tune.Tuner(
         host,
         tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=window, reuse_actors=True,
-                                    scheduler=None if can_grow else FreshFirst(),
+                                    scheduler=(InTurn if can_grow else FreshFirst)(searcher),
                                     trial_dirname_creator=lambda trial: trial.trial_id),
         run_config=tune.RunConfig(
             name="units", storage_path=scratch, stop=StopWhenStalled(searcher), verbose=0,
