@@ -89,6 +89,8 @@ class Runtime:
     """Prompts per generation batch."""
     checkpoint_every_s: float = 60.0
     """Seconds between step checkpoints of a tune."""
+    timeout_s: float | None = None
+    """Seconds that a stage may take, until its process is ended; None: as long as it takes."""
 
 
 @dataclass

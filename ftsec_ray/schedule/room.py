@@ -22,6 +22,11 @@ def bundles_of(spec: SweepSpec, classes: Iterable[str]) -> dict[str, dict[str, f
     return found
 
 
+def fits(bundle: Mapping[str, float], have: Mapping[str, float]) -> bool:
+    """Whether these resources hold a unit that occupies the bundle."""
+    return all(have.get(name, 0.0) >= amount for name, amount in bundle.items())
+
+
 def slots_of(bundles: Bundles, have: Mapping[str, float]) -> dict[str, int]:
     """Units of each class that these resources run at a time, if those of no other class run beside them."""
     return {one: int(min(have.get(name, 0.0) / amount for name, amount in bundle.items()) + 1e-6) for one, bundle in bundles.items()}

@@ -20,7 +20,7 @@ def runtime_of(plan: Plan) -> Runtime:
     """Where and how stages run, as the sweep's `resources` say."""
     resources = plan.spec.resources
     return Runtime(device="cuda" if resources.wants_gpus else "cpu", micro_batch=resources.micro_batch,
-                   eval_batch=resources.eval_batch, checkpoint_every_s=resources.checkpoint_every_s)
+                   eval_batch=resources.eval_batch, checkpoint_every_s=resources.checkpoint_every_s, timeout_s=resources.timeout_s)
 
 
 def execute(plan: Plan, store: Store, *, executor: Literal["tune", "local"] = "tune", address: str | None = None,
@@ -56,9 +56,13 @@ def execute(plan: Plan, store: Store, *, executor: Literal["tune", "local"] = "t
     resources = plan.spec.resources
     cache_gib = resources.cache_gib if cache_gib is None else cache_gib
     if executor == "local":
-        from ftsec_ray.schedule.local import run_local
+        from ftsec_ray.execute.worker import Worker
+        from ftsec_ray.schedule.local import run_beside, run_local
 
-        run_local(conductor, imported(session)(store, runtime, cache_gib), runner)
+        if runtime.timeout_s is None:
+            run_local(conductor, imported(session)(store, runtime, cache_gib), runner)
+        else:
+            run_beside(conductor, Worker(store=store.uri, runtime=runtime, cache_gib=cache_gib, runner=runner, session=session))
     else:
         from ftsec_ray.schedule.tune import Work, run_tune
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -32,7 +33,7 @@ from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.conductor import Conductor
 from ftsec_ray.schedule.credentials import no_keys_for_workers
-from ftsec_ray.schedule.room import Bundles, Room, bundles_of, room_ahead, room_beside, slots_of
+from ftsec_ray.schedule.room import Bundles, Room, bundles_of, fits, room_ahead, room_beside, slots_of
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
 
@@ -43,6 +44,14 @@ BROKEN_LIMIT = 3
 STALL_S = 300.0
 """Seconds without an event, with room for a unit and none running, after which the tuner is started anew."""
 MAX_RESTARTS = 3
+NO_ROOM_S = 600.0
+"""Seconds for which units wait without any other at work, where no node can hold them and none is on its way, until the run is given up."""
+GROWTH_S = 5.0
+"""Between two looks at how large a cluster is that may grow."""
+WINDOW = 4096
+"""Pending trials that Tune may have in such a cluster; how many it gets is the searcher's to say."""
+_OUT_OF_MEMORY = re.compile("low on memory|memory usage threshold")
+"""What Ray says of a worker that it killed itself, before the kernel would."""
 _ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
                 "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "TUNE_GLOBAL_CHECKPOINT_S": "3600",
                 "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0", "RAY_AIR_NEW_OUTPUT": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -121,6 +130,8 @@ class StageSearcher(Searcher):
         self.is_stopped = False
         self.broken: list[str] = []
         """What workers said that could not open."""
+        self.fault: EnvironmentFault | None = None
+        """Why the run cannot go on."""
         self._given = given
         self._warm: str | None = None
 
@@ -142,20 +153,26 @@ class StageSearcher(Searcher):
         return config
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Settle the unit of a trial by its verdicts; without any, its worker was lost."""
-        unit = self.live.pop(trial_id, None)
-        if unit is None:
+        """Settle the unit of a trial by its verdicts; one that ended in an error waits for `lost`, which is told why."""
+        if error or trial_id not in self.live:
             return
-        told = {} if error or not result else result
+        told = result or {}
         verdicts = told.get("verdicts")
         if verdicts is None:
             if "broken" in told:
                 self.broken.append(str(told["broken"]))
                 self.is_stopped = self.is_stopped or (self._warm is None and len(self.broken) >= BROKEN_LIMIT)
-            self.conductor.lost(unit, str(told.get("broken", "the trial ended without a verdict")))
+            self.lost(trial_id, str(told.get("broken", "the trial ended without a verdict")))
         else:
+            unit = self.live.pop(trial_id)
             self._warm = self.conductor.units[unit].affinity
             self.conductor.settle(unit, [StageVerdict(**one) for one in json.loads(verdicts)])
+
+    def lost(self, trial_id: str, why: str) -> None:
+        """The worker of a trial is gone."""
+        unit = self.live.pop(trial_id, None)
+        if unit is not None:
+            self.conductor.lost(unit, why, code="oom" if _OUT_OF_MEMORY.search(why) else "worker_lost")
 
     def save(self, checkpoint_path: str) -> None:
         """States of the units, for people; nothing reads them back."""
@@ -202,19 +219,25 @@ class FreshFirst(FIFOScheduler):  # type: ignore[misc]
 
 
 class Reconcile(tune.Callback):
-    """Tells starts, settles trials of which Tune never told the searcher, and notices a stall."""
+    """Tells starts and losses, settles trials of which Tune never told the searcher, follows a cluster's growth, and notices a stall."""
 
-    def __init__(self, searcher: StageSearcher, bundles: Bundles, *,
+    def __init__(self, searcher: StageSearcher, bundles: Bundles, *, grown: Callable[[], tuple[Room, int]] | None = None,
                  stall_s: float = STALL_S) -> None:
         self._searcher = searcher
         self._bundles = bundles
+        self._grown = grown
+        """Room and limit of a cluster that may grow."""
         self._stall_s = stall_s
-        self._checked = time.monotonic()
+        self._checked = self._looked = self._had_room = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
         """A worker took the unit of a trial."""
         if trial.trial_id in self._searcher.live:
             self._searcher.conductor.started(self._searcher.live[trial.trial_id])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
+        """The worker of a trial died."""
+        self._searcher.lost(trial.trial_id, _last_words(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ANN401, ARG002
         """Once a second, compare what Tune thinks of its trials with what the searcher thinks."""
@@ -224,11 +247,29 @@ class Reconcile(tune.Callback):
         self._checked = now
         live = [trial for trial in trials if trial.trial_id in self._searcher.live]
         for trial in live:
-            if trial.status in ("ERROR", "TERMINATED"):
-                self._searcher.on_trial_complete(trial.trial_id, trial.last_result, error=trial.status == "ERROR")
+            if trial.status == "TERMINATED":
+                self._searcher.on_trial_complete(trial.trial_id, trial.last_result)
+            elif trial.status == "ERROR":
+                self._searcher.lost(trial.trial_id, _last_words(trial))
         running = any(trial.status == "RUNNING" for trial in live)
         if live and is_stalled(now - self._searcher.conductor.last_event, is_running=running, limit_s=self._stall_s) \
                 and has_room(self._bundles, {trial.config["on"] for trial in live}):
+            self._searcher.is_stopped = True
+        if self._grown is not None and now - self._looked >= GROWTH_S:
+            self._looked = now
+            self._searcher.room, self._searcher.limit = self._grown()
+            self._look_for_nodes(now, {trial.config["on"] for trial in live}, is_running=running)
+
+    def _look_for_nodes(self, now: float, waiting: set[str], *, is_running: bool) -> None:
+        """Give up when all that is left waits for nodes of which there are none and none are coming."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if is_running or not waiting or any(fits(self._bundles[one], node) for one in waiting for node in nodes) or is_growing():
+            self._had_room = now
+        elif now - max(self._had_room, self._searcher.conductor.last_event) > NO_ROOM_S:
+            self._searcher.fault = EnvironmentFault(
+                f"no node of the cluster has room for a unit of class {' or '.join(map(repr, sorted(waiting)))}, and none is on its way",
+                sorted({_shape(node) for node in nodes}), " or ".join(_shape(self._bundles[one]) for one in sorted(waiting)) + " on one node",
+                "lower `resources` in the sweep, or add a node type with room for it to the cluster, then run again: what is done stays done")
             self._searcher.is_stopped = True
 
 
@@ -240,7 +281,27 @@ def is_stalled(quiet_s: float, *, is_running: bool, limit_s: float = STALL_S) ->
 def has_room(bundles: Bundles, classes: set[str]) -> bool:
     """Whether the cluster could start a unit of one of the classes right now."""
     free = ray.available_resources()
-    return any(all(free.get(name, 0.0) >= amount for name, amount in bundles[one].items()) for one in classes)
+    return any(fits(bundles[one], free) for one in classes)
+
+
+def is_growing() -> bool:
+    """Whether an autoscaler has nodes on their way."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return bool(status.pending_launches or status.pending_nodes)
+
+
+def _shape(resources: Mapping[str, float]) -> str:
+    """Cores and GPUs in words."""
+    return " + ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if name == "CPU" or name in resources)
+
+
+def _last_words(trial: Any) -> str:  # noqa: ANN401
+    """What Ray says of the death of a trial's worker."""
+    lines = [line.strip() for line in str(trial.get_error() or "").splitlines()]
+    told = " ".join(line for line in lines if line and not re.match(r"Failure # |(class_name|actor_id|pid|namespace|ip): ", line))
+    return told or "the trial ended without a verdict"
 
 
 class StopWhenStalled(tune.Stopper):
@@ -281,16 +342,20 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
                *, can_grow: bool) -> list[str]:
     """One tuner over what is left; returns the units that it left without an answer."""
     given = {unit.id: unit.stages for unit in conductor.units.values()}
-    have = ray.cluster_resources()
-    slots = {one: max(1, count) for one, count in slots_of({one: bundles[one] for one in used}, have).items()}
-    if can_grow:
-        slots = {one: max(count, workers or 0) + SURPLUS for one, count in slots.items()}
-    limit = min(sum(slots.values()), max(workers or 2**31, len(slots)))
-    room = room_ahead(slots) if can_grow else room_beside(bundles, have)
+
+    def room_and_limit() -> tuple[Room, int]:
+        have = ray.cluster_resources()
+        slots = {one: max(1, count) for one, count in slots_of({one: bundles[one] for one in used}, have).items()}
+        if can_grow:
+            slots = {one: max(count, workers or 0) + SURPLUS for one, count in slots.items()}
+        limit = min(sum(slots.values()), max(workers or 2**31, len(slots)))
+        return room_ahead(slots) if can_grow else room_beside(bundles, have), limit
+
+    room, limit = room_and_limit()
     searcher = StageSearcher(conductor, room=room, limit=limit, given=frozenset(given))
     factories = {name: tune.PlacementGroupFactory([dict(bundle)]) for name, bundle in bundles.items()}
     host = tune.with_resources(tune.with_parameters(StageHost, work=work, units=given), lambda config: factories[config["on"]])
-    window = max(2, limit)  # a window of 1 hangs where there is more than one resource class
+    window = WINDOW if can_grow else max(2, limit)  # a window of 1 hangs where there is more than one resource class
     tuner = tune.Tuner(
         host,
         tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=window, reuse_actors=True,
@@ -298,10 +363,12 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
                                     trial_dirname_creator=lambda trial: trial.trial_id),
         run_config=tune.RunConfig(
             name="units", storage_path=scratch, stop=StopWhenStalled(searcher), verbose=0,
-            callbacks=[Reconcile(searcher, bundles)], failure_config=tune.FailureConfig(max_failures=0),
+            callbacks=[Reconcile(searcher, bundles, grown=room_and_limit if can_grow else None)], failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0)))
     with _setting("TUNE_MAX_PENDING_TRIALS_PG", str(window)):
         tuner.fit()
+    if searcher.fault is not None:
+        raise searcher.fault
     if searcher.is_stopped and len(searcher.broken) >= BROKEN_LIMIT:
         raise EnvironmentFault(f"workers cannot open: {searcher.broken[-1]}", work.runner, "workers that have ftsec_ray installed "
                                "and can reach the store", "install the same version on all nodes, or look at the text above")
@@ -311,8 +378,7 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
 def _check_room(bundles: Bundles, used: Collection[str]) -> None:
     """EnvironmentFault when a class fits on no node: a Ray of our own will not grow, and Tune would wait for ever."""
     for one in used:
-        if not any(all(node["Resources"].get(name, 0.0) >= amount for name, amount in bundles[one].items())
-                   for node in ray.nodes() if node["Alive"]):
+        if not any(fits(bundles[one], node["Resources"]) for node in ray.nodes() if node["Alive"]):
             raise EnvironmentFault(f"no room on this machine for a unit of class {one!r}", ray.cluster_resources(),
                                    f"at least {bundles[one]}", "lower `resources` in the sweep, or give --address of a cluster")
 
