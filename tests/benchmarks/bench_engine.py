@@ -40,6 +40,7 @@ def timed(plan: Plan, executor: str, workers: int) -> dict[str, float]:
         report = execute(plan, Store.open(folder), executor=executor, workers=workers,  # type: ignore[arg-type]
                          runner="tests.schedule.engine_runners:nothing", session="tests.schedule.engine_runners:Bench",
                          on_event=lambda event: events.append((time.perf_counter() - started, time.process_time(), event)))
+        ended = time.perf_counter() - started
     assert report.is_complete, report.failed
     assert len(report.done) == len(plan.stages)
     ends = [(at, cpu) for at, cpu, event in events if event.kind == "finished"]
@@ -49,6 +50,7 @@ def timed(plan: Plan, executor: str, workers: int) -> dict[str, float]:
         return 1000 * (ends[last][clock] - ends[first][clock]) / some
 
     return {"units": len(report.attempts), "start_s": events[0][0], "span_s": events[-1][0] - events[0][0], "cpu_s": events[-1][1] - events[0][1],
+            "end_s": ended - events[-1][0],
             "first_ms": per_unit_ms(0, some, 0), "last_ms": per_unit_ms(-1 - some, -1, 0),
             "first_cpu_ms": per_unit_ms(0, some, 1), "last_cpu_ms": per_unit_ms(-1 - some, -1, 1)}
 
@@ -129,7 +131,7 @@ def scale(sizes: tuple[int, ...]) -> bool:
                           "driver_cpu_ms": round(1000 * found["cpu_s"] / found["units"], 2),
                           "first_1000_cpu_ms": round(found["first_cpu_ms"], 2), "last_1000_cpu_ms": round(found["last_cpu_ms"], 2),
                           "driver_peak_mib": round(found["peak_mib"]), "before_run_mib": round(found["plan_mib"]),
-                          "ray_start_s": round(found["start_s"], 1), "load_1min": os.getloadavg()[0]}), flush=True)
+                          "ray_start_s": round(found["start_s"], 1), "end_s": round(found["end_s"], 1), "load_1min": os.getloadavg()[0]}), flush=True)
     ratio = costs[-1] / costs[0]
     print(json.dumps({"ratio": round(ratio, 2), "limit": LIMITS["scale"]}))
     return ratio <= LIMITS["scale"]
