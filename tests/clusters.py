@@ -37,18 +37,10 @@ class Nodes:
             cache = self._folder / f"cache{len(self.nodes)}"
             self.nodes.append(self._cluster.add_node(**{"num_cpus": 1, **resources}, env_vars={"XDG_CACHE_HOME": str(cache)}))
 
-    def workers(self, node: Any) -> list[psutil.Process]:
-        """The worker processes of a node that hold a trial."""
-        try:
-            found = psutil.Process(self.raylet(node)).children()
-            return [one for one in found if "StageHost" in one.name() or any("StageHost" in part for part in one.cmdline())]
-        except psutil.Error:
-            return []
-
     def at_work(self, digest: str) -> tuple[Any, psutil.Process] | None:
         """The node and the worker that hold the work folder of a stage."""
         for node in self.nodes:
-            for worker in self.workers(node):
+            for worker in psutil.Process(self.raylet(node)).children():
                 try:
                     if any(file.path.endswith(f"/.{digest}.lock") for file in worker.open_files()):
                         return node, worker

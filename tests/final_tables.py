@@ -6,19 +6,25 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from ftsec_ray.results.read import Results
 
-TIMED = ("wall_s", "cpu_s", "gpu_s", "peak_bytes", "attempt", "host", "cached")
+_TIMED = ["wall_s", "cpu_s", "gpu_s", "peak_bytes", "attempt", "host", "cached"]
+_KEYS = {"cells": ["cell"], "metrics": ["cell", "metric"], "generations": ["cell", "probe", "prompt_id"], "stages": ["digest"]}
+
+
+def final_tables(results: Results) -> dict[str, pa.Table]:
+    """All four, without times, places and the sweep's name."""
+    return {"cells": results.cells.drop_columns(["sweep"]), "metrics": results.metrics, "generations": results.generations,
+            "stages": results.stages.drop_columns(_TIMED)}
 
 
 def assert_same_tables(results: Results, undisturbed: Results) -> None:
-    """Cells, metrics, generations and stages are equal, every cell is done, and no row is there twice."""
+    """Every cell is done, the tables are equal, and no row is there twice."""
     assert set(results.cells["status"].to_pylist()) == {"done"}, results.cells.select(["status", "error_code", "error"]).to_pylist()
-    for name in ("cells", "metrics", "generations"):
-        mine, theirs = getattr(results, name), getattr(undisturbed, name)
-        assert mine.drop_columns(["sweep"] if name == "cells" else []).equals(theirs.drop_columns(["sweep"] if name == "cells" else [])), name
-    stages = [one.stages.drop_columns([column for column in TIMED if column in one.stages.column_names]) for one in (results, undisturbed)]
-    assert stages[0].equals(stages[1]), "stages"
-    for keys in (results.cells["cell"].to_pylist(), results.stages["digest"].to_pylist(),
-                 [(row["cell"], row["metric"]) for row in results.metrics.to_pylist()]):
-        assert max(Counter(keys).values()) == 1, "a row twice"
+    theirs = final_tables(undisturbed)
+    for name, mine in final_tables(results).items():
+        assert mine.equals(theirs[name]), f"{name} differ"
+        rows = Counter(tuple(row.values()) for row in mine.select(_KEYS[name]).to_pylist())
+        assert max(rows.values(), default=1) == 1, f"a row of {name} twice"

@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray  # noqa: TID253 - this module is the place for it
@@ -48,6 +49,8 @@ NO_ROOM_S = 600.0
 """Seconds for which units wait without any other at work, where no node can hold them and none is on its way, until the run is given up."""
 GROWTH_S = 5.0
 """Between two looks at how large a cluster is that may grow."""
+KEPT_TRIALS = 256
+"""Trials that have ended and that Tune may remember."""
 WINDOW = 4096
 """Pending trials that Tune may have in such a cluster; how many it gets is the searcher's to say."""
 _OUT_OF_MEMORY = re.compile("low on memory|memory usage threshold")
@@ -191,7 +194,39 @@ class StageSearcher(Searcher):
         return (Searcher, ())  # Tune pickles its searcher into scratch that is never read
 
 
-class FreshFirst(FIFOScheduler):  # type: ignore[misc]
+class InTurn(FIFOScheduler):  # type: ignore[misc]
+    """First in, first out, and nothing kept of trials that have ended.
+
+    Tune keeps every trial to its end, and writes and reads them all once more when it is done: tens of kilobytes and some
+    milliseconds for each. Nobody here asks for them, since what became of a unit stands in the store.
+    """
+
+    def __init__(self, searcher: StageSearcher) -> None:
+        super().__init__()
+        self._searcher = searcher
+        self._live_trials = 0
+        """Trials that had not ended at the last look."""
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The oldest trial that waits."""
+        self._forget(tune_controller._tune_controller)  # of the wrapper, without its warning
+        return super().choose_trial_to_run(tune_controller)
+
+    def _forget(self, controller: Any) -> None:
+        """Now and then, drop the trials whose end the searcher knows and whose worker has been let go."""
+        trials = controller._trials
+        if len(trials) < self._live_trials + KEPT_TRIALS:
+            return
+        ended = {one for one in trials if one.is_finished() and one.trial_id not in self._searcher.live and one not in controller._trial_to_actor}
+        trials[:] = [one for one in trials if one not in ended]
+        self._live_trials = len(trials)
+        for kept in (controller._stopped_trials, controller._failed_trials, controller._live_trials, controller._trials_to_cache):
+            kept -= ended
+        for one in ended:
+            controller._trial_metadata.pop(one.trial_id, None)
+
+
+class FreshFirst(InTurn):
     """Gives a worker that has just become free to the newest trial.
 
     First in, first out would give it to the oldest, whose own worker may be about to start, and throw that one away:
@@ -199,8 +234,8 @@ class FreshFirst(FIFOScheduler):  # type: ignore[misc]
     searcher), so nothing is overtaken by more than the start of a worker.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, searcher: StageSearcher) -> None:
+        super().__init__(searcher)
         self._fresh: deque[Any] = deque()
         self._older: deque[Any] = deque()
 
@@ -208,8 +243,9 @@ class FreshFirst(FIFOScheduler):  # type: ignore[misc]
         """Note a new trial."""
         self._fresh.append(trial)
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:  # noqa: ARG002
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """A trial that Tune has not yet asked a worker for, else the oldest that waits."""
+        self._forget(tune_controller._tune_controller)
         chosen = next((trial for trial in self._fresh if trial.status == "PENDING"), None)
         self._older += self._fresh
         self._fresh.clear()
@@ -299,8 +335,9 @@ def _shape(resources: Mapping[str, float]) -> str:
 
 def _last_words(trial: Any) -> str:  # noqa: ANN401
     """What Ray says of the death of a trial's worker."""
-    lines = [line.strip() for line in str(trial.get_error() or "").splitlines()]
-    told = " ".join(line for line in lines if line and not re.match(r"Failure # |(class_name|actor_id|pid|namespace|ip): ", line))
+    path = trial.error_file
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).is_file() else []
+    told = " ".join(line.strip() for line in lines if not re.match(r"Failure # |\s*(class_name|actor_id|pid|name|namespace|ip): ", line))
     return told or "the trial ended without a verdict"
 
 
@@ -359,7 +396,7 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
     tuner = tune.Tuner(
         host,
         tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=window, reuse_actors=True,
-                                    scheduler=None if can_grow else FreshFirst(),
+                                    scheduler=InTurn(searcher) if can_grow else FreshFirst(searcher),
                                     trial_dirname_creator=lambda trial: trial.trial_id),
         run_config=tune.RunConfig(
             name="units", storage_path=scratch, stop=StopWhenStalled(searcher), verbose=0,
