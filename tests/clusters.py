@@ -109,7 +109,7 @@ def autoscaling_cluster(folder: Path, node_types: dict[str, dict[str, Any]], *, 
     (folder / "autoscaler.json").write_text(json.dumps(config))
     environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
                    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
-                   "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+                   "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_AUTH_MODE": "disabled"}  # this process may have read the mode already
     with (folder / "head.log").open("w") as log:
         process = psutil.Popen(
             [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={gcs}", f"--autoscaling-config={folder}/autoscaler.json",

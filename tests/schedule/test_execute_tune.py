@@ -74,6 +74,8 @@ def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(
     assert runs(tmp_path, "began").count("deadly") == MAX_ATTEMPTS
     assert runs(tmp_path) == ["beside"]
     assert report.failed[deadly.digest].error_code == "worker_lost"
+    assert report.failed[deadly.digest].error.startswith(f"its worker died {MAX_ATTEMPTS} times, last: The actor died unexpectedly")
+    assert "OOM killer" in report.failed[deadly.digest].error, "what Ray says of it, among that what it may have been"
     assert len(report.upstream_failed) == 1
     assert store.failures()[deadly.digest]["error_code"] == "worker_lost"
 
