@@ -178,3 +178,25 @@ def test_a_class_without_a_node_ends_the_run_with_what_it_lacks_once_everything_
     assert caught.value.want == "1 CPU + 1 GPU on one node"
     assert "1 CPU" in caught.value.got
     assert store.done() == {plain.digest}
+
+
+def test_a_run_takes_the_room_of_nodes_that_come_while_it_is_on(nodes, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "SURPLUS", 1)
+    monkeypatch.setattr(tune, "GROWTH_S", 0.5)
+    nodes.add(1 - len(nodes.nodes))
+    for node in nodes.nodes[1:]:
+        nodes.remove(node)
+    running, most = set(), [0]
+
+    def told(event):
+        (running.add if event.kind == "started" else running.discard)(event.unit)
+        most.append(len(running))
+        if event.kind == "finished" and len(nodes.nodes) == 1:
+            assert max(most) <= 1
+            nodes.add(num_cpus=4)
+
+    plan = plan_of([stage_of(f"s{i}", log=str(tmp_path), sleep=1.0) for i in range(30)])
+    report = execute(plan, Store.open(tmp_path / "store"), address=nodes.address, runner="tests.schedule.engine_runners:write", session=SESSION,
+                     on_event=told)
+    assert report.is_complete
+    assert max(most) >= 4

@@ -164,6 +164,26 @@ def test_a_stalled_tuner_is_started_anew_and_nothing_is_lost(store, tmp_path, mo
     assert sorted(set(runs(tmp_path))) == [f"s{i}" for i in range(6)]
 
 
+@pytest.mark.usefixtures("cluster")
+def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path, monkeypatch):
+    from ftsec_ray.schedule import tune
+
+    known, forget = [], tune.InTurn._forget
+
+    def counted(self, controller):
+        forget(self, controller)
+        known.append(len(controller._trials))
+
+    monkeypatch.setattr(tune, "KEPT_TRIALS", 8)
+    monkeypatch.setattr(tune.InTurn, "_forget", counted)
+    bad = stage_of("bad", log=str(tmp_path), fail=True)
+    victim = stage_of("victim", log=str(tmp_path), die_once=str(tmp_path / "died"))
+    report = run(plan_of([bad, victim, *(stage_of(f"s{i}", log=str(tmp_path)) for i in range(60))]), store)
+    assert set(report.failed) == {bad.digest}
+    assert len(report.done) == len(runs(tmp_path)) == 61
+    assert max(known) <= 8 + 2 * 3 + 1, "those kept, those at work and those that wait"
+
+
 def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(store, tmp_path):
     script = tmp_path / "drive.py"
     script.write_text(
