@@ -66,3 +66,9 @@ def test_two_sweeps_at_once_on_one_store_end_with_the_tables_of_each_alone(small
     assert artifacts(tmp_path / "store") == artifacts(undisturbed[0] / "store")
     assert list((tmp_path / "store" / "staging").iterdir()) == []
     assert list((tmp_path / "store" / "work").iterdir()) == []
+
+
+def test_a_sweep_under_a_time_limit_that_nothing_reaches_leaves_the_same_bytes(small, undisturbed, tmp_path):
+    results = ftsec_ray.run({**small, "resources": {"timeout_s": 250}}, store=tmp_path / "store", results=tmp_path / "results", executor="local")
+    assert_same_tables(results, undisturbed[1])
+    assert artifacts(tmp_path / "store") == artifacts(undisturbed[0] / "store")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -56,25 +57,20 @@ class Worker:
         except BrokenPipeError:
             told = ""
         if not told:
-            code = self.close()
+            code = process.wait()
+            self.close()
             raise WorkerLost(f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it left with exit code {code}")
         found = json.loads(told)
         if isinstance(found, dict) and "broken" in found:
             raise EnvironmentFault(f"a worker cannot open: {found['broken']}", self._given["runner"], "see the text above")
         return found
 
-    def close(self) -> int:
-        """End the process; its exit code."""
+    def close(self) -> None:
+        """End the process, whatever it is at."""
         process, self._process = self._process, None
-        if process is None:
-            return 0
-        with process:
-            assert process.stdin is not None
-            try:
-                process.stdin.close()
-            except BrokenPipeError:
+        if process is not None:
+            with suppress(BrokenPipeError), process:  # which closes its pipes and waits for it
                 process.kill()
-            return process.wait()
 
 
 def main() -> None:
