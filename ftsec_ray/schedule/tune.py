@@ -24,6 +24,7 @@ from typing import Any
 
 import ray  # noqa: TID253 - this module is the place for it
 from ray import tune  # noqa: TID253
+from ray.tune.progress_reporter import TrialProgressCallback  # noqa: TID253
 from ray.tune.schedulers import FIFOScheduler  # noqa: TID253
 from ray.tune.search import Searcher  # noqa: TID253
 
@@ -309,6 +310,16 @@ class Reconcile(tune.Callback):
             self._searcher.is_stopped = True
 
 
+class Silent(TrialProgressCallback):  # type: ignore[misc]
+    """Prints nothing and remembers nothing of any trial: Tune adds one that does both unless it is given one."""
+
+    def log_result(self, trial: Any, result: dict[str, Any], error: bool = False) -> None:  # noqa: ANN401, FBT001, FBT002
+        """Say nothing."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401
+        """Say nothing."""
+
+
 def is_stalled(quiet_s: float, *, is_running: bool, limit_s: float = STALL_S) -> bool:
     """Whether units wait for workers that do not come."""
     return not is_running and quiet_s > limit_s
@@ -392,6 +403,7 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
     searcher = StageSearcher(conductor, room=room, limit=limit, given=frozenset(given))
     factories = {name: tune.PlacementGroupFactory([dict(bundle)]) for name, bundle in bundles.items()}
     host = tune.with_resources(tune.with_parameters(StageHost, work=work, units=given), lambda config: factories[config["on"]])
+    callbacks = [Reconcile(searcher, bundles, grown=room_and_limit if can_grow else None), Silent()]
     window = WINDOW if can_grow else max(2, limit)  # a window of 1 hangs where there is more than one resource class
     tuner = tune.Tuner(
         host,
@@ -400,7 +412,7 @@ def _run_tuner(conductor: Conductor, work: Work, bundles: Bundles, used: Collect
                                     trial_dirname_creator=lambda trial: trial.trial_id),
         run_config=tune.RunConfig(
             name="units", storage_path=scratch, stop=StopWhenStalled(searcher), verbose=0,
-            callbacks=[Reconcile(searcher, bundles, grown=room_and_limit if can_grow else None)], failure_config=tune.FailureConfig(max_failures=0),
+            callbacks=callbacks, failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0)))
     with _setting("TUNE_MAX_PENDING_TRIALS_PG", str(window)):
         tuner.fit()
