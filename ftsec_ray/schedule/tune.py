@@ -198,6 +198,8 @@ class StageSearcher(Searcher):
 class InTurn(FIFOScheduler):  # type: ignore[misc]
     """First in, first out, and nothing kept of trials that have ended.
 
+    A worker that has just become free goes to the oldest trial whose own worker is not about to start: first in, first out
+    to the letter would throw that one away, and where starting takes longer than a unit a cluster would never be filled.
     Tune keeps every trial to its end, and writes and reads them all once more when it is done: tens of kilobytes and some
     milliseconds for each. Nobody here asks for them, since what became of a unit stands in the store.
     """
@@ -209,9 +211,14 @@ class InTurn(FIFOScheduler):  # type: ignore[misc]
         """Trials that had not ended at the last look."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The oldest trial that waits."""
-        self._forget(tune_controller._tune_controller)  # of the wrapper, without its warning
-        return super().choose_trial_to_run(tune_controller)
+        """The oldest trial that waits for room, or for a worker that has not been asked for."""
+        controller = tune_controller._tune_controller  # of the wrapper, without its warning
+        self._forget(controller)
+        started, asked = controller._actor_manager._live_actors_to_ray_actors_resources, controller._trial_to_actor
+        waiting = [one for one in controller._trials if one.status == "PENDING" and asked.get(one) not in started]
+        free = controller._actor_cache
+        reusing = (one for one in waiting if free.num_cached_objects and free.has_cached_object(one.placement_group_factory))
+        return next(reusing, waiting[0] if waiting else None)
 
     def _forget(self, controller: Any) -> None:
         """Now and then, drop the trials whose end the searcher knows and whose worker has been let go."""
