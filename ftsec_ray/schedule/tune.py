@@ -226,7 +226,8 @@ class InTurn(FIFOScheduler):  # type: ignore[misc]
         if len(trials) < self._live_trials + KEPT_TRIALS:
             return
         ended = {one for one in trials if one.is_finished() and one.trial_id not in self._searcher.live and one not in controller._trial_to_actor}
-        trials[:] = [one for one in trials if one not in ended]
+        for kept in (trials, controller._pending_trials_list):
+            kept[:] = [one for one in kept if one not in ended]
         self._live_trials = len(trials)
         for kept in (controller._stopped_trials, controller._failed_trials, controller._live_trials, controller._trials_to_cache):
             kept -= ended
