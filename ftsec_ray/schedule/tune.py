@@ -258,6 +258,8 @@ class FreshFirst(InTurn):
         chosen = next((trial for trial in self._fresh if trial.status == "PENDING"), None)
         self._older += self._fresh
         self._fresh.clear()
+        if len(self._older) > KEPT_TRIALS:  # the first may wait long for its worker, while those behind it come and go
+            self._older = deque(one for one in self._older if one.status == "PENDING")
         while self._older and self._older[0].status != "PENDING":
             self._older.popleft()
         return chosen or (self._older[0] if self._older else None)
