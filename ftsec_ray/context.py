@@ -105,6 +105,8 @@ class Runtime:
     """Prompts per generation batch."""
     checkpoint_every_s: float = 60.0
     """Seconds between step checkpoints of a tune."""
+    timeout_s: float | None = None
+    """Seconds that a stage may take, until its process is ended; None: as long as it takes."""
     ray_above: int = 100_000
     """Rows from which on a set is crafted in blocks, by Ray Data where the stage has workers for it."""
     gang: Gang | None = None

@@ -55,7 +55,7 @@ class S3Server:
 
     def keys(self, under: str) -> list[str]:
         """Keys below a folder of the bucket."""
-        return sorted(key for key in self.backend().buckets[BUCKET].keys if key.startswith(f"{under}/"))
+        return sorted(key for key in list(self.backend().buckets[BUCKET].keys) if key.startswith(f"{under}/"))
 
     def stop(self) -> None:
         self._moto.stop()

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
+from ftsec_ray.execute.watchdog import watched
 from ftsec_ray.plan.stage import Stage, workers_of
 from ftsec_ray.redact import redacted, without_secrets
 from ftsec_ray.store import DamagedArtifact, Store
@@ -78,7 +79,8 @@ def run_unit(stages: Sequence[Stage], store: Store, session: Any, runner: Runner
     for stage in stages:
         bad = next((v for v in verdicts if not v.is_good), None)
         if bad is None:
-            verdicts.append(_run_stage(stage, store, session, run, attempt))
+            with watched(store, stage.digest, attempt, getattr(getattr(session, "runtime", None), "timeout_s", None)):
+                verdicts.append(_run_stage(stage, store, session, run, attempt))
         elif bad.status == "failed":
             verdicts.append(StageVerdict(digest=stage.digest, status="upstream_failed", error_code=bad.error_code,
                                          error=f"stage {bad.digest} failed before it", host=bad.host, attempt=attempt))

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from ftsec_ray.execute.unit import StageVerdict
+from ftsec_ray.execute.watchdog import TIMEOUT
 from ftsec_ray.plan.bill import Tariff, bill_of, shortfall, spent_of
 from ftsec_ray.plan.cost import Costs, learned_from
 from ftsec_ray.plan.graph import Plan, fuse
@@ -74,6 +75,7 @@ class Conductor:
         self._limits = plan.spec.budget.limits if plan.spec.budget else {}
         self._spent = spent_of(plan, store, done) if self._limits else None
         self._began: dict[str, float] = {}
+        self._before = store.failures() if plan.spec.resources.timeout_s is not None else {}
         self._started = time.monotonic()
         self.last_event = self._started
         """Monotonic time of the latest event."""
@@ -143,20 +145,33 @@ class Conductor:
         else:
             self._fail(unit, bad)
 
-    def lost(self, unit: str, error: str) -> None:
-        """A worker died, or came back without a verdict."""
+    def lost(self, unit: str, error: str, *, code: str = "worker_lost") -> None:
+        """A worker died, or came back without a verdict; `code` says why, should it be the last time."""
         error = redacted(error)
         began = self._began.pop(unit, None)
         if began is not None:
             self.scheduler.ledger.charge(self._takes(self._units[unit], time.monotonic() - began))
-        if self.scheduler.requeue(unit):
+        verdict = self._late(unit)
+        if verdict is None and self.scheduler.requeue(unit):
             self._tell("requeued", unit, error)
             return
-        stage = next((s for s in self._units[unit].stages if not self.store.has(s.digest)), self._units[unit].stages[-1])
-        verdict = StageVerdict(digest=stage.digest, status="failed", error_code="worker_lost", attempt=self.attempt(unit),
-                               error=f"its worker died {self.attempt(unit)} times, last: {error}")
-        self.store.write_verdict(stage.digest, asdict(verdict))
+        stages = self._units[unit].stages
+        held = [stage.digest for stage in stages if self.store.has(stage.digest)]
+        self._verdicts.update((digest, StageVerdict(digest=digest, status="cached")) for digest in held)
+        if verdict is None:
+            stage = next((s for s in stages if s.digest not in held), stages[-1])
+            verdict = StageVerdict(digest=stage.digest, status="failed", error_code=code, attempt=self.attempt(unit),
+                                   error=f"its worker died {self.attempt(unit)} times, last: {error}")
+            self.store.write_verdict(stage.digest, asdict(verdict))
         self._fail(unit, verdict)
+
+    def _late(self, unit: str) -> StageVerdict | None:
+        """The verdict on a stage that took its worker with it, since it was over its time."""
+        if self.plan.spec.resources.timeout_s is None:
+            return None
+        failures, digests = self.store.failures(), [stage.digest for stage in self._units[unit].stages]
+        new = [failures[one] for one in digests if one in failures and failures[one] != self._before.get(one)]
+        return StageVerdict(**new[0]) if new and new[0]["error_code"] == TIMEOUT else None
 
     def abandon(self, unit: str) -> None:
         """A unit was handed out but never ran: it goes back without an attempt counted."""

@@ -32,6 +32,11 @@ def bundles_of(spec: SweepSpec, classes: Iterable[str]) -> dict[str, dict[str, f
     return found
 
 
+def fits(bundle: Mapping[str, float], have: Mapping[str, float]) -> bool:
+    """Whether these resources hold a unit that occupies the bundle."""
+    return all(have.get(name, 0.0) >= amount for name, amount in bundle.items())
+
+
 def pieces_of(one: str, bundle: Mapping[str, float], have: Mapping[str, float]) -> list[dict[str, float]]:
     """The bundles of the placement group of a unit's trial, the first one for the trial itself.
 

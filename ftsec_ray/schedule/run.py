@@ -23,7 +23,8 @@ def runtime_of(plan: Plan) -> Runtime:
     """Where and how stages run, as the sweep's `resources` say."""
     resources = plan.spec.resources
     return Runtime(device="cuda" if resources.wants_gpus else "cpu", micro_batch=resources.micro_batch,
-                   eval_batch=resources.eval_batch, checkpoint_every_s=resources.checkpoint_every_s, ray_above=plan.spec.data.ray_above)
+                   eval_batch=resources.eval_batch, checkpoint_every_s=resources.checkpoint_every_s, timeout_s=resources.timeout_s,
+                   ray_above=plan.spec.data.ray_above)
 
 
 def execute(plan: Plan, store: Store, *, executor: Literal["tune", "local"] = "tune", address: str | None = None,

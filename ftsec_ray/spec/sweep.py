@@ -213,6 +213,8 @@ class ResourceSpec:
     """Prompts per generation batch."""
     checkpoint_every_s: Annotated[float, Gt(0)] = 60.0
     """Seconds between step checkpoints of a tune."""
+    timeout_s: Annotated[float, Gt(0)] | None = None
+    """Seconds that one stage may take; above them it is ended and fails as `timeout`. None: as long as it takes."""
     cache_gib: Annotated[float, Ge(0)] = 4.0
     """Base models kept in a worker's memory, at most."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -98,15 +99,31 @@ def write(stage: Stage, out: Path, session: Bench) -> dict[str, Any]:
         if not marker.exists():
             marker.write_text("died")
             os.kill(os.getpid(), signal.SIGKILL)
+    if "die_on" in params and params["die_on"] == runs(Path(params["log"]), "began").count(params["name"]):
+        os.kill(os.getpid(), signal.SIGKILL)
     if params.get("die"):
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(params.get("sleep", 0.0))
+    if params.get("stuck_once") and not Path(params["stuck_once"]).exists():
+        Path(params["stuck_once"]).touch()
+        ctypes.PyDLL(None).sleep(3600)  # native code that keeps the interpreter's lock: no thread and no handler of this process runs
+    if session.runtime is not None and (session.runtime.micro_batch or 8) > params.get("fits", 8):
+        raise MemoryError
     if params.get("fail"):
         raise StageError("told to fail", params["name"])
     given = [(session.store.fetch(one) / "out.json").read_text() for _, one in stage.inputs]
+    (out / "filler").write_bytes(b"x" * params["filler"]) if "filler" in params else None
     (out / "out.json").write_text(json.dumps({"name": params["name"], "given": digest(given)}))
     log(stage, "ran")
     return {"tokens": 7, "notes": {"seen": len(given)}}
+
+
+def where(stage: Stage, out: Path, session: Bench) -> None:
+    """Write down on which node of the cluster it runs."""
+    import ray
+
+    log(replace(stage, params={**stage.params, "name": ray.get_runtime_context().get_node_id()}), stage.params["name"].rstrip("0123456789"))
+    time.sleep(stage.params.get("sleep", 0.0))
 
 
 def nothing(stage: Stage, out: Path, session: Bench) -> None:

@@ -74,6 +74,8 @@ def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(
     assert runs(tmp_path, "began").count("deadly") == MAX_ATTEMPTS
     assert runs(tmp_path) == ["beside"]
     assert report.failed[deadly.digest].error_code == "worker_lost"
+    assert report.failed[deadly.digest].error.startswith(f"its worker died {MAX_ATTEMPTS} times, last: The actor died unexpectedly")
+    assert "OOM killer" in report.failed[deadly.digest].error, "what Ray says of it, among that what it may have been"
     assert len(report.upstream_failed) == 1
     assert store.failures()[deadly.digest]["error_code"] == "worker_lost"
 
@@ -160,6 +162,34 @@ def test_a_stalled_tuner_is_started_anew_and_nothing_is_lost(store, tmp_path, mo
     assert asked
     assert report.is_complete
     assert sorted(set(runs(tmp_path))) == [f"s{i}" for i in range(6)]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path, monkeypatch):
+    import gc
+    import itertools
+
+    from ray.tune.experiment import Trial
+
+    from ftsec_ray.schedule import tune
+
+    known, turns, forget = [], itertools.count(1), tune.InTurn._forget
+
+    def counted(self, controller):
+        forget(self, controller)
+        if next(turns) % 25 == 0:
+            gc.collect()
+            known.append(sum(isinstance(one, Trial) for one in gc.get_objects()))
+
+    monkeypatch.setattr(tune, "KEPT_TRIALS", 8)
+    monkeypatch.setattr(tune.InTurn, "_forget", counted)
+    bad = stage_of("bad", log=str(tmp_path), fail=True)
+    victim = stage_of("victim", log=str(tmp_path), die_once=str(tmp_path / "died"))
+    report = run(plan_of([bad, victim, *(stage_of(f"s{i}", log=str(tmp_path)) for i in range(60))]), store)
+    assert set(report.failed) == {bad.digest}
+    assert len(report.done) == len(runs(tmp_path)) == 61
+    assert len(known) > 5
+    assert max(known) - min(known) <= 2 * 8 + 2 * 3 + 2, "those kept by Tune and by the queue, those at work and those that wait"
 
 
 def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(store, tmp_path):
