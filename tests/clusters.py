@@ -54,8 +54,12 @@ class Nodes:
         return int(node.all_processes["raylet"][0].process.pid)
 
     def kill(self, node: Any) -> None:
-        """SIGKILL to the raylet: the node is lost without notice."""
+        """SIGKILL to the raylet and to the workers that it has: the node is lost without notice, as a machine is."""
+        workers = psutil.Process(self.raylet(node)).children()
         os.kill(self.raylet(node), signal.SIGKILL)
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
         self.nodes.remove(node)
 
     def remove(self, node: Any) -> None:

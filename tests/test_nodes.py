@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,8 +67,9 @@ class Killer(threading.Thread):
     def steps(self):
         """The newest checkpoint of every folder: whoever starts over has an older one."""
         newest = {}
-        for path in sorted(path for place in self.places for path in place.glob(f"**/work/{self.digest}*/step-*")):
-            newest[path.parent] = path.name
+        with suppress(FileNotFoundError):  # a folder that goes while it is listed
+            for path in sorted(path for place in self.places for path in place.glob(f"**/work/{self.digest}*/step-*")):
+                newest[path.parent] = path.name
         return list(newest.values())
 
     def run(self):
