@@ -1,7 +1,7 @@
 """The public Python API; the command line does nothing that it cannot.
 
 `load` reads a sweep, `plan` shows what it takes, `run` runs it and gives the tables, `submit` has a cluster run it, and
-`open_results` opens the tables again.
+`open_results` opens the tables again, and `claims` tests the survey's findings on them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ftsec_ray.plan.graph import Plan
 from ftsec_ray.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
+    from ftsec_ray.findings.claims import Finding
     from ftsec_ray.results.read import Results
     from ftsec_ray.schedule.jobs import Head, Job
     from ftsec_ray.schedule.run import Event, RunReport
@@ -186,6 +187,16 @@ def open_results(folder: str | Path) -> Results:
     from ftsec_ray.results.read import Results
 
     return Results.open(Path(folder))
+
+
+def claims(results: str | Path | Results) -> list[Finding]:
+    """The survey's five findings tested on the results in a folder, in its order; `ftsec claims --explain` prints the rules."""
+    from ftsec_ray.findings.claims import CLAIMS, judge
+    from ftsec_ray.findings.evidence import Evidence
+    from ftsec_ray.results.read import Results
+
+    evidence = Evidence(results if isinstance(results, Results) else open_results(results))
+    return [judge(claim, evidence) for claim in CLAIMS]
 
 
 def sweep_schema() -> dict[str, Any]:
