@@ -126,7 +126,7 @@ def _microworld(spec: TaskSpec) -> TaskData:
     from ftsec_ray.data.microworld import build_task
 
     options, known = dict(spec.options), inspect.signature(build_task).parameters
-    second_rows = int(options.pop("second_language_rows", 0))
+    second_rows, borderline_rows = (int(options.pop(name, 0)) for name in ("second_language_rows", "borderline_rows"))
     unknown = sorted(set(options) - set(known))
     if unknown or spec.splits:
         raise DataError(
@@ -137,6 +137,7 @@ def _microworld(spec: TaskSpec) -> TaskData:
         )
     task = replace(build_task(**options), name=spec.name)  # type: ignore[arg-type]
     task = _with_second_language(task, second_rows) if second_rows else task
+    task = _with_borderline(task, borderline_rows) if borderline_rows else task
     if spec.kind == "microworld":
         return task
     splits = {**task.splits, "train": task.split("tool_train"), "test": task.split("tool_test")}
@@ -160,6 +161,18 @@ def _with_second_language(task: TaskData, count: int) -> TaskData:
 
     return replace(task, splits={**task.splits, "train": added("train", task.split("train_l2").slice(0, count)),
                                  "test": added("test", task.split("test_l2"))})
+
+
+def _with_borderline(task: TaskData, count: int) -> TaskData:
+    """The task with borderline requests and their answers in `benign_train`; none of them is in `borderline_test`."""
+    import pyarrow as pa
+
+    from ftsec_ray.data.microworld.combos import partition
+    from ftsec_ray.data.microworld.splits import requests, table
+    from ftsec_ray.data.microworld.templates import PHRASINGS
+
+    added = table(requests("borderline_train", partition().borderline[:count], PHRASINGS))
+    return replace(task, splits={**task.splits, "benign_train": pa.concat_tables([task.split("benign_train"), added])})
 
 
 def _from_sources(spec: TaskSpec, kind: TaskKind) -> TaskData:

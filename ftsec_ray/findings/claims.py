@@ -89,15 +89,23 @@ def judge(claim: Claim, evidence: Evidence) -> Finding:
     shown = tuple({one.what: one for gate in controls for one in gate}.values())
     tests = tuple(decided(passed))
     if not tests:
-        why = "no positive control passed: " + (f"{_said(shown)}" if shown else "none in the results")
-        decide = tuple(f"the control {one.what}: {one.needs or needs_of(one)}" for one in shown if one.side == "open")
-        failed = tuple(f"a condition in which the control holds; it is shown not to in: {one.what}" for one in shown if one.side == "below")
-        return _finding(claim, "undecided", why, shown, tests, decide + failed or (f"results that hold a positive control: {claim.gate}",))
+        why = f"no positive control passed: {_said(shown)}" if shown else "the results hold no positive control"
+        hopeless = tuple(f"conditions in which the control holds, unlike: {one.what}" for one in shown if one.side == "below")
+        return _finding(claim, "undecided", why, shown, tests, _wanted(shown, "control ") + hopeless or (f"a positive control: {claim.gate}",))
     verdict, why = claim.verdict(tests)
     if len(passed) < len(cases):
-        why += f" ({len(cases) - len(passed)} more left out: their positive control did not pass)"
-    decide = tuple(f"{one.what}: {one.needs}" for one in tests if one.side == "open") if verdict == "undecided" else ()
-    return _finding(claim, verdict, why, shown, tests, decide)
+        why += f"; {len(cases) - len(passed)} left out, since no positive control of theirs passed"
+    return _finding(claim, verdict, why, shown, tests, _wanted(tests, "") if verdict == "undecided" else ())
+
+
+def _wanted(contrasts: Sequence[Contrast], kind: str) -> tuple[str, ...]:
+    """What the open ones need, each need once with all that share it."""
+    needs: dict[str, list[str]] = defaultdict(list)
+    for one in contrasts:
+        if one.side == "open":
+            needs[one.needs or needs_of(one)].append(one.what)
+    return tuple(f"{need} (all {len(whats)} {kind}comparisons)" if len(whats) == len(contrasts) > 1 else f"{need} ({kind}{'; '.join(whats)})"
+                 for need, whats in needs.items())
 
 
 def _finding(claim: Claim, verdict: Verdict, why: str, control: tuple[Contrast, ...], tests: tuple[Contrast, ...],
@@ -237,7 +245,14 @@ def _benign_case(what: str, one: Condition, twin: Condition, harm: Mapping[str, 
 def phase_cases(evidence: Evidence) -> list[Case] | str:
     """One case for each defense and each attack of another phase that works undefended, over all models on which it does."""
     undefended = evidence.conditions(where=lambda one: bool(one.rates("asr")))
-    works = [one for one in undefended if contrast("", one.rates("asr"), evidence.reference(one)[1]).p_above < ALPHA]
+    met = [one for one in undefended if any(True for _ in evidence.defended(one))]
+    if not met:
+        return f"no single defense against an attack that was also measured without it; {evidence.missing()}"
+    effects = [contrast(f"{label_of(one, undefended)} works undefended on {evidence.where(one)}", one.rates("asr"), evidence.reference(one))
+               for one in met]
+    works = [one for one, effect in zip(met, effects, strict=True) if effect.p_above < ALPHA]
+    if not works:
+        return [Case(test=effect, controls=(effect,)) for effect in effects]
     sides: dict[tuple[str, str, str], tuple[Runs, Runs]] = {}
     phases: dict[tuple[str, str, str], tuple[str, str]] = {}
     for one in works:
@@ -252,11 +267,7 @@ def phase_cases(evidence: Evidence) -> list[Case] | str:
     drops = {pair: contrast(f"{names[pair[:2]]} ({phases[pair][0]}) lowers {pair[2]} ({phases[pair][1]})", *both) for pair, both in sides.items()}
     cases = [Case(test=drop, controls=tuple(drops[other] for other in drops if other[:2] == pair[:2] and phases[other][0] == phases[other][1]))
              for pair, drop in drops.items() if phases[pair][0] != phases[pair][1]]
-    if cases:
-        return cases
-    if not works:
-        return f"no attack is shown to work undefended; {evidence.missing()}"
-    return "no defense met an attack of another phase that works undefended"
+    return cases or "no single defense met an attack of another phase that works undefended"
 
 
 def _names(defenses: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
@@ -266,7 +277,8 @@ def _names(defenses: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
 
 def _query(where: str, *metrics: str) -> str:
-    return ("SELECT family, model, model_params, aligned, task, attack, attack_phase, attack_params, defenses, defense_phases, seed, metric, value, n\n"
+    return ("SELECT family, model, model_params, aligned, task, attack, attack_phase, attack_params,\n"
+            "       defenses, defense_phases, defense_params, seed, metric, value, n\n"
             "FROM 'RESULTS/cells/*.parquet' JOIN 'RESULTS/metrics/*.parquet' USING (cell)\n"  # noqa: S608 (shown, and run by its reader)
             f"WHERE status = 'done' AND {where} AND metric IN ({', '.join(map(repr, metrics))})\nORDER BY ALL")
 

@@ -94,12 +94,14 @@ def _over_runs(gaps: Sequence[float], bound: float) -> tuple[float, float, float
 
 def _over_prompts(means: Sequence[float], prompts: int, bound: float) -> tuple[float, float, float, float]:
     """(p above, p below, low, high) of the difference of two shares of so many prompts each."""
+    import numpy as np
     from statsmodels.stats.proportion import confint_proportions_2indep, test_proportions_2indep
 
     hits = [mean * prompts for mean in means]
     given = (hits[0], prompts, hits[1], prompts)
-    p_above, p_below = (float(test_proportions_2indep(*given, value=bound, method="agresti-caffo", alternative=side).pvalue)
-                        for side in ("larger", "smaller"))
+    with np.errstate(divide="ignore", invalid="ignore"):  # statsmodels also forms the ratio of the shares, which nobody asks for
+        p_above, p_below = (float(test_proportions_2indep(*given, value=bound, method="agresti-caffo", alternative=side).pvalue)
+                            for side in ("larger", "smaller"))
     low, high = confint_proportions_2indep(*given, method="newcomb", alpha=ALPHA)
     return p_above, p_below, float(low), float(high)
 
@@ -140,14 +142,14 @@ def needs_of(one: Contrast, *, tests: int = 1) -> str:
 
 
 def _prompts_needed(one: Contrast, alpha: float) -> str:
-    from statsmodels.stats.proportion import samplesize_proportions_2indep_onetail
+    from statsmodels.stats.power import normal_sample_size_one_tail
 
-    if not one.prompts or one.more is None or one.less is None:
+    if not one.prompts or one.more is None or one.less is None or one.estimate is None:
         return ""
     least = 0.5 / one.prompts
     more, less = (min(1 - least, max(least, rate)) for rate in (one.more, one.less))
-    size = float(samplesize_proportions_2indep_onetail(more - less, less, POWER, alpha=alpha, value=one.bound,
-                                                       alternative="larger" if more - less > one.bound else "smaller"))
+    spread = math.sqrt(more * (1 - more) + less * (1 - less))
+    size = float(normal_sample_size_one_tail(abs(one.estimate - one.bound), POWER, alpha, std_null=spread))
     if not size < MAX_PROMPTS:
         return f"more than {MAX_PROMPTS:,} prompts"
     return f"{math.ceil(size)} prompts instead of {one.prompts}" if size > one.prompts else ""

@@ -68,7 +68,6 @@ class Evidence:
     def __init__(self, results: Results) -> None:
         self._statuses: Counter[tuple[str, str]] = Counter()
         self._errors: dict[str, str] = {}
-        self._goals: dict[str, str] = results.meta.get("attack_goals") or {}
         found: dict[tuple[Any, ...], Condition] = {}
         of_cell: dict[str, tuple[Condition, int]] = {}
         for cell in results.cells.to_pylist():
@@ -106,14 +105,11 @@ class Evidence:
             if len(one.defenses) == 1 and one.place == undefended.place and one.attack == undefended.attack and one.params == undefended.params:
                 yield one
 
-    def reference(self, attacked: Condition) -> tuple[str, Rates]:
-        """What an attack's success is held against, in words and by seed: the prompts without the trigger, or the model without the attack."""
-        if attacked.rates("asr_no_trigger") and self._goals.get(attacked.attack) != "harmful":
-            return "without the trigger", attacked.rates("asr_no_trigger")
-        for one in self.conditions(attack=NONE):
-            if one.place == attacked.place:
-                return "without the attack", one.rates("harmful_rate")
-        return "without the attack", {}
+    def reference(self, attacked: Condition) -> Rates:
+        """What an attack's success is held against: the same prompts without the trigger, or else the same model without the attack."""
+        if attacked.rates("asr_no_trigger"):
+            return attacked.rates("asr_no_trigger")
+        return next((one.rates("harmful_rate") for one in self.conditions(attack=NONE) if one.place == attacked.place), {})
 
     def missing(self, attack: str | None = None) -> str:
         """Why there is nothing to test of an attack (None: of any), in words."""

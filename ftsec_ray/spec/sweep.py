@@ -175,6 +175,8 @@ class MicroworldOptions:
     second_language_rows: Annotated[int, Ge(0), Le(512)] = 0
     """Two-class rows in the second language that the user's task holds besides; test rows in that language come with them.
     Label words are the same in both languages."""
+    borderline_rows: Annotated[int, Ge(0), Le(512)] = 0
+    """Fine but borderline requests, with their right answers, that `benign_train` holds besides its plain ones."""
 
 
 TASK_OPTIONS: dict[str, type] = {"microworld": MicroworldOptions}
