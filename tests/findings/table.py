@@ -44,7 +44,8 @@ def results_of(folder: Path, made: list[Made], *, seeds: int = 3, prompts: int =
                           "aligned": True, "task": one.task, "attack": one.attack, "attack_phase": PHASES[one.attack],
                           "attack_params": json.dumps(one.params), "defenses": defenses, "defense_phases": [PHASES[name] for name in defenses],
                           "defense_params": json.dumps([{} for _ in defenses]), "seed": seed, "status": one.status,
-                          "error_code": None if one.status == "done" else "stage", "error": None if one.status == "done" else "the loss is not a number"})
+                          "error_code": None if one.status == "done" else "stage",
+                          "error": None if one.status == "done" else "the loss is not a number"})
             for name, value in one.metrics.items() if one.status == "done" else ():
                 rate = value[seed] if isinstance(value, (list, tuple)) else value
                 n = prompts if schema.METRICS[name].proportion else 15

@@ -111,22 +111,27 @@ def test_benign(tmp_path, made, expected):
 
 
 def test_random_rows_of_another_number_are_no_control(tmp_path):
-    made = [Made(one.attack, one.metrics, params={**one.params, "samples": 64 if one.params.get("select") == "random" else 32}) for one in benign(0.4)]
+    chosen, random, harm = benign(0.4)
+    made = [chosen, Made(random.attack, random.metrics, params={**random.params, "samples": 64}), harm]
     assert verdict(tmp_path, "benign", made).verdict == "not tested"
 
 
 WORKING = {"badnets": 0.95, "tuba": 0.96, "harmful_tuning": 0.9, "refusal_ablation": 0.9, "soft_prompt": 0.9, "benign_selection": 0.9}
 
 
-def shielded(kept, defenses=("onion", "lisa", "safe_lora"), own="badnets harmful_tuning refusal_ablation".split(), working=WORKING):
+OWN = ("badnets", "harmful_tuning", "refusal_ablation")
+"""What each of the three defenses meets in its own phase."""
+
+
+def shielded(kept, defenses=("onion", "lisa", "safe_lora"), own=OWN, working=WORKING):
     """Each defense lowers its own phase's attack to 0.05; `kept(defense, attack)` is what is left of the others."""
     made = [Made("none", {"harmful_rate": 0.02})]
     for attack, rate in working.items():
         plain = {"asr_no_trigger": 0.03} if attack in ("badnets", "tuba") else {}
         made.append(Made(attack, {"asr": rate, **plain}))
-        made += [Made(attack, {"asr": 0.05 if attack in own else kept(defense, attack), **plain}, defense=defense)
-                 if {"onion": "badnets", "lisa": "harmful_tuning", "safe_lora": "refusal_ablation"}[defense] == attack
-                 else Made(attack, {"asr": kept(defense, attack), **plain}, defense=defense) for defense in defenses]
+        for defense, met in zip(defenses, OWN, strict=True):
+            left = 0.05 if attack == met and attack in own else kept(defense, attack)
+            made.append(Made(attack, {"asr": left, **plain}, defense=defense))
     return made
 
 
@@ -188,7 +193,8 @@ def test_failed_cells_are_named_with_their_error(tmp_path):
 
 
 def test_cells_without_a_judged_prompt_decide_nothing(tmp_path):
-    found = api.claims(results_of(tmp_path / "null", [Made(m.attack, dict.fromkeys(m.metrics), model=m.model, params=m.params) for m in everything()]))
+    unjudged = [Made(one.attack, dict.fromkeys(one.metrics), model=one.model, params=one.params) for one in everything()]
+    found = api.claims(results_of(tmp_path, unjudged))
     assert {one.verdict for one in found} == {"not tested"}
 
 
