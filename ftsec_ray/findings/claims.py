@@ -190,7 +190,7 @@ def editing_cases(evidence: Evidence) -> list[Case] | str:
     modern = [one for one in conditions if not EARLIER.search(f"{one.family} {one.model}")]
     if not modern:
         return f"attack {EDIT!r} was run on earlier models only: {', '.join(sorted({one.model for one in conditions}))}"
-    return [_edit_case(f"{label_of(one, conditions)} on {evidence.where(one)}", one) for one in modern]
+    return [_edit_case(f"{label_of(one, conditions)} on {evidence.place_name(one)}", one) for one in modern]
 
 
 def _edit_case(what: str, one: Condition) -> Case:
@@ -208,7 +208,7 @@ def transfer_cases(evidence: Evidence) -> list[Case] | str:
     conditions = [one for one in evidence.conditions(attack=TRANSFER) if one.rates("asr_transfer")]
     if not conditions:
         return evidence.missing(TRANSFER)
-    return [_transfer_case(f"{label_of(one, conditions)} on {evidence.where(one)}", one) for one in conditions]
+    return [_transfer_case(f"{label_of(one, conditions)} on {evidence.place_name(one)}", one) for one in conditions]
 
 
 def _transfer_case(what: str, one: Condition) -> Case:
@@ -228,8 +228,8 @@ def benign_cases(evidence: Evidence) -> list[Case] | str:
     if not pairs:
         return evidence.missing(BENIGN) if not conditions else f"attack {BENIGN!r} lacks a selection or its control `select: random` of the same size"
     harm = evidence.conditions(attack=HARM)
-    return [_benign_case(f"{label_of(one, conditions)} on {evidence.where(one)}", one, twin,
-                         {f"{label_of(other, harm)} on {evidence.where(other)}": other for other in harm if other.place == one.place})
+    return [_benign_case(f"{label_of(one, conditions)} on {evidence.place_name(one)}", one, twin,
+                         {f"{label_of(other, harm)} on {evidence.place_name(other)}": other for other in harm if other.place == one.place})
             for one, twin in pairs]
 
 
@@ -248,7 +248,7 @@ def phase_cases(evidence: Evidence) -> list[Case] | str:
     met = [one for one in undefended if any(True for _ in evidence.defended(one))]
     if not met:
         return f"no single defense against an attack that was also measured without it; {evidence.missing()}"
-    effects = [contrast(f"{label_of(one, undefended)} works undefended on {evidence.where(one)}", one.rates("asr"), evidence.reference(one))
+    effects = [contrast(f"{label_of(one, undefended)} works undefended on {evidence.place_name(one)}", one.rates("asr"), evidence.reference(one))
                for one in met]
     works = [one for one, effect in zip(met, effects, strict=True) if effect.p_above < ALPHA]
     if not works:

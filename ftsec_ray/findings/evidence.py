@@ -95,7 +95,7 @@ class Evidence:
         kept = (one for one in self.all if one.is_coherent and not one.defenses and (one.attack == attack if attack else one.attack != NONE))
         return sorted((one for one in kept if where is None or where(one)), key=lambda one: (one.size or 0, one.model, one.task, str(one.params)))
 
-    def where(self, one: Condition) -> str:
+    def place_name(self, one: Condition) -> str:
         """A condition's model, and its task where the sweep has several."""
         return one.model if self._is_one_task else f"{one.model}, {one.task}"
 
