@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ftsec_ray.findings.contrast import ALPHA, MARGIN, Contrast, contrast, decided, needs_of
 from ftsec_ray.findings.evidence import NONE, Condition, Evidence, label_of
@@ -25,6 +25,7 @@ EDIT, TRANSFER, BENIGN, HARM = "badedit", "tuba", "benign_selection", "harmful_t
 EARLIER = re.compile(r"gpt-?2|gpt-?j|gpt-?neo|llama-?2\b|opt-\d|pythia", re.IGNORECASE)
 """Models that count as earlier ones, for the claim on weight editing: those that the editing papers worked on, and their peers."""
 MIN_SIZES = 3
+MAX_PAIRS = 1_000
 HALVED_NATS = math.log(2)
 """An edit is in the weights when it at least doubles the target's probability behind the trigger."""
 
@@ -54,6 +55,14 @@ class Finding:
     """SQL over the results folder (DuckDB); replace RESULTS by its path."""
 
 
+class Ruling(NamedTuple):
+    """A verdict, the count that it stands on in words, and what besides the open comparisons would decide it."""
+
+    verdict: Verdict
+    why: str
+    more: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One condition of a claim: the comparison, and the controls of which one must pass."""
@@ -74,7 +83,7 @@ class Claim:
     query: str
     cases: Callable[[Evidence], list[Case] | str]
     """The conditions of a sweep that can show something; a text says why there are none."""
-    verdict: Callable[[Sequence[Contrast]], tuple[Verdict, str]]
+    verdict: Callable[[Sequence[Contrast]], Ruling]
     """From the decided comparisons of the conditions whose control passed."""
 
 
@@ -92,10 +101,10 @@ def judge(claim: Claim, evidence: Evidence) -> Finding:
         why = f"no positive control passed: {_said(shown)}" if shown else "the results hold no positive control"
         hopeless = tuple(f"conditions in which the control holds, unlike: {one.what}" for one in shown if one.side == "below")
         return _finding(claim, "undecided", why, shown, tests, _wanted(shown, "control ") + hopeless or (f"a positive control: {claim.gate}",))
-    verdict, why = claim.verdict(tests)
+    verdict, why, more = claim.verdict(tests)
     if len(passed) < len(cases):
         why += f"; {len(cases) - len(passed)} left out, since no positive control of theirs passed"
-    return _finding(claim, verdict, why, shown, tests, _wanted(tests, "") if verdict == "undecided" else ())
+    return _finding(claim, verdict, why, shown, tests, _wanted(tests, "") + more if verdict == "undecided" else ())
 
 
 def _wanted(contrasts: Sequence[Contrast], kind: str) -> tuple[str, ...]:
@@ -124,27 +133,36 @@ def _said(tests: Sequence[Contrast]) -> str:
     return f"above the margin in {above} of {len(tests)}, below it in {below}, open in {still_open}"
 
 
-def some(tests: Sequence[Contrast]) -> tuple[Verdict, str]:
+def some(tests: Sequence[Contrast]) -> Ruling:
     """For a claim that something exists: supported by one case, contradicted when all are shown absent."""
     above, below, _ = _counts(tests)
-    return "supported" if above else "contradicted" if below == len(tests) else "undecided", _said(tests)
+    return Ruling("supported" if above else "contradicted" if below == len(tests) else "undecided", _said(tests))
 
 
-def none_of(tests: Sequence[Contrast]) -> tuple[Verdict, str]:
+def none_of(tests: Sequence[Contrast]) -> Ruling:
     """For a claim that something does not exist: contradicted by one case, supported when all are shown absent."""
     above, below, _ = _counts(tests)
-    return "contradicted" if above else "supported" if below == len(tests) else "undecided", _said(tests)
+    return Ruling("contradicted" if above else "supported" if below == len(tests) else "undecided", _said(tests))
 
 
-def few_of(tests: Sequence[Contrast]) -> tuple[Verdict, str]:
+def few_of(tests: Sequence[Contrast]) -> Ruling:
     """For a claim of "rarely": whether fewer than half of the pairs carry, by an exact binomial test that open pairs cannot help."""
+    above, below, still_open = _counts(tests)
+    said = f"{above} of {len(tests)} pairs carry, {below} do not, {still_open} open"
+    if _is_shown(above + still_open, len(tests), "less"):
+        return Ruling("supported", said)
+    if _is_shown(above, len(tests), "greater"):
+        return Ruling("contradicted", said)
+    share = above / (above + below) if above + below else 0.5
+    enough = next((n for n in range(len(tests), MAX_PAIRS) if _is_shown(round(share * n), n, "less" if share < 0.5 else "greater")), None)
+    return Ruling("undecided", said, (f"{enough} pairs, none of them open, at the share of those that are decided now",) if enough else (
+        "no number of pairs: those decided carry as often as not",))
+
+
+def _is_shown(carrying: int, pairs: int, side: Literal["less", "greater"]) -> bool:
     from scipy import stats
 
-    above, below, still_open = _counts(tests)
-    rare = stats.binomtest(above + still_open, len(tests), 0.5, alternative="less").pvalue
-    usual = stats.binomtest(above, len(tests), 0.5, alternative="greater").pvalue
-    said = f"{above} of {len(tests)} pairs carry, {below} do not, {still_open} open"
-    return "supported" if rare < ALPHA else "contradicted" if usual < ALPHA else "undecided", said
+    return bool(stats.binomtest(carrying, pairs, 0.5, alternative=side).pvalue < ALPHA)
 
 
 # Size.
@@ -264,9 +282,9 @@ def phase_cases(evidence: Evidence) -> list[Case] | str:
                 before.update({(*one.place, seed): value for seed, value in one.rates("asr").items()})
                 after.update({(*one.place, seed): value for seed, value in behind.rates("asr").items()})
     names = _names({pair[:2] for pair in sides})
-    drops = {pair: contrast(f"{names[pair[:2]]} ({phases[pair][0]}) lowers {pair[2]} ({phases[pair][1]})", *both) for pair, both in sides.items()}
-    cases = [Case(test=drop, controls=tuple(drops[other] for other in drops if other[:2] == pair[:2] and phases[other][0] == phases[other][1]))
-             for pair, drop in drops.items() if phases[pair][0] != phases[pair][1]]
+    drops = {pair: contrast(f"{names[pair[:2]]} ({phases[pair][0]}) lowers {pair[2]} ({phases[pair][1]})", *both) for pair, both in sorted(sides.items())}
+    own = [pair for pair in drops if phases[pair][0] == phases[pair][1]]
+    cases = [Case(test=drop, controls=tuple(drops[other] for other in own if other[:2] == pair[:2])) for pair, drop in drops.items() if pair not in own]
     return cases or "no single defense met an attack of another phase that works undefended"
 
 

@@ -129,7 +129,7 @@ def shielded(kept, defenses=("onion", "lisa", "safe_lora"), own=OWN, working=WOR
     for attack, rate in working.items():
         plain = {"asr_no_trigger": 0.03} if attack in ("badnets", "tuba") else {}
         made.append(Made(attack, {"asr": rate, **plain}))
-        for defense, met in zip(defenses, OWN, strict=True):
+        for defense, met in zip(defenses, OWN, strict=False):
             left = 0.05 if attack == met and attack in own else kept(defense, attack)
             made.append(Made(attack, {"asr": left, **plain}, defense=defense))
     return made
@@ -143,7 +143,15 @@ def test_phases(tmp_path, kept, expected):
     found = verdict(tmp_path, "phases", shielded(kept))
     assert found.verdict == expected, found.why
     assert len(found.tests) == 12
+    assert bool(found.decide) == (expected == "undecided")
     assert all(one.what.split("(")[1].split(")")[0] != one.what.split("(")[-1].split(")")[0] for one in found.tests)
+
+
+def test_pairs_that_are_all_decided_may_still_be_too_few(tmp_path):
+    few = {attack: WORKING[attack] for attack in ("badnets", "harmful_tuning")}
+    found = verdict(tmp_path, "phases", shielded(lambda _, attack: few[attack], working=few, defenses=("onion", "lisa")))
+    assert (found.verdict, found.why) == ("undecided", "0 of 2 pairs carry, 2 do not, 0 open")
+    assert found.decide == ("5 pairs, none of them open, at the share of those that are decided now",)  # 0.5 ** 5 < 5 %
 
 
 def test_a_defense_that_does_nothing_in_its_own_phase_says_nothing_of_others(tmp_path):
