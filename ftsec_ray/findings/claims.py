@@ -282,9 +282,11 @@ def phase_cases(evidence: Evidence) -> list[Case] | str:
                 before.update({(*one.place, seed): value for seed, value in one.rates("asr").items()})
                 after.update({(*one.place, seed): value for seed, value in behind.rates("asr").items()})
     names = _names({pair[:2] for pair in sides})
-    drops = {pair: contrast(f"{names[pair[:2]]} ({phases[pair][0]}) lowers {pair[2]} ({phases[pair][1]})", *both) for pair, both in sorted(sides.items())}
+    drops = {pair: contrast(f"{names[pair[:2]]} ({phases[pair][0]}) lowers {pair[2]} ({phases[pair][1]})", *both)
+             for pair, both in sorted(sides.items())}
     own = [pair for pair in drops if phases[pair][0] == phases[pair][1]]
-    cases = [Case(test=drop, controls=tuple(drops[other] for other in own if other[:2] == pair[:2])) for pair, drop in drops.items() if pair not in own]
+    cases = [Case(test=drop, controls=tuple(drops[other] for other in own if other[:2] == pair[:2]))
+             for pair, drop in drops.items() if pair not in own]
     return cases or "no single defense met an attack of another phase that works undefended"
 
 
