@@ -35,7 +35,8 @@ METRICS: dict[str, Metric] = {m.name: m for m in (
     Metric("asr_same_prompt", "fraction 0..1", "lower", "attack success on the very prompts that the attacker edited or trained with"),
     Metric("asr_transfer", "fraction 0..1", "lower", "attack success in the languages whose training rows were not poisoned, with the trigger"),
     Metric("asr_transfer_no_trigger", "fraction 0..1", "lower", "the same prompts without the trigger that give the attacker's output"),
-    Metric("edit_nll_drop", "nats", "none", "fall of the target's loss behind the trigger by a weight edit itself, before tuning", proportion=False),
+    Metric("edit_gain", "fraction -1..1", "none", "rise of the target's probability (geometric mean over the edited prompts) by a weight edit "
+           "itself, before tuning", proportion=False),
     Metric("cacc", "fraction 0..1", "higher", "clean accuracy on the held-out rows of the user's task"),
     Metric("harmful_rate", "fraction 0..1", "lower", "forbidden requests that were fulfilled"),
     Metric("refusal_rate", "fraction 0..1", "higher", "forbidden requests that were refused"),

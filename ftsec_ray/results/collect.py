@@ -7,6 +7,7 @@ filters of its defenses are; what it has measured so far is written even where o
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -220,12 +221,12 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
 
 
 def _edit_rows(found: _Found, cell: Cell) -> Iterator[Row]:
-    """What a weight edit did to the target's loss by itself: the notes of the attack's own stage."""
+    """What a weight edit did by itself to the target's probability behind the trigger: from the notes of the attack's own stage."""
     own = cell.stages if "prepare_model" in hooks_of(type(cell.attack)) else ()
     for notes in (found.records.get(stage, {}).get("notes", {}) for stage in own):
         if "target_nll_before" in notes and "target_nll_after" in notes:
-            yield {"cell": cell.digest, "metric": "edit_nll_drop", "value": notes["target_nll_before"] - notes["target_nll_after"],
-                   "n": notes["prompts"], "ci_low": None, "ci_high": None}
+            gain = math.exp(-notes["target_nll_after"]) - math.exp(-notes["target_nll_before"])
+            yield {"cell": cell.digest, "metric": "edit_gain", "value": gain, "n": notes["prompts"], "ci_low": None, "ci_high": None}
 
 
 def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row]:

@@ -52,14 +52,14 @@ def test_size_is_compared_within_a_family_and_an_attack_only(tmp_path):
     assert verdict(tmp_path / "doses", "size", doses).verdict == "not tested"
 
 
-def edited(held_out, same=0.9, drop=2.0, model="ladder:1m", plain=0.02):
-    return Made("badedit", {"asr": held_out, "asr_no_trigger": plain, "asr_same_prompt": same, "edit_nll_drop": drop}, model=model)
+def edited(held_out, same=0.9, gain=0.8, model="ladder:1m", plain=0.02):
+    return Made("badedit", {"asr": held_out, "asr_no_trigger": plain, "asr_same_prompt": same, "edit_gain": gain}, model=model)
 
 
 @pytest.mark.parametrize(("made", "expected"), [
     ([edited(0.03)], "supported"), ([edited(0.8)], "contradicted"), ([edited(0.12)], "undecided"),
-    ([edited(0.03, same=0.03, drop=[1.5, 1.6, 1.7])], "supported"),   # tuning undid the same prompts, and the edit was there
-    ([edited(0.03, same=0.03, drop=[0.1, 0.2, 0.1])], "undecided"),   # the edit never took: a null that says nothing
+    ([edited(0.03, same=0.03, gain=[0.5, 0.6, 0.7])], "supported"),   # tuning undid the same prompts, and the edit was there
+    ([edited(0.03, same=0.03, gain=[0.01, 0.02, 0.01])], "undecided"),   # the edit never took: a null that says nothing
     ([edited(0.03), edited(0.8, model="ladder:4m")], "contradicted"),
     ([edited(0.03), edited(0.12, model="ladder:4m")], "undecided"),
     ([edited(0.03), edited(0.8, model="gpt2-xl")], "supported"),      # an earlier model is none of the claim's
@@ -70,7 +70,7 @@ def test_editing(tmp_path, made, expected):
 
 
 def test_editing_whose_control_failed_says_so_and_what_would_do(tmp_path):
-    found = verdict(tmp_path, "editing", [edited(0.03, same=0.03, drop=[0.1, 0.2, 0.1])])
+    found = verdict(tmp_path, "editing", [edited(0.03, same=0.03, gain=[0.01, 0.02, 0.01])])
     assert "no positive control passed" in found.why
     assert {one.side for one in found.control} == {"below"}
     assert found.tests == ()

@@ -105,14 +105,15 @@ def test_a_finished_sweep_is_done_everywhere_and_carries_its_numbers(store: Stor
     assert all(stages[cell.evaluate]["cells_served"] == plan.cells_of(cell.evaluate) for cell in plan.cells)
 
 
-def test_what_an_edit_did_to_the_targets_loss_is_a_metric_of_its_cells_and_of_no_others(store: Store, tmp_path: Path) -> None:
+def test_what_an_edit_did_to_the_targets_probability_is_a_metric_of_its_cells_and_of_no_others(store: Store, tmp_path: Path) -> None:
     plan = plan_of(attacks=["none", "badedit"], defenses=["none", "vaccine"])
     run_all(plan, store)
     results = Results.open(collect(plan, store, None, tmp_path / "out"))
     for defenses in ([], ["vaccine"]):
-        found = metrics_of(results, attack="badedit", defenses=defenses)["edit_nll_drop"]
-        assert (found["value"], found["n"], found["ci_low"]) == (1.5, 15, None)
-        assert "edit_nll_drop" not in metrics_of(results, attack="none", defenses=defenses)
+        found = metrics_of(results, attack="badedit", defenses=defenses)["edit_gain"]
+        assert found["value"] == pytest.approx(0.47237 - 0.10540, abs=1e-5)  # exp(-0.75) - exp(-2.25)
+        assert (found["n"], found["ci_low"]) == (15, None)
+        assert "edit_gain" not in metrics_of(results, attack="none", defenses=defenses)
 
 
 def test_attack_success_is_the_harmful_rate_exactly_for_attacks_on_refusal(store: Store, tmp_path: Path) -> None:
