@@ -71,7 +71,8 @@ class Evidence:
         found: dict[tuple[Any, ...], Condition] = {}
         of_cell: dict[str, tuple[Condition, int]] = {}
         for cell in results.cells.to_pylist():
-            self._statuses[cell["attack"], cell["status"]] += 1
+            if not cell["defenses"]:
+                self._statuses[cell["attack"], cell["status"]] += 1
             if cell["status"] != "done":
                 self._errors.setdefault(cell["attack"], (cell["error"] or cell["error_code"] or "").split("\n")[0])
                 continue
@@ -112,18 +113,18 @@ class Evidence:
         return next((one.rates("harmful_rate") for one in self.conditions(attack=NONE) if one.place == attacked.place), {})
 
     def missing(self, attack: str | None = None) -> str:
-        """Why there is nothing to test of an attack (None: of any), in words."""
+        """What became of an attack's undefended cells (None: of all attacks'), in words."""
         counts: Counter[str] = Counter()
         for (name, status), count in self._statuses.items():
             if name == attack or (attack is None and name != NONE):
                 counts[status] += count
         wanted = f"attack {attack!r}" if attack else "an attack"
         if not counts:
-            return f"no cell of {wanted} in the results"
-        incoherent = sum(not one.is_coherent for one in self.all if (one.attack == attack if attack else one.attack != NONE))
+            return f"no undefended cell of {wanted} in the results"
+        incoherent = sum(not one.is_coherent and not one.defenses for one in self.all if (one.attack == attack if attack else one.attack != NONE))
         error = next((text for name, text in self._errors.items() if text and (attack is None or name == attack)), "")
         parts = [f"{counts[status]} {status}" for status in ("done", "failed", "pending") if counts[status]]
-        return (f"cells of {wanted}: {', '.join(parts)}" + (f", {incoherent} of the done conditions incoherent" if incoherent else "")
+        return (f"undefended cells of {wanted}: {', '.join(parts)}" + (f", {incoherent} of the done conditions incoherent" if incoherent else "")
                 + (f" ({error})" if error else ""))
 
 

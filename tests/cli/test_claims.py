@@ -27,7 +27,7 @@ def test_the_table_names_every_claim_with_its_verdict_and_the_numbers_follow(fol
         ["size", "not"], ["editing", "not"], ["transfer", "contradicted"], ["benign", "not"], ["phases", "not"]]
     assert "tuba on ladder:4m: other languages, with the trigger over without: +0.77" in said
     assert "(0.80 and 0.03), 3 runs x 200 prompts: above 0.1" in said
-    assert "no cell of attack 'badedit' in the results" in said
+    assert "no undefended cell of attack 'badedit' in the results" in said
 
 
 def test_json_is_what_the_api_gives(folder):
