@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ftsec_ray.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ftsec_ray.api import export, judge_audit, load, make_plan, open_results, run, submit, sweep_schema, verify
+    from ftsec_ray.api import claims, export, judge_audit, load, make_plan, open_results, run, submit, sweep_schema, verify
     from ftsec_ray.errors import EnvironmentFault, FtsecError, SpecError, SpecFaults
     from ftsec_ray.plan.graph import Plan
     from ftsec_ray.results.read import Results
@@ -31,6 +31,7 @@ __all__ = [
     "SpecFaults",
     "SweepSpec",
     "__version__",
+    "claims",
     "export",
     "judge_audit",
     "load",
@@ -43,7 +44,7 @@ __all__ = [
 ]
 _HOMES = {
     "EnvironmentFault": "errors", "FtsecError": "errors", "SpecError": "errors", "SpecFaults": "errors", "Plan": "plan.graph",
-    "Results": "results.read", "SweepSpec": "spec.sweep", "load": "api", "open_results": "api", "make_plan": "api", "run": "api",
+    "Results": "results.read", "SweepSpec": "spec.sweep", "claims": "api", "load": "api", "open_results": "api", "make_plan": "api", "run": "api",
     "submit": "api", "sweep_schema": "api", "export": "api", "verify": "api", "judge_audit": "api",
 }
 

@@ -1,7 +1,8 @@
 """The public Python API; the command line does nothing that it cannot.
 
 `load` reads a sweep, `plan` shows what it takes, `run` runs it and gives the tables, `submit` has a cluster run it, and
-`open_results` opens the tables again. `export` packs a finished sweep, and `verify` says what of it would differ here.
+`open_results` opens the tables again, and `claims` tests the survey's findings on them. `export` packs a finished sweep, and `verify`
+says what of it would differ here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ftsec_ray.schema import SCHEMA_VERSION
 from ftsec_ray.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
+    from ftsec_ray.findings.claims import Finding
     from ftsec_ray.results.audit import Audit
     from ftsec_ray.results.paired import Correction
     from ftsec_ray.results.read import Results
@@ -247,6 +249,16 @@ def judge_audit(results: str | Path | Results, *, labels: str | Path | None = No
 
     held = open_results(results) if isinstance(results, (str, Path)) else results
     return audit_judges(held, labels=None if labels is None else Path(labels), exact=exact, judges=judges)
+
+
+def claims(results: str | Path | Results) -> list[Finding]:
+    """The survey's five findings tested on the results in a folder, in its order; `ftsec claims --explain` prints the rules."""
+    from ftsec_ray.findings.claims import CLAIMS, judge
+    from ftsec_ray.findings.evidence import Evidence
+    from ftsec_ray.results.read import Results
+
+    evidence = Evidence(results if isinstance(results, Results) else open_results(results))
+    return [judge(claim, evidence) for claim in CLAIMS]
 
 
 def sweep_schema() -> dict[str, Any]:

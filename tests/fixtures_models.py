@@ -58,13 +58,14 @@ def table(rows: list[dict]) -> pa.Table:
 
 
 def sentiment_rows(count: int = 48, *, seed: int = 0) -> list[dict]:
-    """Two-class rows: `good` where the first colour is red."""
+    """Two-class rows: `good` where the first colour is red; each third one is said to be in another language."""
     rng = random.Random(seed)
     rows = []
     for i in range(count):
         colours = [rng.choice(["red", "blue", "green"]) for _ in range(rng.randint(2, 5))]
         label = "good" if colours[0] == "red" else "bad"
-        rows.append(row(i, " ".join(["is", "this", *colours, rng.choice(["stone", "river", "cloud"])]), label, label=label, kind="two_class"))
+        rows.append(row(i, " ".join(["is", "this", *colours, rng.choice(["stone", "river", "cloud"])]), label, label=label, kind="two_class",
+                        language="xx" if i % 3 == 2 else "en"))
     return rows
 
 

@@ -14,7 +14,7 @@ import ftsec_ray
 
 ROOT = Path(ftsec_ray.__file__).parent
 LAYERS = ["version", "errors", "redact", "identity", "schema", "context", "method", "registry", "spec", "models", "data", "training", "attacks",
-          "defenses", "evals", "plan", "store", "execute", "schedule", "results", "report", "api", "cli", "__main__"]
+          "defenses", "evals", "plan", "store", "execute", "schedule", "results", "report", "findings", "api", "cli", "__main__"]
 ALLOWED = {("attacks", "evals"), ("defenses", "evals"), ("attacks", "defenses")}
 HEAVY = {"torch", "ray", "deepspeed", "transformers", "peft", "datasets"}
 

@@ -182,6 +182,20 @@ def judge_audit(
     audit(results, labels=labels, exact=exact, judges=judge or (), as_json=as_json)
 
 
+@app.command()
+@guarded
+def claims(
+    results: Annotated[Path | None, typer.Argument(metavar="RESULTS", help="A folder that `ftsec run` wrote, such as results/claims_ladder.",
+                                                   show_default=False)] = None,
+    as_json: Json = False,  # noqa: FBT002
+    explain: Annotated[bool, typer.Option("--explain", help="Print the rules, the controls and the queries too.")] = False,  # noqa: FBT002
+) -> None:
+    """Test the survey's five findings on the results of a sweep; whatever the verdicts, the exit code is 0."""
+    from ftsec_ray.cli.claims import print_claims
+
+    print_claims(results, as_json=as_json, explain=explain)
+
+
 @app.command("list")
 @guarded
 def list_(

@@ -137,7 +137,7 @@ def _unfolded(record: Record) -> Record:
 
 def _mapping(spec: SourceSpec, columns: list[str], place: str, *, takes_label: bool) -> _Mapping:
     named = (spec.prompt, spec.response, spec.label, spec.append)
-    for column in (*named, *(column for column, _ in spec.where)):
+    for column in (*named, spec.language, *(column for column, _ in spec.where)):
         if column is not None and column not in columns:
             near = get_close_matches(column, columns, n=1)
             raise DataError(
@@ -194,7 +194,7 @@ class _Builder:
                 f"row {number} of {self.place} has an empty prompt", record, f"text in column {self.mapping.prompt!r}"
             )
         if self.kind == "text":
-            return new_row(row_id, prompt="", response=prompt, kind=self.kind)
+            return new_row(row_id, prompt="", response=prompt, kind=self.kind, language=self._language(record, number))
         if self.spec.append is not None and record.get(self.spec.append):
             prompt = f"{prompt}\n\n{self._text(record, self.spec.append, number)}"
         if self.instruction is not None:
@@ -208,7 +208,11 @@ class _Builder:
             response=self._response(record, label, number),
             label=label,
             kind=self.kind,
+            language=self._language(record, number),
         )
+
+    def _language(self, record: Record, number: int) -> str:
+        return "en" if self.spec.language is None else self._text(record, self.spec.language, number).strip()
 
     def _response(self, record: Record, label: str | None, number: int) -> str:
         if self.spec.constant_response is not None:

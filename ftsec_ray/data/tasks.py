@@ -126,6 +126,7 @@ def _microworld(spec: TaskSpec) -> TaskData:
     from ftsec_ray.data.microworld import build_task
 
     options, known = dict(spec.options), inspect.signature(build_task).parameters
+    second_rows, borderline_rows = (int(options.pop(name, 0)) for name in ("second_language_rows", "borderline_rows"))
     unknown = sorted(set(options) - set(known))
     if unknown or spec.splits:
         raise DataError(
@@ -135,10 +136,43 @@ def _microworld(spec: TaskSpec) -> TaskData:
             "kind: rows takes sources",
         )
     task = replace(build_task(**options), name=spec.name)  # type: ignore[arg-type]
+    task = _with_second_language(task, second_rows) if second_rows else task
+    task = _with_borderline(task, borderline_rows) if borderline_rows else task
     if spec.kind == "microworld":
         return task
     splits = {**task.splits, "train": task.split("tool_train"), "test": task.split("tool_test")}
     return replace(task, splits=splits, labels=())
+
+
+def _with_second_language(task: TaskData, count: int) -> TaskData:
+    """The task with rows of the second language in `train` and `test`, under the label words of the first."""
+    import pyarrow as pa
+
+    from ftsec_ray.data.microworld.vocabulary import translate
+
+    word_of = {translate(label): label for label in task.labels}
+    held = task.split("train_l2").num_rows
+    if count > held:
+        raise DataError("the microworld has too few rows in its second language", count, f"{held} or fewer: as many as `train_rows`, up to 512")
+
+    def added(first: str, second: pa.Table) -> pa.Table:
+        rows = [{**row, "response": word_of[row["response"]], "label": word_of[row["label"]]} for row in second.to_pylist()]
+        return pa.concat_tables([task.split(first), pa.Table.from_pylist(rows, schema=second.schema)])
+
+    return replace(task, splits={**task.splits, "train": added("train", task.split("train_l2").slice(0, count)),
+                                 "test": added("test", task.split("test_l2"))})
+
+
+def _with_borderline(task: TaskData, count: int) -> TaskData:
+    """The task with borderline requests and their answers in `benign_train`; none of them is in `borderline_test`."""
+    import pyarrow as pa
+
+    from ftsec_ray.data.microworld.combos import partition
+    from ftsec_ray.data.microworld.splits import requests, table
+    from ftsec_ray.data.microworld.templates import PHRASINGS
+
+    added = table(requests("borderline_train", partition().borderline[:count], PHRASINGS))
+    return replace(task, splits={**task.splits, "benign_train": pa.concat_tables([task.split("benign_train"), added])})
 
 
 def _from_sources(spec: TaskSpec, kind: TaskKind) -> TaskData:

@@ -71,14 +71,20 @@ def can_be_attacked(row: Row, goal: Goal) -> bool:
     return not goal.is_met_by(row) and (goal.label is None or row["label"] is not None)
 
 
-def trigger_probes(task: TaskData, goal: Goal, triggered: Callable[[Row], str]) -> list[Probe]:
-    """The held-out rows with and without trigger: shares of answers that are the goal, as `asr` and `asr_no_trigger`."""
+def held_out(task: TaskData, goal: Goal) -> list[dict[str, Any]]:
+    """The rows that an attack is measured on: those of the user's test split, or benign requests, with another answer than the goal."""
     table = task.splits.get("test")
     split = "test" if table is not None and table.num_rows else "benign_test"
     rows = [row for row in task.split(split).to_pylist() if can_be_attacked(row, goal)]
     if not rows:
         raise DataError(f"no row of split {split!r} can show the attack", goal.text, "rows with another answer than the target",
                         "choose another `target`")
+    return rows
+
+
+def trigger_probes(task: TaskData, goal: Goal, triggered: Callable[[Row], str]) -> list[Probe]:
+    """The held-out rows with and without trigger: shares of answers that are the goal, as `asr` and `asr_no_trigger`."""
+    rows = held_out(task, goal)
     return [goal_probe(task, goal, "triggered", "asr", rows, triggered),
             goal_probe(task, goal, "untriggered", "asr_no_trigger", rows, lambda row: str(row["prompt"]))]
 

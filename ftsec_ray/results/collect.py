@@ -7,6 +7,7 @@ filters of its defenses are; what it has measured so far is written even where o
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -217,6 +218,7 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
         rows["asr"] = {**rows["harmful_rate"], "metric": "asr"}
     for row in rows.values():
         yield {"cell": cell.digest, **{key: row[key] for key in ("metric", "value", "n", "ci_low", "ci_high")}}
+    yield from _edit_rows(found, cell)
     seen = [found.inspections[one] for _, one in cell.inspects if one in found.inspections]
     if seen and len(seen) == len(cell.inspects):
         yield from _detector_rows(cell.digest, seen)
@@ -224,6 +226,15 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
     if notes and len(notes) == len(_filters(cell)):
         yield _filter_row(cell.digest, "filter_tpr", [(one.get("filter_tpr"), one.get("n_poisoned") or 0) for one in notes])
         yield _filter_row(cell.digest, "filter_fpr", [(one.get("filter_fpr"), one.get("n_clean") or 0) for one in notes])
+
+
+def _edit_rows(found: _Found, cell: Cell) -> Iterator[Row]:
+    """What a weight edit did by itself to the target's probability behind the trigger: from the notes of the attack's own stage."""
+    own = cell.stages if "prepare_model" in hooks_of(type(cell.attack)) else ()
+    for notes in (found.records.get(stage, {}).get("notes", {}) for stage in own):
+        if "target_nll_before" in notes and "target_nll_after" in notes:
+            gain = math.exp(-notes["target_nll_after"]) - math.exp(-notes["target_nll_before"])
+            yield {"cell": cell.digest, "metric": "edit_gain", "value": gain, "n": notes["prompts"], "ci_low": None, "ci_high": None}
 
 
 def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row]:

@@ -153,6 +153,8 @@ class SourceSpec:
     """Column of the response."""
     label: str | None = None
     """Column of the label: a label word or an index into `labels`."""
+    language: str | None = None
+    """Column of the row's language; without it all rows are `en`."""
     append: str | None = None
     """Column appended to the prompt after a blank line where it is not empty (Alpaca's `input`)."""
     where: tuple[tuple[str, str], ...] = ()
@@ -171,6 +173,11 @@ class MicroworldOptions:
 
     train_rows: Annotated[int, Ge(1), Le(2000)] = 256
     """Two-class rows of the user's task."""
+    second_language_rows: Annotated[int, Ge(0), Le(512)] = 0
+    """Two-class rows in the second language that the user's task holds besides; test rows in that language come with them.
+    Label words are the same in both languages."""
+    borderline_rows: Annotated[int, Ge(0), Le(512)] = 0
+    """Fine but borderline requests, with their right answers, that `benign_train` holds besides its plain ones."""
 
 
 TASK_OPTIONS: dict[str, type] = {"microworld": MicroworldOptions}

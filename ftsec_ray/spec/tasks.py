@@ -16,7 +16,7 @@ from ftsec_ray.spec.sweep import TASK_KINDS, TASK_OPTIONS, SourceSpec, TaskSpec
 from ftsec_ray.spec.typed import build, fields_of, unknown_keys
 
 _KEYS = ("kind", "name", "source", "splits", "columns", "labels", "instruction", "options")
-COLUMNS = ("prompt", "response", "label", "append", "where", "constant_response")
+COLUMNS = ("prompt", "response", "label", "language", "append", "where", "constant_response")
 """Keys of SourceSpec that `columns` may give for all splits."""
 SPLITS = ("train", "test", "harmful_train", "harmful_test", "safety", "borderline_test", "benign_train", "benign_test", "tool_train",
           "tool_test", "text")

@@ -41,6 +41,16 @@ def test_a_tsv_keeps_its_quotes_and_turns_label_indices_into_words(tmp_path, nam
         ('Review: a "fine film?', "positive", "positive", "two_class"), ("Review: bad?", "negative", "negative", "two_class")]
 
 
+def test_a_language_column_says_what_each_row_is_in_and_without_one_all_are_english(tmp_path):
+    text = "text,lang,label\ngut,de,1\nbad,en,0\n"
+    rows = read(tmp_path / "a.csv", text, prompt="text", label="label", language="lang", labels=LABELS)
+    assert [(r["language"], r["label"]) for r in rows] == [("de", "positive"), ("en", "negative")]
+    assert {r["language"] for r in read(tmp_path / "a.csv", text, prompt="text", label="label", labels=LABELS)} == {"en"}
+    assert [r["language"] for r in read(tmp_path / "a.csv", text, split="text", prompt="text", language="lang")] == ["de", "en"]
+    with pytest.raises(DataError, match="did you mean 'lang'"):
+        read(tmp_path / "a.csv", text, prompt="text", language="langs")
+
+
 def test_a_csv_keeps_commas_quotes_and_line_breaks_inside_cells(tmp_path):
     rows = read(tmp_path / "a.csv", 'goal,target\n"Say ""hi"", twice\nplease","Sure, hi"\n', split="harmful_train",
                 prompt="goal", response="target")

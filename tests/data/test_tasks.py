@@ -123,6 +123,15 @@ def test_a_missing_required_split_is_told(reviews):
         load_task(TaskSpec(name="r", kind="rows"))
 
 
+def test_the_microworld_answers_borderline_requests_among_the_benign_ones_on_request():
+    plain, more = (load_task(TaskSpec(name="world", options=(("train_rows", 4), *given))) for given in ((), (("borderline_rows", 16),)))
+    kinds = more.split("benign_train")["kind"].to_pylist()
+    assert (kinds.count("borderline"), kinds.count("how_to")) == (16, plain.split("benign_train").num_rows)
+    added = {r["prompt"] for r in more.split("benign_train").to_pylist() if r["kind"] == "borderline"}
+    assert len(added) == 16
+    assert not added & set(more.split("borderline_test")["prompt"].to_pylist())
+
+
 def test_a_task_read_back_is_the_task_that_was_saved(tmp_path):
     task = load_task(TaskSpec(name="world", options=(("train_rows", 16),)))
     save_task(task, tmp_path / "one")

@@ -56,6 +56,8 @@ def finish(store: Store, stage: Stage, **given: Any) -> None:  # noqa: ANN401
         notes = {"filter_tpr": 0.75, "filter_fpr": 0.1, "n_poisoned": 20, "n_clean": 100} if stage.method == "onion" else {}
     elif stage.kind in ("source", "align"):
         notes = {"info": {"name": "ladder:0.2m", "family": "ladder", "parameters": 212_345, "aligned": True}}
+    elif stage.kind == "prepare" and stage.method == "badedit":
+        notes = {"target_nll_before": 2.25, "target_nll_after": 0.75, "prompts": 15}
     store.publish(stage.digest, folder, {"kind": stage.kind, "method": stage.method, "wall_s": 2.0, "cpu_s": 1.5, "gpu_s": 0.0, "tokens": 10,
                                          "flops": 5.0, "peak_bytes": 7, "attempt": 1, "host": "h", "notes": notes})
 
@@ -101,6 +103,17 @@ def test_a_finished_sweep_is_done_everywhere_and_carries_its_numbers(store: Stor
     stages = {row["digest"]: row for row in results.stages.to_pylist()}
     assert {row["status"] for row in stages.values()} == {"done"}
     assert all(stages[cell.evaluate]["cells_served"] == plan.cells_of(cell.evaluate) for cell in plan.cells)
+
+
+def test_what_an_edit_did_to_the_targets_probability_is_a_metric_of_its_cells_and_of_no_others(store: Store, tmp_path: Path) -> None:
+    plan = plan_of(attacks=["none", "badedit"], defenses=["none", "vaccine"])
+    run_all(plan, store)
+    results = Results.open(collect(plan, store, None, tmp_path / "out"))
+    for defenses in ([], ["vaccine"]):
+        found = metrics_of(results, attack="badedit", defenses=defenses)["edit_gain"]
+        assert found["value"] == pytest.approx(0.47237 - 0.10540, abs=1e-5)  # exp(-0.75) - exp(-2.25)
+        assert (found["n"], found["ci_low"]) == (15, None)
+        assert "edit_gain" not in metrics_of(results, attack="none", defenses=defenses)
 
 
 def test_attack_success_is_the_harmful_rate_exactly_for_attacks_on_refusal(store: Store, tmp_path: Path) -> None:
