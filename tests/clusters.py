@@ -62,6 +62,11 @@ class Nodes:
                 worker.kill()
         self.nodes.remove(node)
 
+    def behead(self, node: Any) -> None:
+        """SIGKILL to the raylet alone: its workers live on until they notice."""
+        os.kill(self.raylet(node), signal.SIGKILL)
+        self.nodes.remove(node)
+
     def remove(self, node: Any) -> None:
         """End a node as it should be ended."""
         self._cluster.remove_node(node)

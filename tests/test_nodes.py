@@ -90,11 +90,13 @@ class Killer(threading.Thread):
             node, worker = held
             if self.what == "worker":
                 os.kill(worker.pid, signal.SIGKILL)
+            elif self.what == "raylet":
+                self.nodes.behead(node)
             else:
                 self.nodes.kill(node)
 
 
-@pytest.mark.parametrize(("what", "kind"), [("worker", "disk"), ("raylet", "disk"), ("raylet", "s3")])
+@pytest.mark.parametrize(("what", "kind"), [("worker", "disk"), ("raylet", "disk"), ("node", "disk"), ("node", "s3")])
 def test_a_tune_whose_worker_or_node_is_killed_goes_on_elsewhere_from_its_checkpoint(world, undisturbed, nodes, tmp_path, what, kind):  # noqa: F811
     nodes.add(2 - len(nodes.nodes))
     digest = tune_of(world)

@@ -18,12 +18,14 @@ from pathlib import Path
 from ftsec_ray.errors import StoreError
 from ftsec_ray.store.calls import Calls
 from ftsec_ray.store.record import RECORD, dumped, fault_of, files_of, listing_fault, member_fault
+from ftsec_ray.store.work import STEPS
 
 POLL_S = 5.0
 """Between two looks for a new checkpoint."""
 RESTART_S = 60.0
 """After a checkpoint could not be sent."""
-STEPS = "step-*"
+_LOOKS = 5
+"""Times that the store is asked for checkpoints, where those that it names are gone when they are read."""
 
 
 class WorkMirror:
@@ -59,17 +61,24 @@ class WorkMirror:
             self._calls.drop_folder(self._root)
 
     def _restore(self) -> None:
+        """Have the newest checkpoint of every folder here; a worker that has lost its node may replace one meanwhile."""
+        for _ in range(_LOOKS):
+            if all([self._has(step) or self._take(step) for step in self._newest()]):
+                return
+
+    def _newest(self) -> list[str]:
+        """The checkpoints that the store has, of several of one folder the last."""
         names = [info.path.removeprefix(f"{self._root}/") for info in self._calls.files(self._root, recursive=True) if info.size]
         found = sorted(name.removesuffix(f"/{RECORD}") for name in names if name.endswith(f"/{RECORD}") and member_fault(name) is None)
-        for step in found:  # of several of one folder the last stays
-            parent = Path(step).parent.as_posix()
-            self._sent[parent] = step
-            held = [path.name for path in (self._folder / parent).glob(STEPS)]
-            if Path(step).match(STEPS) and max(held, default="") < Path(step).name:
-                self._take(step)
+        self._sent = {Path(step).parent.as_posix(): step for step in found}
+        return [step for step in self._sent.values() if Path(step).match(STEPS)]
 
-    def _take(self, step: str) -> None:
-        """Have one checkpoint here, if it is whole."""
+    def _has(self, step: str) -> bool:
+        held = [path.name for path in (self._folder / step).parent.glob(STEPS)]
+        return max(held, default="") >= Path(step).name
+
+    def _take(self, step: str) -> bool:
+        """Have one checkpoint here, if it is whole; False when it was not there to read."""
         aside = self._folder / step
         aside = aside.with_name(f".{aside.name}.restored")
         shutil.rmtree(aside, ignore_errors=True)
@@ -77,14 +86,18 @@ class WorkMirror:
         try:
             record = json.loads(self._calls.read(f"{self._root}/{step}/{RECORD}"))
             if not isinstance(record, Mapping) or listing_fault(record) is not None:
-                return
+                return True
             for name in record["files"]:
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 self._calls.receive(f"{self._root}/{step}/{name}", aside / name)
             if fault_of(aside, record) is None:
                 aside.rename(self._folder / step)
-        except (ValueError, FileNotFoundError):
-            return  # a damaged checkpoint is none: the stage starts from an earlier one, or anew
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            return True  # a damaged checkpoint is none: the stage starts from an earlier one, or anew
+        else:
+            return True
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 

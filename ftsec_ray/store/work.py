@@ -2,7 +2,8 @@
 
 Two sweeps on one store may run the same stage at once. Whoever comes first holds the folder by a lock on a file beside it,
 which the kernel releases when the process dies, so that the next one continues from its checkpoints. Whoever comes second
-gets a folder of its own and starts from the beginning.
+gets a folder of its own, with a copy of the newest checkpoints: the first may be a rival that works on, or a worker that has
+lost its node and has not noticed yet.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import ClassVar
 from ftsec_ray.store.record import checked_digest
 from ftsec_ray.store.room import drop_dead, own_folder, room
 
+STEPS = "step-*"
+"""Names of finished checkpoints, which appear by a rename and go by one."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 """A filesystem without locks: its folders are shared as they are."""
 
@@ -40,6 +43,7 @@ class WorkFolders:
             return folder
         if digest not in self._own:
             self._own[digest] = own_folder(self._root, digest)
+            copy_steps(folder, self._own[digest])
         return self._own[digest]
 
     def is_shared(self, digest: str) -> bool:
@@ -99,3 +103,17 @@ class WorkFolders:
             return os.path.samestat(path.stat(), os.fstat(descriptor))
         except FileNotFoundError:
             return False
+
+
+def copy_steps(source: Path, target: Path) -> None:
+    """Copy the checkpoints of a folder that another process works in; one that goes meanwhile is left out."""
+    for step in sorted(source.rglob(STEPS)):
+        inner = step.relative_to(source)
+        if any(part.startswith(".") for part in inner.parts):
+            continue
+        aside = (target / inner).with_name(f".{step.name}.copied")
+        try:
+            shutil.copytree(step, aside)
+            aside.rename(target / inner)
+        except (OSError, shutil.Error):
+            shutil.rmtree(aside, ignore_errors=True)

@@ -263,8 +263,10 @@ def _checkpoint(workdir: Path, tensors: Mapping[str, Tensor], step: Step, report
                                                  "tokens": report.tokens}), encoding="utf-8")
     part.rename(final)
     for old in workdir.glob("step-*"):
-        if old != final:
-            shutil.rmtree(old)
+        if old != final:  # by a rename first: whoever copies it meanwhile sees all of it or none
+            gone = old.with_name(f".{old.name}.old")
+            old.rename(gone)
+            shutil.rmtree(gone)
 
 
 def _newest(workdir: Path, steps: int) -> Saved | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ftsec_ray.identity import digest
-from ftsec_ray.store import Store
+from ftsec_ray.store import Store, work
 from tests.s3_server import BUCKET
 from tests.schedule.engine_runners import plan_of, runs, stage_of
 
@@ -24,7 +25,7 @@ SWEEPER = """
 import json, sys, time
 from pathlib import Path
 from ftsec_ray.schedule.run import execute
-from ftsec_ray.store import Store
+from ftsec_ray.store import Store, work
 from tests.store.test_rivals import stages_of
 from tests.schedule.engine_runners import plan_of
 
@@ -83,7 +84,7 @@ def test_two_sweeps_at_once_on_one_store_lose_and_double_nothing(kind, request, 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ftsec_ray.store import Store
+from ftsec_ray.store import Store, work
 
 store = Store.open(sys.argv[1])
 folder = store.workdir("1" * 32)
@@ -122,7 +123,7 @@ def test_of_two_processes_that_want_one_work_folder_the_second_gets_its_own(hold
     store = Store.open(tmp_path / "store")
     mine = store.workdir(ONE)
     assert mine != theirs
-    assert list(mine.iterdir()) == []
+    assert [path.name for path in mine.iterdir()] == ["step-00000001"], "a copy of what is there to go on from"
     assert store.workdir(ONE) == mine, "the same one again"
     (mine / "step-00000009").mkdir()
     store.drop_work(ONE)
@@ -131,6 +132,24 @@ def test_of_two_processes_that_want_one_work_folder_the_second_gets_its_own(hold
     process.communicate("")
     assert not theirs.exists()
     assert list((tmp_path / "store" / "work").iterdir()) == []
+
+
+def test_a_checkpoint_that_goes_while_it_is_copied_is_left_out(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for place in ("step-00000001", "0/step-00000002", ".step-00000003.part"):
+        (source / place).mkdir(parents=True)
+        (source / place / "state.json").write_text(place)
+    target.mkdir()
+    whole = shutil.copytree
+
+    def racing(step, aside):
+        if step.name == "step-00000002":
+            step.rename(step.with_name(".old"))
+        return whole(step, aside)
+
+    monkeypatch.setattr(work.shutil, "copytree", racing)
+    work.copy_steps(source, target)
+    assert [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()] == ["step-00000001/state.json"]
 
 
 def test_the_work_folder_of_a_killed_process_is_taken_over_with_its_checkpoints(holder, tmp_path):
