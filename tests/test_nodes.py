@@ -18,7 +18,7 @@ import yaml
 import ftsec_ray
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.plan.build import build_plan
-from ftsec_ray.schedule import tune
+from ftsec_ray.schedule import trials, tune
 from ftsec_ray.schedule.run import execute
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
@@ -172,8 +172,8 @@ def test_stages_spread_over_the_nodes_and_come_to_a_kind_of_node_by_resources_al
 
 
 def test_a_class_without_a_node_ends_the_run_with_what_it_lacks_once_everything_else_is_done(nodes, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "NO_ROOM_S", 2.0)
-    monkeypatch.setattr(tune, "GROWTH_S", 0.5)
+    monkeypatch.setattr(trials, "NO_ROOM_S", 2.0)
+    monkeypatch.setattr(trials, "GROWTH_S", 0.5)
     nodes.add(2 - len(nodes.nodes))
     plain, card = stage_of("plain", log=str(tmp_path)), replace(stage_of("card", log=str(tmp_path)), resource="gpu")
     store = Store.open(tmp_path / "store")
@@ -186,7 +186,7 @@ def test_a_class_without_a_node_ends_the_run_with_what_it_lacks_once_everything_
 
 def test_a_run_takes_the_room_of_nodes_that_come_while_it_is_on(nodes, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "SURPLUS", 1)
-    monkeypatch.setattr(tune, "GROWTH_S", 0.5)
+    monkeypatch.setattr(trials, "GROWTH_S", 0.5)
     nodes.add(1 - len(nodes.nodes))
     for node in nodes.nodes[1:]:
         nodes.remove(node)

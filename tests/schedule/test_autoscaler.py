@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from ftsec_ray.errors import EnvironmentFault
-from ftsec_ray.schedule import tune
+from ftsec_ray.schedule import trials
 from ftsec_ray.schedule.run import execute
 from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
@@ -66,8 +66,8 @@ def test_nodes_come_when_the_plan_needs_them_and_leave_when_idle(address, tmp_pa
 
 @pytest.mark.usefixtures("driver")
 def test_a_unit_that_no_node_type_holds_ends_the_run_after_a_while_with_what_was_asked_and_what_there_is(address, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "NO_ROOM_S", 4.0)
-    monkeypatch.setattr(tune, "GROWTH_S", 0.5)
+    monkeypatch.setattr(trials, "NO_ROOM_S", 4.0)
+    monkeypatch.setattr(trials, "GROWTH_S", 0.5)
     began = time.monotonic()
     with pytest.raises(EnvironmentFault, match="no node of the cluster has room for a unit of class 'cpu', and none is on its way") as caught:
         run([stage_of("huge", log=str(tmp_path))], tmp_path / "store", address, cpus_per_stage=64.0)

@@ -148,7 +148,7 @@ def test_a_class_that_fits_on_no_node_is_refused_and_not_waited_for(store):
 
 @pytest.mark.usefixtures("cluster")
 def test_a_stalled_tuner_is_started_anew_and_nothing_is_lost(store, tmp_path, monkeypatch):
-    from ftsec_ray.schedule import tune
+    from ftsec_ray.schedule import trials
 
     asked = []
 
@@ -156,8 +156,8 @@ def test_a_stalled_tuner_is_started_anew_and_nothing_is_lost(store, tmp_path, mo
         asked.append(is_running)
         return len(asked) == 1
 
-    monkeypatch.setattr(tune, "is_stalled", stalled_once)
-    monkeypatch.setattr(tune, "has_room", lambda bundles, classes: True)
+    monkeypatch.setattr(trials, "is_stalled", stalled_once)
+    monkeypatch.setattr(trials, "has_room", lambda bundles, classes: True)
     report = run(plan_of([stage_of(f"s{i}", log=str(tmp_path), sleep=0.5) for i in range(6)]), store)
     assert asked
     assert report.is_complete
@@ -171,9 +171,9 @@ def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path
 
     from ray.tune.experiment import Trial
 
-    from ftsec_ray.schedule import tune
+    from ftsec_ray.schedule import trials
 
-    known, turns, forget = [], itertools.count(1), tune.InTurn._forget
+    known, turns, forget = [], itertools.count(1), trials.InTurn._forget
 
     def counted(self, controller):
         forget(self, controller)
@@ -181,8 +181,8 @@ def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path
             gc.collect()
             known.append(sum(isinstance(one, Trial) for one in gc.get_objects()))
 
-    monkeypatch.setattr(tune, "KEPT_TRIALS", 8)
-    monkeypatch.setattr(tune.InTurn, "_forget", counted)
+    monkeypatch.setattr(trials, "KEPT_TRIALS", 8)
+    monkeypatch.setattr(trials.InTurn, "_forget", counted)
     bad = stage_of("bad", log=str(tmp_path), fail=True)
     victim = stage_of("victim", log=str(tmp_path), die_once=str(tmp_path / "died"))
     report = run(plan_of([bad, victim, *(stage_of(f"s{i}", log=str(tmp_path)) for i in range(60))]), store)

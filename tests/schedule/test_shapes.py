@@ -46,7 +46,7 @@ def test_a_pipeline_gets_as_many_workers_as_there_is_room_for_and_its_trial_noth
 
 def test_while_a_pipeline_waits_for_its_cores_nothing_is_handed_out_that_would_take_one(tmp_path):
     from ftsec_ray.schedule.conductor import Conductor
-    from ftsec_ray.schedule.tune import StageSearcher
+    from ftsec_ray.schedule.trials import StageSearcher
 
     first = stage_of("first", cost_s=2.0)
     stages = [first, replace(stage_of("wide", first, cost_s=50.0), resource="data:2"), *(stage_of(f"s{i}") for i in range(4))]
