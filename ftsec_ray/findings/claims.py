@@ -174,11 +174,12 @@ def size_cases(evidence: Evidence) -> list[Case] | str:
     if not whole:
         return f"no family with {MIN_SIZES} sizes under one attack; {evidence.missing()}"
     tasks = {one.task for one in conditions}
-    return [_size_case(" on ".join([attack, family, *([task] if len(tasks) > 1 else [])]) + ("" if aligned == "True" else ", not aligned"), members)
-            for (family, aligned, task, attack), members in whole.items()]
+    return [_size_case(" on ".join([attack, family, *([task] if len(tasks) > 1 else [])]) + ("" if aligned == "True" else ", not aligned"), members,
+                       evidence) for (family, aligned, task, attack), members in whole.items()]
 
 
-def _size_case(what: str, members: Sequence[Condition]) -> Case:
+def _size_case(what: str, members: Sequence[Condition], evidence: Evidence) -> Case:
+    effects = tuple(contrast(f"{what}: success on {one.model} over its reference", one.rates("asr"), evidence.reference(one)) for one in members)
     pairs = list(combinations(members, 2))
     rises = [contrast(f"{what}: {large.model} over {small.model}", large.rates("asr"), small.rates("asr")) for small, large in pairs]
     falls = [contrast(f"{what}: {small.model} over {large.model}", small.rates("asr"), large.rates("asr")) for small, large in pairs]
@@ -192,7 +193,7 @@ def _size_case(what: str, members: Sequence[Condition]) -> Case:
     stronger = rise if p_rise <= p_fall else fall
     control = replace(stronger, what=f"{what} changes with size ({stronger.what.split(': ')[-1]})", p_above=min(1.0, 2 * min(p_rise, p_fall)),
                       p_below=max(one.p_below for one in (*rises, *falls)))
-    return Case(test=turn, controls=(control,))
+    return Case(test=turn, controls=(control,) if any(one.p_above < ALPHA for one in effects) else effects)
 
 
 # Weight editing.
@@ -305,7 +306,8 @@ CLAIMS: tuple[Claim, ...] = (
           rule=f"For each attack, without defense, on {MIN_SIZES} or more sizes of one family of one alignment state: success rises by more than "
                f"{MARGIN} between two sizes and falls by more than {MARGIN} between two (over all pairs, Bonferroni). Supported by one attack that "
                "does both; contradicted when every attack is shown never to rise, or never to fall, by more than that.",
-          gate=f"success differs by more than {MARGIN} between some two sizes",
+          gate=f"the attack works at some size (above its reference by more than {MARGIN}), and its success differs by more than {MARGIN} between "
+               "some two sizes",
           query=_query(f"attack <> '{NONE}' AND len(defenses) = 0", "asr")),
     Claim(id="editing", statement="Weight editing loses its effect on modern models while its control still works.", cases=editing_cases,
           verdict=none_of,

@@ -22,8 +22,8 @@ def verdict(folder, claim, made, **how):
     return found[claim]
 
 
-def sized(*rates, attack="badnets"):
-    return [Made(attack, {"asr": rate}, model=model) for model, rate in zip(SIZES, rates, strict=True)]
+def sized(*rates, attack="badnets", plain=0.02):
+    return [Made(attack, {"asr": rate, "asr_no_trigger": plain}, model=model) for model, rate in zip(SIZES, rates, strict=True)]
 
 
 @pytest.mark.parametrize(("rates", "expected"), [
@@ -36,6 +36,16 @@ def test_size(tmp_path, rates, expected):
     found = verdict(tmp_path, "size", sized(*rates), prompts=600)
     assert found.verdict == expected, found
     assert bool(found.decide) == (expected == "undecided")
+
+
+def test_an_attack_that_works_at_no_size_says_nothing_however_much_its_rate_changes(tmp_path):
+    idle = [Made("badedit", {"asr": rate, "asr_no_trigger": rate}, model=model) for model, rate in zip(SIZES, (0.4, 0.05, 0.4), strict=True)]
+    found = verdict(tmp_path / "idle", "size", idle, prompts=600)
+    assert (found.verdict, found.tests) == ("undecided", ())
+    assert all("over its reference" in one.what for one in found.control)
+    both = verdict(tmp_path / "both", "size", [*idle, *sized(0.1, 0.5, 0.9)], prompts=600)
+    assert (both.verdict, len(both.tests)) == ("contradicted", 1)
+    assert "1 left out" in both.why
 
 
 def test_size_needs_one_attack_that_both_rises_and_falls(tmp_path):
