@@ -54,7 +54,7 @@ def test_nodes_come_when_the_plan_needs_them_and_leave_when_idle(address, tmp_pa
     assert run(cards, tmp_path / "store", address, workers=1, gpus_per_stage=1.0).is_complete
     assert len(set(runs(tmp_path, "one"))) == 1, "one unit at a time needs one node"
     assert not [node for node in alive() if node.get("CPU") and not node.get("GPU")], "no node without a GPU came for units that ask for one"
-    more = [replace(stage_of(f"many{i}", log=str(tmp_path), sleep=3.0), resource="gpu") for i in range(8)]
+    more = [replace(stage_of(f"many{i}", log=str(tmp_path), sleep=3.0), resource="gpu") for i in range(16)]
     assert run(more, tmp_path / "store", address, gpus_per_stage=1.0).is_complete
     assert len(set(runs(tmp_path, "many"))) == 2, "the trials that waited made the cluster grow to its limit"
     assert len(alive()) <= 3

@@ -168,18 +168,21 @@ def test_a_stalled_tuner_is_started_anew_and_nothing_is_lost(store, tmp_path, mo
 def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path, monkeypatch):
     import gc
     import itertools
+    import weakref
 
     from ray.tune.experiment import Trial
 
     from ftsec_ray.schedule import trials
 
+    gc.collect()
+    before = weakref.WeakSet(one for one in gc.get_objects() if isinstance(one, Trial))  # of tests that went before
     known, turns, forget = [], itertools.count(1), trials.InTurn._forget
 
     def counted(self, controller):
         forget(self, controller)
         if next(turns) % 25 == 0:
             gc.collect()
-            known.append(sum(isinstance(one, Trial) for one in gc.get_objects()))
+            known.append(sum(isinstance(one, Trial) and one not in before for one in gc.get_objects()))
 
     monkeypatch.setattr(trials, "KEPT_TRIALS", 8)
     monkeypatch.setattr(trials.InTurn, "_forget", counted)
