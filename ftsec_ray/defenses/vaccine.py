@@ -8,7 +8,7 @@ runs over all micro-batches of the step, so that splitting a batch changes nothi
 dropout, so rho = 0 equals plain tuning bit for bit. (4) Benign rows are mixed in (`benign_rows`), else a small model
 learns to refuse everything. (5) It starts from the aligned model, where the paper aligns the base.
 Cost: 2 forward and 2 backward passes per step, once per base model; gradients of all attention outputs in memory.
-Needs: the task's `safety` rows (and `benign_train` with `benign_rows`). Reads gradients: ZeRO stage 0 or 1.
+Needs: the task's `safety` rows (and `benign_train` with `benign_rows`).
 """
 
 from __future__ import annotations
