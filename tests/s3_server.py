@@ -68,7 +68,8 @@ def s3_server() -> Iterator[S3Server]:
         server = S3Server()
         for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.endpoint}.items():
             patch.setenv(name, value)
-        server.backend().create_bucket(BUCKET, "us-east-1")
+        if BUCKET not in server.backend().buckets:  # moto keeps its buckets for all servers of a process
+            server.backend().create_bucket(BUCKET, "us-east-1")
         try:
             yield server
         finally:

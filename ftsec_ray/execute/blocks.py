@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import shutil
 import tempfile
 import traceback
@@ -25,14 +24,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray import errors
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.data.rows import FilterTally, RowsWriter, count_rows, count_true, filter_tally, plain_rows, read_batches
 from ftsec_ray.data.runs import Runs
+from ftsec_ray.errors import FtsecError, StageError
 from ftsec_ray.execute.session import CRAFTED, Session
-from ftsec_ray.execute.unit import cpu_threads, gpu_share
+from ftsec_ray.execute.unit import code_of, cpu_threads, gpu_share
 from ftsec_ray.method import BATCH_ROWS, RowWise, check_notes
 from ftsec_ray.plan.stage import Stage, is_data
-from ftsec_ray.redact import clean_logs
+from ftsec_ray.redact import clean_logs, redacted
 from ftsec_ray.store import Store
 
 if TYPE_CHECKING:
@@ -77,16 +78,44 @@ class Made:
         import pyarrow as pa
 
         if row["error"]:
-            raise pickle.loads(row["error"])  # noqa: S301 - from a worker of this pipeline, as everything between Ray's processes
+            raise _error_of(json.loads(row["error"]))
         seen, counts, tally = json.loads(row["told"])
         return cls(pa.ipc.open_stream(row["rows"]).read_all(), seen, counts, FilterTally(*tally))
 
 
-def _packed(rows: bytes = b"", *, told: object = None, error: bytes = b"") -> pa.Table:
+def _packed(rows: bytes = b"", *, told: object = None, error: object = None) -> pa.Table:
     import pyarrow as pa
 
-    blobs = {name: pa.array([blob], pa.large_binary()) for name, blob in (("rows", rows), ("error", error))}
-    return pa.table({**blobs, "told": [json.dumps(told)]})
+    return pa.table({"rows": pa.array([rows], pa.large_binary()), "told": [json.dumps(told)], "error": ["" if error is None else json.dumps(error)]})
+
+
+class _Got(str):
+    """The value of an error as a worker printed it, without quotes around."""
+
+    __repr__ = str.__str__
+
+
+def _told(error: Exception) -> dict[str, str]:
+    """An error as text; `_error_of` makes one again that says the same."""
+    trace = redacted("".join(traceback.format_exception(error)))
+    if not isinstance(error, FtsecError):
+        code = code_of(error)
+        return {"class": "MemoryError" if code == "oom" else code, "what": redacted(str(error)), "trace": trace}
+    got = {} if error.got is None else {"got": redacted(repr(error.got))}
+    return {"class": type(error).__name__, "what": redacted(error.what), **got, "want": error.want, "fix": error.fix, "trace": trace}
+
+
+def _error_of(told: Mapping[str, str]) -> Exception:
+    cls = getattr(errors, told["class"], None)
+    error: Exception
+    if isinstance(cls, type) and issubclass(cls, FtsecError):
+        error = cls(told["what"], _Got(told["got"]) if "got" in told else None, told["want"], told["fix"])
+    elif told["class"] == "MemoryError":
+        error = MemoryError(told["what"])
+    else:
+        error = StageError(f"{told['class']}: {told['what']}", None, "a method that crafts every block", "see the traceback of the worker below")
+    error.add_note(told["trace"])
+    return error
 
 
 @dataclass(frozen=True)
@@ -273,8 +302,7 @@ class _Worker:
                 for made in self._crafter.craft(range(int(start), int(stop)), self._known):
                     yield made.packed()
         except Exception as error:  # noqa: BLE001 - raised again on the driver, which ends the pipeline first
-            error.add_note("".join(traceback.format_exception(error)))
-            yield _packed(error=pickle.dumps(error))
+            yield _packed(error=_told(error))
 
 
 def _opened(order: Order) -> Crafter:

@@ -51,7 +51,8 @@ def run(stages, store, address, *, workers=None, **resources):
 def test_nodes_come_when_the_plan_needs_them_and_leave_when_idle(address, tmp_path):
     assert len(alive()) == 1
     cards = [replace(stage_of(f"one{i}", log=str(tmp_path), sleep=0.5), resource="gpu") for i in range(3)]
-    assert run(cards, tmp_path / "store", address, workers=1, gpus_per_stage=1.0).is_complete
+    first = run(cards, tmp_path / "store", address, workers=1, gpus_per_stage=1.0)
+    assert first.is_complete, {verdict.error for verdict in first.failed.values()}
     assert len(set(runs(tmp_path, "one"))) == 1, "one unit at a time needs one node"
     assert not [node for node in alive() if node.get("CPU") and not node.get("GPU")], "no node without a GPU came for units that ask for one"
     more = [replace(stage_of(f"many{i}", log=str(tmp_path), sleep=3.0), resource="gpu") for i in range(16)]
