@@ -180,7 +180,7 @@ def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path
 
     def counted(self, controller):
         forget(self, controller)
-        if next(turns) % 25 == 0:
+        if next(turns) % 10 == 0:
             gc.collect()
             known.append(sum(isinstance(one, Trial) and one not in before for one in gc.get_objects()))
 
