@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from ftsec_ray.schedule import jobs
 from ftsec_ray.schedule.upload import upload_of
 from ftsec_ray.spec.load import load_sweep
 from ftsec_ray.store import Store
+from tests.clusters import free_ports
 
 ROOT = Path(__file__).parents[2]
 PLANTED = {name: f"planted-{number}-of-the-tokens" for number, name in enumerate(
@@ -43,14 +43,6 @@ defenses: [none]
 training: {{epochs: 1, batch_size: 16, rank: 2}}
 evaluation: {{prompts: 2, max_new_tokens: 2, perplexity_rows: 2}}
 """
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
 
 
 @dataclass(frozen=True)
