@@ -72,5 +72,7 @@ def _line(one: Contrast) -> str:
     sides = f" ({one.more:.2f} and {one.less:.2f})" if one.more is not None and one.less is not None else ""
     interval = f" [{one.low:.2f}, {one.high:.2f}]" if one.low is not None and one.high is not None else ""
     counts = f"{one.runs} run{'s' * (one.runs != 1)}" + (f" x {one.prompts} prompts" if one.prompts is not None else "")
+    if one.null_frac:
+        counts += f", {one.null_frac:.1%} of the answers not judged"
     side = {"above": f"above {one.bound:.2g}", "below": f"below {one.bound:.2g}", "open": "open"}[one.side]
     return f"{one.what}: {one.estimate:+.2f}{interval}{sides}, {counts}: {side}"

@@ -110,7 +110,7 @@ class Results:
         return self.table(name).to_pandas()
 
     def wide(self, *, intervals: bool = False) -> pa.Table:
-        """One row per cell: its columns, then one column per measured metric, and with `intervals` its n and ends too."""
+        """One row per cell: its columns, then one column per measured metric, and with `intervals` its ends, n and n_null too."""
         import pyarrow as pa
 
         row_of = {cell: index for index, cell in enumerate(self.cells["cell"].to_pylist())}
@@ -119,7 +119,8 @@ class Results:
         names = [name for name in schema.METRICS if name in found] + sorted(found - set(schema.METRICS))
         sources = [("", "value", pa.float64())]
         if intervals:
-            sources += [("_ci_low", "ci_low", pa.float64()), ("_ci_high", "ci_high", pa.float64()), ("_n", "n", pa.int64())]
+            sources += [("_ci_low", "ci_low", pa.float64()), ("_ci_high", "ci_high", pa.float64()), ("_n", "n", pa.int64()),
+                        ("_n_null", "n_null", pa.int64())]
         wide = self.cells.replace_schema_metadata(None)
         columns = {name + suffix: [None] * len(row_of) for name in names for suffix, _, _ in sources}
         for suffix, source, _ in sources:

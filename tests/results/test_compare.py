@@ -141,9 +141,10 @@ def test_seeds_are_shared_seeds_and_prompts_shared_prompts(tmp_path: Path) -> No
     assert (row["n_seeds"], row["n_prompts"], row["n_dropped"], row["test"]) == (2, 19, 1, "sign_flip_and_t")
     assert row["note"] == "2 of 3 seeds have both"
     assert (row["rate"], row["rate_against"]) == pytest.approx((2 / 19, 17 / 19))
+    assert (row["n_null"], row["n_null_against"]) == (1, 0)
 
 
-@pytest.mark.parametrize(("stack", "note"), [({}, "no result of the stack"), ({"asr": "????"}, "no result of the stack")])
+@pytest.mark.parametrize(("stack", "note"), [({}, "no result of the stack"), ({"asr": "????"}, "no judged answer of the stack")])
 def test_a_pair_without_a_number_has_a_row_that_says_so(tmp_path: Path, stack: dict[str, str], note: str) -> None:
     row = only(results_of(tmp_path, {("poison", "none", 0): {"asr": "1111"}, ("poison", "guard", 0): stack}), metric="asr")
     assert (row["p"], row["q"], row["effect"], row["conclusion"], row["utility"]) == (None, None, None, "not tested", "not tested")
