@@ -169,7 +169,8 @@ OLD = {"1": ("cells", "metrics", "generations", "stages"), "2": TABLES}
 
 @pytest.mark.parametrize("version", OLD)
 def test_results_from_before_null_verdicts_were_counted_open_without_their_number(tmp_path: Path, version: str) -> None:
-    new = toy.tables_of({("poison", stack, seed): {"asr": said, "cacc": "1111"} for stack, said in (("none", "111?"), ("guard", "00??")) for seed in (0, 1)})
+    new = toy.tables_of({("poison", stack, seed): {"asr": said, "cacc": "1111"}
+                         for stack, said in (("none", "111?"), ("guard", "00??")) for seed in (0, 1)})
     held = {name: schema.as_of(table_schema(name), version) for name in OLD[version]}
     assert held["metrics"].names == ["cell", "metric", "value", "n", "ci_low", "ci_high"]
     old = {name: whole(new, META)[name].select(held[name].names) for name in OLD[version]}
