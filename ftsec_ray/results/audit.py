@@ -23,6 +23,8 @@ from ftsec_ray.results.truth import Key, Sheet, from_exact_judge, from_labels, j
 
 EVENTS = ("complied", "refused", "correct", "target", "incoherent")
 """The verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""
+NO_EVENT = "any"
+"""In the place of a verdict where a judge reached none on a whole probe, so that its null verdicts are told all the same."""
 NO_LABELS = "no labels of this judge and probe"
 _Z = 1.959963984540054
 
@@ -195,7 +197,7 @@ def _rates(sheet: Sheet, errors: Sequence[Errors]) -> Iterator[Rate]:
                 events[one.probe].add(one.event)
         for (cell, probe), words in sorted(groups.items()):
             judged = [word for word in words if word is not None]
-            for event in (one for one in EVENTS if one in events[probe]):
+            for event in [one for one in EVENTS if one in events[probe]] or [NO_EVENT] * (events[probe] == {None}):
                 raw = share(judged.count(event), len(judged))
                 value, low, high, why = _without_errors(raw, known.get((judge, probe, event)))
                 yield Rate(cell=cell, judge=judge, probe=probe, event=event, asked=len(words), null_share=1 - len(judged) / len(words), raw=raw,
@@ -204,11 +206,11 @@ def _rates(sheet: Sheet, errors: Sequence[Errors]) -> Iterator[Rate]:
 
 def _without_errors(raw: Share, errors: Errors | None) -> tuple[float | None, float | None, float | None, str | None]:
     """A rate corrected for the errors of its judge with its interval, or why there is none."""
+    if raw.value is None:
+        return None, None, None, "no answer has a verdict"
     if errors is None:
         return None, None, None, NO_LABELS
     sensitivity, specificity = errors.sensitivity, errors.specificity
-    if raw.value is None:
-        return None, None, None, "no answer has a verdict"
     if sensitivity.value is None or specificity.value is None:
         missing = f"is {errors.event}" if sensitivity.value is None else f"is not {errors.event}"
         return None, None, None, f"no labelled and judged answer {missing}"

@@ -138,7 +138,7 @@ class _Found:
         try:
             # Thousands of small files: starting threads for each costs more than reading it.
             said = pq.ParquetFile(folder / "generations.parquet").read(use_threads=False).select(wanted.names).cast(wanted)
-            rows = pq.ParquetFile(folder / "metrics.parquet").read(use_threads=False, columns=list(_MEASURE)).to_pylist()
+            rows = pq.ParquetFile(folder / "metrics.parquet").read(use_threads=False).select(list(_MEASURE)).to_pylist()
         except (OSError, KeyError, pa.ArrowException) as error:
             raise DataError(f"evaluation {digest} is not one of this schema: {error}", str(folder), ", ".join(wanted.names)) from error
         self.generations[digest] = said.sort_by([("probe", "ascending"), ("prompt_id", "ascending")])

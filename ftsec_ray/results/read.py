@@ -132,12 +132,17 @@ class Results:
         return wide
 
     def _read(self, name: str) -> pa.Table:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         whole = table_schema(name)
         if name not in _held(self.meta):
             return whole.empty_table()
-        table = pq.ParquetFile(self.folder / name / PART).read()
+        path = self.folder / name / PART
+        try:
+            table = pq.ParquetFile(path).read()
+        except (pa.ArrowException, OSError) as broken:  # its footer was whole
+            raise DataError(f"the rows of {path} cannot be read", str(broken)[:120], "Parquet as ftsec wrote it", _FIX) from broken
         return table if self.meta["schema"] == schema.SCHEMA_VERSION else schema.brought_up(table, whole)
 
 

@@ -91,6 +91,16 @@ def test_a_cut_file_is_named(folder: Path) -> None:
         Results.open(folder)
 
 
+@pytest.mark.parametrize("name", ["cells", "metrics", "generations", "comparisons"])
+def test_rows_that_are_damaged_behind_a_whole_footer_are_named(tmp_path: Path, name: str) -> None:
+    toy.results_of(tmp_path, {("poison", stack, 0): {"asr": "1100"} for stack in ("none", "guard")})
+    path = tmp_path / name / "part-0.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(60) + content[64:])
+    with pytest.raises(DataError, match=rf"the rows of .*{name}/part-0.parquet cannot be read"):
+        Results.open(tmp_path).table(name)
+
+
 def test_tables_of_two_runs_are_not_mixed(folder: Path) -> None:
     pq.write_table(tables_of(2)["cells"], folder / "cells" / "part-0.parquet")
     with pytest.raises(DataError, match=r"2 rows[\s\S]*3 rows"):
