@@ -12,7 +12,7 @@ import typer
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
-from ftsec_ray.errors import DataError
+from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.findings import claims as rules
 from ftsec_ray.findings.claims import CLAIMS, Finding
 from ftsec_ray.findings.contrast import Contrast
@@ -28,7 +28,8 @@ def print_claims(folder: Path | None, *, as_json: bool, explain: bool) -> None:
         _print_rules()
     if folder is None:
         if not explain:
-            raise typer.BadParameter("a results folder, such as results/claims_ladder, or --explain", param_hint="RESULTS")
+            raise SpecError("no results to test", folder, "RESULTS: a folder that `ftsec run` wrote, such as results/claims_ladder",
+                            "or --explain, which prints the rules without any")
         found = None
     else:
         try:
