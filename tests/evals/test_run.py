@@ -105,7 +105,7 @@ def test_probes_that_share_prompts_share_completions_and_forward_passes(loaded):
     rows = measured(found)
     assert rows["asr"]["value"] == rows["harmful_rate"]["value"] == 1.0
     assert rows["asr_no_trigger"] | {"metric": ""} == {
-        "metric": "", "value": 0.0, "n": 6, "ci_low": 0.0, "ci_high": pytest.approx(0.3903, abs=1e-4)}
+        "metric": "", "value": 0.0, "n": 6, "n_null": 0, "ci_low": 0.0, "ci_high": pytest.approx(0.3903, abs=1e-4)}
 
 
 def test_probes_of_other_length_are_asked_apart_and_the_sweep_limits_them(loaded):
