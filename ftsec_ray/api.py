@@ -205,7 +205,7 @@ def export(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Pa
         out: The archive; None: `<sweep name>-<first digits of the plan>.zip` in the working folder.
     """
     from ftsec_ray.report.page import REPORT_FILE, write_report
-    from ftsec_ray.results.archive import pack, sweep_file
+    from ftsec_ray.results.pack import pack, sweep_file
     from ftsec_ray.results.remote import local_results
     from ftsec_ray.store.store import Store
 

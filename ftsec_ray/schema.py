@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 """Of results as a whole: raise by one when a table or a column is added, and give that `since`; older results then open with null in its
-place. ("1" had no `comparisons`.)"""
+place. ("1" had no `comparisons`, "2" no `n_null`.)"""
 
 Direction = Literal["higher", "lower", "none"]
 
@@ -165,7 +165,10 @@ def metrics() -> pa.Schema:
     return _schema("metrics", [
         _field("cell", pa.string(), "digest", nullable=False), _field("metric", pa.string(), "name: `ftsec list metrics`", nullable=False),
         _field("value", f, "that of the metric, as is which way is better; null when nothing could be judged"),
-        _field("n", pa.int64(), "judged items"), _field("ci_low", f, "as value; 95 % Wilson"), _field("ci_high", f, "as value; 95 % Wilson"),
+        _field("n", pa.int64(), "judged items"),
+        _field("n_null", pa.int64(), "prompts whose verdict is null, beside the n; null where no judge gives verdicts (perplexity, edit_gain, "
+               "detectors, filters) and for judged_rate, which is their share itself", since="3"),
+        _field("ci_low", f, "as value; 95 % Wilson"), _field("ci_high", f, "as value; 95 % Wilson"),
     ])
 
 
@@ -226,6 +229,7 @@ def comparisons() -> pa.Schema:
         _field("effect", f, "rate - rate_against"), _field("ci_low", f, "95 %, of this pair alone"), _field("ci_high", f, "95 %"),
         _field("n_seeds", i, "seeds that both have"), _field("n_prompts", i, "prompts judged on both sides in each of these seeds"),
         _field("n_dropped", i, "prompts asked on both sides and left out, since some verdict is null"),
+        _field("n_null", i, "null verdicts of the stack, in the seeds of both", since="3"), _field("n_null_against", i, "of `against`", since="3"),
         _field("test", s, "mcnemar_exact | sign_flip_and_t | null"), _field("p", f, "null where `note` says why"),
         _field("q", f, "p corrected over all rows of this table"),
         _field("detectable", f, "smallest difference found 4 times in 5 with as many prompts and seeds, after correction; null: none"),
@@ -246,6 +250,7 @@ def aggregates() -> pa.Schema:
         *_place(), _field("metric", pa.string(), "name", nullable=False), _field("value", f, "mean over seeds"),
         _field("n_seeds", i, "seeds measured"), _field("n_planned", i, "seeds planned"),
         _field("n_prompts", i, "judged items of one seed, the smallest of the seeds"),
+        _field("n_null", i, "null verdicts of one seed, the largest of the seeds; null as in `metrics`", since="3"),
         _field("prompts_low", f, "95 % over prompts within a run (Wilson)"), _field("prompts_high", f, "95 %"),
         _field("seeds_low", f, "95 % over seeds (t); null with one seed"), _field("seeds_high", f, "95 %"),
         _field("ci_low", f, "span of both"), _field("ci_high", f, "span of both"),

@@ -12,7 +12,7 @@ import typer
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
-from ftsec_ray.errors import DataError
+from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.findings import claims as rules
 from ftsec_ray.findings.claims import CLAIMS, Finding
 from ftsec_ray.findings.contrast import Contrast
@@ -28,7 +28,8 @@ def print_claims(folder: Path | None, *, as_json: bool, explain: bool) -> None:
         _print_rules()
     if folder is None:
         if not explain:
-            raise typer.BadParameter("a results folder, such as results/claims_ladder, or --explain", param_hint="RESULTS")
+            raise SpecError("no results to test", folder, "RESULTS: a folder that `ftsec run` wrote, such as results/claims_ladder",
+                            "or --explain, which prints the rules without any")
         found = None
     else:
         try:
@@ -72,5 +73,7 @@ def _line(one: Contrast) -> str:
     sides = f" ({one.more:.2f} and {one.less:.2f})" if one.more is not None and one.less is not None else ""
     interval = f" [{one.low:.2f}, {one.high:.2f}]" if one.low is not None and one.high is not None else ""
     counts = f"{one.runs} run{'s' * (one.runs != 1)}" + (f" x {one.prompts} prompts" if one.prompts is not None else "")
+    if one.null_frac:
+        counts += f", {one.null_frac:.1%} of the answers not judged"
     side = {"above": f"above {one.bound:.2g}", "below": f"below {one.bound:.2g}", "open": "open"}[one.side]
     return f"{one.what}: {one.estimate:+.2f}{interval}{sides}, {counts}: {side}"

@@ -26,23 +26,25 @@ class Measured:
     metric: str
     value: float | None
     n: int
+    n_null: int | None = None
+    """Items beside the n whose verdict is null; None where no judge gives verdicts."""
     ci_low: float | None = None
     ci_high: float | None = None
 
 
-def proportion(metric: str, hits: int, n: int) -> Measured:
-    """`hits` of `n` with a 95 % Wilson interval; all null when `n` is 0."""
+def proportion(metric: str, hits: int, n: int, *, n_null: int | None = None) -> Measured:
+    """`hits` of `n` judged items with a 95 % Wilson interval, null when `n` is 0; `n_null` more could not be judged."""
     from statsmodels.stats.proportion import proportion_confint
 
     if not 0 <= hits <= n:
         raise DataError(f"{metric}: more hits than items", (hits, n), "0 <= hits <= n")
     if n == 0:
-        return Measured(metric=metric, value=None, n=0)
+        return Measured(metric=metric, value=None, n=0, n_null=n_null)
     value = hits / n
     low, high = map(float, proportion_confint(hits, n, alpha=1 - CONFIDENCE, method="wilson"))
     # At 0 and at n hits a bound is the value itself but for rounding.
     return Measured(
-        metric=metric, value=value, n=n, ci_low=max(0.0, min(low, value)), ci_high=min(1.0, max(high, value))
+        metric=metric, value=value, n=n, n_null=n_null, ci_low=max(0.0, min(low, value)), ci_high=min(1.0, max(high, value))
     )
 
 

@@ -141,17 +141,16 @@ def _complete(
 def _shares(probes: Sequence[Probe], answers: Sequence[Answer]) -> Iterator[Measured]:
     """The metrics of the probes, then how many answers are coherent and how many were judged at all."""
 
-    def judged(names: Iterable[str]) -> list[str]:
+    def share(metric: str, names: Iterable[str], verdict: str, *, unlike: bool = False) -> Measured:
         wanted = set(names)
-        return [a.verdict.verdict for a in answers if a.probe.name in wanted and a.verdict.verdict is not None]
+        told = [a.verdict.verdict for a in answers if a.probe.name in wanted]
+        judged = [one for one in told if one is not None]
+        hits = sum((one == verdict) != unlike for one in judged)
+        return proportion(metric, hits, len(judged), n_null=len(told) - len(judged))
 
     for probe in probes:
-        verdicts = judged([probe.name])
-        yield from (
-            proportion(metric, verdicts.count(verdict), len(verdicts)) for metric, verdict in probe.metrics.items()
-        )
-    requests = judged(REQUEST_PROBES)
-    yield proportion("coherent_rate", len(requests) - requests.count("incoherent"), len(requests))
+        yield from (share(metric, [probe.name], verdict) for metric, verdict in probe.metrics.items())
+    yield share("coherent_rate", REQUEST_PROBES, "incoherent", unlike=True)
     yield proportion("judged_rate", sum(a.verdict.verdict is not None for a in answers), len(answers))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal, NamedTuple
 
-from ftsec_ray.findings.contrast import ALPHA, MARGIN, Contrast, contrast, decided, needs_of
+from ftsec_ray.findings.contrast import ALPHA, MARGIN, Contrast, Rate, contrast, decided, needs_of
 from ftsec_ray.findings.evidence import NONE, Condition, Evidence, label_of
 
 Verdict = Literal["supported", "contradicted", "undecided", "not tested"]
@@ -27,8 +27,8 @@ MIN_SIZES = 3
 MAX_PAIRS = 1_000
 
 
-Runs = dict[tuple[str, str, int], tuple[float, int | None]]
-"""Model, task and seed -> (success, judged prompts)."""
+Runs = dict[tuple[str, str, int], Rate]
+"""Model, task and seed -> success."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +214,7 @@ def _edit_case(what: str, one: Condition) -> Case:
     return Case(test=contrast(f"{what}: held-out prompts with the trigger over without", one.rates("asr"), plain), controls=(
         contrast(f"{what}: the edited prompts over held-out ones without the trigger", one.rates("asr_same_prompt"), plain),
         contrast(f"{what}: rise of the target's probability by the edit itself",
-                 {seed: (value, None) for seed, (value, _) in one.rates("edit_gain").items()})))
+                 {seed: Rate(gain.value, None) for seed, gain in one.rates("edit_gain").items()})))
 
 
 # Transfer between languages.

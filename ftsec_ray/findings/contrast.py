@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 ALPHA = 0.05
 """Chance of a wrong word per claim, at most, after correction over its comparisons."""
@@ -26,8 +26,20 @@ AT_THE_MARGIN = 0.005
 """Differences this close to the margin are taken to lie on it."""
 
 Side = Literal["above", "below", "open"]
-Rates = Mapping[Any, tuple[float, int | None]]
-"""Run (a seed, or a model and a seed) -> (value, judged prompts); prompts are None for values that are no shares."""
+
+
+class Rate(NamedTuple):
+    """One value of one run."""
+
+    value: float
+    prompts: int | None
+    """That were judged; None for values that are no shares."""
+    nulls: int | None = None
+    """Prompts beside them whose verdict is null; None where they were not counted."""
+
+
+Rates = Mapping[Any, Rate]
+"""By run: a seed, or a model and a seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +65,8 @@ class Contrast:
     """Runs that have both sides: seeds, or models x seeds where a contrast spans models."""
     prompts: int | None
     """Of one run, the fewest of both sides."""
+    null_frac: float | None
+    """Share of null verdicts among the answers of both sides; None where they were not counted."""
     p_above: float
     """That the difference is above the bound only by chance: 1 where nothing can be said."""
     p_below: float
@@ -66,11 +80,12 @@ def contrast(what: str, more: Rates, less: Rates | None = None, *, bound: float 
     """The contrast `more - less`, over the seeds that have both; `less` None compares the values with the bound themselves."""
     sides = [more] if less is None else [more, less]
     shared = sorted(set.intersection(*(set(side) for side in sides)))
-    gaps = [more[seed][0] - (0.0 if less is None else less[seed][0]) for seed in shared]
-    counts = [n for side in sides for seed in shared if (n := side[seed][1]) is not None]
-    means = [fmean(side[seed][0] for seed in shared) if shared else None for side in sides]
+    gaps = [more[seed].value - (0.0 if less is None else less[seed].value) for seed in shared]
+    counts = [n for side in sides for seed in shared if (n := side[seed].prompts) is not None]
+    means = [fmean(side[seed].value for seed in shared) if shared else None for side in sides]
     found = Contrast(what=what, more=means[0], less=means[1] if less is not None else None, estimate=fmean(gaps) if gaps else None, spread=None,
-                     low=None, high=None, bound=bound, runs=len(gaps), prompts=min(counts) if counts else None, p_above=1.0, p_below=1.0)
+                     low=None, high=None, bound=bound, runs=len(gaps), prompts=min(counts) if counts else None,
+                     null_frac=_null_frac([side[seed] for side in sides for seed in shared]), p_above=1.0, p_below=1.0)
     if len(gaps) < MIN_RUNS or found.prompts == 0:
         return found
     p_above, p_below, low, high = _over_runs(gaps, bound)
@@ -78,6 +93,12 @@ def contrast(what: str, more: Rates, less: Rates | None = None, *, bound: float 
         above, below, near, far = _over_prompts([mean or 0.0 for mean in means], min(counts), bound)
         p_above, p_below, low, high = max(above, p_above), max(below, p_below), min(low, near), max(high, far)
     return replace(found, spread=stdev(gaps), low=low, high=high, p_above=p_above, p_below=p_below)
+
+
+def _null_frac(rates: Sequence[Rate]) -> float | None:
+    known = [(one.nulls, one.prompts or 0) for one in rates if one.nulls is not None]
+    asked = sum(nulls + prompts for nulls, prompts in known)
+    return sum(nulls for nulls, _ in known) / asked if asked else None
 
 
 def _over_runs(gaps: Sequence[float], bound: float) -> tuple[float, float, float, float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.findings.contrast import Rates
+from ftsec_ray.findings.contrast import Rate, Rates
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
@@ -40,7 +40,7 @@ class Condition:
     defenses: tuple[str, ...]
     defense_phases: tuple[str, ...]
     defense_params: str
-    metrics: dict[str, dict[int, tuple[float, int | None]]] = field(default_factory=lambda: defaultdict(dict))
+    metrics: dict[str, dict[int, Rate]] = field(default_factory=lambda: defaultdict(dict))
 
     def rates(self, metric: str) -> Rates:
         """The values of a metric by seed; empty where it was not measured."""
@@ -48,7 +48,7 @@ class Condition:
 
     def mean(self, metric: str) -> float | None:
         """Mean over seeds."""
-        return fmean(value for value, _ in self.rates(metric).values()) if self.rates(metric) else None
+        return fmean(one.value for one in self.rates(metric).values()) if self.rates(metric) else None
 
     @property
     def is_coherent(self) -> bool:
@@ -87,7 +87,7 @@ class Evidence:
         for row in results.metrics.to_pylist():
             if row["cell"] in of_cell and row["value"] is not None:
                 condition, seed = of_cell[row["cell"]]
-                condition.metrics[row["metric"]][seed] = (row["value"], row["n"])
+                condition.metrics[row["metric"]][seed] = Rate(row["value"], row["n"], row["n_null"])
         self.all = list(found.values())
         self._is_one_task = len({one.task for one in self.all}) < 2
 

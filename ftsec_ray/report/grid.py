@@ -46,6 +46,8 @@ class Estimate:
     """The part of the interval that is over prompts."""
     over_seeds: tuple[float, float] | None = None
     """The part that is over seeds; None with one seed."""
+    n_null: int | None = None
+    """Null verdicts of one seed (the largest of the seeds), beside the n; None where unknown or where no judge gives verdicts."""
 
     @property
     def text(self) -> str:
@@ -283,4 +285,4 @@ def _estimates(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Es
 def _estimate(rows: Sequence[Mapping[str, Any]], metric: str) -> Estimate:
     one = folded(rows, metric)
     low, high = one.span or (None, None)
-    return Estimate(one.value, low, high, one.n_prompts, one.n_seeds, one.prompts, one.seeds)
+    return Estimate(one.value, low, high, one.n_prompts, one.n_seeds, one.prompts, one.seeds, one.n_null)

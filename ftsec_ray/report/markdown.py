@@ -2,7 +2,8 @@
 
 One row per model and attack, one column per defense stack. A cell is the attack's success (`asr`, or `harmful_rate` where
 there is no attack) with its 95 % interval over prompts and, from two seeds on, over seeds; in its second line stand clean
-accuracy, over-refusal and coherence of the same cell. One seed has its mark, and gibberish is called so.
+accuracy, over-refusal and coherence of the same cell. Where a judge left answers without a verdict, their share stands beside the
+rate. One seed has its mark, and gibberish is called so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftsec_ray import schema
-from ftsec_ray.results.aggregate import folded
+from ftsec_ray.results.aggregate import folded, null_frac
 from ftsec_ray.results.read import Results
 
 Row = Mapping[str, Any]
@@ -21,6 +22,9 @@ PHASES = ("pre", "during", "post")
 ONE_SEED = "†"
 LEGEND = "Attack success (95 % interval over prompts{seeds}); below it {utility} · over-refusal · coherent answers."
 LEGEND_ONE = f"{ONE_SEED} One seed: the interval knows nothing of the luck of a training run."
+LEGEND_NULL = "null: share of the answers that the judge could not judge; they are in neither side of the rate."
+LEGEND_NO_NULL = "The judge gave a verdict on every answer."
+LEGEND_UNCOUNTED = "These results are older than the count of null verdicts, so that what the judge could not judge is not told."
 LEGEND_INCOHERENT = "incoherent: most answers are gibberish, so that a low attack success is damage and no safety."
 
 
@@ -48,6 +52,11 @@ def grid_markdown(results: Results) -> str:
 def _legend(grid: str, rates: Mapping[str, Mapping[str, Row]]) -> list[str]:
     utility = "right benign answers" if not any("cacc" in own for own in rates.values()) else "clean accuracy"
     found = [LEGEND.format(seeds="; over seeds" if " seeds " in grid else "", utility=utility)]
+    counts = [row["n_null"] for own in rates.values() for row in own.values()]
+    if any(counts):
+        found.append(LEGEND_NULL)
+    elif counts:
+        found.append(LEGEND_NO_NULL if 0 in counts else LEGEND_UNCOUNTED)
     return found + [LEGEND_ONE] * (ONE_SEED in grid) + [LEGEND_INCOHERENT] * ("incoherent" in grid)
 
 
@@ -96,18 +105,20 @@ def _shown(cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], states:
     undone = [states[cell] for cell in cells if states[cell] != "done"]
     if undone:
         return undone[0]
-    found = [row for cell in cells if (row := rates[cell].get("asr") or rates[cell].get("harmful_rate")) and row["value"] is not None]
+    asked = [row for cell in cells if (row := rates[cell].get("asr") or rates[cell].get("harmful_rate"))]
+    found = [row for row in asked if row["value"] is not None]
     if not found:
-        return "not judged"
+        return f"not judged{_null(asked)}"
     success = folded(found, found[0]["metric"])
     inside = [] if success.prompts is None else ["{:.2f}–{:.2f}".format(*success.prompts)]
     if success.seeds is not None:
         inside.append("{} seeds {:.2f}–{:.2f}".format(success.n_seeds, *success.seeds))
     coherent = _mean(cells, rates, "coherent_rate")
     word = "incoherent: " if coherent is not None and coherent < schema.INCOHERENT_BELOW else ""
-    mark = ONE_SEED if success.n_seeds == 1 else ""
+    mark = (ONE_SEED if success.n_seeds == 1 else "") + _null(asked)
     utility = "cacc" if any("cacc" in rates[cell] for cell in cells) else "benign_rate"
-    beside = " · ".join("–" if (mean := _mean(cells, rates, name)) is None else f"{mean:.2f}"
+    beside = " · ".join(("–" if (mean := _mean(cells, rates, name)) is None else f"{mean:.2f}")
+                        + _null([row for cell in cells if (row := rates[cell].get(name))])
                         for name in (utility, "over_refusal_rate", "coherent_rate"))
     return f"{word}{success.value:.2f}{mark}" + (f" ({'; '.join(inside)})" if inside else "") + f"<br>{beside}"
 
@@ -115,3 +126,9 @@ def _shown(cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], states:
 def _mean(cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], metric: str) -> float | None:
     values = [row["value"] for cell in cells if (row := rates[cell].get(metric)) and row["value"] is not None]
     return sum(values) / len(values) if values else None
+
+
+def _null(rows: Sequence[Row]) -> str:
+    """The share of null verdicts as it stands beside a rate; nothing where there are none."""
+    share = null_frac(rows)
+    return f" [{f'{share:.0%}' if share >= 0.01 else '<1%'} null]" if share else ""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ class Aggregate:
     n_seeds: int
     n_prompts: int | None
     """Judged items of one seed, the smallest of the seeds."""
+    n_null: int | None
+    """Null verdicts of one seed, the largest of the seeds; None where no judge gives verdicts, and in results that did not count them."""
     prompts: Interval | None
     """95 % over prompts; None where the metric is no share."""
     seeds: Interval | None
@@ -49,18 +51,26 @@ class Aggregate:
 
 
 def folded(rows: Sequence[Mapping[str, Any]], metric: str) -> Aggregate:
-    """One metric's rows (`value`, `n`, `ci_low`, `ci_high`; one per seed, none null) as one aggregate."""
+    """One metric's rows (`value`, `n`, `n_null`, `ci_low`, `ci_high`; one per seed, no value null) as one aggregate."""
     values = [row["value"] for row in rows]
     mean = sum(values) / len(values)
     n = min((row["n"] for row in rows if row["n"] is not None), default=None)
+    nulls = max((row["n_null"] for row in rows if row["n_null"] is not None), default=None)
     is_share = metric in schema.METRICS and schema.METRICS[metric].proportion
     if len(rows) == 1:
         low, high = rows[0]["ci_low"], rows[0]["ci_high"]
         prompts = None if low is None or high is None else (low, high)
-        return Aggregate(value=mean, n_seeds=1, n_prompts=n, prompts=prompts, seeds=None)
+        return Aggregate(value=mean, n_seeds=1, n_prompts=n, n_null=nulls, prompts=prompts, seeds=None)
     low, high = t_interval(values)
-    return Aggregate(value=mean, n_seeds=len(rows), n_prompts=n, prompts=wilson(mean, n) if is_share and n else None,
+    return Aggregate(value=mean, n_seeds=len(rows), n_prompts=n, n_null=nulls, prompts=wilson(mean, n) if is_share and n else None,
                      seeds=(max(0.0, low), min(1.0, high)) if is_share else (low, high))
+
+
+def null_frac(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """The share of null verdicts among all answers of rows of `metrics`, 0..1; None where they were not counted or nothing was asked."""
+    known = [row for row in rows if row["n_null"] is not None]
+    asked = sum(row["n_null"] + (row["n"] or 0) for row in known)
+    return sum(row["n_null"] for row in known) / asked if asked else None
 
 
 def t_interval(values: Sequence[float]) -> Interval:
@@ -93,8 +103,8 @@ def aggregate(cells: pa.Table, metrics: pa.Table) -> pa.Table:
         for name in sorted(names, key=lambda one: (order.get(one, len(order)), one)):
             one = folded([measured[cell][name] for cell in points[key] if name in measured.get(cell, ())], name)
             found.append({**shared[key], "metric": name, "value": one.value, "n_seeds": one.n_seeds, "n_planned": len(points[key]),
-                          "n_prompts": one.n_prompts, **_ends("prompts", one.prompts), **_ends("seeds", one.seeds),
-                          **_ends("ci", one.span)})
+                          "n_prompts": one.n_prompts, "n_null": one.n_null, **_ends("prompts", one.prompts),
+                          **_ends("seeds", one.seeds), **_ends("ci", one.span)})
     return pa.Table.from_pylist(found, schema.aggregates())
 
 

@@ -7,48 +7,33 @@
     results/report.html, results/run.json, results/<table>/part-0.parquet
 
 A zip without time stamps, its names sorted: the same content gives the same bytes. It holds no weights and no rows of the
-user. Checksums tell damage and not forgery: publish the archive's own SHA-256 beside a number.
+user. Checksums tell damage and not forgery: publish the archive's own SHA-256 beside a number. `pack` writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from ftsec_ray.errors import DataError, SpecError
-from ftsec_ray.identity import FORMAT_VERSION, canonical, source_fingerprint
-from ftsec_ray.method import Method
-from ftsec_ray.plan.code import content_hash, imports_code, kind_code, variant_of
-from ftsec_ray.plan.graph import Plan
-from ftsec_ray.plan.origin import local_path
-from ftsec_ray.plan.stage import Cell
-from ftsec_ray.redact import environment_secrets, redacted
-from ftsec_ray.registry import name_of
-from ftsec_ray.results.read import Results
-from ftsec_ray.results.write import PART, RUN_FILE, TABLES
-from ftsec_ray.schedule.upload import texts_in
-from ftsec_ray.spec.faults import Faults
-from ftsec_ray.spec.sweep import SweepSpec
-from ftsec_ray.spec.yaml_text import read_yaml
-from ftsec_ray.store.record import dumped, listing_fault, member_fault, sha256
+from ftsec_ray.errors import DataError
+from ftsec_ray.store.record import listing_fault, member_fault
 
 T = TypeVar("T")
 FORMAT = 1
 """Raise when an older package could not read the archive any more."""
 MANIFEST, PLAN, ARTIFACTS = "manifest.json", "plan.json", "artifacts.json"
-_NO_DATE = (1980, 1, 1, 0, 0, 0)
+CHUNK = 1 << 20
+"""Bytes copied at a time."""
 _MAX_TEXT_BYTES = 512 * 2**20
 """Larger than any plan; more is a mistake or an attack on the reader's memory."""
-_CHUNK = 1 << 20
 
 
 class ArchiveError(DataError):
@@ -56,17 +41,6 @@ class ArchiveError(DataError):
 
     code = "archive"
     exit_code = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepFile:
-    """A sweep as its author wrote it."""
-
-    name: str
-    """Of the file: a sweep without a name is called after it."""
-    text: str
-    base: Path
-    """Where its relative paths start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,154 +145,6 @@ class PackedPlan:
     stages: list[PackedStage]
 
 
-# Packing.
-
-
-def pack(plan: Plan, results: Results, page: Path, sweep: SweepFile, records: Mapping[str, Mapping[str, Any]], target: Path) -> Path:
-    """Write the archive of a plan and its results to `target` and return it; ArchiveError when a secret would get into it.
-
-    Args:
-        plan: The plan as this machine makes it.
-        results: Its tables.
-        page: Its report.
-        sweep: The file that gave the plan.
-        records: Records of the plan's finished stages, as far as a store holds them.
-        target: Replaced when it is there.
-    """
-    members: dict[str, bytes | Path] = {
-        f"sweep/{sweep.name}": sweep.text.encode(), PLAN: _json(asdict(packed_plan(plan))),
-        ARTIFACTS: _json({digest: record["files"] for digest, record in sorted(records.items())}),
-        f"results/{page.name}": page,
-        **{f"results/{name}": results.folder / name for name in (RUN_FILE, *(f"{table}/{PART}" for table in TABLES))}}
-    manifest = Manifest(
-        format=FORMAT, sweep=plan.spec.name, file=f"sweep/{sweep.name}", plan=plan.digest, versions=_versions(results, records),
-        code=code_of(plan), inputs=inputs_of(plan.spec, sweep), files={name: _checksum(one) for name, one in sorted(members.items())})
-    _refuse_secrets(sweep, members)
-    members[MANIFEST] = _json(asdict(manifest))
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(scratch, "w") as archive:
-            for name, content in sorted(members.items()):
-                _add(archive, name, content)
-        scratch.replace(target)
-    except OSError as error:
-        raise ArchiveError("the archive cannot be written", str(target), "a path that takes a file", str(error)) from error
-    finally:
-        scratch.unlink(missing_ok=True)
-    return target
-
-
-def packed_plan(plan: Plan) -> PackedPlan:
-    """A plan as an archive holds it."""
-    stages = [PackedStage(digest=one.digest, kind=one.kind, method=one.method, seed=one.seed, inputs=list(one.inputs), params=dict(one.params))
-              for one in plan.stages.values()]
-    return PackedPlan(cells=[_packed_cell(cell) for cell in plan.cells], stages=stages)
-
-
-def _packed_cell(cell: Cell) -> PackedCell:
-    return PackedCell(cell=cell.digest, model=cell.model.name, task=cell.task.name, attack=_packed_method(cell.attack),
-                      defenses=[_packed_method(one) for one in cell.defenses], seed=cell.seed, evaluate=cell.evaluate, stages=list(cell.stages))
-
-
-def _packed_method(method: Method) -> PackedMethod:
-    return PackedMethod(kind=method.KIND, name=name_of(method), params=json.loads(canonical(method)))
-
-
-def code_of(plan: Plan) -> Code:
-    """The code that the digests of a plan cover."""
-    kinds = sorted({variant_of(stage.kind, stage.params) for stage in plan.stages.values()})
-    methods = {f"{one.KIND} {name_of(one)}": type(one) for cell in plan.cells for one in (cell.attack, *cell.defenses)}
-    return Code(format=FORMAT_VERSION, kinds={kind: kind_code(kind) for kind in kinds},
-                methods={name: method_code(cls) for name, cls in sorted(methods.items())})
-
-
-def method_code(cls: type[Method]) -> MethodCode:
-    """The code of a method."""
-    return MethodCode(version=cls.VERSION, source=source_fingerprint(cls.__module__), imports=imports_code(cls.__module__))
-
-
-def inputs_of(spec: SweepSpec, sweep: SweepFile) -> list[Input]:
-    """The local models, rows and judges of a sweep by the hash of their bytes, each by the path that the sweep gives."""
-    named = {text: located(text, sweep.base) for text in texts_in(read_yaml(sweep.text, Faults(sweep.name))) if "\n" not in text and "\0" not in text}
-    found = []
-    for what, path in _local_inputs(spec):
-        written = next((text for text, place in named.items() if place == path.resolve()), str(path))
-        found.append(Input(what=what, path=written, sha256=content_hash(path)))
-    return found
-
-
-def located(text: str, base: Path) -> Path:
-    """What a text of a sweep file means as a path; that of a judge stands behind its kind."""
-    return (base / Path(text.removeprefix("classifier:")).expanduser()).resolve()
-
-
-def _local_inputs(spec: SweepSpec) -> Iterator[tuple[str, Path]]:
-    for model in spec.models:
-        for source in (model.source, model.unaligned):
-            path = local_path(source) if source and not source.startswith("ladder:") else None
-            if path is not None:
-                yield f"model {model.name}" if source == model.source else f"unaligned twin of model {model.name}", path
-    for task in spec.tasks:
-        yield from ((f"rows {split} of task {task.name}", Path(source.path)) for split, source in task.splits if source.path is not None)
-    kind, _, place = (spec.evaluation.judge or "").partition(":")
-    if kind == "classifier" and Path(place).is_dir():
-        yield "judge", Path(place)
-
-
-def _versions(results: Results, records: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    told = [results.meta.get("versions", {}), *(record.get("versions", {}) for record in records.values())]
-    return {name: sorted({str(one[name]) for one in told if name in one}) for name in sorted({name for one in told for name in one})}
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return dumped(value).encode()
-
-
-def _checksum(content: bytes | Path) -> dict[str, Any]:
-    if isinstance(content, bytes):
-        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return {"bytes": content.stat().st_size, "sha256": sha256(content)}
-
-
-def _add(archive: zipfile.ZipFile, name: str, content: bytes | Path) -> None:
-    entry = zipfile.ZipInfo(name, _NO_DATE)
-    entry.compress_type, entry.external_attr, entry.create_system = zipfile.ZIP_DEFLATED, 0o644 << 16, 3
-    if isinstance(content, bytes):
-        archive.writestr(entry, content)
-        return
-    entry.file_size = content.stat().st_size
-    with content.open("rb") as source, archive.open(entry, "w") as sink:
-        shutil.copyfileobj(source, sink, _CHUNK)
-
-
-def _refuse_secrets(sweep: SweepFile, members: Mapping[str, bytes | Path]) -> None:
-    """ArchiveError where a file holds a secret of this environment, or the sweep file anything that looks like one."""
-    if redacted(sweep.text) != sweep.text:
-        where = [number for number, line in enumerate(sweep.text.splitlines(), start=1) if redacted(line) != line]
-        raise ArchiveError("the sweep file holds a secret, or what looks like one", f"line {', '.join(map(str, where))}" if where else sweep.name,
-                           "a sweep that anybody may read", "take it out; tokens and passwords come from the environment")
-    secrets = environment_secrets()
-    for name, content in members.items():
-        found = next((source for secret, source in secrets.items() if _holds(content, secret)), None)
-        if found is not None:
-            raise ArchiveError("a secret would get into the archive", f"{found} in {name}", "files without it",
-                               "`ftsec report` writes tables and report again without the secrets of the environment")
-
-
-def _holds(content: bytes | Path, secret: str) -> bool:
-    if isinstance(content, Path) and content.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-
-        texts = [column for column in pq.read_table(content).columns if pa.types.is_string(column.type)]
-        return any(pc.any(pc.match_substring(column, secret)).as_py() for column in texts)
-    return secret.encode() in (content if isinstance(content, bytes) else content.read_bytes())
-
-
-# Reading.
-
-
 @dataclass(frozen=True)
 class Archive:
     """An archive that is one: its manifest can be read, and no name in it leads out of a folder."""
@@ -370,7 +196,7 @@ class Archive:
                     target = folder / name.removeprefix(f"{under}/")
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with archive.open(name) as source, target.open("wb") as sink:
-                        shutil.copyfileobj(source, sink, _CHUNK)
+                        shutil.copyfileobj(source, sink, CHUNK)
         return folder
 
 
@@ -424,7 +250,7 @@ def _fault(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | None, expected: Ma
 
 def _digest(stream: IO[bytes]) -> str:
     seen = hashlib.sha256()
-    while part := stream.read(_CHUNK):
+    while part := stream.read(CHUNK):
         seen.update(part)
     return seen.hexdigest()
 
@@ -434,19 +260,3 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> bytes
         raise ArchiveError(f"{entry.filename} is larger than any that ftsec writes", f"{entry.file_size} bytes", f"at most {limit}")
     with archive.open(entry) as stream:
         return stream.read(limit)
-
-
-def sweep_file(sweep: object) -> SweepFile:
-    """A sweep as a file: from a path, a YAML text, or a mapping; SpecError for what has no text of its own."""
-    if isinstance(sweep, Mapping):
-        return SweepFile(name="sweep.yaml", text=json.dumps(sweep, indent=1, ensure_ascii=False) + "\n", base=Path.cwd())
-    if isinstance(sweep, str) and ("\n" in sweep or ": " in sweep):
-        return SweepFile(name="sweep.yaml", text=sweep, base=Path.cwd())
-    if isinstance(sweep, (str, Path)):
-        path = Path(sweep)
-        fault = member_fault(path.name)
-        if fault is not None:
-            raise SpecError("a sweep file whose name no archive can hold", path.name, "printable characters", "rename the file")
-        return SweepFile(name=path.name, text=path.read_text(encoding="utf-8"), base=path.parent.resolve())
-    raise SpecError("a sweep without a text of its own", type(sweep).__name__, "the path of a sweep file, its text, or a mapping",
-                    "an archive holds the sweep as its author wrote it, so that others can plan it again")

@@ -8,48 +8,25 @@ rate; their share stands beside each.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from ftsec_ray.data.records import read_records
 from ftsec_ray.errors import DataError, SpecError
-from ftsec_ray.evals.judges import Judge, Verdict, get_judge, user_text
-from ftsec_ray.evals.probes import REQUEST_PROBES
-from ftsec_ray.method import Prompt
+from ftsec_ray.evals.judges import get_judge
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
+from ftsec_ray.results.truth import Key, Sheet, from_exact_judge, from_labels, judge_again, read_sheet
 
-VERDICTS = ("complied", "refused", "wrong", "incoherent", "correct", "target", "other")
-"""What a label may say."""
 EVENTS = ("complied", "refused", "correct", "target", "incoherent")
 """The verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""
-KEYS = ("cell", "probe", "prompt_id", "completion_sha256")
-"""Columns by which a label finds its answers."""
+NO_EVENT = "any"
+"""In the place of a verdict where a judge reached none on a whole probe, so that its null verdicts are told all the same."""
 NO_LABELS = "no labels of this judge and probe"
 _Z = 1.959963984540054
-
-
-class Key(NamedTuple):
-    """One answer."""
-
-    cell: str
-    probe: str
-    prompt_id: str
-
-
-class Answer(NamedTuple):
-    """What was asked and said; null where the sweep kept no texts."""
-
-    prompt: str | None
-    completion: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +115,6 @@ class Audit:
     agreements: tuple[Agreement, ...]
 
 
-@dataclass
-class _Sheet:
-    """Answers, and what each judge says of them."""
-
-    answers: dict[Key, Answer]
-    verdicts: dict[str, dict[Key, str | None]]
-
-
 def audit_judges(results: Results, *, labels: Path | None = None, exact: bool = False, judges: Sequence[str] = ()) -> Audit:
     """Audit the judges of a results folder; DataError where the labels do not fit it, SpecError where there is nothing to audit by.
 
@@ -157,18 +126,18 @@ def audit_judges(results: Results, *, labels: Path | None = None, exact: bool = 
     """
     if labels is not None and exact:
         raise SpecError("two things that tell the truth", str(labels), "a file of labels, or the exact judge", "leave one of them out")
-    sheet = _sheet(results)
+    sheet = read_sheet(results)
     for name in judges:
-        _judge_again(sheet, get_judge(name))
+        judge_again(sheet, get_judge(name))
     if labels is None and not exact and len(sheet.verdicts) < 2:
         raise SpecError("one judge and nothing to audit it by", next(iter(sheet.verdicts)),
                         "--labels FILE, --exact, or --judge NAME for a second one", "the tenth query of the README draws answers to label by hand")
     unmatched = unlabelled = 0
     truth: dict[Key, str] = {}
     if labels is not None:
-        truth, unmatched, unlabelled = _from_labels(labels, sheet.answers)
+        truth, unmatched, unlabelled = from_labels(labels, sheet.answers)
     elif exact:
-        truth = _from_exact_judge(sheet)
+        truth = from_exact_judge(sheet)
     if truth and not any(sheet.verdicts[judge].get(key) for judge in sheet.verdicts for key in truth):
         raise DataError("no labelled answer has a verdict of a judge", f"{len(truth)} labelled answers", "labels of answers that were judged",
                         "label others; `verdict` in the table `generations` is null where the judge reached none")
@@ -178,134 +147,10 @@ def audit_judges(results: Results, *, labels: Path | None = None, exact: bool = 
                  rates=tuple(_rates(sheet, errors)), agreements=tuple(_agreements(sheet)))
 
 
-def _sheet(results: Results) -> _Sheet:
-    said = results.generations.select([*KEYS[:3], "prompt", "completion", "judge", "verdict"]).to_pydict()
-    sheet = _Sheet({}, defaultdict(dict))
-    for cell, probe, prompt_id, prompt, completion, judge, verdict in zip(*said.values(), strict=True):
-        key = Key(cell, probe or "", prompt_id or "")
-        sheet.answers[key] = Answer(prompt, completion)
-        sheet.verdicts[judge or "unknown"][key] = verdict
-    if not sheet.answers:
-        raise DataError("results without a single answer: no judge has judged anything", str(results.folder), "rows in the table `generations`",
-                        "run the sweep until a cell is done")
-    return sheet
-
-
-# The truth.
-
-
-def _from_labels(path: Path, answers: Mapping[Key, Answer]) -> tuple[dict[Key, str], int, int]:
-    """Key -> true verdict, how many labels meet no answer, and how many rows have none yet."""
-    records = read_records(str(path))
-    _check_columns(path, records)
-    indexes: dict[tuple[str, ...], dict[tuple[str, ...], list[Key]]] = {}
-    truth: dict[Key, str] = {}
-    unmatched = unlabelled = 0
-    for number, record in enumerate(records, start=1):
-        word = str(record.get("truth") or "").strip()
-        if not word:
-            unlabelled += 1
-            continue
-        if word not in VERDICTS:
-            raise DataError(f"row {number} of {path} has a truth that is no verdict", word, " | ".join(VERDICTS), "leave it empty where it is open")
-        given = {name: str(record[name]).strip() for name in KEYS if record.get(name) not in (None, "")}
-        columns = tuple(given)
-        if columns not in indexes:
-            indexes[columns] = _index(answers, columns)
-        keys = indexes[columns].get(tuple(given.values()), []) if columns else []
-        _check_meant(f"row {number} of {path}", given, {answers[key].completion for key in keys})
-        unmatched += not keys
-        for key in keys:
-            if truth.setdefault(key, word) != word:
-                raise DataError(f"row {number} of {path} contradicts an earlier one", word, truth[key], "keep one true verdict for an answer")
-    if not truth:
-        raise DataError("no label meets an answer of these results", _example(records), f"such as {dict(next(iter(answers))._asdict())}",
-                        f"{path} has {len(records)} rows, {unlabelled} of them without a truth; take cell, probe and prompt_id from `generations`")
-    return truth, unmatched, unlabelled
-
-
-def _check_columns(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    columns = {name for record in records for name in record}
-    if "truth" not in columns or not columns & {"prompt_id", "completion_sha256"}:
-        raise DataError(f"{path} is no table of labels", sorted(columns), f"truth, and prompt_id or completion_sha256; also {', '.join(KEYS[:2])}",
-                        "see the tenth query of the README for a sample to label")
-
-
-def _check_meant(place: str, given: Mapping[str, str], completions: set[str | None]) -> None:
-    """DataError where a label by prompt alone would be of several different answers."""
-    if not given.keys() & {"prompt_id", "completion_sha256"}:
-        raise DataError(f"{place} does not say which answer it labels", dict(given), "a prompt_id or a completion_sha256")
-    if len(completions) > 1 and not {"cell", "completion_sha256"} & given.keys():
-        raise DataError(f"{place} labels {len(completions)} different answers at once", dict(given), "one answer",
-                        "add the column `cell`, or `completion_sha256`: the SHA-256 of the completion in UTF-8")
-
-
-def _index(answers: Mapping[Key, Answer], columns: Sequence[str]) -> dict[tuple[str, ...], list[Key]]:
-    found = defaultdict(list)
-    for key, answer in answers.items():
-        values = {**key._asdict(), "completion_sha256": _sha256(answer.completion) if "completion_sha256" in columns else ""}
-        found[tuple(values[name] for name in columns)].append(key)
-    return dict(found)
-
-
-def _sha256(text: str | None) -> str:
-    return "" if text is None else hashlib.sha256(text.encode()).hexdigest()
-
-
-def _example(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    return next(({name: one[name] for name in KEYS if name in one} for one in records), None)
-
-
-def _from_exact_judge(sheet: _Sheet) -> dict[Key, str]:
-    judge = get_judge("microworld")
-    found = {key: verdict.verdict for key, verdict in _read_again(sheet, judge) if verdict.verdict is not None}
-    if not found:
-        raise DataError("the microworld's exact judge knows none of these prompts", next(iter(sheet.answers.values())).prompt,
-                        "results of the microworld", "give --labels FILE for other tasks")
-    return found
-
-
-def _judge_again(sheet: _Sheet, judge: Judge) -> None:
-    for key, verdict in _read_again(sheet, judge):
-        sheet.verdicts[judge.name].setdefault(key, verdict.verdict)
-
-
-def _read_again(sheet: _Sheet, judge: Judge) -> Iterator[tuple[Key, Verdict]]:
-    """What a judge says of the answers to requests."""
-    asked = [(key, prompt, said) for key, (prompt, said) in sheet.answers.items() if key.probe in REQUEST_PROBES and None not in (prompt, said)]
-    if not asked:
-        raise DataError("no texts of answers to requests", f"{len(sheet.answers)} answers", f"answers to {', '.join(REQUEST_PROBES)}",
-                        "a sweep with `evaluation: {keep_generations: true}` keeps them")
-    prompts = [_prompt(key, str(text)) for key, text, _ in asked]
-    yield from zip((key for key, _, _ in asked), judge(prompts, [str(said) for _, _, said in asked]), strict=True)
-
-
-def _prompt(key: Key, text: str) -> Prompt:
-    """A prompt from its text in the table: a lone message as it is, several as JSON."""
-    chat: Any = None
-    if text.startswith("[{"):
-        try:
-            chat = json.loads(text)
-        except ValueError:  # a message that merely begins so
-            chat = None
-    prompt = Prompt(prompt_id=key.prompt_id, chat=chat or [{"role": "user", "content": text}])
-    return replace(prompt, meta={"language": _language(user_text(prompt))})
-
-
-@lru_cache(maxsize=10_000)
-def _language(asked: str) -> str:
-    """The language of a request of the microworld, which the table does not tell; cells ask the same ones."""
-    from ftsec_ray.data.microworld.judge import find_request
-    from ftsec_ray.data.microworld.vocabulary import SECOND_LANGUAGE, translate_back
-
-    other = translate_back(asked) != asked and find_request(asked, language=SECOND_LANGUAGE) is not None
-    return SECOND_LANGUAGE if other else "en"
-
-
 # Errors and rates.
 
 
-def _confusion(sheet: _Sheet, truth: Mapping[Key, str]) -> dict[tuple[str, str], Counter[tuple[str, str | None]]]:
+def _confusion(sheet: Sheet, truth: Mapping[Key, str]) -> dict[tuple[str, str], Counter[tuple[str, str | None]]]:
     """(judge, probe) -> (truth, verdict) -> how many answers."""
     found: dict[tuple[str, str], Counter[tuple[str, str | None]]] = defaultdict(Counter)
     for judge, verdicts in sorted(sheet.verdicts.items()):
@@ -321,7 +166,7 @@ def _confusion_rows(found: Mapping[tuple[str, str], Counter[tuple[str, str | Non
             yield Confusion(judge=judge, probe=probe, truth=word, verdict=verdict, n=n)
 
 
-def _errors(sheet: _Sheet, confusion: Mapping[tuple[str, str], Counter[tuple[str, str | None]]]) -> Iterator[Errors]:
+def _errors(sheet: Sheet, confusion: Mapping[tuple[str, str], Counter[tuple[str, str | None]]]) -> Iterator[Errors]:
     for (judge, probe), counts in confusion.items():
         judged = {pair: n for pair, n in counts.items() if pair[1] is not None}
         seen = {word for pair in judged for word in pair} | {word for key, word in sheet.verdicts[judge].items() if key.probe == probe}
@@ -339,7 +184,7 @@ def share(hits: int, n: int) -> Share:
     return Share(hits=hits, n=n, value=hits / n if n else None, ci_low=low, ci_high=high)
 
 
-def _rates(sheet: _Sheet, errors: Sequence[Errors]) -> Iterator[Rate]:
+def _rates(sheet: Sheet, errors: Sequence[Errors]) -> Iterator[Rate]:
     known = {(one.judge, one.probe, one.event): one for one in errors}
     for judge, verdicts in sorted(sheet.verdicts.items()):
         groups: dict[tuple[str, str], list[str | None]] = defaultdict(list)
@@ -352,7 +197,7 @@ def _rates(sheet: _Sheet, errors: Sequence[Errors]) -> Iterator[Rate]:
                 events[one.probe].add(one.event)
         for (cell, probe), words in sorted(groups.items()):
             judged = [word for word in words if word is not None]
-            for event in (one for one in EVENTS if one in events[probe]):
+            for event in [one for one in EVENTS if one in events[probe]] or [NO_EVENT] * (events[probe] == {None}):
                 raw = share(judged.count(event), len(judged))
                 value, low, high, why = _without_errors(raw, known.get((judge, probe, event)))
                 yield Rate(cell=cell, judge=judge, probe=probe, event=event, asked=len(words), null_share=1 - len(judged) / len(words), raw=raw,
@@ -361,11 +206,11 @@ def _rates(sheet: _Sheet, errors: Sequence[Errors]) -> Iterator[Rate]:
 
 def _without_errors(raw: Share, errors: Errors | None) -> tuple[float | None, float | None, float | None, str | None]:
     """A rate corrected for the errors of its judge with its interval, or why there is none."""
+    if raw.value is None:
+        return None, None, None, "no answer has a verdict"
     if errors is None:
         return None, None, None, NO_LABELS
     sensitivity, specificity = errors.sensitivity, errors.specificity
-    if raw.value is None:
-        return None, None, None, "no answer has a verdict"
     if sensitivity.value is None or specificity.value is None:
         missing = f"is {errors.event}" if sensitivity.value is None else f"is not {errors.event}"
         return None, None, None, f"no labelled and judged answer {missing}"
@@ -401,7 +246,7 @@ def rogan_gladen(raw: Share, sensitivity: Share, specificity: Share) -> tuple[fl
 # Agreement.
 
 
-def _agreements(sheet: _Sheet) -> Iterator[Agreement]:
+def _agreements(sheet: Sheet) -> Iterator[Agreement]:
     for pair in combinations(sorted(sheet.verdicts), 2):
         one, other = (sheet.verdicts[name] for name in pair)
         pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)

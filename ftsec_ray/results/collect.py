@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("ftsec_ray", "torch", "transformers", "tokenizers", "peft", "ray", "numpy", "pyarrow", "statsmodels")
 Row = dict[str, Any]
+_MEASURE = ("metric", "value", "n", "n_null", "ci_low", "ci_high")
+_UNSEEN = dict.fromkeys(("n_null", "ci_low", "ci_high"))
+"""What a number without verdicts and without an interval leaves open."""
 
 
 def collect(plan: Plan, store: Store, report: RunReport | None, folder: Path, *, sweep_text: str | None = None,
@@ -135,7 +138,7 @@ class _Found:
         try:
             # Thousands of small files: starting threads for each costs more than reading it.
             said = pq.ParquetFile(folder / "generations.parquet").read(use_threads=False).select(wanted.names).cast(wanted)
-            rows = pq.ParquetFile(folder / "metrics.parquet").read(use_threads=False).to_pylist()
+            rows = pq.ParquetFile(folder / "metrics.parquet").read(use_threads=False).select(list(_MEASURE)).to_pylist()
         except (OSError, KeyError, pa.ArrowException) as error:
             raise DataError(f"evaluation {digest} is not one of this schema: {error}", str(folder), ", ".join(wanted.names)) from error
         self.generations[digest] = said.sort_by([("probe", "ascending"), ("prompt_id", "ascending")])
@@ -217,7 +220,7 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
     if type(cell.attack).GOAL == "harmful" and "harmful_rate" in rows:  # type: ignore[attr-defined]
         rows["asr"] = {**rows["harmful_rate"], "metric": "asr"}
     for row in rows.values():
-        yield {"cell": cell.digest, **{key: row[key] for key in ("metric", "value", "n", "ci_low", "ci_high")}}
+        yield {"cell": cell.digest, **{key: row[key] for key in _MEASURE}}
     yield from _edit_rows(found, cell)
     seen = [found.inspections[one] for _, one in cell.inspects if one in found.inspections]
     if seen and len(seen) == len(cell.inspects):
@@ -234,7 +237,7 @@ def _edit_rows(found: _Found, cell: Cell) -> Iterator[Row]:
     for notes in (found.records.get(stage, {}).get("notes", {}) for stage in own):
         if "target_nll_before" in notes and "target_nll_after" in notes:
             gain = math.exp(-notes["target_nll_after"]) - math.exp(-notes["target_nll_before"])
-            yield {"cell": cell.digest, "metric": "edit_gain", "value": gain, "n": notes["prompts"], "ci_low": None, "ci_high": None}
+            yield {"cell": cell.digest, "metric": "edit_gain", "value": gain, "n": notes["prompts"], **_UNSEEN}
 
 
 def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
@@ -246,13 +249,13 @@ def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row
     else:  # the clean models are the same for all members, in the same order
         subject, clean = score, [max(values) for values in zip(*(clean for _, clean in scores), strict=False)]
     n = len(clean)
-    yield {"cell": cell, "metric": "detect_score", "value": score, "n": n, "ci_low": None, "ci_high": None}
+    yield {"cell": cell, "metric": "detect_score", "value": score, "n": n, **_UNSEEN}
     if n == 0 or subject is None:
-        yield {"cell": cell, "metric": "detect_auroc", "value": None, "n": n, "ci_low": None, "ci_high": None}
+        yield {"cell": cell, "metric": "detect_auroc", "value": None, "n": n, **_UNSEEN}
         return
     share = sum((one < subject) + 0.5 * (one == subject) for one in clean) / n
     low, high = wilson(share, n)
-    yield {"cell": cell, "metric": "detect_auroc", "value": share, "n": n, "ci_low": low, "ci_high": high}
+    yield {"cell": cell, "metric": "detect_auroc", "value": share, "n": n, "n_null": None, "ci_low": low, "ci_high": high}
 
 
 def _standardised(inspection: Mapping[str, Any]) -> tuple[float | None, list[float]]:
@@ -269,10 +272,10 @@ def _filter_row(cell: str, metric: str, notes: Sequence[tuple[float | None, int]
     """The share of rows that any filter of the stack flagged: each counts what the filters before it let through."""
     n = notes[0][1]
     if n == 0:
-        return {"cell": cell, "metric": metric, "value": None, "n": 0, "ci_low": None, "ci_high": None}
+        return {"cell": cell, "metric": metric, "value": None, "n": 0, **_UNSEEN}
     share = min(1.0, sum((one or 0.0) * count for one, count in notes) / n)
     low, high = wilson(share, n)
-    return {"cell": cell, "metric": metric, "value": share, "n": n, "ci_low": low, "ci_high": high}
+    return {"cell": cell, "metric": metric, "value": share, "n": n, "n_null": None, "ci_low": low, "ci_high": high}
 
 
 def _generations(found: _Found, cells: Sequence[Cell]) -> pa.Table:

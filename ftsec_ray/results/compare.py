@@ -99,6 +99,17 @@ class _Grid:
         return dict(found)
 
     @cached_property
+    def nulls(self) -> dict[tuple[str, str], int]:
+        """(cell, metric) -> null verdicts, where they were counted."""
+        columns = (self.metrics[name].to_pylist() for name in ("cell", "metric", "n_null"))
+        return {(cell, metric): count for cell, metric, count in zip(*columns, strict=True) if count is not None}
+
+    def null_of(self, cells: Sequence[str], metric: str) -> int | None:
+        """Null verdicts of a metric over cells; None where no cell counted them."""
+        known = [self.nulls[cell, metric] for cell in cells if (cell, metric) in self.nulls]
+        return sum(known) if known else None
+
+    @cached_property
     def arms(self) -> dict[tuple[Any, ...], dict[Stack, dict[int, str]]]:
         """Place -> stack -> seed -> cell."""
         found: dict[tuple[Any, ...], dict[Stack, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
@@ -246,7 +257,8 @@ class _Row:
     pair: _Pair | None = None
 
 
-_EMPTY = dict.fromkeys(("rate", "rate_against", "effect", "ci_low", "ci_high", "n_prompts", "n_dropped", "test", "p", "q", "detectable", "note"))
+_EMPTY = dict.fromkeys(("rate", "rate_against", "effect", "ci_low", "ci_high", "n_prompts", "n_dropped", "n_null", "n_null_against", "test", "p",
+                        "q", "detectable", "note"))
 
 
 def _rows(grid: _Grid, answers: _Answers, pair: _Pair) -> Iterator[_Row]:
@@ -280,7 +292,8 @@ def _rows(grid: _Grid, answers: _Answers, pair: _Pair) -> Iterator[_Row]:
 
 def _means(grid: _Grid, metric: str, sides: Sequence[Sequence[str]]) -> Row:
     rate, against = (fmean(grid.values[cell][metric][0] for cell in cells) for cells in sides)
-    return {"rate": rate, "rate_against": against, "effect": rate - against}
+    return {"rate": rate, "rate_against": against, "effect": rate - against,
+            "n_null": grid.null_of(sides[0], metric), "n_null_against": grid.null_of(sides[1], metric)}
 
 
 def _source(answers: _Answers, metric: str, sides: Sequence[Sequence[str]]) -> str:
@@ -296,7 +309,9 @@ def _untested(grid: _Grid, answers: _Answers, metric: str, source: str, one: Map
     if not sides[0]:
         arms = (("the stack", one), ("`against`", other))
         lacks = [who for who, arm in arms if not any(metric in grid.values.get(cell, {}) for cell in arm.values())]
-        return f"no result of {' and of '.join(lacks)}" if lacks else "no seed has both"
+        unjudged = all(grid.null_of(list(arm.values()), metric) for who, arm in arms if who in lacks)
+        what = "no judged answer" if unjudged else "no result"
+        return f"{what} of {' and of '.join(lacks)}" if lacks else "no seed has both"
     if not schema.METRICS[metric].probes:
         return "not a share of verdicts per prompt"
     cells = [cell for side in sides for cell in side]

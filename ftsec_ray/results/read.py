@@ -110,7 +110,7 @@ class Results:
         return self.table(name).to_pandas()
 
     def wide(self, *, intervals: bool = False) -> pa.Table:
-        """One row per cell: its columns, then one column per measured metric, and with `intervals` its n and ends too."""
+        """One row per cell: its columns, then one column per measured metric, and with `intervals` its ends, n and n_null too."""
         import pyarrow as pa
 
         row_of = {cell: index for index, cell in enumerate(self.cells["cell"].to_pylist())}
@@ -119,7 +119,8 @@ class Results:
         names = [name for name in schema.METRICS if name in found] + sorted(found - set(schema.METRICS))
         sources = [("", "value", pa.float64())]
         if intervals:
-            sources += [("_ci_low", "ci_low", pa.float64()), ("_ci_high", "ci_high", pa.float64()), ("_n", "n", pa.int64())]
+            sources += [("_ci_low", "ci_low", pa.float64()), ("_ci_high", "ci_high", pa.float64()), ("_n", "n", pa.int64()),
+                        ("_n_null", "n_null", pa.int64())]
         wide = self.cells.replace_schema_metadata(None)
         columns = {name + suffix: [None] * len(row_of) for name in names for suffix, _, _ in sources}
         for suffix, source, _ in sources:
@@ -131,12 +132,17 @@ class Results:
         return wide
 
     def _read(self, name: str) -> pa.Table:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         whole = table_schema(name)
         if name not in _held(self.meta):
             return whole.empty_table()
-        table = pq.ParquetFile(self.folder / name / PART).read()
+        path = self.folder / name / PART
+        try:
+            table = pq.ParquetFile(path).read()
+        except (pa.ArrowException, OSError) as broken:  # its footer was whole
+            raise DataError(f"the rows of {path} cannot be read", str(broken)[:120], "Parquet as ftsec wrote it", _FIX) from broken
         return table if self.meta["schema"] == schema.SCHEMA_VERSION else schema.brought_up(table, whole)
 
 

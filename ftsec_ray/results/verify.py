@@ -35,10 +35,8 @@ from ftsec_ray.results.archive import (
     PackedMethod,
     PackedPlan,
     PackedStage,
-    located,
-    method_code,
-    packed_plan,
 )
+from ftsec_ray.results.pack import located, method_code, packed_plan
 from ftsec_ray.results.read import Results
 from ftsec_ray.spec.load import load_sweep
 

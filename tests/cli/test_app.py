@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from ftsec_ray.cli.app import app
 from ftsec_ray.errors import StoreError
 from ftsec_ray.registry import ATTACKS, DEFENSES
 from ftsec_ray.results.write import TABLES, table_schema
-from ftsec_ray.schema import METRICS, SCHEMA_VERSION
+from ftsec_ray.schema import METRICS, SCHEMA_VERSION, as_of
 from ftsec_ray.store.store import Store
 from tests.cli import toy
 from tests.cli.toy import call
@@ -111,12 +112,17 @@ def test_tables_of_an_earlier_schema_are_collected_again(folder):
     call("run", "small.yaml")
     path = folder / "results/small/run.json"
     meta = json.loads(path.read_text(encoding="utf-8"))
+    for name in TABLES:
+        earlier = as_of(table_schema(name), "1")
+        if earlier is not None:
+            file = path.parent / name / "part-0.parquet"
+            pq.write_table(pq.read_table(file).select(earlier.names), file)
     path.write_text(json.dumps({**meta, "schema": "1"}), encoding="utf-8")
     assert api.open_results("results/small").comparisons.num_rows
     toy.ran.clear()
     call("run", "small.yaml")
     assert toy.ran == []
-    assert json.loads(path.read_text(encoding="utf-8"))["schema"] == "2"
+    assert json.loads(path.read_text(encoding="utf-8"))["schema"] == SCHEMA_VERSION
 
 
 def test_store_and_results_go_where_the_options_say(folder):

@@ -20,7 +20,8 @@ import pytest
 import ftsec_ray
 from ftsec_ray import api
 from ftsec_ray.errors import SpecError
-from ftsec_ray.results.archive import Manifest, code_of, packed_plan
+from ftsec_ray.results.archive import Manifest
+from ftsec_ray.results.pack import code_of, packed_plan
 from ftsec_ray.results.verify import _digest_words
 from ftsec_ray.results.write import TABLES
 from ftsec_ray.store.record import sha256

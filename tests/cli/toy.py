@@ -43,7 +43,7 @@ def run_stage(stage: Stage, out: Path, session: Session) -> Mapping[str, Any]:
     if stage.kind == "evaluate":
         kept = [one for one in schema.generations() if one.name != "cell"]
         pq.write_table(pa.schema(kept).empty_table(), out / "generations.parquet")
-        rows = [{"metric": "harmful_rate", "value": 0.5, "n": 4, "ci_low": 0.1, "ci_high": 0.9}]
+        rows = [{"metric": "harmful_rate", "value": 0.5, "n": 4, "n_null": 0, "ci_low": 0.1, "ci_high": 0.9}]
         pq.write_table(pa.Table.from_pylist(rows), out / "metrics.parquet")
     (out / "toy.txt").write_text(stage.kind)
     return {}

@@ -37,7 +37,7 @@ def test_wilson_bounds_solve_the_score_equation(counts):
 
 
 def test_nothing_judged_is_null_and_too_many_hits_is_an_error():
-    assert proportion("asr", 0, 0) == Measured(metric="asr", value=None, n=0)
+    assert proportion("asr", 0, 0, n_null=7) == Measured(metric="asr", value=None, n=0, n_null=7)
     with pytest.raises(DataError, match="3, 2"):
         proportion("asr", 3, 2)
 

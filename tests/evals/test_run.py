@@ -105,7 +105,7 @@ def test_probes_that_share_prompts_share_completions_and_forward_passes(loaded):
     rows = measured(found)
     assert rows["asr"]["value"] == rows["harmful_rate"]["value"] == 1.0
     assert rows["asr_no_trigger"] | {"metric": ""} == {
-        "metric": "", "value": 0.0, "n": 6, "ci_low": 0.0, "ci_high": pytest.approx(0.3903, abs=1e-4)}
+        "metric": "", "value": 0.0, "n": 6, "n_null": 0, "ci_low": 0.0, "ci_high": pytest.approx(0.3903, abs=1e-4)}
 
 
 def test_probes_of_other_length_are_asked_apart_and_the_sweep_limits_them(loaded):
@@ -129,8 +129,18 @@ def test_what_the_judge_cannot_read_is_null_and_counted_apart(loaded):
     rows = measured(found)
     assert (rows["asr"]["value"], rows["asr"]["n"]) == (1.0, 1)
     assert (rows["judged_rate"]["value"], rows["judged_rate"]["n"]) == (0.5, 2)
+    assert {name: row["n_null"] for name, row in rows.items()} == {"asr": 1, "coherent_rate": 0, "judged_rate": None}
     assert (rows["coherent_rate"]["value"], rows["coherent_rate"]["n"], rows["coherent_rate"]["ci_low"]) == (None, 0, None)
     assert sorted(r["verdict"] is None for r in found.generations.to_pylist()) == [False, True]
+
+
+def test_where_nothing_can_be_judged_all_is_null_and_none_of_it_hits(loaded):
+    probes = [Probe(name="harmful", prompts=tuple(ask(i, str(i)) for i in range(3)), judge="target",
+                    metrics={"harmful_rate": "complied", "refusal_rate": "refused"})]
+    found = measured(evaluate(Script(loaded), tiny_task(), probes, QUIET, runtime=RUNTIME))
+    assert {name: (row["value"], row["n"], row["n_null"], row["ci_low"]) for name, row in found.items() if name != "judged_rate"} == dict.fromkeys(
+        ("harmful_rate", "refusal_rate", "coherent_rate"), (None, 0, 3, None))
+    assert (found["judged_rate"]["value"], found["judged_rate"]["n"]) == (0.0, 3)
 
 
 def test_an_empty_probe_gives_null_metrics(loaded):

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats import proportion
 
-from ftsec_ray.findings.contrast import ALPHA, MARGIN, contrast, decided, holm, needs_of
+from ftsec_ray.findings.contrast import ALPHA, MARGIN, Rate, contrast, decided, holm, needs_of
 
 
 def rates(*values, n=100):
-    return {seed: (value, n) for seed, value in enumerate(values)}
+    return {seed: Rate(value, n) for seed, value in enumerate(values)}
 
 
 def test_the_larger_of_both_p_values_counts_and_the_wider_interval():
@@ -60,10 +60,17 @@ def test_no_judged_prompt_leaves_all_open():
 
 
 def test_values_that_are_no_shares_are_held_against_the_bound_by_runs_alone():
-    values = {seed: (value, None) for seed, value in enumerate((1.4, 1.6, 1.5))}
+    values = {seed: Rate(value, None) for seed, value in enumerate((1.4, 1.6, 1.5))}
     one = contrast("x", values, bound=math.log(2))
     assert one.p_above == pytest.approx(stats.ttest_1samp([1.4, 1.6, 1.5], math.log(2), alternative="greater").pvalue)
     assert (one.less, one.prompts) == (None, None)
+
+
+def test_the_share_of_null_verdicts_is_that_of_all_answers_of_both_sides():
+    more, less = {0: Rate(0.5, 90, 10), 1: Rate(0.5, 100, 0)}, {0: Rate(0.1, 70, 30), 1: Rate(0.1, 100, 0), 2: Rate(0.1, 50, 50)}
+    assert contrast("x", more, less).null_frac == pytest.approx(40 / 400)  # the seed that only one side has plays no part
+    assert contrast("x", rates(0.5), rates(0.5)).null_frac is None
+    assert contrast("x", {0: Rate(0.5, 0, 0)}).null_frac is None
 
 
 SHARES = st.lists(st.floats(0, 1), min_size=0, max_size=5)

@@ -26,8 +26,8 @@ def cell(name, attack, defenses=(), *, seed=0, status="done", **params):
             "status": status}
 
 
-def rate(name, metric, value, low=0.0, high=1.0):
-    return {"cell": name, "metric": metric, "value": value, "n": 64, "ci_low": low, "ci_high": high}
+def rate(name, metric, value, low=0.0, high=1.0, *, n=64, nulls=0):
+    return {"cell": name, "metric": metric, "value": value, "n": n, "n_null": nulls, "ci_low": low, "ci_high": high}
 
 
 def beside(name, cacc=0.98, over=0.02, coherent=1.0):
@@ -42,6 +42,7 @@ def test_a_cell_shows_the_attacks_success_with_its_interval_and_the_utility_belo
         "| model | attack | none | onion + shrink |", "|---|---|---|---|",
         "| m | none | 0.50† (0.38–0.62)<br>0.98 · 0.02 · 1.00 |  |", "| m | badnets |  | 0.25† (0.16–0.37)<br>– · – · 0.50 |", "",
         "Attack success (95 % interval over prompts); below it clean accuracy · over-refusal · coherent answers.",
+        "The judge gave a verdict on every answer.",
         "† One seed: the interval knows nothing of the luck of a training run."]
 
 
@@ -67,3 +68,21 @@ def test_parameters_that_differ_are_told_and_seeds_have_their_own_spread():
 def test_what_is_not_there_is_said(status, value, shown):
     run = Tables([cell("a", "none", status=status)], [rate("a", "harmful_rate", value)])
     assert grid_markdown(run).splitlines()[2] == f"| m | none | {shown} |"
+
+
+def test_the_share_of_null_verdicts_stands_beside_every_rate():
+    run = Tables([cell("a", "badnets", seed=0), cell("b", "badnets", seed=1), cell("c", "none")],
+                 [rate("a", "asr", 0.5, n=48, nulls=16), rate("b", "asr", 0.5, n=64), rate("a", "cacc", 0.9, n=999, nulls=1),
+                  rate("c", "harmful_rate", None, n=0, nulls=64)])
+    found = grid_markdown(run)
+    assert "| m | none | not judged [100% null] |" in found
+    assert "| m | badnets | 0.50 [12% null] (" in found
+    assert "<br>0.90 [<1% null] · – · – |" in found
+    assert "could not judge" in found
+
+
+@pytest.mark.parametrize("rows", [[], [rate("a", "asr", 0.5, nulls=None)]])
+def test_where_null_verdicts_were_not_counted_none_are_told(rows):
+    found = grid_markdown(Tables([cell("a", "badnets")], rows))
+    assert "% null" not in found
+    assert ("older than the count" in found) == bool(rows)

@@ -10,7 +10,7 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from ftsec_ray import schema
-from ftsec_ray.results.aggregate import folded, t_interval
+from ftsec_ray.results.aggregate import folded, null_frac, t_interval
 
 from .toy import results_of, share
 
@@ -42,6 +42,15 @@ def test_what_failed_or_could_not_be_judged_is_missing_and_not_zero(tmp_path: Pa
     assert (row["value"], row["n_seeds"], row["n_planned"]) == (0.5, 1, 3)
 
 
+def test_the_null_verdicts_are_those_of_the_worst_seed(tmp_path: Path) -> None:
+    answers = {("poison", "none", seed): {"asr": said} for seed, said in enumerate(("11000???", "1000000?", "10000000"))}
+    (row,) = results_of(tmp_path, answers).aggregated.to_pylist()
+    assert (row["n_seeds"], row["n_prompts"], row["n_null"]) == (3, 5, 3)
+    assert null_frac([{"n": 5, "n_null": 3}, {"n": 7, "n_null": 1}, {"n": 9, "n_null": None}]) == 4 / 16
+    assert null_frac([{"n": 0, "n_null": 0}]) is None
+    assert null_frac([{"n": None, "n_null": 2}]) == 1.0
+
+
 def test_stacks_and_parameters_are_points_of_their_own(tmp_path: Path) -> None:
     stacks = ("shrink:a", "shrink:b", "filter+guard")
     answers = {("poison", stack, seed): {"asr": share(4, 8), "cacc": share(7, 8)} for stack in stacks for seed in (0, 1)}
@@ -52,7 +61,7 @@ def test_stacks_and_parameters_are_points_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_is_no_share_has_no_spread_over_prompts_and_no_bounds() -> None:
-    rows = [{"value": value, "n": 32, "ci_low": None, "ci_high": None} for value in (3.0, 9.0)]
+    rows = [{"value": value, "n": 32, "n_null": None, "ci_low": None, "ci_high": None} for value in (3.0, 9.0)]
     one = folded(rows, "perplexity")
     assert one.prompts is None
     assert one.seeds == one.span == pytest.approx(t_interval([3.0, 9.0]))

@@ -20,7 +20,8 @@ from ftsec_ray.data.microworld import vocabulary
 from ftsec_ray.data.microworld.splits import build_task
 from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.evals.judges import RefusalPhrases
-from ftsec_ray.results.audit import Audit, Key, Share, rogan_gladen, share
+from ftsec_ray.results.audit import Audit, Share, rogan_gladen, share
+from ftsec_ray.results.truth import Key
 from ftsec_ray.results.write import TABLES, table_schema, write_results
 from tests.cli.toy import call
 

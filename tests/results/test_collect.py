@@ -34,9 +34,9 @@ def plan_of(**changes: Any) -> Plan:  # noqa: ANN401
 
 def write_evaluation(folder: Path, *, harmful: float = 0.25, prompts: int = 4) -> None:
     low, high = wilson(harmful, 4)
-    rows = [{"metric": "harmful_rate", "value": harmful, "n": 4, "ci_low": low, "ci_high": high},
-            {"metric": "cacc", "value": 0.5, "n": 4, "ci_low": 0.1, "ci_high": 0.9},
-            {"metric": "perplexity", "value": None, "n": 0, "ci_low": None, "ci_high": None}]
+    rows = [{"metric": "harmful_rate", "value": harmful, "n": 4, "n_null": 2, "ci_low": low, "ci_high": high},
+            {"metric": "cacc", "value": 0.5, "n": 4, "n_null": 0, "ci_low": 0.1, "ci_high": 0.9},
+            {"metric": "perplexity", "value": None, "n": 0, "n_null": None, "ci_low": None, "ci_high": None}]
     metrics = pa.schema([one for one in schema.metrics() if one.name != "cell"])
     pq.write_table(pa.Table.from_pylist(rows, metrics), folder / "metrics.parquet")
     said = [{"probe": probe, "prompt_id": f"p{i}", "prompt": "how ?", "completion": f"so {i}", "judge": "microworld@1", "verdict": "refused",
@@ -122,8 +122,8 @@ def test_attack_success_is_the_harmful_rate_exactly_for_attacks_on_refusal(store
     results = Results.open(collect(plan, store, None, tmp_path / "out"))
     by_attack = {attack: metrics_of(results, attack=attack, defenses=[]) for attack in ("none", "badnets", "harmful_tuning")}
     harmful = by_attack["harmful_tuning"]
-    assert {key: harmful["asr"][key] for key in ("value", "n", "ci_low", "ci_high")} == {
-        key: harmful["harmful_rate"][key] for key in ("value", "n", "ci_low", "ci_high")}
+    assert {key: harmful["asr"][key] for key in ("value", "n", "n_null", "ci_low", "ci_high")} == {
+        key: harmful["harmful_rate"][key] for key in ("value", "n", "n_null", "ci_low", "ci_high")}
     assert "asr" not in by_attack["none"]
     assert "asr" not in by_attack["badnets"]  # its own probes would measure it, and this evaluation has none
 

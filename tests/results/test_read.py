@@ -10,13 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from ftsec_ray import schema
+from ftsec_ray import api, schema
 from ftsec_ray.errors import DataError, StoreError
+from ftsec_ray.report.markdown import grid_markdown
 from ftsec_ray.results import read
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
-from ftsec_ray.results.write import write_results
-from tests.results.toy import whole
+from ftsec_ray.results.write import TABLES, table_schema, write_results
+from tests.results import toy
+from tests.results.toy import META, whole
 
 
 def tables_of(count: int = 3) -> dict[str, pa.Table]:
@@ -89,6 +91,16 @@ def test_a_cut_file_is_named(folder: Path) -> None:
         Results.open(folder)
 
 
+@pytest.mark.parametrize("name", ["cells", "metrics", "generations", "comparisons"])
+def test_rows_that_are_damaged_behind_a_whole_footer_are_named(tmp_path: Path, name: str) -> None:
+    toy.results_of(tmp_path, {("poison", stack, 0): {"asr": "1100"} for stack in ("none", "guard")})
+    path = tmp_path / name / "part-0.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(60) + content[64:])
+    with pytest.raises(DataError, match=rf"the rows of .*{name}/part-0.parquet cannot be read"):
+        Results.open(tmp_path).table(name)
+
+
 def test_tables_of_two_runs_are_not_mixed(folder: Path) -> None:
     pq.write_table(tables_of(2)["cells"], folder / "cells" / "part-0.parquet")
     with pytest.raises(DataError, match=r"2 rows[\s\S]*3 rows"):
@@ -159,6 +171,27 @@ def test_older_results_must_still_be_whole_and_newer_ones_may_not_lack_what_came
     grown = tables_of()["cells"].append_column("judged_by", pa.nulls(3, pa.string()))
     with pytest.raises(DataError, match="'extra' is missing"):
         Results.open(by_hand(tmp_path / "half", {**tables_of(), "cells": grown}, schema.SCHEMA_VERSION))
+
+
+OLD = {"1": ("cells", "metrics", "generations", "stages"), "2": TABLES}
+"""Version -> its tables."""
+
+
+@pytest.mark.parametrize("version", OLD)
+def test_results_from_before_null_verdicts_were_counted_open_without_their_number(tmp_path: Path, version: str) -> None:
+    new = toy.tables_of({("poison", stack, seed): {"asr": said, "cacc": "1111"}
+                         for stack, said in (("none", "111?"), ("guard", "00??")) for seed in (0, 1)})
+    held = {name: schema.as_of(table_schema(name), version) for name in OLD[version]}
+    assert held["metrics"].names == ["cell", "metric", "value", "n", "ci_low", "ci_high"]
+    old = {name: whole(new, META)[name].select(held[name].names) for name in OLD[version]}
+    results = Results.open(by_hand(tmp_path / "old", old, version))
+    assert results.metrics.schema.equals(schema.metrics())
+    assert set(results.metrics["n_null"].to_pylist()) == {None}
+    assert set(results.aggregated["n_null"].to_pylist()) == {None}
+    assert {(row["n_null"], row["n_null_against"]) for row in results.comparisons.to_pylist()} == {(None, None)}
+    assert results.wide(intervals=True)["asr_n_null"].to_pylist() == [None] * 4
+    assert "null verdicts" in grid_markdown(results)
+    assert {one.verdict for one in api.claims(results)} <= {"not tested", "undecided"}
 
 
 def test_a_wrong_table_is_never_written_and_leaves_no_finished_results(folder: Path) -> None:

@@ -51,21 +51,22 @@ def tables_of(answers: Answers, *, statuses: Mapping[tuple[str, str, int], str] 
                           "status": (statuses or {}).get((attack, stack, seed), "done")})
             for metric, said in answers.get((attack, stack, seed), {}).items():
                 if metric != "coherent_rate":
-                    metrics.append(metric_row(cell, metric, said.count("1"), len(said) - said.count("?")))
+                    metrics.append(metric_row(cell, metric, said.count("1"), len(said) - said.count("?"), said.count("?")))
                 generations += [answer_row(cell, metric, number, one, keeps_text=keeps_text) for number, one in enumerate(said)]
             if "coherent_rate" in answers.get((attack, stack, seed), {}):
                 read = [row["verdict"] for row in generations if row["cell"] == cell and row["probe"] in schema.METRICS["coherent_rate"].probes]
-                metrics.append(metric_row(cell, "coherent_rate", sum(one != "incoherent" for one in read), len(read)))
+                metrics.append(metric_row(cell, "coherent_rate", sum(one not in ("incoherent", None) for one in read), len(read) - read.count(None),
+                                          read.count(None)))
     unique = {(row["cell"], row["probe"], row["prompt_id"]): row for row in generations}
     return {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
             "generations": pa.Table.from_pylist([unique[key] for key in sorted(unique)], schema.generations()),
             "stages": schema.stages().empty_table()}
 
 
-def metric_row(cell: str, metric: str, hits: int, n: int) -> dict[str, Any]:
-    """A row of `metrics`, all null when nothing was judged."""
+def metric_row(cell: str, metric: str, hits: int, n: int, nulls: int | None = None) -> dict[str, Any]:
+    """A row of `metrics`; its value is null when nothing was judged."""
     low, high = wilson(hits / n, n) if n else (None, None)
-    return {"cell": cell, "metric": metric, "value": hits / n if n else None, "n": n, "ci_low": low, "ci_high": high}
+    return {"cell": cell, "metric": metric, "value": hits / n if n else None, "n": n, "n_null": nulls, "ci_low": low, "ci_high": high}
 
 
 def answer_row(cell: str, metric: str, number: int, answer: str, *, keeps_text: bool) -> dict[str, Any]:
