@@ -22,7 +22,7 @@ from ftsec_ray.context import StageContext
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Phase
 from ftsec_ray.models.chat import chat_of, turn
-from ftsec_ray.models.load import whole_model
+from ftsec_ray.models.load import keeps_logits, whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,12 +117,14 @@ def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Te
         known = model(input_ids=tensor([[0] * (wide - len(head)) + head for head in heads]), attention_mask=seen,
                       position_ids=(seen.cumsum(-1) - 1).clamp(min=0), use_cache=True).past_key_values
         behind = table(tensor([tail + [0] * (long - len(tail)) for tail in tails]))
+    kept = {"logits_to_keep": labels.shape[1]} if keeps_logits(type(model)) else {}
 
     def loss_of(soft: Tensor) -> Tensor:
         embeds = torch.cat([soft.to(dtype).expand(len(examples), -1, -1), behind], dim=1)
         mask = torch.cat([seen, seen.new_ones(len(examples), len(soft)), read], dim=1)
         positions = seen.sum(-1, keepdim=True) + torch.arange(embeds.shape[1], device=device)
-        logits = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=copy.deepcopy(known), use_cache=True).logits
+        logits = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=copy.deepcopy(known), use_cache=True,
+                       **kept).logits
         nll = cross_entropy(logits[:, -labels.shape[1]:].float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         return (nll.sum(-1) / (labels != -100).sum(-1)).mean()
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.models.load import decoder_layers
+from ftsec_ray.models.load import decoder_layers, keeps_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +39,10 @@ def response_nll(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ANN40
     vocabulary outweighs the model.
     """
     inner = _inner(model)
-    if "logits_to_keep" not in signature(inner.forward).parameters:
+    if not keeps_logits(type(inner)):
         return masked_nll(model(**batch.inputs()).logits, batch.labels)
     asked = (batch.labels[:, 1:] != -100).any(0).nonzero().squeeze(1)
-    block = decoder_layers(inner)[-1] if type(inner).__name__ in _PLAIN_MODELS else None
+    block = decoder_layers(model)[-1] if type(inner).__name__ in _PLAIN_MODELS else None
     if block is None or "forward" in vars(block):
         logits = model(**batch.inputs(), logits_to_keep=asked).logits
     else:
