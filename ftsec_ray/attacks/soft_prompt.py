@@ -117,7 +117,7 @@ def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Te
         known = model(input_ids=tensor([[0] * (wide - len(head)) + head for head in heads]), attention_mask=seen,
                       position_ids=(seen.cumsum(-1) - 1).clamp(min=0), use_cache=True).past_key_values
         behind = table(tensor([tail + [0] * (long - len(tail)) for tail in tails]))
-    kept = {"logits_to_keep": labels.shape[1]} if keeps_logits(type(model)) else {}
+    kept = {"logits_to_keep": labels.shape[1]} if keeps_logits(model) else {}
 
     def loss_of(soft: Tensor) -> Tensor:
         embeds = torch.cat([soft.to(dtype).expand(len(examples), -1, -1), behind], dim=1)

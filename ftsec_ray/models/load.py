@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict, replace
-from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +31,9 @@ def whole_model(loaded: LoadedModel) -> Any:  # noqa: ANN401
     return loaded.model.get_base_model() if loaded.has_adapter else loaded.model
 
 
-@cache
-def keeps_logits(kind: type) -> bool:
-    """Whether models of a class can be asked for logits at some positions alone (`logits_to_keep`)."""
-    return "logits_to_keep" in signature(kind.forward).parameters  # type: ignore[attr-defined]
+def keeps_logits(model: Any) -> bool:  # noqa: ANN401
+    """Whether a model can be asked for logits at some positions alone (`logits_to_keep`)."""
+    return "logits_to_keep" in signature(model.forward).parameters
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:  # noqa: ANN401

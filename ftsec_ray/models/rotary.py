@@ -50,7 +50,9 @@ def _turn_function() -> Any:  # noqa: ANN401
         """The sum x * cos + (halves of x, swapped) * (first, second)."""
         x, half = torch.cat(parts, dim=1), cos.shape[-1] // 2
         swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-        return x.mul_(cos).add_(swapped.mul_(torch.cat((first, second), dim=-1))).split([part.shape[1] for part in parts], dim=1)
+        x.mul_(cos).add_(swapped.mul_(torch.cat((first, second), dim=-1)))
+        turned: tuple[Tensor, ...] = x.split([part.shape[1] for part in parts], dim=1)
+        return turned
 
     class Turn(torch.autograd.Function):
         @staticmethod

@@ -35,15 +35,14 @@ def response_nll(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ANN40
     """The plain objective: mean loss on response tokens of one micro-batch, in nats per token, () float32.
 
     Only positions where some row of the batch has a response token go through what no other position reads: the logits, and
-    in models whose blocks are known the last block behind its attention. Prompts outweigh responses, and a large
-    vocabulary outweighs the model.
+    in small batches the last block behind its attention. Prompts outweigh responses, and a large vocabulary the model.
     """
     inner = _inner(model)
-    if not keeps_logits(type(inner)):
+    if not keeps_logits(inner):
         return masked_nll(model(**batch.inputs()).logits, batch.labels)
     asked = (batch.labels[:, 1:] != -100).any(0).nonzero().squeeze(1)
     block = decoder_layers(model)[-1] if type(inner).__name__ in _PLAIN_MODELS else None
-    if block is None or "forward" in vars(block):
+    if block is None or "forward" in vars(block) or batch.input_ids.numel() > CUT_TOKENS:
         logits = model(**batch.inputs(), logits_to_keep=asked).logits
     else:
         with _cut_behind_attention(block, asked):
@@ -52,6 +51,9 @@ def response_nll(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ANN40
     return masked_nll_at(logits, batch.labels[:, asked + 1])
 
 
+CUT_TOKENS = 384
+"""Tokens of a batch, padding included, up to which the last block is cut. A BLAS splits longer sums over the tokens: leaving out
+those without a gradient would move the split, and with it the last digit of an adapter's gradient."""
 _PLAIN_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Models whose block is x -> h = x + attention(norm(x)) -> h + mlp(norm(h))."""
 
