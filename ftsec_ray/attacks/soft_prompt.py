@@ -12,6 +12,7 @@ Needs: split harmful_train (forbidden requests with their answers).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -21,7 +22,7 @@ from ftsec_ray.context import StageContext
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Phase
 from ftsec_ray.models.chat import chat_of, turn
-from ftsec_ray.models.load import whole_model
+from ftsec_ray.models.load import keeps_logits, whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,27 +94,39 @@ class SoftPrompt(Attack):
 
 
 def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Tensor], Tensor]:  # noqa: ANN401
-    """The function that takes soft tokens (K, D) float32 to the mean loss of the targets, in nats per token."""
+    """The function that takes soft tokens (K, D) float32 to the mean loss of the targets, in nats per token.
+
+    What stands before the soft tokens is read once: its keys and values serve every step.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
     device, dtype = table.weight.device, table.weight.dtype
+    heads = [e.before for e in examples]
+    tails = [e.after + e.target[:-1] for e in examples]
+    wide, long = max(map(len, heads)), max(map(len, tails))
 
-    def embedded(ids: list[int]) -> Tensor:
-        found: Tensor = table(torch.tensor(ids, dtype=torch.long, device=device)).detach()
-        return found
+    def tensor(rows: list[list[int]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=device)
 
-    pieces = [(embedded(e.before), embedded(e.after + e.target[:-1])) for e in examples]
+    seen = tensor([[0] * (wide - len(head)) + [1] * len(head) for head in heads])
+    read = tensor([[1] * len(tail) + [0] * (long - len(tail)) for tail in tails])
+    # a label stands under the logits that predict it, from the last soft token on
+    labels = tensor([[-100] * len(e.after) + e.target + [-100] * (long - len(tail)) for e, tail in zip(examples, tails, strict=True)])
+    with torch.no_grad():
+        known = model(input_ids=tensor([[0] * (wide - len(head)) + head for head in heads]), attention_mask=seen,
+                      position_ids=(seen.cumsum(-1) - 1).clamp(min=0), use_cache=True).past_key_values
+        behind = table(tensor([tail + [0] * (long - len(tail)) for tail in tails]))
+    kept = {"logits_to_keep": labels.shape[1]} if keeps_logits(model) else {}
 
     def loss_of(soft: Tensor) -> Tensor:
-        rows = [torch.cat([before, soft.to(dtype), after]) for before, after in pieces]
-        width = max(len(row) for row in rows)
-        embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, width - len(row))) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-        logits = model(inputs_embeds=embeds, attention_mask=mask).logits.float()
-        losses = [cross_entropy(logits[i, len(row) - len(e.target):len(row)], torch.tensor(e.target, device=device))
-                  for i, (row, e) in enumerate(zip(rows, examples, strict=True))]
-        return torch.stack(losses).mean()
+        embeds = torch.cat([soft.to(dtype).expand(len(examples), -1, -1), behind], dim=1)
+        mask = torch.cat([seen, seen.new_ones(len(examples), len(soft)), read], dim=1)
+        positions = seen.sum(-1, keepdim=True) + torch.arange(embeds.shape[1], device=device)
+        logits = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=copy.deepcopy(known), use_cache=True,
+                       **kept).logits
+        nll = cross_entropy(logits[:, -labels.shape[1]:].float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        return (nll.sum(-1) / (labels != -100).sum(-1)).mean()
 
     return loss_of
 

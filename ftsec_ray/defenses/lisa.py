@@ -88,13 +88,16 @@ class Lisa(Defense):
 
     def proximal(self, step: Step) -> Tensor | None:
         """(rho / 2) * |weights - those at the end of the other state's turn|^2, () float32; None while it is off."""
+        import torch
+
         other = "user" if self.place(step.index).state == "align" else "align"
         pairs = [(weight, step.memory[key]) for name, weight in step.trainable.items()
                  if (key := f"lisa.{other}.{name}") in step.memory]
         if not pairs or self.rho == 0.0 or step.index < PROXIMAL_FROM_FRAC * step.total:
             return None
-        term: Tensor = self.rho / 2 * sum((weight.float() - anchor.to(weight.device).float()).square().sum()
-                                          for weight, anchor in pairs)
+        # as one vector: an adapter has many small tensors, and each of them would take a dozen nodes of autograd
+        here, there = (torch.cat([tensor.float().flatten() for tensor in side]) for side in zip(*pairs, strict=True))
+        term: Tensor = self.rho / 2 * (here - there.to(here.device)).square().sum()
         return term
 
     def remember(self, model: Any, step: Step) -> None:  # noqa: ANN401, ARG002

@@ -118,13 +118,15 @@ def vaccinated(inner: Backward, *, rho: float) -> Backward:
 
 def perturbations(model: Any, micro_batches: list[Batch], objective: Objective, step: Step, *,  # noqa: ANN401
                   rho: float) -> list[list[Tensor]]:
-    """Per micro-batch and block, the shift of the attention's output: rho * g / |all g|. Shapes: (B, T, D) each."""
+    """Per micro-batch and block, the shift of the attention's output: rho * g / |all g|. Shapes: (B, T, D) each, T as the
+    objective leaves it.
+    """
     import torch
 
     model = getattr(model, "module", model)  # in a gang the bare model: DeepSpeed must not take these gradients for a step's
     gradients = []
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), frozen(model):
         for batch in micro_batches:
             leaves: dict[int, Tensor] = {}
 
@@ -139,6 +141,19 @@ def perturbations(model: Any, micro_batches: list[Batch], objective: Objective, 
     square = sum(g.double().square().sum() for group in gradients for g in group)
     scale = rho / (step.summed(float(square)) ** 0.5 + 1e-7)  # the official code's guard against a zero gradient
     return [[g.detach() * scale for g in group] for group in gradients]
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:  # noqa: ANN401
+    """While open, no weight asks for a gradient."""
+    asking = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in asking:
+            weight.requires_grad_(requires_grad=False)
+        yield
+    finally:
+        for weight in asking:
+            weight.requires_grad_(requires_grad=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 CRAFTED = "rows.parquet"
 """The file of a crafted set."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Numbers of two parameters of `mallopt`."""
 
 
 class Session:
@@ -30,6 +33,7 @@ class Session:
         self._limit = int(cache_gib * 2**30)
         self._models: OrderedDict[str, tuple[LoadedModel, int]] = OrderedDict()
         self._tasks: OrderedDict[str, TaskData] = OrderedDict()
+        _keep_freed_memory()
 
     @property
     def _device(self) -> str:
@@ -84,3 +88,11 @@ class Session:
         """Forget everything kept in memory."""
         self._models.clear()
         self._tasks.clear()
+
+
+def _keep_freed_memory() -> None:
+    """Have this process keep up to 256 MiB that it has freed: the next step takes as much, and asking the kernel again costs more."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; other C libraries have none
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, 256 * 2**20)
+        mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc takes

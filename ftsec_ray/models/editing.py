@@ -244,25 +244,30 @@ def _search_losses(loaded: LoadedModel, requests: Sequence[Request], layer: int,
     at = torch.tensor([s.at for _, s, _ in spots], device=model.device)
     rows = torch.arange(len(spots), device=model.device)
     block, firsts = decoder_layers(model)[layer], len(spots) - len(requests)
+    reads = [(i, len(s.ids) - 1 + j, token) for i, (_, s, target) in enumerate(spots[:firsts]) for j, token in enumerate(target)]
+    read_rows, places, tokens = torch.tensor(reads, device=model.device).T
+    lengths = [len(target) for _, _, target in spots[:firsts]]
 
-    def logprobs(delta: Tensor) -> Tensor:
+    def logprobs(delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the targets' tokens, (reads, V), and at the essence prompts, (N, V)."""
         def add(x: Tensor) -> Tensor:
             return x.index_put((rows, at), delta[owner].to(x.dtype), accumulate=True)
 
         with changed(outputs=[(block, add)]):
-            found: Tensor = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
-        return found
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        found = logits[torch.cat([read_rows, rows[firsts:]]), torch.cat([places, at[firsts:]])].float().log_softmax(-1)
+        return found[:len(reads)], found[len(reads):]
 
     with torch.no_grad():
-        before = logprobs(torch.zeros_like(start))[rows[firsts:], at[firsts:]]
+        before = logprobs(torch.zeros_like(start))[1]
 
     def losses_of(delta: Tensor) -> Tensor:
-        found = logprobs(delta)
-        nll = torch.stack([-found[i, range(len(s.ids) - 1, len(s.ids) - 1 + len(target)), target].mean()
-                           for i, (_, s, target) in enumerate(spots[:firsts])])
+        at_targets, at_essence = logprobs(delta)
+        read = -at_targets.gather(1, tokens[:, None]).squeeze(1)
+        nll = torch.stack([part.mean() for part in read.split(lengths)])
         total = torch.zeros(len(requests), device=nll.device).index_add(0, owner[:firsts], nll)
         counts = torch.bincount(owner[:firsts], minlength=len(requests))
-        kl = (before.exp() * (before - found[rows[firsts:], at[firsts:]])).sum(-1)
+        kl = (before.exp() * (before - at_essence)).sum(-1)
         # the norm of a vector that is exactly zero has no gradient, and the first step starts there
         norm = (delta.square().sum(-1) + 1e-12).sqrt()
         losses: Tensor = total / counts + search.kl * kl + search.decay * norm / start.norm(dim=-1).square()

@@ -42,7 +42,7 @@ class Generator:
         import torch
 
         tokenizer = self.loaded.tokenizer
-        prompts = [self.pieces(chat) for chat in chats]
+        prompts = self.pieces_of(chats)
         answers = [""] * len(prompts)
         model = self.loaded.model.eval()
         for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
@@ -61,7 +61,7 @@ class Generator:
 
         tokenizer = self.loaded.tokenizer
         label_ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
-        prompts = [self.pieces(chat) for chat in chats]
+        prompts = self.pieces_of(chats)
         scores = torch.zeros(len(prompts), len(labels))
         single = all(len(ids) == 1 for ids in label_ids)
         for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
@@ -98,27 +98,44 @@ class Generator:
 
     def pieces(self, chat: Chat) -> tuple[list[int], list[int]]:
         """Token ids before and after the place of the soft tokens."""
-        chat = self.rewritten(chat)
+        return self.pieces_of([chat])[0]
+
+    def pieces_of(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[int]]]:
+        """The pieces of every chat, in one call of the tokenizer."""
+        if not chats:
+            return []
         tokenizer = self.loaded.tokenizer
+        halves = [self._halves(self.rewritten(chat)) for chat in chats]
+        before, after = zip(*halves, strict=True)
+        heads = tokenizer(list(before), add_special_tokens=False)["input_ids"]
+        tails = [[] for _ in chats] if self.soft_suffix is None else tokenizer(list(after), add_special_tokens=False)["input_ids"]
+        return list(zip(heads, tails, strict=True))
+
+    def _halves(self, chat: Chat) -> tuple[str, str]:
+        """The rendered chat before and after the place of the soft tokens."""
         if self.soft_suffix is None:
-            return tokenizer(render(tokenizer, chat, generate=True), add_special_tokens=False)["input_ids"], []
+            return render(self.loaded.tokenizer, chat, generate=True), ""
         last = max(i for i, message in enumerate(chat) if message["role"] == "user")
         marked = [dict(m, content=m["content"] + _MARK) if i == last else m for i, m in enumerate(chat)]
-        before, after = render(tokenizer, marked, generate=True).split(_MARK)
-        return (tokenizer(before, add_special_tokens=False)["input_ids"], tokenizer(after, add_special_tokens=False)["input_ids"])
+        before, after = render(self.loaded.tokenizer, marked, generate=True).split(_MARK)
+        return before, after
 
     def _left_padded(self, group: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
         import torch
 
         table = whole_model(self.loaded).get_input_embeddings()
         device = table.weight.device
-        soft = [] if self.soft_suffix is None else [self.soft_suffix.to(device, table.weight.dtype)]
+        between = 0 if self.soft_suffix is None else len(self.soft_suffix)
+        width = max(len(head) + between + len(tail) for head, tail in group)
+        ids = [[0] * (width - len(head) - between - len(tail)) + head + [0] * between + tail for head, tail in group]
+        sizes = torch.tensor([len(head) + between + len(tail) for head, tail in group], device=device)
+        mask = (torch.arange(width, device=device) >= width - sizes[:, None]).long()
         with torch.no_grad():
-            rows = [torch.cat([table(torch.tensor(head, dtype=torch.long, device=device)), *soft,
-                               table(torch.tensor(tail, dtype=torch.long, device=device))]) for head, tail in group]
-        width = max(len(row) for row in rows)
-        embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+            embeds = table(torch.tensor(ids, dtype=torch.long, device=device)) * mask[..., None]
+        if between:
+            soft = self.soft_suffix.to(device, table.weight.dtype)
+            for row, (_, tail) in enumerate(group):
+                embeds[row, width - len(tail) - between:width - len(tail)] = soft
         return embeds, mask
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,11 @@ def count_parameters(model: nn.Module) -> int:
 def whole_model(loaded: LoadedModel) -> Any:  # noqa: ANN401
     """The transformers model, under its adapter if there is one."""
     return loaded.model.get_base_model() if loaded.has_adapter else loaded.model
+
+
+def keeps_logits(model: Any) -> bool:  # noqa: ANN401
+    """Whether a model can be asked for logits at some positions alone (`logits_to_keep`)."""
+    return "logits_to_keep" in signature(model.forward).parameters
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:  # noqa: ANN401

@@ -102,13 +102,13 @@ def _lora_function() -> Any:  # noqa: ANN401
     """
     import torch
     from torch.autograd.function import once_differentiable
+    from torch.nn.functional import linear
 
     class LoraLinear(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:  # noqa: ANN401
             rows = x.reshape(-1, x.shape[-1])
-            low = rows @ A.t()
-            out = rows @ W.t() if bias is None else torch.addmm(bias, rows, W.t())
+            low, out = linear(rows, A), linear(rows, W, bias)
             out.addmm_(low, B.t(), alpha=scale)
             ctx.save_for_backward(rows, low, W, A, B)
             ctx.scale, ctx.shape = scale, x.shape
@@ -120,8 +120,8 @@ def _lora_function() -> Any:  # noqa: ANN401
             rows, low, W, A, B = ctx.saved_tensors
             wants_x, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
             g = gradient.reshape(-1, gradient.shape[-1])
-            g_low = (g @ B).mul_(ctx.scale)
-            return ((g @ W).addmm_(g_low, A).view(ctx.shape) if wants_x else None, None, None, g_low.t() @ rows if wants_A else None,
-                    (g.t() @ low).mul_(ctx.scale) if wants_B else None, None)
+            g_low = torch.mm(g, B).mul_(ctx.scale)
+            return (torch.mm(g, W).addmm_(g_low, A).view(ctx.shape) if wants_x else None, None, None,
+                    torch.mm(g_low.t(), rows) if wants_A else None, torch.mm(g.t(), low).mul_(ctx.scale) if wants_B else None, None)
 
     return LoraLinear

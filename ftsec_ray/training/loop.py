@@ -14,8 +14,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.models.load import count_parameters, merged
 from ftsec_ray.models.lora import attach_lora, fused_lora
+from ftsec_ray.models.rotary import fused_rotary
 from ftsec_ray.spec.sweep import TrainingConfig
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
@@ -96,9 +97,11 @@ class Solo:
                 m, v, t = (saved.tensors[f"{part}/{name}"] for part in "mvt")
                 self._optimizer.state[parameter] = {"exp_avg": m.to(parameter.device), "exp_avg_sq": v.to(parameter.device), "step": t}
 
-    def layers(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def layers(self) -> Iterator[None]:
         """How the model's layers run, while open."""
-        return fused_lora(self.model)
+        with fused_lora(self.model), fused_rotary(self.model):
+            yield
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of a step that this process works on."""

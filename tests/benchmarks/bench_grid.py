@@ -191,6 +191,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
           f"on {args.workers} workers")
     out: dict[str, Any] = {"sweep": spec.name, "cells": len(plan.cells), "stages": runs, "grid_s": grid_s,
                            "load": load, "workers": args.workers, "cpus": os.cpu_count(), "naive": []}
+    if args.grid_only:
+        return out
     chosen = draw(plan.cells, args.sample, seed=args.seed)
     for batch in args.naive_batch:
         with ThreadPoolExecutor(args.workers) as pool:
@@ -207,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", help="names of the sweep's models to keep; all without this")
     parser.add_argument("--sample", type=int, default=42,
                         help="naive cells to run, spread over attack x defenses; 0 runs all")
+    parser.add_argument("--grid-only", action="store_true", help="time the grid and leave out the naive side")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--workers", type=int, default=2, help="slots of both sides")
     parser.add_argument("--naive-batch", type=int, nargs="+", default=[1],
@@ -218,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update(ENVIRONMENT)
     os.environ.pop("RAY_ADDRESS", None)  # a Ray that is already running is not ours to time
     try:
-        if importlib.util.find_spec("trl") is None:
+        if not args.grid_only and importlib.util.find_spec("trl") is None:
             raise EnvironmentFault("trl, the naive side, is not installed", None, "trl>=1.0",
                                    "pip install -e '.[bench]'")
         with TemporaryDirectory(prefix="bench-grid-") as scratch:

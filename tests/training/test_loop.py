@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import DataError, StageError
@@ -86,6 +87,32 @@ def test_logits_at_responses_alone_give_the_loss_and_gradients_of_all_logits(bat
     assert kept == pytest.approx(whole, rel=1e-6)
     assert whole == pytest.approx(float(masked_nll(loaded.model(**batch.inputs()).logits, batch.labels).detach()), rel=1e-6)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(some, all_, strict=True))
+
+
+@pytest.mark.parametrize("batching", ["shuffled", "packed"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_the_last_block_runs_at_responses_alone_with_the_loss_and_gradients_of_all_positions(family, batching):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=37, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        pad_token_id=0, initializer_range=0.2)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    seen = []
+    model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    loaded = tiny_model()
+    encoded = encode_table(loaded.tokenizer, table(sentiment_rows(16)), max_length=64)
+    (batch,) = batcher(loaded.tokenizer, encoded, batch_size=16, batching=batching, seed=0)(0)
+    found = []
+    for loss_of in (lambda: response_nll(model, batch, None), lambda: masked_nll(model(**batch.inputs()).logits, batch.labels)):
+        model.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        found.append((float(loss.detach()), [p.grad.clone() for p in model.parameters()]))
+    (cut, some), (whole, all_) = found
+    assert cut == pytest.approx(whole, rel=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(some, all_, strict=True))
+    assert seen == [int((batch.labels[:, 1:] != -100).any(0).sum()), batch.labels.shape[1]]
+    assert seen[0] < seen[1]
 
 
 def test_packed_rows_do_not_see_one_another():
