@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from ftsec_ray import schema
-from ftsec_ray.report import figures, tables
+from ftsec_ray.report import charts, figures, tables
 from ftsec_ray.report.grid import SUCCESS, Estimate, Grid, build_grid
 from ftsec_ray.report.verdict import difference, effects_of, judge
 from ftsec_ray.results.intervals import wilson
@@ -85,7 +85,7 @@ def test_gibberish_is_not_a_defense(grid_of: Callable[..., Grid]) -> None:
     grid = grid_of(measured)
     assert {e.defense for e in effects_of(grid)} == {"weak"}
     assert "With guard at least one model no longer writes coherent text" in said(grid)
-    rows = {row.defense: row for trade in tables.trades(grid) for row in trade.rows}
+    rows = {row.defense: row for trade in charts.trades(grid) for row in trade.rows}
     assert rows["guard"].incoherent
     assert not rows["guard"].on_front
 
@@ -93,7 +93,7 @@ def test_gibberish_is_not_a_defense(grid_of: Callable[..., Grid]) -> None:
 def test_a_detector_alone_is_no_defense_of_the_model(grid_of: Callable[..., Grid]) -> None:
     grid = grid_of(BASE, hooks={"weak": ["inspect"], "guard": ["revise_model"]})
     assert {e.defense for e in effects_of(grid)} == {"guard"}
-    assert "weak" not in {row.defense for trade in tables.trades(grid) for row in trade.rows}
+    assert "weak" not in {row.defense for trade in charts.trades(grid) for row in trade.rows}
 
 
 def test_a_drop_within_the_noise_is_not_called_clear(grid_of: Callable[..., Grid]) -> None:
@@ -111,7 +111,7 @@ def test_the_interval_of_a_difference_is_newcombes() -> None:
 
 
 def test_the_front_holds_exactly_the_defenses_that_none_beats_on_both_sides(grid_of: Callable[..., Grid]) -> None:
-    (trade,) = tables.trades(grid_of(BASE))
+    (trade,) = charts.trades(grid_of(BASE))
     rows = {row.defense: row for row in trade.rows}
     assert {name for name, row in rows.items() if row.on_front} == {"guard", "weak"}
     assert (rows["guard"].utility, rows["guard"].safety) == (pytest.approx(0.88), pytest.approx(0.75))
@@ -119,7 +119,7 @@ def test_the_front_holds_exactly_the_defenses_that_none_beats_on_both_sides(grid
 
 
 def test_a_defense_without_every_attack_is_left_out_of_the_means_and_named(grid_of: Callable[..., Grid]) -> None:
-    (trade,) = tables.trades(grid_of({key: own for key, own in BASE.items() if key != ("poison", "weak")}))
+    (trade,) = charts.trades(grid_of({key: own for key, own in BASE.items() if key != ("poison", "weak")}))
     assert trade.left_out == ["weak"]
     assert {row.defense for row in trade.rows} == {"none", "guard"}
 
@@ -158,6 +158,24 @@ def test_text_is_readable_on_every_colour_of_the_heatmap() -> None:
     assert len(set(colours)) == figures.HEAT_STEPS
     assert min(figures.contrast(back, figures.HEAT_TEXT) for back in colours) >= 4.5
     assert figures.contrast("#000000", "#ffffff") == pytest.approx(21)
+
+
+MACHADO = {"protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+           "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+           "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+           "none": ((1, 0, 0), (0, 1, 0), (0, 0, 1))}
+"""Linear RGB as people with each colour blindness see it (Machado, Oliveira and Fernandes 2009, severity 1)."""
+
+
+@pytest.mark.parametrize("kind", MACHADO)
+def test_every_colour_of_the_heatmap_is_darker_than_the_one_before_in_every_colour_blindness(kind: str) -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        seen = [sum(a * b for a, b in zip(row, linear, strict=True)) for row in MACHADO[kind]]
+        return 0.2126 * seen[0] + 0.7152 * seen[1] + 0.0722 * seen[2]
+    light = [luminance(one) for one in figures.heat_colours()]
+    assert all(a - b > 0.015 for a, b in pairwise(light))
 
 
 def test_sharing_is_counted_as_what_every_cell_alone_would_have_done(make_results: Callable[..., Path]) -> None:
