@@ -43,7 +43,8 @@ def size_charts(grid: Grid, verdict: Verdict) -> tuple[list[dict[str, Any]], lis
             measured = [one for key in keys if (one := grid.value(key)) is not None]
             if not measured:
                 continue
-            lines = [_series(grid, i, name, models, task, attack.label) for i, name in enumerate(shown, start)]
+            is_mixed = len({one.seeds for one in measured}) > 1
+            lines = [_series(grid, i, name, models, (task, attack.label), marks_one=is_mixed) for i, name in enumerate(shown, start)]
             heading = attack.label if attack.label != NONE else "no attack"
             extra = " · ".join([family] * (len({f for f, _ in families}) > 1) + [task] * (len(grid.tasks) > 1))
             title = f"{family}: attack success against weights, {heading}, one line per defense; utility of the same points below"
@@ -57,14 +58,16 @@ def size_charts(grid: Grid, verdict: Verdict) -> tuple[list[dict[str, Any]], lis
 def _note(measured: Sequence[Estimate]) -> str:
     """Seeds and null verdicts of the points of a chart."""
     seeds = sorted({one.seeds for one in measured})
-    told = seeds_text(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    told = seeds_text(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds" + " (1: one)" * (seeds[0] == 1)
     known = [one.nulls for one in measured if one.nulls is not None]
     worst = max(known, key=lambda nulls: nulls[0] / max(1, nulls[1]), default=None)
     return f"{told} per point; null verdicts: {'at most ' * (worst is not None and worst[0] > 0)}{null_text(worst).removesuffix(' null')}"
 
 
-def _series(grid: Grid, index: int, defense: str, models: list[Model], task: str, attack: str) -> Series:
+def _series(grid: Grid, index: int, defense: str, models: list[Model], place: tuple[str, str], *, marks_one: bool) -> Series:
+    """One line; `marks_one` writes a 1 beside points with one seed, where others have more."""
     spots = []
+    task, attack = place
     for model in models:
         key = (model.name, task, attack, defense)
         found = grid.value(key)
@@ -74,7 +77,7 @@ def _series(grid: Grid, index: int, defense: str, models: list[Model], task: str
                      seeds_text(found.seeds), *(one.text for one in beside)]
             doubtful = grid.points[key].incoherent or any(one.fell for one in beside)
             spots.append(Spot(params=float(model.params), value=found.value, low=found.low, high=found.high, tip=", ".join(filter(None, parts)),
-                              doubtful=doubtful, beside=tuple(one.value for one in beside)))
+                              doubtful=doubtful, beside=tuple(one.value for one in beside), mark="1" if marks_one and found.seeds == 1 else ""))
     facet = next(i for i, one in enumerate(grid.defenses) if one.label == defense)
     return Series(index=index, label=defense, facet=facet, spots=tuple(sorted(spots, key=lambda spot: spot.params)))
 

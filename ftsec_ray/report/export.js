@@ -33,7 +33,7 @@ const addExports = (() => {
   const gridRows = (table) => {
     const head = ["model", "task", "attack", "defense", "status", "metric", "value", "95 % over prompts", "n", "null verdicts", "seeds", "95 % over seeds", "utility", "utility value", "over-refusal", "coherent"];
     return [head, ...all("td[data-i]", table).filter(isShown).map((cell) => {
-      const number = Number(cell.dataset.i), square = data.squares[number], value = data.values[metric.value][number] || [0, "", "", "", "", square.seeds, ""];
+      const number = Number(cell.dataset.i), square = data.squares[number], value = (data.values[metric.value] || [])[number] || [0, "", "", "", "", square.seeds, ""];
       const names = [data.models[square.at[0]].name, square.task, data.attacks[square.at[1]].name, data.defenses[square.at[2]].name, square.status, metric.value];
       const [use = "", over = "", coherent = ""] = square.utility;
       return [...names, ...value.slice(1).map((one) => one === null ? "" : String(one)), data.short[square.task][0], use, over, coherent];

@@ -82,6 +82,8 @@ class Spot:
     """Whether utility fell clearly or the text is incoherent."""
     beside: tuple[float | None, ...]
     """Utility of the same point, as the strips below show it."""
+    mark: str = ""
+    """What stands beside the marker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,8 @@ def _curve(line: Series, at: Sequence[tuple[float, Spot]], colour: str) -> Marku
             bar = Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}" stroke="{3}" stroke-width="1.1" opacity=".65"/>').format(
                 x, _y(spot.low), _y(spot.high), colour)
         ring = _RING.format(x, _y(spot.value)) if spot.doubtful else Markup("")
-        parts.append(Markup("<g>{}{}{}<title>{}</title></g>").format(bar, marker(line.index, x, _y(spot.value)), ring, spot.tip))
+        mark = _text("tick", x + 6, _y(spot.value) - 4, spot.mark, "start") if spot.mark else Markup("")
+        parts.append(Markup("<g>{}{}{}{}<title>{}</title></g>").format(bar, marker(line.index, x, _y(spot.value)), ring, mark, spot.tip))
     return Markup("").join(parts)
 
 

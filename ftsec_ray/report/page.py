@@ -24,8 +24,8 @@ from ftsec_ray.report import charts, figures, tables
 from ftsec_ray.report import contrasts as contrasts_of
 from ftsec_ray.report import examples as examples_of
 from ftsec_ray.report import sections as sections_of
-from ftsec_ray.report.grid import SHORT, SUCCESS, Grid, Key, build_grid, seeds_text
-from ftsec_ray.report.verdict import Verdict, judge
+from ftsec_ray.report.grid import NONE, SHORT, SUCCESS, Grid, Key, build_grid, seeds_text
+from ftsec_ray.report.verdict import Verdict, judge, own_utility_text
 from ftsec_ray.results.read import Results
 
 if TYPE_CHECKING:
@@ -142,8 +142,10 @@ def _best_rows(grid: Grid, verdict: Verdict) -> list[dict[str, Any]]:
     """Per real attack: how it does undefended, and the defense that lowers it most."""
     rows = []
     for attack, best in verdict.best:
-        undefended = [e for m, t in grid.slices() if (e := grid.value((m.name, t, attack.label, "none"))) is not None]
+        keys = [key for m, t in grid.slices() if grid.value(key := (m.name, t, attack.label, NONE)) is not None]
+        undefended = [e for key in keys if (e := grid.value(key)) is not None]
         rows.append({"attack": attack, "best": best, "works": attack.label in verdict.working,
                      "undefended": sum(e.value for e in undefended) / len(undefended) if undefended else None,
+                     "utility": own_utility_text(grid, keys) if keys else "", "seeds": min((e.seeds for e in undefended), default=None),
                      "tried": sum(e.attack == attack.label for e in verdict.effects)})
     return rows

@@ -107,10 +107,25 @@ def utility_text(grid: Grid, pairs: Sequence[tuple[Key, Key]]) -> Markup:
             parts.append(change_text(before, after))
         else:
             parts.append(f"{SHORT[grid.utilities(pairs[0][0])[slot].metric]} –")
-    measured = [found for pair in pairs for key in pair if (found := grid.value(key)) is not None]
+    return Markup(" · ").join([*parts, _nulls_text(grid, [key for pair in pairs for key in pair])])
+
+
+def own_utility_text(grid: Grid, keys: Sequence[Key]) -> Markup:
+    """The same of points by themselves."""
+    parts = []
+    for slot in range(3):
+        side = [one for key in keys if (one := grid.utilities(key)[slot]).value is not None]
+        value = fmean(one.value for one in side if one.value is not None) if side else None
+        parts.append(Utility(grid.utilities(keys[0])[slot].metric, value).text.replace(" ", "\u00a0"))
+    return Markup(" · ").join([*parts, _nulls_text(grid, keys)])
+
+
+def _nulls_text(grid: Grid, keys: Sequence[Key]) -> str:
+    """The share of null verdicts behind the attack success of points."""
+    measured = [found for key in keys if (found := grid.value(key)) is not None]
     known = [found.nulls for found in measured if found.nulls is not None]
-    parts.append(null_text((sum(n for n, _ in known), sum(n for _, n in known)) if len(known) == len(measured) else None).replace(" ", "\u00a0"))
-    return Markup(" · ").join(parts)
+    nulls = (sum(n for n, _ in known), sum(n for _, n in known)) if len(known) == len(measured) else None
+    return null_text(nulls).replace(" ", "\u00a0")
 
 
 def works(grid: Grid, model: str, task: str, attack: MethodLabel) -> bool:

@@ -160,6 +160,22 @@ def test_a_failed_cell_opens_its_error(opened: Any, chrome: Browser, tmp_path: P
     assert "1 seed" in text
 
 
+def test_results_of_a_sweep_that_has_not_begun_open_and_export_too(opened: Any, tmp_path: Path) -> None:
+    results = Results.open(write_toy(tmp_path))
+    pending = [{**cell, "status": "pending", "error": None, "error_code": None} for cell in results.cells.to_pylist()]
+    tables = {"cells": pa.Table.from_pylist(pending, schema.cells()), "metrics": schema.metrics().empty_table(),
+              "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()}
+    made = write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta)
+    write_report(made)
+    page = opened(made)
+    square(page, "ladder:1m", "badnets", "onion").click()
+    assert "Nothing was measured." in page.get_by_role("dialog").inner_text()
+    page.get_by_role("dialog").get_by_role("button", name="undefended").click()
+    page.keyboard.press("Escape")
+    rows = list(csv.DictReader(io.StringIO(saved(page, "CSV of the table grid-ladder-1m").decode(), newline="")))
+    assert {row["status"] for row in rows} == {"pending"}
+
+
 def test_the_grid_is_walked_by_keys_and_the_focus_comes_back(opened: Any, folder: Path) -> None:
     page = opened(folder)
     table = page.locator("table.heat").first
@@ -225,7 +241,7 @@ def test_filters_of_phase_size_and_metric_hold_for_the_whole_page(opened: Any, f
     assert visible_squares(page) == total
     assert page.locator("svg.forest g.line:not(.off)").count() == MAX_FOREST
     before = square(page, "ladder:1m", "badnets", "onion").inner_text()
-    page.get_by_label("metric").select_option("cacc")
+    page.get_by_label("metric of the grid").select_option("cacc")
     after = square(page, "ladder:1m", "badnets", "onion").inner_text()
     value = next(row for row in Results.open(folder).aggregated.to_pylist() if (row["model"], row["attack"], row["defenses"], row["metric"])
                  == ("ladder:1m", "badnets", ["onion"], "cacc"))
