@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
 
 MAX_BYTES = 4_500_000
-"""All samples of one page together."""
+"""All samples of one page together, of up to 500 points."""
+_POINT_BYTES, _MIN_BYTES = 2_000, 500_000
+"""What each point beyond those takes in the rest of the page, and so from the samples; and what they keep at least."""
 _ROW_BYTES = 40
 """A sample without its texts."""
 _CUT = 600
@@ -84,13 +86,13 @@ def samples(grid: Grid, results: Results, squares: Sequence[Key]) -> Samples:
     place = {(cells[square]["cell"], probe["probe"]): probe["rows"] for square in cells for probe in cells[square]["probes"]}
     columns = {name: table[name] for name in ("prompt_id", "prompt", "completion", "verdict", "judge", "override")}
     held = per_probe = 0
-    is_full = False
+    is_full, room = False, max(min(MAX_BYTES, _MIN_BYTES), MAX_BYTES - _POINT_BYTES * max(0, len(squares) - 500))
     for turn in asked.turns:
         mark, kept = book.mark(), []
         for row in turn:
             at = asked.place_of(int(row))
             kept.append((at, _sample(book, columns, int(row), at[1])))
-            is_full = book.size + (held + len(kept)) * _ROW_BYTES > MAX_BYTES
+            is_full = book.size + (held + len(kept)) * _ROW_BYTES > room
             if is_full:
                 break
         if is_full and per_probe:  # every cell has the same prompts: all of this turn, or none

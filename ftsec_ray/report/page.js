@@ -17,6 +17,13 @@ const seedText = (value) => (seedsText(value[5]) + " " + value[6]).trim();
 /* The grid: the chosen metric, and the arrow keys. */
 const metric = at("metric");
 const squares = all("td[data-i]");
+const isOpen = (cell) => cell && cell.matches("td[data-i]") && !cell.matches(".off") && !cell.parentElement.matches(".off");
+/* One square of each grid is in the order of the Tab key: the one given, or where that is filtered out the first that is not. */
+const roving = (table, wanted) => {
+  const old = table.querySelector("td[tabindex='0']"), cell = [wanted, old].find(isOpen) || all("td[data-i]", table).find(isOpen);
+  if (old) old.tabIndex = -1;
+  if (cell) cell.tabIndex = 0;
+};
 {
   const put = (cell, selector, text) => { const found = cell.querySelector(selector); if (found) found.textContent = text; };
   const draw = () => {
@@ -38,7 +45,6 @@ const squares = all("td[data-i]");
   if (metric.selectedOptions.length && !metric.selectedOptions[0].defaultSelected) draw(); // a browser may restore a choice
 
   const steps = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
-  const isOpen = (cell) => cell && cell.matches("td[data-i]") && !cell.matches(".off") && !cell.parentElement.matches(".off");
   const next = (cell, [down, right]) => {
     const rows = [...cell.parentElement.parentElement.rows];
     let row = cell.parentElement.sectionRowIndex, column = cell.cellIndex;
@@ -49,14 +55,9 @@ const squares = all("td[data-i]");
     } while (!isOpen(rows[row].cells[column]));
     return rows[row].cells[column];
   };
-  const focus = (table, cell) => {
-    for (const other of all("td[tabindex='0']", table)) other.tabIndex = -1;
-    cell.tabIndex = 0;
-  };
   for (const table of all("table.heat")) {
-    const first = all("td[data-i]", table).find(isOpen);
-    if (first) focus(table, first);
-    table.addEventListener("focusin", (event) => { if (isOpen(event.target)) focus(table, event.target); });
+    roving(table);
+    table.addEventListener("focusin", (event) => { if (isOpen(event.target)) roving(table, event.target); });
     table.addEventListener("click", (event) => {
       const cell = event.target.closest("td[data-i]");
       if (cell) { cell.focus(); openCell(Number(cell.dataset.i)); }
@@ -94,6 +95,7 @@ const squares = all("td[data-i]");
     for (const [section, nothing] of sections) nothing.classList.toggle("off", all("[data-model],[data-attack],[data-family]", section).some((one) => !one.closest(".off")));
     const shown = data.squares.filter((one) => models[one.at[0]] && attacks[one.at[1]] && defenses[one.at[2]]).length;
     at("showing").textContent = shown === data.squares.length ? "" : shown + " of " + data.squares.length + " squares";
+    all("table.heat").forEach((table) => roving(table));
     if (forest) stack(forest);
   };
   /* The first lines of the forest plot that are not filtered out, one below the other. */

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 
 from ftsec_ray import schema
-from ftsec_ray.report import charts, figures, tables
-from ftsec_ray.report.grid import SUCCESS, Estimate, Grid, build_grid
+from ftsec_ray.report import charts, figures, sections, tables
+from ftsec_ray.report.grid import SUCCESS, Estimate, Grid, build_grid, null_text
+from ftsec_ray.report.page import write_report
 from ftsec_ray.report.verdict import difference, effects_of, judge
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
@@ -26,7 +27,8 @@ GOALS = {"none": "none", "poison": "backdoor", "jailbreak": "harmful"}
 @pytest.fixture
 def grid_of(tmp_path: Path) -> Callable[..., Grid]:
     """A grid of one model from {(attack, defense): metrics}, all with the same n."""
-    def make(measured: Measured, *, n: int = 200, hooks: dict[str, list[str]] | None = None, seeds: list[Measured] | None = None) -> Grid:
+    def make(measured: Measured, *, n: int = 200, hooks: dict[str, list[str]] | None = None, seeds: list[Measured] | None = None,
+             spent: dict[tuple[str, str], list[float]] | None = None, verdicts: dict[tuple[str, str], list[str | None]] | None = None) -> Grid:
         cells, metrics = [], []
         for seed, values in enumerate(seeds or [measured]):
             for (attack, defense), own in values.items():
@@ -39,9 +41,12 @@ def grid_of(tmp_path: Path) -> Callable[..., Grid]:
                 for name, value in own.items():
                     low, high = wilson(value, n)
                     metrics.append({"cell": cell, "metric": name, "value": value, "n": n, "ci_low": low, "ci_high": high})
+        answers = [{**dict.fromkeys(schema.generations().names), "cell": f"{attack}/{defense}/0", "probe": "harmful", "prompt_id": str(i), "verdict": one}
+                   for (attack, defense), own in (verdicts or {}).items() for i, one in enumerate(own)]
         tables_ = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
-                   "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()}
-        meta = {"sweep": "s", "question": "", "attack_goals": GOALS, "defense_hooks": hooks or {}}
+                   "generations": pa.Table.from_pylist(answers, schema.generations()), "stages": schema.stages().empty_table()}
+        meta = {"sweep": "s", "question": "", "attack_goals": GOALS, "defense_hooks": hooks or {},
+                "spent": {f"{attack}/{defense}/0": seconds for (attack, defense), seconds in (spent or {}).items()}}
         return build_grid(Results.open(write_results(tmp_path / "r", tables=whole(tables_, meta), meta=meta)))
     return make
 
@@ -116,6 +121,60 @@ def test_the_front_holds_exactly_the_defenses_that_none_beats_on_both_sides(grid
     assert {name for name, row in rows.items() if row.on_front} == {"guard", "weak"}
     assert (rows["guard"].utility, rows["guard"].safety) == (pytest.approx(0.88), pytest.approx(0.75))
     assert (rows["guard"].worst, rows["guard"].worst_attack) == (pytest.approx(0.7), "poison")
+
+
+def _costs(**seconds: float) -> dict[tuple[str, str], list[float]]:
+    return {(attack, defense): [0.0, cost] for defense, cost in seconds.items() for attack in GOALS}
+
+
+def test_cost_is_the_third_aim_of_the_front(grid_of: Callable[..., Grid]) -> None:
+    (trade,) = charts.trades(grid_of(BASE, spent=_costs(none=3600, weak=7200, guard=7200)))
+    rows = {row.defense: row for row in trade.rows}
+    assert {name: row.hours for name, row in rows.items()} == {"none": 1.0, "weak": 2.0, "guard": 2.0}
+    assert all(row.on_front for row in rows.values())  # undefended is the cheapest by far
+    (trade,) = charts.trades(grid_of(BASE, spent=_costs(none=7100, weak=7200, guard=7300)))
+    assert {row.defense for row in trade.rows if row.on_front} == {"guard", "weak"}  # as cheap as makes no difference
+    assert "CPU-hours per cell" in trade.svg
+    (trade,) = charts.trades(grid_of(BASE))
+    assert "hours" not in trade.svg
+
+
+def test_cost_is_in_gpu_hours_where_a_gpu_was_used(grid_of: Callable[..., Grid]) -> None:
+    grid = grid_of(BASE, spent={**_costs(none=10, weak=10, guard=10), ("poison", "guard"): [1800.0, 9.0]})
+    assert grid.cost_unit == "GPU-hours"
+    assert grid.hours(("m", "t", "poison", "guard")) == 0.5
+    assert grid.hours(("m", "t", "poison", "weak")) == 0
+    assert grid_of(BASE).hours(("m", "t", "poison", "weak")) is None
+
+
+def test_null_verdicts_are_counted_from_the_answers_where_the_metrics_do_not_tell_them(grid_of: Callable[..., Grid]) -> None:
+    grid = grid_of(BASE, n=6, verdicts={("jailbreak", "none"): ["complied"] * 6 + [None] * 2, ("jailbreak", "guard"): ["refused"] * 8})
+    told = {defense: grid.value(("m", "t", "jailbreak", defense)) for defense in ("none", "guard", "weak")}
+    assert {name: one and (one.nulls, one.null_text) for name, one in told.items()} == {
+        "none": ((2, 8), "25 % null"), "guard": ((0, 6), "0 % null"), "weak": (None, "? null")}
+    assert grid.value(("m", "t", "jailbreak", "none"), "cacc").nulls is None  # type: ignore[union-attr]
+    assert null_text((1, 1000)) == "< 1 % null"  # never rounded away
+
+
+def test_a_metric_of_which_no_prompt_could_be_judged_says_so(grid_of: Callable[..., Grid], tmp_path: Path) -> None:
+    grid_of(BASE, verdicts={("none", "weak"): [None] * 5})
+    results = Results.open(tmp_path / "r")
+    rows = [{**row, "value": None, "n": 0, "ci_low": None, "ci_high": None} if (row["cell"], row["metric"]) == ("none/weak/0", "harmful_rate")
+            else row for row in results.metrics.to_pylist()]
+    changed = {"cells": results.cells, "metrics": pa.Table.from_pylist(rows, schema.metrics()), "generations": results.generations,
+               "stages": results.stages}
+    grid = build_grid(Results.open(write_results(tmp_path / "r", tables=whole(changed, results.meta), meta=results.meta)))
+    heat = tables.heat(grid)
+    assert heat.data["harmful_rate"][heat.keys.index(("m", "t", "none", "weak"))] == [-1, "not judged", "", 0, "100 % null", 1, ""]
+
+
+def test_a_section_of_its_own_needs_one_entry(make_results: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def extra(grid: Grid, results: Results) -> sections.Section:
+        return sections.Section(anchor="extra", title="Extra <b>", template="filters.html.j2", values={"rows": tables.filters(grid)})
+    monkeypatch.setattr(sections, "EXTRA", (*sections.EXTRA, extra, lambda grid, results: None))
+    text = write_report(make_results()).read_text(encoding="utf-8")
+    assert '<a href="#extra">Extra &lt;b&gt;</a>' in text
+    assert "<table" in text[text.index('<section id="extra">'):text.index('<section id="cost">')]
 
 
 def test_a_defense_without_every_attack_is_left_out_of_the_means_and_named(grid_of: Callable[..., Grid]) -> None:
