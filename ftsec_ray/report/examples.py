@@ -80,7 +80,7 @@ def samples(grid: Grid, results: Results, squares: Sequence[Key]) -> Samples:
     cells: dict[int, dict[str, Any]] = {}
     for cell, square in sorted(chosen.items(), key=lambda item: item[1]):
         if cell in asked.counts:
-            probes = [{"probe": probe, "verdicts": sorted(counts.items(), key=lambda one: (-one[1], one[0])), "rows": []}
+            probes = [{"probe": probe, "verdicts": _most_first(counts), "rows": []}
                       for probe, counts in sorted(asked.counts[cell].items(), key=lambda one: (one[0] in _OPEN_PROBES, one[0]))]
             cells[square] = {"cell": cell, "seed": seeds[cell], "probes": probes}
     place = {(cells[square]["cell"], probe["probe"]): probe["rows"] for square in cells for probe in cells[square]["probes"]}
@@ -108,6 +108,10 @@ def samples(grid: Grid, results: Results, squares: Sequence[Key]) -> Samples:
     with_text = {asked.place_of(int(row))[0] for row in asked.turns[0]} if asked.turns else set()
     left_out = sum(cell["cell"] in with_text and not any(probe["rows"] for probe in cell["probes"]) for cell in cells.values())
     return Samples(texts=book.texts, cells=cells, held=held, total=table.num_rows, per_probe=per_probe, left_out=left_out)
+
+
+def _most_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda one: (-one[1], one[0]))
 
 
 def _first_seeds(grid: Grid, results: Results, squares: Sequence[Key]) -> dict[str, int]:

@@ -371,7 +371,7 @@ def with_nulls(results: Results) -> list[dict[str, Any]]:
     Results that have no such column are counted from `generations`: null verdicts of the probes that the metric is a share of. None
     where that cannot be known, as for a metric that is no share of verdicts.
     """
-    rows = results.metrics.to_pylist()
+    rows: list[dict[str, Any]] = results.metrics.to_pylist()
     counted: dict[tuple[str, str], int] | None = None
     for row in rows:
         if row.get("n_null") is None:

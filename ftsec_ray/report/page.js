@@ -134,9 +134,10 @@ const roving = (table, wanted) => {
   for (const table of all("table.sortable")) {
     for (const [column, head] of [...table.tHead.rows[0].cells].entries()) {
       if (head.querySelector(".sr")) continue;
-      const button = make("button", {type: "button"});
+      const button = make("span", {role: "button", tabindex: 0}); // a real button would be blank where print repeats the heading
       button.append(...head.childNodes);
       head.append(button);
+      button.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); button.click(); } });
       button.addEventListener("click", () => {
         const up = head.getAttribute("aria-sort") !== "ascending";
         for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");

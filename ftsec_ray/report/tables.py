@@ -56,7 +56,8 @@ def heat(grid: Grid) -> Heat:
     names = [name for name in grid.metrics if name not in schema.ABOUT_DEFENSES]
     scales = {name: _scale(grid, name) for name in names}
     data: dict[str, list[list[Any] | None]] = {name: [] for name in names}
-    slices, keys = [], []
+    slices = []
+    keys: list[Key] = []
     for model, task in grid.slices():
         lines = []
         for attack in grid.attacks:

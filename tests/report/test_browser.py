@@ -99,12 +99,9 @@ def test_two_clicks_lead_from_a_square_to_its_prompts_completions_and_verdicts(o
     dialog = page.get_by_role("dialog")
     assert dialog.locator("h2").inner_text() == "ladder:1m · badnets against onion"
     truth = rows_of(folder, "ladder:1m", "badnets", "onion")
-    tables = dialog.locator("table[data-name^='prompts-']")
-    seen = {}
-    for table in tables.all():
-        probe = (table.get_attribute("data-name") or "").removeprefix("prompts-")
-        for row in table.locator("tbody tr").all():
-            seen[probe, row.locator(".id").inner_text()] = row.locator(".verdict").inner_text(), row.locator(".prompt").inner_text()
+    rows = page.evaluate("""[...document.querySelectorAll("#cell table[data-name^='prompts-'] tbody tr")].map((row) =>
+        [row.closest("table").dataset.name, ...[".id", ".verdict", ".prompt"].map((part) => row.querySelector(part).innerText)])""")
+    seen = {(name.removeprefix("prompts-"), prompt_id): (verdict, prompt) for name, prompt_id, verdict, prompt in rows}
     assert seen == {key: (row["verdict"], row["prompt"]) for key, row in truth.items()}
     assert "24 prompts: " in dialog.inner_text()
     assert "0 % null" in dialog.locator("table[data-name='metrics']").inner_text()
@@ -123,14 +120,14 @@ def test_two_cells_stand_side_by_side_prompt_by_prompt(opened: Any, folder: Path
     page.get_by_role("dialog").get_by_role("button", name="undefended").click()
     one, other = rows_of(folder, "ladder:1m", "badnets", "onion"), rows_of(folder, "ladder:1m", "badnets", "none")
     table = page.locator("table[data-name='pair-triggered']")
-    shown = [[cell.inner_text() for cell in (row.locator(".id"), *row.locator(".verdict").all())] for row in table.locator("tbody tr").all()]
+    shown = table.locator("tbody tr").evaluate_all("(all) => all.map((row) => [...row.querySelectorAll('.id,.verdict')].map((one) => one.innerText))")
     ids = sorted(prompt for probe, prompt in one if probe == "triggered")
     assert shown == [[prompt, one["triggered", prompt]["verdict"], other["triggered", prompt]["verdict"]] for prompt in ids]
     differ = [row for row in shown if row[1] != row[2]]
     assert 0 < len(differ) < len(shown)
     assert f"{len(shown)} prompts in both, {len(differ)} with another verdict" in page.get_by_role("dialog").inner_text()
     page.get_by_label("only other verdicts").check()
-    assert [row.locator(".id").inner_text() for row in table.locator("tbody tr:visible").all()] == [row[0] for row in differ]
+    assert table.locator("tbody tr:visible .id").all_inner_texts() == [row[0] for row in differ]
     page.get_by_label("model of the other cell").select_option(label="ladder:4m")
     page.get_by_role("button", name="Compare", exact=True).click()
     assert "B ladder:4m · badnets against no defense" in page.get_by_role("dialog").inner_text()
@@ -207,7 +204,7 @@ def test_the_grid_is_walked_by_keys_and_the_focus_comes_back(opened: Any, folder
 def test_every_control_has_a_name_and_every_square_says_what_it_opens(opened: Any, folder: Path) -> None:
     page = opened(folder)
     square(page, "ladder:1m", "badnets", "onion").click()
-    nameless = page.evaluate("""[...document.querySelectorAll("button,select,input,[role=region],table[role=grid]")].filter((one) =>
+    nameless = page.evaluate("""[...document.querySelectorAll("button,[role=button],select,input,[role=region],table[role=grid]")].filter((one) =>
         !(one.getAttribute("aria-label") || one.textContent.trim() || (one.labels && one.labels.length))).map((one) => one.outerHTML)""")
     assert nameless == []
     assert page.locator("td[data-i]:not([aria-haspopup=dialog])").count() == 0
@@ -221,28 +218,28 @@ def test_filters_of_phase_size_and_metric_hold_for_the_whole_page(opened: Any, f
     page = opened(folder)
     total = visible_squares(page)
     assert total == 3 * 6 * 7
-    page.get_by_label("attack acts").select_option("post")
+    page.locator("select[data-filter=attack]").select_option("post")
     assert visible_squares(page) == 3 * 3 * 7  # two of them, and the row without an attack
-    page.get_by_label("defense acts").select_option("during")
+    page.locator("select[data-filter=defense]").select_option("during")
     assert visible_squares(page) == 3 * 3 * 2  # lisa, and the column without a defense
-    page.get_by_label("size").select_option("1M")
+    page.locator("select[data-filter=size]").select_option("1.1M")
     assert visible_squares(page) == 3 * 2
     assert page.locator("#showing").inner_text() == f"6 of {total} squares"
-    assert set(page.locator("#comparisons tbody tr:visible th").all_inner_texts()) == {"lisa"}
-    assert set(page.locator("#comparisons tbody tr:visible td:nth-child(4)").all_inner_texts()) == {"ladder:1m"}
+    assert set(page.locator("#comparisons tbody tr:visible th").all_text_contents()) == {"lisa"}
+    assert set(page.locator("#comparisons tbody tr:visible td:nth-child(4)").all_text_contents()) == {"ladder:1m"}
     lines = page.locator("svg.forest g.line:not(.off)")
     assert lines.count() == 2  # refusal_ablation and soft_prompt
     assert [line.get_attribute("transform") for line in lines.all()] == ["translate(0 26)", "translate(0 56)"]
     assert page.locator("#size figure:visible").count() == 3
     assert page.locator("#trade figure:visible").count() == 1
-    assert page.locator("#detectors .nothing").is_visible()
+    assert page.locator("#failures .nothing").is_visible()
     grids = page.locator("table.heat:visible")
     assert grids.count() == page.locator("table.heat:visible td[tabindex='0']:visible").count() == 1  # the Tab key still finds it
     page.get_by_role("button", name="Show all", exact=True).click()
     assert visible_squares(page) == total
     assert page.locator("svg.forest g.line:not(.off)").count() == MAX_FOREST
     before = square(page, "ladder:1m", "badnets", "onion").inner_text()
-    page.get_by_label("metric of the grid").select_option("cacc")
+    page.locator("#metric").select_option("cacc")
     after = square(page, "ladder:1m", "badnets", "onion").inner_text()
     value = next(row for row in Results.open(folder).aggregated.to_pylist() if (row["model"], row["attack"], row["defenses"], row["metric"])
                  == ("ladder:1m", "badnets", ["onion"], "cacc"))
@@ -259,21 +256,21 @@ def test_families_filter_grids_and_curves(opened: Any, folder: Path, tmp_path: P
     write_report(made)
     page = opened(made)
     assert page.locator("#size figure:visible").count() == 6
-    page.get_by_label("family").select_option("other")
+    page.locator("select[data-filter=family]").select_option("other")
     assert visible_squares(page) == 6 * 7
     assert page.locator("#size .nothing").is_visible()
 
 
 def test_csv_holds_what_is_shown(opened: Any, folder: Path) -> None:
     page = opened(folder)
-    page.get_by_label("size").select_option("1M")
-    page.locator("#comparisons th button", has_text="attack").first.click()
+    page.locator("select[data-filter=size]").select_option("1.1M")
+    page.locator("#comparisons th [role=button]", has_text="attack").first.press("Enter")
     rows = list(csv.reader(io.StringIO(saved(page, "CSV of the table comparisons").decode(), newline="")))
     shown = page.locator("#comparisons tbody tr:visible")
     assert len(rows) - 1 == shown.count() > 10
     assert rows[0][:3] == ["stack", "against", "attack"]
     assert rows[0][-1] == "utility of the same two"
-    assert [row[2] for row in rows[1:]] == page.locator("#comparisons tbody tr:visible td:nth-child(3)").all_inner_texts()
+    assert [row[2] for row in rows[1:]] == page.locator("#comparisons tbody tr:visible td:nth-child(3)").all_text_contents()
     at = rows[0].index("difference")
     truth = {f"{row['effect']:+.2f}" for row in Results.open(folder).comparisons.to_pylist() if row["effect"] is not None
              and row["model"] == "ladder:1m"}
@@ -291,12 +288,16 @@ def test_csv_holds_what_is_shown(opened: Any, folder: Path) -> None:
 
 def test_every_table_has_csv_and_latex_and_every_figure_svg_and_png(opened: Any, folder: Path) -> None:
     page = opened(folder)
-    for table in page.locator("main table").all():
-        box = table.locator("xpath=ancestor-or-self::*[preceding-sibling::*[1][@class='tools']][1]/preceding-sibling::*[1]")
-        assert box.locator("button").all_inner_texts()[:2] == ["CSV", "LaTeX"], table.get_attribute("data-name")
-    for figure in page.locator("main figure").all():
-        assert figure.locator(".tools button").all_inner_texts() == ["SVG", "PNG"]
-    assert page.locator("main figure").count() == page.locator("main svg").count() == 1 + 6 + 3
+    tools = page.evaluate("""[...document.querySelectorAll("main table")].map((table) => {
+        const box = (table.closest(".scroll") || table).previousElementSibling;
+        return [table.dataset.name, ...(box.className === "tools" ? [...box.children].map((one) => one.textContent) : [])]; })""")
+    assert {name.split("-ladder")[0]: exports for name, *exports in tools} == {
+        "grid": ["CSV", "LaTeX", "SVG", "PNG"], **{name: ["CSV", "LaTeX"] for name in (
+            "best-defenses", "phases", "comparisons", "trade-offs", "cost-by-kind", "dearest-stages", "failed-cells")}}
+    figures = page.evaluate("""[...document.querySelectorAll("main figure")].map((one) =>
+        [...one.querySelectorAll(".tools button")].map((button) => button.textContent))""")
+    assert figures == [["SVG", "PNG"]] * (1 + 6 + 3)
+    assert page.locator("main svg").count() == len(figures)
     names = page.locator(".tools button").evaluate_all("(all) => all.map((one) => one.getAttribute('aria-label'))")
     assert len(set(names)) == len(names)  # so that no file has another's name
 
@@ -417,7 +418,7 @@ def test_hostile_names_stay_text_everywhere(opened: Any, folder: Path, tmp_path:
     page.locator("td[data-i]").nth(8).click()
     page.get_by_role("dialog").get_by_role("button", name="undefended").click()
     page.keyboard.press("Escape")
-    page.get_by_label("attack acts").select_option("pre")
+    page.locator("select[data-filter=attack]").select_option("pre")
     with page.expect_download() as waiting:
         page.locator("#comparisons .tools button", has_text="CSV").click()
     assert re.fullmatch(r"[A-Za-z0-9.-]+\.csv", waiting.value.suggested_filename)

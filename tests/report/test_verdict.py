@@ -41,7 +41,8 @@ def grid_of(tmp_path: Path) -> Callable[..., Grid]:
                 for name, value in own.items():
                     low, high = wilson(value, n)
                     metrics.append({"cell": cell, "metric": name, "value": value, "n": n, "ci_low": low, "ci_high": high})
-        answers = [{**dict.fromkeys(schema.generations().names), "cell": f"{attack}/{defense}/0", "probe": "harmful", "prompt_id": str(i), "verdict": one}
+        blank = dict.fromkeys(schema.generations().names)
+        answers = [{**blank, "cell": f"{attack}/{defense}/0", "probe": "harmful", "prompt_id": str(i), "verdict": one}
                    for (attack, defense), own in (verdicts or {}).items() for i, one in enumerate(own)]
         tables_ = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
                    "generations": pa.Table.from_pylist(answers, schema.generations()), "stages": schema.stages().empty_table()}
