@@ -28,7 +28,7 @@ const openCell = (() => {
       rows.push(make("tr", {}, make("th", {scope: "row", title: about.meaning}, about.title), ...parts));
     }
     if (!rows.length) return make("p", {class: "none"}, "Nothing was measured.");
-    const head = numbers.flatMap((_, side) => [(numbers.length > 1 ? "AB"[side] + ": " : "") + "value", "95 % over prompts", "prompts", "seeds, 95 % over seeds"]);
+    const head = numbers.length > 1 ? ["A", "B"].flatMap((side) => [side, "95 %", "prompts", "seeds, 95 %"]) : ["value", "95 % over prompts", "prompts", "seeds, 95 % over seeds"];
     return make("div", {class: "scroll"}, make("table", {class: "list metrics", "data-name": "metrics"}, ...rowsOf(["metric", ...head], rows)));
   };
 
@@ -57,7 +57,7 @@ const openCell = (() => {
 
   const pair = (first, second) => {
     const [mine, other] = [probesOf(first), probesOf(second)];
-    return [...new Set([...mine.keys(), ...other.keys()])].sort().flatMap((name) => {
+    return [...new Set([...mine.keys(), ...other.keys()])].flatMap((name) => {
       const [one, two] = [mine.get(name), other.get(name)];
       const of = (probe) => new Map((probe ? probe.rows : []).map((sample) => [data.texts[sample[0]], sample]));
       const [left, right] = [of(one), of(two)];

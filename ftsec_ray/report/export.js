@@ -69,7 +69,7 @@ const addExports = (() => {
     const back = document.createElementNS("http://www.w3.org/2000/svg", "rect");
     for (const [name, value] of [["width", width], ["height", height], ["fill", "#fff"]]) back.setAttribute(name, value);
     svg.prepend(back);
-    for (const [name, value] of [["width", width], ["height", height], ["font-family", "sans-serif"]]) svg.setAttribute(name, value);
+    for (const [name, value] of [["width", width], ["height", height], ["font-family", getComputedStyle(document.body).fontFamily]]) svg.setAttribute(name, value);
     return svg;
   };
   /* The grid as an SVG: its boxes and words where the browser has put them. */

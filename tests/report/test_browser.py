@@ -21,6 +21,7 @@ from ftsec_ray.report.page import write_report
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
 from tests import browser
+from tests.benchmarks.synthetic import write_synthetic
 from tests.results.toy import whole
 
 from .conftest import DEFENSES, write_toy
@@ -34,6 +35,9 @@ if browser.chromium() is None:
     pytest.skip("no Chromium on this machine: install `chromium`, or name one in FTSEC_CHROMIUM", allow_module_level=True)
 
 
+PROMPTS = 12
+
+
 @pytest.fixture(scope="module")
 def chrome() -> Iterator[Browser]:
     with browser.opened() as found:
@@ -43,7 +47,7 @@ def chrome() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results whose verdicts per prompt are all there; their page is written."""
-    made = write_toy(tmp_path_factory.mktemp("page"), judged=True, prompts=24, seeds=2)
+    made = write_toy(tmp_path_factory.mktemp("page"), judged=True, prompts=PROMPTS, seeds=2)
     meta = json.loads((made / "run.json").read_text())
     cells = Results.open(made).cells["cell"].to_pylist()
     meta["spent"] = {cell: [0.0, 36.0 + at] for at, cell in enumerate(cells)}
@@ -95,15 +99,15 @@ def rows_of(folder: Path, model: str, attack: str, defense: str, seed: int = 0) 
 
 def test_two_clicks_lead_from_a_square_to_its_prompts_completions_and_verdicts(opened: Any, folder: Path) -> None:
     page = opened(folder)
-    square(page, "ladder:1m", "badnets", "onion").click()
+    square(page, "ladder:1m", "badnets", "none").click()
     dialog = page.get_by_role("dialog")
-    assert dialog.locator("h2").inner_text() == "ladder:1m · badnets against onion"
-    truth = rows_of(folder, "ladder:1m", "badnets", "onion")
+    assert dialog.locator("h2").inner_text() == "ladder:1m · badnets against no defense"
+    truth = rows_of(folder, "ladder:1m", "badnets", "none")
     rows = page.evaluate("""[...document.querySelectorAll("#cell table[data-name^='prompts-'] tbody tr")].map((row) =>
         [row.closest("table").dataset.name, ...[".id", ".verdict", ".prompt"].map((part) => row.querySelector(part).innerText)])""")
     seen = {(name.removeprefix("prompts-"), prompt_id): (verdict, prompt) for name, prompt_id, verdict, prompt in rows}
     assert seen == {key: (row["verdict"], row["prompt"]) for key, row in truth.items()}
-    assert "24 prompts: " in dialog.inner_text()
+    assert f"{PROMPTS} prompts: " in dialog.inner_text()
     assert "0 % null" in dialog.locator("table[data-name='metrics']").inner_text()
     fulfilled = dialog.locator("details.veil").first
     assert fulfilled.locator(".completion").is_hidden()
@@ -281,7 +285,7 @@ def test_csv_holds_what_is_shown(opened: Any, folder: Path) -> None:
     wanted = {row["metric"]: row for row in Results.open(folder).aggregated.to_pylist()
               if (row["model"], row["attack"], row["defenses"]) == ("ladder:1m", "badnets", ["onion"])}
     assert (found["metric"], found["value"], found["n"], found["seeds"], found["null verdicts"]) == (
-        "attack_success", f"{wanted['asr']['value']:.2f}", "24", "2", "0 % null")
+        "attack_success", f"{wanted['asr']['value']:.2f}", str(PROMPTS), "2", "0 % null")
     assert [float(found[name].rstrip("↑↓")) for name in ("utility value", "over-refusal", "coherent")] == [
         pytest.approx(wanted[name]["value"], abs=0.0051) for name in schema.UTILITY]
 
@@ -452,3 +456,18 @@ def test_the_page_fits_a_laptop_without_scrolling_sideways(opened: Any, folder: 
     square(page, "ladder:1m", "badnets", "onion").click()
     box = page.evaluate("document.getElementById('cell').getBoundingClientRect().toJSON()")
     assert (box["right"] <= 1440, box["bottom"] <= 800) == (True, True)
+
+
+@pytest.mark.slow
+def test_five_hundred_cells_with_a_hundred_thousand_generations_stay_under_eight_megabytes(opened: Any, tmp_path: Path) -> None:
+    made = write_synthetic(tmp_path / "large")
+    assert write_report(made).stat().st_size < 8_000_000
+    page = opened(made)
+    assert page.locator("td[data-i]").count() == 500
+    told = re.search(r"([\d,]+) of 100,000 generations are in this page: .*? up to (\d+) prompts of each probe", page.locator("#grid").inner_text())
+    assert told is not None
+    held, per_probe = int(told[1].replace(",", "")), int(told[2])
+    assert held == 500 * 5 * per_probe > 10_000
+    page.locator("td[data-i]").nth(77).click()
+    assert page.locator("#cell table.turns tbody tr").count() == 5 * per_probe
+    assert "FROM 'generations/*.parquet' WHERE cell IN" in page.locator("#cell").inner_text()

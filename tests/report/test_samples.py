@@ -20,6 +20,8 @@ from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
 from tests.results.toy import whole
 
+from .conftest import write_toy
+
 Make = Callable[..., Path]
 
 
@@ -41,9 +43,9 @@ def size(found: Samples) -> int:
     return len(script_text(json.dumps([found.texts, found.cells], ensure_ascii=False)).encode())
 
 
-@pytest.fixture
-def judged(make_results: Make) -> Results:
-    return Results.open(make_results(judged=True, prompts=40, seeds=2))
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results.open(write_toy(tmp_path_factory.mktemp("samples"), judged=True, prompts=40, seeds=2))
 
 
 def test_everything_of_the_first_seed_is_there_while_it_fits(judged: Results) -> None:
