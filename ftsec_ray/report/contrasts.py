@@ -9,11 +9,13 @@ from typing import Any
 from markupsafe import Markup
 
 from ftsec_ray.report import figures
-from ftsec_ray.report.grid import NONE, Grid, Key, Utility
+from ftsec_ray.report.grid import NONE, Grid, Key, Utility, null_text
 from ftsec_ray.report.verdict import change_text
 
 MAX_FOREST = 40
-"""Comparisons in the forest plot; the table beside it holds all."""
+"""Comparisons in the forest plot at a time; the table below it holds all."""
+HELD_FOREST = 240
+"""Those that the page's filters can bring into it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class Contrast:
         count = "1 seed" if self.row["n_seeds"] == 1 else f"{self.row['n_seeds']} seeds"
         return count if self.row["n_prompts"] is None else f"{count}, {self.row['n_prompts']} prompts"
 
+    @property
+    def nulls(self) -> str:
+        """The share of its prompts that were left out, since some verdict is null."""
+        judged, left_out = self.row["n_prompts"], self.row["n_dropped"]
+        return null_text(None if judged is None or left_out is None else (left_out, judged + left_out))
+
 
 def contrasts(grid: Grid) -> list[Contrast]:
     """The comparisons of attack success, those that lower it most first; what has no effect comes last."""
@@ -66,16 +74,20 @@ def contrasts(grid: Grid) -> list[Contrast]:
     return sorted(found, key=lambda c: (c.row["effect"] is None, c.row["effect"] or 0.0, c.model, c.task, c.attack, c.defense, c.against))
 
 
-def forest(found: Sequence[Contrast], *, has_tasks: bool) -> tuple[Markup, int] | None:
+def forest(grid: Grid, found: Sequence[Contrast]) -> tuple[Markup, int] | None:
     """The plot of the largest effects on real attacks that were tested, and how many more there are; None where there is none."""
     tested = [c for c in found if c.row["q"] is not None and c.attack != NONE]
-    shown = {id(c) for c in sorted(tested, key=lambda c: -abs(c.row["effect"]))[:MAX_FOREST]}
-    lines = [figures.Line(tone=c.tone, title=f"{c.defense} vs {c.against}", about=" · ".join([c.attack, c.model, *[c.task] * has_tasks]),
+    by_size = sorted(tested, key=lambda c: -abs(c.row["effect"]))
+    first, held = ({id(c) for c in by_size[:most]} for most in (MAX_FOREST, HELD_FOREST))
+    lines = [figures.Line(tone=c.tone, title=f"{c.defense} vs {c.against}", about=" · ".join([c.attack, c.model, *[c.task] * (len(grid.tasks) > 1)]),
                           effect=c.row["effect"], low=c.row["ci_low"], high=c.row["ci_high"], detectable=c.row["detectable"],
-                          words=f"{c.row['conclusion']} · {c.seeds}", beside=c.utility) for c in tested if id(c) in shown]
+                          words=f"{c.row['conclusion']} · {c.seeds}", beside=f"{c.utility} · {c.nulls}",
+                          facets=grid.facets((c.model, c.task, c.attack, c.defense)))
+             for c in sorted((c for c in tested if id(c) in held), key=lambda c: id(c) not in first)]
     if not lines:
         return None
-    return figures.forest(lines, title="difference in attack success of pairs of stacks, with 95 % intervals"), len(tested) - len(shown)
+    plot = figures.forest(lines, title="difference in attack success of pairs of stacks, with 95 % intervals", shown=MAX_FOREST)
+    return plot, max(0, len(tested) - MAX_FOREST)
 
 
 def _beside(grid: Grid, own: Key, other: Key) -> str:

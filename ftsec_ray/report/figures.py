@@ -16,11 +16,9 @@ PALETTE = ("#1b1f24", "#0072b2", "#d55e00", "#009e73", "#b8488a", "#a06a00", "#3
 """The first is for the undefended reference."""
 _SHAPES = ("circle", "square", "triangle", "diamond", "down", "plus", "cross", "ring")
 HEAT_STEPS = 21
-MAX_NAMES = 13
-"""Names beside the dots of one scatter that do not run into each other."""
-_HEAT_STOPS = ((84, 146, 205), (165, 204, 234), (247, 246, 242), (250, 200, 140), (222, 122, 42))
-"""Blue (good for the defender) over near-white to orange: blue against orange stays apart in every colour blindness. The
-ends stay light enough for dark text, so that no square changes its text colour for a hundredth."""
+_HEAT_STOPS = ((240, 247, 253), (247, 226, 184), (241, 193, 120), (225, 155, 72), (196, 110, 36))
+"""Pale blue (good for the defender) to dark orange (bad), darker with every step: in order also in grey print and in every colour
+blindness. The dark end is light enough for dark text, so that no square changes its text colour for a hundredth."""
 HEAT_TEXT = "#111820"
 
 
@@ -71,122 +69,230 @@ def _mark(index: int, colour: str, x: float, y: float, s: float = 4.5) -> Markup
     return Markup('<polygon points="{}" fill="{}"/>').format(points, colour)
 
 
-def legend_marker(index: int) -> Markup:
-    """A small marker with its line for legends."""
-    dash = Markup(' stroke-dasharray="5 3"') if index == 0 else Markup("")
-    line = Markup('<line x1="1" y1="7" x2="27" y2="7" stroke="{}" stroke-width="2"{}/>').format(PALETTE[index % len(PALETTE)], dash)
-    return Markup('<svg class="key" width="28" height="14" viewBox="0 0 28 14" aria-hidden="true">{}{}</svg>').format(line, marker(index, 14, 7))
+@dataclass(frozen=True, kw_only=True)
+class Spot:
+    """One point of a curve."""
+
+    params: float
+    value: float
+    low: float | None
+    high: float | None
+    tip: str
+    doubtful: bool
+    """Whether utility fell clearly or the text is incoherent."""
+    beside: tuple[float | None, ...]
+    """Utility of the same point, as the strips below show it."""
+    mark: str = ""
+    """What stands beside the marker."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line: (parameters, value, low, high, tooltip, whether utility fell or the text is incoherent) per model size."""
+    """One line: a defense over the sizes of a family."""
 
     index: int
     label: str
-    points: tuple[tuple[float, float, float | None, float | None, str, bool], ...]
+    facet: int
+    """Number of the defense on the page, for its filters."""
+    spots: tuple[Spot, ...]
 
 
 _RING = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="7.2" fill="none" stroke="#3b1204" stroke-width="1.3"/>')
 _W, _H, _L, _R, _T, _B = 330, 220, 48, 12, 10, 38
+_STRIP, _STRIP_GAP, _KEY_LINE, _KEY_WIDTH = 38, 21, 15, 160
 
 
 def _y(value: float) -> float:
     return _T + (1 - value) * (_H - _T - _B)
 
 
-def _axes(x_label: str, y_label: str) -> Markup:
-    parts = [Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format((_L + _W - _R) / 2, _H - 4, x_label),
-             Markup('<text class="axis" transform="translate(10 {}) rotate(-90)" text-anchor="middle">{}</text>')
-             .format((_T + _H - _B) / 2, y_label)]
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(_L, _W - _R, _y(tick), _y(tick)))
-        parts.append(Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{:g}</text>').format(_L - 5, _y(tick) + 3.5, tick))
-    return Markup("").join(parts)
+def size_chart(series: Sequence[Series], *, title: str, strips: Sequence[str], note: str) -> Markup:
+    """Attack success against model size (log scale), one line per defense; below it utility of the same points in strips, and the key.
 
-
-def size_chart(series: Sequence[Series], *, title: str) -> Markup:
-    """Attack success against model size (log scale), one line per defense, with error bars that do not cover each other."""
-    sizes = sorted({point[0] for line in series for point in line.points})
+    Args:
+        series: The lines.
+        title: What a screen reader says.
+        strips: Names of the utilities in `Spot.beside`.
+        note: A line below everything.
+    """
+    sizes = sorted({spot.params for line in series for spot in line.spots})
     low, high = math.log10(sizes[0]), math.log10(sizes[-1])
     span = (high - low) or 1.0
     room = 16
 
     def x_at(params: float) -> float:
         return _L + room + (math.log10(params) - low) / span * (_W - _L - _R - 2 * room)
-    parts = [_axes("weights", "attack success")]
+    parts = [_text("axis", (_L + _W - _R) / 2, _H - 6, "weights", "middle"), _upright((_T + _H - _B) / 2, "attack success")]
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        parts += [_rule(_y(tick)), _text("tick", _L - 5, _y(tick) + 3.5, f"{tick:g}", "end")]
     for size in sizes:
-        parts.append(Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x_at(size), _H - _B + 15, count(size)))
+        parts.append(_text("tick", x_at(size), _H - _B + 15, count(size), "middle"))
+    tops = [_H + 18 + slot * (_STRIP + _STRIP_GAP) for slot in range(len(strips))]
+    for top, name in zip(tops, strips, strict=True):
+        parts.append(_text("tick", _L, top - 6, name, "start"))
+        for tick in (0, 1):
+            parts += [_rule(top + (1 - tick) * _STRIP), _text("tick", _L - 5, top + (1 - tick) * _STRIP + 3.5, str(tick), "end")]
+    bottom = (tops[-1] + _STRIP if tops else _H) + 18
     for rank, line in enumerate(series):
         shift = (rank - (len(series) - 1) / 2) * 3.2
         colour = PALETTE[line.index % len(PALETTE)]
-        at = [(x_at(p[0]) + shift, _y(p[1])) for p in line.points]
-        path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        dash = Markup(' stroke-dasharray="5 3"') if line.index == 0 else Markup("")
-        bars = []
-        for (x, y), (_, _, below, above, tip, doubtful) in zip(at, line.points, strict=True):
-            bar = Markup("")
-            if below is not None and above is not None:
-                bar = Markup('<line x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}" stroke="{}" stroke-width="1.1" opacity=".65"/>').format(
-                    x, x, _y(below), _y(above), colour)
-            ring = _RING.format(x, y) if doubtful else Markup("")
-            bars.append(Markup("<g>{}{}{}<title>{}</title></g>").format(bar, marker(line.index, x, y), ring, tip))
-        parts.append(Markup('<path d="{}" fill="none" stroke="{}" stroke-width="1.7" opacity=".8"{}/>').format(path, colour, dash))
-        parts += bars
-    return _svg(Markup("").join(parts), title)
+        drawn = [_curve(line, [(x_at(spot.params) + shift, spot) for spot in line.spots], colour)]
+        drawn += [_strip(line, [(x_at(spot.params) + shift, spot.beside[slot]) for spot in line.spots], top, colour)
+                  for slot, top in enumerate(tops)]
+        x, y = _L - 40 + rank % 2 * _KEY_WIDTH, bottom + rank // 2 * _KEY_LINE
+        drawn += [Markup('<line x1="{0}" x2="{1}" y1="{2}" y2="{2}" stroke="{3}" stroke-width="2"{4}/>').format(x, x + 26, y, colour, _dash(line)),
+                  marker(line.index, x + 13, y), _text("tick", x + 31, y + 3.5, _cut(line.label, 22), "start")]
+        parts.append(Markup('<g data-defense="{}">{}</g>').format(line.facet, Markup("").join(drawn)))
+    height = bottom + (len(series) + 1) // 2 * _KEY_LINE + 14
+    parts.append(_text("tick", _L - 40, height - 6, note, "start"))
+    return _svg(Markup("").join(parts), title, _W, height)
 
 
-@dataclass(frozen=True)
+def _curve(line: Series, at: Sequence[tuple[float, Spot]], colour: str) -> Markup:
+    """A line in the main panel with error bars that do not cover those of the other lines."""
+    parts = [_path([(x, _y(spot.value)) for x, spot in at], colour, 1.7, line)]
+    for x, spot in at:
+        bar = Markup("")
+        if spot.low is not None and spot.high is not None:
+            bar = Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}" stroke="{3}" stroke-width="1.1" opacity=".65"/>').format(
+                x, _y(spot.low), _y(spot.high), colour)
+        ring = _RING.format(x, _y(spot.value)) if spot.doubtful else Markup("")
+        mark = _text("tick", x + 6, _y(spot.value) - 4, spot.mark, "start") if spot.mark else Markup("")
+        parts.append(Markup("<g>{}{}{}{}<title>{}</title></g>").format(bar, marker(line.index, x, _y(spot.value)), ring, mark, spot.tip))
+    return Markup("").join(parts)
+
+
+def _strip(line: Series, at: Sequence[tuple[float, float | None]], top: float, colour: str) -> Markup:
+    """A line in one of the strips; what was not measured is left out."""
+    known = [(x, top + (1 - value) * _STRIP) for x, value in at if value is not None]
+    return Markup("").join([_path(known, colour, 1.1, line), *(marker(line.index, x, y, 3) for x, y in known)]) if known else Markup("")
+
+
+def _path(at: Sequence[tuple[float, float]], colour: str, width: float, line: Series) -> Markup:
+    path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in at)
+    return Markup('<path d="{}" fill="none" stroke="{}" stroke-width="{}" opacity=".8"{}/>').format(path, colour, width, _dash(line))
+
+
+def _dash(line: Series) -> Markup:
+    return Markup(' stroke-dasharray="5 3"') if line.index == 0 else Markup("")
+
+
+def _text(kind: str, x: float, y: float, text: str, anchor: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, text)
+
+
+def _upright(y: float, text: str) -> Markup:
+    return Markup('<text class="axis" transform="translate(10 {:.1f}) rotate(-90)" text-anchor="middle">{}</text>').format(y, text)
+
+
+def _rule(y: float) -> Markup:
+    return Markup('<line class="grid" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>').format(_L, _W - _R, y)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dot:
-    """One defense in the scatter: mean utility and mean safety over the attacks, the worst attack below it."""
+    """One defense in the scatter: means over the attacks, and its worst attack."""
 
     label: str
+    facet: int
+    """Number of the defense on the page, for its filters."""
     utility: float
     safety: float
     worst: float
+    hours: float | None
     on_front: bool
     is_reference: bool
     incoherent: bool
+    beside: str
+    """Over-refusal, coherence, null verdicts, cost and seeds."""
     tip: str
 
 
-def scatter(dots: Sequence[Dot], *, title: str, x_label: str) -> Markup:
-    """Safety against utility, one dot per defense, the Pareto front joined, names beside the dots."""
+_PLOT, _NAMES, _DOT_LINE = 300, 330, 25
+"""Width of a panel, of the names between the panels, and what a name takes in height."""
+
+
+def scatter(dots: Sequence[Dot], *, title: str, utility: str, cost: str, headings: str) -> Markup:
+    """Safety against utility on the left and against cost on the right, with the names and the rest of the numbers between them.
+
+    Args:
+        dots: The defenses.
+        title: What a screen reader says.
+        utility: Name of the left axis.
+        cost: Name of the right axis; empty where no cost is known, and then there is no right panel.
+        headings: What `Dot.beside` says, in order.
+    """
+    top, height = 30, max(_H - 48, _DOT_LINE * len(dots))
+
+    def y_at(safety: float) -> float:
+        return top + (1 - safety) * height
+    left, middle, right = 48, 48 + _PLOT + 26, 48 + _PLOT + 26 + _NAMES + 26
     lowest = min([d.utility for d in dots], default=0.0)
-    start = max(0.0, math.floor((lowest - 0.02) * 10) / 10)
-    start = min(start, 0.9)
-
-    def x_at(value: float) -> float:
-        return _L + 8 + (value - start) / (1 - start) * (_W - _L - _R - 100)
-    parts = [_axes(x_label, "safety: 1 − attack success")]
-    for tick in _ticks(start):
-        parts.append(Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{:g}</text>').format(x_at(tick), _H - _B + 15, tick))
-        parts.append(Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>').format(x_at(tick), _y(1), _y(0)))
-    front = sorted((d.utility, d.safety) for d in dots if d.on_front)
-    if len(front) > 1:
-        path = "M" + "L".join(f"{x_at(u):.1f},{_y(s):.1f}" for u, s in front)
-        parts.append(Markup('<path d="{}" fill="none" stroke="#0072b2" stroke-width="1.4" stroke-dasharray="2 3"/>').format(path))
+    start = min(max(0.0, math.floor((lowest - 0.02) * 10) / 10), 0.9)
+    hours = [d.hours for d in dots if d.hours is not None]
+    most = max(hours, default=0.0) * 1.05 or 1.0
+    panels: list[tuple[int, str, list[float], Callable[[Dot], float | None], float, float]] = [
+        (left, utility, _ticks(start), lambda dot: dot.utility, start, 1.0)]
+    if cost and hours:
+        panels.append((right, cost, _round_ticks(most), lambda dot: dot.hours, 0.0, most))
     ranked = sorted(dots, key=lambda d: -d.safety)
-    named = [d for d in ranked if len(ranked) <= MAX_NAMES or d.on_front or d.is_reference][:MAX_NAMES]
-    places = dict(zip([d.label for d in named], _spread([_y(d.safety) for d in named], gap=12.5, low=_T + 4, high=_H - _B), strict=True))
-    parts += [_dot(dot, x_at(dot.utility), places.get(dot.label)) for dot in ranked]
-    return _svg(Markup("").join(parts), title)
+    labels = _spread([y_at(d.safety) for d in ranked], gap=_DOT_LINE, low=top + 4, high=top + height - 6)
+    parts = [_text("tick", middle, top - 12, headings, "start")]
+    drawn: list[list[Markup]] = [[_name(dot, middle, y)] for dot, y in zip(ranked, labels, strict=True)]
+    for offset, name, ticks, at, first, last in panels:
+        def x_at(value: float, offset: int = offset, first: float = first, last: float = last) -> float:
+            return offset + 8 + (value - first) / (last - first) * (_PLOT - 16)
+        parts += _panel(offset, top, height, name, [(x_at(tick), f"{tick:g}") for tick in ticks])
+        for mine, dot, y in zip(drawn, ranked, labels, strict=True):
+            value = at(dot)
+            if value is not None:
+                end = middle - 5 if offset == left else right - 24
+                mine.append(_dot(dot, x_at(value), y_at, (end, y)))
+        front = sorted((x_at(value), y_at(d.safety)) for d in dots if d.on_front and (value := at(d)) is not None)
+        if len(panels) == 1 and len(front) > 1:  # with three aims the front is no line
+            path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in front)
+            parts.append(Markup('<path d="{}" fill="none" stroke="#0072b2" stroke-width="1.4" stroke-dasharray="2 3"/>').format(path))
+    parts += [Markup('<g data-defense="{}">{}<title>{}</title></g>').format(dot.facet, Markup("").join(mine), dot.tip)
+              for dot, mine in zip(ranked, drawn, strict=True)]
+    width = right + _PLOT + 8 if len(panels) > 1 else middle + _NAMES
+    return _svg(Markup("").join(parts), title, width, top + height + 42)
 
 
-def _dot(dot: Dot, x: float, label_y: float | None) -> Markup:
-    y = _y(dot.safety)
+def _panel(left: float, top: float, height: float, name: str, ticks: Sequence[tuple[float, str]]) -> list[Markup]:
+    parts = [_text("axis", left + _PLOT / 2, top + height + 34, name, "middle")]
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        y = top + (1 - tick) * height
+        parts += [Markup('<line class="grid" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>').format(left, left + _PLOT, y),
+                  _text("tick", left - 5, y + 3.5, f"{tick:g}", "end")]
+    for x, told in ticks:
+        parts += [Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(x, top, top + height),
+                  _text("tick", x, top + height + 15, told, "middle")]
+    parts.append(_text("axis", left, top - 12, "safety: 1 − attack success", "start"))
+    return parts
+
+
+def _name(dot: Dot, x: float, y: float) -> Markup:
+    """A defense's name with its other numbers below it."""
+    return (_text("dot front" if dot.on_front else "dot", x, y + 1, _cut(dot.label, 46), "start")
+            + _text("tick", x, y + 12, ("incoherent · " if dot.incoherent else "") + dot.beside, "start"))
+
+
+def _dot(dot: Dot, x: float, y_at: Callable[[float], float], label: tuple[float, float]) -> Markup:
+    """A dot with a line to its worst attack, and a thin one to its name."""
+    y = y_at(dot.safety)
     colour = "#1b1f24" if dot.is_reference else "#0072b2" if dot.on_front else "#6b7785"
-    fill = "#fff" if dot.incoherent else colour
+    shape = 0 if dot.is_reference else 3 if dot.on_front else 7 if dot.incoherent else 1
+    leader = Markup('<path d="M{:.1f},{:.1f}L{:.1f},{:.1f}" stroke="#9aa5b1" stroke-width=".7" fill="none"/>').format(
+        x + (5 if label[0] > x else -5), y, label[0], label[1])
     whisker = Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}" stroke="{3}" stroke-width="1" opacity=".35"/>').format(
-        x, y, _y(dot.worst), colour)
-    circle = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4.6" fill="{}" stroke="{}" stroke-width="1.6"/>').format(x, y, fill, colour)
-    if label_y is None:
-        return Markup("<g>{}{}<title>{}</title></g>").format(whisker, circle, dot.tip)
-    lead_x = _W - _R - 84
-    leader = Markup('<path d="M{:.1f},{:.1f}L{:.1f},{:.1f}" stroke="#9aa5b1" stroke-width=".7" fill="none"/>').format(x + 5, y, lead_x - 3, label_y)
-    name = dot.label if len(dot.label) <= 17 else dot.label[:16] + "…"
-    text = Markup('<text class="dot{}" x="{:.1f}" y="{:.1f}">{}</text>').format(" front" if dot.on_front else "", lead_x, label_y + 3.5, name)
-    return Markup("<g>{}{}{}{}<title>{}</title></g>").format(leader, whisker, circle, text, dot.tip)
+        x, y, y_at(dot.worst), colour)
+    return leader + whisker + _mark(shape, colour, x, y, 5)
+
+
+def _round_ticks(most: float) -> list[float]:
+    """Ticks from 0 up to `most` at a round step."""
+    step = next(one for one in (factor * 10.0**power for power in range(-9, 9) for factor in (1, 2, 5)) if most / one <= 5)
+    return [round(i * step, 10) for i in range(int(most / step) + 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,34 +310,43 @@ class Line:
     words: str
     beside: str
     """Utility of the same two points."""
+    facets: tuple[int, int, int]
+    """Numbers of its model, attack and defense on the page, for its filters."""
 
 
 _TONES = {"better": (0, "#0072b2"), "worse": (1, "#c24a00"), "incoherent": (6, "#3b1204"), "open": (7, "#6b7785")}
 """Tone -> marker shape and colour: blue is good for the defender, as on the grid."""
-FOREST_WIDTH, _FOREST_LEFT, _FOREST_RIGHT, _FOREST_LINE = 1180, 330, 730, 30
+FOREST_WIDTH, _FOREST_LEFT, _FOREST_RIGHT, _FOREST_LINE, _FOREST_TOP = 1180, 330, 730, 30, 26
 
 
-def forest(lines: Sequence[Line], *, title: str) -> Markup:
-    """Differences with their intervals, one line each, words and utility beside it; a pale bar is what could not have been seen."""
-    top, height = 26, 26 + _FOREST_LINE * len(lines) + 34
+def forest(lines: Sequence[Line], *, title: str, shown: int) -> Markup:
+    """Differences with their intervals, one line each, words and utility beside it; a pale bar is what could not have been seen.
+
+    Args:
+        lines: In order; the page's filters bring forward those beyond the first `shown`.
+        title: What a screen reader says.
+        shown: How many are drawn at first.
+    """
+    bottom = _FOREST_TOP + _FOREST_LINE * min(shown, len(lines))
 
     def x_at(value: float) -> float:
         return _FOREST_LEFT + (value + 1) / 2 * (_FOREST_RIGHT - _FOREST_LEFT)
-    parts = []
+    parts, feet = [], []
     for tick in (-1, -0.5, 0, 0.5, 1):
         kind = "zero" if tick == 0 else "grid"
-        parts.append(Markup('<line class="{3}" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(x_at(tick), top - 6, height - 30, kind))
-        parts.append(Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-            x_at(tick), height - 16, f"{tick:+g}".replace("-", "−") if tick else "0"))
-    parts += [Markup('<text class="axis" x="{:.1f}" y="{}" text-anchor="middle">difference in attack success</text>').format(x_at(0), height - 3),
-              Markup('<text class="axis" x="{:.1f}" y="12" text-anchor="middle">← less, better</text>').format(x_at(-0.6)),
-              Markup('<text class="axis" x="{:.1f}" y="12" text-anchor="middle">more, worse →</text>').format(x_at(0.6))]
-    parts += [_forest_line(line, top + _FOREST_LINE * (index + 0.5), x_at) for index, line in enumerate(lines)]
-    svg = Markup('<svg class="forest" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
-    return svg.format(FOREST_WIDTH, height, title, Markup("").join(parts))
+        parts.append(Markup('<line class="{3} rule" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
+            x_at(tick), _FOREST_TOP - 6, bottom + 4, kind))
+        feet.append(_text("tick", x_at(tick), 18, f"{tick:+g}".replace("-", "−") if tick else "0", "middle"))
+    feet.append(_text("axis", x_at(0), 31, "difference in attack success", "middle"))
+    parts += [_text("axis", x_at(-0.6), 12, "← less, better", "middle"), _text("axis", x_at(0.6), 12, "more, worse →", "middle"),
+              Markup('<g class="foot" transform="translate(0 {})">{}</g>').format(bottom, Markup("").join(feet))]
+    parts += [_forest_line(line, index, x_at, is_shown=index < shown) for index, line in enumerate(lines)]
+    svg = Markup('<svg class="forest" viewBox="0 0 {} {}" data-top="{}" data-line="{}" data-shown="{}" role="img" aria-label="{}">{}</svg>')
+    return svg.format(FOREST_WIDTH, bottom + 34, _FOREST_TOP, _FOREST_LINE, shown, title, Markup("").join(parts))
 
 
-def _forest_line(line: Line, y: float, x_at: Callable[[float], float]) -> Markup:
+def _forest_line(line: Line, index: int, x_at: Callable[[float], float], *, is_shown: bool) -> Markup:
+    y = _FOREST_LINE / 2
     shape, colour = _TONES[line.tone]
     parts = []
     if line.tone == "open" and line.detectable is not None:
@@ -244,7 +359,9 @@ def _forest_line(line: Line, y: float, x_at: Callable[[float], float]) -> Markup
         parts.append(Markup('<text class="name" x="{}" y="{:.1f}">{}</text>').format(x, y - 2, up))
         parts.append(Markup('<text class="tick" x="{}" y="{:.1f}">{}</text>').format(x, y + 10, down))
     parts.append(Markup("<title>{}, {}: {}; {}</title>").format(line.title, line.about, line.words, line.beside))
-    return Markup("<g>{}</g>").format(Markup("").join(parts))
+    model, attack, defense = line.facets
+    group = Markup('<g class="line{}" data-model="{}" data-attack="{}" data-defense="{}" transform="translate(0 {})">{}</g>')
+    return group.format("" if is_shown else " off", model, attack, defense, _FOREST_TOP + _FOREST_LINE * index, Markup("").join(parts))
 
 
 def _cut(text: str, length: int) -> str:
@@ -270,8 +387,8 @@ def _ticks(start: float) -> list[float]:
     return [round(i * step, 2) for i in range(first, round(1 / step) + 1)]
 
 
-def _svg(body: Markup, title: str) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(_W, _H, title, body)
+def _svg(body: Markup, title: str, width: float, height: float) -> Markup:
+    return Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">{}</svg>').format(width, height, title, body)
 
 
 def count(value: float | None) -> str:

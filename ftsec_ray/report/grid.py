@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
@@ -32,6 +33,20 @@ SHORT = {"cacc": "cacc", "benign_rate": "benign", "over_refusal_rate": "over", "
 """Utility as it stands beside every safety metric: clean accuracy (or right answers to benign requests), over-refusal, coherence."""
 
 
+def null_text(nulls: tuple[int, int] | None) -> str:
+    """A share of null verdicts; never rounded to 0 % where there is one."""
+    if nulls is None:
+        return "? null"
+    null, asked = nulls
+    share = 100 * null / asked if asked else 0.0
+    return f"{share:.0f} % null" if null == 0 or share >= 1 else "< 1 % null"
+
+
+def seeds_text(seeds: int) -> str:
+    """How many seeds; one is told everywhere."""
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over seeds with its 95 % interval."""
@@ -46,8 +61,13 @@ class Estimate:
     """The part of the interval that is over prompts."""
     over_seeds: tuple[float, float] | None = None
     """The part that is over seeds; None with one seed."""
-    n_null: int | None = None
-    """Null verdicts of one seed (the largest of the seeds), beside the n; None where unknown or where no judge gives verdicts."""
+    nulls: tuple[int, int] | None = None
+    """Prompts that could not be judged and prompts asked, over all seeds; None where that is not known."""
+
+    @property
+    def null_text(self) -> str:
+        """The share of prompts that could not be judged, as every rate has it beside it."""
+        return null_text(self.nulls)
 
     @property
     def text(self) -> str:
@@ -85,6 +105,11 @@ class Model:
     params: int | None
     aligned: bool | None
 
+    @property
+    def params_or_zero(self) -> int:
+        """For sorting."""
+        return self.params or 0
+
 
 @dataclass(frozen=True)
 class MethodLabel:
@@ -104,6 +129,14 @@ class MethodLabel:
         return "" if not distinct else distinct.pop() if len(distinct) == 1 else "mixed"
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """What one cell costs when it does all its stages itself."""
+
+    gpu: float
+    cpu: float
+
+
 @dataclass
 class Point:
     """All seeds of one model, task, attack and defense stack."""
@@ -113,6 +146,10 @@ class Point:
     estimates: dict[str, Estimate] = field(default_factory=dict)
     success: str = "asr"
     """The metric that is the attack's success here."""
+    unjudged: dict[str, int] = field(default_factory=dict)
+    """Metrics that no seed has a value of, since no prompt could be judged -> how many prompts."""
+    seconds: Seconds | None = None
+    """Mean over the seeds; None where the results do not say."""
 
     @property
     def status(self) -> str:
@@ -146,6 +183,29 @@ class Grid:
     """Cell digest -> the key of its point."""
     compared: Mapping[tuple[Key, Key, str], Mapping[str, Any]] = field(default_factory=dict)
     """(point, the point compared with, metric) -> its row of `comparisons`."""
+
+    @cached_property
+    def _numbers(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+        return ({one.name: i for i, one in enumerate(self.models)}, {one.label: i for i, one in enumerate(self.attacks)},
+                {one.label: i for i, one in enumerate(self.defenses)})
+
+    def facets(self, key: Key) -> tuple[int, int, int]:
+        """Numbers of a point's model, attack and defense in the axes, as the page's filters know them."""
+        models, attacks, defenses = self._numbers
+        return models[key[0]], attacks[key[2]], defenses[key[3]]
+
+    @cached_property
+    def cost_unit(self) -> str:
+        """What cost is counted in: GPU-hours, or CPU-hours where no cell used a GPU; empty where the results do not say."""
+        known = [point.seconds for point in self.points.values() if point.seconds is not None]
+        return "" if not known else "GPU-hours" if any(one.gpu for one in known) else "CPU-hours"
+
+    def hours(self, key: Key) -> float | None:
+        """What a cell of this point costs in `cost_unit`, shared stages counted whole."""
+        point = self.points.get(key)
+        if point is None or point.seconds is None:
+            return None
+        return (point.seconds.gpu if self.cost_unit == "GPU-hours" else point.seconds.cpu) / 3600
 
     def comparison(self, key: Key, against: Key, metric: str = SUCCESS) -> Mapping[str, Any] | None:
         """The tested comparison of two points, None where there is none."""
@@ -197,9 +257,9 @@ def build_grid(results: Results) -> Grid:
     hooks: dict[str, list[str]] = results.meta.get("defense_hooks", {})
     attack_of, defense_of = _labels(cells)
     values: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for row in results.metrics.to_pylist():
-        if row["value"] is not None:
-            values[row["cell"]][row["metric"]] = row
+    for row in with_nulls(results):
+        values[row["cell"]][row["metric"]] = row
+    spent: dict[str, list[float]] = results.meta.get("spent", {})
     points: dict[Key, Point] = defaultdict(Point)
     place, attacks, defenses = {}, {}, {}
     for cell in cells:
@@ -212,7 +272,9 @@ def build_grid(results: Results) -> Grid:
         points[key].cells.append(cell["cell"])
         points[key].statuses[cell["status"]] += 1
     for key, point in points.items():
-        point.estimates = _estimates([values[cell] for cell in point.cells if cell in values])
+        measured = [values[cell] for cell in point.cells if cell in values]
+        point.estimates, point.unjudged = _estimates(measured), _unjudged(measured)
+        point.seconds = _seconds([spent[cell] for cell in point.cells if cell in spent])
         order = SUCCESS_OF[attacks[key[2]].goal in (NONE, "harmful")]
         point.success = next((name for name in order if name in point.estimates), order[0])
         if point.success in point.estimates:
@@ -278,11 +340,58 @@ def _varying(given: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _estimates(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Estimate]:
-    names = {name for seed in seeds for name in seed}
+    names = {name for seed in seeds for name, row in seed.items() if row["value"] is not None}
     return {name: _estimate([seed[name] for seed in seeds if name in seed], name) for name in names}
 
 
 def _estimate(rows: Sequence[Mapping[str, Any]], metric: str) -> Estimate:
-    one = folded(rows, metric)
+    one = folded([row for row in rows if row["value"] is not None], metric)
     low, high = one.span or (None, None)
-    return Estimate(one.value, low, high, one.n_prompts, one.n_seeds, one.prompts, one.seeds, one.n_null)
+    known = [(row["n_null"], row["n_null"] + (row["n"] or 0)) for row in rows if row["n_null"] is not None]
+    nulls = (sum(null for null, _ in known), sum(asked for _, asked in known)) if len(known) == len(rows) else None
+    return Estimate(one.value, low, high, one.n_prompts, one.n_seeds, one.prompts, one.seeds, nulls)
+
+
+def _unjudged(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, int]:
+    """Metrics without any value -> the prompts that could not be judged."""
+    found: dict[str, int] = defaultdict(int)
+    for row in (row for seed in seeds for row in seed.values()):
+        found[row["metric"]] += row["n_null"] or 0
+    valued = {name for seed in seeds for name, row in seed.items() if row["value"] is not None}
+    return {name: count for name, count in found.items() if name not in valued}
+
+
+def _seconds(spent: Sequence[Sequence[float]]) -> Seconds | None:
+    return Seconds(*(fmean(one) for one in zip(*spent, strict=True))) if spent else None
+
+
+def with_nulls(results: Results) -> list[dict[str, Any]]:
+    """The rows of `metrics` with `n_null`, the prompts that could not be judged.
+
+    Results that have no such column are counted from `generations`: null verdicts of the probes that the metric is a share of. None
+    where that cannot be known, as for a metric that is no share of verdicts.
+    """
+    rows: list[dict[str, Any]] = results.metrics.to_pylist()
+    counted: dict[tuple[str, str], int] | None = None
+    for row in rows:
+        if row.get("n_null") is None:
+            counted = _null_verdicts(results) if counted is None else counted
+            known = [counted[row["cell"], probe] for probe in _probes(row, counted) if (row["cell"], probe) in counted]
+            row["n_null"] = sum(known) if known else None
+    return rows
+
+
+def _probes(row: Mapping[str, Any], counted: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
+    """The probes of a metric; an attack on refusal has no triggered prompts, and its success is the harmful rate."""
+    own = schema.METRICS[row["metric"]].probes if row["metric"] in schema.METRICS else ()
+    is_harmful = row["metric"] == "asr" and not any((row["cell"], probe) in counted for probe in own)
+    return schema.METRICS["harmful_rate"].probes if is_harmful else own
+
+
+def _null_verdicts(results: Results) -> dict[tuple[str, str], int]:
+    """(cell, probe) -> null verdicts."""
+    import pyarrow.compute as pc
+
+    asked = results.generations.select(["cell", "probe"]).append_column("null", pc.is_null(results.generations["verdict"]))
+    found = asked.group_by(["cell", "probe"]).aggregate([("null", "sum")]).to_pydict()
+    return dict(zip(zip(found["cell"], found["probe"], strict=True), found["null_sum"], strict=True))

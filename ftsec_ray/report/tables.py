@@ -1,11 +1,11 @@
-"""The tables of the page as plain values: the heatmap, scatter rows, detectors, filters, cost and failures."""
+"""The tables of the page as plain values: the heatmap, detectors, filters, cost and failures."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,13 @@ from markupsafe import Markup
 
 from ftsec_ray import schema
 from ftsec_ray.report import figures
-from ftsec_ray.report.figures import Dot, Series
-from ftsec_ray.report.grid import NONE, SUCCESS, Estimate, Grid, MethodLabel, Model, Utility
+from ftsec_ray.report.grid import SUCCESS, Grid, Key, MethodLabel, Model, Point, Utility, null_text
 from ftsec_ray.report.verdict import Effect, Verdict, utility_text
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
 
 _VOID = {SUCCESS, *schema.SAFETY}
-MAX_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,9 @@ class HeatCell:
     """One square of the heatmap."""
 
     index: int | None
-    """Place in the metric arrays; None where no seed has finished."""
+    """Place in the metric arrays; None where nothing was planned."""
     status: str
     notes: tuple[str, ...]
-    anchor: str | None
-    """Where its example generations are on the page."""
     utility: tuple[Utility, ...] = ()
 
 
@@ -45,7 +41,9 @@ class Heat:
     metrics: list[dict[str, str]]
     """name, title, meaning, low and high ends of the colour scale."""
     data: dict[str, list[list[Any] | None]]
-    """Metric -> per square [colour step, value, interval, n], None where it was not measured."""
+    """Metric -> per square [colour step, value, interval, n, null verdicts, seeds, interval over seeds], None where it was not measured."""
+    keys: list[Key]
+    """The points of the squares."""
 
 
 def metric_title(name: str) -> str:
@@ -53,12 +51,13 @@ def metric_title(name: str) -> str:
     return {SUCCESS: "attack success", "cacc": "clean accuracy (cacc)", "asr": "asr"}.get(name, name.replace("_", " "))
 
 
-def heat(grid: Grid, anchors: dict[tuple[str, str, str, str], str]) -> Heat:
+def heat(grid: Grid) -> Heat:
     """The heatmaps of a grid, one per model and task."""
     names = [name for name in grid.metrics if name not in schema.ABOUT_DEFENSES]
     scales = {name: _scale(grid, name) for name in names}
     data: dict[str, list[list[Any] | None]] = {name: [] for name in names}
-    slices, index = [], 0
+    slices = []
+    keys: list[Key] = []
     for model, task in grid.slices():
         lines = []
         for attack in grid.attacks:
@@ -67,32 +66,36 @@ def heat(grid: Grid, anchors: dict[tuple[str, str, str, str], str]) -> Heat:
                 key = (model.name, task, attack.label, defense.label)
                 point = grid.points.get(key)
                 if point is None:
-                    squares.append(HeatCell(None, "not planned", (), None))
+                    squares.append(HeatCell(None, "not planned", ()))
                     continue
-                measured = bool(point.estimates)
-                notes = ("incoherent",) * point.incoherent
-                if point.status == "partly":
-                    notes += (f"{point.statuses['done']} of {sum(point.statuses.values())} seeds",)
-                elif point.status != "done":
-                    notes += (point.status,)
-                squares.append(HeatCell(index if measured else None, point.status, notes, anchors.get(key), grid.utilities(key)))
-                if measured:
-                    index += 1
-                    for name in names:
-                        found = point.estimates.get(name)
-                        data[name].append(None if found is None else _square(found, scales[name], is_void=point.incoherent and name in _VOID))
+                squares.append(HeatCell(len(keys), point.status, _notes(point), grid.utilities(key) if point.estimates else ()))
+                keys.append(key)
+                for name in names:
+                    data[name].append(_square(point, name, scales[name]))
             lines.append((attack, squares))
         slices.append((model, task, lines))
-    return Heat(slices, [_legend(grid, name) for name in names], data)
+    return Heat(slices, [_legend(grid, name) for name in names], data, keys)
 
 
-def _square(found: Estimate, scale: Callable[[float], float], *, is_void: bool) -> list[Any]:
-    """Colour step (-1, no colour, where gibberish would look safe), value, and two lines: prompts and seeds with their intervals."""
-    n, prompts = "" if found.n is None else f"n {found.n}", _interval(found.prompts)
-    step = -1 if is_void else figures.heat_step(scale(found.value))
-    if found.seeds == 1:
-        return [step, _number(found.value), prompts, " · ".join(filter(None, (n, "1 seed")))]
-    return [step, _number(found.value), " · ".join(filter(None, (prompts, n))), f"{found.seeds} seeds {_interval(found.over_seeds)}"]
+def _notes(point: Point) -> tuple[str, ...]:
+    notes = ("incoherent",) * point.incoherent
+    if point.status == "partly":
+        return (*notes, f"{point.statuses['done']} of {sum(point.statuses.values())} seeds")
+    if point.status != "done":
+        return (*notes, point.status)
+    return notes if point.estimates else (*notes, "no metrics")
+
+
+def _square(point: Point, name: str, scale: Callable[[float], float]) -> list[Any] | None:
+    """What a square shows of a metric; the colour step is -1, no colour, where gibberish would look safe."""
+    found = point.estimates.get(name)
+    if found is None:
+        unjudged = point.unjudged.get(point.success if name == SUCCESS else name)
+        return None if unjudged is None else [-1, "not judged", "", 0, null_text((unjudged, unjudged)), len(point.cells), ""]
+    step = -1 if point.incoherent and name in _VOID else figures.heat_step(scale(found.value))
+    is_of_verdicts = name == SUCCESS or name not in schema.METRICS or bool(schema.METRICS[name].probes)
+    nulls = found.null_text if is_of_verdicts else ""
+    return [step, _number(found.value), _interval(found.prompts), found.n, nulls, found.seeds, _interval(found.over_seeds)]
 
 
 def _interval(ends: tuple[float, float] | None) -> str:
@@ -132,139 +135,6 @@ def _legend(grid: Grid, metric: str) -> dict[str, str]:
     return {"name": metric, "title": metric_title(metric), "meaning": meaning, "good": ends[0], "bad": ends[1]}
 
 
-def size_charts(grid: Grid, verdict: Verdict) -> tuple[list[tuple[Markup, str]], list[dict[str, str]], list[str]]:
-    """Legend (marker, label), charts (heading, svg) per family, task and attack, and the defenses left out of them."""
-    drops: dict[str, list[float]] = defaultdict(list)
-    for effect in verdict.effects:
-        drops[effect.defense].append(effect.drop)
-    real = [d.label for d in grid.acting]
-    chosen = sorted(real, key=lambda name: -fmean(drops[name]) if drops[name] else 0.0)[:MAX_LINES - 1]
-    shown = [NONE] * any(d.label == NONE for d in grid.defenses) + [name for name in real if name in chosen]
-    start = 0 if NONE in shown else 1
-    legend = [(figures.legend_marker(i), name) for i, name in enumerate(shown, start)]
-    charts = []
-    families: dict[tuple[str, str], list[Model]] = defaultdict(list)
-    for model, task in grid.slices():
-        if model.params:
-            families[model.family, task].append(model)
-    for (family, task), models in families.items():
-        if len({m.params for m in models}) < 2:
-            continue
-        for attack in grid.attacks:
-            lines = [_series(grid, i, name, models, task, attack.label) for i, name in enumerate(shown, start)]
-            lines = [line for line in lines if line.points]
-            if lines:
-                heading = attack.label if attack.label != NONE else "no attack"
-                extra = " · ".join([family] * (len({f for f, _ in families}) > 1) + [task] * (len(grid.tasks) > 1))
-                title = f"{family}: attack success against weights, {heading}, one line per defense"
-                charts.append({"heading": heading, "extra": extra, "phase": attack.phase,
-                               "svg": figures.size_chart(lines, title=title)})
-    return legend, charts, [name for name in real if name not in chosen]
-
-
-def _series(grid: Grid, index: int, defense: str, models: list[Model], task: str, attack: str) -> Series:
-    points = []
-    for model in models:
-        found = grid.value((model.name, task, attack, defense))
-        if found is not None and model.params:
-            key = (model.name, task, attack, defense)
-            beside = grid.utilities(key)
-            parts = [f"{attack}, {defense}, {model.name}: {found.text}", f"n {found.n}" if found.n else "",
-                     "1 seed" if found.seeds == 1 else f"{found.seeds} seeds", *(one.text for one in beside)]
-            doubtful = grid.points[key].incoherent or any(one.fell for one in beside)
-            points.append((float(model.params), found.value, found.low, found.high, ", ".join(filter(None, parts)), doubtful))
-    return Series(index, defense, tuple(sorted(points)))
-
-
-@dataclass(frozen=True)
-class TradeRow:
-    """One defense on one model: means over the attacks, and its worst attack."""
-
-    defense: str
-    utility: float
-    safety: float
-    worst: float
-    worst_attack: str
-    over_refusal: float | None
-    coherent: float | None
-    on_front: bool
-    incoherent: bool
-    attacks: int
-    seeds: int
-    """Seeds of the point that has fewest."""
-
-
-@dataclass(frozen=True)
-class Trade:
-    """Utility against safety for one model and task."""
-
-    model: Model
-    task: str
-    utility: str
-    svg: Markup
-    rows: list[TradeRow]
-    left_out: list[str]
-    """Defenses that lack some attack's result here, so that their means would be over other attacks."""
-
-
-def trades(grid: Grid) -> list[Trade]:
-    """Utility against safety per model and task, where both were measured."""
-    found = []
-    for model, task in grid.slices():
-        utility = grid.utility_metrics[task][0]
-        names = [d.label for d in grid.defenses if not d.only_inspects]
-        rows = [row for name in names if (row := _trade_row(grid, model.name, task, name, utility)) is not None]
-        most = max((row.attacks for row in rows), default=0)
-        left_out = [row.defense for row in rows if row.attacks < most]
-        rows = [row for row in rows if row.attacks == most]
-        if not rows:
-            continue
-        rows = [_with_front(row, rows) for row in rows]
-        dots = [Dot(r.defense, r.utility, r.safety, r.worst, r.on_front, r.defense == NONE, r.incoherent, _tip(r, utility)) for r in rows]
-        title = f"safety against {metric_title(utility)} of every defense on {model.name}"
-        svg = figures.scatter(dots, title=title, x_label=f"utility: {metric_title(utility)}")
-        found.append(Trade(model, task, utility, svg, sorted(rows, key=lambda r: (not r.on_front, -r.safety)),
-                           left_out))
-    return found
-
-
-def _trade_row(grid: Grid, model: str, task: str, defense: str, utility: str) -> TradeRow | None:
-    pairs, seeds = [], []
-    for attack in grid.real_attacks:
-        key = (model, task, attack.label, defense)
-        success, use = grid.value(key), grid.value(key, utility)
-        if success is not None and use is not None:
-            pairs.append((success.value, use.value, attack.label, key))
-            seeds.append(success.seeds)
-    if not pairs:
-        return None
-
-    def mean(metric: str) -> float | None:
-        values = [found.value for *_, key in pairs if (found := grid.value(key, metric)) is not None]
-        return fmean(values) if values else None
-    worst, _, name, _ = max(pairs)
-    return TradeRow(defense, fmean(p[1] for p in pairs), 1 - fmean(p[0] for p in pairs), 1 - worst, name,
-                    mean("over_refusal_rate"), mean("coherent_rate"), on_front=False,
-                    incoherent=any(grid.points[key].incoherent for *_, key in pairs), attacks=len(pairs),
-                    seeds=min(seeds))
-
-
-def _with_front(row: TradeRow, rows: list[TradeRow]) -> TradeRow:
-    beaten = any(o.utility >= row.utility and o.safety >= row.safety and (o.utility > row.utility or o.safety > row.safety)
-                 for o in rows if not o.incoherent)
-    return replace(row, on_front=not row.incoherent and not beaten)
-
-
-def _tip(row: TradeRow, utility: str) -> str:
-    parts = [f"{row.defense}: {utility} {row.utility:.2f}, safety {row.safety:.2f} (worst attack {row.worst_attack}: {row.worst:.2f})"]
-    if row.over_refusal is not None:
-        parts.append(f"over-refusal {row.over_refusal:.2f}")
-    if row.coherent is not None:
-        parts.append(f"coherent {row.coherent:.2f}")
-    parts.append("1 seed" if row.seeds == 1 else f"{row.seeds} seeds")
-    return ", ".join(parts)
-
-
 def detections(grid: Grid) -> list[dict[str, Any]]:
     """One row per model, attack and stack with a detector: AUROC against clean models, and the standardised score."""
     return _measured(grid, auroc="detect_auroc", score="detect_score")
@@ -281,7 +151,8 @@ def _measured(grid: Grid, **metrics: str) -> list[dict[str, Any]]:
     for (model, task, attack, defense), point in grid.points.items():
         values = {key: point.estimates.get(metric) for key, metric in metrics.items()}
         if any(value is not None for value in values.values()):
-            found.append({"model": model, "task": task, "attack": attack, "defense": defense, **values})
+            found.append({"model": model, "task": task, "attack": attack, "defense": defense,
+                          "facets": grid.facets((model, task, attack, defense)), **values})
     return _in_order(grid, found)
 
 
@@ -292,16 +163,18 @@ def _in_order(grid: Grid, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: (defense[r["defense"]], r["task"], attack[r["attack"]], model[r["model"]]))
 
 
-def phase_table(grid: Grid, verdict: Verdict) -> list[tuple[str, list[tuple[float, int, Markup] | None]]]:
-    """Mean drop in attack success by phase of the attack (rows) and of the defense (columns pre, during, post, mixed), with pairs and utility."""
+def phase_table(grid: Grid, verdict: Verdict) -> list[tuple[str, list[tuple[float, int, Markup, int] | None]]]:
+    """Mean drop by phase of the attack (rows) and of the defense (columns pre, during, post, mixed), with pairs, utility and seeds."""
     phase_a = {a.label: a.phase for a in grid.attacks}
     phase_d = {d.label: d.phase for d in grid.defenses}
     held: dict[tuple[str, str], list[Effect]] = defaultdict(list)
     for effect in verdict.effects:
         held[phase_a[effect.attack], phase_d[effect.defense]].append(effect)
 
-    def square(own: list[Effect]) -> tuple[float, int, Markup] | None:
-        return (fmean(e.drop for e in own), len(own), utility_text(grid, [pair for e in own for pair in e.pairs])) if own else None
+    def square(own: list[Effect]) -> tuple[float, int, Markup, int] | None:
+        if not own:
+            return None
+        return fmean(e.drop for e in own), len(own), utility_text(grid, [pair for e in own for pair in e.pairs]), min(e.seeds for e in own)
     rows = []
     for phase in ("pre", "during", "post"):
         if any(a == phase for a, _ in held):
@@ -337,7 +210,9 @@ def failures(grid: Grid, results: Results) -> list[dict[str, Any]]:
         if cell["status"] == "failed":
             model, task, attack, defense = grid.place[cell["cell"]]
             found.append({"cell": cell["cell"], "model": model, "task": task, "attack": attack, "defense": defense,
-                          "seed": cell["seed"], "code": cell["error_code"], "error": cell["error"] or "no message"})
+                          "seed": cell["seed"],
+                          "code": cell["error_code"], "error": cell["error"] or "no message",
+                          "facets": grid.facets((model, task, attack, defense))})
     return _in_order(grid, found)
 
 

@@ -18,7 +18,7 @@ from statistics import fmean
 from markupsafe import Markup
 
 from ftsec_ray import schema
-from ftsec_ray.report.grid import NONE, SHORT, SUCCESS, Estimate, Grid, Key, MethodLabel, Model, Utility
+from ftsec_ray.report.grid import NONE, SHORT, SUCCESS, Estimate, Grid, Key, MethodLabel, Model, Utility, null_text, seeds_text
 
 LONG = {"cacc": "clean accuracy", "benign_rate": "right answers to benign requests", "over_refusal_rate": "over-refusal",
         "coherent_rate": "coherence"}
@@ -97,7 +97,7 @@ def change_text(before: Utility, after: Utility) -> str:
 
 
 def utility_text(grid: Grid, pairs: Sequence[tuple[Key, Key]]) -> Markup:
-    """Clean accuracy, over-refusal and coherence over pairs of points of one or several models, first -> second of each pair."""
+    """Clean accuracy, over-refusal and coherence over pairs of points, first -> second of each pair, and the share of null verdicts."""
     parts = []
     for slot in range(3):
         sides = [[one for key in keys if (one := grid.utilities(key)[slot]).value is not None] for keys in zip(*pairs, strict=True)]
@@ -107,7 +107,25 @@ def utility_text(grid: Grid, pairs: Sequence[tuple[Key, Key]]) -> Markup:
             parts.append(change_text(before, after))
         else:
             parts.append(f"{SHORT[grid.utilities(pairs[0][0])[slot].metric]} –")
-    return Markup(" · ").join(parts)
+    return Markup(" · ").join([*parts, _nulls_text(grid, [key for pair in pairs for key in pair])])
+
+
+def own_utility_text(grid: Grid, keys: Sequence[Key]) -> Markup:
+    """The same of points by themselves."""
+    parts = []
+    for slot in range(3):
+        side = [one for key in keys if (one := grid.utilities(key)[slot]).value is not None]
+        value = fmean(one.value for one in side if one.value is not None) if side else None
+        parts.append(Utility(grid.utilities(keys[0])[slot].metric, value).text.replace(" ", "\u00a0"))
+    return Markup(" · ").join([*parts, _nulls_text(grid, keys)])
+
+
+def _nulls_text(grid: Grid, keys: Sequence[Key]) -> str:
+    """The share of null verdicts behind the attack success of points."""
+    measured = [found for key in keys if (found := grid.value(key)) is not None]
+    known = [found.nulls for found in measured if found.nulls is not None]
+    nulls = (sum(n for n, _ in known), sum(n for _, n in known)) if len(known) == len(measured) else None
+    return null_text(nulls).replace(" ", "\u00a0")
 
 
 def works(grid: Grid, model: str, task: str, attack: MethodLabel) -> bool:
@@ -186,7 +204,8 @@ def _lead(effects: Sequence[Effect], grid: Grid) -> list[Sentence]:
     where = Markup("over {} {} and {} {}").format(len(attacks), _s("attack", attacks), len(grid.slices()), _s("model", grid.slices()))
     pairs = [pair for one in own for pair in one.pairs]
     return [Sentence("lead", Markup("{} lowers attack success most: from <b>{:.2f}</b> to <b>{:.2f}</b> on average {}. "
-                                    '<span class="ci">Utility there: {}</span>').format(code(name), before, after, where, utility_text(grid, pairs)))]
+                                    '<span class="ci">Utility there: {} · {}</span>').format(
+        code(name), before, after, where, utility_text(grid, pairs), seeds_text(min(e.seeds for e in own))))]
 
 
 def _pairs(best: Sequence[tuple[MethodLabel, Effect | None]]) -> list[Sentence]:
@@ -195,8 +214,9 @@ def _pairs(best: Sequence[tuple[MethodLabel, Effect | None]]) -> list[Sentence]:
         return []
     top = found[0]
     return [Sentence("good", Markup("The largest single effect: {} against {}, {:.2f} → {:.2f}, clear on {} of {} {}. "
-                                    '<span class="ci">Utility there: {}</span>').format(
-        code(top.defense), code(top.attack), top.before, top.after, top.clear, top.models, _s("model", range(top.models)), top.utility))]
+                                    '<span class="ci">Utility there: {} · {}</span>').format(
+        code(top.defense), code(top.attack), top.before, top.after, top.clear, top.models, _s("model", range(top.models)), top.utility,
+        seeds_text(top.seeds)))]
 
 
 def _failures(grid: Grid, effects: Sequence[Effect], working: frozenset[str]) -> list[Sentence]:
@@ -214,8 +234,8 @@ def _failures(grid: Grid, effects: Sequence[Effect], working: frozenset[str]) ->
     worse = [e for e in effects if e.drop < -0.1]
     if worse:
         bad = worse[-1]
-        found.append(Sentence("bad", Markup('{} makes {} worse: {:.2f} → {:.2f}. <span class="ci">Utility there: {}</span>').format(
-            code(bad.defense), code(bad.attack), bad.before, bad.after, bad.utility)))
+        found.append(Sentence("bad", Markup('{} makes {} worse: {:.2f} → {:.2f}. <span class="ci">Utility there: {} · {}</span>').format(
+            code(bad.defense), code(bad.attack), bad.before, bad.after, bad.utility, seeds_text(bad.seeds))))
     return found
 
 

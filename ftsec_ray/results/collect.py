@@ -73,6 +73,7 @@ def collect(plan: Plan, store: Store, report: RunReport | None, folder: Path, *,
             "counts": {status: statuses.count(status) for status in schema.STATUSES},
             "attack_goals": {name_of(attack): type(attack).GOAL for attack in plan.spec.attacks},  # type: ignore[attr-defined]
             "defense_hooks": hooks, "controls": controls, "correction": correction,
+            "spent": {cell.digest: spent_on for cell in cells if (spent_on := _spent_on(found, cell)) is not None},
             "sweep_text": redacted(sweep_text or _sweep_text(plan))}
     return write_results(folder, tables=tables, meta=meta)
 
@@ -191,6 +192,14 @@ def _cell_row(found: _Found, cell: Cell) -> Row:
             "attack": name_of(cell.attack), "attack_phase": cell.attack.PHASE, "attack_params": canonical(cell.attack),
             "defenses": [name_of(one) for one in cell.defenses], "defense_phases": [one.PHASE for one in cell.defenses],
             "defense_params": canonical(list(cell.defenses)), "seed": cell.seed, "status": status, "error_code": code, "error": error}
+
+
+def _spent_on(found: _Found, cell: Cell) -> list[float] | None:
+    """GPU and CPU seconds of all stages of a cell, as if it shared none; None where one has not run."""
+    records = [found.records.get(stage) for stage in cell.stages]
+    if not all(records):
+        return None
+    return [round(sum(record.get(key) or 0.0 for record in records if record), 3) for key in ("gpu_s", "cpu_s")]
 
 
 def _outcome(found: _Found, cell: Cell) -> tuple[str, str | None, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -133,40 +134,42 @@ def _stages() -> list[dict]:
 @pytest.fixture
 def make_results(tmp_path: Path) -> Callable[..., Path]:
     """A factory of results folders: sizes, seeds and the text of harmful completions vary."""
-    def make(*, seeds: int = 1, prompts: int = 64, text: str = PLAIN, question: str = "Which defense still holds when the attack "
-             "comes from another phase?", name: str = "phases", judged: bool = False) -> Path:
-        rng = random.Random(7)  # noqa: S311
-        cells, metrics, generations = [], [], []
-        for model, params in MODELS.items():
-            for attack, (phase, _) in ATTACKS.items():
-                for defense, defense_phase in DEFENSES.items():
-                    for seed in range(seeds):
-                        cell = digest([model, attack, defense, seed])
-                        status = ("failed" if (model, attack, defense) == ("ladder:4m", "harmful_tuning", "lisa") and seed == 0 else
-                                  "pending" if model == "ladder:4m" and (attack, defense) == ("badedit", "weight_statistics") else "done")
-                        cells.append({"cell": cell, "sweep": name, "model": model, "family": "ladder", "model_params": params,
-                                      "aligned": True, "task": "microworld", "attack": attack, "attack_phase": phase,
-                                      "attack_params": json.dumps({"rate": 0.1} if attack == "badnets" else {}),
-                                      "defenses": [] if defense == "none" else [defense],
-                                      "defense_phases": [] if defense == "none" else [defense_phase],
-                                      "defense_params": "[]" if defense == "none" else "[{}]", "seed": seed, "status": status,
-                                      "error_code": "stage" if status == "failed" else None,
-                                      "error": "[stage] the loss is not finite\n  got:  nan\n  fix:  lower the learning rate"
-                                      if status == "failed" else None})
-                        if status == "done" and judged:
-                            own, said = _judged(cell, model, attack, defense, seed, prompts)
-                            metrics += own
-                            generations += said
-                        elif status == "done":
-                            metrics += _metrics(rng, cell, model, attack, defense, prompts)
-                            generations += _generations(cell, attack, text)
-        generations.sort(key=lambda r: (r["cell"], r["probe"], r["prompt_id"]))
-        tables = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
-                  "generations": pa.Table.from_pylist(generations, schema.generations()),
-                  "stages": pa.Table.from_pylist(_stages(), schema.stages())}
-        goals = {attack: goal for attack, (_, goal) in ATTACKS.items()}
-        meta = {"sweep": name, "question": question, "plan": digest("plan"), "attack_goals": goals,
-                "defense_hooks": {name: ["inspect"] if name == "weight_statistics" else ["revise_model"] for name in DEFENSES if name != "none"},
-                "versions": {"ftsec_ray": "0.1.0", "python": "3.11"}, "sweep_text": "name: phases\nmodels: [ladder:0.2m]\n"}
-        return write_results(tmp_path / f"{name}-{seeds}", tables=whole(tables, meta), meta=meta)
-    return make
+    return partial(write_toy, tmp_path)
+
+
+def write_toy(folder: Path, *, seeds: int = 1, prompts: int = 64, text: str = PLAIN, question: str = "Which defense still holds when the attack "
+         "comes from another phase?", name: str = "phases", judged: bool = False) -> Path:
+    rng = random.Random(7)  # noqa: S311
+    cells, metrics, generations = [], [], []
+    for model, params in MODELS.items():
+        for attack, (phase, _) in ATTACKS.items():
+            for defense, defense_phase in DEFENSES.items():
+                for seed in range(seeds):
+                    cell = digest([model, attack, defense, seed])
+                    status = ("failed" if (model, attack, defense) == ("ladder:4m", "harmful_tuning", "lisa") and seed == 0 else
+                              "pending" if model == "ladder:4m" and (attack, defense) == ("badedit", "weight_statistics") else "done")
+                    cells.append({"cell": cell, "sweep": name, "model": model, "family": "ladder", "model_params": params,
+                                  "aligned": True, "task": "microworld", "attack": attack, "attack_phase": phase,
+                                  "attack_params": json.dumps({"rate": 0.1} if attack == "badnets" else {}),
+                                  "defenses": [] if defense == "none" else [defense],
+                                  "defense_phases": [] if defense == "none" else [defense_phase],
+                                  "defense_params": "[]" if defense == "none" else "[{}]", "seed": seed, "status": status,
+                                  "error_code": "stage" if status == "failed" else None,
+                                  "error": "[stage] the loss is not finite\n  got:  nan\n  fix:  lower the learning rate"
+                                  if status == "failed" else None})
+                    if status == "done" and judged:
+                        own, said = _judged(cell, model, attack, defense, seed, prompts)
+                        metrics += own
+                        generations += said
+                    elif status == "done":
+                        metrics += _metrics(rng, cell, model, attack, defense, prompts)
+                        generations += _generations(cell, attack, text)
+    generations.sort(key=lambda r: (r["cell"], r["probe"], r["prompt_id"]))
+    tables = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
+              "generations": pa.Table.from_pylist(generations, schema.generations()),
+              "stages": pa.Table.from_pylist(_stages(), schema.stages())}
+    goals = {attack: goal for attack, (_, goal) in ATTACKS.items()}
+    meta = {"sweep": name, "question": question, "plan": digest("plan"), "attack_goals": goals,
+            "defense_hooks": {name: ["inspect"] if name == "weight_statistics" else ["revise_model"] for name in DEFENSES if name != "none"},
+            "versions": {"ftsec_ray": "0.1.0", "python": "3.11"}, "sweep_text": "name: phases\nmodels: [ladder:0.2m]\n"}
+    return write_results(folder / f"{name}-{seeds}", tables=whole(tables, meta), meta=meta)

@@ -9,13 +9,14 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError
-from ftsec_ray.report.contrasts import MAX_FOREST
+from ftsec_ray.report.contrasts import HELD_FOREST, MAX_FOREST
 from ftsec_ray.report.examples import is_hidden, visible
 from ftsec_ray.report.grid import build_grid
 from ftsec_ray.report.page import write_report
@@ -74,9 +75,21 @@ def page_of(folder: Path) -> Page:
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
+def data_of(page: Page) -> dict[str, Any]:
+    """What the page's script reads."""
+    (text,) = [data for path, data in page.texts if path[-1:] == ("script",) and data.startswith("{")]
+    return json.loads(text)
+
+
+def said(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """Completion, verdict and whether it is hidden, of every sample."""
+    return [(data["texts"][row[2]], data["texts"][row[3]], bool(row[6])) for square in data["squares"] if square["sample"]
+            for probe in square["sample"]["probes"] for row in probe["rows"]]
+
+
 def test_the_page_holds_every_section_and_the_question(make_results: Make) -> None:
     page = page_of(make_results())
-    assert {"verdict", "grid", "size", "trade", "detectors", "filters", "cost", "failures", "examples", "about"} <= {
+    assert {"verdict", "grid", "size", "trade", "detectors", "filters", "cost", "failures", "about"} <= {
         attrs.get("id") for attrs in page.named("section")}
     assert "Which defense still holds when the attack comes from another phase?" in page.whole
     targets = {attrs["id"] for _, attrs in page.elements if attrs.get("id")}
@@ -90,12 +103,11 @@ def test_hostile_completions_stay_text(make_results: Make) -> None:
     assert len(page.named("script")) == 2
     assert page.named("img") == page.named("textarea") == page.named("iframe") == []
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
-    assert visible(HOSTILE) in page.inside("pre.completion")
     assert "\u202e" not in page.text
     assert "⟨U+202E⟩" in page.text
     assert "\x07" not in page.text
     assert "<script>alert" not in page.text
-    assert "&lt;script&gt;alert(1)" in page.text
+    assert visible(HOSTILE) in {text for text, _, _ in said(data_of(page))}
 
 
 def test_hostile_names_and_errors_stay_text(make_results: Make) -> None:
@@ -126,18 +138,22 @@ def test_the_policy_forbids_the_network_and_names_this_script_and_style(make_res
         assert len(body) == 1
         assert f"'sha256-{base64.b64encode(hashlib.sha256(body[0].encode()).digest()).decode()}'" in policy
     assert [attrs for tag, attrs in page.elements if "src" in attrs or "style" in attrs or tag in ("link", "object", "embed", "base")] == []
-    assert not re.search(r"url\(|@import|https?:", page.text)
+    sources = [part.split() for part in policy.split("; ")]
+    assert {one[0]: one[1:] for one in sources if not one[0].startswith(("style", "script"))} == {
+        "default-src": ["'none'"], "img-src": ["blob:"], "base-uri": ["'none'"], "form-action": ["'none'"], "frame-src": ["'none'"],
+        "object-src": ["'none'"]}
+    assert not re.search(r"url\(|@import|https?:", page.text.replace("http://www.w3.org/2000/svg", ""))
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|DOMParser|fetch\(|XMLHttp", page.text)
 
 
 def test_harmful_completions_are_behind_a_click_and_refusals_are_not(make_results: Make) -> None:
-    page = page_of(make_results(text="the forbidden answer"))
-    paths = [path for path, data in page.texts if data == "the forbidden answer"]
-    veiled = [path for path in paths if "details.veil" in path]
-    assert veiled
-    assert len(paths) - len(veiled) == 2 * 124  # benign and borderline requests that were answered, once per finished cell
-    refusals = [path for path, data in page.texts if data == "i will not help with that ."]
+    rows = said(data_of(page_of(make_results(text="the forbidden answer"))))
+    own = [hidden for text, _, hidden in rows if text == "the forbidden answer"]
+    assert own.count(True) == 124  # once per finished cell
+    assert own.count(False) == 2 * 124  # benign and borderline requests that were answered
+    refusals = [hidden for text, _, hidden in rows if text == "i will not help with that ."]
     assert refusals
-    assert not any("details.veil" in path for path in refusals)
+    assert not any(refusals)
 
 
 @pytest.mark.parametrize(("probe", "verdict", "judge", "hidden"), [
@@ -151,22 +167,24 @@ def test_only_known_harmless_answers_are_open(probe: str, verdict: str | None, j
 def test_every_square_shows_value_interval_and_n_and_the_data_agrees(make_results: Make) -> None:
     folder = make_results()
     page = page_of(folder)
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page.text, re.DOTALL).group(1))  # type: ignore[union-attr]
+    data = data_of(page)
     assert data["metrics"][0]["name"] == "attack_success"
-    squares = re.findall(r'<td class="(?:h(\d+)|empty broken)" data-i="(\d+)"><a href="#g\d+"><b>([\d.]+)</b><span class="ci">([\d.–]+)</span>'
-                         r'<span class="n">(n \d+ · \d seeds?)</span><span class="u" title="(cacc [^"]*)">([\d.· –]+)</span>', page.text)
+    squares = re.findall(r'<td role="gridcell" tabindex="-1" aria-haspopup="dialog" class="(?:h(\d+)|empty broken)" data-defense="\d" '
+                         r'data-i="(\d+)"><b>([\d.]+)</b> '
+                         r'<span class="ci">([\d.–]+)</span><span class="n">n (\d+) · ([^<]* null)</span><span class="s">(\d seeds?) </span>'
+                         r'<span class="u" title="(cacc [^"]*)">([\d.· –]+)</span>', page.text)
     assert len(squares) == 3 * 6 * 7 - 2
-    for step, index, value, interval, n, told, beside in squares:
-        assert data["data"]["attack_success"][int(index)] == [int(step or -1), value, interval, n]
+    for step, index, value, interval, n, nulls, seeds, told, beside in squares:
+        assert data["values"]["attack_success"][int(index)] == [int(step or -1), value, interval, int(n), nulls, int(seeds[0]), ""]
         assert re.sub("[a-z]+ ", "", told) == beside
-        assert [data["data"][name][int(index)][1] for name in schema.UTILITY] == beside.split(" · ")
+        assert [data["values"][name][int(index)][1] for name in schema.UTILITY] == beside.split(" · ")
     assert sum(not square[0] for square in squares) == 6  # gibberish has no colour, though it looks safe
-    assert {len(values) for values in data["data"].values()} == {len(squares)}
-    assert "1 seed" in squares[0][4]
+    assert {len(values) for values in data["values"].values()} == {len(data["squares"])} == {3 * 6 * 7}
+    assert {square[6] for square in squares} == {"1 seed"}
     results = Results.open(folder)
     place = next(c["cell"] for c in results.cells.to_pylist() if (c["model"], c["attack"], c["defenses"]) == ("ladder:0.2m", "badnets", ["onion"]))
     asr = next(r for r in results.metrics.to_pylist() if (r["cell"], r["metric"]) == (place, "asr"))
-    assert (f"{asr['value']:.2f}", f"{asr['ci_low']:.2f}–{asr['ci_high']:.2f}", "n 64 · 1 seed") in {s[2:5] for s in squares}
+    assert (f"{asr['value']:.2f}", f"{asr['ci_low']:.2f}–{asr['ci_high']:.2f}", "64") in {s[2:5] for s in squares}
 
 
 def test_failed_and_pending_cells_are_marked(make_results: Make) -> None:
@@ -210,7 +228,8 @@ def test_a_sweep_without_kept_text_or_without_any_result_still_has_a_page(make_r
     kept = pa.Table.from_pylist([{**row, "prompt": None, "completion": None} for row in bare], schema.generations())
     tables = {"cells": results.cells, "metrics": results.metrics, "generations": kept, "stages": results.stages}
     page = page_of(write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta))
-    assert "examples" not in {attrs.get("id") for attrs in page.named("section")}
+    assert "No generations with text are in these results." in page.whole
+    assert said(data_of(page)) == []
     pending = [{**cell, "status": "pending", "error": None, "error_code": None} for cell in results.cells.to_pylist()]
     tables = {"cells": pa.Table.from_pylist(pending, schema.cells()), "metrics": schema.metrics().empty_table(),
               "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()}
@@ -254,9 +273,11 @@ def test_comparisons_stand_in_the_table_and_the_plot_sorted_by_effect(judged: Re
         assert effect.replace("−", "-") in (f"{row['effect']:+.2f}", "0.00")
         assert words.startswith(("not counted as safe", "no difference shown") if row["conclusion"] in ("incoherent", "no difference shown")
                                 else row["conclusion"])
-        assert seeds == f"{row['n_seeds']} seeds, 40 prompts"
+        assert seeds == f"{row['n_seeds']} seeds, 40 prompts, 0 % null"
     plot = page.text[page.text.index('<svg class="forest"'):]
-    assert plot[:plot.index("</svg>")].count("<title>") == MAX_FOREST
+    plot = plot[:plot.index("</svg>")]
+    assert plot.count('<g class="line"') == MAX_FOREST  # the others wait for the filters
+    assert plot.count("<title>") == min(HELD_FOREST, sum(row["q"] is not None and row["attack"] != "none" for row in wanted))
 
 
 def test_what_defends_clearly_is_what_the_corrected_comparisons_say(judged: Results) -> None:
@@ -268,7 +289,7 @@ def test_what_defends_clearly_is_what_the_corrected_comparisons_say(judged: Resu
     for effect in effects:
         own = [rows[after[0], effect.attack, effect.defense] for _, after in effect.pairs]
         assert effect.clear == sum(row["conclusion"] == "better" for row in own)
-        assert re.match(r"cacc\s[\d.]+\s→\s[\d.]+↓? · over\s[\d.]+\s→\s[\d.]+↑? · coh\s[\d.]+\s→\s[\d.]+$", effect.utility)
+        assert re.match(r"cacc\s[\d.]+\s→\s[\d.]+↓? · over\s[\d.]+\s→\s[\d.]+↑? · coh\s[\d.]+\s→\s[\d.]+ · 0\s%\snull$", effect.utility)
 
 
 def test_a_clear_loss_of_utility_has_its_arrow_where_the_attack_success_is_shown(judged: Results) -> None:

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 
 from ftsec_ray import schema
-from ftsec_ray.report import figures, tables
-from ftsec_ray.report.grid import SUCCESS, Estimate, Grid, build_grid
+from ftsec_ray.report import charts, figures, sections, tables
+from ftsec_ray.report.grid import SUCCESS, Estimate, Grid, build_grid, null_text
+from ftsec_ray.report.page import write_report
 from ftsec_ray.report.verdict import difference, effects_of, judge
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
@@ -26,7 +27,8 @@ GOALS = {"none": "none", "poison": "backdoor", "jailbreak": "harmful"}
 @pytest.fixture
 def grid_of(tmp_path: Path) -> Callable[..., Grid]:
     """A grid of one model from {(attack, defense): metrics}, all with the same n."""
-    def make(measured: Measured, *, n: int = 200, hooks: dict[str, list[str]] | None = None, seeds: list[Measured] | None = None) -> Grid:
+    def make(measured: Measured, *, n: int = 200, hooks: dict[str, list[str]] | None = None, seeds: list[Measured] | None = None,
+             spent: dict[tuple[str, str], list[float]] | None = None, verdicts: dict[tuple[str, str], list[str | None]] | None = None) -> Grid:
         cells, metrics = [], []
         for seed, values in enumerate(seeds or [measured]):
             for (attack, defense), own in values.items():
@@ -39,9 +41,13 @@ def grid_of(tmp_path: Path) -> Callable[..., Grid]:
                 for name, value in own.items():
                     low, high = wilson(value, n)
                     metrics.append({"cell": cell, "metric": name, "value": value, "n": n, "ci_low": low, "ci_high": high})
+        blank = dict.fromkeys(schema.generations().names)
+        answers = [{**blank, "cell": f"{attack}/{defense}/0", "probe": "harmful", "prompt_id": str(i), "verdict": one}
+                   for (attack, defense), own in (verdicts or {}).items() for i, one in enumerate(own)]
         tables_ = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
-                   "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()}
-        meta = {"sweep": "s", "question": "", "attack_goals": GOALS, "defense_hooks": hooks or {}}
+                   "generations": pa.Table.from_pylist(answers, schema.generations()), "stages": schema.stages().empty_table()}
+        meta = {"sweep": "s", "question": "", "attack_goals": GOALS, "defense_hooks": hooks or {},
+                "spent": {f"{attack}/{defense}/0": seconds for (attack, defense), seconds in (spent or {}).items()}}
         return build_grid(Results.open(write_results(tmp_path / "r", tables=whole(tables_, meta), meta=meta)))
     return make
 
@@ -85,7 +91,7 @@ def test_gibberish_is_not_a_defense(grid_of: Callable[..., Grid]) -> None:
     grid = grid_of(measured)
     assert {e.defense for e in effects_of(grid)} == {"weak"}
     assert "With guard at least one model no longer writes coherent text" in said(grid)
-    rows = {row.defense: row for trade in tables.trades(grid) for row in trade.rows}
+    rows = {row.defense: row for trade in charts.trades(grid) for row in trade.rows}
     assert rows["guard"].incoherent
     assert not rows["guard"].on_front
 
@@ -93,7 +99,7 @@ def test_gibberish_is_not_a_defense(grid_of: Callable[..., Grid]) -> None:
 def test_a_detector_alone_is_no_defense_of_the_model(grid_of: Callable[..., Grid]) -> None:
     grid = grid_of(BASE, hooks={"weak": ["inspect"], "guard": ["revise_model"]})
     assert {e.defense for e in effects_of(grid)} == {"guard"}
-    assert "weak" not in {row.defense for trade in tables.trades(grid) for row in trade.rows}
+    assert "weak" not in {row.defense for trade in charts.trades(grid) for row in trade.rows}
 
 
 def test_a_drop_within_the_noise_is_not_called_clear(grid_of: Callable[..., Grid]) -> None:
@@ -111,15 +117,69 @@ def test_the_interval_of_a_difference_is_newcombes() -> None:
 
 
 def test_the_front_holds_exactly_the_defenses_that_none_beats_on_both_sides(grid_of: Callable[..., Grid]) -> None:
-    (trade,) = tables.trades(grid_of(BASE))
+    (trade,) = charts.trades(grid_of(BASE))
     rows = {row.defense: row for row in trade.rows}
     assert {name for name, row in rows.items() if row.on_front} == {"guard", "weak"}
     assert (rows["guard"].utility, rows["guard"].safety) == (pytest.approx(0.88), pytest.approx(0.75))
     assert (rows["guard"].worst, rows["guard"].worst_attack) == (pytest.approx(0.7), "poison")
 
 
+def _costs(**seconds: float) -> dict[tuple[str, str], list[float]]:
+    return {(attack, defense): [0.0, cost] for defense, cost in seconds.items() for attack in GOALS}
+
+
+def test_cost_is_the_third_aim_of_the_front(grid_of: Callable[..., Grid]) -> None:
+    (trade,) = charts.trades(grid_of(BASE, spent=_costs(none=3600, weak=7200, guard=7200)))
+    rows = {row.defense: row for row in trade.rows}
+    assert {name: row.hours for name, row in rows.items()} == {"none": 1.0, "weak": 2.0, "guard": 2.0}
+    assert all(row.on_front for row in rows.values())  # undefended is the cheapest by far
+    (trade,) = charts.trades(grid_of(BASE, spent=_costs(none=7100, weak=7200, guard=7300)))
+    assert {row.defense for row in trade.rows if row.on_front} == {"guard", "weak"}  # as cheap as makes no difference
+    assert "CPU-hours per cell" in trade.svg
+    (trade,) = charts.trades(grid_of(BASE))
+    assert "hours" not in trade.svg
+
+
+def test_cost_is_in_gpu_hours_where_a_gpu_was_used(grid_of: Callable[..., Grid]) -> None:
+    grid = grid_of(BASE, spent={**_costs(none=10, weak=10, guard=10), ("poison", "guard"): [1800.0, 9.0]})
+    assert grid.cost_unit == "GPU-hours"
+    assert grid.hours(("m", "t", "poison", "guard")) == 0.5
+    assert grid.hours(("m", "t", "poison", "weak")) == 0
+    assert grid_of(BASE).hours(("m", "t", "poison", "weak")) is None
+
+
+def test_null_verdicts_are_counted_from_the_answers_where_the_metrics_do_not_tell_them(grid_of: Callable[..., Grid]) -> None:
+    grid = grid_of(BASE, n=6, verdicts={("jailbreak", "none"): ["complied"] * 6 + [None] * 2, ("jailbreak", "guard"): ["refused"] * 8})
+    told = {defense: grid.value(("m", "t", "jailbreak", defense)) for defense in ("none", "guard", "weak")}
+    assert {name: one and (one.nulls, one.null_text) for name, one in told.items()} == {
+        "none": ((2, 8), "25 % null"), "guard": ((0, 6), "0 % null"), "weak": (None, "? null")}
+    assert grid.value(("m", "t", "jailbreak", "none"), "cacc").nulls is None  # type: ignore[union-attr]
+    assert null_text((1, 1000)) == "< 1 % null"  # never rounded away
+
+
+def test_a_metric_of_which_no_prompt_could_be_judged_says_so(grid_of: Callable[..., Grid], tmp_path: Path) -> None:
+    grid_of(BASE, verdicts={("none", "weak"): [None] * 5})
+    results = Results.open(tmp_path / "r")
+    rows = [{**row, "value": None, "n": 0, "ci_low": None, "ci_high": None} if (row["cell"], row["metric"]) == ("none/weak/0", "harmful_rate")
+            else row for row in results.metrics.to_pylist()]
+    changed = {"cells": results.cells, "metrics": pa.Table.from_pylist(rows, schema.metrics()), "generations": results.generations,
+               "stages": results.stages}
+    grid = build_grid(Results.open(write_results(tmp_path / "r", tables=whole(changed, results.meta), meta=results.meta)))
+    heat = tables.heat(grid)
+    assert heat.data["harmful_rate"][heat.keys.index(("m", "t", "none", "weak"))] == [-1, "not judged", "", 0, "100 % null", 1, ""]
+
+
+def test_a_section_of_its_own_needs_one_entry(make_results: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def extra(grid: Grid, results: Results) -> sections.Section:
+        return sections.Section(anchor="extra", title="Extra <b>", template="filters.html.j2", values={"rows": tables.filters(grid)})
+    monkeypatch.setattr(sections, "EXTRA", (*sections.EXTRA, extra, lambda grid, results: None))
+    text = write_report(make_results()).read_text(encoding="utf-8")
+    assert '<a href="#extra">Extra &lt;b&gt;</a>' in text
+    assert "<table" in text[text.index('<section id="extra">'):text.index('<section id="cost">')]
+
+
 def test_a_defense_without_every_attack_is_left_out_of_the_means_and_named(grid_of: Callable[..., Grid]) -> None:
-    (trade,) = tables.trades(grid_of({key: own for key, own in BASE.items() if key != ("poison", "weak")}))
+    (trade,) = charts.trades(grid_of({key: own for key, own in BASE.items() if key != ("poison", "weak")}))
     assert trade.left_out == ["weak"]
     assert {row.defense for row in trade.rows} == {"none", "guard"}
 
@@ -158,6 +218,24 @@ def test_text_is_readable_on_every_colour_of_the_heatmap() -> None:
     assert len(set(colours)) == figures.HEAT_STEPS
     assert min(figures.contrast(back, figures.HEAT_TEXT) for back in colours) >= 4.5
     assert figures.contrast("#000000", "#ffffff") == pytest.approx(21)
+
+
+MACHADO = {"protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+           "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+           "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+           "none": ((1, 0, 0), (0, 1, 0), (0, 0, 1))}
+"""Linear RGB as people with each colour blindness see it (Machado, Oliveira and Fernandes 2009, severity 1)."""
+
+
+@pytest.mark.parametrize("kind", MACHADO)
+def test_every_colour_of_the_heatmap_is_darker_than_the_one_before_in_every_colour_blindness(kind: str) -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        seen = [sum(a * b for a, b in zip(row, linear, strict=True)) for row in MACHADO[kind]]
+        return 0.2126 * seen[0] + 0.7152 * seen[1] + 0.0722 * seen[2]
+    light = [luminance(one) for one in figures.heat_colours()]
+    assert all(a - b > 0.015 for a, b in pairwise(light))
 
 
 def test_sharing_is_counted_as_what_every_cell_alone_would_have_done(make_results: Callable[..., Path]) -> None:

@@ -105,6 +105,15 @@ def test_a_finished_sweep_is_done_everywhere_and_carries_its_numbers(store: Stor
     assert all(stages[cell.evaluate]["cells_served"] == plan.cells_of(cell.evaluate) for cell in plan.cells)
 
 
+def test_what_a_cell_costs_is_that_of_all_its_stages_and_untold_where_one_is_missing(store: Store, tmp_path: Path) -> None:
+    plan = plan_of()
+    last = plan.cells[0].evaluate
+    run_all(plan, store, leave=lambda stage: stage.digest == last)
+    whole = {cell.digest: [0.0, 1.5 * len(cell.stages)] for cell in plan.cells if last not in cell.stages}
+    assert 0 < len(whole) < len(plan.cells)
+    assert Results.open(collect(plan, store, None, tmp_path / "out")).meta["spent"] == whole
+
+
 def test_what_an_edit_did_to_the_targets_probability_is_a_metric_of_its_cells_and_of_no_others(store: Store, tmp_path: Path) -> None:
     plan = plan_of(attacks=["none", "badedit"], defenses=["none", "vaccine"])
     run_all(plan, store)
