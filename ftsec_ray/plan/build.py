@@ -329,8 +329,8 @@ class _Builder:
         if chosen is not None and chosen.cell is not None and chosen.cell.searched is not None:
             finals = tuple(self.searched_cell(base, task, chosen.cell.attack, stack, seed, replace(chosen.cell.searched, trial=None))
                            for seed in seeds)
-        return PlannedSearch(entry=entry, metric=metric, sampler_seed=sampler_seed, references=references, fixed=fixed, trials=tuple(trials),
-                             chosen=chosen, finals=finals, is_open=is_open)
+        return PlannedSearch(key=key, entry=entry, metric=metric, sampler_seed=sampler_seed, references=references, fixed=fixed,
+                             trials=tuple(trials), chosen=chosen, finals=finals, is_open=is_open)
 
     def _trial(self, base: _Base, task: TaskSpec, entry: AttackSearch, stack: tuple[Method, ...], seed: int, key: str, number: int,
                values: Mapping[str, Any], look: Look) -> Trial:

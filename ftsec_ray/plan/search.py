@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ftsec_ray import schema
@@ -131,6 +131,8 @@ class Trial:
 class PlannedSearch:
     """One search in one place of the grid, as far as it has come."""
 
+    key: str
+    """Identity of the search in its place."""
     entry: AttackSearch
     metric: str
     """The metric whose verdicts count: `harmful_rate` for the `asr` of an attack on refusal."""
@@ -159,9 +161,7 @@ class PlannedSearch:
 
 def search_key(entry: AttackSearch, cell: Cell) -> str:
     """What a search is in its place; not how many trials it has, so that more of them begin with those that it had."""
-    from dataclasses import asdict
-
-    told = {name: value for name, value in asdict(entry.search).items() if name != "trials"}
+    told = {one.name: getattr(entry.search, one.name) for one in fields(entry.search) if one.name != "trials"}
     stack = [[name_of(one), one] for one in cell.defenses]
     return digest([name_of(entry.attack), entry.attack, told, cell.model.name, cell.task.name, stack, cell.seed])
 

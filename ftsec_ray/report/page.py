@@ -20,6 +20,7 @@ from ftsec_ray.report import contrasts as contrasts_of
 from ftsec_ray.report import examples as examples_of
 from ftsec_ray.report import figures, tables
 from ftsec_ray.report.grid import SUCCESS, Grid, build_grid
+from ftsec_ray.report.searched import searches_section
 from ftsec_ray.report.verdict import Verdict, judge
 from ftsec_ray.results.read import Results
 
@@ -58,7 +59,7 @@ def render(results: Results) -> str:
         phases=tables.phase_table(grid, verdict), cost=tables.cost(results), failures=tables.failures(grid, results),
         examples=shown, examples_left_out=left_out, contrasts=contrasts,
         forest=contrasts_of.forest(contrasts, has_tasks=len(grid.tasks) > 1), incoherent_below=schema.INCOHERENT_BELOW,
-        best_rows=_best_rows(grid, verdict))
+        best_rows=_best_rows(grid, verdict), searched=searches_section(results))
 
 
 def _environment() -> Environment:

@@ -33,8 +33,8 @@ from ftsec_ray.plan.origin import local_path
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.redact import environment_secrets, redacted
 from ftsec_ray.registry import name_of
-from ftsec_ray.results.read import Results
-from ftsec_ray.results.write import PART, RUN_FILE, TABLES
+from ftsec_ray.results.read import Results, held_tables
+from ftsec_ray.results.write import PART, RUN_FILE
 from ftsec_ray.schedule.upload import texts_in
 from ftsec_ray.spec.faults import Faults
 from ftsec_ray.spec.sweep import SweepSpec
@@ -156,11 +156,15 @@ class PackedCell:
     seed: int
     evaluate: str
     stages: list[str]
+    search: str | None = None
+    """Digest of the attacker's search that the cell belongs to."""
+    trial: int | None = None
+    """Its number in the search; None for the chosen setting."""
 
     @property
     def names(self) -> tuple[object, ...]:
         """What a reader knows the cell by."""
-        return self.model, self.task, self.attack.name, tuple(one.name for one in self.defenses), self.seed
+        return self.model, self.task, self.attack.name, tuple(one.name for one in self.defenses), self.seed, self.search is not None, self.trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +193,7 @@ def pack(plan: Plan, results: Results, page: Path, sweep: SweepFile, records: Ma
         f"sweep/{sweep.name}": sweep.text.encode(), PLAN: _json(asdict(packed_plan(plan))),
         ARTIFACTS: _json({digest: record["files"] for digest, record in sorted(records.items())}),
         f"results/{page.name}": page,
-        **{f"results/{name}": results.folder / name for name in (RUN_FILE, *(f"{table}/{PART}" for table in TABLES))}}
+        **{f"results/{name}": results.folder / name for name in (RUN_FILE, *(f"{table}/{PART}" for table in held_tables(results.meta)))}}
     manifest = Manifest(
         format=FORMAT, sweep=plan.spec.name, file=f"sweep/{sweep.name}", plan=plan.digest, versions=_versions(results, records),
         code=code_of(plan), inputs=inputs_of(plan.spec, sweep), files={name: _checksum(one) for name, one in sorted(members.items())})
@@ -217,7 +221,8 @@ def packed_plan(plan: Plan) -> PackedPlan:
 
 def _packed_cell(cell: Cell) -> PackedCell:
     return PackedCell(cell=cell.digest, model=cell.model.name, task=cell.task.name, attack=_packed_method(cell.attack),
-                      defenses=[_packed_method(one) for one in cell.defenses], seed=cell.seed, evaluate=cell.evaluate, stages=list(cell.stages))
+                      defenses=[_packed_method(one) for one in cell.defenses], seed=cell.seed, evaluate=cell.evaluate, stages=list(cell.stages),
+                      search=cell.searched.key if cell.searched else None, trial=cell.searched.trial if cell.searched else None)
 
 
 def _packed_method(method: Method) -> PackedMethod:

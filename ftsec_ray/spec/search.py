@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from ftsec_ray import schema
@@ -28,6 +28,7 @@ from ftsec_ray.spec.typed import build, fields_of, hints_of, unknown_keys, value
 SEARCH = "search"
 METRICS = tuple(name for name, metric in schema.METRICS.items() if metric.probes and metric.better != "none")
 """What a search may aim at: shares of verdicts per prompt, so that one half of the prompts can choose and the other report."""
+_ALONE = "one value alone belongs beside `search`"
 _ENDS = ("low", "high", "log")
 
 
@@ -61,20 +62,22 @@ def _ranges(attack: Method, given: object, place: str, faults: Faults) -> tuple[
                    "name at least one parameter")
         return ()
     cls = type(attack)
-    known = {**{info.name: (cls, info.name) for info in fields_of(cls)},
-             **{f"{TRAINING}{info.name}": (TrainingConfig, info.name) for info in fields_of(TrainingConfig)}}
+    known: dict[str, tuple[type, str]] = {
+        **{info.name: (cls, info.name) for info in fields_of(cls)},
+        **{f"{TRAINING}{info.name}": (TrainingConfig, info.name) for info in fields_of(TrainingConfig)}}
     unknown_keys(given, known, place, faults)
-    found = [_range(attack, name, *known[name], value, f"{place}.{name}", faults) for name, value in given.items() if name in known]
+    found = [_range(attack, name, known[name], value, f"{place}.{name}", faults) for name, value in given.items() if name in known]
     return tuple(sorted((one for one in found if one is not None), key=lambda one: one.name))
 
 
-def _range(attack: Method, name: str, cls: type, field: str, given: object, place: str, faults: Faults) -> Range | None:
+def _range(attack: Method, name: str, owner: tuple[type, str], given: object, place: str, faults: Faults) -> Range | None:
+    cls, field = owner
     if isinstance(given, (list, tuple)):
         found = _choices(name, cls, field, given, place, faults)
     elif isinstance(given, Mapping):
         found = _interval(name, cls, field, given, place, faults)
     else:
-        faults.add(place, "not a range", given, "a list of values, or {low: .., high: .., log: true or false}", "one value alone belongs beside `search`")
+        faults.add(place, "not a range", given, "a list of values, or {low: .., high: .., log: true or false}", _ALONE)
         return None
     if found is None or cls is TrainingConfig:
         return found
@@ -99,7 +102,7 @@ def _choices(name: str, cls: type, field: str, given: list[Any] | tuple[Any, ...
         return None
     if len({canonical(value) for value in values}) < max(2, len(values)):
         faults.add(place, "an empty range" if len(values) < 2 else "a value twice", list(given), "two different values or more",
-                   "one value alone belongs beside `search`")
+                   _ALONE)
         return None
     return Range(name=name, choices=tuple(values))
 
@@ -125,7 +128,7 @@ def _interval(name: str, cls: type, field: str, given: Mapping[Any, Any], place:
     if any(isinstance(end, bool) or not isinstance(end, (int, float)) for end in ends):
         faults.add(place, "ends that are no numbers", dict(given), words(hints_of(cls)[field]), "name the values in a list")
     elif not ends[0] < ends[1]:
-        faults.add(place, "an empty range", dict(given), "low below high", "one value alone belongs beside `search`")
+        faults.add(place, "an empty range", dict(given), "low below high", _ALONE)
     elif log and ends[0] <= 0:
         faults.add(f"{place}.low", "no logarithm", ends[0], "above 0 where log is true")
     if len(faults.found) > before:
@@ -152,7 +155,3 @@ def _kinds(hint: Any) -> set[type]:  # noqa: ANN401
         return {kind for one in get_args(hint) for kind in _kinds(one)}
     return {hint} if isinstance(hint, type) else set()
 
-
-def required(cls: type) -> list[str]:
-    """The keys of a `search` that have no default in a file."""
-    return [one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING and one.name != "metric"]
