@@ -38,12 +38,23 @@ def attacks_of(given: object, faults: Faults) -> tuple[tuple[Method, ...], tuple
         found += [(place, attack) for attack in attacks]
         if search is not None:
             where = f"{place}.{_name(plain)}.{SEARCH}"
+            _refuse_grids(plain, search, where, faults)
             # A fault of the search is one fault, however many attacks a grid beside it gives.
             for attack in attacks:
                 searches.append(search_of(attack, search, where, faults))
                 if searches[-1] is None:
                     break
     return tuple(_unique(found, lambda attack: (attack,), faults)), tuple(one for one in searches if one is not None)
+
+
+def _refuse_grids(entry: object, search: object, place: str, faults: Faults) -> None:
+    """A fault for each parameter that a grid beside a search gives and the search looks for: the searches would be the same."""
+    given = next(iter(entry.values())) if isinstance(entry, Mapping) else {}
+    ranges = search.get("ranges") if isinstance(search, Mapping) else None
+    for name in ranges if isinstance(ranges, Mapping) else ():
+        if isinstance(given.get(name), Mapping) and "grid" in given[name]:
+            faults.add(f"{place}.ranges.{name}", "a grid beside the search for the same parameter", given[name], "one value for the fixed attack",
+                       "write a second entry for another fixed attack")
 
 
 def _without_search(entry: object) -> tuple[object, object | None]:

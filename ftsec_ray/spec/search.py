@@ -37,6 +37,11 @@ def goal_metric(cls: type[Method]) -> str:
     return "harmful_rate" if getattr(cls, "GOAL", "") == "harmful" else "asr"
 
 
+def is_searchable(cls: type[Method]) -> bool:
+    """Whether a method is an attack that does something."""
+    return cls.KIND == "attack" and getattr(cls, "GOAL", "none") != "none"
+
+
 def search_of(attack: Method, given: object, place: str, faults: Faults) -> AttackSearch | None:
     """The search of an attack, None with faults."""
     keys = [one.name for one in fields(SearchSpec)]
@@ -45,7 +50,7 @@ def search_of(attack: Method, given: object, place: str, faults: Faults) -> Atta
         return None
     before = len(faults.found)
     unknown_keys(given, keys, place, faults)
-    if attack.KIND != "attack" or getattr(attack, "GOAL", "none") == "none":
+    if not is_searchable(type(attack)):
         faults.add(place, "a search on no attack", sorted(map(str, given)), "an attack that does something", "take `search` away")
     ranges = _ranges(attack, given.get("ranges"), f"{place}.ranges", faults)
     metric = given.get("metric", goal_metric(type(attack)))
