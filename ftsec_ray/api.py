@@ -198,8 +198,10 @@ def _run_rounds(whole: Plan, store: Store, limit: int | None, on_round: Callable
     from ftsec_ray.schedule.run import execute
 
     report = execute(limited(whole, limit), store, **how)
-    while whole.searches and (grown := make_plan(whole, store)).digest != whole.digest:
-        whole = grown
+    while whole.searches:
+        before, whole = whole.digest, make_plan(whole, store)
+        if whole.digest == before:
+            break
         # What failed in this run is tried again by the next one, and not in every round.
         left = plan_of_cells(whole, [cell for cell in limited(whole, limit).cells if not report.failed.keys() & set(cell.stages)])
         if on_round is not None:

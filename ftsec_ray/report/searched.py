@@ -44,7 +44,7 @@ def searches_markdown(results: Results) -> str:
 
 def _rows(results: Results) -> list[tuple[str, ...]]:
     found = results.searches.to_pylist()
-    found.sort(key=lambda row: [row[name] or "" for name in ("model", "task", "attack", "attack_params")] + [f"{len(row['defenses'])}{row['defenses']}"])
+    found.sort(key=lambda row: (*(row[name] or "" for name in ("model", "task", "attack", "attack_params")), len(row["defenses"]), row["defenses"]))
     several = len({row["task"] for row in found}) > 1
     return [(f"{row['model']}, {row['task']}" if several else row["model"], row["attack"].partition(" ")[2], "+".join(row["defenses"]) or "none",
              row["metric"], _value(row, "fixed_"), _value(row, "") if row["status"] == "chosen" else row["status"],
