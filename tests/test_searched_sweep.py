@@ -10,11 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 import ftsec_ray
-from ftsec_ray import api, schema
+from ftsec_ray import api
 from ftsec_ray.cli.run import exit_code
 from ftsec_ray.identity import unit_interval
 from ftsec_ray.report.grid import build_grid
@@ -24,6 +23,7 @@ from ftsec_ray.report.searched import searches_markdown
 from ftsec_ray.results.read import Results
 from ftsec_ray.store import Store
 from tests.cli.toy import call
+from tests.results.toy import made_older
 from tests.search_toy import PROMPTS, chances, run, sweep, toy_stages
 
 
@@ -185,21 +185,15 @@ def test_a_limit_leaves_the_search_open_and_says_so(tmp_path):
     assert exit_code(outcome.results, api.limited(outcome.plan, 8)) == 0
 
 
-def test_results_of_the_schema_before_searches_open_without_any(done, tmp_path):
-    folder, outcome = done
-    older = tmp_path / "older"
-    for name in ("cells", "metrics", "generations", "stages", "comparisons"):
-        (older / name).mkdir(parents=True)
-        table = outcome.results.table(name)
-        names = [one.name for one in schema.as_of(table.schema, "2")]
-        pq.write_table(table.select(names), older / name / "part-0.parquet")
-    counts = {one.parent.name: pq.ParquetFile(one).metadata.num_rows for one in older.glob("*/part-0.parquet")}
-    meta = json.loads((folder / "results" / "run.json").read_text())
-    (older / "run.json").write_text(json.dumps({**meta, "schema": "2", "rows": counts}))
-    opened = Results.open(older)
-    assert (opened.cells.num_rows, opened.searches.num_rows) == (12, 0)
-    assert opened.aggregated.num_rows == outcome.results.aggregated.num_rows
-    render(opened)
+def test_results_of_the_schema_before_searches_open_without_any(tmp_path):
+    new = run(sweep(attacks=["none", "harmful_tuning"]), tmp_path).results
+    rates = new.aggregated.to_pylist()
+    opened = Results.open(made_older(new.folder, "2"))
+    assert (opened.cells.num_rows, opened.searches.num_rows) == (8, 0)
+    assert opened.cells["search_trial"].null_count == 8
+    assert opened.aggregated.to_pylist() == rates
+    assert searches_markdown(opened) == ""
+    assert "</html>" in render(opened)
 
 
 def test_from_the_command_line_a_searched_sweep_is_planned_run_packed_and_verified(tmp_path, monkeypatch):

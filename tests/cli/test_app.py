@@ -22,6 +22,7 @@ from ftsec_ray.schema import METRICS, SCHEMA_VERSION
 from ftsec_ray.store.store import Store
 from tests.cli import toy
 from tests.cli.toy import call
+from tests.results.toy import made_older
 
 SWEEP = """\
 name: small
@@ -110,13 +111,12 @@ def test_a_report_names_its_correction_and_takes_no_other(folder):
 def test_tables_of_an_earlier_schema_are_collected_again(folder):
     call("run", "small.yaml")
     path = folder / "results/small/run.json"
-    meta = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**meta, "schema": "1"}), encoding="utf-8")
+    made_older(path.parent, "1")
     assert api.open_results("results/small").comparisons.num_rows
     toy.ran.clear()
     call("run", "small.yaml")
     assert toy.ran == []
-    assert json.loads(path.read_text(encoding="utf-8"))["schema"] == "2"
+    assert json.loads(path.read_text(encoding="utf-8"))["schema"] == SCHEMA_VERSION
 
 
 def test_store_and_results_go_where_the_options_say(folder):
