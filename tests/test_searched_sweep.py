@@ -16,11 +16,13 @@ import ftsec_ray
 from ftsec_ray import api
 from ftsec_ray.cli.run import exit_code
 from ftsec_ray.identity import unit_interval
+from ftsec_ray.plan.bill import BudgetError
 from ftsec_ray.report.grid import build_grid
 from ftsec_ray.report.markdown import grid_markdown
 from ftsec_ray.report.page import render
 from ftsec_ray.report.searched import searches_markdown
 from ftsec_ray.results.read import Results
+from ftsec_ray.schedule import run as schedule_run
 from ftsec_ray.store import Store
 from tests.cli.toy import call
 from tests.results.toy import made_older
@@ -185,6 +187,27 @@ def test_a_limit_leaves_the_search_open_and_says_so(tmp_path):
     assert exit_code(outcome.results, api.limited(outcome.plan, 8)) == 0
 
 
+def test_a_budget_that_ends_a_run_between_rounds_leaves_the_search_open_with_the_reason(tmp_path, monkeypatch):
+    store = Store.open(tmp_path / "store")
+    calls = []
+    with toy_stages():
+        real = schedule_run.execute
+
+        def execute(*args, **rest):
+            calls.append(args)
+            if len(calls) == 2:
+                raise BudgetError("1 hour is left and 2 are needed", 2, "1")
+            return real(*args, **rest)
+        monkeypatch.setattr(schedule_run, "execute", execute)
+        outcome = api.run_plan(api.make_plan(sweep(), store), store, tmp_path / "results", executor="local")
+        monkeypatch.undo()
+    assert len(calls) == 2
+    trials = [row for row in outcome.results.table("cells", trials=True).to_pylist() if row["search_trial"] is not None]
+    assert {(row["search_trial"] // 3, row["status"], row["error_code"]) for row in trials} == {(0, "done", None), (1, "pending", "budget")}
+    assert [row["status"] for row in outcome.results.searches.to_pylist()] == ["open"] * 2
+    assert exit_code(outcome.results, outcome.plan) == 1
+
+
 def test_results_of_the_schema_before_searches_open_without_any(tmp_path):
     new = run(sweep(attacks=["none", "harmful_tuning"]), tmp_path).results
     rates = new.aggregated.to_pylist()
@@ -201,6 +224,8 @@ def test_from_the_command_line_a_searched_sweep_is_planned_run_packed_and_verifi
     Path("hunt.yaml").write_text(json.dumps(sweep({"trials": 5})))
     assert "searches: 2, 6 trials planned; up to 4 more will be proposed" in call("plan", "hunt.yaml").stdout
     assert not Path(".ftsec").exists()
+    assert "drives harmful_rate" in call("show", "harmful_tuning").stdout
+    assert "Search:" not in call("show", "onion").stdout + call("show", "none").stdout
     with toy_stages():
         said = call("run", "hunt.yaml", "--executor", "local")
         assert "searches: 2 chosen" in said.stdout

@@ -319,12 +319,13 @@ class _Builder:
             for values in proposer.ask(min(spec.batch, spec.trials - len(trials))):
                 trials.append(self._trial(base, task, entry, stack, seeds[0], key, len(trials), values, look))
                 told = trials[-1].told
-                if told is not None and not told.failed and reference is not None:
-                    trials[-1] = replace(trials[-1], score=score(told, reference, metric, "choose"))
+                if told is not None:  # the verdicts themselves are not kept: a search may have thousands of trials
+                    scored = None if told.failed or reference is None else score(told, reference, metric, "choose")
+                    trials[-1] = replace(trials[-1], score=scored, told=Told(failed=told.failed))
         is_open = reference is None or any(one.told is None for one in trials)
-        scored = [one for one in trials if one.score is not None]
-        place = None if is_open else choose([one.score for one in scored if one.score], spec.max_utility_loss, sign_of(spec.metric))
-        chosen = None if place is None else scored[place]
+        measured = [one for one in trials if one.score is not None]
+        place = None if is_open else choose([one.score for one in measured if one.score], spec.max_utility_loss, sign_of(spec.metric))
+        chosen = None if place is None else measured[place]
         finals: tuple[Cell, ...] = ()
         if chosen is not None and chosen.cell is not None and chosen.cell.searched is not None:
             finals = tuple(self.searched_cell(base, task, chosen.cell.attack, stack, seed, replace(chosen.cell.searched, trial=None))
