@@ -333,13 +333,14 @@ def results_folder(results: str | Path, name: str) -> Path:
 
 
 def whole_results(whole: Plan, folder: Path) -> Results | None:
-    """The results in a folder when they are of this plan and every cell is done; None otherwise."""
+    """The results in a folder when they are of this plan, every cell is done and every search has ended; None otherwise."""
     try:
         held = open_results(folder)
     except DataError:  # none yet, half-written, or of another version: collected anew
         return None
     same = (held.meta.get("plan"), held.meta["schema"]) == (whole.digest, SCHEMA_VERSION)
-    return held if same and set(held.cells["status"].to_pylist()) == {"done"} else None
+    is_whole = same and set(held.cells["status"].to_pylist()) == {"done"} and "open" not in held.searches["status"].to_pylist()
+    return held if is_whole else None
 
 
 def check_address(address: str) -> None:

@@ -175,6 +175,19 @@ def test_a_bound_that_no_trial_meets_is_a_result(tmp_path):
     assert exit_code(outcome.results, outcome.plan) == 0
 
 
+def test_results_collected_before_a_search_had_ended_are_collected_again(tmp_path):
+    given = sweep({"trials": 3, "max_utility_loss": 0.0, "ranges": {"training.learning_rate": {"low": 3.0e-3, "high": 5.0e-3}}})
+    plan = api.make_plan(given)
+    api.collect_plan(plan, Store.open(tmp_path / "store"), None, tmp_path / "results")
+    with toy_stages():
+        schedule_run.execute(plan, Store.open(tmp_path / "store"), executor="local")
+    api.collect_plan(plan, Store.open(tmp_path / "store"), None, tmp_path / "results")  # of the plan as it was before the run
+    assert [row["status"] for row in api.open_results(tmp_path / "results").searches.to_pylist()] == ["open"] * 2
+    outcome = run(given, tmp_path)
+    assert outcome.report is None
+    assert [row["status"] for row in outcome.results.searches.to_pylist()] == ["no trial within the bound"] * 2
+
+
 def test_a_metric_that_is_never_judged_is_a_result_too(tmp_path):
     rows = run(sweep({"trials": 2, "metric": "asr_transfer"}), tmp_path).results.searches.to_pylist()
     assert [(row["status"], row["fixed_report_value"]) for row in rows] == [("nothing measured", None)] * 2

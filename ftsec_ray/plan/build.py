@@ -335,26 +335,31 @@ class _Builder:
 
     def _trial(self, base: _Base, task: TaskSpec, entry: AttackSearch, stack: tuple[Method, ...], seed: int, key: str, number: int,
                values: Mapping[str, Any], look: Look) -> Trial:
-        """One setting as a cell; values that the attack refuses together are a failed trial without one."""
+        """One setting as a cell; values that the attack refuses together, or that fit on no machine, are a failed trial without one."""
         try:
             attack, training = entry.configured(values, self.spec.training)
-            refused = bool(attack.check())
+            is_refused = bool(attack.check())
+            cell = None if is_refused else self.searched_cell(base, task, attack, stack, seed, Searched(key, entry, training, number))
         except SpecError:
-            refused = True
-        if refused:
-            return Trial(number=number, values=values, cell=None, told=Told(failed=True), score=None)
-        cell = self.searched_cell(base, task, attack, stack, seed, Searched(key, entry, training, number))
-        return Trial(number=number, values=values, cell=cell, told=look(cell), score=None)
+            cell = None
+        told = Told(failed=True) if cell is None else look(cell)
+        return Trial(number=number, values=values, cell=cell, told=told, score=None)
 
     def searched_cell(self, base: _Base, task: TaskSpec, attack: Method, stack: tuple[Method, ...], seed: int, searched: Searched) -> Cell:
-        """A cell whose tune may be another than the sweep's: what comes before the tune, and banks of clean adapters, keep the sweep's."""
+        """A cell whose tune may be another than the sweep's: what comes before the tune, and banks of clean adapters, keep the sweep's.
+
+        SpecError, with nothing added to the plan, where that tune fits on no machine.
+        """
         builder = self._tuners.get(searched.training)
         if builder is None:
             builder = self._tuners[searched.training] = copy.copy(self)
             builder._tuning = json.loads(canonical(searched.training))
             builder._acts, builder._recipes, builder._gangs = {}, {}, {}
             builder._sizing = Sizing(replace(self.spec, training=searched.training))
-        return builder.cell(replace(base, resource=builder.resource(base.model)), task, attack, stack, seed, searched)
+        takes = builder._sizing.resource(base.model)
+        if builder._sizing.is_split(base.model):
+            builder._sizing.gang(base.model, (attack, *stack), trains_all=False)
+        return builder.cell(replace(base, resource=takes), task, attack, stack, seed, searched)
 
     def cell(self, base: _Base, task: TaskSpec, attack: Method, stack: tuple[Method, ...], seed: int, searched: Searched | None = None) -> Cell:
         """One cell, with its stages added where they are new."""

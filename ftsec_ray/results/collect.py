@@ -340,6 +340,7 @@ def _sweep_text(plan: Plan) -> str:
         return {name_of(method): json.loads(canonical(method))}
     plain = {"name": spec.name, "question": spec.question, "models": [json.loads(canonical(one)) for one in spec.models],
              "task": [json.loads(canonical(one)) for one in spec.tasks], "attacks": [named(one) for one in spec.attacks],
+             "searches": [{"attack": named(one.attack), **json.loads(canonical(one.search))} for one in spec.searches],
              "defenses": [[named(one) for one in stack] for stack in spec.defenses], "seeds": list(spec.seeds),
              "exclude": [json.loads(canonical(one)) for one in spec.exclude], "training": json.loads(canonical(spec.training)),
              "evaluation": json.loads(canonical(spec.evaluation))}

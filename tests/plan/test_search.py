@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from ftsec_ray.plan.build import build_plan
 from ftsec_ray.plan.search import Proposer, Rate, Score, Told, choose, half_of, rate, score
 from ftsec_ray.spec.load import load_sweep
+from ftsec_ray.spec.sweep import AttackSearch, Range
 from tests.search_toy import sweep
 
 SHARES = st.one_of(st.none(), st.integers(0, 6).map(lambda hits: hits / 6))
@@ -125,3 +128,24 @@ def test_cells_without_an_attack_are_planned_for_a_search_even_where_the_sweep_l
     assert [len(one.fixed[0].defenses) for one in left_out.searches] == [0], "a rule about the attack is about its search too"
     one_seed = build_plan(load_sweep(sweep(exclude=[{"attack": "harmful_tuning", "seed": 0}])))
     assert {trial.cell.seed for trial in one_seed.searches[0].trials} == {1}
+
+
+def test_values_that_an_attack_refuses_together_are_a_failed_trial_and_no_fault_of_the_plan():
+    attack = load_sweep(sweep()).attacks[1]
+    spec = load_sweep(sweep({"ranges": {"training.rank": [2, 4]}, "trials": 3}))
+    search = replace(spec.searches[0].search, ranges=(Range(name="poison_rate", low=0.1, high=0.9),))  # beside `shots`
+    plan = build_plan(replace(spec, searches=(AttackSearch(attack=attack, search=search),)))
+    for one in plan.searches:
+        assert [(trial.status, trial.cell) for trial in one.trials] == [("failed", None)] * 3
+        assert (one.is_open, one.chosen) == (True, None), "until the cell without an attack is measured"
+
+
+def test_a_tune_that_fits_on_no_machine_is_a_failed_trial_and_leaves_nothing_in_the_plan():
+    given = sweep({"ranges": {"training.batch_size": [8, 16], "training.max_length": [64, 4_000_000]}, "trials": 6, "batch": 6},
+                  resources={"gpus_per_stage": "auto", "gpu_memory_gib": 8.0})
+    plan = build_plan(load_sweep(given))
+    trials = [trial for one in plan.searches for trial in one.trials]
+    assert {trial.status for trial in trials if trial.values["training.max_length"] == 64} == {"pending"}
+    assert {(trial.status, trial.cell) for trial in trials if trial.values["training.max_length"] > 64} == {("failed", None)}
+    used = {stage for cell in plan.cells for stage in cell.stages}
+    assert set(plan.stages) == used
