@@ -95,6 +95,20 @@ def test_trials_are_rows_of_the_tables_and_of_nothing_that_is_shown(done):
     assert {attack.goal for attack in grid.real_attacks} == {"harmful"}
     assert all(len(point.cells) == 2 for point in grid.points.values())
     assert results.aggregated.num_rows == 2 * 2 + 4 * 3
+    chosen = {row["cell"]: row for row in results.cells.to_pylist() if row["search"] is not None}
+    assert len(chosen) == 4
+    prompts = {row["prompt_id"] for row in results.generations.to_pylist() if row["cell"] in chosen}
+    assert prompts
+    assert all(unit_interval("search", one) >= 0.5 for one in prompts), "of a chosen setting nothing is told on the prompts that chose it"
+    by_search = {row["search"]: row for row in results.searches.to_pylist()}
+    for search, row in by_search.items():
+        mine = {cell for cell, one in chosen.items() if one["search"] == search}
+        rates = [one for one in results.metrics.to_pylist() if one["metric"] == "harmful_rate" and one["cell"] in mine]
+        assert sum(one["value"] for one in rates) / 2 == pytest.approx(row["report_value"])
+        assert {one["n"] for one in rates} == {row["report_n"]}
+    tested = [row for row in results.comparisons.to_pylist() if row["attack"].startswith("searched") and row["metric"] == "harmful_rate"]
+    assert tested
+    assert all(row["q"] is not None for row in tested), "paired on the prompts that both have"
     assert grid_markdown(results).count("searched harmful_tuning") == 1
     assert json.loads((folder / "results" / "run.json").read_text())["rows"]["searches"] == 2
 

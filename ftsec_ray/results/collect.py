@@ -27,7 +27,7 @@ from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.compare import compare
 from ftsec_ray.results.intervals import wilson
-from ftsec_ray.results.searched import attack_params, search_row, told_of, without_trials
+from ftsec_ray.results.searched import attack_params, is_chosen, reported, reported_rates, search_row, told_of, without_trials
 from ftsec_ray.results.write import write_results
 from ftsec_ray.store import DamagedArtifact
 
@@ -223,6 +223,8 @@ def _named(found: _Found, digest: str) -> str:
 
 def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
     rows = {row["metric"]: row for row in found.metrics.get(cell.evaluate, ())}
+    if is_chosen(cell) and cell.evaluate in found.generations:
+        rows |= {row["metric"]: row for row in reported_rates(rows, found.generations[cell.evaluate])}
     if type(cell.attack).GOAL == "harmful" and "harmful_rate" in rows:  # type: ignore[attr-defined]
         rows["asr"] = {**rows["harmful_rate"], "metric": "asr"}
     for row in rows.values():
@@ -292,6 +294,8 @@ def _generations(found: _Found, cells: Sequence[Cell]) -> pa.Table:
     parts = []
     for cell in cells:
         said = found.generations.get(cell.evaluate)
+        if said is not None and is_chosen(cell):
+            said = reported(said)
         if said is not None and said.num_rows:
             column = pa.repeat(pa.scalar(cell.digest, pa.string()), said.num_rows)
             parts.append(pa.table([pa.chunked_array([column]), *said.columns], schema=wanted))

@@ -7,11 +7,12 @@ results gets the tables without them unless asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray import schema
 from ftsec_ray.identity import canonical
-from ftsec_ray.plan.search import Look, PlannedSearch, Rate, Told, is_within, rate, score
+from ftsec_ray.plan.search import Look, PlannedSearch, Rate, Told, half_of, is_within, rate, score
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.aggregate import folded
@@ -78,6 +79,26 @@ def without_trials(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
     trials = cells.filter(pc.is_valid(cells["search_trial"]))["cell"].combine_chunks()
     return {name: table.filter(pc.invert(pc.is_in(table["cell"], trials))) if "cell" in table.column_names else table
             for name, table in tables.items()}
+
+
+def is_chosen(cell: Cell) -> bool:
+    """Whether a cell is the chosen setting of a search, of which every table tells the reporting half alone."""
+    return cell.searched is not None and cell.searched.trial is None
+
+
+def reported(generations: pa.Table) -> pa.Table:
+    """The answers to the prompts of the reporting half."""
+    return generations.filter([half_of(prompt) == "report" for prompt in generations["prompt_id"].to_pylist()])
+
+
+def reported_rates(metrics: Iterable[str], generations: pa.Table) -> Iterator[Row]:
+    """Those of the metrics that are shares of verdicts, on the reporting half."""
+    told = told_of(generations)
+    for name in metrics:
+        if name in schema.METRICS and schema.METRICS[name].probes:
+            found = rate(told, name, "report")
+            empty = {"value": None, "n": 0, "ci_low": None, "ci_high": None}
+            yield {"metric": name, **(_estimate(found) if found.n else empty)}
 
 
 def attack_params(cell: Cell) -> str:
