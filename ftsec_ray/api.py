@@ -24,6 +24,7 @@ from ftsec_ray.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
     from ftsec_ray.findings.claims import Finding
+    from ftsec_ray.plan.stage import Cell
     from ftsec_ray.results.audit import Audit
     from ftsec_ray.results.paired import Correction
     from ftsec_ray.results.read import Results
@@ -50,6 +51,8 @@ class Outcome:
     """The HTML report."""
     report: RunReport | None
     """What ran; None when the store held everything."""
+    plan: Plan
+    """What was to be done, to the end of the searches of attackers."""
 
 
 def load(source: str | Path | Mapping[str, Any]) -> SweepSpec:
@@ -59,13 +62,24 @@ def load(source: str | Path | Mapping[str, Any]) -> SweepSpec:
     return load_sweep(source)
 
 
-def make_plan(sweep: Sweep) -> Plan:
-    """The plan of a sweep: its cells and the unique stages that answer them."""
-    from ftsec_ray.plan.build import build_plan
+def make_plan(sweep: Sweep, store: Store | str | Path | None = None) -> Plan:
+    """The plan of a sweep: its cells and the unique stages that answer them.
 
-    if isinstance(sweep, Plan):
+    Args:
+        sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan.
+        store: Where trials of searches may be: a plan with `search:` goes as far as they lead; None plans the first round.
+    """
+    from ftsec_ray.plan.build import build_plan
+    from ftsec_ray.store.store import Store
+
+    if isinstance(sweep, Plan) and (store is None or not sweep.spec.searches):
         return sweep
-    return build_plan(sweep if isinstance(sweep, SweepSpec) else load(sweep))
+    spec = sweep.spec if isinstance(sweep, Plan) else sweep if isinstance(sweep, SweepSpec) else load(sweep)
+    if store is None or not spec.searches:
+        return build_plan(spec)
+    from ftsec_ray.results.searched import look_at_store
+
+    return build_plan(spec, look_at_store(store if isinstance(store, Store) else Store.open(store)))
 
 
 def run(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Path = DEFAULT_RESULTS, executor: Executor = "tune",
@@ -87,9 +101,10 @@ def run(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Path 
     from ftsec_ray.schedule.places import is_uri
     from ftsec_ray.store.store import Store
 
-    whole = make_plan(sweep)
+    kept = Store.open(store)
+    whole = make_plan(sweep, kept)
     folder = results_folder(local_results(results), whole.spec.name)
-    outcome = run_plan(whole, Store.open(store), folder, executor=executor, address=address, workers=workers, limit=limit, on_event=on_event,
+    outcome = run_plan(whole, kept, folder, executor=executor, address=address, workers=workers, limit=limit, on_event=on_event,
                        sweep_text=text_of(sweep))
     if is_uri(str(results)):
         send_results(folder, results)
@@ -150,28 +165,53 @@ def _job_id(given: str | None, name: str) -> str:
 
 def run_plan(whole: Plan, store: Store, folder: Path, *, executor: Executor = "tune", address: str | None = None,
              workers: int | None = None, limit: int | None = None, on_event: Callable[[Event], None] | None = None,
-             sweep_text: str | None = None) -> Outcome:
-    """Run, collect and report a plan; a plan whose results are whole already is left as it is."""
+             sweep_text: str | None = None, on_round: Callable[[Plan], None] | None = None) -> Outcome:
+    """Run, collect and report a plan; a plan whose results are whole already is left as it is.
+
+    `on_round` is told what is left each time that measured trials of a search have made the plan grow.
+    """
     from ftsec_ray.report.page import REPORT_FILE, write_report
 
     if executor not in ("tune", "local"):
         raise SpecError("unknown executor", executor, "tune | local")
+    whole = make_plan(whole, store)
     part = limited(whole, limit)
+    report = None
     if not part.needed(store.done()):
         held = whole_results(whole, folder)
         if held is not None and (folder / REPORT_FILE).is_file():
-            return Outcome(results=held, page=folder / REPORT_FILE, report=None)
-        report = None
+            return Outcome(results=held, page=folder / REPORT_FILE, report=None, plan=whole)
     else:
-        from ftsec_ray.schedule.run import execute
-
         if address is None:
             check_gpus(whole.spec)
         elif executor == "tune":
             check_address(address)
-        report = execute(part, store, executor=executor, address=address, workers=workers, on_event=on_event)
+        whole, report = _run_rounds(whole, store, limit, on_round, executor=executor, address=address, workers=workers, on_event=on_event)
     collect_plan(whole, store, report, folder, sweep_text=sweep_text)
-    return Outcome(results=open_results(folder), page=write_report(folder), report=report)
+    return Outcome(results=open_results(folder), page=write_report(folder), report=report, plan=whole)
+
+
+def _run_rounds(whole: Plan, store: Store, limit: int | None, on_round: Callable[[Plan], None] | None,
+                **how: Any) -> tuple[Plan, RunReport]:  # noqa: ANN401
+    """Execute a plan, and what it grows by when trials of its searches are measured, until it grows no more."""
+    from ftsec_ray.plan.bill import BudgetError
+    from ftsec_ray.schedule.run import execute
+
+    report = execute(limited(whole, limit), store, **how)
+    while whole.searches:
+        before, whole = whole.digest, make_plan(whole, store)
+        if whole.digest == before:
+            break
+        # What failed in this run is tried again by the next one, and not in every round.
+        left = plan_of_cells(whole, [cell for cell in limited(whole, limit).cells if not report.failed.keys() & set(cell.stages)])
+        if on_round is not None:
+            on_round(left)
+        try:
+            report = report.then(execute(left, store, **how))
+        except BudgetError as fault:
+            report = report.stopped(fault.what, (stage.digest for stage in left.needed(store.done())))
+            break
+    return whole, report
 
 
 def collect_plan(whole: Plan, store: Store, report: RunReport | None, folder: Path, *, sweep_text: str | None = None,
@@ -189,7 +229,7 @@ def text_of(sweep: Sweep) -> str | None:
 
 
 def open_results(folder: str | Path) -> Results:
-    """The tables of a finished run: `.cells`, `.metrics`, `.generations`, `.stages`, `.comparisons`, `.aggregated`, `.to_polars(name)`."""
+    """The tables of a run: `.cells`, `.metrics`, `.generations`, `.stages`, `.comparisons`, `.searches`, `.aggregated`, `.to_polars(name)`."""
     from ftsec_ray.results.read import Results
 
     return Results.open(Path(folder))
@@ -209,7 +249,8 @@ def export(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Pa
     from ftsec_ray.results.remote import local_results
     from ftsec_ray.store.store import Store
 
-    whole, file = make_plan(sweep), sweep_file(sweep)
+    kept, file = Store.open(store), sweep_file(sweep)
+    whole = make_plan(sweep, kept)
     folder = results_folder(local_results(results), whole.spec.name)
     held = open_results(folder)
     if held.meta.get("plan") != whole.digest:
@@ -218,7 +259,6 @@ def export(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Pa
     page = folder / REPORT_FILE if (folder / REPORT_FILE).is_file() else write_report(folder)
     target = Path(out) if out is not None else Path(f"{whole.spec.name}-{whole.digest[:8]}.zip")
     target.parent.mkdir(parents=True, exist_ok=True)
-    kept = Store.open(store)
     return pack(whole, held, page, file, kept.records(kept.done() & set(whole.stages)), target)
 
 
@@ -274,7 +314,11 @@ def limited(whole: Plan, limit: int | None) -> Plan:
         return whole
     if limit < 1:
         raise SpecError("a limit that leaves no cell", limit, f"1 to {len(whole.cells)}")
-    cells = whole.cells[:limit]
+    return plan_of_cells(whole, whole.cells[:limit])
+
+
+def plan_of_cells(whole: Plan, cells: list[Cell]) -> Plan:
+    """The part of a plan that answers some of its cells."""
     wanted = {stage for cell in cells for stage in cell.stages}
     return Plan(whole.spec, cells, {digest: stage for digest, stage in whole.stages.items() if digest in wanted})
 
@@ -289,13 +333,14 @@ def results_folder(results: str | Path, name: str) -> Path:
 
 
 def whole_results(whole: Plan, folder: Path) -> Results | None:
-    """The results in a folder when they are of this plan and every cell is done; None otherwise."""
+    """The results in a folder when they are of this plan, every cell is done and every search has ended; None otherwise."""
     try:
         held = open_results(folder)
     except DataError:  # none yet, half-written, or of another version: collected anew
         return None
     same = (held.meta.get("plan"), held.meta["schema"]) == (whole.digest, SCHEMA_VERSION)
-    return held if same and set(held.cells["status"].to_pylist()) == {"done"} else None
+    is_whole = same and set(held.cells["status"].to_pylist()) == {"done"} and "open" not in held.searches["status"].to_pylist()
+    return held if is_whole else None
 
 
 def check_address(address: str) -> None:

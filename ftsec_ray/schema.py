@@ -1,6 +1,6 @@
 """Every table that outlives a run: columns with type, unit and, for metrics, which way is better.
 
-`ROWS` is what flows through `craft_data`; the others are the results that people analyse downstream: five tables on disk, and
+`ROWS` is what flows through `craft_data`; the others are the results that people analyse downstream: six tables on disk, and
 `aggregates`, which `Results.aggregated` makes of them.
 """
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = "3"
 """Of results as a whole: raise by one when a table or a column is added, and give that `since`; older results then open with null in its
-place. ("1" had no `comparisons`, "2" no `n_null`.)"""
+place. ("1" had no `comparisons`, "2" no `n_null` and no `searches`.)"""
 
 Direction = Literal["higher", "lower", "none"]
 
@@ -153,6 +153,8 @@ def cells() -> pa.Schema:
         _field("seed", pa.int64(), "of the cell's random choices"),
         _field("status", s, "done | failed | pending", nullable=False), _field("error_code", s, "sort of error, null for none"),
         _field("error", s, "of the earliest stage that failed"),
+        _field("search", s, "digest of the attacker's search that the cell belongs to; null for an ordinary cell", since="3"),
+        _field("search_trial", pa.int64(), "number of the trial from 0; null for what belongs to the grid", since="3"),
     ])
 
 
@@ -240,6 +242,40 @@ def comparisons() -> pa.Schema:
     ], since="2")
 
 
+def _attacker(prefix: str, who: str) -> list[pa.Field]:
+    """One attacker's numbers in a search."""
+    import pyarrow as pa
+
+    f, i = pa.float64(), pa.int64()
+    return [_field(f"{prefix}choose_value", f, f"of {who}, on the half of the prompts that chooses, in the trials' seed"),
+            _field(f"{prefix}choose_n", i, "judged prompts"), _field(f"{prefix}choose_utility_loss", f, "clean accuracy lost, likewise"),
+            _field(f"{prefix}report_value", f, f"of {who}, on the other half, mean over seeds"),
+            _field(f"{prefix}report_low", f, "95 %, over prompts and seeds"), _field(f"{prefix}report_high", f, "95 %"),
+            _field(f"{prefix}report_n", i, "judged prompts of one seed, the smallest of the seeds"),
+            _field(f"{prefix}report_utility_loss", f, "clean accuracy lost, likewise"),
+            _field(f"{prefix}report_coherent_rate", f, "coherent answers, likewise"), _field(f"{prefix}n_seeds", i, "seeds measured")]
+
+
+@cache
+def searches() -> pa.Schema:
+    """Schema of the `searches` table: one row per search of an attacker on one model and task behind one stack."""
+    import pyarrow as pa
+
+    s, f, i = pa.string(), pa.float64(), pa.int64()
+    return _schema("searches", [
+        _field("search", s, "digest", nullable=False), *_place(),
+        _field("status", s, "chosen | no trial within the bound | nothing measured | open", nullable=False),
+        _field("metric", s, "name; what the attacker drives up, or down where `higher` is better"),
+        _field("max_utility_loss", f, "clean accuracy that a trial may cost against no attack"), _field("trials", i, "trials, at most"),
+        _field("n_done", i, "trials measured"), _field("n_failed", i, "trials that failed"), _field("n_within", i, "trials within the bound"),
+        _field("search_seed", i, "of the proposals, as the sweep says"), _field("sampler_seed", i, "of the proposals in this place"),
+        _field("trial_seed", i, "seed of the trials' cells"), _field("trial", i, "number of the chosen one; null for none"),
+        _field("params", s, "JSON: all parameters of the chosen attack"), _field("training", s, "JSON: all parameters of its tune"),
+        *_attacker("", "the searched attacker"), *_attacker("fixed_", "the fixed attacker"), _field("n_planned", i, "seeds planned"),
+        _field("note", s, "why nothing was chosen"),
+    ], since="3")
+
+
 @cache
 def aggregates() -> pa.Schema:
     """Schema of `Results.aggregated`: one row per point of the grid (all seeds of it) and metric."""
@@ -260,7 +296,7 @@ def aggregates() -> pa.Schema:
 def __getattr__(name: str) -> object:
     """`schema.ROWS`, `CELLS`, `METRICS_TABLE`, ...: the schemas as constants, made on first use."""
     makers = {"ROWS": rows, "CELLS": cells, "METRICS_TABLE": metrics, "GENERATIONS": generations, "STAGES": stages,
-              "COMPARISONS": comparisons, "AGGREGATES": aggregates}
+              "COMPARISONS": comparisons, "SEARCHES": searches, "AGGREGATES": aggregates}
     if name in makers:
         return makers[name]()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from ftsec_ray.method import HOOKS, ZERO_STAGES, hooks_of
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
 from ftsec_ray.spec.docs import sections, summary
 from ftsec_ray.spec.faults import nearest
+from ftsec_ray.spec.search import goal_metric, is_searchable
 from ftsec_ray.spec.sweep import LADDER_SIZES, TASK_KINDS, TASK_OPTIONS
 from ftsec_ray.spec.typed import FieldInfo, fields_of
 
@@ -116,7 +117,8 @@ def page(registry: Registry, name: str) -> dict[str, Any]:
     goal = {"goal": cls.GOAL} if hasattr(cls, "GOAL") else {}
     return {"name": name, "kind": registry.kind, "phase": cls.PHASE, **goal, "version": cls.VERSION, "needs": sorted(cls.NEEDS),
             "zero_stages": sorted(cls.ZERO_STAGES),
-            "text": parts.pop(""), "sections": parts, "hooks": hooks, "parameters": parameters}
+            "text": parts.pop(""), "sections": parts, "hooks": hooks, "parameters": parameters,
+            **({"search": {"metric": goal_metric(cls)}} if is_searchable(cls) else {})}
 
 
 def _default(info: FieldInfo) -> object:
@@ -139,6 +141,9 @@ def _print_page(shown: dict[str, Any]) -> None:
         say(f"Inputs: {', '.join(shown['needs'])}")
     if shown["zero_stages"] != sorted(ZERO_STAGES):
         say(f"DeepSpeed: ZeRO stages {', '.join(map(str, shown['zero_stages']))} only")
+    if "search" in shown:
+        say(f"Search: `search:` beside its parameters looks for the strongest setting of them and of the tune; it drives "
+            f"{shown['search']['metric']}")
     say("\nHooks", style="bold")
     if shown["hooks"]:
         table("", ("hook", "what it does"), ((hook, shown["hooks"][hook]) for hook in HOOKS if hook in shown["hooks"]))

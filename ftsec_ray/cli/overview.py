@@ -29,7 +29,8 @@ def costs_of(plan: Plan, store: Store, done: set[str]) -> Costs:
 
 def print_plan(sweep: Path, *, store: str, as_json: bool, gpu_price: float | None) -> None:
     """Print what a plan holds, what of it is done, and what the rest takes."""
-    plan, held = api.make_plan(sweep), Store.open(store)
+    held = Store.open(store)
+    plan = api.make_plan(sweep, held)
     done = held.done()
     spent = spent_of(plan, held, done) if plan.spec.budget else None
     summary = summarize(plan, done, costs=costs_of(plan, held, done), spent=spent)
@@ -59,12 +60,14 @@ def cell_statuses(plan: Plan, done: set[str], failed: set[str]) -> dict[str, str
 def cell_name(cell: Cell) -> str:
     """A cell in words."""
     stack = "+".join(name_of(defense) for defense in cell.defenses) or "none"
-    return f"{cell.model.name} x {cell.task.name} x {name_of(cell.attack)} x {stack}, seed {cell.seed}"
+    trial = f", trial {cell.searched.trial}" if cell.searched and cell.searched.trial is not None else ""
+    return f"{cell.model.name} x {cell.task.name} x {cell.attack_name} x {stack}, seed {cell.seed}{trial}"
 
 
 def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
     """Print which cells of a sweep are done, failed or pending, and why the failed ones failed."""
-    plan, held = api.make_plan(sweep), Store.open(store)
+    held = Store.open(store)
+    plan = api.make_plan(sweep, held)
     done, failures = held.done(), held.failures()
     statuses = cell_statuses(plan, done, set(failures))
     if as_json:

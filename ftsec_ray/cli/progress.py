@@ -133,6 +133,13 @@ class LiveProgress:
             self._bar.stop()
         self._say(self.tally.line(self._clock() - self._start))
 
+    def follow(self, tally: Tally) -> None:
+        """Show the counts of what the plan has grown by."""
+        self._say(self.tally.line(self._clock() - self._start))
+        self.tally, self._start = tally, self._clock()
+        if self._bar is not None:
+            self._bar.reset(self._task, total=max(tally.work_s, 1e-9), description=tally.line(0.0))
+
     def on_event(self, event: Event) -> None:
         """Count an event and show it."""
         self.tally.take(event)

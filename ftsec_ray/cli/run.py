@@ -35,7 +35,8 @@ def run_sweep(sweep: Path, *, store: str, results: str, executor: str, address: 
     _warn_of_job_folder(store=store, results=results)
     # Libraries' notes to their own developers would tear the progress apart.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    whole, held = api.make_plan(sweep), Store.open(store)
+    held = Store.open(store)
+    whole = api.make_plan(sweep, held)
     part = api.limited(whole, limit)
     done = held.done()
     costs = costs_of(part, held, done)
@@ -45,13 +46,16 @@ def run_sweep(sweep: Path, *, store: str, results: str, executor: str, address: 
         spent = spent_of(part, held, done) if part.spec.budget else None
         say(render(summarize(part, done, costs=costs, spent=spent)), err=True)
         with LiveProgress(Tally(part, done, costs)) as shown:
+            def follow(left: Plan) -> None:
+                done = held.done()
+                shown.follow(Tally(left, done, costs_of(left, held, done)))
             outcome = api.run_plan(whole, held, folder, executor=kind, address=address, workers=workers, limit=limit, on_event=shown.on_event,
-                                   sweep_text=api.text_of(sweep))
+                                   sweep_text=api.text_of(sweep), on_round=follow)
     else:
         outcome = api.run_plan(whole, held, folder, executor=kind, limit=limit, sweep_text=api.text_of(sweep))
         say(f"{whole.spec.name}: the store holds every stage of {len(part.cells)} cells, nothing to run", err=True)
     _print_outcome(outcome.results, outcome.page, sent_to=send_results(folder, results) if is_uri(results) else None)
-    return exit_code(outcome.results, part)
+    return exit_code(outcome.results, api.limited(outcome.plan, limit))
 
 
 def _warn_of_job_folder(**places: str) -> None:
@@ -67,19 +71,23 @@ def report_sweep(sweep: Path, *, store: str, results: Path, as_markdown: bool = 
     """Collect what the store holds of a sweep, write its report, and print where it is or the grid as Markdown."""
     from ftsec_ray.report.markdown import grid_markdown
     from ftsec_ray.report.page import write_report
+    from ftsec_ray.report.searched import searches_markdown
 
-    whole = api.make_plan(sweep)
+    held = Store.open(store)
+    whole = api.make_plan(sweep, held)
     folder = api.results_folder(results, whole.spec.name)
-    api.collect_plan(whole, Store.open(store), None, folder, sweep_text=api.text_of(sweep), correction=correction)
+    api.collect_plan(whole, held, None, folder, sweep_text=api.text_of(sweep), correction=correction)
     found, page = api.open_results(folder), write_report(folder)
     if as_markdown:
-        print(grid_markdown(found))
+        print("\n\n".join(filter(None, (grid_markdown(found), searches_markdown(found)))))
     else:
         _print_outcome(found, page)
 
 
 def exit_code(results: Results, part: Plan) -> int:
-    """0 when all cells of `part` are done, 1 when one is not."""
+    """0 when all cells of `part` are done and all its searches have ended, 1 otherwise; a failed trial is told in `searches`."""
+    if any(search.is_open for search in part.searches):
+        return 1
     wanted = {cell.digest for cell in part.cells}
     statuses = zip(results.cells["cell"].to_pylist(), results.cells["status"].to_pylist(), strict=True)
     return 0 if all(status == "done" for cell, status in statuses if cell in wanted) else 1
@@ -96,6 +104,11 @@ def _print_outcome(results: Results, page: Path, *, sent_to: str | None = None) 
             say(f"and {len(broken) - MAX_ERRORS} more in the table `cells`")
     parts = [f"{counts['done']} of {len(rows)} cells done"] + [f"{counts[s]} {s}" for s in ("failed", "pending") if counts[s]]
     say(", ".join(parts))
+    ended = Counter(results.searches["status"].to_pylist())
+    if ended:
+        failed = sum(results.searches["n_failed"].to_pylist())
+        told = ", ".join(f"{count} {status}" for status, count in sorted(ended.items()))
+        say(f"searches: {told}" + (f"; {failed} trials failed" if failed else ""))
     for why in sorted({row["error"] for row in rows if row["status"] == "pending" and row["error_code"] == "budget"}):
         say(f"pending: {why}; a higher `budget` lets the next run go on")
     say(f"tables: {sent_to or results.folder}")

@@ -7,10 +7,11 @@ enter by the hash of their bytes.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -24,25 +25,32 @@ from ftsec_ray.plan.cost import parameters_of, prior_s
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.origin import Origin, model_origin, task_origin
 from ftsec_ray.plan.resources import Sizing, data_resource, gang_name, is_large
-from ftsec_ray.plan.stage import ROLES, Cell, Resource, Stage
-from ftsec_ray.registry import identity_of, name_of
-from ftsec_ray.spec.sweep import ExcludeRule, ModelSpec, SweepSpec, TaskSpec
+from ftsec_ray.plan.search import Look, PlannedSearch, Proposer, Told, Trial, choose, nothing_known, score, search_key, sign_of, source_metric
+from ftsec_ray.plan.stage import ROLES, Cell, Resource, Searched, Stage
+from ftsec_ray.registry import ATTACKS, identity_of, name_of
+from ftsec_ray.spec.methods import NONE
+from ftsec_ray.spec.sweep import AttackSearch, ExcludeRule, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
 
 Inputs = tuple[tuple[str, str], ...]
 _DEFAULT_BANK = 8
 
 
-def build_plan(spec: SweepSpec) -> Plan:
-    """The plan of a sweep; SpecFaults with every method that needs what a model or a task cannot give."""
+def build_plan(spec: SweepSpec, look: Look = nothing_known) -> Plan:
+    """The plan of a sweep; SpecFaults with every method that needs what a model or a task cannot give.
+
+    Args:
+        spec: The sweep.
+        look: What is known of a cell: searches of attackers go as far as it leads.
+    """
     builder = _Builder(spec)
-    cells = builder.cells()
+    cells, searches = builder.cells(look)
     try:
         Tariff(spec).check(stage.resource for stage in builder.stages.values())
     except SpecError as fault:
         builder.faults["prices",] = ("prices", fault)
     if builder.faults:
         raise SpecFaults(f"sweep {spec.name!r}", list(builder.faults.values()))
-    return Plan(spec, cells, builder.stages)
+    return Plan(spec, cells, builder.stages, tuple(searches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +122,8 @@ class _Builder:
         self._plain: dict[int, dict[str, Any]] = {}
         self._sizing = Sizing(spec)
         self._gangs: dict[tuple[object, ...], tuple[Resource, dict[str, Any]]] = {}
-        self._training = json.loads(canonical(spec.training))
+        self._training = self._tuning = json.loads(canonical(spec.training))
+        self._tuners: dict[TrainingConfig, _Builder] = {spec.training: self}
         self._evaluation = json.loads(canonical(spec.evaluation))
 
     # Methods: their digest and JSON are worked out once per object, since a grid repeats them a thousandfold.
@@ -149,7 +158,7 @@ class _Builder:
         if found is None:
             params = {"evaluation": self._evaluation} if kind == "evaluate" else {}
             if methods or kind == "tune":
-                params["training"] = self._training
+                params["training"] = self._training if kind in ("craft", "prepare") else self._tuning
             on_model = kind != "craft" or any(method.NEEDS & set(ROLES) for method in methods)
             name = "+".join(name_of(method) for method in methods)
             head = self.head(kind, params, methods=methods, owner=name or None, on_model=on_model)
@@ -273,9 +282,10 @@ class _Builder:
 
     # The grid.
 
-    def cells(self) -> list[Cell]:
-        """All cells that no rule leaves out, each once."""
+    def cells(self, look: Look) -> tuple[list[Cell], list[PlannedSearch]]:
+        """All cells that no rule leaves out, each once, and after them those of the searches."""
         cells: dict[str, Cell] = {}
+        searches: list[PlannedSearch] = []
         spec = self.spec
         for model, task in itertools.product(spec.models, spec.tasks):
             base = self.base(model, task)
@@ -283,9 +293,75 @@ class _Builder:
                 if not any(_is_excluded(rule, model, task, attack, stack, seed) for rule in spec.exclude):
                     cell = self.cell(base, task, attack, stack, seed)
                     cells.setdefault(cell.digest, cell)
-        return list(cells.values())
+            for entry, stack in itertools.product(spec.searches, spec.defenses):
+                seeds = [seed for seed in spec.seeds
+                         if not any(_is_excluded(rule, model, task, entry.attack, stack, seed) for rule in spec.exclude)]
+                if seeds:
+                    searches.append(self.search(base, task, entry, stack, seeds, look))
+        for search in searches:
+            for cell in search.cells:
+                cells.setdefault(cell.digest, cell)
+        return list(cells.values()), searches
 
-    def cell(self, base: _Base, task: TaskSpec, attack: Method, stack: tuple[Method, ...], seed: int) -> Cell:
+    def search(self, base: _Base, task: TaskSpec, entry: AttackSearch, stack: tuple[Method, ...], seeds: Sequence[int], look: Look) -> PlannedSearch:
+        """One search in one place of the grid, walked through its rounds as far as measurements lead."""
+        none = next((one for one in self.spec.attacks if name_of(one) == NONE), None) or ATTACKS.get(NONE)()
+        references = tuple(self.cell(base, task, none, stack, seed) for seed in seeds)
+        fixed = tuple(self.cell(base, task, entry.attack, stack, seed) for seed in seeds)
+        spec, metric, key = entry.search, source_metric(entry), search_key(entry, fixed[0])
+        sampler_seed = int(key[:8], 16)
+        reference = look(references[0])
+        proposer = Proposer(spec, sampler_seed)
+        trials: list[Trial] = []
+        while len(trials) < spec.trials and (not trials or (reference and all(one.told for one in trials[-spec.batch:]))):
+            if trials:
+                proposer.tell(one.score for one in trials[-spec.batch:])
+            for values in proposer.ask(min(spec.batch, spec.trials - len(trials))):
+                trials.append(self._trial(base, task, entry, stack, seeds[0], key, len(trials), values, look))
+                told = trials[-1].told
+                if told is not None:  # the verdicts themselves are not kept: a search may have thousands of trials
+                    scored = None if told.failed or reference is None else score(told, reference, metric, "choose")
+                    trials[-1] = replace(trials[-1], score=scored, told=Told(failed=told.failed))
+        is_open = reference is None or any(one.told is None for one in trials)
+        measured = [one for one in trials if one.score is not None]
+        place = None if is_open else choose([one.score for one in measured if one.score], spec.max_utility_loss, sign_of(spec.metric))
+        chosen = None if place is None else measured[place]
+        finals: tuple[Cell, ...] = ()
+        if chosen is not None and chosen.cell is not None and chosen.cell.searched is not None:
+            finals = tuple(self.searched_cell(base, task, chosen.cell.attack, stack, seed, replace(chosen.cell.searched, trial=None))
+                           for seed in seeds)
+        return PlannedSearch(key=key, entry=entry, metric=metric, sampler_seed=sampler_seed, references=references, fixed=fixed,
+                             trials=tuple(trials), chosen=chosen, finals=finals, is_open=is_open)
+
+    def _trial(self, base: _Base, task: TaskSpec, entry: AttackSearch, stack: tuple[Method, ...], seed: int, key: str, number: int,
+               values: Mapping[str, Any], look: Look) -> Trial:
+        """One setting as a cell; values that the attack refuses together, or that fit on no machine, are a failed trial without one."""
+        try:
+            attack, training = entry.configured(values, self.spec.training)
+            is_refused = bool(attack.check())
+            cell = None if is_refused else self.searched_cell(base, task, attack, stack, seed, Searched(key, entry, training, number))
+        except SpecError:
+            cell = None
+        told = Told(failed=True) if cell is None else look(cell)
+        return Trial(number=number, values=values, cell=cell, told=told, score=None)
+
+    def searched_cell(self, base: _Base, task: TaskSpec, attack: Method, stack: tuple[Method, ...], seed: int, searched: Searched) -> Cell:
+        """A cell whose tune may be another than the sweep's: what comes before the tune, and banks of clean adapters, keep the sweep's.
+
+        SpecError, with nothing added to the plan, where that tune fits on no machine.
+        """
+        builder = self._tuners.get(searched.training)
+        if builder is None:
+            builder = self._tuners[searched.training] = copy.copy(self)
+            builder._tuning = json.loads(canonical(searched.training))
+            builder._acts, builder._recipes, builder._gangs = {}, {}, {}
+            builder._sizing = Sizing(replace(self.spec, training=searched.training))
+        takes = builder._sizing.resource(base.model)
+        if builder._sizing.is_split(base.model):
+            builder._sizing.gang(base.model, (attack, *stack), trains_all=False)
+        return builder.cell(replace(base, resource=takes), task, attack, stack, seed, searched)
+
+    def cell(self, base: _Base, task: TaskSpec, attack: Method, stack: tuple[Method, ...], seed: int, searched: Searched | None = None) -> Cell:
         """One cell, with its stages added where they are new."""
         recipe = self.recipe(attack, stack)
         roles = {"reference": base.reference, "unaligned": base.unaligned}
@@ -311,9 +387,10 @@ class _Builder:
         for act in recipe.revise:
             model = step(act, ("model", model))
         evaluate = step(recipe.evaluate, ("model", model))
-        key = digests.of_cell(recipe.key, model=base.model.name, task=task.name, seed=seed, evaluate=evaluate)
+        key = digests.of_cell(recipe.key, model=base.model.name, task=task.name, seed=seed, evaluate=evaluate,
+                              search=searched.key if searched else None, trial=searched.trial if searched else None)
         return Cell(key, base.model, task, attack, stack, seed, evaluate, inspects, tuple(crafts),
-                    tuple(dict.fromkeys(chain)))
+                    tuple(dict.fromkeys(chain)), searched)
 
     def _role(self, role: str, roles: Mapping[str, str | None], method: Method, base: _Base, seed: int) -> str:
         """Digest of the model that a method needs in a role; a fault is noted when there is none."""

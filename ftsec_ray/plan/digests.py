@@ -29,6 +29,7 @@ def of_recipe(methods: Sequence[str]) -> str:
     return digest(list(methods))
 
 
-def of_cell(recipe: str, *, model: str, task: str, seed: int, evaluate: str) -> str:
-    """Digest of a cell: its recipe, the names of model and task, its seed, and the stage that measures it."""
-    return digest_text(f"cell {recipe} model {model!r} task {task!r} seed {seed} evaluate {evaluate}")
+def of_cell(recipe: str, *, model: str, task: str, seed: int, evaluate: str, search: str | None = None, trial: int | None = None) -> str:
+    """Digest of a cell: its recipe, the names of model and task, its seed, the stage that measures it, and what it is in a search."""
+    role = "" if search is None else f" search {search} {'chosen' if trial is None else f'trial {trial}'}"
+    return digest_text(f"cell {recipe} model {model!r} task {task!r} seed {seed} evaluate {evaluate}{role}")

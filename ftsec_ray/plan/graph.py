@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ftsec_ray.identity import digest
+from ftsec_ray.plan.search import PlannedSearch
 from ftsec_ray.plan.stage import Cell, Stage, Unit
 from ftsec_ray.spec.sweep import SweepSpec
 
@@ -20,6 +21,8 @@ class Plan:
     cells: list[Cell]
     stages: dict[str, Stage]
     """By digest, inputs before their consumers."""
+    searches: tuple[PlannedSearch, ...] = ()
+    """Searches of attackers as far as they have come: a plan with an open one grows when its trials are measured."""
 
     @cached_property
     def digest(self) -> str:

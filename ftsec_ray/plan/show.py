@@ -59,6 +59,12 @@ class PlanSummary:
     """What the sweep took so far; None unless it has a budget."""
     budget: Mapping[str, float] = field(default_factory=dict)
     """Limits of the sweep by what they limit."""
+    searches: int = 0
+    """Searches of attackers, one per model, task, attack and stack."""
+    trials: int = 0
+    """Their trials that are planned so far."""
+    trials_left: int = 0
+    """Their trials that may still be proposed, which no other figure covers."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values of all figures."""
@@ -90,6 +96,7 @@ def summarize(plan: Plan, done: Collection[str], *, costs: Costs | None = None, 
         shared_frac=1 - len(plan.stages) / plan.naive_runs if plan.naive_runs else 0.0,
         work_s=sum(seconds.values()), critical_path_s=max(finish.values(), default=0.0),
         is_learned=costs.is_learned, bill=bill_of(plan, todo, costs), spent=spent, budget=spec.budget.limits if spec.budget else {},
+        searches=len(plan.searches), trials=sum(len(one.trials) for one in plan.searches), trials_left=sum(one.left for one in plan.searches),
         kinds=tuple(KindSummary(kind=kind, stages=unique[kind], done=present[kind], to_run=open_kinds[kind],
                                 naive=naive[kind], to_run_s=float(work[kind])) for kind in KINDS if unique[kind]))
 
@@ -98,13 +105,21 @@ def render(summary: PlanSummary) -> str:
     """The figures as text for a terminal."""
     s = summary
     lines = [f"sweep {s.sweep}: {s.cells} cells ({s.models} models, {s.attacks} attacks, {s.stacks} defense stacks, "
-             f"{s.seeds} seeds)", "",
+             f"{s.seeds} seeds)", *_search_lines(s), "",
              f"{'stage':<10}{'unique':>9}{'done':>9}{'to run':>9}{'if unshared':>13}{'work to do':>13}"]
     lines += [f"{k.kind:<10}{k.stages:>9}{k.done:>9}{k.to_run:>9}{k.naive:>13}{duration(k.to_run_s):>13}" for k in s.kinds]
     lines += [f"{'all':<10}{s.stages:>9}{s.done:>9}{s.to_run:>9}{s.naive_runs:>13}{duration(s.work_s):>13}", ""]
     lines.append(f"sharing equal stages saves {s.shared_frac:.0%} of {s.naive_runs} stage runs; {s.units} units to schedule")
     lines.append(f"work {duration(s.work_s)}; at least {duration(s.critical_path_s)} with any number of workers")
     return "\n".join([*lines, *_bill_lines(s)])
+
+
+def _search_lines(s: PlanSummary) -> list[str]:
+    """How far the searches of attackers have come."""
+    if not s.searches:
+        return []
+    left = f"; up to {s.trials_left} more will be proposed when these are measured, and are in no figure below" if s.trials_left else ""
+    return [f"searches: {s.searches}, {s.trials} trials planned{left}"]
 
 
 def _bill_lines(s: PlanSummary) -> list[str]:

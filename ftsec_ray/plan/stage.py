@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftsec_ray.method import Method
-from ftsec_ray.spec.sweep import ModelSpec, TaskSpec
+from ftsec_ray.registry import name_of
+from ftsec_ray.spec.sweep import AttackSearch, ModelSpec, TaskSpec, TrainingConfig
 
 Resource = str
 """`cpu`, `gpu`, `gpu:<amount>`; of several processes `gang:<workers>` with a GPU each or `gang:<workers>cpu`, and
@@ -74,6 +75,22 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Searched:
+    """What a cell is in a search: a trial, or the setting that was chosen."""
+
+    key: str
+    entry: AttackSearch
+    training: TrainingConfig
+    """Of its tune."""
+    trial: int | None = None
+    """Its number from 0; None for the chosen setting."""
+
+
+SEARCHED = "searched "
+"""What stands before the name of an attack whose parameters were searched for; no name of a method holds a space."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One point of the grid and the stages that answer it."""
 
@@ -91,6 +108,13 @@ class Cell:
     """(method name, stage digest) for every change of the rows, the attack's first."""
     stages: tuple[str, ...]
     """Digests of all stages of the cell, inputs before their consumers."""
+    searched: Searched | None = None
+    """What the cell is in a search; None for an ordinary one."""
+
+    @property
+    def attack_name(self) -> str:
+        """The attack as tables call it."""
+        return f"{SEARCHED if self.searched else ''}{name_of(self.attack)}"
 
 
 @dataclass(frozen=True, slots=True)

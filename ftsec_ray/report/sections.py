@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.report import tables
+from ftsec_ray.report import searched, tables
 
 if TYPE_CHECKING:
     from ftsec_ray.report.grid import Grid
@@ -45,7 +45,15 @@ def filters(grid: Grid, results: Results) -> Section | None:
     return Section(anchor="filters", title="Filters of training rows", template="filters.html.j2", values={"rows": rows}) if rows else None
 
 
-EXTRA: tuple[Callable[[Grid, Results], Section | None], ...] = (detectors, filters)
+def searches(grid: Grid, results: Results) -> Section | None:
+    """The fixed attacker beside the one that searched."""
+    del grid
+    rows = searched.searched_rows(results)
+    values = {"columns": searched.COLUMNS, "rows": rows, "legend": searched.LEGEND}
+    return Section(anchor="searched", title="The attacker searches", template="searched.html.j2", values=values) if rows else None
+
+
+EXTRA: tuple[Callable[[Grid, Results], Section | None], ...] = (searches, detectors, filters)
 """Makers of sections, in the order of the page: after the charts, before cost."""
 
 

@@ -130,11 +130,15 @@ class PackedCell:
     seed: int
     evaluate: str
     stages: list[str]
+    search: str | None = None
+    """Digest of the attacker's search that the cell belongs to."""
+    trial: int | None = None
+    """Its number in the search; None for the chosen setting."""
 
     @property
     def names(self) -> tuple[object, ...]:
         """What a reader knows the cell by."""
-        return self.model, self.task, self.attack.name, tuple(one.name for one in self.defenses), self.seed
+        return self.model, self.task, self.attack.name, tuple(one.name for one in self.defenses), self.seed, self.search is not None, self.trial
 
 
 @dataclass(frozen=True, kw_only=True)

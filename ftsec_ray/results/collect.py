@@ -1,4 +1,4 @@
-"""The plan left-joined to the store, as the five tables: one row for every planned cell, whatever happened to it.
+"""The plan left-joined to the store, as the six tables: one row for every planned cell, whatever happened to it.
 
 Each artifact is read once, however many cells share it. A cell is done when its evaluation, its inspections and the row
 filters of its defenses are; what it has measured so far is written even where one of them failed.
@@ -27,6 +27,7 @@ from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.compare import compare
 from ftsec_ray.results.intervals import wilson
+from ftsec_ray.results.searched import attack_params, is_chosen, reported, reported_rates, search_row, told_of, without_trials
 from ftsec_ray.results.write import write_results
 from ftsec_ray.store import DamagedArtifact
 
@@ -34,11 +35,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ftsec_ray.plan import Cell, Plan
+    from ftsec_ray.plan.search import Told
     from ftsec_ray.results.paired import Correction
     from ftsec_ray.schedule.conductor import RunReport
     from ftsec_ray.store import Store
 
-_PACKAGES = ("ftsec_ray", "torch", "transformers", "tokenizers", "peft", "ray", "numpy", "pyarrow", "statsmodels")
+_PACKAGES = ("ftsec_ray", "torch", "transformers", "tokenizers", "peft", "ray", "numpy", "pyarrow", "statsmodels", "optuna")
 Row = dict[str, Any]
 _MEASURE = ("metric", "value", "n", "n_null", "ci_low", "ci_high")
 _UNSEEN = dict.fromkeys(("n_null", "ci_low", "ci_high"))
@@ -67,11 +69,13 @@ def collect(plan: Plan, store: Store, report: RunReport | None, folder: Path, *,
     defenses = {name_of(one): type(one) for stack in plan.spec.defenses for one in stack}
     hooks = {name: list(hooks_of(one)) for name, one in defenses.items()}
     controls = sorted(name for name, one in defenses.items() if one.IS_CONTROL)  # type: ignore[attr-defined]
-    tables["comparisons"] = compare(tables["cells"], tables["metrics"], tables["generations"], hooks=hooks, controls=controls, correction=correction)
+    grid = without_trials(tables)
+    tables["comparisons"] = compare(grid["cells"], grid["metrics"], grid["generations"], hooks=hooks, controls=controls, correction=correction)
+    tables["searches"] = _from_rows(schema.searches(), sorted((search_row(one, found.told) for one in plan.searches), key=lambda row: row["search"]))
     statuses = tables["cells"]["status"].to_pylist()
     meta = {"sweep": plan.spec.name, "question": plan.spec.question, "plan": plan.digest, "versions": _versions(),
             "counts": {status: statuses.count(status) for status in schema.STATUSES},
-            "attack_goals": {name_of(attack): type(attack).GOAL for attack in plan.spec.attacks},  # type: ignore[attr-defined]
+            "attack_goals": {cell.attack_name: type(cell.attack).GOAL for cell in plan.cells},  # type: ignore[attr-defined]
             "defense_hooks": hooks, "controls": controls, "correction": correction,
             "spent": {cell.digest: spent_on for cell in cells if (spent_on := _spent_on(found, cell)) is not None},
             "sweep_text": redacted(sweep_text or _sweep_text(plan))}
@@ -114,6 +118,10 @@ class _Found:
         left = plan.needed(set(self.records)) if plan.spec.budget else []
         fault = shortfall(plan, spent(plan, self.records, self.failures), bill_of(plan, left, Costs(self.records.values()))) if left else None
         return (fault.what, frozenset(stage.digest for stage in left)) if fault else ("", frozenset())
+
+    def told(self, cell: Cell) -> Told | None:
+        """What a cell's evaluation says of its prompts."""
+        return told_of(self.generations[cell.evaluate]) if cell.evaluate in self.generations else None
 
     def read_answers(self) -> None:
         """Read every artifact that the tables quote; one that is damaged counts as absent."""
@@ -189,9 +197,10 @@ def _cell_row(found: _Found, cell: Cell) -> Row:
     status, code, error = _outcome(found, cell)
     return {"cell": cell.digest, "sweep": found.plan.spec.name, "model": cell.model.name, "family": cell.model.family,
             "model_params": found.parameters.get(cell.model.name), "aligned": cell.model.aligned, "task": cell.task.name,
-            "attack": name_of(cell.attack), "attack_phase": cell.attack.PHASE, "attack_params": canonical(cell.attack),
+            "attack": cell.attack_name, "attack_phase": cell.attack.PHASE, "attack_params": attack_params(cell),
             "defenses": [name_of(one) for one in cell.defenses], "defense_phases": [one.PHASE for one in cell.defenses],
-            "defense_params": canonical(list(cell.defenses)), "seed": cell.seed, "status": status, "error_code": code, "error": error}
+            "defense_params": canonical(list(cell.defenses)), "seed": cell.seed, "status": status, "error_code": code, "error": error,
+            "search": cell.searched.key if cell.searched else None, "search_trial": cell.searched.trial if cell.searched else None}
 
 
 def _spent_on(found: _Found, cell: Cell) -> list[float] | None:
@@ -226,6 +235,8 @@ def _named(found: _Found, digest: str) -> str:
 
 def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
     rows = {row["metric"]: row for row in found.metrics.get(cell.evaluate, ())}
+    if is_chosen(cell) and cell.evaluate in found.generations:
+        rows |= {row["metric"]: row for row in reported_rates(rows, found.generations[cell.evaluate])}
     if type(cell.attack).GOAL == "harmful" and "harmful_rate" in rows:  # type: ignore[attr-defined]
         rows["asr"] = {**rows["harmful_rate"], "metric": "asr"}
     for row in rows.values():
@@ -295,6 +306,8 @@ def _generations(found: _Found, cells: Sequence[Cell]) -> pa.Table:
     parts = []
     for cell in cells:
         said = found.generations.get(cell.evaluate)
+        if said is not None and is_chosen(cell):
+            said = reported(said)
         if said is not None and said.num_rows:
             column = pa.repeat(pa.scalar(cell.digest, pa.string()), said.num_rows)
             parts.append(pa.table([pa.chunked_array([column]), *said.columns], schema=wanted))
@@ -343,6 +356,7 @@ def _sweep_text(plan: Plan) -> str:
         return {name_of(method): json.loads(canonical(method))}
     plain = {"name": spec.name, "question": spec.question, "models": [json.loads(canonical(one)) for one in spec.models],
              "task": [json.loads(canonical(one)) for one in spec.tasks], "attacks": [named(one) for one in spec.attacks],
+             "searches": [{"attack": named(one.attack), **json.loads(canonical(one.search))} for one in spec.searches],
              "defenses": [[named(one) for one in stack] for stack in spec.defenses], "seeds": list(spec.seeds),
              "exclude": [json.loads(canonical(one)) for one in spec.exclude], "training": json.loads(canonical(spec.training)),
              "evaluation": json.loads(canonical(spec.evaluation))}

@@ -37,8 +37,8 @@ from ftsec_ray.results.archive import (
     PackedPlan,
     PackedStage,
 )
-from ftsec_ray.results.read import Results
-from ftsec_ray.results.write import PART, RUN_FILE, TABLES
+from ftsec_ray.results.read import Results, held_tables
+from ftsec_ray.results.write import PART, RUN_FILE
 from ftsec_ray.schedule.upload import texts_in
 from ftsec_ray.spec.faults import Faults
 from ftsec_ray.spec.sweep import SweepSpec
@@ -86,12 +86,11 @@ def pack(plan: Plan, results: Results, page: Path, sweep: SweepFile, records: Ma
         records: Records of the plan's finished stages, as far as a store holds them.
         target: Replaced when it is there.
     """
-    tables = [name for name in TABLES if (results.folder / name / PART).is_file()]  # results of an older schema have fewer
     members: dict[str, bytes | Path] = {
         f"sweep/{sweep.name}": sweep.text.encode(), PLAN: _json(asdict(packed_plan(plan))),
         ARTIFACTS: _json({digest: record["files"] for digest, record in sorted(records.items())}),
         f"results/{page.name}": page,
-        **{f"results/{name}": results.folder / name for name in (RUN_FILE, *(f"{table}/{PART}" for table in tables))}}
+        **{f"results/{name}": results.folder / name for name in (RUN_FILE, *(f"{table}/{PART}" for table in held_tables(results.meta)))}}
     manifest = Manifest(
         format=FORMAT, sweep=plan.spec.name, file=f"sweep/{sweep.name}", plan=plan.digest, versions=_versions(results, records),
         code=code_of(plan), inputs=inputs_of(plan.spec, sweep), files={name: _checksum(one) for name, one in sorted(members.items())})
@@ -119,7 +118,8 @@ def packed_plan(plan: Plan) -> PackedPlan:
 
 def _packed_cell(cell: Cell) -> PackedCell:
     return PackedCell(cell=cell.digest, model=cell.model.name, task=cell.task.name, attack=_packed_method(cell.attack),
-                      defenses=[_packed_method(one) for one in cell.defenses], seed=cell.seed, evaluate=cell.evaluate, stages=list(cell.stages))
+                      defenses=[_packed_method(one) for one in cell.defenses], seed=cell.seed, evaluate=cell.evaluate, stages=list(cell.stages),
+                      search=cell.searched.key if cell.searched else None, trial=cell.searched.trial if cell.searched else None)
 
 
 def _packed_method(method: Method) -> PackedMethod:

@@ -42,24 +42,24 @@ class Results:
         if not folder.is_dir():
             raise DataError("no results folder", str(folder), "a folder that `ftsec run` wrote", _FIX)
         meta = _read_meta(folder)
-        for name in _held(meta):
+        for name in held_tables(meta):
             _check_table(folder, name, meta["rows"].get(name), meta["schema"])
         return cls(folder, meta)
 
     @cached_property
     def cells(self) -> pa.Table:
-        """One row for every planned cell (schema.cells)."""
-        return self._read("cells")
+        """One row for every planned cell (schema.cells), without the trials of searches, as in `metrics` and `generations`."""
+        return self._grid("cells")
 
     @cached_property
     def metrics(self) -> pa.Table:
         """One row per cell and metric (schema.metrics)."""
-        return self._read("metrics")
+        return self._grid("metrics")
 
     @cached_property
     def generations(self) -> pa.Table:
         """One row per cell, probe and prompt (schema.generations)."""
-        return self._read("generations")
+        return self._grid("generations")
 
     @cached_property
     def stages(self) -> pa.Table:
@@ -67,9 +67,14 @@ class Results:
         return self._read("stages")
 
     @cached_property
+    def searches(self) -> pa.Table:
+        """One row per search of an attacker (schema.searches)."""
+        return self._read("searches")
+
+    @cached_property
     def comparisons(self) -> pa.Table:
         """One row per pair of stacks and metric (schema.comparisons)."""
-        return self._read("comparisons") if "comparisons" in _held(self.meta) else self.compared()
+        return self._read("comparisons") if "comparisons" in held_tables(self.meta) else self.compared()
 
     def compared(self, correction: Correction = "bh") -> pa.Table:
         """The comparisons computed anew, with another correction: `bh` (Benjamini-Hochberg) or `holm`."""
@@ -85,10 +90,12 @@ class Results:
 
         return aggregate(self.cells, self.metrics)
 
-    def table(self, name: str) -> pa.Table:
-        """A table by name; DataError when there is none of that name."""
+    def table(self, name: str, *, trials: bool = False) -> pa.Table:
+        """A table by name, with `trials` as it is on disk; DataError when there is none of that name."""
         if name not in TABLES:
             raise DataError("no such results table", name, " | ".join(TABLES))
+        if trials:
+            return self._read(name)
         return getattr(self, name) if hasattr(type(self), name) else self._read(name)
 
     def to_polars(self, name: str) -> polars.DataFrame:
@@ -131,12 +138,22 @@ class Results:
             wide = wide.append_column(name, pa.array(values, kinds[name]))
         return wide
 
+    @cached_property
+    def _all_cells(self) -> pa.Table:
+        return self._read("cells")
+
+    def _grid(self, name: str) -> pa.Table:
+        """A table without the trials of searches."""
+        from ftsec_ray.results.searched import without_trials
+
+        return without_trials({"cells": self._all_cells, name: self._all_cells if name == "cells" else self._read(name)})[name]
+
     def _read(self, name: str) -> pa.Table:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         whole = table_schema(name)
-        if name not in _held(self.meta):
+        if name not in held_tables(self.meta):
             return whole.empty_table()
         path = self.folder / name / PART
         try:
@@ -165,7 +182,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _held(meta: dict[str, Any]) -> tuple[str, ...]:
+def held_tables(meta: dict[str, Any]) -> tuple[str, ...]:
     """The tables that results of this schema version have on disk."""
     return tuple(name for name in TABLES if schema.as_of(table_schema(name), meta["schema"]) is not None)
 

@@ -23,6 +23,7 @@ from ftsec_ray.plan import digests
 from ftsec_ray.plan.build import build_plan
 from ftsec_ray.plan.code import KIND_SOURCES, content_hash, kind_code, variant_of
 from ftsec_ray.plan.graph import Plan
+from ftsec_ray.plan.search import Look, nothing_known
 from ftsec_ray.registry import ATTACKS, DEFENSES
 from ftsec_ray.results.archive import (
     ARTIFACTS,
@@ -38,6 +39,7 @@ from ftsec_ray.results.archive import (
 )
 from ftsec_ray.results.pack import located, method_code, packed_plan
 from ftsec_ray.results.read import Results
+from ftsec_ray.results.searched import look_at_results
 from ftsec_ray.spec.load import load_sweep
 
 if TYPE_CHECKING:
@@ -189,7 +191,7 @@ def _digest_words(manifest: Manifest, packed: PackedPlan) -> Iterator[str]:
 
     def of_cell(cell: PackedCell) -> str:
         recipe = digests.of_recipe([of_method(one) for one in (cell.attack, *cell.defenses)])
-        return digests.of_cell(recipe, model=cell.model, task=cell.task, seed=cell.seed, evaluate=cell.evaluate)
+        return digests.of_cell(recipe, model=cell.model, task=cell.task, seed=cell.seed, evaluate=cell.evaluate, search=cell.search, trial=cell.trial)
 
     wrong = [f"{stage.name} {stage.digest}" for stage in packed.stages if _or_none(of_stage, stage) != stage.digest]
     wrong += [f"cell {cell.cell}" for cell in packed.cells if _or_none(of_cell, cell) != cell.cell]
@@ -215,7 +217,8 @@ def _plan_words(archive: Archive, packed: PackedPlan, base: Path) -> Iterator[st
         file = Path(scratch) / Path(archive.manifest.file).name
         file.write_text(text, encoding="utf-8")
         try:
-            plan = build_plan(load_sweep(file, base=base))
+            spec = load_sweep(file, base=base)
+            plan = build_plan(spec, _known(archive, Path(scratch) / "results") if spec.searches else nothing_known)
         except SpecError as error:
             faults = error.faults if isinstance(error, SpecFaults) else (("sweep", error),)
             yield from (f"cannot be planned here: {place}: {fault.what}, {fault.got!r}" for place, fault in faults)
@@ -224,6 +227,14 @@ def _plan_words(archive: Archive, packed: PackedPlan, base: Path) -> Iterator[st
             yield f"cannot be planned here: {error}"
             return
     yield from _plans_differ(packed, plan)
+
+
+def _known(archive: Archive, folder: Path) -> Look:
+    """What the archive's own tables tell of the trials of searches, so that a searched sweep is planned to its end without a store."""
+    try:
+        return look_at_results(Results.open(archive.unpack("results", folder)))
+    except DataError:  # told with the tables
+        return nothing_known
 
 
 def _plans_differ(packed: PackedPlan, plan: Plan) -> Iterator[str]:
@@ -305,7 +316,7 @@ def _table_words(archive: Archive, packed: PackedPlan) -> Iterator[str]:
             yield "they are of another plan than the archive"
         for name, column, wanted in (("cells", "cell", {cell.cell for cell in packed.cells}),
                                      ("stages", "digest", {stage.digest for stage in packed.stages})):
-            if set(results.table(name)[column].to_pylist()) != wanted:
+            if set(results.table(name, trials=True)[column].to_pylist()) != wanted:
                 yield f"the table {name} does not hold the {name} of the plan"
 
 

@@ -1,4 +1,4 @@
-"""The five tables of a sweep on disk: fixed schemas, sorted rows, the same bytes every time.
+"""The six tables of a sweep on disk: fixed schemas, sorted rows, the same bytes every time.
 
 Each file is written under a temporary name and renamed. `run.json` goes away first and comes back last with the row
 count of every table, so that a reader can tell a finished folder from one whose writer died.
@@ -18,24 +18,25 @@ from ftsec_ray.errors import StoreError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TABLES = ("cells", "metrics", "generations", "stages", "comparisons")
+TABLES = ("cells", "metrics", "generations", "stages", "comparisons", "searches")
 RUN_FILE = "run.json"
 PART = "part-0.parquet"
-_KEYS = {"cells": ("cell",), "metrics": ("cell", "metric"), "stages": ("digest",)}
+_KEYS = {"cells": ("cell",), "metrics": ("cell", "metric"), "stages": ("digest",), "searches": ("search",)}
 """Sort keys; `generations` comes sorted by cell, probe and prompt, since sorting it here would copy all text, and `comparisons` by its pairs."""
 
 
 def table_schema(name: str) -> pa.Schema:
-    """The schema of one of the five tables."""
+    """The schema of one of the six tables."""
     return {"cells": schema.cells, "metrics": schema.metrics, "generations": schema.generations, "stages": schema.stages,
-            "comparisons": schema.comparisons}[name]()
+            "comparisons": schema.comparisons, "searches": schema.searches}[name]()
 
 
 def write_results(folder: Path, *, tables: Mapping[str, pa.Table], meta: Mapping[str, Any]) -> Path:
-    """Write the five tables and `run.json` into `folder`, replacing what an earlier run left there, and return it."""
+    """Write the six tables and `run.json` into `folder`, replacing what an earlier run left there, and return it; `searches` may be left out."""
+    tables = {"searches": schema.searches().empty_table(), **tables}
     odd = sorted(set(TABLES) ^ set(tables))
     if odd:
-        raise StoreError("results are exactly five tables", odd, " | ".join(TABLES))
+        raise StoreError("results are exactly six tables", odd, " | ".join(TABLES))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN_FILE).unlink(missing_ok=True)
     for name in TABLES:

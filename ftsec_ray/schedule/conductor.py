@@ -7,8 +7,8 @@ keeps the states, tells the listener, and has damaged artifacts made again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from ftsec_ray.execute.unit import StageVerdict
@@ -56,6 +56,19 @@ class RunReport:
     def is_complete(self) -> bool:
         """Whether every stage that was needed is done."""
         return not self.failed and not self.upstream_failed and not self.unaffordable
+
+    def then(self, later: RunReport) -> RunReport:
+        """One report of this run and the one right after it, over a plan that had grown."""
+        done = (*self.done, *(one for one in later.done if one not in self.done))
+        return RunReport(done=done, failed={**{one: why for one, why in self.failed.items() if one not in done}, **later.failed},
+                         upstream_failed=tuple(dict.fromkeys((*self.upstream_failed, *later.upstream_failed))),
+                         cached=tuple(dict.fromkeys((*self.cached, *(one for one in later.cached if one not in self.done)))),
+                         attempts={**self.attempts, **later.attempts}, wall_s=self.wall_s + later.wall_s,
+                         unaffordable=later.unaffordable, over_budget=later.over_budget)
+
+    def stopped(self, why: str, kept: Iterable[str]) -> RunReport:
+        """The same report, the budget having kept a later run from starting."""
+        return replace(self, unaffordable=tuple(kept), over_budget=why)
 
 
 class Conductor:

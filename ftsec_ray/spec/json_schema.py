@@ -5,17 +5,21 @@ It says what a file may hold; what JSON schema cannot say (files that exist, nam
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from ftsec_ray.method import Method
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
 from ftsec_ray.spec.docs import sections, summary
 from ftsec_ray.spec.faults import NAME_PATTERN
 from ftsec_ray.spec.methods import NONE
+from ftsec_ray.spec.search import METRICS, SEARCH, goal_metric, is_searchable
 from ftsec_ray.spec.strategy import DeepSpeedConfig, StrategyConfig
 from ftsec_ray.spec.sweep import (
     LADDER_SIZES,
     TASK_KINDS,
     TASK_OPTIONS,
+    TRAINING,
     AlignSpec,
     BudgetSpec,
     DataSpec,
@@ -24,6 +28,7 @@ from ftsec_ray.spec.sweep import (
     ModelSpec,
     NodeType,
     ResourceSpec,
+    SearchSpec,
     SourceSpec,
     TaskSpec,
     TrainingConfig,
@@ -69,9 +74,11 @@ def _one_or_list(item: Schema) -> Schema:
     return {"anyOf": [item, {"type": "array", "minItems": 1, "items": item}]}
 
 
-def _properties(cls: type, *, grid: bool = False) -> dict[str, Schema]:
+def _properties(cls: type, *, grid: bool = False, without: Collection[str] = ()) -> dict[str, Schema]:
     found = {}
     for info in fields_of(cls):
+        if info.name in without:
+            continue
         schema = adapter_schema(cls, info.name)
         if grid:
             values = {"type": "array", "minItems": 1, "items": schema}
@@ -133,10 +140,29 @@ def _task() -> Schema:
 def _methods(registry: Registry) -> Schema:
     choices: list[Schema] = [{"enum": registry.names()}]
     for name in registry.names():
-        parameters = {**_object(registry.get(name), grid=True), "description": summary(sections(registry.doc(name))[""])}
+        cls = registry.get(name)
+        parameters = {**_object(cls, grid=True), "description": summary(sections(registry.doc(name))[""])}
+        if is_searchable(cls):
+            parameters["properties"][SEARCH] = _search(cls)
         choices.append({"type": "object", "additionalProperties": False, "required": [name],
                         "properties": {name: {"anyOf": [parameters, {"type": "null"}]}}})
     return {"anyOf": choices}
+
+
+def _search(cls: type[Method]) -> Schema:
+    owned: list[tuple[str, type, str]] = [(info.name, cls, info.name) for info in fields_of(cls)]
+    owned += [(TRAINING + info.name, TrainingConfig, info.name) for info in fields_of(TrainingConfig)]
+    ranges: dict[str, Schema] = {}
+    for name, owner, field in owned:
+        one = adapter_schema(owner, field)
+        ends = {"type": "object", "additionalProperties": False, "required": ["low", "high"],
+                "properties": {"low": one, "high": one, "log": {"type": "boolean", "default": False}}}
+        ranges[name] = {"anyOf": [{"type": "array", "minItems": 2, "uniqueItems": True, "items": one}, ends]}
+    found = _properties(SearchSpec, without=("ranges", "metric"))
+    return {"type": "object", "additionalProperties": False, "required": ["trials", "ranges"],
+            "description": "How an attacker looks for the strongest setting that is not noticed.",
+            "properties": {**found, "metric": {"enum": list(METRICS), "default": goal_metric(cls)},
+                           "ranges": {"type": "object", "minProperties": 1, "additionalProperties": False, "properties": ranges}}}
 
 
 def _stack() -> Schema:

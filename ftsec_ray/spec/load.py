@@ -74,10 +74,10 @@ def _spec(given: object, base: Path, faults: Faults, *, default_name: str | None
     values: dict[str, Any] = {
         "models": () if "models" in missing else models_of(given["models"], base, faults),
         "tasks": () if "task" in missing else tasks_of(given["task"], base, faults),
-        "attacks": () if "attacks" in missing else attacks_of(given["attacks"], faults),
         "defenses": () if "defenses" in missing else defenses_of(given["defenses"], faults),
         "seeds": _seeds(given.get("seeds", 1), faults),
     }
+    values["attacks"], values["searches"] = ((), ()) if "attacks" in missing else attacks_of(given["attacks"], faults)
     training, values["strategy"] = split_training(_without_grids(given.get("training"), "training", faults), TrainingConfig, faults)
     values["training"] = build(TrainingConfig, training, "training", faults)
     for key, cls in (("evaluation", EvaluationConfig), ("resources", ResourceSpec), ("data", DataSpec)):

@@ -16,6 +16,8 @@ from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry, name_of
 from ftsec_ray.spec.faults import Faults
+from ftsec_ray.spec.search import SEARCH, search_of
+from ftsec_ray.spec.sweep import AttackSearch
 from ftsec_ray.spec.typed import fields_of, unknown_keys, value_of
 
 Stack = tuple[Method, ...]
@@ -23,15 +25,46 @@ T = TypeVar("T")
 NONE = "none"
 
 
-def attacks_of(given: object, faults: Faults) -> tuple[Method, ...]:
-    """The attacks of a sweep, grids expanded."""
+def attacks_of(given: object, faults: Faults) -> tuple[tuple[Method, ...], tuple[AttackSearch, ...]]:
+    """The attacks of a sweep, grids expanded, and the searches that stand beside their parameters."""
     found: list[tuple[str, Method]] = []
+    searches: list[AttackSearch | None] = []
     for place, entry in _entries(given, "attacks", ATTACKS, faults):
         if isinstance(entry, (list, tuple)):
             faults.add(place, "a list of attacks", entry, "one attack per entry", "a cell has one attack; stacks are for defenses")
             continue
-        found += [(place, attack) for attack in _methods(entry, place, ATTACKS, faults)]
-    return tuple(_unique(found, lambda attack: (attack,), faults))
+        plain, search = _without_search(entry)
+        attacks = _methods(plain, place, ATTACKS, faults)
+        found += [(place, attack) for attack in attacks]
+        if search is not None:
+            where = f"{place}.{_name(plain)}.{SEARCH}"
+            _refuse_grids(plain, search, where, faults)
+            # A fault of the search is one fault, however many attacks a grid beside it gives.
+            for attack in attacks:
+                searches.append(search_of(attack, search, where, faults))
+                if searches[-1] is None:
+                    break
+    return tuple(_unique(found, lambda attack: (attack,), faults)), tuple(one for one in searches if one is not None)
+
+
+def _refuse_grids(entry: object, search: object, place: str, faults: Faults) -> None:
+    """A fault for each parameter that a grid beside a search gives and the search looks for: the searches would be the same."""
+    given = next(iter(entry.values())) if isinstance(entry, Mapping) else {}
+    ranges = search.get("ranges") if isinstance(search, Mapping) else None
+    for name in ranges if isinstance(ranges, Mapping) else ():
+        if isinstance(given.get(name), Mapping) and "grid" in given[name]:
+            faults.add(f"{place}.ranges.{name}", "a grid beside the search for the same parameter", given[name], "one value for the fixed attack",
+                       "write a second entry for another fixed attack")
+
+
+def _without_search(entry: object) -> tuple[object, object | None]:
+    """An entry of the axis and its search, if any."""
+    name = _name(entry)
+    given = entry[name] if isinstance(entry, Mapping) and name is not None else None
+    if name is None or not isinstance(given, Mapping) or SEARCH not in given:
+        return entry, None
+    search = given[SEARCH]
+    return {name: {key: value for key, value in given.items() if key != SEARCH}}, {} if search is None else search
 
 
 def defenses_of(given: object, faults: Faults) -> tuple[Stack, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -291,6 +291,55 @@ class BudgetSpec:
         return {name: limit for name, limit in known.items() if limit is not None}
 
 
+TRAINING = "training."
+"""What stands before a parameter of the tune in the ranges of a search."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Where one parameter may lie: one of `choices`, or between `low` and `high`, both included; ints where both ends are."""
+
+    name: str
+    """A parameter of the attack, or `training.` and one of the tune's."""
+    choices: tuple[Any, ...] = ()
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False
+    """Whether the logarithm is what is spread evenly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec:
+    """How an attacker looks for the strongest setting that is not noticed."""
+
+    trials: Annotated[int, Ge(1), Le(10_000)]
+    """Settings tried per model, task and stack of defenses, at most."""
+    batch: Annotated[int, Ge(1)] = 4
+    """Settings proposed at once; the next ones are proposed when all of these are measured."""
+    metric: str
+    """What the attacker drives up (or down, where that is bad for the defender); the attack's success where it is not given."""
+    max_utility_loss: Annotated[float, Ge(0), Le(1)] = 0.05
+    """Clean accuracy that a setting may cost at most, 0..1."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Of the proposals."""
+    ranges: tuple[Range, ...]
+    """Parameters searched, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSearch:
+    """An attack with fixed parameters, and the search for better ones."""
+
+    attack: Method
+    search: SearchSpec
+
+    def configured(self, values: Mapping[str, Any], training: TrainingConfig) -> tuple[Method, TrainingConfig]:
+        """The attack and the tune with these values of the searched parameters."""
+        own = {name: value for name, value in values.items() if not name.startswith(TRAINING)}
+        tune = {name.removeprefix(TRAINING): value for name, value in values.items() if name.startswith(TRAINING)}
+        return replace(self.attack, **own), replace(training, **tune)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepSpec:
     """One sweep: the axes of the grid, and how to train and measure."""
@@ -314,3 +363,5 @@ class SweepSpec:
     prices: tuple[NodeType, ...] = ()
     """The machines that stages may run on; empty: only hours are told, no money."""
     budget: BudgetSpec | None = None
+    searches: tuple[AttackSearch, ...] = ()
+    """Attacks that are also searched for; in a file a search stands beside the attack's parameters."""

@@ -10,7 +10,6 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -19,10 +18,11 @@ from ftsec_ray.cli.app import app
 from ftsec_ray.errors import StoreError
 from ftsec_ray.registry import ATTACKS, DEFENSES
 from ftsec_ray.results.write import TABLES, table_schema
-from ftsec_ray.schema import METRICS, SCHEMA_VERSION, as_of
+from ftsec_ray.schema import METRICS, SCHEMA_VERSION
 from ftsec_ray.store.store import Store
 from tests.cli import toy
 from tests.cli.toy import call
+from tests.results.toy import made_older
 
 SWEEP = """\
 name: small
@@ -111,13 +111,7 @@ def test_a_report_names_its_correction_and_takes_no_other(folder):
 def test_tables_of_an_earlier_schema_are_collected_again(folder):
     call("run", "small.yaml")
     path = folder / "results/small/run.json"
-    meta = json.loads(path.read_text(encoding="utf-8"))
-    for name in TABLES:
-        earlier = as_of(table_schema(name), "1")
-        if earlier is not None:
-            file = path.parent / name / "part-0.parquet"
-            pq.write_table(pq.read_table(file).select(earlier.names), file)
-    path.write_text(json.dumps({**meta, "schema": "1"}), encoding="utf-8")
+    made_older(path.parent, "1")
     assert api.open_results("results/small").comparisons.num_rows
     toy.ran.clear()
     call("run", "small.yaml")

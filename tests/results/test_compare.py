@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -18,9 +17,9 @@ from ftsec_ray import schema
 from ftsec_ray.method import hooks_of
 from ftsec_ray.results.compare import compare
 from ftsec_ray.results.read import Results
-from ftsec_ray.results.write import table_schema, write_results
+from ftsec_ray.results.write import write_results
 
-from .toy import META, metric_row, results_of, share, tables_of, whole
+from .toy import META, made_older, metric_row, results_of, share, tables_of, whole
 
 N = 40
 GOOD = {"cacc": share(38, N), "coherent_rate": share(3 * N, 3 * N), "over_refusal_rate": share(1, N)}
@@ -202,15 +201,7 @@ def test_all_cells_failed_or_no_cells_at_all(tmp_path: Path) -> None:
 def test_results_of_version_one_open_and_are_compared_when_asked(tmp_path: Path) -> None:
     results = results_of(tmp_path, {("poison", "none", 0): {"asr": share(18, 20)}, ("poison", "guard", 0): {"asr": share(2, 20)}})
     wanted = results.comparisons
-    meta = json.loads((tmp_path / "run.json").read_text())
-    del meta["rows"]["comparisons"]
-    (tmp_path / "run.json").write_text(json.dumps({**meta, "schema": "1"}))
-    (tmp_path / "comparisons" / "part-0.parquet").unlink()
-    for name in meta["rows"]:
-        earlier = schema.as_of(table_schema(name), "1")
-        assert earlier is not None
-        pq.write_table(results.table(name).select(earlier.names), tmp_path / name / "part-0.parquet")
-    old = Results.open(tmp_path)
+    old = Results.open(made_older(tmp_path, "1"))
     uncounted = ["n_null", "n_null_against"]
     assert old.comparisons.drop_columns(uncounted).equals(wanted.drop_columns(uncounted))
     assert old.table("comparisons").num_rows == 1

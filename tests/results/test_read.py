@@ -38,7 +38,7 @@ def test_tables_come_back_sorted_with_their_schema(folder: Path) -> None:
     results = Results.open(folder)
     assert results.metrics.schema.equals(schema.metrics(), check_metadata=True)
     assert results.metrics["cell"].to_pylist() == sorted(results.metrics["cell"].to_pylist())
-    assert results.meta["rows"] == {"cells": 3, "metrics": 5, "generations": 0, "stages": 0, "comparisons": 0}
+    assert results.meta["rows"] == {"cells": 3, "metrics": 5, "generations": 0, "stages": 0, "comparisons": 0, "searches": 0}
 
 
 def test_the_wide_table_has_one_row_per_cell_and_null_where_nothing_was_measured(folder: Path) -> None:

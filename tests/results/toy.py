@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ftsec_ray import schema
 from ftsec_ray.results.compare import compare
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
-from ftsec_ray.results.write import write_results
+from ftsec_ray.results.write import TABLES, table_schema, write_results
 
 Answers = Mapping[tuple[str, str, int], Mapping[str, str]]
 """(attack, stack, seed) -> metric -> answers (`x`: gibberish); a stack is names joined by `+`, each perhaps with `:<setting>`."""
@@ -28,10 +29,24 @@ META = {"sweep": "toy", "question": "", "plan": "p", "attack_goals": {"none": "n
 
 
 def whole(tables: Mapping[str, pa.Table], meta: Mapping[str, Any] | None = None) -> dict[str, pa.Table]:
-    """Four tables and the comparisons that follow from them."""
+    """Four tables, the comparisons that follow from them, and no searches."""
     meta = meta or {}
     found = compare(tables["cells"], tables["metrics"], tables["generations"], hooks=meta.get("defense_hooks", {}), controls=meta.get("controls", ()))
-    return {**tables, "comparisons": found}
+    return {**tables, "comparisons": found, "searches": schema.searches().empty_table()}
+
+
+def made_older(folder: Path, version: str) -> Path:
+    """The results in a folder as an older version of the schema had them."""
+    meta = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    for name in TABLES:
+        path, whole = folder / name / "part-0.parquet", schema.as_of(table_schema(name), version)
+        if whole is None:
+            path.unlink()
+            del meta["rows"][name]
+        else:
+            pq.write_table(pq.ParquetFile(path).read().select(whole.names), path)
+    (folder / "run.json").write_text(json.dumps({**meta, "schema": version}), encoding="utf-8")
+    return folder
 
 
 def tables_of(answers: Answers, *, statuses: Mapping[tuple[str, str, int], str] | None = None, keeps_text: bool = True,

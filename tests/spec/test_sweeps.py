@@ -38,5 +38,6 @@ def test_a_sweep_file_is_planned_and_named_after_its_file(path, tmp_path):
     assert plan.spec.question.endswith("?")
     spec = plan.spec
     product = len(spec.models) * len(spec.tasks) * len(spec.attacks) * len(spec.defenses) * len(spec.seeds)
-    assert 0 < len(plan.cells) <= product
-    assert len(plan.cells) == product or spec.exclude
+    assert 0 < sum(cell.searched is None for cell in plan.cells) <= product
+    assert (len(plan.cells) > product) == bool(spec.searches)
+    assert len(plan.cells) == product or spec.exclude or spec.searches

@@ -1,0 +1,64 @@
+"""Fixed and searched attacker side by side, as a section of the page and as Markdown.
+
+Both are told on the half of the prompts that chose nothing, so that the luck of the choice is in neither of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ftsec_ray.results.read import Results
+
+Row = Mapping[str, Any]
+COLUMNS = ("model", "attack", "defenses", "metric", "fixed", "searched", "clean accuracy lost (fixed; searched)",
+           "coherent (fixed; searched)", "seeds", "trials within the bound", "chosen setting")
+LEGEND = ("Both attackers on the half of the prompts that did not choose (95 % interval). The searched one is the strongest trial whose "
+          "loss of clean accuracy stayed within its bound on the other half.")
+
+
+def searches_markdown(results: Results) -> str:
+    """The same as a Markdown table; empty without a search."""
+    rows = searched_rows(results)
+    if not rows:
+        return ""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n".join([*lines, "", LEGEND])
+
+
+def searched_rows(results: Results) -> list[tuple[str, ...]]:
+    """Every search of a run under `COLUMNS`."""
+    found = results.searches.to_pylist()
+    found.sort(key=lambda row: (*(row[name] or "" for name in ("model", "task", "attack", "attack_params")), len(row["defenses"]), row["defenses"]))
+    several = len({row["task"] for row in found}) > 1
+    return [(f"{row['model']}, {row['task']}" if several else row["model"], row["attack"].partition(" ")[2], "+".join(row["defenses"]) or "none",
+             row["metric"], _value(row, "fixed_"), _value(row, "") if row["status"] == "chosen" else row["status"],
+             f"{_signed(row['fixed_report_utility_loss'])}; {_signed(row['report_utility_loss'])} (bound {row['max_utility_loss']:g})",
+             f"{_share(row['fixed_report_coherent_rate'])}; {_share(row['report_coherent_rate'])}", str(row["n_planned"]),
+             f"{row['n_within']} of {row['n_done']}" + (f", {row['n_failed']} failed" if row["n_failed"] else ""), _setting(row)) for row in found]
+
+
+def _value(row: Row, side: str) -> str:
+    value, low, high, n = (row[f"{side}report_{name}"] for name in ("value", "low", "high", "n"))
+    return "not measured" if value is None else f"{value:.2f} ({low:.2f}–{high:.2f}), n {n}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else "0.00" if abs(value) < 0.005 else f"{value:+.2f}".replace("-", "−")
+
+
+def _setting(row: Row) -> str:
+    """The searched parameters of the chosen trial, or why there is none."""
+    if row["trial"] is None:
+        return str(row["note"] or "")
+    own, tune = json.loads(row["params"]), json.loads(row["training"])
+    names = [one["name"] for one in json.loads(row["attack_params"])["search"]["ranges"]]
+    values = {name: tune[name.partition(".")[2]] if name.startswith("training.") else own[name] for name in names}
+    told = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
+    return f"{told} (trial {row['trial']})"
