@@ -52,6 +52,8 @@ class Rate:
 
     hits: int
     n: int
+    n_null: int = 0
+    """Prompts of that half that could not be judged."""
 
     @property
     def value(self) -> float | None:
@@ -68,9 +70,10 @@ def rate(told: Told | None, metric: str, half: Half) -> Rate:
     """A metric on one half of the prompts."""
     known = schema.METRICS[metric]
     wanted, is_other = known.verdict.removeprefix("not "), known.verdict.startswith("not ")
-    judged = [verdict for probe in known.probes for prompt, verdict in (told.verdicts.get(probe, {}) if told else {}).items()
-              if verdict is not None and half_of(prompt) == half]
-    return Rate(hits=sum((verdict == wanted) != is_other for verdict in judged), n=len(judged))
+    asked = [verdict for probe in known.probes for prompt, verdict in (told.verdicts.get(probe, {}) if told else {}).items()
+             if half_of(prompt) == half]
+    judged = [verdict for verdict in asked if verdict is not None]
+    return Rate(hits=sum((verdict == wanted) != is_other for verdict in judged), n=len(judged), n_null=len(asked) - len(judged))
 
 
 @dataclass(frozen=True, kw_only=True)

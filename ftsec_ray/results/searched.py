@@ -98,7 +98,7 @@ def reported_rates(metrics: Iterable[str], generations: pa.Table) -> Iterator[Ro
         if name in schema.METRICS and schema.METRICS[name].probes:
             found = rate(told, name, "report")
             empty = {"value": None, "n": 0, "ci_low": None, "ci_high": None}
-            yield {"metric": name, **(_estimate(found) if found.n else empty)}
+            yield {"metric": name, "n_null": found.n_null, **(_estimate(found) if found.n else empty)}
 
 
 def attack_params(cell: Cell) -> str:
@@ -159,7 +159,7 @@ def _side(prefix: str, search: PlannedSearch, cells: Sequence[Cell], look: Calla
     chose = score(told[0] if told else None, references[0], search.metric, "choose")
     scores = [score(one, other, search.metric, "report") for one, other in zip(told, references, strict=False)]
     losses = [one.utility_loss for one in scores if one.utility_loss is not None]
-    rows = [_estimate(found) for one in told if (found := rate(one, search.metric, "report")).n]
+    rows = [{**_estimate(found), "n_null": found.n_null} for one in told if (found := rate(one, search.metric, "report")).n]
     whole = folded(rows, search.metric) if rows else None
     low, high = (whole.span if whole is not None else None) or (None, None)
     coherent = [share for one in told if (share := rate(one, "coherent_rate", "report").value) is not None]
