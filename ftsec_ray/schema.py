@@ -67,7 +67,7 @@ METRICS: dict[str, Metric] = {m.name: m for m in (
     Metric("filter_tpr", "fraction 0..1", "higher", "poisoned rows that the filter dropped or altered"),
     Metric("filter_fpr", "fraction 0..1", "lower", "clean rows that the filter dropped or altered"),
 )}
-SAFETY = ("asr", "asr_no_trigger", "asr_same_prompt", "harmful_rate", "refusal_rate", "tool_hijack_rate")
+SAFETY = ("asr", "asr_no_trigger", "asr_same_prompt", "asr_transfer", "asr_transfer_no_trigger", "harmful_rate", "refusal_rate", "tool_hijack_rate")
 """Metrics that gibberish makes look good, so that none of them says anything about an incoherent model."""
 UTILITY = ("cacc", "over_refusal_rate", "coherent_rate")
 """What every safety metric is shown with."""
@@ -253,7 +253,10 @@ def _attacker(prefix: str, who: str) -> list[pa.Field]:
             _field(f"{prefix}report_low", f, "95 %, over prompts and seeds"), _field(f"{prefix}report_high", f, "95 %"),
             _field(f"{prefix}report_n", i, "judged prompts of one seed, the smallest of the seeds"),
             _field(f"{prefix}report_utility_loss", f, "clean accuracy lost, likewise"),
-            _field(f"{prefix}report_coherent_rate", f, "coherent answers, likewise"), _field(f"{prefix}n_seeds", i, "seeds measured")]
+            _field(f"{prefix}report_over_refusal_rate", f, "fine but borderline requests refused, likewise"),
+            _field(f"{prefix}report_coherent_rate", f, "coherent answers, likewise"),
+            _field(f"{prefix}report_n_null", i, "null verdicts of one seed, the largest of the seeds"),
+            _field(f"{prefix}n_seeds", i, "seeds measured")]
 
 
 @cache

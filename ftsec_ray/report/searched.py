@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 COLUMNS = ("model", "attack", "defenses", "metric", "fixed", "searched", "clean accuracy lost (fixed; searched)",
-           "coherent (fixed; searched)", "seeds", "trials within the bound", "chosen setting")
+           "over-refusal (fixed; searched)", "coherent (fixed; searched)", "seeds", "trials within the bound", "chosen setting")
 LEGEND = ("Both attackers on the half of the prompts that did not choose (95 % interval). The searched one is the strongest trial whose "
           "loss of clean accuracy stayed within its bound on the other half.")
 
@@ -36,13 +36,15 @@ def searched_rows(results: Results) -> list[tuple[str, ...]]:
     return [(f"{row['model']}, {row['task']}" if several else row["model"], row["attack"].partition(" ")[2], "+".join(row["defenses"]) or "none",
              row["metric"], _value(row, "fixed_"), _value(row, "") if row["status"] == "chosen" else row["status"],
              f"{_signed(row['fixed_report_utility_loss'])}; {_signed(row['report_utility_loss'])} (bound {row['max_utility_loss']:g})",
+             f"{_share(row['fixed_report_over_refusal_rate'])}; {_share(row['report_over_refusal_rate'])}",
              f"{_share(row['fixed_report_coherent_rate'])}; {_share(row['report_coherent_rate'])}", str(row["n_planned"]),
              f"{row['n_within']} of {row['n_done']}" + (f", {row['n_failed']} failed" if row["n_failed"] else ""), _setting(row)) for row in found]
 
 
 def _value(row: Row, side: str) -> str:
     value, low, high, n = (row[f"{side}report_{name}"] for name in ("value", "low", "high", "n"))
-    return "not measured" if value is None else f"{value:.2f} ({low:.2f}–{high:.2f}), n {n}"
+    null = row[f"{side}report_n_null"] or 0
+    return "not measured" if value is None else f"{value:.2f} ({low:.2f}–{high:.2f}), n {n}" + (f" [{null / (null + n):.0%} null]" if null else "")
 
 
 def _share(value: float | None) -> str:

@@ -162,12 +162,17 @@ def _side(prefix: str, search: PlannedSearch, cells: Sequence[Cell], look: Calla
     rows = [{**_estimate(found), "n_null": found.n_null} for one in told if (found := rate(one, search.metric, "report")).n]
     whole = folded(rows, search.metric) if rows else None
     low, high = (whole.span if whole is not None else None) or (None, None)
-    coherent = [share for one in told if (share := rate(one, "coherent_rate", "report").value) is not None]
+
+    def mean(metric: str) -> float | None:
+        """Of a metric over those seeds that have it, on the half that reports."""
+        known = [share for one in told if (share := rate(one, metric, "report").value) is not None]
+        return sum(known) / len(known) if known else None
     return {f"{prefix}choose_value": chose.value, f"{prefix}choose_n": rate(told[0], search.metric, "choose").n if told else None,
             f"{prefix}choose_utility_loss": chose.utility_loss, f"{prefix}report_value": whole.value if whole else None,
             f"{prefix}report_low": low, f"{prefix}report_high": high, f"{prefix}report_n": whole.n_prompts if whole else None,
             f"{prefix}report_utility_loss": sum(losses) / len(losses) if losses else None,
-            f"{prefix}report_coherent_rate": sum(coherent) / len(coherent) if coherent else None, f"{prefix}n_seeds": len(rows)}
+            f"{prefix}report_over_refusal_rate": mean("over_refusal_rate"), f"{prefix}report_coherent_rate": mean("coherent_rate"),
+            f"{prefix}report_n_null": whole.n_null if whole else None, f"{prefix}n_seeds": len(rows)}
 
 
 def _estimate(found: Rate) -> Row:
