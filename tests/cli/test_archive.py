@@ -156,7 +156,7 @@ def test_other_code_is_named_with_the_stages_that_would_run_anew(workplace, tmp_
     archive = finished(workplace)
     same = package_with(tmp_path / "same", training__losses=("Loss functions", "Reworded loss functions"))
     assert elsewhere(archive, same)[0] == 0, "a docstring decides nothing"
-    env = package_with(tmp_path / "other", training__losses=("    return masked_nll_at(logits[:, :-1]", "    return 1 * masked_nll_at(logits[:, :-1]"),
+    env = package_with(tmp_path / "other", training__losses=("return masked_nll_at(logits[:, :-1]", "return 1 * masked_nll_at(logits[:, :-1]"),
                        method=("VERSION: ClassVar[int] = 1", "VERSION: ClassVar[int] = 7"),
                        spec__sweep=("epochs: Annotated[float, Gt(0)] = 3.0", "epochs: Annotated[float, Gt(0)] = 5.0"))
     code, said = elsewhere(archive, env)
