@@ -29,7 +29,7 @@ from ftsec_ray.plan.search import Look, PlannedSearch, Proposer, Told, Trial, ch
 from ftsec_ray.plan.stage import ROLES, Cell, Resource, Searched, Stage
 from ftsec_ray.registry import ATTACKS, identity_of, name_of
 from ftsec_ray.spec.methods import NONE
-from ftsec_ray.spec.sweep import AttackSearch, ExcludeRule, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
+from ftsec_ray.spec.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
 
 Inputs = tuple[tuple[str, str], ...]
 _DEFAULT_BANK = 8
@@ -290,12 +290,11 @@ class _Builder:
         for model, task in itertools.product(spec.models, spec.tasks):
             base = self.base(model, task)
             for attack, stack, seed in itertools.product(spec.attacks, spec.defenses, spec.seeds):
-                if not any(_is_excluded(rule, model, task, attack, stack, seed) for rule in spec.exclude):
+                if not _is_excluded(spec, model, task, attack, stack, seed):
                     cell = self.cell(base, task, attack, stack, seed)
                     cells.setdefault(cell.digest, cell)
             for entry, stack in itertools.product(spec.searches, spec.defenses):
-                seeds = [seed for seed in spec.seeds
-                         if not any(_is_excluded(rule, model, task, entry.attack, stack, seed) for rule in spec.exclude)]
+                seeds = [seed for seed in spec.seeds if not _is_excluded(spec, model, task, entry.attack, stack, seed)]
                 if seeds:
                     searches.append(self.search(base, task, entry, stack, seeds, look))
         for search in searches:
@@ -419,8 +418,8 @@ def _hooks(cls: type[Method]) -> frozenset[str]:
     return frozenset(hooks_of(cls))
 
 
-def _is_excluded(rule: ExcludeRule, model: ModelSpec, task: TaskSpec, attack: Method, stack: tuple[Method, ...], seed: int) -> bool:
-    names = [name_of(method) for method in stack] or ["none"]
-    return ((rule.model is None or rule.model == model.name) and (rule.task is None or rule.task == task.name)
-            and (rule.attack is None or rule.attack == name_of(attack)) and (rule.defense is None or rule.defense in names)
-            and (rule.seed is None or rule.seed == seed))
+def _is_excluded(spec: SweepSpec, model: ModelSpec, task: TaskSpec, attack: Method, stack: tuple[Method, ...], seed: int) -> bool:
+    if not spec.exclude:
+        return False
+    names = [name_of(method) for method in stack]
+    return any(rule.matches(model=model.name, task=task.name, attack=name_of(attack), defenses=names, seed=seed) for rule in spec.exclude)

@@ -19,6 +19,7 @@ from ftsec_ray import schema
 from ftsec_ray.identity import digest, unit_interval
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
+from ftsec_ray.spec.search import goal_metric
 from ftsec_ray.spec.sweep import AttackSearch, SearchSpec
 
 Half = Literal["choose", "report"]
@@ -171,8 +172,7 @@ def search_key(entry: AttackSearch, cell: Cell) -> str:
 
 def source_metric(entry: AttackSearch) -> str:
     """Where the verdicts of a search's metric are: an attack on refusal has no triggered prompts of its own."""
-    goal = getattr(type(entry.attack), "GOAL", "")
-    return "harmful_rate" if entry.search.metric == "asr" and goal == "harmful" else entry.search.metric
+    return goal_metric(type(entry.attack)) if entry.search.metric == "asr" else entry.search.metric
 
 
 def sign_of(metric: str) -> int:

@@ -17,6 +17,7 @@ from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.aggregate import folded
 from ftsec_ray.results.intervals import wilson
+from ftsec_ray.spec.sweep import AttackSearch
 from ftsec_ray.store import DamagedArtifact
 
 if TYPE_CHECKING:
@@ -96,9 +97,7 @@ def reported_rates(metrics: Iterable[str], generations: pa.Table) -> Iterator[Ro
     told = told_of(generations)
     for name in metrics:
         if name in schema.METRICS and schema.METRICS[name].probes:
-            found = rate(told, name, "report")
-            empty = {"value": None, "n": 0, "ci_low": None, "ci_high": None}
-            yield {"metric": name, "n_null": found.n_null, **(_estimate(found) if found.n else empty)}
+            yield {"metric": name, **_estimate(rate(told, name, "report"))}
 
 
 def attack_params(cell: Cell) -> str:
@@ -107,7 +106,12 @@ def attack_params(cell: Cell) -> str:
         return canonical(cell.attack)
     if cell.searched.trial is not None:
         return canonical({**_plain(cell.attack), "training": _plain(cell.searched.training)})
-    return canonical({**_plain(cell.searched.entry.attack), "search": _plain(cell.searched.entry.search)})
+    return _sought(cell.searched.entry)
+
+
+def _sought(entry: AttackSearch) -> str:
+    """The parameters of a fixed attack with the search beside them."""
+    return canonical({**_plain(entry.attack), "search": _plain(entry.search)})
 
 
 def _plain(value: object) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def search_row(search: PlannedSearch, look: Callable[[Cell], Told | None]) -> Ro
     status, note = _status(search)
     return {
         "search": search.key, "model": first.model.name, "task": first.task.name, "attack": f"searched {name_of(search.entry.attack)}",
-        "attack_params": canonical({**_plain(search.entry.attack), "search": _plain(spec)}),
+        "attack_params": _sought(search.entry),
         "defenses": [name_of(one) for one in first.defenses], "defense_params": canonical(list(first.defenses)),
         "status": status, "metric": search.metric, "max_utility_loss": spec.max_utility_loss, "trials": spec.trials,
         "n_done": statuses.count("done"), "n_failed": statuses.count("failed"), "n_within": within,
@@ -159,7 +163,7 @@ def _side(prefix: str, search: PlannedSearch, cells: Sequence[Cell], look: Calla
     chose = score(told[0] if told else None, references[0], search.metric, "choose")
     scores = [score(one, other, search.metric, "report") for one, other in zip(told, references, strict=False)]
     losses = [one.utility_loss for one in scores if one.utility_loss is not None]
-    rows = [{**_estimate(found), "n_null": found.n_null} for one in told if (found := rate(one, search.metric, "report")).n]
+    rows = [_estimate(found) for one in told if (found := rate(one, search.metric, "report")).n]
     whole = folded(rows, search.metric) if rows else None
     low, high = (whole.span if whole is not None else None) or (None, None)
 
@@ -176,8 +180,8 @@ def _side(prefix: str, search: PlannedSearch, cells: Sequence[Cell], look: Calla
 
 
 def _estimate(found: Rate) -> Row:
-    share = found.hits / found.n
-    low, high = wilson(share, found.n)
-    return {"value": share, "n": found.n, "ci_low": low, "ci_high": high}
+    share = found.value
+    low, high = (None, None) if share is None else wilson(share, found.n)
+    return {"value": share, "n": found.n, "n_null": found.n_null, "ci_low": low, "ci_high": high}
 
 

@@ -159,4 +159,3 @@ def _kinds(hint: Any) -> set[type]:  # noqa: ANN401
     if origin in (Union, types.UnionType):
         return {kind for one in get_args(hint) for kind in _kinds(one)}
     return {hint} if isinstance(hint, type) else set()
-
