@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.report.grid import Grid, Key
+from ftsec_ray.results.compare import codes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -142,8 +143,8 @@ class _Asked:
     def of(cls, table: Any, chosen: Mapping[str, int]) -> _Asked:
         import numpy as np
 
-        (cell, cells), (probe, probes) = _codes(table["cell"]), _codes(table["probe"])
-        (verdict, verdicts), (prompt, prompts) = _codes(table["verdict"]), _codes(table["prompt_id"])
+        (cell, cells), (probe, probes) = codes_of(table["cell"]), codes_of(table["probe"])
+        (verdict, verdicts), (prompt, prompts) = codes_of(table["verdict"]), codes_of(table["prompt_id"])
         square = np.array([chosen.get(one, -1) for one in cells], dtype=np.int64)[cell] if len(cells) else cell
         counts: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
         mine = np.flatnonzero(square >= 0)
@@ -165,18 +166,6 @@ class _Asked:
         """Cell and probe of a row."""
         cell, probe = self.codes
         return self.cells[cell[row]], self.probes[probe[row]] or "?"
-
-
-def _codes(column: Any) -> tuple[NDArray[np.int64], list[Any]]:  # noqa: ANN401 (a pyarrow.ChunkedArray)
-    """Codes of a column, -1 for null, and what they stand for."""
-    import numpy as np
-    import pyarrow as pa
-
-    coded = column.dictionary_encode().unify_dictionaries()
-    if coded.num_chunks == 0:
-        return np.array([], dtype=np.int64), []
-    codes = pa.chunked_array([chunk.indices for chunk in coded.chunks]).fill_null(-1)
-    return codes.to_numpy().astype(np.int64), coded.chunk(0).dictionary.to_pylist()
 
 
 @dataclass

@@ -200,10 +200,10 @@ def _answers(cells: Sequence[str], generations: pa.Table, values: Mapping[str, M
     import numpy as np
 
     line = {cell: index for index, cell in enumerate(cells)}
-    owner, owners = _codes(generations["cell"])
-    probe, probes = _codes(generations["probe"])
-    prompt, prompts = _codes(generations["prompt_id"])
-    verdict, verdicts = _codes(generations["verdict"])
+    owner, owners = codes_of(generations["cell"])
+    probe, probes = codes_of(generations["probe"])
+    prompt, prompts = codes_of(generations["prompt_id"])
+    verdict, verdicts = codes_of(generations["verdict"])
     lines = np.array([line.get(cell, -1) for cell in owners] + [-1], dtype=np.int64)[owner]
     hits: dict[str, NDArray[np.int8]] = {}
     for name, metric in {**schema.METRICS, _GIBBERISH.name: _GIBBERISH}.items():
@@ -220,7 +220,7 @@ def _answers(cells: Sequence[str], generations: pa.Table, values: Mapping[str, M
     return _Answers(line, hits, set(_foreign(cells, hits, values)))
 
 
-def _codes(column: Any) -> tuple[NDArray[np.int64], list[str]]:  # noqa: ANN401 (a pyarrow.ChunkedArray)
+def codes_of(column: Any) -> tuple[NDArray[np.int64], list[str]]:  # noqa: ANN401 (a pyarrow.ChunkedArray)
     """Codes of a column, -1 for null, and what they stand for."""
     import numpy as np
     import pyarrow as pa
