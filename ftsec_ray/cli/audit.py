@@ -11,6 +11,7 @@ from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
 from ftsec_ray.results.audit import NO_LABELS, Agreement, Audit, Rate, Share
 from ftsec_ray.results.read import Results
+from ftsec_ray.results.utility import NAMES
 
 MAX_ROWS = 20
 """Cells listed; `--json` gives all."""
@@ -40,9 +41,10 @@ def _print(found: Audit, results: Results) -> None:
         table("confusion", ("judge", "probe", "truth", "verdict", "answers"),
               ((one.judge, one.probe, one.truth, one.verdict or "null", one.n) for one in found.confusion), right=("answers",))
     say()
-    table("rates", ("cell", "judge", "probe", "verdict", "raw", "n", "null", "corrected"),
+    table("rates", ("cell", "judge", "probe", "verdict", "raw", "n", "null", "corrected", "utility"),
           (_rate_row(one, names) for one in sorted(found.rates, key=lambda one: one.why == NO_LABELS)[:MAX_ROWS]), right=("n", "null"))
     _more(len(found.rates))
+    say(f"utility of the same cell: {NAMES}")
     if found.agreements:
         say()
         table("agreement", ("judges", "cell", "n", "same", "kappa"), (_agreement_row(one, names) for one in found.agreements[:MAX_ROWS]),
@@ -57,7 +59,8 @@ def _more(count: int) -> None:
 
 def _rate_row(one: Rate, names: Mapping[str, str]) -> tuple[object, ...]:
     corrected = one.why if one.corrected is None else f"{one.corrected:.2f} ({one.corrected_low:.2f}–{one.corrected_high:.2f})"
-    return names.get(one.cell, one.cell), one.judge, one.probe, one.event, _shown(one.raw), one.raw.n, f"{one.null_share:.0%}", corrected
+    return (names.get(one.cell, one.cell), one.judge, one.probe, one.event, _shown(one.raw), one.raw.n, f"{one.null_share:.0%}", corrected,
+            one.utility.text)
 
 
 def _agreement_row(one: Agreement, names: Mapping[str, str]) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.findings import claims as rules
 from ftsec_ray.findings.claims import CLAIMS, Finding
 from ftsec_ray.findings.contrast import Contrast
+from ftsec_ray.results.utility import NAMES, UNKNOWN
 
 BAD_INPUT = 2
 _WIDTH = 120
@@ -64,7 +65,8 @@ def _print_findings(found: list[Finding], folder: Path | None) -> None:
                 say(f"  {title:8}{_line(row)}")
         for text in one.decide:
             say(f"  would decide it: {text}")
-    say("\n`--explain` prints the rules and the queries")
+    say(f"\nutility: {NAMES}, of both sides, or once where both are of one cell")
+    say("`--explain` prints the rules and the queries")
 
 
 def _line(one: Contrast) -> str:
@@ -75,5 +77,6 @@ def _line(one: Contrast) -> str:
     counts = f"{one.runs} run{'s' * (one.runs != 1)}" + (f" x {one.prompts} prompts" if one.prompts is not None else "")
     if one.null_frac:
         counts += f", {one.null_frac:.1%} of the answers not judged"
+    utility = " and ".join(dict.fromkeys(side.text for side in (one.utility_more, one.utility_less) if side != UNKNOWN))
     side = {"above": f"above {one.bound:.2g}", "below": f"below {one.bound:.2g}", "open": "open"}[one.side]
-    return f"{one.what}: {one.estimate:+.2f}{interval}{sides}, {counts}: {side}"
+    return f"{one.what}: {one.estimate:+.2f}{interval}{sides}, {counts}, utility {utility or 'not measured'}: {side}"

@@ -214,7 +214,7 @@ def _edit_case(what: str, one: Condition) -> Case:
     return Case(test=contrast(f"{what}: held-out prompts with the trigger over without", one.rates("asr"), plain), controls=(
         contrast(f"{what}: the edited prompts over held-out ones without the trigger", one.rates("asr_same_prompt"), plain),
         contrast(f"{what}: rise of the target's probability by the edit itself",
-                 {seed: Rate(gain.value, None) for seed, gain in one.rates("edit_gain").items()})))
+                 {seed: gain._replace(prompts=None, nulls=None) for seed, gain in one.rates("edit_gain").items()})))
 
 
 # Transfer between languages.

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
+from ftsec_ray.results.utility import UNKNOWN, Utility, mean_utility
+
 ALPHA = 0.05
 """Chance of a wrong word per claim, at most, after correction over its comparisons."""
 MARGIN = 0.1
@@ -36,6 +38,8 @@ class Rate(NamedTuple):
     """That were judged; None for values that are no shares."""
     nulls: int | None = None
     """Prompts beside them whose verdict is null; None where they were not counted."""
+    utility: Utility = UNKNOWN
+    """Of the same cell."""
 
 
 Rates = Mapping[Any, Rate]
@@ -70,6 +74,10 @@ class Contrast:
     p_above: float
     """That the difference is above the bound only by chance: 1 where nothing can be said."""
     p_below: float
+    utility_more: Utility
+    """Mean utility of the cells of the first value: no success is told without it."""
+    utility_less: Utility
+    """Of those of the second."""
     side: Side = "open"
     """Which side of the bound is shown, after correction over the claim; `open` where neither."""
     needs: str | None = None
@@ -85,7 +93,9 @@ def contrast(what: str, more: Rates, less: Rates | None = None, *, bound: float 
     means = [fmean(side[seed].value for seed in shared) if shared else None for side in sides]
     found = Contrast(what=what, more=means[0], less=means[1] if less is not None else None, estimate=fmean(gaps) if gaps else None, spread=None,
                      low=None, high=None, bound=bound, runs=len(gaps), prompts=min(counts) if counts else None,
-                     null_frac=_null_frac([side[seed] for side in sides for seed in shared]), p_above=1.0, p_below=1.0)
+                     null_frac=_null_frac([side[seed] for side in sides for seed in shared]), p_above=1.0, p_below=1.0,
+                     utility_more=mean_utility(more[seed].utility for seed in shared),
+                     utility_less=mean_utility(less[seed].utility for seed in shared) if less else UNKNOWN)
     if len(gaps) < MIN_RUNS or found.prompts == 0:
         return found
     p_above, p_below, low, high = _over_runs(gaps, bound)

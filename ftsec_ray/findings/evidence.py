@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.findings.contrast import Rate, Rates
+from ftsec_ray.results.utility import utilities
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
@@ -84,10 +85,11 @@ class Evidence:
                     defenses=tuple(cell["defenses"] or ()), defense_phases=tuple(cell["defense_phases"] or ()),
                     defense_params=cell["defense_params"] or "")
             of_cell[cell["cell"]] = found[key], cell["seed"] or 0
+        beside = utilities(results)
         for row in results.metrics.to_pylist():
             if row["cell"] in of_cell and row["value"] is not None:
                 condition, seed = of_cell[row["cell"]]
-                condition.metrics[row["metric"]][seed] = Rate(row["value"], row["n"], row["n_null"])
+                condition.metrics[row["metric"]][seed] = Rate(row["value"], row["n"], row["n_null"], beside[row["cell"]])
         self.all = list(found.values())
         self._is_one_task = len({one.task for one in self.all}) < 2
 

@@ -21,7 +21,7 @@ from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import digest, source_fingerprint
 
 _TRAINING = ("ftsec_ray.training.setup", "ftsec_ray.training.loop", "ftsec_ray.training.encode", "ftsec_ray.training.losses",
-             "ftsec_ray.training.zero", "ftsec_ray.models.chat", "ftsec_ray.models.lora", "ftsec_ray.models.rotary")
+             "ftsec_ray.training.zero", "ftsec_ray.models.chat", "ftsec_ray.models.lora")
 _TASK = ("ftsec_ray.data.tasks", "ftsec_ray.data.rows")
 _LADDER = ("ftsec_ray.models.ladder", "ftsec_ray.models.chat", "ftsec_ray.training.pretrain", "ftsec_ray.data.microworld.*")
 

@@ -20,6 +20,7 @@ from ftsec_ray.evals.judges import get_judge
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.truth import Key, Sheet, from_exact_judge, from_labels, judge_again, read_sheet
+from ftsec_ray.results.utility import UNKNOWN, Utility, utilities
 
 EVENTS = ("complied", "refused", "correct", "target", "incoherent")
 """The verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""
@@ -81,6 +82,8 @@ class Rate:
     corrected_high: float | None
     why: str | None
     """Why there is no corrected rate."""
+    utility: Utility
+    """Of the same cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +147,7 @@ def audit_judges(results: Results, *, labels: Path | None = None, exact: bool = 
     confusion = _confusion(sheet, truth)
     errors = tuple(_errors(sheet, confusion))
     return Audit(labelled=len(truth), unmatched=unmatched, unlabelled=unlabelled, confusion=tuple(_confusion_rows(confusion)), errors=errors,
-                 rates=tuple(_rates(sheet, errors)), agreements=tuple(_agreements(sheet)))
+                 rates=tuple(_rates(sheet, errors, utilities(results))), agreements=tuple(_agreements(sheet)))
 
 
 # Errors and rates.
@@ -184,7 +187,7 @@ def share(hits: int, n: int) -> Share:
     return Share(hits=hits, n=n, value=hits / n if n else None, ci_low=low, ci_high=high)
 
 
-def _rates(sheet: Sheet, errors: Sequence[Errors]) -> Iterator[Rate]:
+def _rates(sheet: Sheet, errors: Sequence[Errors], beside: Mapping[str, Utility]) -> Iterator[Rate]:
     known = {(one.judge, one.probe, one.event): one for one in errors}
     for judge, verdicts in sorted(sheet.verdicts.items()):
         groups: dict[tuple[str, str], list[str | None]] = defaultdict(list)
@@ -201,7 +204,7 @@ def _rates(sheet: Sheet, errors: Sequence[Errors]) -> Iterator[Rate]:
                 raw = share(judged.count(event), len(judged))
                 value, low, high, why = _without_errors(raw, known.get((judge, probe, event)))
                 yield Rate(cell=cell, judge=judge, probe=probe, event=event, asked=len(words), null_share=1 - len(judged) / len(words), raw=raw,
-                           corrected=value, corrected_low=low, corrected_high=high, why=why)
+                           corrected=value, corrected_low=low, corrected_high=high, why=why, utility=beside.get(cell, UNKNOWN))
 
 
 def _without_errors(raw: Share, errors: Errors | None) -> tuple[float | None, float | None, float | None, str | None]:

@@ -26,7 +26,6 @@ from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.models.load import count_parameters, merged
 from ftsec_ray.models.lora import attach_lora, fused_lora
-from ftsec_ray.models.rotary import fused_rotary
 from ftsec_ray.spec.sweep import TrainingConfig
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
@@ -100,7 +99,7 @@ class Solo:
     @contextmanager
     def layers(self) -> Iterator[None]:
         """How the model's layers run, while open."""
-        with fused_lora(self.model), fused_rotary(self.model):
+        with fused_lora(self.model):
             yield
 
     def share(self, batches: list[Batch]) -> list[Batch]:

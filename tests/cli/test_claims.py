@@ -12,7 +12,8 @@ from ftsec_ray.findings.claims import CLAIMS
 from tests.cli.toy import call
 from tests.findings.table import Made, results_of
 
-MADE = [Made("tuba", {"asr": 0.95, "asr_no_trigger": 0.02, "asr_transfer": rate, "asr_transfer_no_trigger": 0.03}, model=model)
+UTILITY = {"cacc": 0.97, "over_refusal_rate": 0.04, "coherent_rate": 1.0}
+MADE = [Made("tuba", UTILITY | {"asr": 0.95, "asr_no_trigger": 0.02, "asr_transfer": rate, "asr_transfer_no_trigger": 0.03}, model=model)
         for model, rate in (("ladder:1m", 0.03), ("ladder:4m", 0.8))]
 
 
@@ -26,7 +27,7 @@ def test_the_table_names_every_claim_with_its_verdict_and_the_numbers_follow(fol
     assert [line.split()[:2] for line in said.splitlines()[1:6]] == [
         ["size", "not"], ["editing", "not"], ["transfer", "contradicted"], ["benign", "not"], ["phases", "not"]]
     assert "tuba on ladder:4m: other languages, with the trigger over without: +0.77" in said
-    assert "(0.80 and 0.03), 3 runs x 200 prompts: above 0.1" in said
+    assert "(0.80 and 0.03), 3 runs x 200 prompts, utility 0.97 · 0.04 · 1.00: above 0.1" in said
     assert "no undefended cell of attack 'badedit' in the results" in said
 
 
@@ -35,6 +36,7 @@ def test_json_is_what_the_api_gives(folder):
     found = api.claims(folder)
     assert [(one["id"], one["verdict"]) for one in said] == [(one.id, one.verdict) for one in found]
     assert said[2]["tests"][1]["side"] == "above"
+    assert said[2]["tests"][1]["utility_more"] == pytest.approx([0.97, 0.04, 1.0])
     assert all("RESULTS" in one["query"] for one in said)
 
 

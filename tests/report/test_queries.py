@@ -16,6 +16,7 @@ import ftsec_ray
 
 duckdb = pytest.importorskip("duckdb")
 README = Path(__file__).parents[2] / "README.md"
+UTILITY = ("cacc", "over_refusal_rate", "coherent_rate")
 TITLE = re.compile(r"^(?:--|#) (\d+)\. .*$", re.MULTILINE)
 
 
@@ -66,6 +67,27 @@ def asr(results):
     return dict(found)
 
 
+@pytest.fixture
+def utility(results):
+    """(model, attack, stack) -> clean accuracy, over-refusal and coherence by seed."""
+    cells = {row["cell"]: row for row in results.cells.to_pylist()}
+    found = defaultdict(lambda: defaultdict(dict))
+    for row in results.metrics.to_pylist():
+        if row["metric"] in UTILITY:
+            cell = cells[row["cell"]]
+            found[cell["model"], cell["attack"], "+".join(cell["defenses"])][cell["seed"]][row["metric"]] = row["value"]
+    return {cell: {seed: tuple(own[name] for name in UTILITY) for seed, own in by.items()} for cell, by in found.items()}
+
+
+def beside(row):
+    """The utility that a row shows."""
+    return tuple(row[name] for name in ("cacc", "over_refusal", "coherent"))
+
+
+def means(utilities):
+    return pytest.approx(tuple(fmean(values) for values in zip(*utilities, strict=True)))
+
+
 def key(row):
     return row["model"], row["attack"], row["stack"]
 
@@ -83,7 +105,8 @@ def test_there_are_ten_and_each_is_tested_here():
     assert numbers == list(range(1, 11))
 
 
-def test_1_attack_success(sql, asr):
+def test_1_attack_success(sql, asr, utility):
+    assert all(beside(row) == utility[key(row)][row["seed"]] for row in sql(1))
     assert {(*key(row), row["seed"]): row["value"] for row in sql(1)} == {(*cell, seed): v for cell, by in asr.items() for seed, v in by.items()}
     assert all(row["ci_low"] - 1e-9 <= row["value"] <= row["ci_high"] + 1e-9 and row["n"] == 64 for row in sql(1))
 
@@ -96,30 +119,35 @@ def test_2_safety_beside_utility(sql, results, asr):
         assert row["asr"] == (pytest.approx(fmean(asr[key(row)].values())) if key(row) in asr else None)
 
 
-def test_3_the_attack_that_does_best(sql, asr):
+def test_3_the_attack_that_does_best(sql, asr, utility):
     rows = sql(3)
     assert rows
     for row in rows:
         most = max(value for (model, _, stack), by in asr.items() if (model, stack) == (row["model"], row["stack"]) for value in by.values())
         assert row["asr"] == most
         assert most in asr[row["model"], row["attack"], row["stack"]].values()
+        assert beside(row) in utility[row["model"], row["attack"], row["stack"]].values()
 
 
-def test_4_what_a_stack_takes_off(sql, asr):
+def test_4_what_a_stack_takes_off(sql, asr, utility):
     rows = sql(4)
     assert {key(row) for row in rows} == {cell for cell in asr if cell[2]}
     for row in rows:
         alone = asr[row["model"], row["attack"], ""]
         pairs = [value - alone[seed] for seed, value in asr[key(row)].items()]
         assert (row["change"], row["seeds"]) == (pytest.approx(fmean(pairs)), len(pairs))
+        changes = [tuple(a - b for a, b in zip(own, utility[row["model"], row["attack"], ""][seed], strict=True))
+                   for seed, own in utility[key(row)].items()]
+        assert (row["cacc_change"], row["over_refusal_change"], row["coherent_change"]) == means(changes)
     assert [row["change"] for row in rows] == sorted(row["change"] for row in rows)
 
 
-def test_5_spread_over_seeds(sql, asr):
+def test_5_spread_over_seeds(sql, asr, utility):
     rows = {key(row): row for row in sql(5)}
     assert set(rows) == set(asr)
     for cell, by in asr.items():
         assert (rows[cell]["seeds"], rows[cell]["mean"]) == (len(by), pytest.approx(fmean(by.values())))
+        assert beside(rows[cell]) == means(utility[cell].values())
         assert rows[cell]["sd"] == (pytest.approx(stdev(by.values())) if len(by) > 1 else None)
 
 
@@ -159,14 +187,16 @@ def python(results):
     return run
 
 
-def test_8_dose_and_response(python, asr):
+def test_8_dose_and_response(python, asr, utility):
     rows = python(8).to_dicts()
-    wanted = defaultdict(list)
-    for (model, attack, _), by in asr.items():
+    wanted, besides = defaultdict(list), defaultdict(list)
+    for (model, attack, stack), by in asr.items():
         if attack == "badnets":
             wanted[model].extend(by.values())
-    assert {row["model"]: (row["dose"], row["value"], row["seeds"]) for row in rows} == {
+            besides[model].extend(utility[model, attack, stack].values())
+    assert {row["model"]: (row["dose"], row["asr"], row["seeds"]) for row in rows} == {
         model: (0.1, pytest.approx(fmean(values)), len(values)) for model, values in wanted.items()}
+    assert all(tuple(row[name] for name in UTILITY) == means(besides[row["model"]]) for row in rows)
 
 
 def test_9_verdicts_that_a_judge_could_not_reach(python):

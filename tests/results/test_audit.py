@@ -28,14 +28,15 @@ from tests.cli.toy import call
 PHRASES = RefusalPhrases.name
 
 
-def folder_of(tmp_path: Path, answers: list[dict]) -> Path:
-    """Results that hold these answers."""
+def folder_of(tmp_path: Path, answers: list[dict], metrics: list[dict] = ()) -> Path:
+    """Results that hold these answers and metrics."""
     rows = [{**dict.fromkeys(schema.generations().names), "probe": "harmful", "judge": PHRASES, **row} for row in answers]
     cells = [{**dict.fromkeys(schema.cells().names), "cell": cell, "status": "done", "defenses": [], "model": "m", "attack": "none", "seed": 0}
              for cell in sorted({row["cell"] for row in rows} | {"empty"})]
     tables = {name: table_schema(name).empty_table() for name in TABLES}
     return write_results(tmp_path / "out", meta={"sweep": "s"}, tables={
-        **tables, "cells": pa.Table.from_pylist(cells, schema.cells()), "generations": pa.Table.from_pylist(rows, schema.generations())})
+        **tables, "cells": pa.Table.from_pylist(cells, schema.cells()), "generations": pa.Table.from_pylist(rows, schema.generations()),
+        "metrics": pa.Table.from_pylist(list(metrics), schema.metrics())})
 
 
 def drawn(*, n: int = 200, sensitivity: float = 0.8, specificity: float = 0.9, nulls: int = 20) -> tuple[list[dict], dict[Key, str]]:
@@ -292,6 +293,7 @@ def test_the_command_line_tells_it_in_tables_and_as_json(world: Path, tmp_path: 
     assert "no better than chance: sensitivity 1.00 + specificity 0.00" in shown
     assert "microworld@1 and refusal_phrases@qi2023.1" in shown
     told = json.loads(call("judge-audit", str(world), "--exact", "--json").stdout)
+    assert all(len(rate["utility"]) == 3 for rate in told["rates"])
     assert told["labelled"] == 64
     assert "unknown judge" in call("judge-audit", str(world), "--judge", "nobody", code=2).stderr
     assert "no results folder" in call("judge-audit", str(tmp_path / "none"), "--exact", code=1).stderr
