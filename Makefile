@@ -14,7 +14,8 @@ quickstart: $(VENV)/.installed
 	$(BIN)/ftsec run sweeps/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not ray" -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -m "ray and not slow"
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow

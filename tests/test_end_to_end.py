@@ -128,6 +128,26 @@ def test_a_damaged_artifact_is_made_again_with_the_same_bytes(world, finished, t
     assert {name: after[name] for name in before} == before
 
 
+def test_an_attacker_searches_over_tunes_that_are_really_run(world, tmp_path):
+    searching = {"trials": 4, "batch": 2, "max_utility_loss": 1.0, "ranges": {
+        "shots": [2, 4, 6], "training.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}}
+    asked = sweep(world, attacks=["none", {"harmful_tuning": {"shots": 4, "search": searching}}], defenses=["none", "shrink"])
+    results = ftsec_ray.run(asked, store=tmp_path / "store", results=tmp_path / "results", executor="local")
+    rows = {tuple(row["defenses"]): row for row in results.searches.to_pylist()}
+    assert set(rows) == {(), ("shrink",)}
+    assert {(row["n_done"], row["n_failed"]) for row in rows.values()} == {(4, 0)}
+    trials = [row for row in results.table("cells", trials=True).to_pylist() if row["search_trial"] is not None]
+    assert {row["status"] for row in trials} == {"done"}
+    assert sorted(row["search_trial"] for row in trials) == [0, 0, 1, 1, 2, 2, 3, 3]
+    rates = {json.loads(path.read_text())["params"]["training"]["learning_rate"]
+             for path in (tmp_path / "store/artifacts").glob("*/*/record.json") if json.loads(path.read_text())["kind"] == "tune"}
+    assert len(rates) >= 5, "the sweep's own, and one for each trial of one place at least"
+    before = artifacts(tmp_path / "store")
+    again = ftsec_ray.run(asked, store=tmp_path / "store", results=tmp_path / "again", executor="local")
+    assert again.searches.equals(results.searches)
+    assert artifacts(tmp_path / "store") == before
+
+
 def test_a_stage_that_fails_costs_its_own_cells_only(world, tmp_path):
     broken = sweep(world, attacks=["none", {"harmful_tuning": {"shots": 500}}], defenses=["none", "shrink"])
     results = ftsec_ray.run(broken, store=tmp_path / "store", results=tmp_path / "results", executor="local")
@@ -141,7 +161,7 @@ def test_a_stage_that_fails_costs_its_own_cells_only(world, tmp_path):
 def test_the_same_sweep_from_an_empty_store_gives_equal_tables(world, finished, tmp_path, executor, workers):
     folder, first = finished
     again = ftsec_ray.run(sweep(world), store=tmp_path / "store", results=tmp_path / "results", executor=executor, workers=workers)
-    for name in ("cells", "metrics", "generations"):
+    for name in ("cells", "metrics", "generations", "comparisons", "searches"):
         assert again.table(name).equals(first.table(name)), name
     assert again.generations.num_rows > 100
     timings = ["wall_s", "cpu_s", "gpu_s", "peak_bytes"]

@@ -96,7 +96,8 @@ class Killer(threading.Thread):
                 self.nodes.kill(node)
 
 
-@pytest.mark.parametrize(("what", "kind"), [("worker", "disk"), ("raylet", "disk"), ("node", "disk"), ("node", "s3")])
+@pytest.mark.parametrize(("what", "kind"), [
+    ("worker", "disk"), ("node", "s3"), *(pytest.param(what, "disk", marks=pytest.mark.slow) for what in ("raylet", "node"))])
 def test_a_tune_whose_worker_or_node_is_killed_goes_on_elsewhere_from_its_checkpoint(world, undisturbed, nodes, tmp_path, what, kind):  # noqa: F811
     nodes.add(2 - len(nodes.nodes))
     digest = tune_of(world)

@@ -25,7 +25,7 @@ from ftsec_ray.plan.cost import parameters_of, prior_s
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.origin import Origin, model_origin, task_origin
 from ftsec_ray.plan.resources import Sizing, data_resource, gang_name, is_large
-from ftsec_ray.plan.search import Look, PlannedSearch, Proposer, Told, Trial, choose, nothing_known, score, search_key, sign_of, source_metric
+from ftsec_ray.plan.search import Look, PlannedSearch, nothing_known, search_key, walk
 from ftsec_ray.plan.stage import ROLES, Cell, Resource, Searched, Stage
 from ftsec_ray.registry import ATTACKS, identity_of, name_of
 from ftsec_ray.spec.methods import NONE
@@ -303,46 +303,19 @@ class _Builder:
         return list(cells.values()), searches
 
     def search(self, base: _Base, task: TaskSpec, entry: AttackSearch, stack: tuple[Method, ...], seeds: Sequence[int], look: Look) -> PlannedSearch:
-        """One search in one place of the grid, walked through its rounds as far as measurements lead."""
+        """One search in one place of the grid."""
         none = next((one for one in self.spec.attacks if name_of(one) == NONE), None) or ATTACKS.get(NONE)()
-        references = tuple(self.cell(base, task, none, stack, seed) for seed in seeds)
-        fixed = tuple(self.cell(base, task, entry.attack, stack, seed) for seed in seeds)
-        spec, metric, key = entry.search, source_metric(entry), search_key(entry, fixed[0])
-        sampler_seed = int(key[:8], 16)
-        reference = look(references[0])
-        proposer = Proposer(spec, sampler_seed)
-        trials: list[Trial] = []
-        while len(trials) < spec.trials and (not trials or (reference and all(one.told for one in trials[-spec.batch:]))):
-            if trials:
-                proposer.tell(one.score for one in trials[-spec.batch:])
-            for values in proposer.ask(min(spec.batch, spec.trials - len(trials))):
-                trials.append(self._trial(base, task, entry, stack, seeds[0], key, len(trials), values, look))
-                told = trials[-1].told
-                if told is not None:  # the verdicts themselves are not kept: a search may have thousands of trials
-                    scored = None if told.failed or reference is None else score(told, reference, metric, "choose")
-                    trials[-1] = replace(trials[-1], score=scored, told=Told(failed=told.failed))
-        is_open = reference is None or any(one.told is None for one in trials)
-        measured = [one for one in trials if one.score is not None]
-        place = None if is_open else choose([one.score for one in measured if one.score], spec.max_utility_loss, sign_of(spec.metric))
-        chosen = None if place is None else measured[place]
-        finals: tuple[Cell, ...] = ()
-        if chosen is not None and chosen.cell is not None and chosen.cell.searched is not None:
-            finals = tuple(self.searched_cell(base, task, chosen.cell.attack, stack, seed, replace(chosen.cell.searched, trial=None))
-                           for seed in seeds)
-        return PlannedSearch(key=key, entry=entry, metric=metric, sampler_seed=sampler_seed, references=references, fixed=fixed,
-                             trials=tuple(trials), chosen=chosen, finals=finals, is_open=is_open)
+        references, fixed = (tuple(self.cell(base, task, attack, stack, seed) for seed in seeds) for attack in (none, entry.attack))
+        key = search_key(entry, fixed[0])
 
-    def _trial(self, base: _Base, task: TaskSpec, entry: AttackSearch, stack: tuple[Method, ...], seed: int, key: str, number: int,
-               values: Mapping[str, Any], look: Look) -> Trial:
-        """One setting as a cell; values that the attack refuses together, or that fit on no machine, are a failed trial without one."""
-        try:
+        def setting(values: Mapping[str, Any], trial: int | None) -> tuple[Cell, ...]:
             attack, training = entry.configured(values, self.spec.training)
-            is_refused = bool(attack.check())
-            cell = None if is_refused else self.searched_cell(base, task, attack, stack, seed, Searched(key, entry, training, number))
-        except SpecError:
-            cell = None
-        told = Told(failed=True) if cell is None else look(cell)
-        return Trial(number=number, values=values, cell=cell, told=told, score=None)
+            if attack.check():
+                return ()
+            return tuple(self.searched_cell(base, task, attack, stack, seed, Searched(key, entry, training, trial))
+                         for seed in (seeds if trial is None else seeds[:1]))
+
+        return walk(entry, key, references, fixed, setting, look)
 
     def searched_cell(self, base: _Base, task: TaskSpec, attack: Method, stack: tuple[Method, ...], seed: int, searched: Searched) -> Cell:
         """A cell whose tune may be another than the sweep's: what comes before the tune, and banks of clean adapters, keep the sweep's.

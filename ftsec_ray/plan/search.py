@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ftsec_ray import schema
+from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import digest, unit_interval
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
@@ -230,3 +231,39 @@ class Proposer:
                     continue
                 trial.set_user_attr("excess", one.utility_loss - self._search.max_utility_loss if one.is_coherent else 1.0)
                 self._study.tell(trial, self._sign * one.value)
+
+
+Setting = Callable[[Mapping[str, Any], int | None], tuple[Cell, ...]]
+"""(values, number of the trial) -> its cell; (values, None) -> those of the chosen setting, one per seed. None at all where the attack
+refuses these values together; SpecError where they fit on no machine."""
+
+
+def walk(entry: AttackSearch, key: str, references: tuple[Cell, ...], fixed: tuple[Cell, ...], setting: Setting, look: Look) -> PlannedSearch:
+    """A search through its rounds as far as measurements lead; `references` and `fixed` have a cell per seed, that of the trials first."""
+    spec, metric = entry.search, source_metric(entry)
+    sampler_seed = int(key[:8], 16)
+    reference = look(references[0])
+    proposer = Proposer(spec, sampler_seed)
+    trials: list[Trial] = []
+    while len(trials) < spec.trials and (not trials or (reference and all(one.told for one in trials[-spec.batch:]))):
+        if trials:
+            proposer.tell(one.score for one in trials[-spec.batch:])
+        for values in proposer.ask(min(spec.batch, spec.trials - len(trials))):
+            cell = _tried(setting, values, len(trials))
+            told = Told(failed=True) if cell is None else look(cell)
+            scored = None if told is None or told.failed or reference is None else score(told, reference, metric, "choose")
+            # the verdicts themselves are not kept: a search may have thousands of trials
+            trials.append(Trial(number=len(trials), values=values, cell=cell, told=told and Told(failed=told.failed), score=scored))
+    is_open = reference is None or any(one.told is None for one in trials)
+    measured = [one for one in trials if one.score is not None]
+    place = None if is_open else choose([one.score for one in measured if one.score], spec.max_utility_loss, sign_of(spec.metric))
+    chosen = None if place is None else measured[place]
+    return PlannedSearch(key=key, entry=entry, metric=metric, sampler_seed=sampler_seed, references=references, fixed=fixed, trials=tuple(trials),
+                         chosen=chosen, finals=() if chosen is None else setting(chosen.values, None), is_open=is_open)
+
+
+def _tried(setting: Setting, values: Mapping[str, Any], number: int) -> Cell | None:
+    try:
+        return next(iter(setting(values, number)), None)
+    except SpecError:
+        return None

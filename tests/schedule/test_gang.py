@@ -192,7 +192,7 @@ class TestUnderRay:
 
     @pytest.mark.usefixtures("cluster")
     @pytest.mark.timeout(600)
-    @pytest.mark.parametrize("address", [None, "of a cluster that may grow"])
+    @pytest.mark.parametrize("address", [None, pytest.param("of a cluster that may grow", marks=pytest.mark.slow)])
     def test_gangs_and_small_units_share_a_cluster_with_room_for_one_gang(self, store, tmp_path, address):
         base = stage_of("base", log=str(tmp_path))
         gangs = [gang_stage(f"gang{i}", base, log=str(tmp_path)) for i in range(2)]
