@@ -4,10 +4,10 @@ Both sides start from the same aligned models, made first and outside both clock
 planning to the last artifact, start and stop of Ray included. Naive: every cell is a process of its own that does all
 of its work by itself with `trl.SFTTrainer` and `model.generate` (naive_cell.py), as many at a time as there are slots;
 its total is the sum of the cells' times over the slots, the best that any queue could do. A second ratio leaves out
-the start and the imports of the naive processes, though not those of Ray's, and a third adds the models to both sides: once to the
-grid, to every cell of the naive side. A sample of cells may stand for all of
-them: the 95 % interval is that of the sample, and the grid is timed once. The metrics of both sides are printed beside
-each other, since a ratio means something only if both did the same work.
+the start and the imports of the naive processes, though not those of Ray's, and a third adds the models to both sides:
+once to the grid, to every cell of the naive side. A sample of cells may stand for all of them: the 95 % interval is that
+of the sample. The grid is timed before and after it, since a machine's speed drifts, and the mean counts. The metrics of
+both sides are printed beside each other, since a ratio means something only if both did the same work.
 """
 
 from __future__ import annotations
@@ -185,18 +185,20 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     load = os.getloadavg()[0]
     if load > BUSY_LOAD:
         say(f"this machine is busy (load {load:.1f}): both sides suffer, and not equally")
-    grid_s = run_grid(spec, models, bases, store, workers=args.workers)
-    runs = len(plan.stages) - len(bases)
+    grids = [run_grid(spec, models, bases, store, workers=args.workers)]
+    naive: dict[int, list[Ran]] = {}
+    if not args.grid_only:
+        chosen = draw(plan.cells, args.sample, seed=args.seed)
+        for batch in args.naive_batch:
+            with ThreadPoolExecutor(args.workers) as pool:
+                naive[batch] = list(pool.map(lambda cell, b=batch: run_naive(plan, cell, models, folder, batch=b), chosen))
+        grids.append(run_grid(spec, models, bases, Store.open(folder / "again"), workers=args.workers))
+    grid_s, runs = sum(grids) / len(grids), len(plan.stages) - len(bases)
     print(f"grid: {len(plan.cells)} cells, {runs} stage runs ({plan.naive_runs} without sharing), {grid_s:.1f} s "
-          f"on {args.workers} workers")
-    out: dict[str, Any] = {"sweep": spec.name, "cells": len(plan.cells), "stages": runs, "grid_s": grid_s,
+          f"on {args.workers} workers ({', '.join(f'{one:.1f}' for one in grids)})")
+    out: dict[str, Any] = {"sweep": spec.name, "cells": len(plan.cells), "stages": runs, "grid_s": grid_s, "grids_s": grids,
                            "load": load, "workers": args.workers, "cpus": os.cpu_count(), "naive": []}
-    if args.grid_only:
-        return out
-    chosen = draw(plan.cells, args.sample, seed=args.seed)
-    for batch in args.naive_batch:
-        with ThreadPoolExecutor(args.workers) as pool:
-            ran = list(pool.map(lambda cell, b=batch: run_naive(plan, cell, models, folder, batch=b), chosen))
+    for batch, ran in naive.items():
         found = figures(plan, models, ran, grid_s, batch=batch, workers=args.workers)
         out["naive"].append({**found, "mean_abs_difference": agreement(ran, store)})
     return out
