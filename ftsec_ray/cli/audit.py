@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
+from ftsec_ray.report.markdown import method_names
 from ftsec_ray.results.audit import NO_LABELS, Agreement, Audit, Rate, Share
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.utility import NAMES
@@ -28,8 +29,10 @@ def audit(folder: Path, *, labels: Path | None, exact: bool, judges: Sequence[st
 
 
 def _print(found: Audit, results: Results) -> None:
-    names = {row["cell"]: f"{row['model']} x {row['attack']} x {'+'.join(row['defenses'] or ()) or 'none'}, seed {row['seed']}"
-             for row in results.cells.select(["cell", "model", "attack", "defenses", "seed"]).to_pylist()}
+    cells = results.cells.to_pylist()
+    methods, tasks = method_names(cells), {row["task"] for row in cells}
+    names = {row["cell"]: " x ".join([row["model"], *methods[row["cell"]]]) + (f", {row['task']}" if len(tasks) > 1 else "") + f", seed {row['seed']}"
+             for row in cells}
     left = [f"{count} {what}" for count, what in ((found.unlabelled, "rows without a truth yet"), (found.unmatched, "labels that meet no answer"))
             if count]
     say(f"{found.labelled} answers with a known verdict{''.join(f'; {one}' for one in left)}")

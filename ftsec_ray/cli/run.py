@@ -94,12 +94,15 @@ def exit_code(results: Results, part: Plan) -> int:
 
 
 def _print_outcome(results: Results, page: Path, *, sent_to: str | None = None) -> None:
+    from ftsec_ray.report.markdown import method_names
+
     rows = results.cells.to_pylist()
     counts = Counter(row["status"] for row in rows)
     broken = [row for row in rows if row["status"] == "failed"]
     if broken:
-        table("failed cells", ("attack", "defenses", "model", "seed", "error"),
-              ((row["attack"], "+".join(row["defenses"]) or "none", row["model"], row["seed"], _short(row)) for row in broken[:MAX_ERRORS]))
+        names = method_names(rows)
+        table("failed cells", ("attack", "defenses", "model", "task", "seed", "error"),
+              ((*names[row["cell"]], row["model"], row["task"], row["seed"], _short(row)) for row in broken[:MAX_ERRORS]))
         if len(broken) > MAX_ERRORS:
             say(f"and {len(broken) - MAX_ERRORS} more in the table `cells`")
     parts = [f"{counts['done']} of {len(rows)} cells done"] + [f"{counts[s]} {s}" for s in ("failed", "pending") if counts[s]]

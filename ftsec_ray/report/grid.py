@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NONE = "none"
 SUCCESS = "attack_success"
 """The view over `asr` (backdoors) and `harmful_rate` (attacks on refusal, and no attack at all)."""
-SUCCESS_OF = {True: ("harmful_rate", "tool_hijack_rate", "asr"), False: ("asr", "tool_hijack_rate", "harmful_rate")}
+SUCCESS_OF = {True: ("harmful_rate", "asr"), False: ("asr", "harmful_rate")}
 """The metrics that may be the attack's success, first choice first: of attacks on refusal and of no attack (True), of others."""
 _PHASES = {"pre": 0, "during": 1, "post": 2}
 Key = tuple[str, str, str, str]

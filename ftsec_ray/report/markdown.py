@@ -1,9 +1,9 @@
 """The grid as a Markdown table, for a README, an issue or a terminal.
 
-One row per model and attack, one column per defense stack. A cell is the attack's success (`asr`, or `harmful_rate` where
-there is no attack) with its 95 % interval over prompts and, from two seeds on, over seeds; in its second line stand clean
-accuracy, over-refusal and coherence of the same cell. Where a judge left answers without a verdict, their share stands beside the
-rate. One seed has its mark, and gibberish is called so.
+One row per model, task and attack, one column per defense stack; the task is named where there are several. A cell is the
+attack's success (`asr`, or `harmful_rate` where there is no attack) with its 95 % interval over prompts and, from two seeds
+on, over seeds; in its second line stand clean accuracy, over-refusal and coherence of the same cell. Where a judge left
+answers without a verdict, their share stands beside the rate. One seed has its mark, and gibberish is called so.
 """
 
 from __future__ import annotations
@@ -34,19 +34,28 @@ def grid_markdown(results: Results) -> str:
     rates: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in results.metrics.to_pylist():
         rates[row["cell"]][row["metric"]] = row
-    varied = _varied([(cell["attack"], json.loads(cell["attack_params"])) for cell in cells])
-    differing = _varied([pair for cell in cells for pair in _defenses(cell)])
-    stacks = list(dict.fromkeys(_stack(cell, differing) for cell in sorted(cells, key=_stack_order)))
-    groups: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    names = method_names(cells)
+    stacks = list(dict.fromkeys(names[cell["cell"]][1] for cell in sorted(cells, key=_stack_order)))
+    groups: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    is_one_task = len({cell["task"] for cell in cells}) < 2
     for cell in cells:
-        attack = _named(cell["attack"], json.loads(cell["attack_params"]), varied)
-        groups[cell["model"], attack][_stack(cell, differing)].append(cell["cell"])
+        attack, stack = names[cell["cell"]]
+        groups[(cell["model"], attack) if is_one_task else (cell["model"], cell["task"], attack)][stack].append(cell["cell"])
     states = {cell["cell"]: cell["status"] for cell in cells}
-    lines = ["| model | attack | " + " | ".join(stacks) + " |", "|---|---|" + "---|" * len(stacks)]
-    for (model, attack), by_stack in groups.items():
+    head = ["model", "attack"] if is_one_task else ["model", "task", "attack"]
+    lines = [f"| {' | '.join([*head, *stacks])} |", "|" + "---|" * len([*head, *stacks])]
+    for place, by_stack in groups.items():
         shown = [_shown(by_stack.get(stack, []), rates, states) for stack in stacks]
-        lines.append(f"| {model} | {attack} | " + " | ".join(shown) + " |")
+        lines.append(f"| {' | '.join([*place, *shown])} |")
     return "\n".join([*lines, "", *_legend("\n".join(lines), rates)])
+
+
+def method_names(cells: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Cell -> its attack and its stack, each with those of its parameters that differ among these cells."""
+    varied = _varied([(cell["attack"], json.loads(cell["attack_params"] or "{}")) for cell in cells])
+    differing = _varied([pair for cell in cells for pair in _defenses(cell)])
+    return {cell["cell"]: (_named(cell["attack"], json.loads(cell["attack_params"] or "{}"), varied), _stack(cell, differing))
+            for cell in cells}
 
 
 def _legend(grid: str, rates: Mapping[str, Mapping[str, Row]]) -> list[str]:
@@ -64,7 +73,8 @@ def _order(cell: Row) -> tuple[Any, ...]:
     """By size, then in the order of the lifecycle, the undisturbed cell first, and along the parameters."""
     params = json.loads(cell["attack_params"])
     numbers = [value for _, value in sorted(params.items()) if isinstance(value, (int, float))]
-    return (cell["model_params"] or 0, cell["model"], cell["attack"] != "none", _phase(cell["attack_phase"]), cell["attack"], numbers, cell["seed"])
+    place = (cell["model_params"] or 0, cell["model"], cell["task"] or "")
+    return (*place, cell["attack"] != "none", _phase(cell["attack_phase"]), cell["attack"], numbers, cell["seed"])
 
 
 def _stack_order(cell: Row) -> tuple[Any, ...]:

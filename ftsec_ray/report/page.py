@@ -27,6 +27,7 @@ from ftsec_ray.report import sections as sections_of
 from ftsec_ray.report.grid import NONE, SHORT, SUCCESS, Grid, Key, build_grid, seeds_text
 from ftsec_ray.report.verdict import Verdict, judge, own_utility_text
 from ftsec_ray.results.read import Results
+from ftsec_ray.results.write import told_when_unwritten
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -43,8 +44,9 @@ def write_report(folder: Path) -> Path:
     page = render(results)
     target = results.folder / REPORT_FILE
     scratch = target.with_name(f".{REPORT_FILE}.{os.getpid()}.tmp")
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(target)
+    with told_when_unwritten(results.folder):
+        scratch.write_text(page, encoding="utf-8")
+        scratch.replace(target)
     return target
 
 

@@ -204,5 +204,8 @@ def _check_table(folder: Path, name: str, rows: object, version: str) -> None:
     if not found.equals(wanted):
         lacks = [f"{field.name}: {field.type}" for field in wanted if field not in found]
         raise DataError(f"{path} is not the table {name!r} of this schema", ", ".join(found.names), f"columns {', '.join(lacks)}", _FIX)
+    others = sorted(one.name for one in path.parent.glob("*.parquet") if one.name != PART)
+    if others:  # whoever reads the folder with a glob would count them too
+        raise DataError(f"files that ftsec did not write beside the table {name!r}", others, f"{PART} alone in {path.parent}", "move them elsewhere")
     if count != rows:
         raise DataError(f"{path} and {RUN_FILE} are not of one run", f"{count} rows", f"{rows} rows", _FIX)

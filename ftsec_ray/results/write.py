@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,21 +32,32 @@ def table_schema(name: str) -> pa.Schema:
             "comparisons": schema.comparisons, "searches": schema.searches}[name]()
 
 
+@contextmanager
+def told_when_unwritten(folder: Path) -> Iterator[None]:
+    """Makes a disk that is full or may not be written a StoreError: nothing that was computed is lost with it."""
+    try:
+        yield
+    except OSError as fault:
+        raise StoreError(f"the results cannot be written to {folder}", str(fault), "a folder with room that may be written",
+                         "make room or name another --results, then `ftsec report SWEEP`: the store holds all finished stages") from fault
+
+
 def write_results(folder: Path, *, tables: Mapping[str, pa.Table], meta: Mapping[str, Any]) -> Path:
     """Write the six tables and `run.json` into `folder`, replacing what an earlier run left there, and return it; `searches` may be left out."""
     tables = {"searches": schema.searches().empty_table(), **tables}
     odd = sorted(set(TABLES) ^ set(tables))
     if odd:
         raise StoreError("results are exactly six tables", odd, " | ".join(TABLES))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).unlink(missing_ok=True)
-    for name in TABLES:
-        _write_table(folder / name, name, tables[name])
     counts = {name: tables[name].num_rows for name in TABLES}
     body = {**meta, "schema": schema.SCHEMA_VERSION, "rows": counts}
-    scratch = folder / f".{RUN_FILE}.{os.getpid()}.tmp"
-    scratch.write_text(json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(folder / RUN_FILE)
+    with told_when_unwritten(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUN_FILE).unlink(missing_ok=True)
+        for name in TABLES:
+            _write_table(folder / name, name, tables[name])
+        scratch = folder / f".{RUN_FILE}.{os.getpid()}.tmp"
+        scratch.write_text(json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        scratch.replace(folder / RUN_FILE)
     return folder
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ftsec_ray import api
@@ -241,6 +244,21 @@ def test_each_query_gives_the_numbers_that_its_verdict_stands_on(tmp_path):
         assert used, name
         assert used <= set(rows[name].value.round(9)), name
         assert {"model", "attack", "attack_params", "seed", "metric", "n"} <= set(rows[name].columns)
+
+
+def test_the_queries_leave_out_the_trials_of_searches_and_show_no_safety_without_utility(tmp_path):
+    utility = {"cacc": 0.91, "over_refusal_rate": 0.07, "coherent_rate": 0.99}
+    made = [replace(one, metrics={**utility, **one.metrics}) for one in everything()]
+    results = results_of(tmp_path, made)
+    for name, changed in (("cells", {"search_trial": 0}), ("metrics", {"value": 0.123456})):
+        table = getattr(results, name)
+        trials = [{**row, "cell": "trial-" + row["cell"], **changed} for row in table.to_pylist()]
+        pq.write_table(pa.concat_tables([table, pa.Table.from_pylist(trials, table.schema)]), results.folder / name / "part-0.parquet")
+    for one in CLAIMS:
+        rows = duckdb.sql(one.query.replace("RESULTS", str(results.folder))).df()
+        assert not rows.empty, one.id
+        assert not rows.value.eq(0.123456).any(), one.id
+        assert set(utility) <= set(rows.metric), one.id
 
 
 def test_every_claim_states_its_rule_and_its_control_in_advance():

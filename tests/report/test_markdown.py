@@ -46,6 +46,14 @@ def test_a_cell_shows_the_attacks_success_with_its_interval_and_the_utility_belo
         "† One seed: the interval knows nothing of the luck of a training run."]
 
 
+def test_tasks_are_rows_of_their_own_and_no_seeds_of_one():
+    run = Tables([{**cell(task, "none"), "task": task} for task in ("sst2", "ag_news")],
+                 [rate("sst2", "harmful_rate", 0.5), rate("ag_news", "harmful_rate", 0.25), *beside("sst2"), *beside("ag_news")])
+    assert grid_markdown(run).splitlines()[:4] == [
+        "| model | task | attack | none |", "|---|---|---|---|", "| m | ag_news | none | 0.25† (0.00–1.00)<br>0.98 · 0.02 · 1.00 |",
+        "| m | sst2 | none | 0.50† (0.00–1.00)<br>0.98 · 0.02 · 1.00 |"]
+
+
 def test_gibberish_is_called_so_however_low_the_attacks_success():
     text = grid_markdown(Tables([cell("a", "badnets")], [rate("a", "asr", 0.0), *beside("a", coherent=0.49)]))
     assert "| m | badnets | incoherent: 0.00† (0.00–1.00)<br>0.98 · 0.02 · 0.49 |" in text

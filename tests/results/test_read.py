@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pyarrow as pa
@@ -99,6 +100,12 @@ def test_rows_that_are_damaged_behind_a_whole_footer_are_named(tmp_path: Path, n
     path.write_bytes(content[:4] + bytes(60) + content[64:])
     with pytest.raises(DataError, match=rf"the rows of .*{name}/part-0.parquet cannot be read"):
         Results.open(tmp_path).table(name)
+
+
+def test_parquet_of_others_beside_a_table_is_named(folder: Path) -> None:
+    pq.write_table(tables_of(1)["cells"], folder / "cells" / "mine.parquet")
+    with pytest.raises(DataError, match=r"did not write beside the table 'cells'[\s\S]*mine.parquet"):
+        Results.open(folder)
 
 
 def test_tables_of_two_runs_are_not_mixed(folder: Path) -> None:
@@ -199,6 +206,23 @@ def test_a_wrong_table_is_never_written_and_leaves_no_finished_results(folder: P
         write_results(folder, tables={**tables_of(), "stages": tables_of()["cells"]}, meta={})
     with pytest.raises(DataError, match="half-written"):
         Results.open(folder)
+
+
+def test_a_disk_that_takes_no_more_is_told_and_nothing_half_written_counts(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StoreError, match=r"cannot be written to .*file/out[\s\S]*ftsec report SWEEP"):
+        write_results(tmp_path / "file" / "out", tables=tables_of(), meta={})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # a write beyond it fails in the kernel, as on a full disk
+    try:
+        with pytest.raises(StoreError, match="cannot be written"):
+            write_results(folder, tables=tables_of(), meta={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(DataError, match="half-written"):
+        Results.open(folder)
+    write_results(folder, tables=tables_of(), meta={})
+    assert Results.open(folder).cells.num_rows == 3
 
 
 def test_the_interval_is_statsmodels_wilson() -> None:
