@@ -20,7 +20,7 @@ from ftsec_ray.report.examples import _cut, visible
 from ftsec_ray.report.page import write_report
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
-from tests import browser
+from tests import browser, search_toy
 from tests.benchmarks.synthetic import write_synthetic
 from tests.results.toy import whole
 
@@ -328,6 +328,25 @@ def test_numbers_sort_as_numbers_however_they_are_written_and_what_is_none_comes
     assert page.evaluate(f"{cells}.map((cell) => cell.textContent)") == [*numbers[::-1], *texts[::-1]]
 
 
+@pytest.mark.parametrize("bound", [0.2, 0.0])
+def test_the_filters_hold_for_searches_too_and_where_they_chose_nothing(opened: Any, tmp_path: Path, bound: float) -> None:
+    ranges = {} if bound else {"ranges": {"training.learning_rate": {"low": 3.0e-3, "high": 5.0e-3}}}
+    results = search_toy.run(search_toy.sweep({"trials": 3, "max_utility_loss": bound, **ranges}), tmp_path).results
+    assert {row["status"] for row in results.searches.to_pylist()} == {"chosen" if bound else "no trial within the bound"}
+    write_report(results.folder)
+    page = opened(results.folder)
+    stacks = page.locator("#searched tbody tr:visible td:nth-child(3)")
+    assert stacks.all_text_contents() == ["none", "shrink"]
+    page.locator("select[data-filter=defense]").select_option("during")
+    assert stacks.all_text_contents() == ["none"]
+    assert page.locator("#searched .nothing").is_hidden()
+    page.locator("select[data-filter=attack]").select_option("pre")
+    assert stacks.count() == 0
+    assert page.locator("#searched .nothing").is_visible()
+    page.get_by_role("button", name="Show all", exact=True).click()
+    assert stacks.all_text_contents() == ["none", "shrink"]
+
+
 def test_every_table_has_csv_and_latex_and_every_figure_svg_and_png(opened: Any, folder: Path) -> None:
     page = opened(folder)
     tools = page.evaluate("""[...document.querySelectorAll("main table")].map((table) => {
@@ -335,7 +354,8 @@ def test_every_table_has_csv_and_latex_and_every_figure_svg_and_png(opened: Any,
         return [table.dataset.name, ...(box.className === "tools" ? [...box.children].map((one) => one.textContent) : [])]; })""")
     assert {name.split("-ladder")[0]: exports for name, *exports in tools} == {
         "grid": ["CSV", "LaTeX", "SVG", "PNG"], **{name: ["CSV", "LaTeX"] for name in (
-            "best-defenses", "phases", "comparisons", "trade-offs", "cost-by-kind", "dearest-stages", "failed-cells")}}
+            "best-defenses", "phases", "comparisons", "trade-offs", "searches", "detectors", "filters", "cost-by-kind", "dearest-stages",
+            "failed-cells")}}
     figures = page.evaluate("""[...document.querySelectorAll("main figure")].map((one) =>
         [...one.querySelectorAll(".tools button")].map((button) => button.textContent))""")
     assert figures == [["SVG", "PNG"]] * (1 + 6 + 3)
