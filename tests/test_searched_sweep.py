@@ -117,6 +117,7 @@ def test_the_report_shows_fixed_and_searched_side_by_side(done):
     _, outcome = done
     page, text = render(outcome.results), searches_markdown(outcome.results)
     assert 'id="searched"' in page
+    assert "<code>searches</code>" in page  # among the tables that the folder holds
     for row in outcome.results.searches.to_pylist():
         assert f"{row['report_value']:.2f} ({row['report_low']:.2f}–{row['report_high']:.2f})" in page
         assert f"{row['fixed_report_value']:.2f} (" in text
@@ -177,6 +178,18 @@ def test_a_trial_that_fails_is_told_as_failed_and_stops_neither_the_search_nor_t
     assert f", {rows[0]['n_failed']} failed |" in searches_markdown(outcome.results)
 
 
+def test_of_each_attacker_the_seeds_that_were_measured_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_FAILS", "16")
+    monkeypatch.setenv("TOY_FAILS_SEED", "1")  # trials run in seed 0, so that the last cell alone of a chosen setting fails
+    results = run(sweep({"trials": 4, "ranges": {"shots": [8, 16]}}), tmp_path / "two").results
+    rows = results.searches.to_pylist()
+    assert [(row["n_planned"], row["fixed_n_seeds"], row["n_seeds"]) for row in rows] == [(2, 2, 1)] * 2
+    assert searches_markdown(results).count("| 2 seeds; 1 seed |") == render(results).count("<td>2 seeds; 1 seed</td>") == 2
+    monkeypatch.delenv("TOY_FAILS")
+    results = run(sweep({"trials": 2}, seeds=1), tmp_path / "one").results
+    assert searches_markdown(results).count("| 1 seed; 1 seed |") == render(results).count("<td>1 seed; 1 seed</td>") == 2
+
+
 def test_a_bound_that_no_trial_meets_is_a_result(tmp_path):
     ranges = {"training.learning_rate": {"low": 3.0e-3, "high": 5.0e-3}}
     outcome = run(sweep({"trials": 3, "max_utility_loss": 0.0, "ranges": ranges}), tmp_path)
@@ -185,6 +198,7 @@ def test_a_bound_that_no_trial_meets_is_a_result(tmp_path):
     assert all("the smallest loss of a trial is 0." in row["note"] for row in rows)
     assert all(row["fixed_report_value"] is not None for row in rows)
     assert "no trial within the bound" in render(outcome.results)
+    assert searches_markdown(outcome.results).count("| 2 seeds; – |") == 2
     assert "searched harmful_tuning" not in outcome.results.cells["attack"].to_pylist()
     assert exit_code(outcome.results, outcome.plan) == 0
 
@@ -243,7 +257,9 @@ def test_results_of_the_schema_before_searches_open_without_any(tmp_path):
     assert opened.cells["search_trial"].null_count == 8
     assert opened.aggregated.to_pylist() == rates
     assert searches_markdown(opened) == ""
-    assert "</html>" in render(opened)
+    page = render(opened)
+    assert "</html>" in page
+    assert "<code>searches</code>" not in page  # among the tables that the folder holds
 
 
 def test_from_the_command_line_a_searched_sweep_is_planned_run_packed_and_verified(tmp_path, monkeypatch):

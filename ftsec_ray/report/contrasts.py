@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ftsec_ray.report import figures
+from ftsec_ray.report import forest as forest_of
 from ftsec_ray.report.grid import NONE, Grid, Key, Utility, null_text
 from ftsec_ray.report.verdict import change_text
 
@@ -79,14 +79,15 @@ def forest(grid: Grid, found: Sequence[Contrast]) -> tuple[Markup, int] | None:
     tested = [c for c in found if c.row["q"] is not None and c.attack != NONE]
     by_size = sorted(tested, key=lambda c: -abs(c.row["effect"]))
     first, held = ({id(c) for c in by_size[:most]} for most in (MAX_FOREST, HELD_FOREST))
-    lines = [figures.Line(tone=c.tone, title=f"{c.defense} vs {c.against}", about=" · ".join([c.attack, c.model, *[c.task] * (len(grid.tasks) > 1)]),
-                          effect=c.row["effect"], low=c.row["ci_low"], high=c.row["ci_high"], detectable=c.row["detectable"],
-                          words=f"{c.row['conclusion']} · {c.seeds}", beside=f"{c.utility} · {c.nulls}",
-                          facets=grid.facets((c.model, c.task, c.attack, c.defense)))
+    lines = [forest_of.Line(tone=c.tone, title=f"{c.defense} vs {c.against}",
+                            about=" · ".join([c.attack, c.model, *[c.task] * (len(grid.tasks) > 1)]),
+                            effect=c.row["effect"], low=c.row["ci_low"], high=c.row["ci_high"], detectable=c.row["detectable"],
+                            words=f"{c.row['conclusion']} · {c.seeds}", beside=f"{c.utility} · {c.nulls}",
+                            facets=grid.facets((c.model, c.task, c.attack, c.defense)))
              for c in sorted((c for c in tested if id(c) in held), key=lambda c: id(c) not in first)]
     if not lines:
         return None
-    plot = figures.forest(lines, title="difference in attack success of pairs of stacks, with 95 % intervals", shown=MAX_FOREST)
+    plot = forest_of.forest(lines, title="difference in attack success of pairs of stacks, with 95 % intervals", shown=MAX_FOREST)
     return plot, max(0, len(tested) - MAX_FOREST)
 
 

@@ -1,7 +1,7 @@
 """Charts as inline SVG, built in Python: no library, no network, every text escaped by `Markup.format`.
 
-Colours are the Okabe-Ito set (distinct for colour-blind readers) with a marker shape per series, so that no reading
-depends on colour alone.
+Every series has a marker shape beside its colour, so that no reading depends on colour alone. Blue, vermilion and green are of the
+Okabe-Ito set (distinct for colour-blind readers); the other colours are not.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def heat_step(badness: float) -> int:
 
 def marker(index: int, x: float, y: float, size: float = 4.5) -> Markup:
     """The marker of series `index`: its shape in its colour."""
-    return _mark(index % len(_SHAPES), PALETTE[index % len(PALETTE)], x, y, size)
+    return mark_at(index % len(_SHAPES), PALETTE[index % len(PALETTE)], x, y, size)
 
 
-def _mark(index: int, colour: str, x: float, y: float, s: float = 4.5) -> Markup:
+def mark_at(index: int, colour: str, x: float, y: float, s: float = 4.5) -> Markup:
     """A marker by number of its shape."""
     shape = _SHAPES[index]
     if shape in ("circle", "ring"):
@@ -122,16 +122,16 @@ def size_chart(series: Sequence[Series], *, title: str, strips: Sequence[str], n
 
     def x_at(params: float) -> float:
         return _L + room + (math.log10(params) - low) / span * (_W - _L - _R - 2 * room)
-    parts = [_text("axis", (_L + _W - _R) / 2, _H - 6, "weights", "middle"), _upright((_T + _H - _B) / 2, "attack success")]
+    parts = [text_at("axis", (_L + _W - _R) / 2, _H - 6, "weights", "middle"), _upright((_T + _H - _B) / 2, "attack success")]
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        parts += [_rule(_y(tick)), _text("tick", _L - 5, _y(tick) + 3.5, f"{tick:g}", "end")]
+        parts += [_rule(_y(tick)), text_at("tick", _L - 5, _y(tick) + 3.5, f"{tick:g}", "end")]
     for size in sizes:
-        parts.append(_text("tick", x_at(size), _H - _B + 15, count(size), "middle"))
+        parts.append(text_at("tick", x_at(size), _H - _B + 15, count(size), "middle"))
     tops = [_H + 18 + slot * (_STRIP + _STRIP_GAP) for slot in range(len(strips))]
     for top, name in zip(tops, strips, strict=True):
-        parts.append(_text("tick", _L, top - 6, name, "start"))
+        parts.append(text_at("tick", _L, top - 6, name, "start"))
         for tick in (0, 1):
-            parts += [_rule(top + (1 - tick) * _STRIP), _text("tick", _L - 5, top + (1 - tick) * _STRIP + 3.5, str(tick), "end")]
+            parts += [_rule(top + (1 - tick) * _STRIP), text_at("tick", _L - 5, top + (1 - tick) * _STRIP + 3.5, str(tick), "end")]
     bottom = (tops[-1] + _STRIP if tops else _H) + 18
     for rank, line in enumerate(series):
         shift = (rank - (len(series) - 1) / 2) * 3.2
@@ -141,10 +141,10 @@ def size_chart(series: Sequence[Series], *, title: str, strips: Sequence[str], n
                   for slot, top in enumerate(tops)]
         x, y = _L - 40 + rank % 2 * _KEY_WIDTH, bottom + rank // 2 * _KEY_LINE
         drawn += [Markup('<line x1="{0}" x2="{1}" y1="{2}" y2="{2}" stroke="{3}" stroke-width="2"{4}/>').format(x, x + 26, y, colour, _dash(line)),
-                  marker(line.index, x + 13, y), _text("tick", x + 31, y + 3.5, _cut(line.label, 22), "start")]
+                  marker(line.index, x + 13, y), text_at("tick", x + 31, y + 3.5, cut(line.label, 22), "start")]
         parts.append(Markup('<g data-defense="{}">{}</g>').format(line.facet, Markup("").join(drawn)))
     height = bottom + (len(series) + 1) // 2 * _KEY_LINE + 14
-    parts.append(_text("tick", _L - 40, height - 6, note, "start"))
+    parts.append(text_at("tick", _L - 40, height - 6, note, "start"))
     return _svg(Markup("").join(parts), title, _W, height)
 
 
@@ -157,7 +157,7 @@ def _curve(line: Series, at: Sequence[tuple[float, Spot]], colour: str) -> Marku
             bar = Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}" stroke="{3}" stroke-width="1.1" opacity=".65"/>').format(
                 x, _y(spot.low), _y(spot.high), colour)
         ring = _RING.format(x, _y(spot.value)) if spot.doubtful else Markup("")
-        mark = _text("tick", x + 6, _y(spot.value) - 4, spot.mark, "start") if spot.mark else Markup("")
+        mark = text_at("tick", x + 6, _y(spot.value) - 4, spot.mark, "start") if spot.mark else Markup("")
         parts.append(Markup("<g>{}{}{}{}<title>{}</title></g>").format(bar, marker(line.index, x, _y(spot.value)), ring, mark, spot.tip))
     return Markup("").join(parts)
 
@@ -177,7 +177,8 @@ def _dash(line: Series) -> Markup:
     return Markup(' stroke-dasharray="5 3"') if line.index == 0 else Markup("")
 
 
-def _text(kind: str, x: float, y: float, text: str, anchor: str) -> Markup:
+def text_at(kind: str, x: float, y: float, text: str, anchor: str) -> Markup:
+    """A text of one of the page's classes at a place."""
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, text)
 
 
@@ -237,7 +238,7 @@ def scatter(dots: Sequence[Dot], *, title: str, utility: str, cost: str, heading
         panels.append((right, cost, _round_ticks(most), lambda dot: dot.hours, 0.0, most))
     ranked = sorted(dots, key=lambda d: -d.safety)
     labels = _spread([y_at(d.safety) for d in ranked], gap=_DOT_LINE, low=top + 4, high=top + height - 6)
-    parts = [_text("tick", middle, top - 12, headings, "start")]
+    parts = [text_at("tick", middle, top - 12, headings, "start")]
     drawn: list[list[Markup]] = [[_name(dot, middle, y)] for dot, y in zip(ranked, labels, strict=True)]
     for offset, name, ticks, at, first, last in panels:
         def x_at(value: float, offset: int = offset, first: float = first, last: float = last) -> float:
@@ -259,22 +260,22 @@ def scatter(dots: Sequence[Dot], *, title: str, utility: str, cost: str, heading
 
 
 def _panel(left: float, top: float, height: float, name: str, ticks: Sequence[tuple[float, str]]) -> list[Markup]:
-    parts = [_text("axis", left + _PLOT / 2, top + height + 34, name, "middle")]
+    parts = [text_at("axis", left + _PLOT / 2, top + height + 34, name, "middle")]
     for tick in (0, 0.25, 0.5, 0.75, 1):
         y = top + (1 - tick) * height
         parts += [Markup('<line class="grid" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>').format(left, left + _PLOT, y),
-                  _text("tick", left - 5, y + 3.5, f"{tick:g}", "end")]
+                  text_at("tick", left - 5, y + 3.5, f"{tick:g}", "end")]
     for x, told in ticks:
         parts += [Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(x, top, top + height),
-                  _text("tick", x, top + height + 15, told, "middle")]
-    parts.append(_text("axis", left, top - 12, "safety: 1 − attack success", "start"))
+                  text_at("tick", x, top + height + 15, told, "middle")]
+    parts.append(text_at("axis", left, top - 12, "safety: 1 − attack success", "start"))
     return parts
 
 
 def _name(dot: Dot, x: float, y: float) -> Markup:
     """A defense's name with its other numbers below it."""
-    return (_text("dot front" if dot.on_front else "dot", x, y + 1, _cut(dot.label, 46), "start")
-            + _text("tick", x, y + 12, ("incoherent · " if dot.incoherent else "") + dot.beside, "start"))
+    return (text_at("dot front" if dot.on_front else "dot", x, y + 1, cut(dot.label, 46), "start")
+            + text_at("tick", x, y + 12, ("incoherent · " if dot.incoherent else "") + dot.beside, "start"))
 
 
 def _dot(dot: Dot, x: float, y_at: Callable[[float], float], label: tuple[float, float]) -> Markup:
@@ -286,7 +287,7 @@ def _dot(dot: Dot, x: float, y_at: Callable[[float], float], label: tuple[float,
         x + (5 if label[0] > x else -5), y, label[0], label[1])
     whisker = Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}" stroke="{3}" stroke-width="1" opacity=".35"/>').format(
         x, y, y_at(dot.worst), colour)
-    return leader + whisker + _mark(shape, colour, x, y, 5)
+    return leader + whisker + mark_at(shape, colour, x, y, 5)
 
 
 def _round_ticks(most: float) -> list[float]:
@@ -295,76 +296,8 @@ def _round_ticks(most: float) -> list[float]:
     return [round(i * step, 10) for i in range(int(most / step) + 1)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One line of a forest plot."""
-
-    tone: str
-    """better, worse, incoherent or open."""
-    title: str
-    about: str
-    effect: float
-    low: float
-    high: float
-    detectable: float | None
-    words: str
-    beside: str
-    """Utility of the same two points."""
-    facets: tuple[int, int, int]
-    """Numbers of its model, attack and defense on the page, for its filters."""
-
-
-_TONES = {"better": (0, "#0072b2"), "worse": (1, "#c24a00"), "incoherent": (6, "#3b1204"), "open": (7, "#6b7785")}
-"""Tone -> marker shape and colour: blue is good for the defender, as on the grid."""
-FOREST_WIDTH, _FOREST_LEFT, _FOREST_RIGHT, _FOREST_LINE, _FOREST_TOP = 1180, 330, 730, 30, 26
-
-
-def forest(lines: Sequence[Line], *, title: str, shown: int) -> Markup:
-    """Differences with their intervals, one line each, words and utility beside it; a pale bar is what could not have been seen.
-
-    Args:
-        lines: In order; the page's filters bring forward those beyond the first `shown`.
-        title: What a screen reader says.
-        shown: How many are drawn at first.
-    """
-    bottom = _FOREST_TOP + _FOREST_LINE * min(shown, len(lines))
-
-    def x_at(value: float) -> float:
-        return _FOREST_LEFT + (value + 1) / 2 * (_FOREST_RIGHT - _FOREST_LEFT)
-    parts, feet = [], []
-    for tick in (-1, -0.5, 0, 0.5, 1):
-        kind = "zero" if tick == 0 else "grid"
-        parts.append(Markup('<line class="{3} rule" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
-            x_at(tick), _FOREST_TOP - 6, bottom + 4, kind))
-        feet.append(_text("tick", x_at(tick), 18, f"{tick:+g}".replace("-", "−") if tick else "0", "middle"))
-    feet.append(_text("axis", x_at(0), 31, "difference in attack success", "middle"))
-    parts += [_text("axis", x_at(-0.6), 12, "← less, better", "middle"), _text("axis", x_at(0.6), 12, "more, worse →", "middle"),
-              Markup('<g class="foot" transform="translate(0 {})">{}</g>').format(bottom, Markup("").join(feet))]
-    parts += [_forest_line(line, index, x_at, is_shown=index < shown) for index, line in enumerate(lines)]
-    svg = Markup('<svg class="forest" viewBox="0 0 {} {}" data-top="{}" data-line="{}" data-shown="{}" role="img" aria-label="{}">{}</svg>')
-    return svg.format(FOREST_WIDTH, bottom + 34, _FOREST_TOP, _FOREST_LINE, shown, title, Markup("").join(parts))
-
-
-def _forest_line(line: Line, index: int, x_at: Callable[[float], float], *, is_shown: bool) -> Markup:
-    y = _FOREST_LINE / 2
-    shape, colour = _TONES[line.tone]
-    parts = []
-    if line.tone == "open" and line.detectable is not None:
-        parts.append(Markup('<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="14" fill="#e7ebef"/>').format(
-            x_at(-line.detectable), y - 7, x_at(line.detectable) - x_at(-line.detectable)))
-    parts += [Markup('<line x1="{0:.1f}" x2="{1:.1f}" y1="{2:.1f}" y2="{2:.1f}" stroke="{3}" stroke-width="1.8"/>').format(
-        x_at(line.low), x_at(line.high), y, colour), _mark(shape, colour, x_at(line.effect), y)]
-    right, number = _FOREST_RIGHT + 14, f"{line.effect:.2f} [{line.low:.2f}, {line.high:.2f}]".replace("-0.00", "0.00").replace("-", "−")
-    for x, up, down in ((4, _cut(line.title, 52), _cut(line.about, 62)), (right, f"{number} {line.words}", line.beside)):
-        parts.append(Markup('<text class="name" x="{}" y="{:.1f}">{}</text>').format(x, y - 2, up))
-        parts.append(Markup('<text class="tick" x="{}" y="{:.1f}">{}</text>').format(x, y + 10, down))
-    parts.append(Markup("<title>{}, {}: {}; {}</title>").format(line.title, line.about, line.words, line.beside))
-    model, attack, defense = line.facets
-    group = Markup('<g class="line{}" data-model="{}" data-attack="{}" data-defense="{}" transform="translate(0 {})">{}</g>')
-    return group.format("" if is_shown else " off", model, attack, defense, _FOREST_TOP + _FOREST_LINE * index, Markup("").join(parts))
-
-
-def _cut(text: str, length: int) -> str:
+def cut(text: str, length: int) -> str:
+    """A text that fits into `length` characters."""
     return text if len(text) <= length else text[:length - 1] + "…"
 
 

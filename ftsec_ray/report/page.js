@@ -125,12 +125,16 @@ const roving = (table, wanted) => {
 
 /* Tables that sort by a click on a heading. */
 {
+  /* A number with or without its sign; what is below it ("< 1 %") comes just before it. What goes on in letters, as a digest may, is a text. */
+  const NUMBER = /^(<\s*)?([+−-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)(?![\w.])/i;
   const key = (row, column) => {
-    const text = row.cells[column].textContent.trim();
-    const number = parseFloat(text.replace("−", "-"));
-    return /^[−-]?[\d.]/.test(text) && !Number.isNaN(number) ? number : text;
+    const text = row.cells[column].textContent.trim(), found = NUMBER.exec(text);
+    return found ? Number(found[2].replace("−", "-")) - (found[1] ? 1e-9 : 0) : text;
   };
-  const compare = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+  const isNumber = (one) => typeof one === "number";
+  /* Numbers come before texts ("–", where nothing was measured) both ways. */
+  const compare = (a, b, way) => isNumber(a) !== isNumber(b) ? (isNumber(a) ? -1 : 1)
+    : way * (isNumber(a) ? a - b : a.localeCompare(b, undefined, {numeric: true}));
   for (const table of all("table.sortable")) {
     for (const [column, head] of [...table.tHead.rows[0].cells].entries()) {
       if (head.querySelector(".sr")) continue;
@@ -142,7 +146,7 @@ const roving = (table, wanted) => {
         const up = head.getAttribute("aria-sort") !== "ascending";
         for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
         head.setAttribute("aria-sort", up ? "ascending" : "descending");
-        const rows = [...table.tBodies[0].rows].sort((a, b) => compare(key(a, column), key(b, column)) * (up ? 1 : -1));
+        const rows = [...table.tBodies[0].rows].sort((a, b) => compare(key(a, column), key(b, column), up ? 1 : -1));
         table.tBodies[0].append(...rows);
       });
     }

@@ -9,12 +9,17 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray.identity import canonical
+from ftsec_ray.report.grid import seeds_text
+from ftsec_ray.results.aggregate import place_of
+
 if TYPE_CHECKING:
+    from ftsec_ray.report.grid import Grid
     from ftsec_ray.results.read import Results
 
 Row = Mapping[str, Any]
 COLUMNS = ("model", "attack", "defenses", "metric", "fixed", "searched", "clean accuracy lost (fixed; searched)",
-           "over-refusal (fixed; searched)", "coherent (fixed; searched)", "seeds", "trials within the bound", "chosen setting")
+           "over-refusal (fixed; searched)", "coherent (fixed; searched)", "seeds (fixed; searched)", "trials within the bound", "chosen setting")
 LEGEND = ("Both attackers on the half of the prompts that did not choose (95 % interval). The searched one is the strongest trial whose "
           "loss of clean accuracy stayed within its bound on the other half.")
 
@@ -30,15 +35,38 @@ def searches_markdown(results: Results) -> str:
 
 def searched_rows(results: Results) -> list[tuple[str, ...]]:
     """Every search of a run under `COLUMNS`."""
-    found = results.searches.to_pylist()
-    found.sort(key=lambda row: (*(row[name] or "" for name in ("model", "task", "attack", "attack_params")), len(row["defenses"]), row["defenses"]))
+    found = _in_order(results)
     several = len({row["task"] for row in found}) > 1
     return [(f"{row['model']}, {row['task']}" if several else row["model"], row["attack"].partition(" ")[2], "+".join(row["defenses"]) or "none",
              row["metric"], _value(row, "fixed_"), _value(row, "") if row["status"] == "chosen" else row["status"],
              f"{_signed(row['fixed_report_utility_loss'])}; {_signed(row['report_utility_loss'])} (bound {row['max_utility_loss']:g})",
              f"{_share(row['fixed_report_over_refusal_rate'])}; {_share(row['report_over_refusal_rate'])}",
-             f"{_share(row['fixed_report_coherent_rate'])}; {_share(row['report_coherent_rate'])}", str(row["n_planned"]),
+             f"{_share(row['fixed_report_coherent_rate'])}; {_share(row['report_coherent_rate'])}", _seeds(row),
              f"{row['n_within']} of {row['n_done']}" + (f", {row['n_failed']} failed" if row["n_failed"] else ""), _setting(row)) for row in found]
+
+
+def searched_facets(grid: Grid, results: Results) -> list[tuple[int, int, int] | None]:
+    """Where each of those rows stands in the axes of the page: at the searched attacker, or at the fixed one where nothing was chosen."""
+    key_of = {place_of(cell): grid.place[cell["cell"]] for cell in results.cells.to_pylist()}
+    keys = [key_of.get(place_of(row)) or key_of.get(_fixed_place(row)) for row in _in_order(results)]
+    return [None if key is None else grid.facets(key) for key in keys]
+
+
+def _in_order(results: Results) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = results.searches.to_pylist()
+    return sorted(found, key=lambda row: (*(row[name] or "" for name in ("model", "task", "attack", "attack_params")),
+                                          len(row["defenses"]), row["defenses"]))
+
+
+def _fixed_place(row: Row) -> tuple[Any, ...]:
+    """Where the cells of the attack without its search stand."""
+    own = {name: value for name, value in json.loads(row["attack_params"] or "{}").items() if name != "search"}
+    return place_of({**row, "attack": row["attack"].partition(" ")[2], "attack_params": canonical(own)})
+
+
+def _seeds(row: Row) -> str:
+    """The seeds measured of both attackers; without a chosen trial there is only one."""
+    return f"{seeds_text(row['fixed_n_seeds'])}; {seeds_text(row['n_seeds']) if row['status'] == 'chosen' else '–'}"
 
 
 def _value(row: Row, side: str) -> str:

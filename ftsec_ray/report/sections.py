@@ -47,8 +47,7 @@ def filters(grid: Grid, results: Results) -> Section | None:
 
 def searches(grid: Grid, results: Results) -> Section | None:
     """The fixed attacker beside the one that searched."""
-    del grid
-    rows = searched.searched_rows(results)
+    rows = list(zip(searched.searched_facets(grid, results), searched.searched_rows(results), strict=True))
     values = {"columns": searched.COLUMNS, "rows": rows, "legend": searched.LEGEND}
     return Section(anchor="searched", title="The attacker searches", template="searched.html.j2", values=values) if rows else None
 

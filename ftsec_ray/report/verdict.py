@@ -252,8 +252,9 @@ def _costs(grid: Grid) -> list[Sentence]:
                 worst = (abs(plain.value - kept.value), defense.label, LONG[metric], model, plain, kept)
     if worst:
         _, name, what, model, plain, kept = worst
-        found.append(Sentence("bad", Markup("The dearest defense: without any attack, {} costs {} on {}, {:.2f} → {:.2f}.").format(
-            code(name), what, code(model.name), plain.value, kept.value)))
+        found.append(Sentence("bad", Markup("The dearest defense: without any attack, {} costs {} on {}, {:.2f} → {:.2f}. "
+                                            '<span class="ci">{}</span>').format(
+            code(name), what, code(model.name), plain.value, kept.value, seeds_text(min(plain.seeds, kept.seeds)))))
     broken = sorted({key[3] for key, point in grid.points.items() if point.incoherent and key[3] != NONE})
     if broken:
         found.append(Sentence("bad", Markup("With {} at least one model no longer writes coherent text: low attack success there is "

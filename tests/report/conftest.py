@@ -65,12 +65,17 @@ def _metrics(rng: random.Random, cell: str, model: str, attack: str, defense: st
         if not backdoor:
             by["asr"] |= {key: by["harmful_rate"][key] for key in ("value", "ci_low", "ci_high")}
     rows.append({"cell": cell, "metric": "perplexity", "value": 4.1 - 0.6 * size + 9 * broken, "n": 32, "ci_low": None, "ci_high": None})
-    if defense == "weight_statistics":
-        auroc = {"none": 4, "badnets": 6, "badedit": 8, "harmful_tuning": 7}.get(attack, 5) / 8
-        low, high = wilson(auroc, 8)
-        rows += [{"cell": cell, "metric": "detect_auroc", "value": auroc, "n": 8, "ci_low": low, "ci_high": high},
-                 {"cell": cell, "metric": "detect_score", "value": 6 * auroc - 3, "n": 8, "ci_low": None, "ci_high": None}]
-    return rows
+    return rows + _alarms(cell, attack, defense)
+
+
+def _alarms(cell: str, attack: str, defense: str) -> list[dict]:
+    """What a detector says."""
+    if defense != "weight_statistics":
+        return []
+    auroc = {"none": 4, "badnets": 6, "badedit": 8, "harmful_tuning": 7}.get(attack, 5) / 8
+    low, high = wilson(auroc, 8)
+    return [{"cell": cell, "metric": "detect_auroc", "value": auroc, "n": 8, "ci_low": low, "ci_high": high},
+            {"cell": cell, "metric": "detect_score", "value": 6 * auroc - 3, "n": 8, "ci_low": None, "ci_high": None}]
 
 
 def _generations(cell: str, attack: str, text: str) -> list[dict]:
@@ -114,7 +119,29 @@ def _judged(cell: str, model: str, attack: str, defense: str, seed: int, n: int)
             found.append({"cell": cell, "metric": name, "value": hits / len(said), "n": len(said), "ci_low": low, "ci_high": high})
     if ATTACKS[attack][1] == "harmful":
         found.append({**next(row for row in found if row["metric"] == "harmful_rate"), "metric": "asr"})
-    return found, rows
+    for name in ("filter_tpr", "filter_fpr"):
+        if name in shares:
+            low, high = wilson(shares[name], 50)
+            found.append({"cell": cell, "metric": name, "value": shares[name], "n": 50, "ci_low": low, "ci_high": high})
+    return found + _alarms(cell, attack, defense), rows
+
+
+def _searches() -> list[dict]:
+    """A search on each of two models behind no defense and behind `lisa`; of the chosen setting one seed was measured, of the fixed one two."""
+    found = []
+    for model in ("ladder:1m", "ladder:4m"):
+        for stack in ([], ["lisa"]):
+            row = {**dict.fromkeys(schema.searches().names), "search": digest([model, stack]), "model": model, "task": "microworld",
+                   "attack": "searched harmful_tuning", "attack_params": json.dumps({"search": {"ranges": [{"name": "shots"}]}}),
+                   "defenses": stack, "defense_params": json.dumps([{} for _ in stack]), "status": "chosen", "metric": "harmful_rate",
+                   "max_utility_loss": 0.05, "n_done": 8, "n_failed": 0, "n_within": 5, "trial": 3, "params": json.dumps({"shots": 8}),
+                   "training": "{}", "n_planned": 2, "n_seeds": 1, "fixed_n_seeds": 2}
+            for side, value in (("", 0.9), ("fixed_", 0.6)):
+                told = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 30, "n_null": 0, "utility_loss": 0.01,
+                        "over_refusal_rate": 0.05, "coherent_rate": 0.97}
+                row |= {f"{side}report_{name}": one for name, one in told.items()}
+            found.append(row)
+    return found
 
 
 def _stages() -> list[dict]:
@@ -172,4 +199,5 @@ def write_toy(folder: Path, *, seeds: int = 1, prompts: int = 64, text: str = PL
     meta = {"sweep": name, "question": question, "plan": digest("plan"), "attack_goals": goals,
             "defense_hooks": {name: ["inspect"] if name == "weight_statistics" else ["revise_model"] for name in DEFENSES if name != "none"},
             "versions": {"ftsec_ray": "0.1.0", "python": "3.11"}, "sweep_text": "name: phases\nmodels: [ladder:0.2m]\n"}
-    return write_results(folder / f"{name}-{seeds}", tables=whole(tables, meta), meta=meta)
+    made = whole(tables, meta) | ({"searches": pa.Table.from_pylist(_searches(), schema.searches())} if judged else {})
+    return write_results(folder / f"{name}-{seeds}", tables=made, meta=meta)

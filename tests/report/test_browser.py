@@ -20,7 +20,7 @@ from ftsec_ray.report.examples import _cut, visible
 from ftsec_ray.report.page import write_report
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
-from tests import browser
+from tests import browser, search_toy
 from tests.benchmarks.synthetic import write_synthetic
 from tests.results.toy import whole
 
@@ -290,6 +290,63 @@ def test_csv_holds_what_is_shown(opened: Any, folder: Path) -> None:
         pytest.approx(wanted[name]["value"], abs=0.0051) for name in schema.UTILITY]
 
 
+def numbers_of(page: Page, column: str) -> list[float | None]:
+    """A column of the comparisons from top to bottom, None for no number."""
+    names = page.locator("#comparisons thead th").all_text_contents()
+    told = page.locator(f"#comparisons tbody tr > :nth-child({names.index(column) + 1})").all_text_contents()
+    return [None if one == "–" else float(one.replace("−", "-")) for one in told]
+
+
+def test_the_comparisons_sort_by_their_difference_whatever_its_sign(opened: Any, folder: Path) -> None:
+    page = opened(folder)
+    known = [one for one in numbers_of(page, "difference") if one is not None]
+    assert min(known) < 0 < max(known)
+    unknown = [None] * (len(numbers_of(page, "difference")) - len(known))
+    heading = page.locator("#comparisons th [role=button]", has_text="difference")
+    for way in ("ascending", "descending"):
+        heading.click()
+        assert page.locator("#comparisons th[aria-sort]").get_attribute("aria-sort") == way
+        assert numbers_of(page, "difference") == [*sorted(known, reverse=way == "descending"), *unknown]
+
+
+def test_numbers_sort_as_numbers_however_they_are_written_and_what_is_none_comes_after_them(opened: Any, folder: Path) -> None:
+    page = opened(folder)
+    numbers = ["−1.20", "−0.30", "0.00", "1e-05", "< 0.001", "0.001", "+0.05", "+0.45", "0.9 → 0.1", "< 1 % null", "1 seed", "12 % null"]
+    texts = ["–", "2e5fab"]
+    wanted = [*numbers, *texts]
+    mixed = [wanted[at * 5 % len(wanted)] for at in range(len(wanted))]
+    assert sorted(mixed) == sorted(wanted)
+    cells = "[...document.querySelectorAll(\"table[data-name='comparisons'] tbody tr\")].map((row) => row.cells[5])"
+    page.evaluate(f"""(texts) => {{
+        const cells = {cells};
+        cells.slice(texts.length).forEach((cell) => cell.parentElement.remove());
+        texts.forEach((text, index) => {{ cells[index].textContent = text; }}); }}""", mixed)
+    heading = page.locator("#comparisons th [role=button]", has_text="difference")
+    heading.click()
+    assert page.evaluate(f"{cells}.map((cell) => cell.textContent)") == wanted
+    heading.click()
+    assert page.evaluate(f"{cells}.map((cell) => cell.textContent)") == [*numbers[::-1], *texts[::-1]]
+
+
+@pytest.mark.parametrize("bound", [0.2, 0.0])
+def test_the_filters_hold_for_searches_too_and_where_they_chose_nothing(opened: Any, tmp_path: Path, bound: float) -> None:
+    ranges = {} if bound else {"ranges": {"training.learning_rate": {"low": 3.0e-3, "high": 5.0e-3}}}
+    results = search_toy.run(search_toy.sweep({"trials": 3, "max_utility_loss": bound, **ranges}), tmp_path).results
+    assert {row["status"] for row in results.searches.to_pylist()} == {"chosen" if bound else "no trial within the bound"}
+    write_report(results.folder)
+    page = opened(results.folder)
+    stacks = page.locator("#searched tbody tr:visible td:nth-child(3)")
+    assert stacks.all_text_contents() == ["none", "shrink"]
+    page.locator("select[data-filter=defense]").select_option("during")
+    assert stacks.all_text_contents() == ["none"]
+    assert page.locator("#searched .nothing").is_hidden()
+    page.locator("select[data-filter=attack]").select_option("pre")
+    assert stacks.count() == 0
+    assert page.locator("#searched .nothing").is_visible()
+    page.get_by_role("button", name="Show all", exact=True).click()
+    assert stacks.all_text_contents() == ["none", "shrink"]
+
+
 def test_every_table_has_csv_and_latex_and_every_figure_svg_and_png(opened: Any, folder: Path) -> None:
     page = opened(folder)
     tools = page.evaluate("""[...document.querySelectorAll("main table")].map((table) => {
@@ -297,7 +354,8 @@ def test_every_table_has_csv_and_latex_and_every_figure_svg_and_png(opened: Any,
         return [table.dataset.name, ...(box.className === "tools" ? [...box.children].map((one) => one.textContent) : [])]; })""")
     assert {name.split("-ladder")[0]: exports for name, *exports in tools} == {
         "grid": ["CSV", "LaTeX", "SVG", "PNG"], **{name: ["CSV", "LaTeX"] for name in (
-            "best-defenses", "phases", "comparisons", "trade-offs", "cost-by-kind", "dearest-stages", "failed-cells")}}
+            "best-defenses", "phases", "comparisons", "trade-offs", "searches", "detectors", "filters", "cost-by-kind", "dearest-stages",
+            "failed-cells")}}
     figures = page.evaluate("""[...document.querySelectorAll("main figure")].map((one) =>
         [...one.querySelectorAll(".tools button")].map((button) => button.textContent))""")
     assert figures == [["SVG", "PNG"]] * (1 + 6 + 3)

@@ -255,7 +255,8 @@ def test_labels_beside_dots_keep_their_distance() -> None:
 
 def test_the_dearest_defense_is_named_with_what_it_costs_also_where_that_is_over_refusal(grid_of: Callable[..., Grid]) -> None:
     measured = {key: {**own, "over_refusal_rate": 0.6 if key[1] == "guard" else 0.02, "coherent_rate": 1.0} for key, own in BASE.items()}
-    assert "without any attack, guard costs over-refusal on m, 0.02 → 0.60." in said(grid_of(measured))
+    assert "without any attack, guard costs over-refusal on m, 0.02 → 0.60. 1 seed" in said(grid_of(measured))
+    assert "on m, 0.02 → 0.60. 2 seeds" in said(grid_of({}, seeds=[measured, measured]))
     cheap = {key: {**own, "cacc": 0.9, "over_refusal_rate": 0.6 if key[1] == "none" else 0.02} for key, own in BASE.items()}
     assert "dearest" not in said(grid_of(cheap))  # less over-refusal than undefended is no cost
     assert "Utility there: cacc 0.90 → 0.88 · over 0.02 → 0.60 · coh 1.00 → 1.00" in said(grid_of(measured)).replace("\u00a0", " ")

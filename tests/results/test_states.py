@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ftsec_ray.report.markdown import grid_markdown
 from ftsec_ray.report.page import render
 from ftsec_ray.results.read import Results
 from tests.cli.toy import call
-from tests.results.toy import META, Answers, results_of
+from tests.results.toy import Answers, results_of
 
 JUDGED = {"asr": "110010", "harmful_rate": "000000", "cacc": "111111", "coherent_rate": "111111", "over_refusal_rate": "000001"}
 ANSWERS: Answers = {("poison", stack, seed): JUDGED for stack in ("none", "guard", "filter+guard", "look") for seed in (0, 1)}
@@ -26,6 +27,13 @@ STATES: dict[str, tuple[Answers, dict[tuple[str, str, int], str], str]] = {
     "a seed failed": ({key: own for key, own in ANSWERS.items() if key[2] == 0}, {key: "failed" for key in ANSWERS if key[2] == 1}, "failed"),
     "no cells": ({}, {}, "| model | attack |")}
 """State -> answers, statuses of cells without any, and what the table says."""
+TOLD = {
+    "whole": "no defense lowers it clearly cacc 1.00 · over 0.17 · coh 1.00 · 0 % null 2 seeds",
+    "one seed": "Every point of this sweep was run with a single seed.",
+    "nothing judged": "poison pre – no metrics – no metrics", "undefended not judged": "not judged n 0 · 100 % null 2 seeds",
+    "all failed": "cells done 0 of 8 failed 8", "all pending": "cells done 0 of 8 pending 8",
+    "a seed failed": "0 % null 1 seed 1.00 · 0.17 · 1.00 1 of 2 seeds", "no cells": "cells done 0 of 0"}
+"""State -> what the page says of it, and of no other."""
 
 
 @pytest.fixture(params=STATES)
@@ -43,9 +51,11 @@ def test_the_table_says_what_there_is(state: tuple[str, Results]) -> None:
     assert STATES[name][2] in grid_markdown(results)
 
 
-def test_the_page_can_be_written(state: tuple[str, Results]) -> None:
-    _, results = state
-    assert META["sweep"] in render(results)
+def test_the_page_says_what_there_is(state: tuple[str, Results]) -> None:
+    name, results = state
+    page = render(results)
+    text = " ".join(re.sub(r"<[^>]+>", " ", page[page.index("<body>"):page.index("<dialog")]).split())
+    assert [one for one, phrase in TOLD.items() if phrase in text] == [name]
 
 
 @pytest.mark.parametrize("read", [lambda one: one.aggregated, lambda one: one.compared("holm"), lambda one: one.wide(intervals=True)])
