@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -173,6 +174,21 @@ def test_the_same_sweep_from_an_empty_store_gives_equal_tables(world, finished, 
     assert found.differences == ()
     assert found.notes == (f"{found.stages} of {found.stages} artifacts that the store here holds too have the same bytes",)
     assert found.stages > 20
+
+
+def test_the_python_of_the_readme_runs_as_it_stands(world, tmp_path, monkeypatch, capsys):
+    """On a small sweep in the place of the quickstart, and without Ray."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    block = readme.split("## From Python")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps/quickstart.yaml").write_text(json.dumps(sweep(world, name="quickstart", attacks=["none"], defenses=["none", "shrink"])))
+    monkeypatch.chdir(tmp_path)
+    assert block.count('executor="tune"') == 1
+    exec(block.replace('executor="tune"', 'executor="local"'), {})
+    said = capsys.readouterr().out
+    assert "2 cells," in said
+    assert "conclusion" in said
+    assert "harmful_rate_ci_low" in said
 
 
 def test_the_public_names_work_in_the_order_of_the_readme(world):
