@@ -44,6 +44,8 @@ class Tally:
         self.stages_held = sum(digest in done for digest in plan.stages)
         self.work_s = sum(self._seconds.values())
         self._done: set[str] = set()
+        self._given_up: set[str] = set()
+        """Stages that failed, and those that wait for them in vain."""
         self._running: dict[str, int] = {}
         self.failed = 0
 
@@ -73,6 +75,13 @@ class Tally:
                 self._finish(digest)
         elif event.kind == "failed":
             self.failed += 1
+            self._give_up(event.stages)
+
+    def _give_up(self, failed: Collection[str]) -> None:
+        self._given_up |= set(failed) & set(self._seconds)
+        for digest in self._seconds:  # in the order of the plan: what a stage needs comes before it
+            if self._given_up.intersection(given for _, given in self._stages[digest].inputs):
+                self._given_up.add(digest)
 
     def _finish(self, digest: str) -> None:
         if digest in self._done or digest not in self._seconds:
@@ -83,9 +92,9 @@ class Tally:
             self.cells_done += self._open[index] == 0
 
     def left_s(self, elapsed_s: float) -> float | None:
-        """Seconds until the end at the pace so far; None before anything has ended."""
-        done = self.done_s
-        return elapsed_s * (self.work_s - done) / done if done > 0 else None
+        """Seconds until the end at the pace so far; None before anything has ended well."""
+        done, given_up = self.done_s, sum(self._seconds[digest] for digest in self._given_up - self._done)
+        return elapsed_s * (self.work_s - done - given_up) / done if done > 0 else None
 
     def line(self, elapsed_s: float) -> str:
         """The counts in one line."""
@@ -95,7 +104,7 @@ class Tally:
         if self.failed:
             parts.append(f"failed {self.failed}")
         left = self.left_s(elapsed_s)
-        if left is not None and self.stages_done < self.stages:
+        if left is not None and left >= 0.5:
             parts.append(f"about {duration(left)} left")
         return " | ".join(parts)
 

@@ -47,6 +47,23 @@ def test_time_left_is_the_pace_so_far_on_the_work_left(plan):
     assert tally.stages_done == count
 
 
+def test_what_waits_for_a_failed_stage_is_no_work_left(plan):
+    tally = Tally(plan, set(), second)
+    tune = next(digest for digest in plan.cells[-1].stages if plan.stages[digest].kind == "tune")
+    vain = {tune}
+    for stage in plan.stages.values():
+        if vain & {given for _, given in stage.inputs}:
+            vain.add(stage.digest)
+    for digest in plan.stages:
+        if digest not in vain:
+            tally.take(Event(kind="finished", unit=digest, stages=(digest,)))
+    assert tally.left_s(10.0) > 0
+    tally.take(Event(kind="failed", unit="tune", stages=(tune,), error="it broke"))
+    assert tally.left_s(10.0) == 0.0
+    assert "left" not in tally.line(10.0)
+    assert len(vain) > 1
+
+
 def test_what_the_store_holds_counts_as_reused_and_its_cells_as_done(plan):
     held = set(plan.cells[0].stages)
     tally = Tally(plan, held, second)
