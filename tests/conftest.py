@@ -1,4 +1,4 @@
-"""Settings of all tests: no network, one thread, no Ray from outside."""
+"""Settings of all tests: no network, one thread, no window, no Ray from outside."""
 
 from __future__ import annotations
 
@@ -8,5 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# The window in which the tests are watched does not set the width of tables that go into a pipe.
+os.environ.pop("COLUMNS", None)
 # A Ray that is already running on the machine is not ours to use.
 os.environ.pop("RAY_ADDRESS", None)
