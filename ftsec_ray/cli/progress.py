@@ -75,13 +75,7 @@ class Tally:
                 self._finish(digest)
         elif event.kind == "failed":
             self.failed += 1
-            self._give_up(event.stages)
-
-    def _give_up(self, failed: Collection[str]) -> None:
-        self._given_up |= set(failed) & set(self._seconds)
-        for digest in self._seconds:  # in the order of the plan: what a stage needs comes before it
-            if self._given_up.intersection(given for _, given in self._stages[digest].inputs):
-                self._given_up.add(digest)
+            self._given_up.update(digest for digest in (*event.stages, *event.upstream_failed) if digest in self._seconds)
 
     def _finish(self, digest: str) -> None:
         if digest in self._done or digest not in self._seconds:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal, NamedTuple
 
+from ftsec_ray import schema
 from ftsec_ray.findings.contrast import ALPHA, MARGIN, Contrast, Rate, contrast, decided, needs_of
 from ftsec_ray.findings.evidence import NONE, Condition, Evidence, label_of
 
@@ -294,16 +295,13 @@ def _names(defenses: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
     return {one: one[0] if names.count(one[0]) == 1 else f"{one[0]} {one[1]}" for one in defenses}
 
 
-_UTILITY = ("cacc", "benign_rate", "over_refusal_rate", "coherent_rate")
-"""What no number on safety is shown without."""
-
-
 def _query(where: str, *metrics: str) -> str:
+    shown = dict.fromkeys((*metrics, *schema.UTILITY, "benign_rate"))
     return ("SELECT family, model, model_params, aligned, task, attack, attack_phase, attack_params,\n"
             "       defenses, defense_phases, defense_params, seed, metric, value, n\n"
             "FROM 'RESULTS/cells/*.parquet' JOIN 'RESULTS/metrics/*.parquet' USING (cell)\n"  # noqa: S608 (shown, and run by its reader)
             f"WHERE status = 'done' AND search_trial IS NULL AND {where}\n"
-            f"      AND metric IN ({', '.join(map(repr, dict.fromkeys((*metrics, *_UTILITY))))})\nORDER BY ALL")
+            f"      AND metric IN ({', '.join(map(repr, shown))})\nORDER BY ALL")
 
 
 CLAIMS: tuple[Claim, ...] = (

@@ -85,8 +85,9 @@ class Evidence:
                     defenses=tuple(cell["defenses"] or ()), defense_phases=tuple(cell["defense_phases"] or ()),
                     defense_params=cell["defense_params"] or "")
             of_cell[cell["cell"]] = found[key], cell["seed"] or 0
-        beside = utilities(results)
-        for row in results.metrics.to_pylist():
+        metrics = results.metrics.to_pylist()
+        beside = utilities(metrics)
+        for row in metrics:
             if row["cell"] in of_cell and row["value"] is not None:
                 condition, seed = of_cell[row["cell"]]
                 condition.metrics[row["metric"]][seed] = Rate(row["value"], row["n"], row["n_null"], beside[row["cell"]])

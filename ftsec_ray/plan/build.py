@@ -309,6 +309,7 @@ class _Builder:
         key = search_key(entry, fixed[0])
 
         def setting(values: Mapping[str, Any], trial: int | None) -> tuple[Cell, ...]:
+            """See `plan.search.Setting`."""
             attack, training = entry.configured(values, self.spec.training)
             if attack.check():
                 return ()

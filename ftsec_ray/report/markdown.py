@@ -52,10 +52,11 @@ def grid_markdown(results: Results) -> str:
 
 def method_names(cells: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """Cell -> its attack and its stack, each with those of its parameters that differ among these cells."""
-    varied = _varied([(cell["attack"], json.loads(cell["attack_params"] or "{}")) for cell in cells])
-    differing = _varied([pair for cell in cells for pair in _defenses(cell)])
-    return {cell["cell"]: (_named(cell["attack"], json.loads(cell["attack_params"] or "{}"), varied), _stack(cell, differing))
-            for cell in cells}
+    attacks = [(cell["attack"], json.loads(cell["attack_params"] or "{}")) for cell in cells]
+    stacks = [list(zip(cell["defenses"] or (), json.loads(cell["defense_params"] or "[]"), strict=True)) for cell in cells]
+    varied, differing = _varied(attacks), _varied([pair for stack in stacks for pair in stack])
+    return {cell["cell"]: (_named(*attack, varied), " + ".join(_named(*one, differing) for one in stack) or "none")
+            for cell, attack, stack in zip(cells, attacks, stacks, strict=True)}
 
 
 def _legend(grid: str, rates: Mapping[str, Mapping[str, Row]]) -> list[str]:
@@ -86,18 +87,10 @@ def _phase(name: str | None) -> int:
     return PHASES.index(name) if name in PHASES else 0
 
 
-def _defenses(cell: Row) -> list[tuple[str, Mapping[str, Any]]]:
-    return list(zip(cell["defenses"], json.loads(cell["defense_params"] or "[]"), strict=True))
-
-
-def _stack(cell: Row, differing: Mapping[str, Sequence[str]]) -> str:
-    return " + ".join(_named(name, params, differing) for name, params in _defenses(cell)) or "none"
-
-
-def _varied(attacks: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, list[str]]:
+def _varied(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, list[str]]:
     """Method -> its parameters that differ between cells."""
     seen: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name, params in attacks:
+    for name, params in methods:
         for key, value in params.items():
             seen[name][key].add(json.dumps(value))
     return {name: [key for key, values in params.items() if len(values) > 1] for name, params in seen.items()}

@@ -147,7 +147,7 @@ def audit_judges(results: Results, *, labels: Path | None = None, exact: bool = 
     confusion = _confusion(sheet, truth)
     errors = tuple(_errors(sheet, confusion))
     return Audit(labelled=len(truth), unmatched=unmatched, unlabelled=unlabelled, confusion=tuple(_confusion_rows(confusion)), errors=errors,
-                 rates=tuple(_rates(sheet, errors, utilities(results))), agreements=tuple(_agreements(sheet)))
+                 rates=tuple(_rates(sheet, errors, utilities(results.metrics.to_pylist()))), agreements=tuple(_agreements(sheet)))
 
 
 # Errors and rates.

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from ftsec_ray.results.read import Results
+from typing import Any, NamedTuple
 
 NAMES = "clean accuracy · over-refusal · coherent answers"
 """What the text of a utility holds."""
@@ -31,10 +28,10 @@ class Utility(NamedTuple):
 UNKNOWN = Utility(None, None, None)
 
 
-def utilities(results: Results) -> dict[str, Utility]:
-    """The utility of every measured cell."""
+def utilities(metrics: Iterable[Mapping[str, Any]]) -> dict[str, Utility]:
+    """The utility of every measured cell, from the rows of the table `metrics`."""
     values: dict[str, dict[str, float | None]] = defaultdict(dict)
-    for row in results.metrics.select(["cell", "metric", "value"]).to_pylist():
+    for row in metrics:
         values[row["cell"]][row["metric"]] = row["value"]
     return {cell: Utility(own.get("cacc", own.get("benign_rate")), own.get("over_refusal_rate"), own.get("coherent_rate"))
             for cell, own in values.items()}

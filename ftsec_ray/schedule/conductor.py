@@ -31,6 +31,8 @@ class Event:
     unit: str
     stages: tuple[str, ...]
     error: str | None = None
+    upstream_failed: tuple[str, ...] = ()
+    """Digests of the stages that will not run because this unit failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +197,8 @@ class Conductor:
             verdict = StageVerdict(**{**asdict(verdict), "status": "failed"})
             self.store.write_verdict(verdict.digest, asdict(verdict))
         self._verdicts[verdict.digest] = verdict
-        self.scheduler.fail(unit)
-        self._tell("failed", unit, verdict.error)
+        lost = self.scheduler.fail(unit)
+        self._tell("failed", unit, verdict.error, upstream_failed=lost)
 
     def _rebuild(self, unit: str, damaged: str) -> bool:
         """Have the producer of a damaged artifact run before the unit; False when that cannot help."""
@@ -228,10 +230,11 @@ class Conductor:
             found.append(Unit(unit.id, unit.stages, needs, unit.resource))
         return found
 
-    def _tell(self, kind: Literal["started", "finished", "failed", "requeued"], unit: str, error: str | None = None) -> None:
+    def _tell(self, kind: Literal["started", "finished", "failed", "requeued"], unit: str, error: str | None = None, *,
+              upstream_failed: Sequence[str] = ()) -> None:
         self.last_event = time.monotonic()
-        stages = tuple(stage.digest for stage in self._units[unit].stages)
-        self._on_event(Event(kind=kind, unit=unit, stages=stages, error=error))
+        stages, lost = (tuple(stage.digest for one in units for stage in self._units[one].stages) for units in ([unit], upstream_failed))
+        self._on_event(Event(kind=kind, unit=unit, stages=stages, error=error, upstream_failed=lost))
 
     def report(self) -> RunReport:
         """What became of all stages."""

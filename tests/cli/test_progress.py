@@ -58,7 +58,7 @@ def test_what_waits_for_a_failed_stage_is_no_work_left(plan):
         if digest not in vain:
             tally.take(Event(kind="finished", unit=digest, stages=(digest,)))
     assert tally.left_s(10.0) > 0
-    tally.take(Event(kind="failed", unit="tune", stages=(tune,), error="it broke"))
+    tally.take(Event(kind="failed", unit="tune", stages=(tune,), error="it broke", upstream_failed=tuple(vain - {tune})))
     assert tally.left_s(10.0) == 0.0
     assert "left" not in tally.line(10.0)
     assert len(vain) > 1

@@ -13,7 +13,7 @@ def test_every_measured_cell_has_its_three_numbers(tmp_path):
         Made("badnets", {"asr": 0.9, "cacc": 0.8, "benign_rate": 0.1, "over_refusal_rate": 0.2, "coherent_rate": 1.0}),
         Made("harmful_tuning", {"harmful_rate": 0.7, "benign_rate": 0.6, "coherent_rate": None}),
         Made("soft_prompt", {}, status="failed")], seeds=1)
-    found = utilities(results)
+    found = utilities(results.metrics.to_pylist())
     attacks = {row["attack"]: row["cell"] for row in results.cells.to_pylist()}
     assert found == {attacks["badnets"]: Utility(0.8, 0.2, 1.0), attacks["harmful_tuning"]: Utility(0.6, None, None)}
     assert found[attacks["harmful_tuning"]].text == "0.60 · – · –"

@@ -80,6 +80,7 @@ def test_a_failure_stops_its_descendants_and_nobody_else(store, tmp_path):
     assert sorted(runs(tmp_path)) == ["base", "right", "right_a"]
     assert not report.is_complete
     assert next(event.error for event in events if event.kind == "failed").startswith("[stage] told to fail")
+    assert {event.kind: set(event.upstream_failed) for event in events if event.upstream_failed} == {"failed": set(report.upstream_failed)}
     assert set(store.failures()) == {bad.digest}
 
 
