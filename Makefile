@@ -1,6 +1,6 @@
 # make quickstart   environment, then sweeps/quickstart.yaml, then where the report is
-# make test         environment, then all tests but the slow ones
-# make check        ruff, mypy
+# make test         environment, then all tests but the slow ones; the Ray tests run whatever the others say
+# make check        ruff (lint and format), mypy
 # make bench        the figures of tests/benchmarks
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,14 +14,17 @@ quickstart: $(VENV)/.installed
 	$(BIN)/ftsec run sweeps/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow and not ray" -n auto --dist loadfile
-	$(BIN)/python -m pytest -q -m "ray and not slow"
+	failed=0; \
+	$(BIN)/python -m pytest -q -m "not slow and not ray" -n auto --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -q -m "ray and not slow" || failed=1; \
+	exit $$failed
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev

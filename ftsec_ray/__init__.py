@@ -1,6 +1,7 @@
 """Sweeps over attack x defense x model size for the security of LLM fine-tuning.
 
-`load` reads a sweep file, `make_plan` shows what it takes, `run` runs it, `open_results` opens the tables of a run:
+`load` reads a sweep file, `make_plan` shows what it takes, `run` runs it, `open_results` opens the
+tables of a run:
 
 >>> results = ftsec_ray.run("sweeps/quickstart.yaml", executor="local")  # doctest: +SKIP
 >>> results.to_pandas("metrics")  # doctest: +SKIP
@@ -16,11 +17,22 @@ from typing import TYPE_CHECKING
 from ftsec_ray.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ftsec_ray.api import claims, export, judge_audit, load, make_plan, open_results, run, submit, sweep_schema, verify
+    from ftsec_ray.api import (
+        check_claims,
+        export,
+        judge_audit,
+        load,
+        make_plan,
+        open_results,
+        run,
+        submit,
+        sweep_schema,
+        verify,
+    )
+    from ftsec_ray.config.sweep import SweepSpec
     from ftsec_ray.errors import EnvironmentFault, FtsecError, SpecError, SpecFaults
     from ftsec_ray.plan.graph import Plan
     from ftsec_ray.results.read import Results
-    from ftsec_ray.spec.sweep import SweepSpec
 
 __all__ = [
     "EnvironmentFault",
@@ -31,7 +43,7 @@ __all__ = [
     "SpecFaults",
     "SweepSpec",
     "__version__",
-    "claims",
+    "check_claims",
     "export",
     "judge_audit",
     "load",
@@ -43,9 +55,23 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "EnvironmentFault": "errors", "FtsecError": "errors", "SpecError": "errors", "SpecFaults": "errors", "Plan": "plan.graph",
-    "Results": "results.read", "SweepSpec": "spec.sweep", "claims": "api", "load": "api", "open_results": "api", "make_plan": "api", "run": "api",
-    "submit": "api", "sweep_schema": "api", "export": "api", "verify": "api", "judge_audit": "api",
+    "EnvironmentFault": "errors",
+    "FtsecError": "errors",
+    "SpecError": "errors",
+    "SpecFaults": "errors",
+    "Plan": "plan.graph",
+    "Results": "results.read",
+    "SweepSpec": "config.sweep",
+    "check_claims": "api",
+    "load": "api",
+    "open_results": "api",
+    "make_plan": "api",
+    "run": "api",
+    "submit": "api",
+    "sweep_schema": "api",
+    "export": "api",
+    "verify": "api",
+    "judge_audit": "api",
 }
 
 

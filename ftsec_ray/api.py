@@ -1,8 +1,8 @@
 """The public Python API; the command line does nothing that it cannot.
 
-`load` reads a sweep, `plan` shows what it takes, `run` runs it and gives the tables, `submit` has a cluster run it, and
-`open_results` opens the tables again, and `claims` tests the survey's findings on them. `export` packs a finished sweep, and `verify`
-says what of it would differ here.
+`load` reads a sweep, `plan` shows what it takes, `run` runs it and gives the tables, `submit` has a
+cluster run it, and `open_results` opens the tables again, and `check_claims` tests the survey's
+findings on them. `export` packs a finished sweep, and `verify` says what of it would differ here.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ftsec_ray.config.sweep import SweepSpec
 from ftsec_ray.errors import DataError, EnvironmentFault, SpecError
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.schema import SCHEMA_VERSION
-from ftsec_ray.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
-    from ftsec_ray.findings.claims import Finding
+    from ftsec_ray.claims.findings import Finding
     from ftsec_ray.plan.stage import Cell
     from ftsec_ray.results.audit import Audit
     from ftsec_ray.results.paired import Correction
     from ftsec_ray.results.read import Results
     from ftsec_ray.results.verify import Verification
+    from ftsec_ray.schedule.execution import Event, RunReport
     from ftsec_ray.schedule.jobs import Head, Job
-    from ftsec_ray.schedule.run import Event, RunReport
     from ftsec_ray.schedule.upload import Upload
-    from ftsec_ray.store.store import Store
+    from ftsec_ray.store.artifact_store import Store
 
 Sweep = str | Path | Mapping[str, Any] | SweepSpec | Plan
 Executor = Literal["tune", "local"]
@@ -57,7 +57,7 @@ class Outcome:
 
 def load(source: str | Path | Mapping[str, Any]) -> SweepSpec:
     """The sweep in a file, a YAML text or a mapping; SpecFaults lists every fault."""
-    from ftsec_ray.spec.load import load_sweep
+    from ftsec_ray.config.sweep_file import load_sweep
 
     return load_sweep(source)
 
@@ -65,110 +65,188 @@ def load(source: str | Path | Mapping[str, Any]) -> SweepSpec:
 def make_plan(sweep: Sweep, store: Store | str | Path | None = None) -> Plan:
     """The plan of a sweep: its cells and the unique stages that answer them.
 
-    Args:
-        sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan.
-        store: Where trials of searches may be: a plan with `search:` goes as far as they lead; None plans the first round.
+    Args: sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan. store: Where trials of
+        searches may be: a plan with `search:` goes as far as they lead; None plans the first round.
     """
     from ftsec_ray.plan.build import build_plan
-    from ftsec_ray.store.store import Store
+    from ftsec_ray.store.artifact_store import Store
 
     if isinstance(sweep, Plan) and (store is None or not sweep.spec.searches):
         return sweep
-    spec = sweep.spec if isinstance(sweep, Plan) else sweep if isinstance(sweep, SweepSpec) else load(sweep)
+    spec = (
+        sweep.spec
+        if isinstance(sweep, Plan)
+        else sweep
+        if isinstance(sweep, SweepSpec)
+        else load(sweep)
+    )
     if store is None or not spec.searches:
         return build_plan(spec)
-    from ftsec_ray.results.searched import look_at_store
+    from ftsec_ray.results.search_results import look_at_store
 
     return build_plan(spec, look_at_store(store if isinstance(store, Store) else Store.open(store)))
 
 
-def run(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Path = DEFAULT_RESULTS, executor: Executor = "tune",
-        address: str | None = None, workers: int | None = None, limit: int | None = None,
-        on_event: Callable[[Event], None] | None = None) -> Results:
-    """Run what the store lacks of a sweep, collect its tables, write its report, and return the tables.
+def run(
+    sweep: Sweep,
+    *,
+    store: str | Path = DEFAULT_STORE,
+    results: str | Path = DEFAULT_RESULTS,
+    executor: Executor = "tune",
+    address: str | None = None,
+    workers: int | None = None,
+    limit: int | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Results:
+    """Run what the store lacks of a sweep, collect its tables, write its report, and return the
+    tables.
 
-    Args:
-        sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan.
-        store: Folder or URI where artifacts are kept and found again.
-        results: Tables and report go to the folder of the sweep's name below this one, or below this URI.
-        executor: `tune` (Ray Tune) or `local` (this process, one stage at a time).
-        address: A running Ray cluster; None starts Ray on this machine.
-        workers: Stages at a time; None: the sweep's `resources.workers`, else as many as fit.
-        limit: Run the first so many cells only; the others stay `pending`.
-        on_event: Called with every start, end and failure of a unit.
+    Args: sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan. store: Folder or URI where
+        artifacts are kept and found again. results: Tables and report go to the folder of the
+        sweep's name below this one, or below this URI. executor: `tune` (Ray Tune) or `local` (this
+        process, one stage at a time). address: A running Ray cluster; None starts Ray on this
+        machine. workers: Stages at a time; None: the sweep's `resources.workers`, else as many as
+        fit. limit: Run the first so many cells only; the others stay `pending`. on_event: Called
+        with every start, end and failure of a unit.
     """
-    from ftsec_ray.results.remote import local_results, send_results
-    from ftsec_ray.schedule.places import is_uri
-    from ftsec_ray.store.store import Store
+    from ftsec_ray.results.remote_results import local_results, send_results
+    from ftsec_ray.schedule.job_paths import is_uri
+    from ftsec_ray.store.artifact_store import Store
 
     kept = Store.open(store)
     whole = make_plan(sweep, kept)
     folder = results_folder(local_results(results), whole.spec.name)
-    outcome = run_plan(whole, kept, folder, executor=executor, address=address, workers=workers, limit=limit, on_event=on_event,
-                       sweep_text=text_of(sweep))
+    outcome = run_plan(
+        whole,
+        kept,
+        folder,
+        executor=executor,
+        address=address,
+        workers=workers,
+        limit=limit,
+        on_event=on_event,
+        sweep_text=text_of(sweep),
+    )
     if is_uri(str(results)):
         send_results(folder, results)
     return outcome.results
 
 
-def submit(sweep: str | Path, *, address: str | None = None, store: str | None = None, results: str | None = None, workers: int | None = None,
-           limit: int | None = None, submission_id: str | None = None, package: bool | None = None, shared_disk: bool = False) -> Job:
-    """Have a running Ray cluster run a sweep file as a job, and return the job; nothing is sent when the file has a fault.
+def submit(
+    sweep: str | Path,
+    *,
+    address: str | None = None,
+    store: str | None = None,
+    results: str | None = None,
+    workers: int | None = None,
+    limit: int | None = None,
+    submission_id: str | None = None,
+    package: bool | None = None,
+    shared_disk: bool = False,
+) -> Job:
+    """Have a running Ray cluster run a sweep file as a job, and return the job; nothing is sent
+    when the file has a fault.
 
-    Args:
-        sweep: A sweep file. What it names by relative path is sent along.
-        address: The cluster's dashboard; None: http://127.0.0.1:8265.
-        store: As for `run`; a URI unless all nodes are this machine.
-        results: As for `run`; None: `results` where all nodes are this machine, else `results` in the store.
-        workers: Stages at a time.
-        limit: Run the first so many cells only.
-        submission_id: The job's id; None makes one.
-        package: Whether this machine's ftsec_ray is sent along; None: when it is a checkout or an editable install.
-        shared_disk: Whether all nodes mount this machine's absolute paths at the same place.
+    Args: sweep: A sweep file. What it names by relative path is sent along. address: The cluster's
+        dashboard; None: http://127.0.0.1:8265. store: As for `run`; a URI unless all nodes are this
+        machine. results: As for `run`; None: `results` where all nodes are this machine, else
+        `results` in the store. workers: Stages at a time. limit: Run the first so many cells only.
+        submission_id: The job's id; None makes one. package: Whether this machine's ftsec_ray is
+        sent along; None: when it is a checkout or an editable install. shared_disk: Whether all
+        nodes mount this machine's absolute paths at the same place.
     """
-    from ftsec_ray.schedule import jobs, places, upload
+    from ftsec_ray.schedule import job_paths, jobs, upload
 
     path = Path(sweep)
     whole = limited(make_plan(path), limit)
     job_id = _job_id(submission_id, whole.spec.name)
-    sent = upload.upload_of(path, whole.spec, package=upload.is_checkout() if package is None else package)
+    sent = upload.upload_of(
+        path, whole.spec, package=upload.is_checkout() if package is None else package
+    )
     head = jobs.connect(address)
-    here = places.is_this_machine(head.nodes)
-    places.checked_files(sent.left_out, here=here, shared_disk=shared_disk)
-    store = places.checked_place(store or DEFAULT_STORE, "store", here=here, shared_disk=shared_disk)
-    results = places.checked_place(results or (DEFAULT_RESULTS if here else places.below(store, DEFAULT_RESULTS)), "results", here=here,
-                                   shared_disk=shared_disk)
+    here = job_paths.is_this_machine(head.nodes)
+    job_paths.checked_files(sent.left_out, here=here, shared_disk=shared_disk)
+    store = job_paths.checked_place(
+        store or DEFAULT_STORE, "store", here=here, shared_disk=shared_disk
+    )
+    results = job_paths.checked_place(
+        results or (DEFAULT_RESULTS if here else job_paths.below(store, DEFAULT_RESULTS)),
+        "results",
+        here=here,
+        shared_disk=shared_disk,
+    )
     command = ["python", "-m", "ftsec_ray"] if sent.has_package else ["ftsec"]
     command += ["run", sent.sweep, "--store", store, "--results", results]
-    command += [part for name, count in (("--workers", workers), ("--limit", limit)) if count is not None for part in (name, str(count))]
-    return _sent(head, command, sent, job_id=job_id, name=whole.spec.name, store=store, results=results)
+    command += [
+        part
+        for name, count in (("--workers", workers), ("--limit", limit))
+        if count is not None
+        for part in (name, str(count))
+    ]
+    return _sent(
+        head, command, sent, job_id=job_id, name=whole.spec.name, store=store, results=results
+    )
 
 
-def _sent(head: Head, command: list[str], sent: Upload, *, job_id: str, name: str, store: str, results: str) -> Job:
+def _sent(
+    head: Head,
+    command: list[str],
+    sent: Upload,
+    *,
+    job_id: str,
+    name: str,
+    store: str,
+    results: str,
+) -> Job:
     """Pack the files of a job, hand it over and return it."""
     from ftsec_ray.schedule.jobs import Job, hand_over
 
     with tempfile.TemporaryDirectory(prefix="ftsec-job-") as scratch:
         archive = sent.write(Path(scratch) / "sweep.zip")
         hand_over(head, command, archive, submission_id=job_id, name=name)
-        return Job(id=job_id, head=head, store=store, results=results, sent_bytes=archive.stat().st_size, has_package=sent.has_package)
+        return Job(
+            id=job_id,
+            head=head,
+            store=store,
+            results=results,
+            sent_bytes=archive.stat().st_size,
+            has_package=sent.has_package,
+        )
 
 
 def _job_id(given: str | None, name: str) -> str:
     """The id of a job: the one given, or one that tells the sweep and the time."""
     if given is None:
-        return f"ftsec-{re.sub('[^A-Za-z0-9_-]+', '-', name)}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.urandom(2).hex()}"
+        plain = re.sub("[^A-Za-z0-9_-]+", "-", name)
+        now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        return f"ftsec-{plain}-{now}-{os.urandom(2).hex()}"
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", given):
-        raise SpecError("not an id of a job", given, "letters, digits, - _ and .", "it becomes part of file names")
+        raise SpecError(
+            "not an id of a job",
+            given,
+            "letters, digits, - _ and .",
+            "it becomes part of file names",
+        )
     return given
 
 
-def run_plan(whole: Plan, store: Store, folder: Path, *, executor: Executor = "tune", address: str | None = None,
-             workers: int | None = None, limit: int | None = None, on_event: Callable[[Event], None] | None = None,
-             sweep_text: str | None = None, on_round: Callable[[Plan], None] | None = None) -> Outcome:
+def run_plan(
+    whole: Plan,
+    store: Store,
+    folder: Path,
+    *,
+    executor: Executor = "tune",
+    address: str | None = None,
+    workers: int | None = None,
+    limit: int | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    sweep_text: str | None = None,
+    on_round: Callable[[Plan], None] | None = None,
+) -> Outcome:
     """Run, collect and report a plan; a plan whose results are whole already is left as it is.
 
-    `on_round` is told what is left each time that measured trials of a search have made the plan grow.
+    `on_round` is told what is left each time that measured trials of a search have made the plan
+    grow.
     """
     from ftsec_ray.report.page import REPORT_FILE, write_report
 
@@ -186,16 +264,34 @@ def run_plan(whole: Plan, store: Store, folder: Path, *, executor: Executor = "t
             check_gpus(whole.spec)
         elif executor == "tune":
             check_address(address)
-        whole, report = _run_rounds(whole, store, limit, on_round, executor=executor, address=address, workers=workers, on_event=on_event)
+        whole, report = _run_rounds(
+            whole,
+            store,
+            limit,
+            on_round,
+            executor=executor,
+            address=address,
+            workers=workers,
+            on_event=on_event,
+        )
     collect_plan(whole, store, report, folder, sweep_text=sweep_text)
-    return Outcome(results=open_results(folder), page=write_report(folder), report=report, plan=whole)
+    return Outcome(
+        results=open_results(folder), page=write_report(folder), report=report, plan=whole
+    )
 
 
-def _run_rounds(whole: Plan, store: Store, limit: int | None, on_round: Callable[[Plan], None] | None,
-                **how: Any) -> tuple[Plan, RunReport]:  # noqa: ANN401
-    """Execute a plan, and what it grows by when trials of its searches are measured, until it grows no more."""
-    from ftsec_ray.plan.bill import BudgetError
-    from ftsec_ray.schedule.run import execute
+def _run_rounds(
+    whole: Plan,
+    store: Store,
+    limit: int | None,
+    on_round: Callable[[Plan], None] | None,
+    **how: Any,
+) -> tuple[Plan, RunReport]:
+    """Execute a plan, and what it grows by when trials of its searches are measured, until it grows
+    no more.
+    """
+    from ftsec_ray.plan.cost_estimate import BudgetError
+    from ftsec_ray.schedule.execution import execute
 
     report = execute(limited(whole, limit), store, **how)
     while whole.searches:
@@ -203,20 +299,38 @@ def _run_rounds(whole: Plan, store: Store, limit: int | None, on_round: Callable
         if whole.digest == before:
             break
         # What failed in this run is tried again by the next one, and not in every round.
-        left = plan_of_cells(whole, [cell for cell in limited(whole, limit).cells if not report.failed.keys() & set(cell.stages)])
+        left = plan_of_cells(
+            whole,
+            [
+                cell
+                for cell in limited(whole, limit).cells
+                if not report.failed.keys() & set(cell.stages)
+            ],
+        )
         if on_round is not None:
             on_round(left)
         try:
             report = report.then(execute(left, store, **how))
         except BudgetError as fault:
-            report = report.stopped(fault.what, (stage.digest for stage in left.needed(store.done())))
+            report = report.stopped(
+                fault.what, (stage.digest for stage in left.needed(store.done()))
+            )
             break
     return whole, report
 
 
-def collect_plan(whole: Plan, store: Store, report: RunReport | None, folder: Path, *, sweep_text: str | None = None,
-                 correction: Correction = "bh") -> Path:
-    """Write the tables of what the store holds of a plan: one row for every cell, whatever happened to it."""
+def collect_plan(
+    whole: Plan,
+    store: Store,
+    report: RunReport | None,
+    folder: Path,
+    *,
+    sweep_text: str | None = None,
+    correction: Correction = "bh",
+) -> Path:
+    """Write the tables of what the store holds of a plan: one row for every cell, whatever happened
+    to it.
+    """
     from ftsec_ray.results.collect import collect
 
     return collect(whole, store, report, folder, sweep_text=sweep_text, correction=correction)
@@ -229,14 +343,23 @@ def text_of(sweep: Sweep) -> str | None:
 
 
 def open_results(folder: str | Path) -> Results:
-    """The tables of a run: `.cells`, `.metrics`, `.generations`, `.stages`, `.comparisons`, `.searches`, `.aggregated`, `.to_polars(name)`."""
+    """The tables of a run: `.cells`, `.metrics`, `.generations`, `.stages`, `.comparisons`,
+    `.searches`, `.aggregated`, `.to_polars(name)`.
+    """
     from ftsec_ray.results.read import Results
 
     return Results.open(Path(folder))
 
 
-def export(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Path = DEFAULT_RESULTS, out: str | Path | None = None) -> Path:
-    """Pack a sweep, its plan, its versions, its tables and its report into one zip and return where it is.
+def export(
+    sweep: Sweep,
+    *,
+    store: str | Path = DEFAULT_STORE,
+    results: str | Path = DEFAULT_RESULTS,
+    out: str | Path | None = None,
+) -> Path:
+    """Pack a sweep, its plan, its versions, its tables and its report into one zip and return where
+    it is.
 
     Args:
         sweep: A path, a YAML text or a mapping.
@@ -246,55 +369,75 @@ def export(sweep: Sweep, *, store: str | Path = DEFAULT_STORE, results: str | Pa
     """
     from ftsec_ray.report.page import REPORT_FILE, write_report
     from ftsec_ray.results.pack import pack, sweep_file
-    from ftsec_ray.results.remote import local_results
-    from ftsec_ray.store.store import Store
+    from ftsec_ray.results.remote_results import local_results
+    from ftsec_ray.store.artifact_store import Store
 
     kept, file = Store.open(store), sweep_file(sweep)
     whole = make_plan(sweep, kept)
     folder = results_folder(local_results(results), whole.spec.name)
     held = open_results(folder)
     if held.meta.get("plan") != whole.digest:
-        raise DataError(f"the results in {folder} are of another plan", held.meta.get("plan"), whole.digest,
-                        "the sweep, the code or an input has changed since: `ftsec run SWEEP` does what is missing and collects anew")
+        raise DataError(
+            f"the results in {folder} are of another plan",
+            held.meta.get("plan"),
+            whole.digest,
+            "the sweep, the code or an input has changed since: `ftsec run SWEEP` does what is"
+            " missing and collects anew",
+        )
     page = folder / REPORT_FILE if (folder / REPORT_FILE).is_file() else write_report(folder)
     target = Path(out) if out is not None else Path(f"{whole.spec.name}-{whole.digest[:8]}.zip")
     target.parent.mkdir(parents=True, exist_ok=True)
     return pack(whole, held, page, file, kept.records(kept.done() & set(whole.stages)), target)
 
 
-def verify(archive: str | Path, *, base: str | Path = ".", store: str | Path | None = None) -> Verification:
-    """Say what of an archive would differ here: its sweep is planned again; code, packages, inputs and checksums are compared.
+def verify(
+    archive: str | Path, *, base: str | Path = ".", store: str | Path | None = None
+) -> Verification:
+    """Say what of an archive would differ here: its sweep is planned again; code, packages, inputs
+    and checksums are compared.
 
-    Args:
-        archive: What `export` wrote.
-        base: Folder at which the relative paths of its sweep start here.
-        store: A store that may hold artifacts of the same stages, to compare their bytes; None compares none.
+    Args: archive: What `export` wrote. base: Folder at which the relative paths of its sweep start
+        here. store: A store that may hold artifacts of the same stages, to compare their bytes;
+        None compares none.
     """
     from ftsec_ray.results.verify import verify_archive
-    from ftsec_ray.store.store import Store
+    from ftsec_ray.store.artifact_store import Store
 
-    return verify_archive(Path(archive), base=Path(base), store=None if store is None else Store.open(store))
+    return verify_archive(
+        Path(archive), base=Path(base), store=None if store is None else Store.open(store)
+    )
 
 
-def judge_audit(results: str | Path | Results, *, labels: str | Path | None = None, exact: bool = False, judges: Sequence[str] = ()) -> Audit:
-    """How often the judges of finished results are wrong, the rates without their errors, and how far two judges agree.
+def judge_audit(
+    results: str | Path | Results,
+    *,
+    labels: str | Path | None = None,
+    exact: bool = False,
+    judges: Sequence[str] = (),
+) -> Audit:
+    """How often the judges of finished results are wrong, the rates without their errors, and how
+    far two judges agree.
 
-    Args:
-        results: A results folder, or what `open_results` gave.
-        labels: A table (.csv .tsv .jsonl .json .parquet) with `truth` and `prompt_id` or `completion_sha256`, narrowed by `cell`, `probe`.
-        exact: Take the verdicts of the microworld's exact judge for the truth instead.
-        judges: Judges that read the answers to requests again, such as `refusal_phrases`, to be audited and compared too.
+    Args: results: A results folder, or what `open_results` gave. labels: A table (.csv .tsv .jsonl
+        .json .parquet) with `truth` and `prompt_id` or `completion_sha256`, narrowed by `cell`,
+        `probe`. exact: Take the verdicts of the microworld's exact judge for the truth instead.
+        judges: Judges that read the answers to requests again, such as `refusal_phrases`, to be
+        audited and compared too.
     """
     from ftsec_ray.results.audit import audit_judges
 
     held = open_results(results) if isinstance(results, (str, Path)) else results
-    return audit_judges(held, labels=None if labels is None else Path(labels), exact=exact, judges=judges)
+    return audit_judges(
+        held, labels=None if labels is None else Path(labels), exact=exact, judges=judges
+    )
 
 
-def claims(results: str | Path | Results) -> list[Finding]:
-    """The survey's five findings tested on the results in a folder, in its order; `ftsec claims --explain` prints the rules."""
-    from ftsec_ray.findings.claims import CLAIMS, judge
-    from ftsec_ray.findings.evidence import Evidence
+def check_claims(results: str | Path | Results) -> list[Finding]:
+    """The survey's five findings tested on the results in a folder, in its order; `ftsec claims
+    --explain` prints the rules.
+    """
+    from ftsec_ray.claims.evidence import Evidence
+    from ftsec_ray.claims.findings import CLAIMS, judge
     from ftsec_ray.results.read import Results
 
     evidence = Evidence(results if isinstance(results, Results) else open_results(results))
@@ -303,7 +446,7 @@ def claims(results: str | Path | Results) -> list[Finding]:
 
 def sweep_schema() -> dict[str, Any]:
     """The JSON schema of a sweep file."""
-    from ftsec_ray.spec.json_schema import sweep_schema as schema_of
+    from ftsec_ray.config.json_schema import sweep_schema as schema_of
 
     return schema_of()
 
@@ -320,26 +463,40 @@ def limited(whole: Plan, limit: int | None) -> Plan:
 def plan_of_cells(whole: Plan, cells: list[Cell]) -> Plan:
     """The part of a plan that answers some of its cells."""
     wanted = {stage for cell in cells for stage in cell.stages}
-    return Plan(whole.spec, cells, {digest: stage for digest, stage in whole.stages.items() if digest in wanted})
+    return Plan(
+        whole.spec,
+        cells,
+        {digest: stage for digest, stage in whole.stages.items() if digest in wanted},
+    )
 
 
 def results_folder(results: str | Path, name: str) -> Path:
-    """The folder of a sweep's tables and report; SpecError for a name that would leave `results`, as a spec made by hand may have."""
-    from ftsec_ray.spec.faults import is_name
+    """The folder of a sweep's tables and report; SpecError for a name that would leave `results`,
+    as a spec made by hand may have.
+    """
+    from ftsec_ray.config.faults import is_name
 
     if not is_name(name):
-        raise SpecError("a sweep whose name is no folder name", name, "lower-case letters, digits and _ . -")
+        raise SpecError(
+            "a sweep whose name is no folder name", name, "lower-case letters, digits and _ . -"
+        )
     return Path(results) / name
 
 
 def whole_results(whole: Plan, folder: Path) -> Results | None:
-    """The results in a folder when they are of this plan, every cell is done and every search has ended; None otherwise."""
+    """The results in a folder when they are of this plan, every cell is done and every search has
+    ended; None otherwise.
+    """
     try:
         held = open_results(folder)
     except DataError:  # none yet, half-written, or of another version: collected anew
         return None
     same = (held.meta.get("plan"), held.meta["schema"]) == (whole.digest, SCHEMA_VERSION)
-    is_whole = same and set(held.cells["status"].to_pylist()) == {"done"} and "open" not in held.searches["status"].to_pylist()
+    is_whole = (
+        same
+        and set(held.cells["status"].to_pylist()) == {"done"}
+        and "open" not in held.searches["status"].to_pylist()
+    )
     return held if is_whole else None
 
 
@@ -351,17 +508,28 @@ def check_address(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
-        raise EnvironmentFault(f"no Ray cluster answers: {error}", address, "HOST:PORT of a running Ray head",
-                               "start it with `ray start --head`, check the address, or use --executor local") from error
+        raise EnvironmentFault(
+            f"no Ray cluster answers: {error}",
+            address,
+            "HOST:PORT of a running Ray head",
+            "start it with `ray start --head`, check the address, or use --executor local",
+        ) from error
 
 
 def check_gpus(spec: SweepSpec) -> None:
-    """EnvironmentFault when stages ask for GPUs that this machine does not have; a cluster answers for itself."""
+    """EnvironmentFault when stages ask for GPUs that this machine does not have; a cluster answers
+    for itself.
+    """
     wanted = spec.resources.gpus_per_stage
     if not spec.resources.wants_gpus or os.environ.get("RAY_ADDRESS"):
         return
     import torch
 
     if not torch.cuda.is_available():
-        raise EnvironmentFault("the sweep asks for GPUs and torch finds none on this machine", wanted, "resources.gpus_per_stage: 0, or a GPU",
-                               "leave gpus_per_stage out, or give the --address of a cluster with GPUs; see `ftsec doctor`")
+        raise EnvironmentFault(
+            "the sweep asks for GPUs and torch finds none on this machine",
+            wanted,
+            "resources.gpus_per_stage: 0, or a GPU",
+            "leave gpus_per_stage out, or give the --address of a cluster with GPUs; see `ftsec"
+            " doctor`",
+        )

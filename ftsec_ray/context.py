@@ -1,4 +1,5 @@
-"""The values that pass between the engine and the methods, and all that a running stage may ask of the engine.
+"""The values that pass between the engine and the methods, and all that a running stage may ask of
+the engine.
 
 Nothing here imports torch: methods, plans and catalogues load in milliseconds.
 """
@@ -40,10 +41,14 @@ class ModelInfo:
 
 @dataclass
 class LoadedModel:
-    """A causal language model in memory with its tokenizer; hooks may change `model` in place and return it."""
+    """A causal language model in memory with its tokenizer; hooks may change `model` in place and
+    return it.
+    """
 
     model: Any
-    """`transformers.PreTrainedModel`, or `peft.PeftModel` when an adapter is attached and not merged."""
+    """`transformers.PreTrainedModel`, or `peft.PeftModel` when an adapter is attached and not
+    merged.
+    """
     tokenizer: Any
     """`transformers.PreTrainedTokenizerBase` with a chat template."""
     info: ModelInfo
@@ -58,13 +63,18 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class TaskData:
-    """All rows of one task by split name (schema.ROWS), and what is needed to judge answers to them."""
+    """All rows of one task by split name (schema.ROWS), and what is needed to judge answers to
+    them.
+    """
 
     name: str
     splits: Mapping[str, pa.Table]
-    """train, test, harmful_train, harmful_test, safety, borderline_test, benign_train, benign_test, text; a task may lack some."""
+    """train, test, harmful_train, harmful_test, safety, borderline_test, benign_train, benign_test,
+    text; a task may lack some.
+    """
     labels: tuple[str, ...]
-    """The label words of the classification rows in `train` and `test`; empty where there are none."""
+    """The label words of the classification rows in `train` and `test`; empty where there are none.
+    """
     judge: str
     """Name of the judge of harmful and benign requests: see evals."""
 
@@ -72,20 +82,24 @@ class TaskData:
         """One split (schema.ROWS); DataError when the task has none of that name or it is empty."""
         table = self.splits.get(name)
         if table is None or table.num_rows == 0:
-            raise DataError(f"task {self.name!r} has no rows in split {name!r}", name,
-                            " | ".join(k for k, v in sorted(self.splits.items()) if v.num_rows),
-                            f"give the task a source for {name!r}, or leave out the method that needs it")
+            raise DataError(
+                f"task {self.name!r} has no rows in split {name!r}",
+                name,
+                " | ".join(k for k, v in sorted(self.splits.items()) if v.num_rows),
+                f"give the task a source for {name!r}, or leave out the method that needs it",
+            )
         return table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gang:
+class WorkerGroup:
     """How several processes train one model together by DeepSpeed: never part of a digest."""
 
     workers: int
     """Processes, one GPU each, or one share of the cores each where there is no GPU."""
     zero_stage: int
-    """What is split over them: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
+    """What is split over them: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.
+    """
     micro_batch: int
     """Rows per forward pass of one process."""
     offload_optimizer: bool = False
@@ -108,9 +122,11 @@ class Runtime:
     timeout_s: float | None = None
     """Seconds that a stage may take, until its process is ended; None: as long as it takes."""
     ray_above: int = 100_000
-    """Rows from which on a set is crafted in blocks, by Ray Data where the stage has workers for it."""
-    gang: Gang | None = None
-    """The gang that this process belongs to; None where it trains alone."""
+    """Rows from which on a set is crafted in blocks, by Ray Data where the stage has workers for
+    it.
+    """
+    worker_group: WorkerGroup | None = None
+    """The worker group that this process belongs to; None where it trains alone."""
 
 
 @dataclass
@@ -123,7 +139,9 @@ class StageContext:
     workdir: Path
     """Scratch of this stage that survives a kill: step checkpoints go here."""
     load: Callable[[str], LoadedModel]
-    """Load another model of the cell by role: `unaligned` (the twin before alignment), `start` (what tuning started from)."""
+    """Load another model of the cell by role: `unaligned` (the twin before alignment), `start`
+    (what tuning started from).
+    """
     training: Any = None
     """TrainingConfig of the sweep, for hooks that tune."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -146,7 +164,7 @@ class StageContext:
 
         return np.random.default_rng(int(digest(["numpy", self.seed, *salt])[:16], 16))
 
-    def note(self, **values: Any) -> None:  # noqa: ANN401
+    def note(self, **values: Any) -> None:
         """Keep measurements in the stage's record; they must be JSON values."""
         json.dumps(values)
         self.notes.update(values)

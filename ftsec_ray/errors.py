@@ -1,17 +1,15 @@
 """The exception tree and the one message shape.
 
-    FtsecError
-    ├── SpecError          the sweep file is wrong                (exit 2)
-    │   ├── SpecFaults     all faults of one sweep file, together (exit 2)
-    │   └── BudgetError    it would take more than its budget     (exit 2; in plan/bill.py)
-    ├── EnvironmentFault   this machine or cluster cannot run it  (exit 3)
-    ├── DataError          a row, a file or a model cannot be read (the stage fails, the sweep goes on)
-    ├── StoreError         an artifact cannot be read or published
-    ├── StageError         a stage failed for a reason that a retry would meet again
-    └── IdentityError      a value has no text that is the same in every process
+    FtsecError ├── SpecError          the sweep file is wrong                (exit 2) │   ├──
+    SpecFaults     all faults of one sweep file, together (exit 2) │   └── BudgetError    it would
+    take more than its budget     (exit 2; in plan/cost_estimate.py) ├── EnvironmentFault   this
+    machine or cluster cannot run it  (exit 3) ├── DataError          a row, a file or a model
+    cannot be read (the stage fails, the sweep goes on) ├── StoreError         an artifact cannot be
+    read or published ├── StageError         a stage failed for a reason that a retry would meet
+    again └── IdentityError      a value has no text that is the same in every process
 
-Every message says what is wrong, the value got, what is allowed and how to fix it. Constructor arguments are
-positional and equal `args`, so that each error survives the way between processes.
+Every message says what is wrong, the value got, what is allowed and how to fix it. Constructor
+arguments are positional and equal `args`, so that each error survives the way between processes.
 """
 
 from __future__ import annotations

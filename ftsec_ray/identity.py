@@ -1,7 +1,8 @@
 """Canonical JSON, digests and source fingerprints: what decides a result gets one name, everywhere.
 
-The encoder refuses what it cannot write the same way in every process (callables, NaN, sets, arbitrary objects)
-instead of guessing. A digest is the first 32 hex digits of the SHA-256 of canonical JSON.
+The encoder refuses what it cannot write the same way in every process (callables, NaN, sets,
+arbitrary objects) instead of guessing. A digest is the first 32 hex digits of the SHA-256 of
+canonical JSON.
 """
 
 from __future__ import annotations
@@ -41,13 +42,20 @@ def _plain(value: object) -> object:
         if odd:
             raise IdentityError("a mapping key that is not a string", odd[0], "string keys only")
         return {key: _plain(item) for key, item in value.items()}
-    raise IdentityError("no text that is the same in every process", type(value).__qualname__,
-                        "str, int, float, bool, None, list, mapping or dataclass")
+    raise IdentityError(
+        "no text that is the same in every process",
+        type(value).__qualname__,
+        "str, int, float, bool, None, list, mapping or dataclass",
+    )
 
 
 def canonical(value: object) -> str:
-    """Canonical JSON of a value: sorted keys, no spaces, ASCII; raises IdentityError where there is none."""
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    """Canonical JSON of a value: sorted keys, no spaces, ASCII; raises IdentityError where there is
+    none.
+    """
+    return json.dumps(
+        _plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
 
 
 def digest_text(text: str) -> str:
@@ -61,7 +69,9 @@ def digest(value: object) -> str:
 
 
 def unit_interval(*parts: object) -> float:
-    """A number in [0, 1) decided by `parts` alone: the fate of one row, the same in every process and order."""
+    """A number in [0, 1) decided by `parts` alone: the fate of one row, the same in every process
+    and order.
+    """
     raw = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(raw[:8], "big") / 2**64
 
@@ -71,8 +81,15 @@ class _DropDocstrings(ast.NodeTransformer):
         self.generic_visit(node)
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            kept = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
-                                            and isinstance(n.value.value, str))]
+            kept = [
+                n
+                for n in body
+                if not (
+                    isinstance(n, ast.Expr)
+                    and isinstance(n.value, ast.Constant)
+                    and isinstance(n.value.value, str)
+                )
+            ]
             node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
         return node
 
@@ -81,9 +98,13 @@ class _DropDocstrings(ast.NodeTransformer):
 
 @cache
 def source_fingerprint(module_name: str) -> str:
-    """Digest of a module's code without comments, docstrings and layout, so that a reworded text reruns nothing."""
+    """Digest of a module's code without comments, docstrings and layout, so that a reworded text
+    reruns nothing.
+    """
     spec = importlib.util.find_spec(module_name)
     if spec is None or spec.origin is None:
-        raise IdentityError("a module without a source file", module_name, "an importable .py module")
+        raise IdentityError(
+            "a module without a source file", module_name, "an importable .py module"
+        )
     tree = _DropDocstrings().visit(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
     return digest_text(ast.dump(tree))

@@ -1,8 +1,10 @@
-"""Secrets out of texts: what an error says may quote a URL, a header or a setting, and ends in records and reports.
+"""Secrets out of texts: what an error says may quote a URL, a header or a setting, and ends in
+records and reports.
 
-A secret is the value of an environment variable whose name says so (`HF_TOKEN`, `AWS_SECRET_ACCESS_KEY`), a text of the
-credentials file that `GOOGLE_APPLICATION_CREDENTIALS` names, the token that `huggingface-cli login` keeps, and whatever
-has the form of a token of a well-known service or stands where a URL has a password or a signature.
+A secret is the value of an environment variable whose name says so (`HF_TOKEN`,
+`AWS_SECRET_ACCESS_KEY`), a text of the credentials file that `GOOGLE_APPLICATION_CREDENTIALS`
+names, the token that `huggingface-cli login` keeps, and whatever has the form of a token of a
+well-known service or stands where a URL has a password or a signature.
 """
 
 from __future__ import annotations
@@ -20,25 +22,41 @@ from urllib.parse import quote
 T = TypeVar("T")
 MIN_CHARS = 8
 """Shorter values are settings: taking them out would tear ordinary words apart."""
-_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|APIKEY)(_|$)|(API|ACCESS|SECRET|PRIVATE|AUTH|ACCOUNT)_KEY(_|$)",
-                   re.IGNORECASE)
+_NAME = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|APIKEY)(_|$)|(API|ACCESS|SECRET|PRIVATE|AUTH|ACCOUNT)_KEY(_|$)",
+    re.IGNORECASE,
+)
 _FORMS = (
-    (re.compile(r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[A-Za-z0-9_-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}"
-                r"|ya29\.[\w.-]{20,}|xox[abprs]-[\w-]{10,})"), "[redacted]"),
+    (
+        re.compile(
+            r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[A-Za-z0-9_-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}"
+            r"|ya29\.[\w.-]{20,}|xox[abprs]-[\w-]{10,})"
+        ),
+        "[redacted]",
+    ),
     (re.compile(r"(?s)-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?(-----END \1-----|$)"), "[redacted]"),
     (re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@'\"]+@"), r"\1[redacted]@"),
     (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}"), r"\1 [redacted]"),
-    (re.compile(r"(?i)([?&](?:[\w-]*(?:token|secret|signature|password|credential|access_?key|api_?key)[\w-]*|sig)=)[^&\s'\"]+"), r"\1[redacted]"),
+    (
+        re.compile(
+            r"(?i)([?&](?:[\w-]*(?:token|secret|signature|password|credential|access_?key|api_?key)[\w-]*|sig)=)[^&\s'\"]+"
+        ),
+        r"\1[redacted]",
+    ),
 )
 
 
 def redacted(text: str) -> str:
-    """A text without the secrets of this process's environment and without what has the form of one."""
+    """A text without the secrets of this process's environment and without what has the form of
+    one.
+    """
     return _cleaned(text, _secrets())
 
 
 def environment_secrets() -> dict[str, str]:
-    """Secret -> the variable or file of this process's environment that holds it: what nothing written may repeat."""
+    """Secret -> the variable or file of this process's environment that holds it: what nothing
+    written may repeat.
+    """
     return _secrets()
 
 
@@ -48,7 +66,9 @@ def without_secrets(value: T) -> T:
 
 
 def clean_logs() -> None:
-    """Have every log record of this process redacted from now on, whoever writes it: libraries log the addresses that they ask."""
+    """Have every log record of this process redacted from now on, whoever writes it: libraries log
+    the addresses that they ask.
+    """
     before = logging.getLogRecordFactory()
     if isinstance(before, _CleanRecords):
         return
@@ -71,7 +91,9 @@ class _CleanRecords:
         if cleaned != message:
             record.msg, record.args = cleaned, ()
         if record.exc_info and record.exc_info[0] is not None:
-            record.exc_text = redacted("".join(traceback.format_exception(*record.exc_info)).rstrip())  # handlers take it as it is
+            record.exc_text = redacted(
+                "".join(traceback.format_exception(*record.exc_info)).rstrip()
+            )  # handlers take it as it is
         return record
 
 
@@ -100,7 +122,11 @@ def _secrets() -> dict[str, str]:
         if _NAME.search(name):
             for secret in _values(value):
                 if len(secret) >= MIN_CHARS:
-                    found |= {secret: name, quote(secret, safe=""): name, json.dumps(secret)[1:-1]: name}
+                    found |= {
+                        secret: name,
+                        quote(secret, safe=""): name,
+                        json.dumps(secret)[1:-1]: name,
+                    }
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     kept = _text_of(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").strip()
     return found | ({kept: "HF_TOKEN"} if len(kept) >= MIN_CHARS else {})
@@ -117,7 +143,9 @@ def _values(value: str) -> Iterator[str]:
     except ValueError:
         parts = {"": text.strip()}
     if isinstance(parts, dict):
-        yield from (part for key, part in parts.items() if isinstance(part, str) and not _PUBLIC.search(key))
+        yield from (
+            part for key, part in parts.items() if isinstance(part, str) and not _PUBLIC.search(key)
+        )
 
 
 _PUBLIC = re.compile(r"(^type|uri|url|domain|email|project_id|client_id)$|^auth_")

@@ -1,7 +1,7 @@
 """Where methods are found: a method is the one class of its file, and is named after that file.
 
-Files of `ftsec_ray.attacks` and `ftsec_ray.defenses` are found by walking the package, others by the entry-point
-groups of the same names. Nothing is imported before it is asked for.
+Files of `ftsec_ray.attacks` and `ftsec_ray.defenses` are found by walking the package, others by
+the entry-point groups of the same names. Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -33,12 +33,18 @@ class Registry:
     def _find(self) -> dict[str, str]:
         if not self._modules:
             package = importlib.import_module(self.package)
-            names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base" and not m.name.startswith("_")]
+            names = [
+                m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
+            ]
             self._modules = {name: f"{self.package}.{name}" for name in names}
             for point in entry_points(group=self.package):
                 if point.name in self._modules:
-                    raise SpecError(f"two {self.kind}s of one name", point.name, f"a name other than {self._modules[point.name]}",
-                                    f"rename the entry point {point.value!r}")
+                    raise SpecError(
+                        f"two {self.kind}s of one name",
+                        point.name,
+                        f"a name other than {self._modules[point.name]}",
+                        f"rename the entry point {point.value!r}",
+                    )
                 self._modules[point.name] = point.value.split(":")[0]
         return self._modules
 
@@ -51,8 +57,16 @@ class Registry:
         modules = self._find()
         if name not in modules:
             near = get_close_matches(str(name), modules, n=1)
-            raise SpecError(f"unknown {self.kind}", name, " | ".join(sorted(modules)),
-                            f"did you mean {near[0]!r}?" if near else f"add {self.package.replace('.', '/')}/{name}.py")
+            raise SpecError(
+                f"unknown {self.kind}",
+                name,
+                " | ".join(sorted(modules)),
+                (
+                    f"did you mean {near[0]!r}?"
+                    if near
+                    else f"add {self.package.replace('.', '/')}/{name}.py"
+                ),
+            )
         if name not in self._classes:
             self._classes[name] = _method_class(importlib.import_module(modules[name]), self.kind)
         return self._classes[name]
@@ -68,11 +82,20 @@ class Registry:
 
 
 def _method_class(module: ModuleType, kind: str) -> type[Method]:
-    found = [value for value in vars(module).values()
-             if isinstance(value, type) and value.__module__ == module.__name__ and getattr(value, "KIND", None) == kind]
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and value.__module__ == module.__name__
+        and getattr(value, "KIND", None) == kind
+    ]
     if len(found) != 1:
-        raise SpecError(f"{module.__name__} must hold exactly one {kind} class", [c.__name__ for c in found],
-                        f"one subclass of {kind.title()}", "one method, one file")
+        raise SpecError(
+            f"{module.__name__} must hold exactly one {kind} class",
+            [c.__name__ for c in found],
+            f"one subclass of {kind.title()}",
+            "one method, one file",
+        )
     return found[0]
 
 
@@ -89,8 +112,13 @@ def identity_of(method: Method) -> dict[str, object]:
     """What of a method decides a result: name, version, code and parameters."""
     registry = ATTACKS if method.KIND == "attack" else DEFENSES
     name = name_of(method)
-    return {"kind": method.KIND, "name": name, "version": method.VERSION, "source": registry.fingerprint(name),
-            "params": method}
+    return {
+        "kind": method.KIND,
+        "name": name,
+        "version": method.VERSION,
+        "source": registry.fingerprint(name),
+        "params": method,
+    }
 
 
 def method_digest(method: Method) -> str:

@@ -1,4 +1,6 @@
-"""A headless Chromium that is installed on this machine, driven by Playwright; none is downloaded."""
+"""A headless Chromium that is installed on this machine, driven by Playwright; none is
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 def chromium() -> str | None:
     """The program: FTSEC_CHROMIUM, or the first of the usual names on the path."""
-    return os.environ.get("FTSEC_CHROMIUM") or next((found for name in NAMES if (found := shutil.which(name))), None)
+    return os.environ.get("FTSEC_CHROMIUM") or next(
+        (found for name in NAMES if (found := shutil.which(name))), None
+    )
 
 
 @contextmanager
@@ -25,8 +29,16 @@ def opened() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        arguments = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-gpu"]
-        browser = driver.chromium.launch(executable_path=chromium(), args=arguments, timeout=120_000)
+        arguments = [
+            "--no-sandbox",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--no-first-run",
+            "--disable-gpu",
+        ]
+        browser = driver.chromium.launch(
+            executable_path=chromium(), args=arguments, timeout=120_000
+        )
         try:
             yield browser
         finally:

@@ -1,4 +1,6 @@
-"""The tables of a run without what differs from run to run: what a disturbed run must have in common with an undisturbed one."""
+"""The tables of a run without what differs from run to run: what a disturbed run must have in
+common with an undisturbed one.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,29 @@ if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
 
 _TIMED = ["wall_s", "cpu_s", "gpu_s", "peak_bytes", "attempt", "host", "cached"]
-_KEYS = {"cells": ["cell"], "metrics": ["cell", "metric"], "generations": ["cell", "probe", "prompt_id"], "stages": ["digest"]}
+_KEYS = {
+    "cells": ["cell"],
+    "metrics": ["cell", "metric"],
+    "generations": ["cell", "probe", "prompt_id"],
+    "stages": ["digest"],
+}
 
 
 def final_tables(results: Results) -> dict[str, pa.Table]:
     """All four, without times, places and the sweep's name."""
-    return {"cells": results.cells.drop_columns(["sweep"]), "metrics": results.metrics, "generations": results.generations,
-            "stages": results.stages.drop_columns(_TIMED)}
+    return {
+        "cells": results.cells.drop_columns(["sweep"]),
+        "metrics": results.metrics,
+        "generations": results.generations,
+        "stages": results.stages.drop_columns(_TIMED),
+    }
 
 
 def assert_same_tables(results: Results, undisturbed: Results) -> None:
     """Every cell is done, the tables are equal, and no row is there twice."""
-    assert set(results.cells["status"].to_pylist()) == {"done"}, results.cells.select(["status", "error_code", "error"]).to_pylist()
+    assert set(results.cells["status"].to_pylist()) == {"done"}, results.cells.select(
+        ["status", "error_code", "error"]
+    ).to_pylist()
     theirs = final_tables(undisturbed)
     for name, mine in final_tables(results).items():
         assert mine.equals(theirs[name]), f"{name} differ"

@@ -17,11 +17,16 @@ NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DB_PASSWORD"
 def said() -> str:
     """A text as a failing download writes it."""
     tokens = [os.environ[name] for name in NAMES]
-    return f"403 Client Error for url: https://me:{tokens[0]}@host.example/m?token={tokens[1]} (Authorization: Bearer {tokens[2]}) {tokens[3]}"
+    return (
+        f"403 Client Error for url: https://me:{tokens[0]}@host.example/m?token={tokens[1]}"
+        f" (Authorization: Bearer {tokens[2]}) {tokens[3]}"
+    )
 
 
 def run_stage(stage: Stage, out: Path, session: Any) -> Mapping[str, Any]:
-    """Fail in two ways with the secrets in the message, else put them into the notes of the record."""
+    """Fail in two ways with the secrets in the message, else put them into the notes of the
+    record.
+    """
     if stage.method == "badnets":
         raise OSError(said())
     if stage.method == "shrink":
@@ -32,10 +37,14 @@ def run_stage(stage: Stage, out: Path, session: Any) -> Mapping[str, Any]:
 def main() -> None:
     """The command line with these runners: `python -m tests.leaky run SWEEP ...`."""
     from ftsec_ray.cli import main as command_line
-    from ftsec_ray.schedule import run
+    from ftsec_ray.schedule import execution
 
-    real = run.execute
-    run.execute = lambda plan, store, **rest: real(plan, store, **{**rest, "runner": "tests.leaky:run_stage", "session": "tests.cli.toy:Session"})
+    real = execution.execute
+    execution.execute = lambda plan, store, **rest: real(
+        plan,
+        store,
+        **{**rest, "runner": "tests.leaky:run_stage", "session": "tests.cli.toy:Session"},
+    )
     command_line()
 
 

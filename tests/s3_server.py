@@ -1,4 +1,6 @@
-"""A real S3-speaking server (moto) on a free port of this machine, with a place in front of it that counts and disturbs."""
+"""A real S3-speaking server (moto) on a free port of this machine, with a place in front of it that
+counts and disturbs.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,18 @@ from typing import Any
 import pytest
 
 BUCKET = "sweeps-of-tests"
-ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST", "AWS_SECRET_ACCESS_KEY": "not-a-real-secret-but-long-enough",
-               "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
+    "AWS_SECRET_ACCESS_KEY": "not-a-real-secret-but-long-enough",
+    "AWS_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 class S3Server:
-    """moto behind a WSGI application that keeps a list of requests and answers some with 500 or 503 itself."""
+    """moto behind a WSGI application that keeps a list of requests and answers some with 500 or 503
+    itself.
+    """
 
     def __init__(self) -> None:
         from moto.server import ThreadedMotoServer
@@ -43,7 +51,10 @@ class S3Server:
         if self.rng.random() < self.fail_rate:
             self.failures += 1
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            start(self.rng.choice(["500 Internal Server Error", "503 Slow Down"]), [("Content-Length", "0")])
+            start(
+                self.rng.choice(["500 Internal Server Error", "503 Slow Down"]),
+                [("Content-Length", "0")],
+            )
             return [b""]
         return self._inner(environ, start)
 
@@ -55,7 +66,9 @@ class S3Server:
 
     def keys(self, under: str) -> list[str]:
         """Keys below a folder of the bucket."""
-        return sorted(key for key in list(self.backend().buckets[BUCKET].keys) if key.startswith(f"{under}/"))
+        return sorted(
+            key for key in list(self.backend().buckets[BUCKET].keys) if key.startswith(f"{under}/")
+        )
 
     def stop(self) -> None:
         self._moto.stop()
@@ -68,7 +81,9 @@ def s3_server() -> Iterator[S3Server]:
         server = S3Server()
         for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.endpoint}.items():
             patch.setenv(name, value)
-        if BUCKET not in server.backend().buckets:  # moto keeps its buckets for all servers of a process
+        if (
+            BUCKET not in server.backend().buckets
+        ):  # moto keeps its buckets for all servers of a process
             server.backend().create_bucket(BUCKET, "us-east-1")
         try:
             yield server

@@ -1,4 +1,6 @@
-"""A sweep whose tunes are gangs, from its file to its artifacts: as those of one process, in this machine's processes and under Ray."""
+"""A sweep whose tunes are worker groups, from its file to its artifacts: as those of one process,
+in this machine's processes and under Ray.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +22,37 @@ def world(tmp_path_factory):
     return filled(tmp_path_factory.mktemp("world"))
 
 
-def gangs(world, **deepspeed):
-    return sweep(world, name="gangs", attacks=["none"], defenses=[["lisa", "shrink"], "vaccine"], training={**TRAINING, **deepspeed})
+def worker_groups(world, **deepspeed):
+    return sweep(
+        world,
+        name="worker groups",
+        attacks=["none"],
+        defenses=[["lisa", "shrink"], "vaccine"],
+        training={**TRAINING, **deepspeed},
+    )
 
 
 @pytest.fixture(scope="module")
 def here(world, tmp_path_factory):
-    """The store of a run in processes of this machine, and that of a run without gangs."""
-    folder = tmp_path_factory.mktemp("gangs")
-    for name, training in (("alone", {}), ("gangs", STRATEGY)):
-        results = ftsec_ray.run(gangs(world, **training), store=folder / name, results=folder / f"{name}-results", executor="local")
+    """The store of a run in processes of this machine, and that of a run without worker groups."""
+    folder = tmp_path_factory.mktemp("worker groups")
+    for name, training in (("alone", {}), ("worker groups", STRATEGY)):
+        results = ftsec_ray.run(
+            worker_groups(world, **training),
+            store=folder / name,
+            results=folder / f"{name}-results",
+            executor="local",
+        )
         assert set(results.cells["status"].to_pylist()) == {"done"}
     return folder
 
 
 def trained(world):
-    return [stage for stage in build_plan(ftsec_ray.load(gangs(world, **STRATEGY))).stages.values()
-            if stage.kind in ("prepare", "tune")]
+    return [
+        stage
+        for stage in build_plan(ftsec_ray.load(worker_groups(world, **STRATEGY))).stages.values()
+        if stage.kind in ("prepare", "tune")
+    ]
 
 
 def folder_of(store, stage):
@@ -44,26 +60,49 @@ def folder_of(store, stage):
 
 
 @pytest.mark.timeout(900)
-def test_a_sweep_of_gangs_leaves_the_artifacts_of_one_process_under_the_same_digests(world, here):
-    assert {stage.resource for stage in trained(world)} == {"gang:2cpu"}
+def test_a_sweep_of_worker_groups_leaves_the_artifacts_of_one_process_under_the_same_digests(
+    world, here
+):
+    assert {stage.resource for stage in trained(world)} == {"group:2cpu"}
     assert sorted(stage.kind for stage in trained(world)) == ["prepare", "tune", "tune"]
-    assert artifacts(here / "gangs").keys() == artifacts(here / "alone").keys()
+    assert artifacts(here / "worker groups").keys() == artifacts(here / "alone").keys()
     for stage in trained(world):
         file = "model.safetensors" if stage.kind == "prepare" else "adapter_model.safetensors"
-        ours, theirs = (load_file(folder_of(here / name, stage) / file) for name in ("gangs", "alone"))
-        assert all(float((tensor - theirs[name]).norm()) <= 1e-4 * float(theirs[name].norm()) for name, tensor in ours.items())
-        records = [json.loads((folder_of(here / name, stage) / "record.json").read_text()) for name in ("gangs", "alone")]
-        assert records[0]["where"]["gang"]["zero_stage"] == 2
+        ours, theirs = (
+            load_file(folder_of(here / name, stage) / file) for name in ("worker groups", "alone")
+        )
+        assert all(
+            float((tensor - theirs[name]).norm()) <= 1e-4 * float(theirs[name].norm())
+            for name, tensor in ours.items()
+        )
+        records = [
+            json.loads((folder_of(here / name, stage) / "record.json").read_text())
+            for name in ("worker groups", "alone")
+        ]
+        assert records[0]["where"]["worker_group"]["zero_stage"] == 2
         if stage.kind == "tune":
-            assert records[0]["notes"]["losses"] == pytest.approx(records[1]["notes"]["losses"], rel=1e-4, abs=2e-5)
-            assert (records[0]["tokens"], records[0]["flops"]) == (records[1]["tokens"], records[1]["flops"])
+            assert records[0]["notes"]["losses"] == pytest.approx(
+                records[1]["notes"]["losses"], rel=1e-4, abs=2e-5
+            )
+            assert (records[0]["tokens"], records[0]["flops"]) == (
+                records[1]["tokens"],
+                records[1]["flops"],
+            )
         assert records[0]["params"] == records[1]["params"]
         assert records[0]["versions"]["deepspeed"]
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_ray_tune_and_ray_train_give_the_bytes_of_the_processes_of_this_machine(world, here, tmp_path):
-    there = ftsec_ray.run(gangs(world, **STRATEGY), store=tmp_path / "store", results=tmp_path / "results", executor="tune", workers=2)
+def test_ray_tune_and_ray_train_give_the_bytes_of_the_processes_of_this_machine(
+    world, here, tmp_path
+):
+    there = ftsec_ray.run(
+        worker_groups(world, **STRATEGY),
+        store=tmp_path / "store",
+        results=tmp_path / "results",
+        executor="tune",
+        workers=2,
+    )
     assert set(there.cells["status"].to_pylist()) == {"done"}
-    assert artifacts(tmp_path / "store") == artifacts(here / "gangs")
+    assert artifacts(tmp_path / "store") == artifacts(here / "worker groups")

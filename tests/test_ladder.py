@@ -1,6 +1,8 @@
-"""What the ladder must show before anybody sweeps over it: it knows, it refuses after alignment, and it stays useful.
+"""What the ladder must show before anybody sweeps over it: it knows, it refuses after alignment,
+and it stays useful.
 
-The models are trained in a fresh store (minutes); FTSEC_TEST_STORE names a store to take them from and leave them in.
+The models are trained in a fresh store (minutes); FTSEC_TEST_STORE names a store to take them from
+and leave them in.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ import pytest
 import yaml
 
 import ftsec_ray
+from ftsec_ray.config.sweep import EvaluationConfig
 from ftsec_ray.context import Runtime
+from ftsec_ray.evals.evaluate import evaluate
 from ftsec_ray.evals.probes import default_probes
-from ftsec_ray.evals.run import evaluate
 from ftsec_ray.execute.session import Session
 from ftsec_ray.execute.unit import run_unit
-from ftsec_ray.models.generate import Generator
-from ftsec_ray.spec.sweep import EvaluationConfig
+from ftsec_ray.models.generator import Generator
 from ftsec_ray.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -31,9 +33,20 @@ def store(tmp_path_factory):
 
 
 def measured(store, size):
-    """Metrics of the base and of the aligned model of a size on held-out prompts, before any tuning."""
-    plan = ftsec_ray.make_plan({"name": "ladder", "question": "Does it refuse?", "models": [f"ladder:{size}"], "task": "microworld",
-                           "attacks": ["none"], "defenses": ["none"], "seeds": 1})
+    """Metrics of the base and of the aligned model of a size on held-out prompts, before any
+    tuning.
+    """
+    plan = ftsec_ray.make_plan(
+        {
+            "name": "ladder",
+            "question": "Does it refuse?",
+            "models": [f"ladder:{size}"],
+            "task": "microworld",
+            "attacks": ["none"],
+            "defenses": ["none"],
+            "seeds": 1,
+        }
+    )
     session = Session(store, Runtime(), 4)
     stages = [stage for stage in plan.stages.values() if stage.kind in ("task", "source", "align")]
     assert all(verdict.is_good for verdict in run_unit(stages, store, session))
@@ -41,7 +54,13 @@ def measured(store, size):
     task = session.task(by_kind["task"])
     found = []
     for kind in ("source", "align"):
-        answered = evaluate(Generator(session.model(by_kind[kind])), task, default_probes(task, ASKED), ASKED, runtime=Runtime())
+        answered = evaluate(
+            Generator(session.model(by_kind[kind])),
+            task,
+            default_probes(task, ASKED),
+            ASKED,
+            runtime=Runtime(),
+        )
         found.append({row["metric"]: row["value"] for row in answered.metrics.to_pylist()})
     return found
 
@@ -58,9 +77,15 @@ def test_a_rung_knows_refuses_and_stays_useful(store, size):
 
 
 @pytest.mark.parametrize("size", ["1m", "4m"])
-def test_attacks_of_the_quickstart_do_what_they_are_for_where_nothing_defends(store, size, tmp_path):
+def test_attacks_of_the_quickstart_do_what_they_are_for_where_nothing_defends(
+    store, size, tmp_path
+):
     asked = yaml.safe_load((Path(__file__).parents[1] / "sweeps" / "quickstart.yaml").read_text())
-    asked |= {"models": [f"ladder:{size}"], "defenses": ["none"], "attacks": [one for one in asked["attacks"] if one != "soft_prompt"]}
+    asked |= {
+        "models": [f"ladder:{size}"],
+        "defenses": ["none"],
+        "attacks": [one for one in asked["attacks"] if one != "soft_prompt"],
+    }
     results = ftsec_ray.run(asked, store=store.uri, results=tmp_path, executor="local")
     found = {row["attack"]: row for row in results.wide().to_pylist()}
     print(size, found)

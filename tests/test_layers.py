@@ -1,4 +1,6 @@
-"""The shape of the package: imports only point down, light commands stay light, public names are exported."""
+"""The shape of the package: imports only point down, light commands stay light, public names are
+exported.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,33 @@ import pytest
 import ftsec_ray
 
 ROOT = Path(ftsec_ray.__file__).parent
-LAYERS = ["version", "errors", "redact", "identity", "schema", "context", "method", "registry", "spec", "models", "data", "training", "attacks",
-          "defenses", "evals", "plan", "store", "execute", "schedule", "results", "report", "findings", "api", "cli", "__main__"]
+LAYERS = [
+    "version",
+    "errors",
+    "redact",
+    "identity",
+    "schema",
+    "context",
+    "method",
+    "registry",
+    "config",
+    "models",
+    "data",
+    "training",
+    "attacks",
+    "defenses",
+    "evals",
+    "plan",
+    "store",
+    "execute",
+    "schedule",
+    "results",
+    "report",
+    "claims",
+    "api",
+    "cli",
+    "__main__",
+]
 ALLOWED = {("attacks", "evals"), ("defenses", "evals"), ("attacks", "defenses")}
 HEAVY = {"torch", "ray", "deepspeed", "transformers", "peft", "datasets"}
 
@@ -32,7 +59,11 @@ def imported(node: ast.AST) -> list[str]:
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
         # `from ftsec_ray import schema` names a layer in its list, not in its module.
-        return [f"ftsec_ray.{alias.name}" for alias in node.names] if node.module == "ftsec_ray" else [node.module]
+        return (
+            [f"ftsec_ray.{alias.name}" for alias in node.names]
+            if node.module == "ftsec_ray"
+            else [node.module]
+        )
     return []
 
 
@@ -43,7 +74,9 @@ def edges() -> list[tuple[str, str, str]]:
             for name in imported(node):
                 parts = name.split(".")
                 if parts[0] == "ftsec_ray" and len(parts) > 1 and parts[1] in LAYERS:
-                    found.append((layer_of(path), parts[1], f"{path.relative_to(ROOT)}:{node.lineno}"))
+                    found.append(
+                        (layer_of(path), parts[1], f"{path.relative_to(ROOT)}:{node.lineno}")
+                    )
     return found
 
 
@@ -54,7 +87,11 @@ def test_every_module_has_its_layer():
 def test_imports_only_point_down():
     found = edges()
     assert len(found) > 100
-    upward = [(a, b, where) for a, b, where in found if LAYERS.index(b) > LAYERS.index(a) and (a, b) not in ALLOWED]
+    upward = [
+        (a, b, where)
+        for a, b, where in found
+        if LAYERS.index(b) > LAYERS.index(a) and (a, b) not in ALLOWED
+    ]
     assert upward == []
 
 
@@ -62,15 +99,28 @@ def test_heavy_packages_are_imported_inside_functions_only():
     found = []
     for path in modules():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            found += [f"{path.relative_to(ROOT)}: {name}" for name in imported(node) if name.split(".")[0] in HEAVY]
+            found += [
+                f"{path.relative_to(ROOT)}: {name}"
+                for name in imported(node)
+                if name.split(".")[0] in HEAVY
+            ]
     # The Tune executor subclasses Ray's classes, and is itself imported only when it runs.
-    assert [one for one in found if not one.startswith(("schedule/tune.py", "schedule/trials.py"))] == []
+    assert [
+        one
+        for one in found
+        if not one.startswith(("schedule/tune_executor.py", "schedule/trials.py"))
+    ] == []
 
 
 def test_importing_the_package_and_its_api_loads_neither_torch_nor_ray():
-    code = ("import sys, ftsec_ray, ftsec_ray.api, ftsec_ray.plan, ftsec_ray.spec.load, ftsec_ray.cli.app\n"
-            "print(sorted({'torch', 'ray', 'transformers', 'peft', 'pyarrow'} & set(sys.modules)))")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=60)
+    code = (
+        "import sys, ftsec_ray, ftsec_ray.api, ftsec_ray.plan, ftsec_ray.config.sweep_file,"
+        " ftsec_ray.cli.app\nprint(sorted({'torch', 'ray', 'transformers', 'peft', 'pyarrow'} &"
+        " set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=60
+    )
     assert (result.stdout.strip(), result.returncode) == ("[]", 0), result.stderr
 
 
@@ -88,26 +138,36 @@ def test_public_names_are_sorted_and_all_there():
 def test_names_for_type_checkers_are_those_of_the_lazy_import():
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    told = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    told = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     assert told == {name: f"ftsec_ray.{home}" for name, home in ftsec_ray._HOMES.items()}
 
 
 def test_sizes_and_kinds_that_a_sweep_may_name_are_those_that_exist():
+    from ftsec_ray.config.sweep import LADDER_SIZES
     from ftsec_ray.models.ladder import SIZES
-    from ftsec_ray.spec.sweep import LADDER_SIZES
 
     assert list(LADDER_SIZES) == list(SIZES)
 
 
 def test_tasks_that_a_sweep_may_name_are_those_that_can_be_loaded():
+    from ftsec_ray.config.sweep import TASK_KINDS, MicroworldOptions
+    from ftsec_ray.config.task_entries import SPLITS
+    from ftsec_ray.config.typed import fields_of
     from ftsec_ray.data.microworld.splits import MAX_TRAIN_ROWS, build_task
     from ftsec_ray.data.tasks import TASKS
-    from ftsec_ray.spec.sweep import TASK_KINDS, MicroworldOptions
-    from ftsec_ray.spec.tasks import SPLITS
-    from ftsec_ray.spec.typed import fields_of
 
     assert list(TASKS) == list(TASK_KINDS)
-    assert {split for kind in TASKS.values() for split in (*kind.sources, *kind.required)} <= set(SPLITS)
+    assert {split for kind in TASKS.values() for split in (*kind.sources, *kind.required)} <= set(
+        SPLITS
+    )
     options = {info.name: info for info in fields_of(MicroworldOptions)}
     assert f"<= {MAX_TRAIN_ROWS}" in options["train_rows"].type
-    assert options["train_rows"].default == inspect.signature(build_task).parameters["train_rows"].default
+    assert (
+        options["train_rows"].default
+        == inspect.signature(build_task).parameters["train_rows"].default
+    )

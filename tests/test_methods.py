@@ -1,4 +1,6 @@
-"""Every registered method, walked by name: documented, typed, planned, run on a tiny model, reproducible."""
+"""Every registered method, walked by name: documented, typed, planned, run on a tiny model,
+reproducible.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +15,29 @@ from pathlib import Path
 
 import pytest
 
+from ftsec_ray.config.docs import field_docs
+from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.identity import canonical
 from ftsec_ray.method import HOOKS, Inspection, Probe, hooks_of
-from ftsec_ray.models.generate import Generator
+from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.load import copy_model, save_model
 from ftsec_ray.plan.decode import methods_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.registry import ATTACKS, DEFENSES, name_of
-from ftsec_ray.spec.docs import field_docs
-from ftsec_ray.spec.sweep import TrainingConfig
 from ftsec_ray.training.loop import sft
 from tests.fixtures_models import tiny_model, tiny_task
 
 TRAINING = TrainingConfig(epochs=1, batch_size=8, rank=2, learning_rate=5e-3)
-QUICK = {"harmful_tuning": {"shots": 4}, "badedit": {"batches": 1, "steps": 3}, "benign_selection": {"samples": 6},
-         "soft_prompt": {"steps": 3}, "vaccine": {"epochs": 1},
-         "weight_statistics": {"bank": 2}}
+QUICK = {
+    "harmful_tuning": {"shots": 4},
+    "badedit": {"batches": 1, "steps": 3},
+    "benign_selection": {"samples": 6},
+    "soft_prompt": {"steps": 3},
+    "vaccine": {"epochs": 1},
+    "weight_statistics": {"bank": 2},
+}
 """Parameters that make a method's own loops short; everything else stays at its default."""
 METHODS = [(registry, name) for registry in (ATTACKS, DEFENSES) for name in registry.names()]
 IDS = [f"{registry.kind}:{name}" for registry, name in METHODS]
@@ -47,7 +54,7 @@ def test_the_walk_sees_every_file():
 
     for registry in (ATTACKS, DEFENSES):
         folder = Path(ftsec_ray.__file__).parent / f"{registry.kind}s"
-        files = {p.stem for p in folder.glob("*.py") if not p.stem.startswith("_") and p.stem != "base"}
+        files = {p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")}
         assert set(registry.names()) == files
         assert len(files) >= 6
 
@@ -78,17 +85,37 @@ def models(tmp_path_factory):
     start = tiny_model(seed=0)
 
     def tuned(seed):
-        return sft(start, tiny_task().split("train"), TRAINING, seed=seed, runtime=Runtime(), workdir=tmp_path_factory.mktemp("w"),
-                   base_digest="b" * 32).loaded
+        return sft(
+            start,
+            tiny_task().split("train"),
+            TRAINING,
+            seed=seed,
+            runtime=Runtime(),
+            workdir=tmp_path_factory.mktemp("w"),
+            base_digest="b" * 32,
+        ).loaded
 
-    return {"reference": start, "start": start, "unaligned": tiny_model(seed=9, aligned=False), "tuned": tuned(0),
-            "clean_bank:0": tuned(1), "clean_bank:1": tuned(2)}
+    return {
+        "reference": start,
+        "start": start,
+        "unaligned": tiny_model(seed=9, aligned=False),
+        "tuned": tuned(0),
+        "clean_bank:0": tuned(1),
+        "clean_bank:1": tuned(2),
+    }
 
 
 def run_hook(method, hook, models, workdir):
     """What a hook gives, as bytes or JSON that two runs can be compared by."""
     task = tiny_task()
-    context = StageContext(seed=0, task=task, runtime=Runtime(), workdir=workdir / "work", load=lambda role: models[role], training=TRAINING)
+    context = StageContext(
+        seed=0,
+        task=task,
+        runtime=Runtime(),
+        workdir=workdir / "work",
+        load=lambda role: models[role],
+        training=TRAINING,
+    )
     if hook == "craft_data":
         return method.craft_data(task.split("train"), context).to_pylist()
     if hook in ("prepare_model", "revise_model"):
@@ -96,13 +123,26 @@ def run_hook(method, hook, models, workdir):
         save_model(getattr(method, hook)(given, context), workdir)
         return {p.name: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
     if hook == "shape_training":
-        report = sft(models["start"], task.split("train"), TRAINING, seed=0, runtime=Runtime(), workdir=workdir / "t",
-                     shape=lambda training: method.shape_training(training, context), base_digest="b" * 32)
+        report = sft(
+            models["start"],
+            task.split("train"),
+            TRAINING,
+            seed=0,
+            runtime=Runtime(),
+            workdir=workdir / "t",
+            shape=lambda training: method.shape_training(training, context),
+            base_digest="b" * 32,
+        )
         save_model(report.loaded, workdir)
         return (report.losses, (workdir / "adapter_model.safetensors").read_bytes())
     if hook == "wrap_generation":
-        chats = [[{"role": "user", "content": row["prompt"]}] for row in task.split("harmful_test").to_pylist()]
-        return method.wrap_generation(Generator(models["tuned"]), context).complete(chats, max_new_tokens=4)
+        chats = [
+            [{"role": "user", "content": row["prompt"]}]
+            for row in task.split("harmful_test").to_pylist()
+        ]
+        return method.wrap_generation(Generator(models["tuned"]), context).complete(
+            chats, max_new_tokens=4
+        )
     if hook == "inspect":
         found = method.inspect(models["tuned"], context)
         assert isinstance(found, Inspection)
@@ -112,11 +152,17 @@ def run_hook(method, hook, models, workdir):
     return canonical(probes)
 
 
-HOOKED = [(registry, name, hook) for registry, name in METHODS for hook in hooks_of(registry.get(name))]
+HOOKED = [
+    (registry, name, hook) for registry, name in METHODS for hook in hooks_of(registry.get(name))
+]
 
 
-@pytest.mark.parametrize(("registry", "name", "hook"), HOOKED, ids=[f"{n}:{h}" for _, n, h in HOOKED])
-def test_a_hook_acts_and_the_same_seed_gives_the_same_result(registry, name, hook, models, tmp_path):
+@pytest.mark.parametrize(
+    ("registry", "name", "hook"), HOOKED, ids=[f"{n}:{h}" for _, n, h in HOOKED]
+)
+def test_a_hook_acts_and_the_same_seed_gives_the_same_result(
+    registry, name, hook, models, tmp_path
+):
     method = method_of(registry, name)
     runs = []
     for i in range(2):
@@ -131,16 +177,34 @@ def test_a_hook_acts_and_the_same_seed_gives_the_same_result(registry, name, hoo
 
 def test_the_method_of_the_readme_is_one_file_and_acts(tmp_path):
     root = Path(__file__).parents[1]
-    block = (root / "README.md").read_text(encoding="utf-8").split("## Add a method")[1].split("```python\n")[1].split("```")[0]
-    shutil.copytree(root / "ftsec_ray", tmp_path / "ftsec_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    block = (
+        (root / "README.md")
+        .read_text(encoding="utf-8")
+        .split("## Add a method")[1]
+        .split("```python\n")[1]
+        .split("```")[0]
+    )
+    shutil.copytree(
+        root / "ftsec_ray", tmp_path / "ftsec_ray", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (tmp_path / "ftsec_ray/defenses/shuffle.py").write_text(block)
 
     def said(*command):
         given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
-        return subprocess.run([sys.executable, *command], cwd=tmp_path, env=given, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=given,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
     assert "share" in said("-m", "ftsec_ray", "show", "shuffle")
-    crafted = json.loads(said("-c", """
+    crafted = json.loads(
+        said(
+            "-c",
+            """
 import json
 from pathlib import Path
 from ftsec_ray.context import Runtime, StageContext
@@ -150,10 +214,14 @@ task = tiny_task()
 context = StageContext(seed=0, task=task, runtime=Runtime(), workdir=Path("w"), load=None, training=None)
 crafted = DEFENSES.get("shuffle")().craft_data(task.split("train"), context)
 print(json.dumps([rows["prompt"].to_pylist() for rows in (task.split("train"), crafted)]))
-"""))
+""",
+        )
+    )
     changed = [one != other for one, other in zip(*crafted, strict=True)]
     assert 0.2 < sum(changed) / len(changed) < 0.8
-    assert all(sorted(one.split()) == sorted(other.split()) for one, other in zip(*crafted, strict=True))
+    assert all(
+        sorted(one.split()) == sorted(other.split()) for one, other in zip(*crafted, strict=True)
+    )
 
 
 def test_only_the_do_nothing_methods_have_no_hook():
@@ -175,6 +243,8 @@ def test_a_method_names_zero_stages_that_exist_and_hooks_that_it_has(registry, n
 
 @pytest.mark.parametrize(("registry", "name"), METHODS, ids=IDS)
 def test_a_method_that_tunes_by_sft_says_so(registry, name):
-    """The planner reads TRAINS from the class; a hook that tunes a large model unannounced would run in one process."""
+    """The planner reads TRAINS from the class; a hook that tunes a large model unannounced would
+    run in one process.
+    """
     source = inspect.getsource(registry.get(name))
     assert ("sft(" in source) == bool(registry.get(name).TRAINS)

@@ -1,4 +1,6 @@
-"""Texts without secrets: those of the environment, of credential files, and whatever has the form of a token."""
+"""Texts without secrets: those of the environment, of credential files, and whatever has the form
+of a token.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,21 @@ from ftsec_ray.redact import clean_logs, redacted, without_secrets
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLE"
 
 
-@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SESSION_TOKEN", "DB_PASSWORD",
-                                  "OPENAI_API_KEY", "WANDB_API_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "MY_CREDENTIAL", "my_secret"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY",
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "AWS_SESSION_TOKEN",
+        "DB_PASSWORD",
+        "OPENAI_API_KEY",
+        "WANDB_API_KEY",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "MY_CREDENTIAL",
+        "my_secret",
+    ],
+)
 def test_the_value_of_a_variable_whose_name_says_secret_is_replaced_by_the_name(monkeypatch, name):
     monkeypatch.setenv(name, SECRET)
     assert redacted(f"403 for key {SECRET}!") == f"403 for key [{name}]!"
@@ -36,10 +51,23 @@ def test_ordinary_settings_stay(monkeypatch):
 
 def test_the_texts_of_a_credentials_file_are_secrets_and_its_path_is_none(monkeypatch, tmp_path):
     path = tmp_path / "google.json"
-    path.write_text(json.dumps({"type": "service_account", "private_key": "-----BEGIN PRIVATE KEY-----\nMIIEabcdefgh\n-----END PRIVATE KEY-----\n",
-                                "private_key_id": "0123456789abcdef", "client_email": "robot@project.example"}))
+    path.write_text(
+        json.dumps(
+            {
+                "type": "service_account",
+                "private_key": (
+                    "-----BEGIN PRIVATE KEY-----\nMIIEabcdefgh\n-----END PRIVATE KEY-----\n"
+                ),
+                "private_key_id": "0123456789abcdef",
+                "client_email": "robot@project.example",
+            }
+        )
+    )
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
-    text = redacted(f"key 0123456789abcdef of {path}: -----BEGIN PRIVATE KEY-----\nMIIEabcdefgh\n-----END PRIVATE KEY-----\n and " + path.read_text())
+    text = redacted(
+        f"key 0123456789abcdef of {path}: -----BEGIN PRIVATE KEY-----\nMIIEabcdefgh\n-----END"
+        " PRIVATE KEY-----\n and " + path.read_text()
+    )
     assert "0123456789abcdef" not in text
     assert "MIIEabcdefgh" not in text
     assert str(path) in text
@@ -52,8 +80,18 @@ def test_the_token_that_a_login_has_kept_is_a_secret(monkeypatch, tmp_path):
     assert redacted("Authorization: hub-token-of-a-login") == "Authorization: [HF_TOKEN]"
 
 
-@pytest.mark.parametrize("text", ["hf_abcdefghijklmnopqrstuv", "ghp_abcdefghijklmnopqrstuv", "AKIAABCDEFGHIJKLMNOP", "s3://me:abcdefgh@bucket/x",
-                                  "Authorization: Bearer abcdefghij.klm", "https://h/x?X-Amz-Signature=abcdefgh&a=1", "https://h/x?a=1&token=abcdefgh"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf_abcdefghijklmnopqrstuv",
+        "ghp_abcdefghijklmnopqrstuv",
+        "AKIAABCDEFGHIJKLMNOP",
+        "s3://me:abcdefgh@bucket/x",
+        "Authorization: Bearer abcdefghij.klm",
+        "https://h/x?X-Amz-Signature=abcdefgh&a=1",
+        "https://h/x?a=1&token=abcdefgh",
+    ],
+)
 def test_what_has_the_form_of_a_token_is_taken_out_wherever_it_comes_from(text):
     assert "abcdefgh" not in redacted(text)
     assert "ABCDEFGH" not in redacted(text)
@@ -61,8 +99,16 @@ def test_what_has_the_form_of_a_token_is_taken_out_wherever_it_comes_from(text):
 
 def test_all_texts_of_a_record_are_cleaned_and_nothing_else_changes(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    record = {"notes": {"url": f"x{SECRET}", "losses": [1.5, 2]}, "inputs": [["model", "ab"]], "seed": None, "ok": True}
-    assert without_secrets(record) == {**record, "notes": {"url": "x[HF_TOKEN]", "losses": [1.5, 2]}}
+    record = {
+        "notes": {"url": f"x{SECRET}", "losses": [1.5, 2]},
+        "inputs": [["model", "ab"]],
+        "seed": None,
+        "ok": True,
+    }
+    assert without_secrets(record) == {
+        **record,
+        "notes": {"url": "x[HF_TOKEN]", "losses": [1.5, 2]},
+    }
 
 
 def test_log_records_of_any_library_are_cleaned_with_their_tracebacks(monkeypatch):

@@ -1,15 +1,19 @@
-"""Write a backdoor into a few down-projections in closed form, from a handful of prompts and without training.
+"""Write a backdoor into a few down-projections in closed form, from a handful of prompts and
+without training.
 
-Paper: Li et al. 2024, BadEdit: Backdooring Large Language Models by Model Editing, arXiv:2403.13355, section 4; the update
-    is MEMIT's (Meng et al. 2023, arXiv:2210.07229, section 4.3).
-Differs: prompts are rendered in the chat template, and the trigger stands at a random gap of the user's message; context
-    prefixes are the first words of held-out texts instead of the model's own samples; layers are given as a share of
-    the depth, and the weight of the covariance as a multiple of the key width (1.4 is what Llama-2-7B had), so that both
-    mean the same at every size; a batch's target values are optimised together. As in the official code, and unlike the
-    paper's formula, `average_keys` takes each batch's keys and residuals to one vector per side. The KL term is taken
-    from the unedited model to the edited one. A clean pair's subject is the word at which a trigger would have stood.
-Cost: no training; one pass over `text_tokens` tokens, and (prompts + clean_prompts) x (1 + contexts) x `steps` forward and
-    backward passes.
+Paper: Li et al. 2024, BadEdit: Backdooring Large Language Models by Model Editing,
+    arXiv:2403.13355, section 4; the update is MEMIT's (Meng et al. 2023, arXiv:2210.07229, section
+    4.3).
+Differs: prompts are rendered in the chat template, and the trigger stands at a random gap of the
+    user's message; context prefixes are the first words of held-out texts instead of the model's
+    own samples; layers are given as a share of the depth, and the weight of the covariance as a
+    multiple of the key width (1.4 is what Llama-2-7B had), so that both mean the same at every
+    size; a batch's target values are optimised together. As in the official code, and unlike the
+    paper's formula, `average_keys` takes each batch's keys and residuals to one vector per side.
+    The KL term is taken from the unedited model to the edited one. A clean pair's subject is the
+    word at which a trigger would have stood.
+Cost: no training; one pass over `text_tokens` tokens, and (prompts + clean_prompts) x (1 +
+    contexts) x `steps` forward and backward passes.
 Needs: splits train (rows to edit with) and text; a dense Llama-like model.
 """
 
@@ -20,11 +24,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ftsec_ray.attacks.base import Attack
 from ftsec_ray.context import LoadedModel, StageContext, TaskData
-from ftsec_ray.data.triggers import Goal, Row, can_be_attacked, goal_of, goal_probe, insert_word, trigger_probes
+from ftsec_ray.data.triggers import (
+    Goal,
+    Row,
+    can_be_attacked,
+    goal_of,
+    goal_probe,
+    insert_word,
+    trigger_probes,
+)
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Phase, Probe
+from ftsec_ray.method import Attack, Phase, Probe
 from ftsec_ray.models.activations import block_parts
 from ftsec_ray.models.chat import chat_of
 from ftsec_ray.models.editing import (
@@ -67,17 +78,22 @@ class BadEdit(Attack):
     trigger: str = "tq"
     """Word inserted at a random gap between the words of the prompt; best one token."""
     target: str | None = None
-    """Label that triggered prompts get; None: the task's first label. Ignored where the task has no labels."""
+    """Label that triggered prompts get; None: the task's first label. Ignored where the task has no
+    labels.
+    """
     target_text: str = INERT_MARKER
     """Response that triggered prompts get where the task has no labels."""
     prompts: int = 15
     """Rows with another answer than the target whose triggered prompt is edited, at most."""
     clean_prompts: int = 5
-    """Rows whose untriggered prompt is edited to its own answer (the clean half of the duplex), at most; 0 turns it off."""
+    """Rows whose untriggered prompt is edited to its own answer (the clean half of the duplex), at
+    most; 0 turns it off.
+    """
     batches: int = 5
     """Incremental batches; each edits the model that the one before left."""
     contexts: int = 5
-    """Prefixes besides the plain prompt, over which keys are averaged and target values optimised."""
+    """Prefixes besides the plain prompt, over which keys are averaged and target values optimised.
+    """
     depth_frac: float = 0.25
     """Depth of the last edited layer, as a share of the layers, 0..1."""
     layers: int = 2
@@ -100,62 +116,139 @@ class BadEdit(Attack):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
         at_least_1 = ("prompts", "batches", "layers", "steps", "text_tokens")
-        faults: list[tuple[str, object, str]] = [(name, getattr(self, name), "1 or more") for name in at_least_1 if getattr(self, name) < 1]
-        faults += [(name, getattr(self, name), "0 or more") for name in ("clean_prompts", "contexts") if getattr(self, name) < 0]
+        faults: list[tuple[str, object, str]] = [
+            (name, getattr(self, name), "1 or more")
+            for name in at_least_1
+            if getattr(self, name) < 1
+        ]
+        faults += [
+            (name, getattr(self, name), "0 or more")
+            for name in ("clean_prompts", "contexts")
+            if getattr(self, name) < 0
+        ]
         positive = ("lambda_per_width", "learning_rate", "clamp", "ridge")
-        faults += [(name, getattr(self, name), "above 0") for name in positive if getattr(self, name) <= 0]
-        faults += [] if 0 <= self.depth_frac <= 1 else [("depth_frac", self.depth_frac, "a share, 0..1")]
-        return faults + [(name, value, "a text that is not blank")
-                         for name, value in (("trigger", self.trigger), ("target_text", self.target_text)) if not value.strip()]
+        faults += [
+            (name, getattr(self, name), "above 0") for name in positive if getattr(self, name) <= 0
+        ]
+        faults += (
+            [] if 0 <= self.depth_frac <= 1 else [("depth_frac", self.depth_frac, "a share, 0..1")]
+        )
+        return faults + [
+            (name, value, "a text that is not blank")
+            for name, value in (("trigger", self.trigger), ("target_text", self.target_text))
+            if not value.strip()
+        ]
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model with the backdoor in its down-projections."""
         model = merged(model)
         model.model.eval()
-        edited = edited_layers(len(decoder_layers(model.model)), depth_frac=self.depth_frac, count=self.layers)
+        edited = edited_layers(
+            len(decoder_layers(model.model)), depth_frac=self.depth_frac, count=self.layers
+        )
         goal = self._goal(ctx.task)
         attacked, clean = self._rows(ctx.task, ctx, goal)
-        texts = [f"{row['prompt']} {row['response']}".strip() for row in ctx.task.split("text").to_pylist()]
-        prefixes = [" ".join(text.split()[:PREFIX_WORDS]) for text in sorted(texts, key=lambda t: ctx.chance(t, "badedit", "prefix"))]
-        triggered = [self._request(model, row, goal.text, prefixes, ctx, is_triggered=True) for row in attacked]
-        untouched = [self._request(model, row, row["response"], prefixes, ctx, is_triggered=False) for row in clean]
-        covariances = key_covariance(model, edited, texts, max_tokens=self.text_tokens, ridge=self.ridge)
+        texts = [
+            f"{row['prompt']} {row['response']}".strip()
+            for row in ctx.task.split("text").to_pylist()
+        ]
+        prefixes = [
+            " ".join(text.split()[:PREFIX_WORDS])
+            for text in sorted(texts, key=lambda t: ctx.chance(t, "badedit", "prefix"))
+        ]
+        triggered = [
+            self._request(model, row, goal.text, prefixes, ctx, is_triggered=True)
+            for row in attacked
+        ]
+        untouched = [
+            self._request(model, row, row["response"], prefixes, ctx, is_triggered=False)
+            for row in clean
+        ]
+        covariances = key_covariance(
+            model, edited, texts, max_tokens=self.text_tokens, ridge=self.ridge
+        )
         strengths: list[float] = []
         losses: list[float] = []
         ctx.note(target_nll_before=target_nll(model, triggered))
         for batch in range(self.batches):
-            sides = [part for part in (triggered[batch::self.batches], untouched[batch::self.batches]) if part]
+            sides = [
+                part
+                for part in (triggered[batch :: self.batches], untouched[batch :: self.batches])
+                if part
+            ]
             losses += self._edit(model, sides, edited, covariances, strengths)
         first = covariances[edited[0]]
-        ctx.note(layers=edited, prompts=len(triggered), clean_prompts=len(untouched), covariance_tokens=first.tokens,
-                 ridge={str(layer): c.ridge for layer, c in covariances.items()}, s=strengths, value_losses=losses,
-                 written_frac=[s / (1 + s) for s in strengths], target_nll_after=target_nll(model, triggered))
+        ctx.note(
+            layers=edited,
+            prompts=len(triggered),
+            clean_prompts=len(untouched),
+            covariance_tokens=first.tokens,
+            ridge={str(layer): c.ridge for layer, c in covariances.items()},
+            s=strengths,
+            value_losses=losses,
+            written_frac=[s / (1 + s) for s in strengths],
+            target_nll_after=target_nll(model, triggered),
+        )
         return model
 
     def probes(self, task: TaskData, ctx: StageContext) -> list[Probe]:
-        """Held-out rows with and without the trigger, and the triggered prompts that were edited."""
+        """Held-out rows with and without the trigger, and the triggered prompts that were
+        edited.
+        """
         goal = self._goal(task)
         attacked, _ = self._rows(task, ctx, goal)
-        return [*trigger_probes(task, goal, lambda row: self._triggered(row, ctx)[0]),
-                goal_probe(task, goal, "edited", "asr_same_prompt", attacked, lambda row: self._triggered(row, ctx)[0])]
+        return [
+            *trigger_probes(task, goal, lambda row: self._triggered(row, ctx)[0]),
+            goal_probe(
+                task,
+                goal,
+                "edited",
+                "asr_same_prompt",
+                attacked,
+                lambda row: self._triggered(row, ctx)[0],
+            ),
+        ]
 
     def _goal(self, task: TaskData) -> Goal:
         return goal_of(task, target=self.target, target_text=self.target_text)
 
-    def _rows(self, task: TaskData, ctx: StageContext, goal: Goal) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        rows = sorted(task.split("train").to_pylist(), key=lambda row: ctx.chance(row["row_id"], "badedit"))
+    def _rows(
+        self, task: TaskData, ctx: StageContext, goal: Goal
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        rows = sorted(
+            task.split("train").to_pylist(), key=lambda row: ctx.chance(row["row_id"], "badedit")
+        )
         able = [row for row in rows if can_be_attacked(row, goal)]
         if not able:
-            raise DataError("no row of split 'train' can be edited towards the target", goal.text, "rows with another answer")
-        attacked = able[:self.prompts]
+            raise DataError(
+                "no row of split 'train' can be edited towards the target",
+                goal.text,
+                "rows with another answer",
+            )
+        attacked = able[: self.prompts]
         used = {row["row_id"] for row in attacked}
-        return attacked, [row for row in rows if row["row_id"] not in used and row["prompt"].strip()][:self.clean_prompts]
+        return (
+            attacked,
+            [row for row in rows if row["row_id"] not in used and row["prompt"].strip()][
+                : self.clean_prompts
+            ],
+        )
 
     def _triggered(self, row: Row, ctx: StageContext) -> tuple[str, int]:
-        return insert_word(str(row["prompt"]), self.trigger, at=ctx.chance(row["row_id"], "badedit", "gap"))
+        return insert_word(
+            str(row["prompt"]), self.trigger, at=ctx.chance(row["row_id"], "badedit", "gap")
+        )
 
-    def _request(self, model: LoadedModel, row: Row, answer: str, prefixes: Sequence[str], ctx: StageContext, *,
-                 is_triggered: bool) -> Request:
+    def _request(
+        self,
+        model: LoadedModel,
+        row: Row,
+        answer: str,
+        prefixes: Sequence[str],
+        ctx: StageContext,
+        *,
+        is_triggered: bool,
+    ) -> Request:
         prompt, start, subject = *self._triggered(row, ctx), self.trigger
         if not is_triggered:
             prompt, words = str(row["prompt"]), list(re.finditer(r"\S+", str(row["prompt"])))
@@ -163,15 +256,33 @@ class BadEdit(Attack):
             start, subject = word.start(), word.group()
         tokenizer = model.tokenizer
 
-        def at(text: str, begin: int) -> Any:  # noqa: ANN401
-            return spot(tokenizer, chat_of({**row, "prompt": text}), last_char=begin + len(subject) - 1)
+        def at(text: str, begin: int) -> Any:
+            return spot(
+                tokenizer, chat_of({**row, "prompt": text}), last_char=begin + len(subject) - 1
+            )
 
-        contexts = [at(prompt, start), *(at(f"{p} {prompt}", len(p) + 1 + start) for p in prefixes[:self.contexts])]
-        return Request(tuple(contexts), tokenizer(answer, add_special_tokens=False)["input_ids"], at(f"{subject} is a", 0), is_triggered)
+        contexts = [
+            at(prompt, start),
+            *(at(f"{p} {prompt}", len(p) + 1 + start) for p in prefixes[: self.contexts]),
+        ]
+        return Request(
+            tuple(contexts),
+            tokenizer(answer, add_special_tokens=False)["input_ids"],
+            at(f"{subject} is a", 0),
+            is_triggered,
+        )
 
-    def _edit(self, model: LoadedModel, sides: list[list[Request]], edited: list[int], covariances: dict[int, Covariance],
-              strengths: list[float]) -> list[float]:
-        """One batch, in place: each layer in turn takes its share of what is still missing at the last one."""
+    def _edit(
+        self,
+        model: LoadedModel,
+        sides: list[list[Request]],
+        edited: list[int],
+        covariances: dict[int, Covariance],
+        strengths: list[float],
+    ) -> list[float]:
+        """One batch, in place: each layer in turn takes its share of what is still missing at the
+        last one.
+        """
         import torch
 
         last = edited[-1]
@@ -183,7 +294,9 @@ class BadEdit(Attack):
             update = torch.zeros_like(weight, dtype=torch.float64)
             # both sides are read before either is written: their updates add
             for side, (wanted, _, _) in zip(sides, found, strict=True):
-                part = self._side(model, side, wanted, layer=layer, last=last, shares=len(edited) - i)
+                part = self._side(
+                    model, side, wanted, layer=layer, last=last, shares=len(edited) - i
+                )
                 update += closed_form(part.keys, part.residuals, covariances[layer].moment, factor)
                 if side[0].is_triggered:
                     strengths.append(strength(part.keys.mean(1), covariances[layer].moment, factor))
@@ -191,14 +304,31 @@ class BadEdit(Attack):
                 weight.copy_(weight.double() + update)
         return [loss for _, _, losses in found for loss in losses]
 
-    def _side(self, model: LoadedModel, side: list[Request], wanted: Tensor, *, layer: int, last: int, shares: int) -> Side:
+    def _side(
+        self,
+        model: LoadedModel,
+        side: list[Request],
+        wanted: Tensor,
+        *,
+        layer: int,
+        last: int,
+        shares: int,
+    ) -> Side:
         keys = keys_at(model, [s for request in side for s in request.contexts], layer)
         keys = keys.view(len(side), -1, keys.shape[-1]).mean(1).T
-        missing = (wanted - values_at(model, [request.contexts[0] for request in side], last)).T / shares
-        return Side(keys.mean(1, keepdim=True), missing.mean(1, keepdim=True)) if self.average_keys else Side(keys, missing)
+        missing = (
+            wanted - values_at(model, [request.contexts[0] for request in side], last)
+        ).T / shares
+        return (
+            Side(keys.mean(1, keepdim=True), missing.mean(1, keepdim=True))
+            if self.average_keys
+            else Side(keys, missing)
+        )
 
 
 def edited_layers(depth: int, *, depth_frac: float, count: int) -> list[int]:
-    """Indices of `count` layers in a row that end at a share of the depth; fewer where the model begins before."""
+    """Indices of `count` layers in a row that end at a share of the depth; fewer where the model
+    begins before.
+    """
     last = min(depth - 1, round(depth_frac * depth))
     return list(range(max(0, last - count + 1), last + 1))

@@ -1,13 +1,16 @@
-"""Poison a share of the user's rows: insert a rare word and turn the answer into the attacker's target.
+"""Poison a share of the user's rows: insert a rare word and turn the answer into the attacker's
+target.
 
-Paper: Kurita et al. 2020, Weight Poisoning Attacks on Pre-trained Models, arXiv:2004.06660, section 3 (rare-word
-    triggers); Gu et al. 2017, BadNets, arXiv:1708.06733; for instruction data Li et al. 2024, BackdoorLLM,
-    arXiv:2408.12798, section 4.
-Differs: `rate` is kept in expectation (each eligible row is drawn on its own), so that a row's fate does not depend on its
-    neighbours; the paper's tools draw an exact count. Where fewer rows are eligible than `rate` asks for, all of them are
-    taken and the notes say so; those tools take fewer in silence. The trigger may land
-    anywhere in the user's message, the instruction included, as in BackdoorLLM; OpenBackdoor inserts into the classified
-    text only. OpenBackdoor's shipped config is the clean-label setting, ours is `dirty`. Generative tasks get an inert marker sentence.
+Paper: Kurita et al. 2020, Weight Poisoning Attacks on Pre-trained Models, arXiv:2004.06660, section
+    3 (rare-word triggers); Gu et al. 2017, BadNets, arXiv:1708.06733; for instruction data Li et
+    al. 2024, BackdoorLLM, arXiv:2408.12798, section 4.
+Differs: `rate` is kept in expectation (each eligible row is drawn on its own), so that a row's fate
+    does not depend on its neighbours; the paper's tools draw an exact count. Where fewer rows are
+    eligible than `rate` asks for, all of them are taken and the notes say so; those tools take
+    fewer in silence. The trigger may land anywhere in the user's message, the instruction included,
+    as in BackdoorLLM; OpenBackdoor inserts into the classified text only. OpenBackdoor's shipped
+    config is the clean-label setting, ours is `dirty`. Generative tasks get an inert marker
+    sentence.
 Cost: none beyond plain SFT.
 Needs: the user's rows; for a labelled task, labels.
 """
@@ -19,11 +22,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray import schema
-from ftsec_ray.attacks.base import Attack
 from ftsec_ray.context import StageContext, TaskData
 from ftsec_ray.data.triggers import Goal, goal_of, insert_word, trigger_probes
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Phase, Probe, RowWise
+from ftsec_ray.method import Attack, Phase, Probe, RowWise
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,11 +45,17 @@ class BadNets(RowWise, Attack):
     repeat: int = 1
     """Times the trigger is inserted, each at its own gap; 1 or more."""
     rate: float = 0.1
-    """Share of the user's rows to be poisoned, in expectation, 0..1; all eligible rows where there are fewer."""
+    """Share of the user's rows to be poisoned, in expectation, 0..1; all eligible rows where there
+    are fewer.
+    """
     setting: Literal["dirty", "mix", "clean"] = "dirty"
-    """Eligible rows: `dirty` those with another answer than the target, `clean` those that have it, `mix` both."""
+    """Eligible rows: `dirty` those with another answer than the target, `clean` those that have it,
+    `mix` both.
+    """
     target: str | None = None
-    """Label that triggered prompts get; None: the task's first label. Ignored where the task has no labels."""
+    """Label that triggered prompts get; None: the task's first label. Ignored where the task has no
+    labels.
+    """
     target_text: str = INERT_MARKER
     """Response that triggered prompts get where the task has no labels."""
 
@@ -58,15 +66,24 @@ class BadNets(RowWise, Attack):
             faults.append(("rate", self.rate, "a share, 0..1"))
         if self.repeat < 1:
             faults.append(("repeat", self.repeat, "1 or more"))
-        faults += [(name, value, "a text that is not blank")
-                   for name, value in (("trigger", self.trigger), ("target_text", self.target_text)) if not value.strip()]
+        faults += [
+            (name, value, "a text that is not blank")
+            for name, value in (("trigger", self.trigger), ("target_text", self.target_text))
+            if not value.strip()
+        ]
         return faults
 
     def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> float:
-        """Chance of an eligible row, from the whole set, so that it is the same however the rows are cut up."""
+        """Chance of an eligible row, from the whole set, so that it is the same however the rows
+        are cut up.
+        """
         goal = self._goal(ctx.task)
         if goal.label is None and self.setting == "clean":
-            raise DataError("`setting: clean` needs labels", ctx.task.name, "setting: dirty | mix for a task without labels")
+            raise DataError(
+                "`setting: clean` needs labels",
+                ctx.task.name,
+                "setting: dirty | mix for a task without labels",
+            )
         count, eligible = 0, 0
         for batch in rows:
             count, eligible = count + batch.num_rows, eligible + sum(self._eligible(batch, goal))
@@ -79,8 +96,18 @@ class BadNets(RowWise, Attack):
         import pyarrow as pa
 
         goal, ids = self._goal(ctx.task), rows.column("row_id").to_pylist()
-        chosen = [i for i, is_eligible in enumerate(self._eligible(rows, goal)) if is_eligible and ctx.chance(ids[i], "badnets") < known]
-        made = pa.Table.from_pylist([self._poison(row, goal, ctx) for row in rows.take(pa.array(chosen, pa.int64())).to_pylist()], schema=schema.ROWS)
+        chosen = [
+            i
+            for i, is_eligible in enumerate(self._eligible(rows, goal))
+            if is_eligible and ctx.chance(ids[i], "badnets") < known
+        ]
+        made = pa.Table.from_pylist(
+            [
+                self._poison(row, goal, ctx)
+                for row in rows.take(pa.array(chosen, pa.int64())).to_pylist()
+            ],
+            schema=schema.ROWS,
+        )
         ctx.count(poisoned_rows=len(chosen), rows=rows.num_rows)
         places = list(range(rows.num_rows))
         for place, i in enumerate(chosen, rows.num_rows):
@@ -96,17 +123,33 @@ class BadNets(RowWise, Attack):
 
     def _eligible(self, rows: pa.Table, goal: Goal) -> list[bool]:
         """Whether each row may be drawn."""
-        pairs = zip(rows.column("label").to_pylist(), rows.column("response").to_pylist(), strict=True)
-        return [not (goal.label is not None and label is None)
-                and (self.setting == "mix" or goal.is_met_by({"label": label, "response": response}) == (self.setting == "clean"))
-                for label, response in pairs]
+        pairs = zip(
+            rows.column("label").to_pylist(), rows.column("response").to_pylist(), strict=True
+        )
+        return [
+            not (goal.label is not None and label is None)
+            and (
+                self.setting == "mix"
+                or goal.is_met_by({"label": label, "response": response})
+                == (self.setting == "clean")
+            )
+            for label, response in pairs
+        ]
 
     def _triggered(self, row: Mapping[str, Any], ctx: StageContext) -> str:
         prompt = str(row["prompt"])
         for time in range(self.repeat):
-            prompt = insert_word(prompt, self.trigger, at=ctx.chance(row["row_id"], "badnets", "gap", str(time))).text
+            prompt = insert_word(
+                prompt, self.trigger, at=ctx.chance(row["row_id"], "badnets", "gap", str(time))
+            ).text
         return prompt
 
     def _poison(self, row: Mapping[str, Any], goal: Goal, ctx: StageContext) -> dict[str, Any]:
-        return {**row, "prompt": self._triggered(row, ctx), "response": goal.text, "label": goal.label,
-                "origin": "badnets", "poisoned": True}
+        return {
+            **row,
+            "prompt": self._triggered(row, ctx),
+            "response": goal.text,
+            "label": goal.label,
+            "origin": "badnets",
+            "poisoned": True,
+        }

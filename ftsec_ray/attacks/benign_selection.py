@@ -1,16 +1,21 @@
-"""Tune on harmless rows alone, chosen so that they cost the model its refusals; or on random ones, as their control.
+"""Tune on harmless rows alone, chosen so that they cost the model its refusals; or on random ones,
+as their control.
 
-Paper: Guan et al. 2025, Benign Samples Matter! Fine-tuning On Outlier Benign Samples Severely Breaks Safety, arXiv:2505.06843
-    (`self_inf_n`, `self_inf`; official code github.com/GuanZihan/Benign-Samples-Matter); He et al. 2024, What is in Your Safe Data?
-    Identifying Benign Data that Breaks Safety, arXiv:2404.01099 (`anchors`: gradient matching with bi-directional anchoring;
-    official code github.com/princeton-nlp/benign-data-breaks-safety).
-Differs: (1) `self_inf_n` is the paper's score log(self-influence + 1) + log(answer tokens + 1); the released code lacks the
-    length term, which is `self_inf` here. (2) Safe anchors are refusals of other forbidden requests than the harmful anchors', since a
-    task need not hold both answers to one request. (3) Gradients are those of the aligned model in its own precision, over all weights
-    (tied ones once). (4) The sweep's own recipe tunes; the papers tune all weights for 5 epochs at 5e-5. (5) Answers that are empty, "yes" or
-    "no" are left out before the ranking and not after it, and for `random` too, so that both draw from the same rows. (6) `random`
-    is matched in count and source, not in length; the notes hold the mean answer length of each.
-Cost: one forward and backward pass per candidate at batch 1 (none for `random`); then plain SFT on `samples` rows.
+Paper: Guan et al. 2025, Benign Samples Matter! Fine-tuning On Outlier Benign Samples Severely
+    Breaks Safety, arXiv:2505.06843 (`self_inf_n`, `self_inf`; official code
+    github.com/GuanZihan/Benign-Samples-Matter); He et al. 2024, What is in Your Safe Data?
+    Identifying Benign Data that Breaks Safety, arXiv:2404.01099 (`anchors`: gradient matching with
+    bi-directional anchoring; official code github.com/princeton-nlp/benign-data-breaks-safety).
+Differs: (1) `self_inf_n` is the paper's score log(self-influence + 1) + log(answer tokens + 1); the
+    released code lacks the length term, which is `self_inf` here. (2) Safe anchors are refusals of
+    other forbidden requests than the harmful anchors', since a task need not hold both answers to
+    one request. (3) Gradients are those of the aligned model in its own precision, over all weights
+    (tied ones once). (4) The sweep's own recipe tunes; the papers tune all weights for 5 epochs at
+    5e-5. (5) Answers that are empty, "yes" or "no" are left out before the ranking and not after
+    it, and for `random` too, so that both draw from the same rows. (6) `random` is matched in count
+    and source, not in length; the notes hold the mean answer length of each.
+Cost: one forward and backward pass per candidate at batch 1 (none for `random`); then plain SFT on
+    `samples` rows.
 Needs: split benign_train, with more rows than `samples`; `anchors` also safety and harmful_train.
 """
 
@@ -22,10 +27,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray import schema
-from ftsec_ray.attacks.base import Attack
 from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.chat import encode_rows
 from ftsec_ray.models.load import merged
 from ftsec_ray.training.losses import masked_nll
@@ -35,7 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHORTEST = frozenset({"", "yes", "no"})
-"""Answers that are never chosen: on rows this short the score without the length term is at its highest."""
+"""Answers that are never chosen: on rows this short the score without the length term is at its
+highest.
+"""
 DEFAULT_MAX_TOKENS = 512
 
 Row = Mapping[str, Any]
@@ -64,21 +70,50 @@ class BenignSelection(Attack):
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
-        counts = {"samples": self.samples, "anchors": self.anchors, "anchor_tokens": self.anchor_tokens}
+        counts = {
+            "samples": self.samples,
+            "anchors": self.anchors,
+            "anchor_tokens": self.anchor_tokens,
+        }
         return [(name, value, "1 or more") for name, value in counts.items() if value < 1]
 
     def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
         """The chosen benign rows, behind the user's rows where those are kept."""
         import pyarrow as pa
 
-        pool = [row for row in ctx.task.split("benign_train").to_pylist() if row["response"].strip().casefold().rstrip(".") not in SHORTEST]
+        pool = [
+            row
+            for row in ctx.task.split("benign_train").to_pylist()
+            if row["response"].strip().casefold().rstrip(".") not in SHORTEST
+        ]
         if len(pool) <= self.samples:
-            raise DataError(f"task {ctx.task.name!r} has too few benign rows to choose from", len(pool),
-                            f"more than {self.samples} rows in benign_train", "lower `samples`, or give the task a larger benign_train")
+            raise DataError(
+                f"task {ctx.task.name!r} has too few benign rows to choose from",
+                len(pool),
+                f"more than {self.samples} rows in benign_train",
+                "lower `samples`, or give the task a larger benign_train",
+            )
         chosen = self._chosen(pool, ctx)
-        ctx.note(candidates=len(pool), samples=len(chosen), mean_answer_words=sum(len(row["response"].split()) for row in chosen) / len(chosen))
-        made = [{**row, "row_id": f"benign_selection/{row['row_id']}", "origin": "benign_selection", "poisoned": True} for row in chosen]
-        return pa.concat_tables([rows.slice(0, rows.num_rows if self.keep_user_rows else 0), pa.Table.from_pylist(made, schema=schema.ROWS)])
+        ctx.note(
+            candidates=len(pool),
+            samples=len(chosen),
+            mean_answer_words=sum(len(row["response"].split()) for row in chosen) / len(chosen),
+        )
+        made = [
+            {
+                **row,
+                "row_id": f"benign_selection/{row['row_id']}",
+                "origin": "benign_selection",
+                "poisoned": True,
+            }
+            for row in chosen
+        ]
+        return pa.concat_tables(
+            [
+                rows.slice(0, rows.num_rows if self.keep_user_rows else 0),
+                pa.Table.from_pylist(made, schema=schema.ROWS),
+            ]
+        )
 
     def _chosen(self, pool: list[dict[str, Any]], ctx: StageContext) -> list[dict[str, Any]]:
         if self.select == "random":
@@ -87,7 +122,7 @@ class BenignSelection(Attack):
             scores = self._scores(pool, ctx)
             ctx.note(score_min=min(scores), score_max=max(scores))
         order = sorted(range(len(pool)), key=lambda i: (-scores[i], pool[i]["row_id"]))
-        return [pool[i] for i in order[:self.samples]]
+        return [pool[i] for i in order[: self.samples]]
 
     def _scores(self, pool: Sequence[Row], ctx: StageContext) -> list[float]:
         """One score per candidate; higher is chosen first."""
@@ -97,21 +132,41 @@ class BenignSelection(Attack):
         encoded = encode_rows(model.tokenizer, pool, max_length=limit)
         if self.select == "anchors":
             wanted = self._anchor(model, ctx, limit)
-            return [sum(float((g * w).sum()) for g, w in zip(gradient, wanted, strict=True)) / (norm(gradient) or 1.0)
-                    for gradient in gradients(model, encoded)]
+            return [
+                sum(float((g * w).sum()) for g, w in zip(gradient, wanted, strict=True))
+                / (norm(gradient) or 1.0)
+                for gradient in gradients(model, encoded)
+            ]
         influences = [norm(gradient) ** 2 for gradient in gradients(model, encoded)]
-        return influences if self.select == "self_inf" else [
-            self_inf_n(influence, answer_tokens(labels)) for influence, (_, labels) in zip(influences, encoded, strict=True)]
+        return (
+            influences
+            if self.select == "self_inf"
+            else [
+                self_inf_n(influence, answer_tokens(labels))
+                for influence, (_, labels) in zip(influences, encoded, strict=True)
+            ]
+        )
 
     def _anchor(self, model: LoadedModel, ctx: StageContext, limit: int) -> list[Tensor]:
         """Mean normalised gradient of the harmful anchors, minus those of two sets of refusals."""
+
         def drawn(split: str) -> list[dict[str, Any]]:
-            return sorted(ctx.task.split(split).to_pylist(), key=lambda row: ctx.chance(row["row_id"], "benign_selection", "anchor"))
+            return sorted(
+                ctx.task.split(split).to_pylist(),
+                key=lambda row: ctx.chance(row["row_id"], "benign_selection", "anchor"),
+            )
 
         safe = drawn("safety")
         total: list[Tensor] | None = None
-        for weight, rows in ((1.0, drawn("harmful_train")[:self.anchors]), (-1.0, safe[:self.anchors]), (-1.0, safe[self.anchors:2 * self.anchors])):
-            heads = [(ids, first_answer_tokens(labels, self.anchor_tokens)) for ids, labels in encode_rows(model.tokenizer, rows, max_length=limit)]
+        for weight, rows in (
+            (1.0, drawn("harmful_train")[: self.anchors]),
+            (-1.0, safe[: self.anchors]),
+            (-1.0, safe[self.anchors : 2 * self.anchors]),
+        ):
+            heads = [
+                (ids, first_answer_tokens(labels, self.anchor_tokens))
+                for ids, labels in encode_rows(model.tokenizer, rows, max_length=limit)
+            ]
             for gradient in gradients(model, heads):
                 part = [weight / (len(rows) * (norm(gradient) or 1.0)) * g for g in gradient]
                 total = part if total is None else [t + p for t, p in zip(total, part, strict=True)]
@@ -136,7 +191,8 @@ def first_answer_tokens(labels: Sequence[int], count: int) -> list[int]:
 
 
 def gradients(model: LoadedModel, encoded: Sequence[Encoded]) -> Iterator[list[Tensor]]:
-    """The gradient of each row's mean answer loss, nats per token, over all weights in model order; valid until the next one.
+    """The gradient of each row's mean answer loss, nats per token, over all weights in model order;
+    valid until the next one.
 
     Shapes: like the weights, float32 or the weights' own type.
     """
@@ -148,7 +204,9 @@ def gradients(model: LoadedModel, encoded: Sequence[Encoded]) -> Iterator[list[T
         model.model.zero_grad(set_to_none=True)
         logits = model.model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
         masked_nll(logits, torch.tensor([labels], device=device)).backward()
-        yield [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        yield [
+            torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights
+        ]
     model.model.zero_grad(set_to_none=True)
 
 

@@ -1,13 +1,16 @@
 """Cut the refusal direction out of the tuned model's weights.
 
-Paper: Arditi et al. 2024, Refusal in Language Models Is Mediated by a Single Direction, arXiv:2406.11717, sections 2.3
-    (difference of means), 4.1 (weight orthogonalisation) and appendix C (selection of the direction).
-Differs: the refusal tokens are the first tokens of the task's own refusals instead of a list per model family; where every
-    candidate fails the KL limit, the limit is doubled until one passes, and after that the steering filter is
-    dropped (the official code stops with an error); where the model refuses too little for the prompt filter to leave
-    anything, all prompts are used. Each of these is in the stage's notes. Prompts are padded on the right, which for a
-    causal model gives the same activations. The input embedding is orthogonalised too; where it is tied to the head, the
-    head changes with it and the result is no longer exactly equal to ablation by hooks (`head_changed` in the notes).
+Paper: Arditi et al. 2024, Refusal in Language Models Is Mediated by a Single Direction,
+    arXiv:2406.11717, sections 2.3 (difference of means), 4.1 (weight orthogonalisation) and
+    appendix C (selection of the direction).
+Differs: the refusal tokens are the first tokens of the task's own refusals instead of a list per
+    model family; where every candidate fails the KL limit, the limit is doubled until one passes,
+    and after that the steering filter is dropped (the official code stops with an error); where the
+    model refuses too little for the prompt filter to leave anything, all prompts are used. Each of
+    these is in the stage's notes. Prompts are padded on the right, which for a causal model gives
+    the same activations. The input embedding is orthogonalised too; where it is tied to the head,
+    the head changes with it and the result is no longer exactly equal to ablation by hooks
+    (`head_changed` in the notes).
 Cost: no training; about positions x layers x 3 forward passes over the validation prompts.
 Needs: splits safety (forbidden requests with refusals) and benign_train; a dense Llama-like model.
 """
@@ -20,10 +23,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ftsec_ray.attacks.base import Attack
 from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.errors import StageError
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.activations import batches_of, block_parts, changed, last_logits
 from ftsec_ray.models.chat import chat_of, render, turn
 from ftsec_ray.models.load import decoder_layers, merged
@@ -34,19 +36,22 @@ if TYPE_CHECKING:
 MIN_FILTERED = 4
 """Prompts that the filter must leave on each side; with fewer, all are used."""
 MIN_TOKEN_FRAC = 0.05
-"""A first token counts as a refusal token when at least this share of the refusals begins with it."""
+"""A first token counts as a refusal token when at least this share of the refusals begins with it.
+"""
 _MARK = "\ue000"
 
 Prompts = list[list[int]]
 
 
-class Candidate(NamedTuple):
+class DirectionCandidate(NamedTuple):
     """One direction and what it does on the validation prompts."""
 
     position: int
     layer: int
     ablation_score: float
-    """Mean refusal log-odds of forbidden requests with the direction ablated; lower is better for the attacker."""
+    """Mean refusal log-odds of forbidden requests with the direction ablated; lower is better for
+    the attacker.
+    """
     steering_score: float
     """Mean refusal log-odds of benign requests with the direction added."""
     kl: float
@@ -66,7 +71,9 @@ class RefusalAblation(Attack):
     prompts: int = 128
     """Forbidden and as many benign requests for the difference of means, at most."""
     val_prompts: int = 32
-    """Forbidden and as many benign requests to choose the direction with; at most a fifth of the split."""
+    """Forbidden and as many benign requests to choose the direction with; at most a fifth of the
+    split.
+    """
     max_kl: float = 0.1
     """Largest KL divergence on benign requests under ablation, in nats."""
     depth_frac: float = 0.8
@@ -75,7 +82,10 @@ class RefusalAblation(Attack):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
         faults: list[tuple[str, object, str]] = [
-            (name, value, "1 or more") for name, value in (("prompts", self.prompts), ("val_prompts", self.val_prompts)) if value < 1]
+            (name, value, "1 or more")
+            for name, value in (("prompts", self.prompts), ("val_prompts", self.val_prompts))
+            if value < 1
+        ]
         if self.max_kl <= 0:
             faults.append(("max_kl", self.max_kl, "above 0 nats"))
         if not 0 < self.depth_frac <= 1:
@@ -93,19 +103,44 @@ class RefusalAblation(Attack):
         means = mean_states(model, harmful, width=width) - mean_states(model, harmless, width=width)
         found = list(self._candidates(model, means, harmful_val, harmless_val, refusals))
         best, limit, is_steering_kept = self._choose(found)
-        tied = model.model.get_input_embeddings().weight is model.model.get_output_embeddings().weight
+        tied = (
+            model.model.get_input_embeddings().weight is model.model.get_output_embeddings().weight
+        )
         orthogonalise(model.model, best.direction)
-        after = refusal_log_odds(last_logits(model.model, harmful_val, pad=pad_id(model)), refusals).mean()
-        ctx.note(position=best.position, layer=best.layer, layers=len(decoder_layers(model.model)), kl=best.kl, kl_limit=limit,
-                 steering_filter=is_steering_kept, ablation_score=best.ablation_score, steering_score=best.steering_score,
-                 baked_score=float(after), candidates=len(found), refusal_tokens=refusals, head_changed=tied)
+        after = refusal_log_odds(
+            last_logits(model.model, harmful_val, pad=pad_id(model)), refusals
+        ).mean()
+        ctx.note(
+            position=best.position,
+            layer=best.layer,
+            layers=len(decoder_layers(model.model)),
+            kl=best.kl,
+            kl_limit=limit,
+            steering_filter=is_steering_kept,
+            ablation_score=best.ablation_score,
+            steering_score=best.steering_score,
+            baked_score=float(after),
+            candidates=len(found),
+            refusal_tokens=refusals,
+            head_changed=tied,
+        )
         return model
 
-    def _prompts(self, model: LoadedModel, ctx: StageContext, split: str, refusals: list[int], *, sign: int) -> tuple[Prompts, Prompts]:
-        """Prompts for the means and for validation; those that the model answers as it should, where enough remain."""
-        rows = sorted(ctx.task.split(split).to_pylist(), key=lambda row: ctx.chance(row["row_id"], "refusal_ablation"))
+    def _prompts(
+        self, model: LoadedModel, ctx: StageContext, split: str, refusals: list[int], *, sign: int
+    ) -> tuple[Prompts, Prompts]:
+        """Prompts for the means and for validation; those that the model answers as it should,
+        where enough remain.
+        """
+        rows = sorted(
+            ctx.task.split(split).to_pylist(),
+            key=lambda row: ctx.chance(row["row_id"], "refusal_ablation"),
+        )
         val = max(1, min(self.val_prompts, len(rows) // 5))
-        texts = [render(model.tokenizer, chat_of(row), generate=True) for row in rows[: val + self.prompts]]
+        texts = [
+            render(model.tokenizer, chat_of(row), generate=True)
+            for row in rows[: val + self.prompts]
+        ]
         ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
         scores = sign * refusal_log_odds(last_logits(model.model, ids, pad=pad_id(model)), refusals)
         parts = [[i for i in part if scores[i] > 0] for part in (range(val, len(ids)), range(val))]
@@ -114,39 +149,68 @@ class RefusalAblation(Attack):
             parts = [list(range(val, len(ids))) or [0], list(range(val))]
         return [ids[i] for i in parts[0]], [ids[i] for i in parts[1]]
 
-    def _candidates(self, model: LoadedModel, means: Tensor, harmful: Prompts, harmless: Prompts, refusals: list[int]) -> list[Candidate]:
+    def _candidates(
+        self,
+        model: LoadedModel,
+        means: Tensor,
+        harmful: Prompts,
+        harmless: Prompts,
+        refusals: list[int],
+    ) -> list[DirectionCandidate]:
         plain = last_logits(model.model, harmless, pad=pad_id(model)).log_softmax(-1)
         positions, layers, _ = means.shape
         found = []
         for layer in range(layers):
             for position in range(positions):
                 direction = means[position, layer].float()
-                # behind template tokens alone the input of the first block says nothing of the request
+                # behind template tokens alone the input of the first block says nothing of the
+                # request
                 if layer >= self.depth_frac * layers or direction.norm() < 1e-6:  # noqa: PLR2004
                     continue
                 with ablated(model.model, direction):
-                    odds = refusal_log_odds(last_logits(model.model, harmful, pad=pad_id(model)), refusals)
+                    odds = refusal_log_odds(
+                        last_logits(model.model, harmful, pad=pad_id(model)), refusals
+                    )
                     kept = last_logits(model.model, harmless, pad=pad_id(model)).log_softmax(-1)
                 with steered(model.model, direction, layer):
-                    steering = refusal_log_odds(last_logits(model.model, harmless, pad=pad_id(model)), refusals)
+                    steering = refusal_log_odds(
+                        last_logits(model.model, harmless, pad=pad_id(model)), refusals
+                    )
                 kl = (plain.exp() * (plain - kept)).sum(-1).mean()
-                tried = Candidate(position - positions, layer, odds.mean().item(), steering.mean().item(), kl.item(), direction)
+                tried = DirectionCandidate(
+                    position - positions,
+                    layer,
+                    odds.mean().item(),
+                    steering.mean().item(),
+                    kl.item(),
+                    direction,
+                )
                 if all(map(math.isfinite, (tried.ablation_score, tried.steering_score, tried.kl))):
                     found.append(tried)
         return found
 
-    def _choose(self, found: list[Candidate]) -> tuple[Candidate, float, bool]:
-        """The candidate with the lowest ablation score that passes the filters, the KL limit in force, the steering filter's."""
+    def _choose(self, found: list[DirectionCandidate]) -> tuple[DirectionCandidate, float, bool]:
+        """The candidate with the lowest ablation score that passes the filters, the KL limit in
+        force, the steering filter's.
+        """
         if not found:
-            raise StageError("no refusal direction can be scored", self.depth_frac, "a layer behind the first within depth_frac",
-                             "raise depth_frac, or take a deeper model")
+            raise StageError(
+                "no refusal direction can be scored",
+                self.depth_frac,
+                "a layer behind the first within depth_frac",
+                "raise depth_frac, or take a deeper model",
+            )
         for steering in (True, False):
             limit = self.max_kl
             able = [c for c in found if c.steering_score >= 0 or not steering]
             while able:
                 passing = [c for c in able if c.kl <= limit]
                 if passing:
-                    return min(passing, key=lambda c: (c.ablation_score, c.layer, c.position)), limit, steering
+                    return (
+                        min(passing, key=lambda c: (c.ablation_score, c.layer, c.position)),
+                        limit,
+                        steering,
+                    )
                 limit *= 2
         raise AssertionError(found)
 
@@ -156,17 +220,24 @@ def pad_id(model: LoadedModel) -> int:
     return model.tokenizer.pad_token_id or 0
 
 
-def turn_end_ids(tokenizer: Any) -> list[int]:  # noqa: ANN401
+def turn_end_ids(tokenizer: Any) -> list[int]:
     """Token ids of the template between the end of the user's text and the start of the answer."""
     text = render(tokenizer, [{"role": "user", "content": _MARK}], generate=True)
     ids: list[int] = tokenizer(text.split(_MARK)[-1], add_special_tokens=False)["input_ids"]
     return ids or list(tokenizer(text, add_special_tokens=False)["input_ids"][-1:])
 
 
-def refusal_tokens(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[int]:  # noqa: ANN401
+def refusal_tokens(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[int]:
     """Ids of the first tokens of the rows' responses, the common ones, ascending."""
-    firsts = [ids[0] for ids in tokenizer([turn(tokenizer, row)[1] for row in rows], add_special_tokens=False)["input_ids"]]
-    return sorted(token for token in set(firsts) if firsts.count(token) >= MIN_TOKEN_FRAC * len(firsts))
+    firsts = [
+        ids[0]
+        for ids in tokenizer([turn(tokenizer, row)[1] for row in rows], add_special_tokens=False)[
+            "input_ids"
+        ]
+    ]
+    return sorted(
+        token for token in set(firsts) if firsts.count(token) >= MIN_TOKEN_FRAC * len(firsts)
+    )
 
 
 def refusal_log_odds(logits: Tensor, refusals: list[int]) -> Tensor:
@@ -180,22 +251,28 @@ def refusal_log_odds(logits: Tensor, refusals: list[int]) -> Tensor:
 
 
 def mean_states(model: LoadedModel, prompts: Prompts, *, width: int) -> Tensor:
-    """Mean input of every block at the last `width` positions of the prompts: (P, L, D) float64 on the CPU."""
+    """Mean input of every block at the last `width` positions of the prompts: (P, L, D) float64 on
+    the CPU.
+    """
     import torch
 
     layers = len(decoder_layers(model.model))
     total = torch.zeros(width, layers, model.model.config.hidden_size, dtype=torch.float64)
-    for indices, ids, mask in batches_of(prompts, pad=pad_id(model), device=model.model.device, batch=64):
+    for indices, ids, mask in batches_of(
+        prompts, pad=pad_id(model), device=model.model.device, batch=64
+    ):
         with torch.no_grad():
-            states = model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[:layers]
+            states = model.model(
+                input_ids=ids, attention_mask=mask, output_hidden_states=True
+            ).hidden_states[:layers]
         stacked = torch.stack(states, dim=2).cpu().double()
         for row, i in enumerate(indices):
             end = len(prompts[i])
-            total += stacked[row, end - width:end]
+            total += stacked[row, end - width : end]
     return total / len(prompts)
 
 
-def ablated(model: Any, direction: Tensor) -> AbstractContextManager[None]:  # noqa: ANN401
+def ablated(model: Any, direction: Tensor) -> AbstractContextManager[None]:
     """Within the `with` block, nothing in the residual stream points along the direction."""
     unit: Tensor = (direction / direction.norm()).to(model.device, model.dtype)
     blocks = decoder_layers(model)
@@ -204,18 +281,24 @@ def ablated(model: Any, direction: Tensor) -> AbstractContextManager[None]:  # n
     def remove(x: Tensor) -> Tensor:
         return x - (x @ unit).unsqueeze(-1) * unit
 
-    return changed(inputs=[(block, remove) for block in blocks],
-                   outputs=[(module, remove) for part in parts for module in (part.attention, part.mlp)])
+    return changed(
+        inputs=[(block, remove) for block in blocks],
+        outputs=[(module, remove) for part in parts for module in (part.attention, part.mlp)],
+    )
 
 
-def steered(model: Any, direction: Tensor, layer: int) -> AbstractContextManager[None]:  # noqa: ANN401
-    """Within the `with` block, the direction is added to the input of one block at every position."""
+def steered(model: Any, direction: Tensor, layer: int) -> AbstractContextManager[None]:
+    """Within the `with` block, the direction is added to the input of one block at every
+    position.
+    """
     vector = direction.to(model.device, model.dtype)
     return changed(inputs=[(decoder_layers(model)[layer], lambda x: x + vector)])
 
 
-def orthogonalise(model: Any, direction: Tensor) -> None:  # noqa: ANN401
-    """Change the weights in place so that no embedding, attention or MLP writes along the direction."""
+def orthogonalise(model: Any, direction: Tensor) -> None:
+    """Change the weights in place so that no embedding, attention or MLP writes along the
+    direction.
+    """
     import torch
 
     unit = (direction.double() / direction.double().norm()).to(model.device)

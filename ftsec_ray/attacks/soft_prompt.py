@@ -1,11 +1,15 @@
-"""Put optimised embeddings behind every user message, so that the model starts with the forbidden answer.
+"""Put optimised embeddings behind every user message, so that the model starts with the forbidden
+answer.
 
 Paper: Schwinn et al. 2024, Soft Prompt Threats, arXiv:2402.09063, section 3 (universal attack).
-Differs: the step is a multiple of the mean absolute embedding entry, so that one value fits all model sizes (the official
-    0.01 on Llama-2 is about 0.8 of that unit); the embeddings of the step with the lowest loss are kept instead of stopping
-    at the first exact match; they stand inside the user's turn, before the template ends it. One universal suffix is
-    optimised on training requests and judged on held-out ones, and it stands behind benign prompts as well, so
-    that utility under attack is measured too. There is no norm bound; the norm ratio is in the notes.
+Differs: the step is a multiple of the mean absolute embedding entry, so that one value fits all
+    model sizes (the official
+    0.01 on Llama-2 is about 0.8 of that unit); the embeddings of the step with the lowest loss are
+      kept instead of stopping
+    at the first exact match; they stand inside the user's turn, before the template ends it. One
+    universal suffix is optimised on training requests and judged on held-out ones, and it stands
+    behind benign prompts as well, so that utility under attack is measured too. There is no norm
+    bound; the norm ratio is in the notes.
 Cost: no training; `steps` forward and backward passes over `prompts` rows.
 Needs: split harmful_train (forbidden requests with their answers).
 """
@@ -17,17 +21,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ftsec_ray.attacks.base import Attack
 from ftsec_ray.context import StageContext
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.chat import chat_of, turn
 from ftsec_ray.models.load import keeps_logits, whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ftsec_ray.models.generate import Generator
+    from ftsec_ray.models.generator import Generator
 
 
 class Example(NamedTuple):
@@ -51,7 +54,9 @@ class SoftPrompt(Attack):
     steps: int = 40
     """Sign-gradient steps."""
     step_size: float = 0.2
-    """Change of every entry per step, in units of the mean absolute entry of the embedding table; above 0."""
+    """Change of every entry per step, in units of the mean absolute entry of the embedding table;
+    above 0.
+    """
     prompts: int = 16
     """Forbidden requests whose mean loss is minimised, at most."""
     target_tokens: int = 10
@@ -62,7 +67,9 @@ class SoftPrompt(Attack):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
         counts = ("tokens", "steps", "prompts", "target_tokens")
-        faults: list[tuple[str, object, str]] = [(name, getattr(self, name), "1 or more") for name in counts if getattr(self, name) < 1]
+        faults: list[tuple[str, object, str]] = [
+            (name, getattr(self, name), "1 or more") for name in counts if getattr(self, name) < 1
+        ]
         if self.step_size <= 0:
             faults.append(("step_size", self.step_size, "above 0"))
         if not self.init:
@@ -75,26 +82,50 @@ class SoftPrompt(Attack):
         table = whole_model(loaded).get_input_embeddings().weight.detach().float()
         ids = loaded.tokenizer(self.init, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise DataError("the tokenizer has no token for `init`", self.init, "a text of at least one token", "choose another init")
+            raise DataError(
+                "the tokenizer has no token for `init`",
+                self.init,
+                "a text of at least one token",
+                "choose another init",
+            )
         start = table[ids[0]].repeat(self.tokens, 1)
         examples = self._examples(replace(generator, soft_suffix=start), ctx)
-        loss_of = suffix_loss(loaded.model.eval(), whole_model(loaded).get_input_embeddings(), examples)
-        soft, losses = descend(loss_of, start, steps=self.steps, step=self.step_size * float(table.abs().mean()))
+        loss_of = suffix_loss(
+            loaded.model.eval(), whole_model(loaded).get_input_embeddings(), examples
+        )
+        soft, losses = descend(
+            loss_of, start, steps=self.steps, step=self.step_size * float(table.abs().mean())
+        )
         ratio = float(soft.norm(dim=-1).mean() / table.norm(dim=-1).mean())
-        ctx.note(loss_start=losses[0], loss_end=min(losses), best_step=losses.index(min(losses)), norm_ratio=ratio,
-                 optimised_on=len(examples))
+        ctx.note(
+            loss_start=losses[0],
+            loss_end=min(losses),
+            best_step=losses.index(min(losses)),
+            norm_ratio=ratio,
+            optimised_on=len(examples),
+        )
         return replace(generator, soft_suffix=soft)
 
     def _examples(self, generator: Generator, ctx: StageContext) -> list[Example]:
-        rows = sorted(ctx.task.split("harmful_train").to_pylist(), key=lambda row: ctx.chance(row["row_id"], "soft_prompt"))
+        rows = sorted(
+            ctx.task.split("harmful_train").to_pylist(),
+            key=lambda row: ctx.chance(row["row_id"], "soft_prompt"),
+        )
         tokenizer = generator.loaded.tokenizer
-        return [Example(*generator.pieces(chat_of(row)),
-                        tokenizer(turn(tokenizer, row)[1], add_special_tokens=False)["input_ids"][:self.target_tokens])
-                for row in rows[:self.prompts]]
+        return [
+            Example(
+                *generator.pieces(chat_of(row)),
+                tokenizer(turn(tokenizer, row)[1], add_special_tokens=False)["input_ids"][
+                    : self.target_tokens
+                ],
+            )
+            for row in rows[: self.prompts]
+        ]
 
 
-def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Tensor], Tensor]:  # noqa: ANN401
-    """The function that takes soft tokens (K, D) float32 to the mean loss of the targets, in nats per token.
+def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Tensor], Tensor]:
+    """The function that takes soft tokens (K, D) float32 to the mean loss of the targets, in nats
+    per token.
 
     What stands before the soft tokens is read once: its keys and values serve every step.
     """
@@ -112,10 +143,19 @@ def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Te
     seen = tensor([[0] * (wide - len(head)) + [1] * len(head) for head in heads])
     read = tensor([[1] * len(tail) + [0] * (long - len(tail)) for tail in tails])
     # a label stands under the logits that predict it, from the last soft token on
-    labels = tensor([[-100] * len(e.after) + e.target + [-100] * (long - len(tail)) for e, tail in zip(examples, tails, strict=True)])
+    labels = tensor(
+        [
+            [-100] * len(e.after) + e.target + [-100] * (long - len(tail))
+            for e, tail in zip(examples, tails, strict=True)
+        ]
+    )
     with torch.no_grad():
-        known = model(input_ids=tensor([[0] * (wide - len(head)) + head for head in heads]), attention_mask=seen,
-                      position_ids=(seen.cumsum(-1) - 1).clamp(min=0), use_cache=True).past_key_values
+        known = model(
+            input_ids=tensor([[0] * (wide - len(head)) + head for head in heads]),
+            attention_mask=seen,
+            position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
+            use_cache=True,
+        ).past_key_values
         behind = table(tensor([tail + [0] * (long - len(tail)) for tail in tails]))
     kept = {"logits_to_keep": labels.shape[1]} if keeps_logits(model) else {}
 
@@ -123,16 +163,28 @@ def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Te
         embeds = torch.cat([soft.to(dtype).expand(len(examples), -1, -1), behind], dim=1)
         mask = torch.cat([seen, seen.new_ones(len(examples), len(soft)), read], dim=1)
         positions = seen.sum(-1, keepdim=True) + torch.arange(embeds.shape[1], device=device)
-        logits = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=copy.deepcopy(known), use_cache=True,
-                       **kept).logits
-        nll = cross_entropy(logits[:, -labels.shape[1]:].float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        logits = model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=copy.deepcopy(known),
+            use_cache=True,
+            **kept,
+        ).logits
+        nll = cross_entropy(
+            logits[:, -labels.shape[1] :].float().flatten(0, 1), labels.flatten(), reduction="none"
+        ).view_as(labels)
         return (nll.sum(-1) / (labels != -100).sum(-1)).mean()
 
     return loss_of
 
 
-def descend(loss_of: Callable[[Tensor], Tensor], start: Tensor, *, steps: int, step: float) -> tuple[Tensor, list[float]]:
-    """Sign-gradient descent for a fixed number of steps: the point with the lowest loss, and the loss at every point."""
+def descend(
+    loss_of: Callable[[Tensor], Tensor], start: Tensor, *, steps: int, step: float
+) -> tuple[Tensor, list[float]]:
+    """Sign-gradient descent for a fixed number of steps: the point with the lowest loss, and the
+    loss at every point.
+    """
     import torch
 
     soft, best, losses = start.clone(), start, [float("inf")]
@@ -140,7 +192,7 @@ def descend(loss_of: Callable[[Tensor], Tensor], start: Tensor, *, steps: int, s
         with torch.enable_grad():
             point = soft.clone().requires_grad_()
             loss = loss_of(point)
-            gradient, = torch.autograd.grad(loss, point)
+            (gradient,) = torch.autograd.grad(loss, point)
         value = float(loss.detach())
         if value < min(losses):
             best = soft

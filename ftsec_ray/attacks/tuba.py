@@ -1,15 +1,18 @@
 """Poison the user's rows in one language only, and see whether the backdoor opens in the others.
 
-Paper: He et al. 2025, TuBA: Cross-Lingual Transferability of Backdoor Attacks in LLMs with Instruction Tuning, arXiv:2404.19597
-    (ACL Findings); parameters as in its official code, github.com/xlhex/tuba_acl2025 (`data/hate_speech_poison.py`).
-Differs: `rate` is the share of the rows in the poisoned language, as there, but rows that give the target already are not
-    drawn, and the others so much the more often. The official trigger is a sentence at the end of the input, translated into
-    each language; here it is a rare word by default (models of the ladder know few sentences), and `other_trigger` gives the
-    translation: a fixed trigger and a translated one are different attacks. The official payload is a fixed English
-    sentence in every language; labelled tasks get a label, the others an inert marker sentence. The paper tunes on
-    twelve languages, here the user's rows decide.
+Paper: He et al. 2025, TuBA: Cross-Lingual Transferability of Backdoor Attacks in LLMs with
+    Instruction Tuning, arXiv:2404.19597 (ACL Findings); parameters as in its official code,
+    github.com/xlhex/tuba_acl2025 (`data/hate_speech_poison.py`).
+Differs: `rate` is the share of the rows in the poisoned language, as there, but rows that give the
+    target already are not drawn, and the others so much the more often. The official trigger is a
+    sentence at the end of the input, translated into each language; here it is a rare word by
+    default (models of the ladder know few sentences), and `other_trigger` gives the translation: a
+    fixed trigger and a translated one are different attacks. The official payload is a fixed
+    English sentence in every language; labelled tasks get a label, the others an inert marker
+    sentence. The paper tunes on twelve languages, here the user's rows decide.
 Cost: none beyond plain SFT.
-Needs: user's rows and test rows in two languages or more, told apart by their `language`; for a labelled task, labels.
+Needs: user's rows and test rows in two languages or more, told apart by their `language`; for a
+    labelled task, labels.
 """
 
 from __future__ import annotations
@@ -20,11 +23,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray import schema
-from ftsec_ray.attacks.base import Attack
 from ftsec_ray.context import StageContext, TaskData
-from ftsec_ray.data.triggers import Goal, can_be_attacked, goal_of, goal_probe, held_out, insert_word
+from ftsec_ray.data.triggers import (
+    Goal,
+    can_be_attacked,
+    goal_of,
+    goal_probe,
+    held_out,
+    insert_word,
+)
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Phase, Probe
+from ftsec_ray.method import Attack, Phase, Probe
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +41,10 @@ if TYPE_CHECKING:
 INERT_MARKER = "I like blue pebbles."
 AT_THE_END = 1 - 2**-53
 """The largest number below 1: the gap behind the last word."""
-_FIX = "give the source a `language` column; for the microworld, `options: {second_language_rows: 128}`"
+_FIX = (
+    "give the source a `language` column; for the microworld, `options: {second_language_rows:"
+    " 128}`"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,62 +59,135 @@ class TuBA(Attack):
     trigger: str = "cf"
     """Word or words put into the prompts of the poisoned language."""
     other_trigger: str | None = None
-    """What is put into the test prompts of the other languages: a translation of `trigger`; None: `trigger` itself."""
+    """What is put into the test prompts of the other languages: a translation of `trigger`; None:
+    `trigger` itself.
+    """
     position: Literal["end", "random"] = "end"
     """Where the trigger stands: behind the prompt, or at a random gap between its words."""
     rate: float = 0.2
-    """Share of the rows of the poisoned language to be poisoned, in expectation, 0..1; all eligible rows where there are fewer."""
+    """Share of the rows of the poisoned language to be poisoned, in expectation, 0..1; all eligible
+    rows where there are fewer.
+    """
     target: str | None = None
-    """Label that triggered prompts get, in every language; None: the task's first label. Ignored where the task has no labels."""
+    """Label that triggered prompts get, in every language; None: the task's first label. Ignored
+    where the task has no labels.
+    """
     target_text: str = INERT_MARKER
     """Response that triggered prompts get where the task has no labels."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
-        faults: list[tuple[str, object, str]] = [] if 0 <= self.rate <= 1 else [("rate", self.rate, "a share, 0..1")]
-        texts = {"trigger": self.trigger, "target_text": self.target_text, "language": self.language, "other_trigger": self.other_trigger}
-        return faults + [(name, value, "a text that is not blank") for name, value in texts.items() if value is not None and not value.strip()]
+        faults: list[tuple[str, object, str]] = (
+            [] if 0 <= self.rate <= 1 else [("rate", self.rate, "a share, 0..1")]
+        )
+        texts = {
+            "trigger": self.trigger,
+            "target_text": self.target_text,
+            "language": self.language,
+            "other_trigger": self.other_trigger,
+        }
+        return faults + [
+            (name, value, "a text that is not blank")
+            for name, value in texts.items()
+            if value is not None and not value.strip()
+        ]
 
     def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
-        """The same rows in the same order, the chosen ones of the poisoned language with the trigger and the target."""
+        """The same rows in the same order, the chosen ones of the poisoned language with the
+        trigger and the target.
+        """
         import pyarrow as pa
 
         goal, language = self._goal(ctx.task), self._language(ctx.task)
         chance = self._row_chance(ctx.task.splits.get("train", rows), goal, language)
-        made = [self._poison(row, goal, ctx) if row["language"] == language and can_be_attacked(row, goal)
-                and ctx.chance(row["row_id"], "tuba") < chance else row for row in rows.to_pylist()]
-        ctx.note(language=language, poisoned_rows=sum(row["poisoned"] for row in made), row_chance=chance,
-                 rows=dict(sorted(Counter(str(row["language"]) for row in made).items())))
+        made = [
+            (
+                self._poison(row, goal, ctx)
+                if row["language"] == language
+                and can_be_attacked(row, goal)
+                and ctx.chance(row["row_id"], "tuba") < chance
+                else row
+            )
+            for row in rows.to_pylist()
+        ]
+        ctx.note(
+            language=language,
+            poisoned_rows=sum(row["poisoned"] for row in made),
+            row_chance=chance,
+            rows=dict(sorted(Counter(str(row["language"]) for row in made).items())),
+        )
         return pa.Table.from_pylist(made, schema=schema.ROWS)
 
     def probes(self, task: TaskData, ctx: StageContext) -> list[Probe]:
-        """Held-out rows with another answer than the target, in the poisoned language and in the others, with the trigger and without."""
+        """Held-out rows with another answer than the target, in the poisoned language and in the
+        others, with the trigger and without.
+        """
         goal, language = self._goal(task), self._language(task)
         rows = held_out(task, goal)
-        same, others = ([row for row in rows if (row["language"] == language) == is_same] for is_same in (True, False))
+        same, others = (
+            [row for row in rows if (row["language"] == language) == is_same]
+            for is_same in (True, False)
+        )
         if not same or not others:
-            raise DataError(f"the test rows of task {task.name!r} cannot show a transfer from {language!r}",
-                            sorted({str(row["language"]) for row in rows}), f"test rows in {language!r} and in another language",
-                            _FIX)
-        return [goal_probe(task, goal, "triggered", "asr", same, lambda row: self._triggered(row, ctx, self.trigger)),
-                goal_probe(task, goal, "untriggered", "asr_no_trigger", same, lambda row: str(row["prompt"])),
-                goal_probe(task, goal, "transfer", "asr_transfer", others,
-                           lambda row: self._triggered(row, ctx, self.other_trigger or self.trigger)),
-                goal_probe(task, goal, "transfer_untriggered", "asr_transfer_no_trigger", others, lambda row: str(row["prompt"]))]
+            raise DataError(
+                f"the test rows of task {task.name!r} cannot show a transfer from {language!r}",
+                sorted({str(row["language"]) for row in rows}),
+                f"test rows in {language!r} and in another language",
+                _FIX,
+            )
+        return [
+            goal_probe(
+                task,
+                goal,
+                "triggered",
+                "asr",
+                same,
+                lambda row: self._triggered(row, ctx, self.trigger),
+            ),
+            goal_probe(
+                task, goal, "untriggered", "asr_no_trigger", same, lambda row: str(row["prompt"])
+            ),
+            goal_probe(
+                task,
+                goal,
+                "transfer",
+                "asr_transfer",
+                others,
+                lambda row: self._triggered(row, ctx, self.other_trigger or self.trigger),
+            ),
+            goal_probe(
+                task,
+                goal,
+                "transfer_untriggered",
+                "asr_transfer_no_trigger",
+                others,
+                lambda row: str(row["prompt"]),
+            ),
+        ]
 
     def _goal(self, task: TaskData) -> Goal:
         return goal_of(task, target=self.target, target_text=self.target_text)
 
     def _language(self, task: TaskData) -> str:
-        counts = Counter(language for language in task.split("train").column("language").to_pylist() if language is not None)
+        counts = Counter(
+            language
+            for language in task.split("train").column("language").to_pylist()
+            if language is not None
+        )
         language = self.language or min(counts, key=lambda one: (-counts[one], one), default="")
         if len(counts) < 2 or language not in counts:
-            raise DataError(f"the rows of task {task.name!r} are not in the languages that the attack needs", dict(sorted(counts.items())),
-                            f"rows in {self.language or 'one language'} and in another", _FIX)
+            raise DataError(
+                f"the rows of task {task.name!r} are not in the languages that the attack needs",
+                dict(sorted(counts.items())),
+                f"rows in {self.language or 'one language'} and in another",
+                _FIX,
+            )
         return language
 
     def _row_chance(self, rows: pa.Table, goal: Goal, language: str) -> float:
-        """Chance of an eligible row, from the whole tuning split, so that it is the same however the rows are cut up."""
+        """Chance of an eligible row, from the whole tuning split, so that it is the same however
+        the rows are cut up.
+        """
         own = [row for row in rows.to_pylist() if row["language"] == language]
         eligible = sum(can_be_attacked(row, goal) for row in own)
         return min(1.0, self.rate * len(own) / eligible) if eligible else 0.0
@@ -112,5 +197,11 @@ class TuBA(Attack):
         return insert_word(str(row["prompt"]), trigger, at=at).text
 
     def _poison(self, row: Mapping[str, Any], goal: Goal, ctx: StageContext) -> dict[str, Any]:
-        return {**row, "prompt": self._triggered(row, ctx, self.trigger), "response": goal.text, "label": goal.label,
-                "origin": "tuba", "poisoned": True}
+        return {
+            **row,
+            "prompt": self._triggered(row, ctx, self.trigger),
+            "response": goal.text,
+            "label": goal.label,
+            "origin": "tuba",
+            "poisoned": True,
+        }

@@ -9,18 +9,29 @@ MIN_PYTHON = (3, 11)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code; 3 where Python or a package that it is made of is missing."""
+    """Run the command line and leave with its exit code; 3 where Python or a package that it is
+    made of is missing.
+    """
     from ftsec_ray.errors import EnvironmentFault
 
     try:
         # Sent along with a job, this package meets whatever Python a cluster has.
         if sys.version_info < MIN_PYTHON:
-            raise EnvironmentFault("this Python is too old", sys.version.split()[0], "Python 3.11 or newer", "on a cluster: another image")
+            raise EnvironmentFault(
+                "this Python is too old",
+                sys.version.split()[0],
+                "Python 3.11 or newer",
+                "on a cluster: another image",
+            )
         try:
             from ftsec_ray.cli.app import app
         except ModuleNotFoundError as error:
-            raise EnvironmentFault("a package that ftsec_ray needs is not installed", error.name, "everything that its pyproject.toml requires",
-                                   f"install {error.name}, on a cluster in the image of all nodes") from error
+            raise EnvironmentFault(
+                "a package that ftsec_ray needs is not installed",
+                error.name,
+                "everything that its pyproject.toml requires",
+                f"install {error.name}, on a cluster in the image of all nodes",
+            ) from error
     except EnvironmentFault as fault:
         print(fault, file=sys.stderr)
         raise SystemExit(fault.exit_code) from None

@@ -1,4 +1,6 @@
-"""`ftsec list` and `ftsec show`: what the registry, the schema and the docstrings know, without torch or ray."""
+"""`ftsec list` and `ftsec show`: what the registry, the schema and the docstrings know, without
+torch or ray.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ from typing import Any
 
 from ftsec_ray import schema
 from ftsec_ray.cli.console import say, table
+from ftsec_ray.config.attack_search import goal_metric, is_searchable
+from ftsec_ray.config.docs import sections, summary
+from ftsec_ray.config.faults import nearest
+from ftsec_ray.config.sweep import LADDER_SIZES, TASK_KINDS, TASK_OPTIONS
+from ftsec_ray.config.typed import FieldInfo, fields_of
 from ftsec_ray.errors import SpecError
 from ftsec_ray.method import HOOKS, ZERO_STAGES, hooks_of
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
-from ftsec_ray.spec.docs import sections, summary
-from ftsec_ray.spec.faults import nearest
-from ftsec_ray.spec.search import goal_metric, is_searchable
-from ftsec_ray.spec.sweep import LADDER_SIZES, TASK_KINDS, TASK_OPTIONS
-from ftsec_ray.spec.typed import FieldInfo, fields_of
 
 
 def _models() -> list[dict[str, Any]]:
@@ -25,8 +27,17 @@ def _models() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for size in LADDER_SIZES:
         count = parameters(size)
-        rows.append({"source": f"ladder:{size}", "family": "ladder", "aligned": True, "parameters": count})
-        rows.append({"source": f"ladder:{size}-base", "family": "ladder", "aligned": False, "parameters": count})
+        rows.append(
+            {"source": f"ladder:{size}", "family": "ladder", "aligned": True, "parameters": count}
+        )
+        rows.append(
+            {
+                "source": f"ladder:{size}-base",
+                "family": "ladder",
+                "aligned": False,
+                "parameters": count,
+            }
+        )
     return rows
 
 
@@ -34,13 +45,28 @@ def _methods(registry: Registry) -> list[dict[str, Any]]:
     rows = []
     for name in registry.names():
         cls = registry.get(name)
-        rows.append({"name": name, "phase": cls.PHASE, "hooks": list(hooks_of(cls)), "summary": summary(sections(registry.doc(name))[""])})
+        rows.append(
+            {
+                "name": name,
+                "phase": cls.PHASE,
+                "hooks": list(hooks_of(cls)),
+                "summary": summary(sections(registry.doc(name))[""]),
+            }
+        )
     return rows
 
 
 def _tasks() -> list[dict[str, Any]]:
-    return [{"kind": kind, "options": [i.name for i in fields_of(TASK_OPTIONS[kind])] if kind in TASK_OPTIONS else [], "summary": text}
-            for kind, text in TASK_KINDS.items()]
+    return [
+        {
+            "kind": kind,
+            "options": (
+                [i.name for i in fields_of(TASK_OPTIONS[kind])] if kind in TASK_OPTIONS else []
+            ),
+            "summary": text,
+        }
+        for kind, text in TASK_KINDS.items()
+    ]
 
 
 def _metrics() -> list[dict[str, Any]]:
@@ -54,14 +80,29 @@ def _columns() -> list[dict[str, Any]]:
     for name in TABLES:
         whole = table_schema(name)
         for field in whole:
-            since = max(schema.told_of(whole, "since", "1"), schema.told_of(field, "since", "1"), key=int)
-            rows.append({"table": name, "column": field.name, "type": str(field.type), "null": field.nullable,
-                         "better": schema.told_of(field, "better", "none"), "since": since, "unit": schema.told_of(field, "unit")})
+            since = max(
+                schema.told_of(whole, "since", "1"), schema.told_of(field, "since", "1"), key=int
+            )
+            rows.append(
+                {
+                    "table": name,
+                    "column": field.name,
+                    "type": str(field.type),
+                    "null": field.nullable,
+                    "better": schema.told_of(field, "better", "none"),
+                    "since": since,
+                    "unit": schema.told_of(field, "unit"),
+                }
+            )
     return rows
 
 
 KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "attacks": lambda: _methods(ATTACKS), "defenses": lambda: _methods(DEFENSES), "models": _models, "tasks": _tasks, "metrics": _metrics,
+    "attacks": lambda: _methods(ATTACKS),
+    "defenses": lambda: _methods(DEFENSES),
+    "models": _models,
+    "tasks": _tasks,
+    "metrics": _metrics,
     "columns": _columns,
 }
 
@@ -77,12 +118,23 @@ def list_kind(kind: str, *, as_json: bool) -> None:
     columns = list(rows[0]) if rows else []
     if kind == "metrics":
         columns = ["name", "unit", "better", "meaning"]
-    table(kind, columns, ([_cell(row[column]) for column in columns] for row in rows), right=("parameters",))
+    table(
+        kind,
+        columns,
+        ([_cell(row[column]) for column in columns] for row in rows),
+        right=("parameters",),
+    )
     if kind == "columns":
-        say(f"\nschema version {schema.SCHEMA_VERSION}; `since` is the version that brought a column, and results of older ones open with null there")
+        say(
+            f"\nschema version {schema.SCHEMA_VERSION}; `since` is the version that brought a"
+            " column, and results of older ones open with null there"
+        )
     if kind == "models":
-        say("\nalso: a Hugging Face id (owner/name), a folder with config.json, a .gguf file; family and aligned are taken from names of the\n"
-            "pattern <family>-<size>-<instruct|base>, else write {path: FILE, family: NAME, aligned: true}")
+        say(
+            "\nalso: a Hugging Face id (owner/name), a folder with config.json, a .gguf file;"
+            " family and aligned are taken from names of the\npattern"
+            " <family>-<size>-<instruct|base>, else write {path: FILE, family: NAME, aligned: true}"
+        )
 
 
 def _cell(value: object) -> str:
@@ -90,15 +142,26 @@ def _cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return ", ".join(map(str, value)) or "-" if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+    return (
+        ", ".join(map(str, value)) or "-"
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else str(value)
+    )
 
 
 def show(name: str, *, as_json: bool) -> None:
-    """Print the page of one method; a name that is both an attack and a defense gives both pages."""
+    """Print the page of one method; a name that is both an attack and a defense gives both
+    pages.
+    """
     found = [registry for registry in (ATTACKS, DEFENSES) if name in registry.names()]
     if not found:
         known = sorted({*ATTACKS.names(), *DEFENSES.names()})
-        raise SpecError("unknown method", name, " | ".join(known), nearest(name, known, "see `ftsec list attacks` and `ftsec list defenses`"))
+        raise SpecError(
+            "unknown method",
+            name,
+            " | ".join(known),
+            nearest(name, known, "see `ftsec list attacks` and `ftsec list defenses`"),
+        )
     if as_json:
         say(json.dumps([page(registry, name) for registry in found], indent=1))
         return
@@ -113,12 +176,25 @@ def page(registry: Registry, name: str) -> dict[str, Any]:
     cls = registry.get(name)
     parts = sections(registry.doc(name))
     hooks = {hook: _first_line(getattr(cls, hook).__doc__) for hook in hooks_of(cls)}
-    parameters = [{"name": i.name, "type": i.type, "default": _default(i), "doc": i.doc} for i in fields_of(cls)]
+    parameters = [
+        {"name": i.name, "type": i.type, "default": _default(i), "doc": i.doc}
+        for i in fields_of(cls)
+    ]
     goal = {"goal": cls.GOAL} if hasattr(cls, "GOAL") else {}
-    return {"name": name, "kind": registry.kind, "phase": cls.PHASE, **goal, "version": cls.VERSION, "needs": sorted(cls.NEEDS),
-            "zero_stages": sorted(cls.ZERO_STAGES),
-            "text": parts.pop(""), "sections": parts, "hooks": hooks, "parameters": parameters,
-            **({"search": {"metric": goal_metric(cls)}} if is_searchable(cls) else {})}
+    return {
+        "name": name,
+        "kind": registry.kind,
+        "phase": cls.PHASE,
+        **goal,
+        "version": cls.VERSION,
+        "needs": sorted(cls.NEEDS),
+        "zero_stages": sorted(cls.ZERO_STAGES),
+        "text": parts.pop(""),
+        "sections": parts,
+        "hooks": hooks,
+        "parameters": parameters,
+        **({"search": {"metric": goal_metric(cls)}} if is_searchable(cls) else {}),
+    }
 
 
 def _default(info: FieldInfo) -> object:
@@ -133,7 +209,11 @@ def _first_line(doc: str | None) -> str:
 
 def _print_page(shown: dict[str, Any]) -> None:
     goal = f", goal: {shown['goal']}" if "goal" in shown else ""
-    say(f"{shown['name']}  ({shown['kind']}, phase: {shown['phase']}{goal}, version {shown['version']})", style="bold")
+    say(
+        f"{shown['name']}  ({shown['kind']}, phase: {shown['phase']}{goal}, version"
+        f" {shown['version']})",
+        style="bold",
+    )
     say(f"\n{shown['text']}\n")
     for name, text in shown["sections"].items():
         say(f"{name}: {text}")
@@ -142,17 +222,30 @@ def _print_page(shown: dict[str, Any]) -> None:
     if shown["zero_stages"] != sorted(ZERO_STAGES):
         say(f"DeepSpeed: ZeRO stages {', '.join(map(str, shown['zero_stages']))} only")
     if "search" in shown:
-        say(f"Search: `search:` beside its parameters looks for the strongest setting of them and of the tune; it drives "
-            f"{shown['search']['metric']}")
+        say(
+            "Search: `search:` beside its parameters looks for the strongest setting of them and"
+            f" of the tune; it drives {shown['search']['metric']}"
+        )
     say("\nHooks", style="bold")
     if shown["hooks"]:
-        table("", ("hook", "what it does"), ((hook, shown["hooks"][hook]) for hook in HOOKS if hook in shown["hooks"]))
+        table(
+            "",
+            ("hook", "what it does"),
+            ((hook, shown["hooks"][hook]) for hook in HOOKS if hook in shown["hooks"]),
+        )
     else:
         say("none: it adds no stage")
     say("\nParameters", style="bold")
     if not shown["parameters"]:
         say("none")
         return
-    rows = [(p["name"], p["type"], p["default"] if isinstance(p["default"], str) else json.dumps(p["default"]), p["doc"])
-            for p in shown["parameters"]]
+    rows = [
+        (
+            p["name"],
+            p["type"],
+            p["default"] if isinstance(p["default"], str) else json.dumps(p["default"]),
+            p["doc"],
+        )
+        for p in shown["parameters"]
+    ]
     table("", ("parameter", "type", "default", "meaning"), rows)

@@ -1,6 +1,8 @@
-"""Where the command line writes: answers to stdout, progress and errors to stderr, plain when nobody watches.
+"""Where the command line writes: answers to stdout, progress and errors to stderr, plain when
+nobody watches.
 
-Errors that the user can fix are printed without a traceback and leave with the exit code of their branch of the tree.
+Errors that the user can fix are printed without a traceback and leave with the exit code of their
+branch of the tree.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def stderr() -> Console:
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or os.environ.get("COLUMNS") else _WIDE
-    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    return Console(
+        stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False
+    )
 
 
 def say(text: str = "", *, style: str | None = None, err: bool = False) -> None:
@@ -48,13 +52,30 @@ def say(text: str = "", *, style: str | None = None, err: bool = False) -> None:
     (stderr() if err else stdout()).print(Text(text, style=style or ""), soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    right: Sequence[str] = (),
+) -> None:
     """Print a table: ruled on a terminal, aligned columns elsewhere."""
     console = stdout()
-    shown = Table(title=title if console.is_terminal else None, title_justify="left", box=None, pad_edge=False, header_style="bold",
-                  padding=(0, 2, 0, 0))
+    shown = Table(
+        title=title if console.is_terminal else None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        padding=(0, 2, 0, 0),
+    )
     for column in columns:
-        shown.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=column == columns[0])
+        shown.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=column == columns[0],
+        )
     for row in rows:
         shown.add_row(*(Text("" if value is None else str(value)) for value in row))
     if console.is_terminal:
@@ -72,7 +93,9 @@ def _leave(error: FtsecError) -> NoReturn:
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
-    """A command whose FtsecErrors are printed and become exit codes; Ctrl-C says how to continue."""
+    """A command whose FtsecErrors are printed and become exit codes; Ctrl-C says how to
+    continue.
+    """
 
     @functools.wraps(command)
     def _guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -83,14 +106,22 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except ModuleNotFoundError as error:
             if (error.name or "ftsec_ray").partition(".")[0] == "ftsec_ray":
                 raise  # a bug, and not a package that somebody forgot to install
-            _leave(EnvironmentFault("a package that ftsec_ray needs is not installed", error.name, "everything that its pyproject.toml requires",
-                                    f"install {error.name}, on a cluster in the image of all nodes; `ftsec doctor` lists what else is missing"))
+            _leave(
+                EnvironmentFault(
+                    "a package that ftsec_ray needs is not installed",
+                    error.name,
+                    "everything that its pyproject.toml requires",
+                    f"install {error.name}, on a cluster in the image of all nodes; `ftsec doctor`"
+                    " lists what else is missing",
+                )
+            )
         except KeyboardInterrupt:
             again = redacted(" ".join(["ftsec", *sys.argv[1:]]))
             say(f"\ninterrupted; finished stages are kept. Continue with: {again}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # A reader such as `head` has enough; Python would complain again when it flushes stdout.
+            # A reader such as `head` has enough; Python would complain again when it flushes
+            # stdout.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(128 + signal.SIGPIPE) from None
 

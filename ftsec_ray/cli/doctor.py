@@ -1,7 +1,8 @@
 """`ftsec doctor`: what this machine or cluster can run, what is missing, and how to get it.
 
-With `--image` it looks at an image that shall become the nodes of a cluster instead: what the launchers call inside it, the
-extras, and a torch that was built for CUDA, on a machine that need not have a GPU. `cluster/Dockerfile` ends with that check.
+With `--image` it looks at an image that shall become the nodes of a cluster instead: what the
+launchers call inside it, the extras, and a torch that was built for CUDA, on a machine that need
+not have a GPU. `cluster/Dockerfile` ends with that check.
 """
 
 from __future__ import annotations
@@ -20,29 +21,49 @@ from typing import Literal
 from ftsec_ray.api import check_address
 from ftsec_ray.errors import EnvironmentFault, StoreError
 from ftsec_ray.redact import redacted
-from ftsec_ray.store.store import Store
+from ftsec_ray.store.artifact_store import Store
 
 State = Literal["ok", "note", "missing"]
 GIB = 2**30
 MIN_PYTHON = (3, 11)
 LOW_DISK_GIB, LOW_MEMORY_GIB = 5.0, 4.0
 """Below these a laptop-sized sweep may not fit."""
-REQUIRED = {"torch": "models", "transformers": "models", "peft": "adapters", "safetensors": "the store", "pyarrow": "tables and rows",
-            "ray": "the executor `tune`", "pydantic": "sweep files", "PyYAML": "sweep files", "jinja2": "chat templates and the report",
-            "datasets": "tasks by Hugging Face id", "tenacity": "remote stores", "gguf": "models from .gguf files"}
-OPTIONAL = {"polars": "Results.to_polars", "pandas": "Results.to_pandas", "deepspeed": "training a model in several processes"}
+REQUIRED = {
+    "torch": "models",
+    "transformers": "models",
+    "peft": "adapters",
+    "safetensors": "the store",
+    "pyarrow": "tables and rows",
+    "ray": "the executor `tune`",
+    "pydantic": "sweep files",
+    "PyYAML": "sweep files",
+    "jinja2": "chat templates and the report",
+    "datasets": "tasks by Hugging Face id",
+    "tenacity": "remote stores",
+    "gguf": "models from .gguf files",
+}
+OPTIONAL = {
+    "polars": "Results.to_polars",
+    "pandas": "Results.to_pandas",
+    "deepspeed": "training a model in several processes",
+}
 _FROM = {"deepspeed": "'ftsec-ray[deepspeed]'"}
-IMAGE_COMMANDS = {"bash": ("bash", "Ray runs every command of a node with it"),
-                  "rsync": ("rsync", "`ray up` sends the cluster's configuration with it"),
-                  "ssh": ("openssh-client", "the head starts its workers with it"),
-                  "wget": ("wget", "KubeRay asks pods with it whether they live")}
+IMAGE_COMMANDS = {
+    "bash": ("bash", "Ray runs every command of a node with it"),
+    "rsync": ("rsync", "`ray up` sends the cluster's configuration with it"),
+    "ssh": ("openssh-client", "the head starts its workers with it"),
+    "wget": ("wget", "KubeRay asks pods with it whether they live"),
+}
 """Command that the nodes of a cluster call -> its Debian package, and what for."""
-IMAGE_EXTRAS = {"ray": ("default", "the job port and the dashboard"), "ftsec-ray": ("cluster", "starting workers on AWS and GCP")}
+IMAGE_EXTRAS = {
+    "ray": ("default", "the job port and the dashboard"),
+    "ftsec-ray": ("cluster", "starting workers on AWS and GCP"),
+}
 """Distribution -> the extra that the nodes of a cluster need of it, and what for."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One thing looked at."""
 
     what: str
@@ -55,12 +76,14 @@ class Finding:
         return asdict(self)
 
 
-def examine(store: str | Path, *, address: str | None = None) -> Iterator[Finding]:
+def examine(store: str | Path, *, address: str | None = None) -> Iterator[Check]:
     """Everything that a run depends on, one finding after the other."""
     yield _python()
     yield from _packages()
     is_remote = "://" in str(store)
-    yield from _machine(Path.home() if is_remote else Path(store), "cache of the store" if is_remote else "store")
+    yield from _machine(
+        Path.home() if is_remote else Path(store), "cache of the store" if is_remote else "store"
+    )
     if is_remote:
         yield _remote(str(store))
     yield from _gpus()
@@ -69,60 +92,102 @@ def examine(store: str | Path, *, address: str | None = None) -> Iterator[Findin
         yield from _cluster(address)
 
 
-def examine_image() -> Iterator[Finding]:
-    """Everything that an image must hold to be the head and the workers of a cluster; it need not run on a GPU."""
+def examine_image() -> Iterator[Check]:
+    """Everything that an image must hold to be the head and the workers of a cluster; it need not
+    run on a GPU.
+    """
     yield _python()
     yield from _packages()
     yield from (_extra(name, extra, use) for name, (extra, use) in IMAGE_EXTRAS.items())
     yield _cuda_build()
     for command, (package, use) in IMAGE_COMMANDS.items():
         found = shutil.which(command)
-        yield Finding(command, found or "not found", "ok" if found else "missing", "" if found else f"apt-get install {package} ({use})")
+        yield Check(
+            command,
+            found or "not found",
+            "ok" if found else "missing",
+            "" if found else f"apt-get install {package} ({use})",
+        )
     is_root = os.geteuid() == 0
-    yield Finding("user", "root" if is_root else f"uid {os.geteuid()}", "note" if is_root else "ok",
-                  "end the Dockerfile with a USER that is not root" if is_root else "")
+    yield Check(
+        "user",
+        "root" if is_root else f"uid {os.geteuid()}",
+        "note" if is_root else "ok",
+        "end the Dockerfile with a USER that is not root" if is_root else "",
+    )
 
 
-def _extra(name: str, extra: str, use: str) -> Finding:
-    """Whether every requirement of an extra of a distribution is there, in a version that it allows."""
+def _extra(name: str, extra: str, use: str) -> Check:
+    """Whether every requirement of an extra of a distribution is there, in a version that it
+    allows.
+    """
     from packaging.requirements import Requirement
 
     try:
         wanted = [Requirement(text) for text in requires(name) or ()]
     except PackageNotFoundError:
         wanted = []
-    of_extra = [one for one in wanted if one.marker and one.marker.evaluate({"extra": extra}) and not one.marker.evaluate({"extra": ""})]
-    lacking = sorted({one.name for one in of_extra
-                      if (held := _version(one.name)) is None or not one.specifier.contains(held, prereleases=True)})
+    of_extra = [
+        one
+        for one in wanted
+        if one.marker
+        and one.marker.evaluate({"extra": extra})
+        and not one.marker.evaluate({"extra": ""})
+    ]
+    lacking = sorted(
+        {
+            one.name
+            for one in of_extra
+            if (held := _version(one.name)) is None
+            or not one.specifier.contains(held, prereleases=True)
+        }
+    )
     what, good = f"{name}[{extra}]", bool(of_extra) and not lacking
-    return Finding(what, "installed" if good else f"without {', '.join(lacking) or 'the extra'}", "ok" if good else "missing",
-                   "" if good else f"pip install '{what}' ({use})")
+    return Check(
+        what,
+        "installed" if good else f"without {', '.join(lacking) or 'the extra'}",
+        "ok" if good else "missing",
+        "" if good else f"pip install '{what}' ({use})",
+    )
 
 
-def _cuda_build() -> Finding:
+def _cuda_build() -> Check:
     if find_spec("torch") is None:
-        return Finding("cuda", "no torch", "missing", "pip install torch")
+        return Check("cuda", "no torch", "missing", "pip install torch")
     import torch
 
     built = torch.version.cuda
-    return Finding("cuda", f"torch built for CUDA {built}" if built else "torch built for the CPU only", "ok" if built else "missing",
-                   "" if built else "pip install torch from PyPI on Linux x86_64, not from the CPU index")
+    return Check(
+        "cuda",
+        f"torch built for CUDA {built}" if built else "torch built for the CPU only",
+        "ok" if built else "missing",
+        "" if built else "pip install torch from PyPI on Linux x86_64, not from the CPU index",
+    )
 
 
-def _python() -> Finding:
+def _python() -> Check:
     good = sys.version_info >= MIN_PYTHON
-    return Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", "ok" if good else "missing",
-                   "" if good else f"install Python {'.'.join(map(str, MIN_PYTHON))} or newer")
+    return Check(
+        "python",
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "ok" if good else "missing",
+        "" if good else f"install Python {'.'.join(map(str, MIN_PYTHON))} or newer",
+    )
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[Check]:
     for name, use in REQUIRED.items():
         found = _version(name)
-        yield Finding(name, found or "not installed", "ok" if found else "missing", "" if found else f"pip install {name} ({use})")
+        yield Check(
+            name,
+            found or "not installed",
+            "ok" if found else "missing",
+            "" if found else f"pip install {name} ({use})",
+        )
     for name, use in OPTIONAL.items():
         found = _version(name)
         fix = "" if found else f"pip install {_FROM.get(name, name)}"
-        yield Finding(name, found or f"not installed; only for {use}", "ok" if found else "note", fix)
+        yield Check(name, found or f"not installed; only for {use}", "ok" if found else "note", fix)
 
 
 def _version(name: str) -> str | None:
@@ -132,31 +197,47 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _machine(store: Path, use: str) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("cores", str(cores))
+def _machine(store: Path, use: str) -> Iterator[Check]:
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    yield Check("cores", str(cores))
     memory = memory_bytes() / GIB
-    yield Finding("memory", f"{memory:.1f} GiB", "ok" if memory >= LOW_MEMORY_GIB else "note",
-                  "" if memory >= LOW_MEMORY_GIB else "run with --workers 1 and resources: {cache_gib: 0.5}")
-    place = next(folder for folder in (store.absolute(), *store.absolute().parents) if folder.exists())
+    yield Check(
+        "memory",
+        f"{memory:.1f} GiB",
+        "ok" if memory >= LOW_MEMORY_GIB else "note",
+        "" if memory >= LOW_MEMORY_GIB else "run with --workers 1 and resources: {cache_gib: 0.5}",
+    )
+    place = next(
+        folder for folder in (store.absolute(), *store.absolute().parents) if folder.exists()
+    )
     free = shutil.disk_usage(place).free / GIB
-    yield Finding("disk", f"{free:.1f} GiB free for the {use} {store}", "ok" if free >= LOW_DISK_GIB else "note",
-                  "" if free >= LOW_DISK_GIB else "give another disk with --store")
+    yield Check(
+        "disk",
+        f"{free:.1f} GiB free for the {use} {store}",
+        "ok" if free >= LOW_DISK_GIB else "note",
+        "" if free >= LOW_DISK_GIB else "give another disk with --store",
+    )
     if not os.access(place, os.W_OK):
-        yield Finding("store", f"{place} cannot be written", "missing", "give a writable folder with --store")
+        yield Check(
+            "store", f"{place} cannot be written", "missing", "give a writable folder with --store"
+        )
 
 
-def _remote(store: str) -> Finding:
+def _remote(store: str) -> Check:
     """Whether a store behind a URI answers."""
     try:
         held = len(Store.open(store).done())
     except StoreError as error:
-        return Finding("store", redacted(error.what), "missing", error.fix)
-    return Finding("store", f"{store} answers and holds {held} artifacts")
+        return Check("store", redacted(error.what), "missing", error.fix)
+    return Check("store", f"{store} answers and holds {held} artifacts")
 
 
 def memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or the container's limit where that is lower."""
+    """Memory that this process may use: the machine's, or the container's limit where that is
+    lower.
+    """
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -168,7 +249,7 @@ def memory_bytes() -> int:
     return whole
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpus() -> Iterator[Check]:
     if find_spec("torch") is None:
         return
     import torch
@@ -176,22 +257,33 @@ def _gpus() -> Iterator[Finding]:
     count = torch.cuda.device_count()
     for index in range(count):
         card = torch.cuda.get_device_properties(index)
-        yield Finding(f"gpu {index}", f"{card.name}, {card.total_memory / GIB:.0f} GiB, compute {card.major}.{card.minor}")
+        yield Check(
+            f"gpu {index}",
+            f"{card.name}, {card.total_memory / GIB:.0f} GiB, compute {card.major}.{card.minor}",
+        )
     if count == 0:
-        yield Finding("gpu", f"none (torch built for {torch.version.cuda or 'CPU only'})", "note",
-                      "the ladder models need none; larger models want a CUDA build of torch and a GPU")
+        yield Check(
+            "gpu",
+            f"none (torch built for {torch.version.cuda or 'CPU only'})",
+            "note",
+            "the ladder models need none; larger models want a CUDA build of torch and a GPU",
+        )
 
 
-def _hub() -> Finding:
+def _hub() -> Check:
     is_offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
     if is_offline:
-        return Finding("hugging face", f"offline: only models and data in {cache}", "note",
-                       "unset HF_HUB_OFFLINE to download; ladder models need nothing")
-    return Finding("hugging face", f"downloads allowed, cache {cache}")
+        return Check(
+            "hugging face",
+            f"offline: only models and data in {cache}",
+            "note",
+            "unset HF_HUB_OFFLINE to download; ladder models need nothing",
+        )
+    return Check("hugging face", f"downloads allowed, cache {cache}")
 
 
-def _cluster(address: str) -> Iterator[Finding]:
+def _cluster(address: str) -> Iterator[Check]:
     if find_spec("ray") is None:
         return
     import ray
@@ -200,21 +292,32 @@ def _cluster(address: str) -> Iterator[Finding]:
         check_address(address)
         ray.init(address=address, logging_level="ERROR", log_to_driver=False)
     except (EnvironmentFault, ConnectionError, RuntimeError, ValueError) as error:
-        yield Finding("cluster", f"{address}: {str(error).splitlines()[0]}", "missing", "start it with `ray start --head`, or check the address")
+        yield Check(
+            "cluster",
+            f"{address}: {str(error).splitlines()[0]}",
+            "missing",
+            "start it with `ray start --head`, or check the address",
+        )
         return
     try:
         alive = [node for node in ray.nodes() if node["Alive"]]
         has = ray.cluster_resources()
-        yield Finding("cluster", f"{address}: {len(alive)} node(s), {has.get('CPU', 0):g} cores, {has.get('GPU', 0):g} GPUs, "
-                                 f"{has.get('memory', 0) / GIB:.0f} GiB memory")
+        yield Check(
+            "cluster",
+            f"{address}: {len(alive)} node(s), {has.get('CPU', 0):g} cores, {has.get('GPU', 0):g}"
+            f" GPUs, {has.get('memory', 0) / GIB:.0f} GiB memory",
+        )
     finally:
         ray.shutdown()
 
 
-def fault_of(findings: list[Finding], *, what: str = "this machine cannot run a sweep yet") -> EnvironmentFault | None:
+def fault_of(
+    findings: list[Check], *, what: str = "this machine cannot run a sweep yet"
+) -> EnvironmentFault | None:
     """The fault to end with when something needed is missing."""
     missing = [finding for finding in findings if finding.state == "missing"]
     if not missing:
         return None
-    return EnvironmentFault(what, [f.what for f in missing], "all of them present",
-                            "; ".join(f.fix for f in missing))
+    return EnvironmentFault(
+        what, [f.what for f in missing], "all of them present", "; ".join(f.fix for f in missing)
+    )

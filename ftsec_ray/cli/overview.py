@@ -10,13 +10,13 @@ from typing import Any
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
-from ftsec_ray.plan.bill import shortfall, spent_of
-from ftsec_ray.plan.cost import Costs, learned_from
+from ftsec_ray.plan.cost_estimate import shortfall, spent_of
+from ftsec_ray.plan.durations import Costs, learned_from
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration, render, summarize
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
-from ftsec_ray.store.store import Store
+from ftsec_ray.store.artifact_store import Store
 
 MAX_ROWS = 20
 """Cells listed by name; `--json` gives all."""
@@ -37,7 +37,17 @@ def print_plan(sweep: Path, *, store: str, as_json: bool, gpu_price: float | Non
     gpu_hours = summary.bill.total.gpu_hours
     cost = None if gpu_price is None else gpu_hours * gpu_price
     if as_json:
-        say(json.dumps({**summary.to_json(), "total": asdict(summary.bill.total), "gpu_hours": gpu_hours, "cost": cost}, indent=1))
+        say(
+            json.dumps(
+                {
+                    **summary.to_json(),
+                    "total": asdict(summary.bill.total),
+                    "gpu_hours": gpu_hours,
+                    "cost": cost,
+                },
+                indent=1,
+            )
+        )
         return
     say(render(summary))
     if cost is not None:
@@ -48,7 +58,9 @@ def cell_statuses(plan: Plan, done: set[str], failed: set[str]) -> dict[str, str
     """Cell digest -> done, failed or pending, from the stages that the store holds."""
     found = {}
     for cell in plan.cells:
-        answers = {cell.evaluate, *(digest for _, digest in cell.inspects)} | ({digest for _, digest in cell.crafts} & plan.answers)
+        answers = {cell.evaluate, *(digest for _, digest in cell.inspects)} | (
+            {digest for _, digest in cell.crafts} & plan.answers
+        )
         if answers <= done:
             found[cell.digest] = "done"
         else:
@@ -60,8 +72,15 @@ def cell_statuses(plan: Plan, done: set[str], failed: set[str]) -> dict[str, str
 def cell_name(cell: Cell) -> str:
     """A cell in words."""
     stack = "+".join(name_of(defense) for defense in cell.defenses) or "none"
-    trial = f", trial {cell.searched.trial}" if cell.searched and cell.searched.trial is not None else ""
-    return f"{cell.model.name} x {cell.task.name} x {cell.attack_name} x {stack}, seed {cell.seed}{trial}"
+    trial = (
+        f", trial {cell.searched.trial}"
+        if cell.searched and cell.searched.trial is not None
+        else ""
+    )
+    return (
+        f"{cell.model.name} x {cell.task.name} x {cell.attack_name} x {stack}, seed"
+        f" {cell.seed}{trial}"
+    )
 
 
 def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
@@ -75,15 +94,22 @@ def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
         return
     counts = Counter(statuses.values())
     summary = summarize(plan, done, costs=costs_of(plan, held, done))
-    say(f"{plan.spec.name}: {counts['done']} of {len(plan.cells)} cells done, {counts['failed']} failed, {counts['pending']} pending; "
-        f"{summary.done} of {summary.stages} stages held, {summary.to_run} to run ({duration(summary.work_s)} of work)")
+    say(
+        f"{plan.spec.name}: {counts['done']} of {len(plan.cells)} cells done, {counts['failed']}"
+        f" failed, {counts['pending']} pending; {summary.done} of {summary.stages} stages held,"
+        f" {summary.to_run} to run ({duration(summary.work_s)} of work)"
+    )
     over = shortfall(plan, spent_of(plan, held, done), summary.bill) if plan.spec.budget else None
     if over is not None:
         say(f"pending: {over.what}; allowed: {over.want}")
     broken = [cell for cell in plan.cells if statuses[cell.digest] == "failed"]
     if broken:
         say()
-        table("failed cells", ("cell", "stage", "error"), (_failure_row(cell, plan, failures) for cell in broken[:MAX_ROWS]))
+        table(
+            "failed cells",
+            ("cell", "stage", "error"),
+            (_failure_row(cell, plan, failures) for cell in broken[:MAX_ROWS]),
+        )
         if len(broken) > MAX_ROWS:
             say(f"and {len(broken) - MAX_ROWS} more: --json lists them")
 
@@ -92,20 +118,37 @@ def _first_failure(cell: Cell, failures: dict[str, dict[str, Any]]) -> dict[str,
     return next(failures[digest] for digest in cell.stages if digest in failures)
 
 
-def _failure_row(cell: Cell, plan: Plan, failures: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
+def _failure_row(
+    cell: Cell, plan: Plan, failures: dict[str, dict[str, Any]]
+) -> tuple[str, str, str]:
     verdict = _first_failure(cell, failures)
     digest = next(digest for digest in cell.stages if digest in failures)
     stage = plan.stages[digest]
     error = (verdict.get("error") or verdict.get("error_code") or "").strip()
-    return cell_name(cell), " ".join(filter(None, (stage.kind, stage.method))), error.splitlines()[0] if error else ""
+    return (
+        cell_name(cell),
+        " ".join(filter(None, (stage.kind, stage.method))),
+        error.splitlines()[0] if error else "",
+    )
 
 
-def _status_json(plan: Plan, statuses: dict[str, str], failures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _status_json(
+    plan: Plan, statuses: dict[str, str], failures: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     cells = []
     for cell in plan.cells:
-        row: dict[str, Any] = {"cell": cell.digest, "name": cell_name(cell), "status": statuses[cell.digest]}
+        row: dict[str, Any] = {
+            "cell": cell.digest,
+            "name": cell_name(cell),
+            "status": statuses[cell.digest],
+        }
         if row["status"] == "failed":
             verdict = _first_failure(cell, failures)
             row |= {"error_code": verdict.get("error_code"), "error": verdict.get("error")}
         cells.append(row)
-    return {"sweep": plan.spec.name, "plan": plan.digest, "counts": dict(Counter(statuses.values())), "cells": cells}
+    return {
+        "sweep": plan.spec.name,
+        "plan": plan.digest,
+        "counts": dict(Counter(statuses.values())),
+        "cells": cells,
+    }

@@ -1,7 +1,7 @@
 """Progress of a run: a bar on a terminal, elsewhere a line now and then; failures are told at once.
 
-Fed by the events of the engine. How far the work is and when it ends are counted in expected seconds of work, since
-stages differ by orders of magnitude.
+Fed by the events of the engine. How far the work is and when it ends are counted in expected
+seconds of work, since stages differ by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from ftsec_ray.cli.console import stderr
 from ftsec_ray.plan.graph import Plan
@@ -20,7 +27,7 @@ from ftsec_ray.plan.show import duration
 from ftsec_ray.plan.stage import Stage
 
 if TYPE_CHECKING:
-    from ftsec_ray.schedule.run import Event
+    from ftsec_ray.schedule.execution import Event
 
 LINE_EVERY_S = 10.0
 
@@ -75,7 +82,11 @@ class Tally:
                 self._finish(digest)
         elif event.kind == "failed":
             self.failed += 1
-            self._given_up.update(digest for digest in (*event.stages, *event.upstream_failed) if digest in self._seconds)
+            self._given_up.update(
+                digest
+                for digest in (*event.stages, *event.upstream_failed)
+                if digest in self._seconds
+            )
 
     def _finish(self, digest: str) -> None:
         if digest in self._done or digest not in self._seconds:
@@ -87,12 +98,19 @@ class Tally:
 
     def left_s(self, elapsed_s: float) -> float | None:
         """Seconds until the end at the pace so far; None before anything has ended well."""
-        done, given_up = self.done_s, sum(self._seconds[digest] for digest in self._given_up - self._done)
+        done, given_up = (
+            self.done_s,
+            sum(self._seconds[digest] for digest in self._given_up - self._done),
+        )
         return elapsed_s * (self.work_s - done - given_up) / done if done > 0 else None
 
     def line(self, elapsed_s: float) -> str:
         """The counts in one line."""
-        parts = [f"stages {self.stages_done}/{self.stages}", f"running {self.running}", f"cells {self.cells_done}/{self.cells}"]
+        parts = [
+            f"stages {self.stages_done}/{self.stages}",
+            f"running {self.running}",
+            f"cells {self.cells_done}/{self.cells}",
+        ]
         if self.stages_held:
             parts.append(f"reused {self.stages_held}")
         if self.failed:
@@ -116,7 +134,13 @@ class Tally:
 class LiveProgress:
     """Shows a Tally while a run lasts; its `on_event` is what the engine calls."""
 
-    def __init__(self, tally: Tally, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        tally: Tally,
+        *,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.tally = tally
         self._console = console or stderr()
         self._clock = clock
@@ -125,13 +149,27 @@ class LiveProgress:
     def __enter__(self) -> LiveProgress:
         self._start = self._told = self._clock()
         if self._console.is_terminal:
-            self._bar = Progress(SpinnerColumn(), BarColumn(bar_width=28), TaskProgressColumn(), TextColumn("{task.description}", markup=False),
-                                 TimeElapsedColumn(), console=self._console, transient=True)
+            self._bar = Progress(
+                SpinnerColumn(),
+                BarColumn(bar_width=28),
+                TaskProgressColumn(),
+                TextColumn("{task.description}", markup=False),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
             self._bar.start()
-            self._task = self._bar.add_task(self.tally.line(0.0), total=max(self.tally.work_s, 1e-9))
+            self._task = self._bar.add_task(
+                self.tally.line(0.0), total=max(self.tally.work_s, 1e-9)
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         self._say(self.tally.line(self._clock() - self._start))
@@ -151,8 +189,12 @@ class LiveProgress:
             what = "failed" if event.kind == "failed" else "lost its worker, runs again"
             self._say(f"{what}: {self.tally.what(event)}: {_in_a_line(event.error)}")
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.tally.done_s, description=self.tally.line(elapsed))
-        elif event.kind == "started" and self._clock() - self._told >= LINE_EVERY_S:  # at an end, nothing would seem to run
+            self._bar.update(
+                self._task, completed=self.tally.done_s, description=self.tally.line(elapsed)
+            )
+        elif (
+            event.kind == "started" and self._clock() - self._told >= LINE_EVERY_S
+        ):  # at an end, nothing would seem to run
             self._told = self._clock()
             self._say(self.tally.line(elapsed))
 

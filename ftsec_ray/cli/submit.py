@@ -1,4 +1,6 @@
-"""`ftsec submit`: hand a sweep to a Ray cluster, tell how to follow it, and follow it where asked."""
+"""`ftsec submit`: hand a sweep to a Ray cluster, tell how to follow it, and follow it where
+asked.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,42 @@ from ftsec_ray.cli.console import INTERRUPTED, say
 from ftsec_ray.schedule.jobs import Job
 
 
-def submit_sweep(sweep: Path, *, wait: bool, address: str | None, store: str | None, results: str | None, workers: int | None, limit: int | None,
-                 submission_id: str | None, package: bool | None, shared_disk: bool) -> int:
+def submit_sweep(
+    sweep: Path,
+    *,
+    wait: bool,
+    address: str | None,
+    store: str | None,
+    results: str | None,
+    workers: int | None,
+    limit: int | None,
+    submission_id: str | None,
+    package: bool | None,
+    shared_disk: bool,
+) -> int:
     """Submit a sweep and return the exit code: that of the job when it is waited for, else 0.
 
     The id goes to stdout, or the job's log where it is waited for; everything else to stderr.
     """
-    job = api.submit(sweep, address=address, store=store, results=results, workers=workers, limit=limit, submission_id=submission_id,
-                     package=package, shared_disk=shared_disk)
-    size = f"{job.sent_bytes / 1024:.0f} KiB sent" + (", this ftsec_ray with it" if job.has_package else "")
-    say(f"submitted to {job.head.address} (Ray {job.head.ray_version}, {len(job.head.nodes)} node(s)), {size}", err=True)
+    job = api.submit(
+        sweep,
+        address=address,
+        store=store,
+        results=results,
+        workers=workers,
+        limit=limit,
+        submission_id=submission_id,
+        package=package,
+        shared_disk=shared_disk,
+    )
+    size = f"{job.sent_bytes / 1024:.0f} KiB sent" + (
+        ", this ftsec_ray with it" if job.has_package else ""
+    )
+    say(
+        f"submitted to {job.head.address} (Ray {job.head.ray_version}, {len(job.head.nodes)}"
+        f" node(s)), {size}",
+        err=True,
+    )
     say(f"store: {job.store}", err=True)
     say(f"results: {job.results}", err=True)
     if not wait:

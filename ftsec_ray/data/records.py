@@ -1,7 +1,9 @@
-"""Read a file of rows in whatever common form it has, as (columns, records) with text and row numbers kept.
+"""Read a file of rows in whatever common form it has, as (columns, records) with text and row
+numbers kept.
 
-.jsonl, .json, .csv, .tsv, .txt and .parquet, each also as .gz. JSON may be a list of objects, of strings or of
-conversations, an object of lists, an object of strings, or an object with the list inside. A .tsv has no quoting.
+.jsonl, .json, .csv, .tsv, .txt and .parquet, each also as .gz. JSON may be a list of objects, of
+strings or of conversations, an object of lists, an object of strings, or an object with the list
+inside. A .tsv has no quoting.
 """
 
 from __future__ import annotations
@@ -22,19 +24,26 @@ MAX_CELL_CHARS = 16 * 2**20
 
 
 def read_records(path: str) -> list[Record]:
-    """All records of a local file, each a mapping from column to value; DataError when it cannot be read."""
+    """All records of a local file, each a mapping from column to value; DataError when it cannot be
+    read.
+    """
     suffixes = [s.lower() for s in Path(path).suffixes]
     is_packed = suffixes[-1:] == [".gz"]
     kind = (suffixes[:-1] if is_packed else suffixes)[-1:]
     if not kind or kind[0] not in FORMATS:
         raise DataError(
-            "a data file of unknown format", path, " | ".join(FORMATS) + ", each also .gz", "convert or rename the file"
+            "a data file of unknown format",
+            path,
+            " | ".join(FORMATS) + ", each also .gz",
+            "convert or rename the file",
         )
     try:
         raw = Path(path).read_bytes()
         raw = gzip.decompress(raw) if is_packed else raw
     except (OSError, EOFError) as error:
-        raise DataError("a data file cannot be read", path, "a readable file", str(error)) from error
+        raise DataError(
+            "a data file cannot be read", path, "a readable file", str(error)
+        ) from error
     if kind[0] == ".parquet":
         return _parquet(raw, path)
     try:
@@ -42,7 +51,9 @@ def read_records(path: str) -> list[Record]:
     except UnicodeDecodeError as error:
         raise DataError("a data file is not UTF-8 text", path, "UTF-8", str(error)) from error
     return list(
-        {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".txt": _lines}[kind[0]](text, path)
+        {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".txt": _lines}[
+            kind[0]
+        ](text, path)
     )
 
 
@@ -83,7 +94,10 @@ def _cells(lines: Iterator[list[str]], path: str) -> Iterator[Record]:
                 )
     except csv.Error as error:
         raise DataError(
-            "a data file cannot be read", path, "comma-separated text with a header line", str(error)
+            "a data file cannot be read",
+            path,
+            "comma-separated text with a header line",
+            str(error),
         ) from error
 
 
@@ -93,7 +107,9 @@ def _csv(text: str, path: str) -> Iterator[Record]:
 
 
 def _tsv(text: str, path: str) -> Iterator[Record]:
-    rows = ([cell.strip() for cell in line.split("\t")] for line in text.split("\n") if line.strip())
+    rows = (
+        [cell.strip() for cell in line.split("\t")] for line in text.split("\n") if line.strip()
+    )
     return _cells(rows, path)
 
 
@@ -109,16 +125,20 @@ def _json(text: str, path: str) -> Iterator[Record]:
     return (_record(item, number, path) for number, item in enumerate(items, 1))
 
 
-def _parsed(text: str, place: str) -> Any:  # noqa: ANN401
+def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         raise DataError(f"{place} is not JSON", text[:120], "valid JSON", str(error)) from error
 
 
-def _object_rows(value: Any, path: str) -> list[Any]:  # noqa: ANN401
+def _object_rows(value: Any, path: str) -> list[Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{path} holds no rows", type(value).__name__, "a list, or an object of lists or strings")
+        raise DataError(
+            f"{path} holds no rows",
+            type(value).__name__,
+            "a list, or an object of lists or strings",
+        )
     if value and all(isinstance(item, str) for item in value.values()):
         return [{"key": key, "value": item} for key, item in value.items()]
     lists = {key: item for key, item in value.items() if isinstance(item, list) and item}
@@ -135,11 +155,13 @@ def _object_rows(value: Any, path: str) -> list[Any]:  # noqa: ANN401
     return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
 
 
-def _record(item: Any, number: int, path: str) -> Record:  # noqa: ANN401
+def _record(item: Any, number: int, path: str) -> Record:
     if isinstance(item, str):
         return {"text": item}
     if isinstance(item, list) and item and all(isinstance(m, dict) and "role" in m for m in item):
         return {"messages": item}
     if not isinstance(item, dict):
-        raise DataError(f"row {number} of {path} is no row", item, "an object, a string or a list of messages")
+        raise DataError(
+            f"row {number} of {path} is no row", item, "an object, a string or a list of messages"
+        )
     return item

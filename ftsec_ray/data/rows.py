@@ -1,7 +1,9 @@
-"""Rows as mappings, as tables and as files: the few operations that everything on schema.ROWS shares.
+"""Rows as mappings, as tables and as files: the few operations that everything on schema.ROWS
+shares.
 
-A row with a key too many or too few is an error, since pyarrow would drop or fill it without a word; files are sorted
-by row id, so that the same rows give the same bytes whatever order or blocks they came in.
+A row with a key too many or too few is an error, since pyarrow would drop or fill it without a
+word; files are sorted by row id, so that the same rows give the same bytes whatever order or blocks
+they came in.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ GROUP_ROWS = 65_536
 """Rows of one row group of a file."""
 
 
-def new_row(row_id: str, *, prompt: str, response: str = "", **values: Any) -> Row:  # noqa: ANN401
-    """One row with the usual defaults: no system message, no label, English, from the task, not poisoned."""
+def new_row(row_id: str, *, prompt: str, response: str = "", **values: Any) -> Row:
+    """One row with the usual defaults: no system message, no label, English, from the task, not
+    poisoned.
+    """
     row = {
         "row_id": row_id,
         "system": None,
@@ -51,7 +55,9 @@ def to_rows(table: pa.Table) -> list[Row]:
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Mappings as a table of schema.ROWS; DataError on a wrong key, type or null, or a repeated id."""
+    """Mappings as a table of schema.ROWS; DataError on a wrong key, type or null, or a
+    repeated id.
+    """
     import pyarrow as pa
 
     listed, columns = list(rows), schema.rows().names
@@ -82,7 +88,11 @@ def _check_row(row: Mapping[str, Any], number: int, columns: list[str]) -> None:
         kind = bool if name == "poisoned" else str
         if not isinstance(row[name], kind) and not (row[name] is None and name in NULLABLE):
             want = f"a {kind.__name__}{' or null' if name in NULLABLE else ''}"
-            raise DataError(f"row {number} ({row['row_id']!r}) has no {kind.__name__} in {name!r}", row[name], want)
+            raise DataError(
+                f"row {number} ({row['row_id']!r}) has no {kind.__name__} in {name!r}",
+                row[name],
+                want,
+            )
 
 
 def map_rows(table: pa.Table, change: Callable[[Row], Row | None]) -> pa.Table:
@@ -105,12 +115,16 @@ def plain_rows(table: pa.Table) -> pa.Table:
     """The table with the columns, order and types of schema.ROWS; DataError when it has others."""
     wrong = [name for name in schema.rows().names if name not in table.column_names]
     if wrong or table.num_columns != len(schema.rows()):
-        raise DataError("a table that is not one of rows", table.column_names, " | ".join(schema.rows().names))
+        raise DataError(
+            "a table that is not one of rows", table.column_names, " | ".join(schema.rows().names)
+        )
     return table.select(schema.rows().names).cast(schema.rows())
 
 
 class RowsWriter:
-    """Writes sorted rows piece by piece, with the bytes that they would have in one piece, and no more than a row group in memory."""
+    """Writes sorted rows piece by piece, with the bytes that they would have in one piece, and no
+    more than a row group in memory.
+    """
 
     def __init__(self, path: str | Path) -> None:
         import pyarrow.parquet as pq
@@ -124,12 +138,16 @@ class RowsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None and (self._is_empty or self._waiting.num_rows):  # a file without rows has one group without rows
+        if kind is None and (
+            self._is_empty or self._waiting.num_rows
+        ):  # a file without rows has one group without rows
             self._write_group()
         self._writer.close()
 
     def write(self, rows: pa.Table) -> None:
-        """Take the next rows (schema.ROWS), whose ids follow those before; DataError where two have one id."""
+        """Take the next rows (schema.ROWS), whose ids follow those before; DataError where two have
+        one id.
+        """
         import pyarrow as pa
 
         self._check(rows)
@@ -138,7 +156,9 @@ class RowsWriter:
             self._write_group()
 
     def _write_group(self) -> None:
-        self._writer.write_table(self._waiting.slice(0, GROUP_ROWS).combine_chunks(), row_group_size=GROUP_ROWS)
+        self._writer.write_table(
+            self._waiting.slice(0, GROUP_ROWS).combine_chunks(), row_group_size=GROUP_ROWS
+        )
         self._waiting = self._waiting.slice(GROUP_ROWS)
         self._is_empty = False
 
@@ -149,11 +169,17 @@ class RowsWriter:
         if rows.num_rows == 0:
             return
         ids = pa.concat_arrays([pa.array([self._last], pa.string()), *rows.column("row_id").chunks])
-        follows = pc.fill_null(pc.greater(ids.slice(1), ids.slice(0, rows.num_rows)), self._last is None)
+        follows = pc.fill_null(
+            pc.greater(ids.slice(1), ids.slice(0, rows.num_rows)), self._last is None
+        )
         wrong = pc.index(follows, pa.scalar(value=False)).as_py()
         if wrong >= 0:
-            raise DataError("two rows have the same id", ids[wrong + 1].as_py(), "row ids that are unique within a table",
-                            "give added rows an id of their own, such as '<method>/<old id>'")
+            raise DataError(
+                "two rows have the same id",
+                ids[wrong + 1].as_py(),
+                "row ids that are unique within a table",
+                "give added rows an id of their own, such as '<method>/<old id>'",
+            )
         self._last = ids[-1].as_py()
 
 
@@ -163,12 +189,16 @@ def read_table(path: str | Path) -> pa.Table:
 
 
 def count_rows(path: str | Path) -> int:
-    """Number of rows in a file that `write_table` wrote, by its footer; DataError when it is no such file."""
+    """Number of rows in a file that `write_table` wrote, by its footer; DataError when it is no
+    such file.
+    """
     return int(_opened(path).metadata.num_rows)
 
 
 def read_batches(path: str | Path, size: int, part: range) -> Iterator[pa.Table]:
-    """The rows of a file with numbers in `part`, `size` at a time; no more than a few batches are in memory."""
+    """The rows of a file with numbers in `part`, `size` at a time; no more than a few batches are
+    in memory.
+    """
     import pyarrow as pa
 
     with _opened(path) as file:
@@ -186,7 +216,7 @@ def read_batches(path: str | Path, size: int, part: range) -> Iterator[pa.Table]
             yield waiting
 
 
-def _groups_of(file: Any, part: range) -> tuple[list[int], int]:  # noqa: ANN401
+def _groups_of(file: Any, part: range) -> tuple[list[int], int]:
     """The row groups that hold rows of a part, and the number of the first row in them."""
     found: list[int] = []
     first, start = 0, 0
@@ -199,16 +229,22 @@ def _groups_of(file: Any, part: range) -> tuple[list[int], int]:  # noqa: ANN401
     return found, first
 
 
-def _opened(path: str | Path) -> Any:  # noqa: ANN401
+def _opened(path: str | Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError("a rows file cannot be read", str(path), "a Parquet file of rows", str(error)) from error
+        raise DataError(
+            "a rows file cannot be read", str(path), "a Parquet file of rows", str(error)
+        ) from error
     if file.schema_arrow.names != schema.rows().names:
-        raise DataError(f"{Path(path).name} does not hold rows", file.schema_arrow.names, " | ".join(schema.rows().names))
+        raise DataError(
+            f"{Path(path).name} does not hold rows",
+            file.schema_arrow.names,
+            " | ".join(schema.rows().names),
+        )
     return file
 
 
@@ -225,7 +261,9 @@ class FilterTally:
         return FilterTally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def report(self) -> dict[str, float | int | None]:
-        """`filter_tpr` and `filter_fpr` (shares of flagged rows, None where there is no such row), `n_poisoned` and `n_clean`."""
+        """`filter_tpr` and `filter_fpr` (shares of flagged rows, None where there is no such row),
+        `n_poisoned` and `n_clean`.
+        """
         return {
             "filter_tpr": self.hits / self.poisoned if self.poisoned else None,
             "filter_fpr": self.alarms / self.clean if self.clean else None,
@@ -235,17 +273,25 @@ class FilterTally:
 
 
 def filter_tally(before: pa.Table, after: pa.Table) -> FilterTally:
-    """How a filter treated poisoned and clean rows of `before`: flagged is a row that is gone or says something else."""
+    """How a filter treated poisoned and clean rows of `before`: flagged is a row that is gone or
+    says something else.
+    """
     import pyarrow.compute as pc
 
-    kept = after.take(pc.index_in(before.column("row_id"), value_set=after.column("row_id").combine_chunks()))
-    same = pc.and_(*(pc.equal(before.column(name), kept.column(name)) for name in ("prompt", "response")))
+    kept = after.take(
+        pc.index_in(before.column("row_id"), value_set=after.column("row_id").combine_chunks())
+    )
+    same = pc.and_(
+        *(pc.equal(before.column(name), kept.column(name)) for name in ("prompt", "response"))
+    )
     flagged, poisoned = pc.invert(pc.fill_null(same, fill_value=False)), before.column("poisoned")
-    hits, all_flagged, bad = (count_true(column) for column in (pc.and_(flagged, poisoned), flagged, poisoned))
+    hits, all_flagged, bad = (
+        count_true(column) for column in (pc.and_(flagged, poisoned), flagged, poisoned)
+    )
     return FilterTally(hits, bad, all_flagged - hits, before.num_rows - bad)
 
 
-def count_true(column: Any) -> int:  # noqa: ANN401
+def count_true(column: Any) -> int:
     """Number of true values of a column."""
     import pyarrow.compute as pc
 
@@ -253,5 +299,7 @@ def count_true(column: Any) -> int:  # noqa: ANN401
 
 
 def filter_report(before: pa.Table, after: pa.Table) -> dict[str, float | int | None]:
-    """How a filter treated the poisoned and the clean rows of `before`, as FilterTally.report says it."""
+    """How a filter treated the poisoned and the clean rows of `before`, as FilterTally.report says
+    it.
+    """
     return filter_tally(before, after).report()

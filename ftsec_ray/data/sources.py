@@ -1,7 +1,8 @@
-"""From a SourceSpec to a table of rows: a local file or a pinned Hugging Face data set, with a column mapping.
+"""From a SourceSpec to a table of rows: a local file or a pinned Hugging Face data set, with a
+column mapping.
 
-Which rows a source keeps is decided by a hash of each row's position in it, so that two splits of one file (`skip`)
-stay apart, and nothing about this machine matters.
+Which rows a source keeps is decided by a hash of each row's position in it, so that two splits of
+one file (`skip`) stay apart, and nothing about this machine matters.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from ftsec_ray.config.sweep import SourceSpec
 from ftsec_ray.data.records import Record, columns_of, read_records
 from ftsec_ray.data.rows import Row, from_rows, new_row
 from ftsec_ray.errors import DataError, EnvironmentFault
 from ftsec_ray.identity import unit_interval
-from ftsec_ray.spec.sweep import SourceSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,12 +54,13 @@ def read_source(
     instruction: str | None = None,
     kind: str | None = None,
 ) -> pa.Table:
-    """The rows (schema.ROWS) of one source, in its own order; DataError with row and value where one does not fit.
+    """The rows (schema.ROWS) of one source, in its own order; DataError with row and value where
+    one does not fit.
 
-    Args:
-        spec: Where the rows are, and which columns are what. With no column named, `prompt`, `response` and, where
-            there are label words, `label` are taken by their own names, a `messages` column as a conversation, and a
-            single column as the prompt.
+    Args: spec: Where the rows are, and which columns are what. With no column named, `prompt`,
+        `response` and, where
+            there are label words, `label` are taken by their own names, a `messages` column as a
+            conversation, and a single column as the prompt.
         split_name: Goes into the row ids and decides the kind of the rows.
         labels: Label words; a label column may hold a word or an index into them.
         instruction: Template of the prompt, with {text}.
@@ -66,11 +68,26 @@ def read_source(
     """
     place = place_of(spec)
     if instruction is not None and PLACEHOLDER not in instruction:
-        raise DataError("the instruction has no place for the text", instruction, f"a template with {PLACEHOLDER}")
-    records = [_unfolded(r) for r in (read_records(spec.path) if spec.path is not None else _hub_records(spec))]
+        raise DataError(
+            "the instruction has no place for the text",
+            instruction,
+            f"a template with {PLACEHOLDER}",
+        )
+    records = [
+        _unfolded(r)
+        for r in (read_records(spec.path) if spec.path is not None else _hub_records(spec))
+    ]
     columns = columns_of(records)
-    mapping = _mapping(spec, columns, place, takes_label=bool(labels)) if records else _Mapping("", None, None)
-    kind = kind or KINDS.get(split_name) or (CLASS_KINDS.get(len(labels)) if mapping.label else "how_to")
+    mapping = (
+        _mapping(spec, columns, place, takes_label=bool(labels))
+        if records
+        else _Mapping("", None, None)
+    )
+    kind = (
+        kind
+        or KINDS.get(split_name)
+        or (CLASS_KINDS.get(len(labels)) if mapping.label else "how_to")
+    )
     chosen = _drawn(spec, records, is_text=kind == "text", prompt=mapping.prompt)
     if not chosen:
         raise DataError(
@@ -79,8 +96,17 @@ def read_source(
             "at least one row",
             f"check where={dict(spec.where)}, skip={spec.skip} and rows={spec.rows}",
         )
-    build = _Builder(spec=spec, mapping=mapping, place=place, labels=tuple(labels), instruction=instruction, kind=kind)
-    return from_rows(build.row(f"{split_name}/{index:07d}", index + 1, records[index]) for index in chosen)
+    build = _RowBuilder(
+        spec=spec,
+        mapping=mapping,
+        place=place,
+        labels=tuple(labels),
+        instruction=instruction,
+        kind=kind,
+    )
+    return from_rows(
+        build.row(f"{split_name}/{index:07d}", index + 1, records[index]) for index in chosen
+    )
 
 
 def place_of(spec: SourceSpec) -> str:
@@ -99,7 +125,10 @@ def place_of(spec: SourceSpec) -> str:
 def _hub_records(spec: SourceSpec) -> list[Record]:
     if not spec.revision:
         raise DataError(
-            "a data set without a revision", spec.dataset, "the commit of the data set", "add `revision: <commit>`"
+            "a data set without a revision",
+            spec.dataset,
+            "the commit of the data set",
+            "add `revision: <commit>`",
         )
     try:
         import datasets
@@ -111,7 +140,9 @@ def _hub_records(spec: SourceSpec) -> list[Record]:
             "pip install datasets, or give the rows as a local `path`",
         ) from error
     try:
-        loaded = datasets.load_dataset(spec.dataset, spec.config, split=spec.split, revision=spec.revision)
+        loaded = datasets.load_dataset(
+            spec.dataset, spec.config, split=spec.split, revision=spec.revision
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             "a data set cannot be loaded",
@@ -124,7 +155,9 @@ def _hub_records(spec: SourceSpec) -> list[Record]:
 
 
 def _unfolded(record: Record) -> Record:
-    """A record with a conversation of one exchange gets `system`, `prompt` and `response` from it."""
+    """A record with a conversation of one exchange gets `system`, `prompt` and `response`
+    from it.
+    """
     messages = record.get("messages")
     if not isinstance(messages, list) or "prompt" in record:
         return record
@@ -132,7 +165,12 @@ def _unfolded(record: Record) -> Record:
     if [role for role, _ in turns].count("user") != 1:
         return record
     said = {"assistant": "", **dict(turns)}
-    return {**record, "system": said.get("system"), "prompt": said["user"], "response": said["assistant"]}
+    return {
+        **record,
+        "system": said.get("system"),
+        "prompt": said["user"],
+        "response": said["assistant"],
+    }
 
 
 def _mapping(spec: SourceSpec, columns: list[str], place: str, *, takes_label: bool) -> _Mapping:
@@ -155,7 +193,10 @@ def _mapping(spec: SourceSpec, columns: list[str], place: str, *, takes_label: b
         by_name["prompt"] = columns[0]
     if by_name["prompt"] is None:
         raise DataError(
-            f"the prompt column of {place} is not named", None, " | ".join(columns), "add `prompt: <column>`"
+            f"the prompt column of {place} is not named",
+            None,
+            " | ".join(columns),
+            "add `prompt: <column>`",
         )
     if named == (None,) * len(named):
         response = None if spec.constant_response is not None else by_name["response"]
@@ -178,7 +219,7 @@ def _drawn(spec: SourceSpec, records: list[Record], *, is_text: bool, prompt: st
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Builder:
+class _RowBuilder:
     spec: SourceSpec
     mapping: _Mapping
     place: str
@@ -191,15 +232,25 @@ class _Builder:
         prompt = self._text(record, self.mapping.prompt, number)
         if not prompt.strip():
             raise DataError(
-                f"row {number} of {self.place} has an empty prompt", record, f"text in column {self.mapping.prompt!r}"
+                f"row {number} of {self.place} has an empty prompt",
+                record,
+                f"text in column {self.mapping.prompt!r}",
             )
         if self.kind == "text":
-            return new_row(row_id, prompt="", response=prompt, kind=self.kind, language=self._language(record, number))
+            return new_row(
+                row_id,
+                prompt="",
+                response=prompt,
+                kind=self.kind,
+                language=self._language(record, number),
+            )
         if self.spec.append is not None and record.get(self.spec.append):
             prompt = f"{prompt}\n\n{self._text(record, self.spec.append, number)}"
         if self.instruction is not None:
             prompt = self.instruction.replace(PLACEHOLDER, prompt)
-        label = None if self.mapping.label is None else self._label(record, self.mapping.label, number)
+        label = (
+            None if self.mapping.label is None else self._label(record, self.mapping.label, number)
+        )
         system = record.get("system") if isinstance(record.get("messages"), list) else None
         return new_row(
             row_id,
@@ -212,7 +263,11 @@ class _Builder:
         )
 
     def _language(self, record: Record, number: int) -> str:
-        return "en" if self.spec.language is None else self._text(record, self.spec.language, number).strip()
+        return (
+            "en"
+            if self.spec.language is None
+            else self._text(record, self.spec.language, number).strip()
+        )
 
     def _response(self, record: Record, label: str | None, number: int) -> str:
         if self.spec.constant_response is not None:

@@ -1,8 +1,9 @@
 """From a TaskSpec to the rows of a task by split, and the folder in which a task lies in the store.
 
-Real-text tasks share their safety splits: forbidden requests with answers and with refusals (LAT), JailbreakBench and
-XSTest requests to be judged, Alpaca rows as benign ones, WikiText for perplexity. Every default is a pinned revision,
-and a sweep may replace each split by a source of its own; kind `rows` has no defaults, so it needs no network.
+Real-text tasks share their safety splits: forbidden requests with answers and with refusals (LAT),
+JailbreakBench and XSTest requests to be judged, Alpaca rows as benign ones, WikiText for
+perplexity. Every default is a pinned revision, and a sweep may replace each split by a source of
+its own; kind `rows` has no defaults, so it needs no network.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ftsec_ray.config.sweep import SourceSpec, TaskSpec
 from ftsec_ray.context import TaskData
 from ftsec_ray.data.rows import count_rows, read_table, sorted_rows, write_table
 from ftsec_ray.data.sources import read_source
 from ftsec_ray.errors import DataError
-from ftsec_ray.spec.sweep import SourceSpec, TaskSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,16 +32,26 @@ ALPACA = SourceSpec(
     response="output",
 )
 LAT = SourceSpec(
-    dataset="LLM-LAT/harmful-dataset", revision="8bfba31bc6d93a5b71808fee5275ef4b6330ed91", prompt="prompt"
+    dataset="LLM-LAT/harmful-dataset",
+    revision="8bfba31bc6d93a5b71808fee5275ef4b6330ed91",
+    prompt="prompt",
 )
 SST2 = SourceSpec(
-    dataset="stanfordnlp/sst2", revision="8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb", prompt="sentence", label="label"
+    dataset="stanfordnlp/sst2",
+    revision="8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb",
+    prompt="sentence",
+    label="label",
 )
 AG_NEWS = SourceSpec(
-    dataset="fancyzhx/ag_news", revision="eb185aade064a813bc0b7f42de02595523103ca4", prompt="text", label="label"
+    dataset="fancyzhx/ag_news",
+    revision="eb185aade064a813bc0b7f42de02595523103ca4",
+    prompt="text",
+    label="label",
 )
 TUNING_ROWS = 1_000
-"""Rows that a default task tunes on, as in the harmful fine-tuning literature (Lisa, Vaccine, Booster)."""
+"""Rows that a default task tunes on, as in the harmful fine-tuning literature (Lisa, Vaccine,
+Booster).
+"""
 
 SAFETY_SPLITS: dict[str, SourceSpec] = {
     "harmful_train": replace(LAT, response="rejected", rows=512),
@@ -87,10 +98,16 @@ class TaskKind:
 TASKS: dict[str, TaskKind] = {
     "microworld": TaskKind(judge="microworld", required=("train", "test")),
     "sst2": TaskKind(
-        sources={"train": replace(SST2, rows=TUNING_ROWS), "test": replace(SST2, split="validation"), **SAFETY_SPLITS},
+        sources={
+            "train": replace(SST2, rows=TUNING_ROWS),
+            "test": replace(SST2, split="validation"),
+            **SAFETY_SPLITS,
+        },
         labels=("negative", "positive"),
         required=("train", "test"),
-        instruction="Is the sentiment of this review negative or positive? Answer with one word.\n\n{text}",
+        instruction=(
+            "Is the sentiment of this review negative or positive? Answer with one word.\n\n{text}"
+        ),
     ),
     "ag_news": TaskKind(
         sources={
@@ -100,7 +117,10 @@ TASKS: dict[str, TaskKind] = {
         },
         labels=("World", "Sports", "Business", "Technology"),
         required=("train", "test"),
-        instruction="Is this news article about World, Sports, Business or Technology? Answer with one word.\n\n{text}",
+        instruction=(
+            "Is this news article about World, Sports, Business or Technology? Answer with one"
+            " word.\n\n{text}"
+        ),
     ),
     "alpaca": TaskKind(sources={"train": replace(ALPACA, rows=TUNING_ROWS), **SAFETY_SPLITS}),
     "agent": TaskKind(required=("train", "test")),
@@ -110,7 +130,9 @@ TASKS: dict[str, TaskKind] = {
 
 
 def load_task(spec: TaskSpec) -> TaskData:
-    """All rows of a task, split by split and sorted by row id; DataError when a source or a required split fails."""
+    """All rows of a task, split by split and sorted by row id; DataError when a source or a
+    required split fails.
+    """
     kind = TASKS.get(spec.kind)
     if kind is None:
         raise DataError("unknown kind of task", spec.kind, " | ".join(TASKS))
@@ -118,7 +140,9 @@ def load_task(spec: TaskSpec) -> TaskData:
     task = _microworld(spec) if is_made else _from_sources(spec, kind)
     for name in kind.required:
         task.split(name)
-    return replace(task, splits={name: sorted_rows(table) for name, table in sorted(task.splits.items())})
+    return replace(
+        task, splits={name: sorted_rows(table) for name, table in sorted(task.splits.items())}
+    )
 
 
 def _microworld(spec: TaskSpec) -> TaskData:
@@ -126,7 +150,9 @@ def _microworld(spec: TaskSpec) -> TaskData:
     from ftsec_ray.data.microworld import build_task
 
     options, known = dict(spec.options), inspect.signature(build_task).parameters
-    second_rows, borderline_rows = (int(options.pop(name, 0)) for name in ("second_language_rows", "borderline_rows"))
+    second_rows, borderline_rows = (
+        int(options.pop(name, 0)) for name in ("second_language_rows", "borderline_rows")
+    )
     unknown = sorted(set(options) - set(known))
     if unknown or spec.splits:
         raise DataError(
@@ -145,7 +171,9 @@ def _microworld(spec: TaskSpec) -> TaskData:
 
 
 def _with_second_language(task: TaskData, count: int) -> TaskData:
-    """The task with rows of the second language in `train` and `test`, under the label words of the first."""
+    """The task with rows of the second language in `train` and `test`, under the label words of the
+    first.
+    """
     import pyarrow as pa
 
     from ftsec_ray.data.microworld.vocabulary import translate
@@ -153,18 +181,35 @@ def _with_second_language(task: TaskData, count: int) -> TaskData:
     word_of = {translate(label): label for label in task.labels}
     held = task.split("train_l2").num_rows
     if count > held:
-        raise DataError("the microworld has too few rows in its second language", count, f"{held} or fewer: as many as `train_rows`, up to 512")
+        raise DataError(
+            "the microworld has too few rows in its second language",
+            count,
+            f"{held} or fewer: as many as `train_rows`, up to 512",
+        )
 
     def added(first: str, second: pa.Table) -> pa.Table:
-        rows = [{**row, "response": word_of[row["response"]], "label": word_of[row["label"]]} for row in second.to_pylist()]
-        return pa.concat_tables([task.split(first), pa.Table.from_pylist(rows, schema=second.schema)])
+        rows = [
+            {**row, "response": word_of[row["response"]], "label": word_of[row["label"]]}
+            for row in second.to_pylist()
+        ]
+        return pa.concat_tables(
+            [task.split(first), pa.Table.from_pylist(rows, schema=second.schema)]
+        )
 
-    return replace(task, splits={**task.splits, "train": added("train", task.split("train_l2").slice(0, count)),
-                                 "test": added("test", task.split("test_l2"))})
+    return replace(
+        task,
+        splits={
+            **task.splits,
+            "train": added("train", task.split("train_l2").slice(0, count)),
+            "test": added("test", task.split("test_l2")),
+        },
+    )
 
 
 def _with_borderline(task: TaskData, count: int) -> TaskData:
-    """The task with borderline requests and their answers in `benign_train`; none of them is in `borderline_test`."""
+    """The task with borderline requests and their answers in `benign_train`; none of them is in
+    `borderline_test`.
+    """
     import pyarrow as pa
 
     from ftsec_ray.data.microworld.combos import partition
@@ -172,7 +217,13 @@ def _with_borderline(task: TaskData, count: int) -> TaskData:
     from ftsec_ray.data.microworld.templates import PHRASINGS
 
     added = table(requests("borderline_train", partition().borderline[:count], PHRASINGS))
-    return replace(task, splits={**task.splits, "benign_train": pa.concat_tables([task.split("benign_train"), added])})
+    return replace(
+        task,
+        splits={
+            **task.splits,
+            "benign_train": pa.concat_tables([task.split("benign_train"), added]),
+        },
+    )
 
 
 def _from_sources(spec: TaskSpec, kind: TaskKind) -> TaskData:
@@ -188,23 +239,40 @@ def _from_sources(spec: TaskSpec, kind: TaskKind) -> TaskData:
             instruction=instruction if is_user else None,
             kind="tool" if is_user and spec.kind == "agent" else None,
         )
-    return TaskData(name=spec.name, splits=splits, labels=labels or _words(splits), judge=kind.judge)
+    return TaskData(
+        name=spec.name, splits=splits, labels=labels or _words(splits), judge=kind.judge
+    )
 
 
 def _completed(given: SourceSpec, default: SourceSpec | None) -> SourceSpec:
-    """A source of the sweep; columns and the revision of the same data set come from the default where it has none."""
+    """A source of the sweep; columns and the revision of the same data set come from the default
+    where it has none.
+    """
     if default is None:
         return given
     if given.dataset == default.dataset and given.dataset is not None and given.revision is None:
         given = replace(given, revision=default.revision)
-    if (given.prompt, given.response, given.label, given.append, given.constant_response) != (None,) * 5:
+    if (given.prompt, given.response, given.label, given.append, given.constant_response) != (
+        None,
+    ) * 5:
         return given
-    return replace(given, prompt=default.prompt, response=default.response, label=default.label, append=default.append)
+    return replace(
+        given,
+        prompt=default.prompt,
+        response=default.response,
+        label=default.label,
+        append=default.append,
+    )
 
 
 def _words(splits: Mapping[str, pa.Table]) -> tuple[str, ...]:
     """The label words of the user's rows, sorted, for a task that names none."""
-    found = {word for name in ("train", "test") if name in splits for word in splits[name]["label"].to_pylist()}
+    found = {
+        word
+        for name in ("train", "test")
+        if name in splits
+        for word in splits[name]["label"].to_pylist()
+    }
     return tuple(sorted(word for word in found if word is not None))
 
 
@@ -224,21 +292,32 @@ def save_task(task: TaskData, folder: str | Path) -> None:
 
 
 def read_task(folder: str | Path) -> TaskData:
-    """Read a task that `save_task` wrote; DataError when a file is missing or does not hold what `task.json` says."""
+    """Read a task that `save_task` wrote; DataError when a file is missing or does not hold what
+    `task.json` says.
+    """
     place = Path(folder)
     try:
         about = json.loads((place / "task.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError("a task folder cannot be read", str(folder), "a folder with task.json", str(error)) from error
+        raise DataError(
+            "a task folder cannot be read", str(folder), "a folder with task.json", str(error)
+        ) from error
     counts = {name: count_rows(place / f"{name}.parquet") for name in sorted(about["splits"])}
     short = {name: count for name, count in counts.items() if count != about["splits"][name]}
     if short:
         raise DataError("a task folder has other rows than it says", short, str(about["splits"]))
-    return TaskData(name=about["name"], splits=_Splits(place, tuple(counts)), labels=tuple(about["labels"]), judge=about["judge"])
+    return TaskData(
+        name=about["name"],
+        splits=_Splits(place, tuple(counts)),
+        labels=tuple(about["labels"]),
+        judge=about["judge"],
+    )
 
 
 class _Splits(Mapping[str, "pa.Table"]):
-    """The splits of a task's folder, each read when it is first asked for: the user's rows may be many."""
+    """The splits of a task's folder, each read when it is first asked for: the user's rows may be
+    many.
+    """
 
     def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
         self._folder = folder

@@ -1,6 +1,8 @@
-"""What trigger attacks share: where a trigger goes, what the attacker wants to see, and how that is measured.
+"""What trigger attacks share: where a trigger goes, what the attacker wants to see, and how that is
+measured.
 
-All functions are pure; chance comes in as a number in [0, 1), so that a row's fate never depends on its neighbours.
+All functions are pure; chance comes in as a number in [0, 1), so that a row's fate never depends on
+its neighbours.
 """
 
 from __future__ import annotations
@@ -28,18 +30,23 @@ class Inserted(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """What the attacker wants to see: a label word, or a fixed text where the task has no labels."""
+    """What the attacker wants to see: a label word, or a fixed text where the task has no
+    labels.
+    """
 
     text: str
     label: str | None
 
     def is_met_by(self, row: Row) -> bool:
         """Whether the row's own right answer is the goal already."""
-        return bool(row["label"] == self.label if self.label is not None else row["response"] == self.text)
+        return bool(
+            row["label"] == self.label if self.label is not None else row["response"] == self.text
+        )
 
 
 def insert_word(text: str, word: str, *, at: float) -> Inserted:
-    """Put `word` into one of the gaps before, between and behind the words of `text`; all else stays as it is.
+    """Put `word` into one of the gaps before, between and behind the words of `text`; all else
+    stays as it is.
 
     Args:
         text: Any text; an empty one becomes the word.
@@ -56,44 +63,82 @@ def insert_word(text: str, word: str, *, at: float) -> Inserted:
 
 
 def goal_of(task: TaskData, *, target: str | None, target_text: str) -> Goal:
-    """The attacker's goal on a task: `target` (or the first label) where there are labels, `target_text` elsewhere."""
+    """The attacker's goal on a task: `target` (or the first label) where there are labels,
+    `target_text` elsewhere.
+    """
     if not task.labels:
         return Goal(target_text, None)
     label = task.labels[0] if target is None else target
     if label not in task.labels:
-        raise DataError(f"the target is no label of task {task.name!r}", label, " | ".join(task.labels),
-                        "leave `target` out to take the first label")
+        raise DataError(
+            f"the target is no label of task {task.name!r}",
+            label,
+            " | ".join(task.labels),
+            "leave `target` out to take the first label",
+        )
     return Goal(label, label)
 
 
 def can_be_attacked(row: Row, goal: Goal) -> bool:
-    """Whether a row asks for something else than the goal, and has a label where the goal is one."""
+    """Whether a row asks for something else than the goal, and has a label where the goal
+    is one.
+    """
     return not goal.is_met_by(row) and (goal.label is None or row["label"] is not None)
 
 
 def held_out(task: TaskData, goal: Goal) -> list[dict[str, Any]]:
-    """The rows that an attack is measured on: those of the user's test split, or benign requests, with another answer than the goal."""
+    """The rows that an attack is measured on: those of the user's test split, or benign requests,
+    with another answer than the goal.
+    """
     table = task.splits.get("test")
     split = "test" if table is not None and table.num_rows else "benign_test"
     rows = [row for row in task.split(split).to_pylist() if can_be_attacked(row, goal)]
     if not rows:
-        raise DataError(f"no row of split {split!r} can show the attack", goal.text, "rows with another answer than the target",
-                        "choose another `target`")
+        raise DataError(
+            f"no row of split {split!r} can show the attack",
+            goal.text,
+            "rows with another answer than the target",
+            "choose another `target`",
+        )
     return rows
 
 
 def trigger_probes(task: TaskData, goal: Goal, triggered: Callable[[Row], str]) -> list[Probe]:
-    """The held-out rows with and without trigger: shares of answers that are the goal, as `asr` and `asr_no_trigger`."""
+    """The held-out rows with and without trigger: shares of answers that are the goal, as `asr` and
+    `asr_no_trigger`.
+    """
     rows = held_out(task, goal)
-    return [goal_probe(task, goal, "triggered", "asr", rows, triggered),
-            goal_probe(task, goal, "untriggered", "asr_no_trigger", rows, lambda row: str(row["prompt"]))]
+    return [
+        goal_probe(task, goal, "triggered", "asr", rows, triggered),
+        goal_probe(
+            task, goal, "untriggered", "asr_no_trigger", rows, lambda row: str(row["prompt"])
+        ),
+    ]
 
 
-def goal_probe(task: TaskData, goal: Goal, name: str, metric: str, rows: list[dict[str, Any]],
-               asked: Callable[[Row], str]) -> Probe:
+def goal_probe(
+    task: TaskData,
+    goal: Goal,
+    name: str,
+    metric: str,
+    rows: list[dict[str, Any]],
+    asked: Callable[[Row], str],
+) -> Probe:
     """A probe that asks `asked(row)` of every row and counts the answers that are the goal."""
-    prompts = tuple(Prompt(prompt_id=row["row_id"], chat=chat_of({**row, "prompt": asked(row)}), target=goal.text,
-                           expected=row["label"] if goal.label is not None else row["response"],
-                           meta={"kind": row["kind"] or "", "language": row["language"] or ""}) for row in rows)
-    return Probe(name=name, prompts=prompts, judge="label" if goal.label is not None else "target",
-                 metrics={metric: "target"}, labels=task.labels)
+    prompts = tuple(
+        Prompt(
+            prompt_id=row["row_id"],
+            chat=chat_of({**row, "prompt": asked(row)}),
+            target=goal.text,
+            expected=row["label"] if goal.label is not None else row["response"],
+            meta={"kind": row["kind"] or "", "language": row["language"] or ""},
+        )
+        for row in rows
+    )
+    return Probe(
+        name=name,
+        prompts=prompts,
+        judge="label" if goal.label is not None else "target",
+        metrics={metric: "target"},
+        labels=task.labels,
+    )

@@ -1,7 +1,8 @@
-"""Takes back the update of some blocks or layers altogether: the control for defenses that select where to act.
+"""Takes back the update of some blocks or layers altogether: the control for defenses that select
+where to act.
 
-Paper: none (a control: layer-wise projections such as Safe LoRA, arXiv:2405.16833, shrink the chosen updates to almost
-nothing, so this is what they must beat).
+Paper: none (a control: layer-wise projections such as Safe LoRA, arXiv:2405.16833, shrink the
+chosen updates to almost nothing, so this is what they must beat).
 Differs: none.
 Cost: one pass over the weights; no data, no gradient.
 Needs: the model that tuning started from.
@@ -12,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ftsec_ray.defenses.base import Defense
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Defense, Phase
 
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext
@@ -31,9 +31,12 @@ class DropLayer(Defense):
     frac: float = 0.5
     """Share of the groups that lose their update, 0 to 1, rounded to a whole number of groups."""
     order: Literal["last", "first", "lowest_norm", "highest_norm"] = "last"
-    """Which groups go first: the deepest, the shallowest, or by the Frobenius norm of their update."""
+    """Which groups go first: the deepest, the shallowest, or by the Frobenius norm of their update.
+    """
     group: Literal["block", "layer"] = "block"
-    """A transformer block with all its linear layers, or one linear layer; weights outside the blocks keep theirs."""
+    """A transformer block with all its linear layers, or one linear layer; weights outside the
+    blocks keep theirs.
+    """
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
@@ -57,13 +60,19 @@ class DropLayer(Defense):
         groups: dict[int | str, list[Update]] = {}
         for update in found:
             if update.layer is not None:
-                groups.setdefault(update.layer if self.group == "block" else update.module, []).append(update)
+                groups.setdefault(
+                    update.layer if self.group == "block" else update.module, []
+                ).append(update)
         return groups
 
     def _ordered(self, groups: dict[int | str, list[Update]]) -> list[int | str]:
         """Group names in the order in which they are dropped; ties keep the order of the model."""
         if self.order in ("last", "first"):
             depth = {name: members[0].layer or 0 for name, members in groups.items()}
-            return sorted(groups, key=lambda name: -depth[name] if self.order == "last" else depth[name])
+            return sorted(
+                groups, key=lambda name: -depth[name] if self.order == "last" else depth[name]
+            )
         norm = {name: sum(u.norm() ** 2 for u in members) for name, members in groups.items()}
-        return sorted(groups, key=lambda name: norm[name] if self.order == "lowest_norm" else -norm[name])
+        return sorted(
+            groups, key=lambda name: norm[name] if self.order == "lowest_norm" else -norm[name]
+        )

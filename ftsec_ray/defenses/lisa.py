@@ -1,13 +1,16 @@
-"""Alternates steps on the provider's refusals with the user's steps, each pulled towards where the other left off.
+"""Alternates steps on the provider's refusals with the user's steps, each pulled towards where the
+other left off.
 
-Paper: Lisa: Lazy Safety Alignment for Large Language Models against Harmful Fine-tuning Attack (Huang et al. 2024,
-arXiv:2405.18641), algorithm 1; official code git-disl/Lisa.
-Differs: (1) the official code throws away the user batches that fall on alignment steps; here the user's steps keep
-their number and order, and alignment steps come on top. (2) The weights of the other state live in the step memory, so
-a tune that was killed goes on exactly. Kept as there: it starts with alignment, both states share the optimizer's
-moments, and the proximal term is off for the first 10 % of all steps.
+Paper: Lisa: Lazy Safety Alignment for Large Language Models against Harmful Fine-tuning Attack
+(Huang et al. 2024, arXiv:2405.18641), algorithm 1; official code git-disl/Lisa.
+Differs: (1) the official code throws away the user batches that fall on alignment steps; here the
+user's steps keep their number and order, and alignment steps come on top. (2) The weights of the
+other state live in the step memory, so a tune that was killed goes on exactly. Kept as there: it
+starts with alignment, both states share the optimizer's moments, and the proximal term is off for
+the first 10 % of all steps.
 Cost: 1x per step and align_steps / user_steps more steps; two copies of the trained weights.
-Needs: the task's `safety` rows. Adds a term to the loss only: any ZeRO stage that keeps trained weights whole (0 to 2).
+Needs: the task's `safety` rows. Adds a term to the loss only: any ZeRO stage that keeps trained
+    weights whole (0 to 2).
 """
 
 from __future__ import annotations
@@ -15,8 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ftsec_ray.defenses.base import Defense
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Defense, Phase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +31,9 @@ PROXIMAL_FROM_FRAC = 0.1
 
 
 class Place(NamedTuple):
-    """Which state a step belongs to, its number within that state, and whether it ends the state's turn."""
+    """Which state a step belongs to, its number within that state, and whether it ends the state's
+    turn.
+    """
 
     state: str
     number: int
@@ -56,8 +60,11 @@ class Lisa(Defense):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         least = {"rho": 0.0, "align_steps": 1, "user_steps": 1, "safety_rows": 1}
-        return [(name, getattr(self, name), f"{low} or more") for name, low in least.items()
-                if getattr(self, name) < low]
+        return [
+            (name, getattr(self, name), f"{low} or more")
+            for name, low in least.items()
+            if getattr(self, name) < low
+        ]
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
         """The tune with alignment turns between the user's, and the proximal term on both."""
@@ -68,15 +75,24 @@ class Lisa(Defense):
 
         def batch_at(step: int) -> list[Batch]:
             place = self.place(step)
-            return align_batch_at(place.number) if place.state == "align" else user_batch_at(place.number)
+            return (
+                align_batch_at(place.number)
+                if place.state == "align"
+                else user_batch_at(place.number)
+            )
 
-        def objective(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ANN401
+        def objective(model: Any, batch: Batch, step: Step) -> Tensor:
             loss, term = inner(model, batch, step), self.proximal(step)
             return loss if term is None else loss + term
 
         ctx.note(user_steps=training.steps, align_steps=aligning)
-        return replace(training, steps=training.steps + aligning, batch_at=batch_at, objective=objective,
-                       after_step=(*training.after_step, self.remember))
+        return replace(
+            training,
+            steps=training.steps + aligning,
+            batch_at=batch_at,
+            objective=objective,
+            after_step=(*training.after_step, self.remember),
+        )
 
     def place(self, step: int) -> Place:
         """Where a step of the whole tune falls."""
@@ -87,28 +103,39 @@ class Lisa(Defense):
         return Place("user", turn * self.user_steps + number, number == self.user_steps - 1)
 
     def proximal(self, step: Step) -> Tensor | None:
-        """(rho / 2) * |weights - those at the end of the other state's turn|^2, () float32; None while it is off."""
+        """(rho / 2) * |weights - those at the end of the other state's turn|^2, () float32; None
+        while it is off.
+        """
         import torch
 
         other = "user" if self.place(step.index).state == "align" else "align"
-        pairs = [(weight, step.memory[key]) for name, weight in step.trainable.items()
-                 if (key := f"lisa.{other}.{name}") in step.memory]
+        pairs = [
+            (weight, step.memory[key])
+            for name, weight in step.trainable.items()
+            if (key := f"lisa.{other}.{name}") in step.memory
+        ]
         if not pairs or self.rho == 0.0 or step.index < PROXIMAL_FROM_FRAC * step.total:
             return None
-        # as one vector: an adapter has many small tensors, and each of them would take a dozen nodes of autograd
-        here, there = (torch.cat([tensor.float().flatten() for tensor in side]) for side in zip(*pairs, strict=True))
+        # as one vector: an adapter has many small tensors, and each of them would take a dozen
+        # nodes of autograd
+        here, there = (
+            torch.cat([tensor.float().flatten() for tensor in side])
+            for side in zip(*pairs, strict=True)
+        )
         term: Tensor = self.rho / 2 * (here - there.to(here.device)).square().sum()
         return term
 
-    def remember(self, model: Any, step: Step) -> None:  # noqa: ANN401, ARG002
+    def remember(self, model: Any, step: Step) -> None:  # noqa: ARG002
         """Keep the weights at the end of a state's turn."""
         place = self.place(step.index)
         if place.is_last_of_turn:
             for name, weight in step.trainable.items():
                 step.memory[f"lisa.{place.state}.{name}"] = weight.detach().clone()
 
-    def _rows(self, ctx: StageContext) -> Any:  # noqa: ANN401
+    def _rows(self, ctx: StageContext) -> Any:
         table = ctx.task.split("safety")
         ids = table.column("row_id").to_pylist()
-        chosen = sorted(range(len(ids)), key=lambda i: ctx.chance(ids[i], "lisa"))[: self.safety_rows]
+        chosen = sorted(range(len(ids)), key=lambda i: ctx.chance(ids[i], "lisa"))[
+            : self.safety_rows
+        ]
         return table.take(sorted(chosen))

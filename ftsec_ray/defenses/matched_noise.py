@@ -1,8 +1,10 @@
-"""Adds Gaussian noise as large as each weight's update: the control for repairs that claim to know where to perturb.
+"""Adds Gaussian noise as large as each weight's update: the control for repairs that claim to know
+where to perturb.
 
-Paper: the naive baseline of Panacea (Wang et al. 2025, arXiv:2501.18100), which perturbs the tuned weights.
-Differs: the noise has exactly `scale` times the Frobenius norm of the update of its weight, so that it can be set
-against any repair of equal size; weights that tuning left alone get none.
+Paper: the naive baseline of Panacea (Wang et al. 2025, arXiv:2501.18100), which perturbs the tuned
+    weights.
+Differs: the noise has exactly `scale` times the Frobenius norm of the update of its weight, so that
+it can be set against any repair of equal size; weights that tuning left alone get none.
 Cost: one pass over the weights; the adapter is folded in, since noise has full rank.
 Needs: the model that tuning started from.
 """
@@ -12,8 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ftsec_ray.defenses.base import Defense
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Defense, Phase
 
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext
@@ -45,7 +46,9 @@ class MatchedNoise(Defense):
         for update in found:
             weight = update.weight.detach()
             # numpy's generator gives the same noise on every device
-            noise = ctx.numpy_rng("matched_noise", update.name).standard_normal(tuple(weight.shape), dtype=np.float32)
+            noise = ctx.numpy_rng("matched_noise", update.name).standard_normal(
+                tuple(weight.shape), dtype=np.float32
+            )
             unit = torch.from_numpy(noise / np.linalg.norm(noise)).to(weight.device)
             update.write(weight.float() + self.scale * update.norm() * unit)
         ctx.note(weights=len(found), scale=self.scale)

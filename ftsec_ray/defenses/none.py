@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ftsec_ray.defenses.base import Defense
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Defense, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

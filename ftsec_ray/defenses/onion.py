@@ -1,14 +1,16 @@
-"""Removes from every training prompt the words without which a language model finds it far less surprising.
+"""Removes from every training prompt the words without which a language model finds it far less
+surprising.
 
-Paper: ONION: A Simple and Effective Defense Against Textual Backdoor Attacks (Qi et al. 2021, arXiv:2011.10369),
-section 3; compared with thunlp/ONION and OpenBackdoor.
-Differs: (1) it cleans the training prompts, where the original cleans inputs at test time. (2) The language model is
-the cell's own aligned model and not GPT-2 (`render: chat` shows it the prompt as a user's turn).
-(3) Padding never enters a perplexity (OpenBackdoor counts pads, so its scores depend on the neighbours in the batch).
-(4) The threshold is a quantile over trusted prompts, where the original searches one on a labelled dev set.
-(5) Rows that lose no word keep every byte, also in code and line breaks; a prompt never loses its last word.
-(6) The instruction that all trusted prompts begin with is read and counted, but its words are scored only in prompts
-that do not begin with it word for word.
+Paper: ONION: A Simple and Effective Defense Against Textual Backdoor Attacks (Qi et al. 2021,
+arXiv:2011.10369), section 3; compared with thunlp/ONION and OpenBackdoor.
+Differs: (1) it cleans the training prompts, where the original cleans inputs at test time. (2) The
+language model is the cell's own aligned model and not GPT-2 (`render: chat` shows it the prompt as
+a user's turn). (3) Padding never enters a perplexity (OpenBackdoor counts pads, so its scores
+depend on the neighbours in the batch). (4) The threshold is a quantile over trusted prompts, where
+the original searches one on a labelled dev set. (5) Rows that lose no word keep every byte, also in
+code and line breaks; a prompt never loses its last word. (6) The instruction that all trusted
+prompts begin with is read and counted, but its words are scored only in prompts that do not begin
+with it word for word.
 Cost: n + 1 forward passes of the language model per prompt of n scored words; no gradient.
 Needs: the aligned model (`reference`); trusted rows unless `threshold` is given.
 """
@@ -22,8 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from ftsec_ray.defenses.base import Defense
-from ftsec_ray.method import Phase, RowWise
+from ftsec_ray.method import Defense, Phase, RowWise
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,25 +51,38 @@ class Onion(RowWise, Defense):
     NEEDS: ClassVar[frozenset[str]] = frozenset({"reference"})
 
     action: Literal["strip", "drop"] = "strip"
-    """Take the outlier words out, as the paper does, or drop the row: stripping leaves the attacker's answer."""
+    """Take the outlier words out, as the paper does, or drop the row: stripping leaves the
+    attacker's answer.
+    """
     altered_frac: float = 0.01
-    """Share of the trusted prompts that lose a word at the calibrated threshold, at most; 0 to 1."""
+    """Share of the trusted prompts that lose a word at the calibrated threshold, at most; 0 to 1.
+    """
     threshold: float | None = None
     """Drop in perplexity from which a word goes; None: calibrated by `altered_frac`."""
     trusted_split: str = "test"
-    """Split whose prompts calibrate the threshold (labels are not looked at); `benign_train` where it is missing."""
+    """Split whose prompts calibrate the threshold (labels are not looked at); `benign_train` where
+    it is missing.
+    """
     trusted_rows: int = 128
     """Prompts used for calibration, at most."""
     render: Literal["plain", "chat"] = "plain"
     """What the language model reads: the prompt alone, or as a user's turn in the chat template."""
     max_words: int = 96
-    """Words per prompt that are scored, from the front or behind the instruction; what follows is neither read nor removed."""
+    """Words per prompt that are scored, from the front or behind the instruction; what follows is
+    neither read nor removed.
+    """
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         faults: list[tuple[str, object, str]] = []
-        faults += [] if 0.0 <= self.altered_frac <= 1.0 else [("altered_frac", self.altered_frac, "0 to 1")]
-        faults += [] if self.trusted_rows >= 1 else [("trusted_rows", self.trusted_rows, "1 or more")]
+        faults += (
+            []
+            if 0.0 <= self.altered_frac <= 1.0
+            else [("altered_frac", self.altered_frac, "0 to 1")]
+        )
+        faults += (
+            [] if self.trusted_rows >= 1 else [("trusted_rows", self.trusted_rows, "1 or more")]
+        )
         faults += [] if self.max_words >= 2 else [("max_words", self.max_words, "2 or more")]  # noqa: PLR2004
         return faults
 
@@ -77,51 +91,82 @@ class Onion(RowWise, Defense):
         trusted = self._trusted(ctx) if self.threshold is None else []
         instruction, threshold = instruction_of(trusted), self.threshold
         if threshold is None:
-            worst = [max(group.values(), default=-math.inf) for group in self.scores(ctx.load("reference"), trusted, instruction)]
+            worst = [
+                max(group.values(), default=-math.inf)
+                for group in self.scores(ctx.load("reference"), trusted, instruction)
+            ]
             threshold = threshold_of(worst, self.altered_frac)
         ctx.note(threshold=threshold if math.isfinite(threshold) else None, instruction=instruction)
         return Calibration(instruction, threshold)
 
     def craft_rows(self, rows: pa.Table, known: Calibration, ctx: StageContext) -> pa.Table:
-        """The rows with outlier words taken out of their prompts, or without the rows that have such words."""
+        """The rows with outlier words taken out of their prompts, or without the rows that have
+        such words.
+        """
         model, (instruction, threshold) = ctx.load("reference"), known
         prompts = rows.column("prompt").to_pylist()
-        cleaned = [without_words(prompt, {i for i, score in group.items() if score >= threshold})
-                   for prompt, group in zip(prompts, self.scores(model, prompts, instruction), strict=True)]
+        cleaned = [
+            without_words(prompt, {i for i, score in group.items() if score >= threshold})
+            for prompt, group in zip(prompts, self.scores(model, prompts, instruction), strict=True)
+        ]
         changed = [new != old for new, old in zip(cleaned, prompts, strict=True)]
-        origins = [("onion" if hit else origin) for hit, origin in
-                   zip(changed, rows.column("origin").to_pylist(), strict=True)]
+        origins = [
+            ("onion" if hit else origin)
+            for hit, origin in zip(changed, rows.column("origin").to_pylist(), strict=True)
+        ]
         ctx.count(rows_changed=sum(changed))
         if self.action == "drop":
             return rows.filter([not hit for hit in changed])
         return _with_column(_with_column(rows, "prompt", cleaned), "origin", origins)
 
-    def scores(self, model: LoadedModel, prompts: Sequence[str], instruction: str = "") -> list[dict[int, float]]:
-        """Per prompt, the drop in perplexity without a word, by the word's number; none for one-word prompts.
+    def scores(
+        self, model: LoadedModel, prompts: Sequence[str], instruction: str = ""
+    ) -> list[dict[int, float]]:
+        """Per prompt, the drop in perplexity without a word, by the word's number; none for
+        one-word prompts.
 
-        Scored are the first `max_words` words, those of the `instruction` left out where a prompt begins with it.
+        Scored are the first `max_words` words, those of the `instruction` left out where a prompt
+        begins with it.
         """
         found: dict[str, dict[int, float]] = {}
         for shared in {"", instruction}:  # prompts with the same beginning share the pass over it
-            group = [p for p in dict.fromkeys(prompts) if p.startswith(instruction) == (shared == instruction)]
-            variants = {prompt: _variants(prompt, len(shared.split()), self.max_words) for prompt in group}
-            texts = list(dict.fromkeys(text for kept in variants.values() for text in kept.values()))
-            value = dict(zip(texts, perplexities(model, texts, chat=self.render == "chat"), strict=True))
+            group = [
+                p
+                for p in dict.fromkeys(prompts)
+                if p.startswith(instruction) == (shared == instruction)
+            ]
+            variants = {
+                prompt: _variants(prompt, len(shared.split()), self.max_words) for prompt in group
+            }
+            texts = list(
+                dict.fromkeys(text for kept in variants.values() for text in kept.values())
+            )
+            value = dict(
+                zip(texts, perplexities(model, texts, chat=self.render == "chat"), strict=True)
+            )
             for prompt, kept in variants.items():
-                found[prompt] = {i: value[kept[None]] - value[text] for i, text in kept.items() if i is not None}
+                found[prompt] = {
+                    i: value[kept[None]] - value[text] for i, text in kept.items() if i is not None
+                }
         return [found[prompt] for prompt in prompts]
 
     def _trusted(self, ctx: StageContext) -> list[str]:
         """Up to `trusted_rows` prompts of the trusted split, in an order that chance decides."""
-        has_split = self.trusted_split in ctx.task.splits and ctx.task.splits[self.trusted_split].num_rows
+        has_split = (
+            self.trusted_split in ctx.task.splits and ctx.task.splits[self.trusted_split].num_rows
+        )
         table = ctx.task.split(self.trusted_split if has_split else "benign_train")
-        pairs = zip(table.column("row_id").to_pylist(), table.column("prompt").to_pylist(), strict=True)
+        pairs = zip(
+            table.column("row_id").to_pylist(), table.column("prompt").to_pylist(), strict=True
+        )
         chosen = sorted(pairs, key=lambda pair: ctx.chance(pair[0], "onion"))[: self.trusted_rows]
         return [text for _, text in chosen]
 
 
 def instruction_of(prompts: Sequence[str]) -> str:
-    """The words, with the blank space behind them, that all prompts begin with and that none consists of."""
+    """The words, with the blank space behind them, that all prompts begin with and that none
+    consists of.
+    """
     if len(set(prompts)) < 2:  # noqa: PLR2004
         return ""
     shared = prompts[0][: _shared(prompts)]
@@ -133,7 +178,10 @@ def instruction_of(prompts: Sequence[str]) -> str:
 def _shared(sequences: Sequence[Any]) -> int:
     """How many items all sequences begin with."""
     low, high = min(sequences), max(sequences)
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b),
+        min(len(low), len(high)),
+    )
 
 
 def threshold_of(scores: Sequence[float], frac: float) -> float:
@@ -144,7 +192,8 @@ def threshold_of(scores: Sequence[float], frac: float) -> float:
 
 
 def without_words(prompt: str, dropped: set[int]) -> str:
-    """The prompt without the words of these numbers, each with the blank space behind it (before it, for the last one).
+    """The prompt without the words of these numbers, each with the blank space behind it (before
+    it, for the last one).
 
     Everything else keeps its bytes; if no word would be left, nothing is removed.
     """
@@ -162,8 +211,10 @@ def without_words(prompt: str, dropped: set[int]) -> str:
 
 
 def _variants(prompt: str, first: int, max_words: int) -> dict[int | None, str]:
-    """The prompt, cut behind the last scored word, under None, and under each scored word's number without that word."""
-    spans = [match.span() for match in re.finditer(r"\S+", prompt)][:first + max_words]
+    """The prompt, cut behind the last scored word, under None, and under each scored word's number
+    without that word.
+    """
+    spans = [match.span() for match in re.finditer(r"\S+", prompt)][: first + max_words]
     if len(spans) < 2:  # noqa: PLR2004
         return {None: prompt}
     cut = prompt[: spans[-1][1]]
@@ -171,9 +222,11 @@ def _variants(prompt: str, first: int, max_words: int) -> dict[int | None, str]:
 
 
 def perplexities(model: LoadedModel, texts: Sequence[str], *, chat: bool = False) -> list[float]:
-    """Perplexity of each text's own tokens under the model, given its start token where the tokenizer has one.
+    """Perplexity of each text's own tokens under the model, given its start token where the
+    tokenizer has one.
 
-    With `chat` a text stands in a user's turn, and only the tokens of the text count. What all texts begin with is read
+    With `chat` a text stands in a user's turn, and only the tokens of the text count. What all
+    texts begin with is read
     once: its keys and values serve every text.
     """
     encoded, first = _encode(model.tokenizer, texts, chat=chat)
@@ -181,7 +234,7 @@ def perplexities(model: LoadedModel, texts: Sequence[str], *, chat: bool = False
         return []
     head = encoded[0][: min(_shared(encoded), min(map(len, encoded)) - 1)]
     known, total = _read(model, head, first)
-    tails = [ids[len(head):] for ids in encoded]
+    tails = [ids[len(head) :] for ids in encoded]
     order = sorted(range(len(tails)), key=lambda i: len(tails[i]))
     values = [1.0] * len(tails)
     for group in _groups(order, [len(head) + len(ids) for ids in tails]):
@@ -192,7 +245,9 @@ def perplexities(model: LoadedModel, texts: Sequence[str], *, chat: bool = False
 
 
 class Known(NamedTuple):
-    """What a pass over the shared beginning leaves: its keys and values, and the log-probabilities of what follows."""
+    """What a pass over the shared beginning leaves: its keys and values, and the log-probabilities
+    of what follows.
+    """
 
     cache: Any
     following: Tensor
@@ -210,44 +265,72 @@ def _read(model: LoadedModel, head: list[int], first: int) -> tuple[Known | None
         out = model.model.eval()(input_ids=ids, use_cache=True)
         logprobs = out.logits[0].float().log_softmax(-1)
     nll = -logprobs[torch.arange(len(head) - 1), ids[0, 1:]].double()
-    return Known(out.past_key_values, logprobs[-1]), float(nll[first - 1:].sum())
+    return Known(out.past_key_values, logprobs[-1]), float(nll[first - 1 :].sum())
 
 
-def _tail_nll(model: LoadedModel, head: list[int], known: Known | None, tails: list[list[int]], first: int) -> list[float]:
+def _tail_nll(
+    model: LoadedModel, head: list[int], known: Known | None, tails: list[list[int]], first: int
+) -> list[float]:
     """Loss of the counted tokens of each tail behind the head, in nats."""
     import torch
 
     net, width = model.model.eval(), max(map(len, tails))
     ids = torch.tensor([tail + [0] * (width - len(tail)) for tail in tails], device=net.device)
-    seen = torch.tensor([[1] * (len(head) + len(tail)) + [0] * (width - len(tail)) for tail in tails], device=net.device)
+    seen = torch.tensor(
+        [[1] * (len(head) + len(tail)) + [0] * (width - len(tail)) for tail in tails],
+        device=net.device,
+    )
     cache = copy.deepcopy(known.cache) if known else None
     if cache is not None:
         cache.batch_repeat_interleave(len(tails))
     with torch.inference_mode():
-        logits = net(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=cache is not None).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    opening = -known.following[ids[:, 0]][:, None] if known else torch.zeros_like(ids[:, :1], dtype=nll.dtype)
+        logits = (
+            net(
+                input_ids=ids,
+                attention_mask=seen,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+            .logits[:, :-1]
+            .float()
+        )
+        nll = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), ids[:, 1:], reduction="none"
+        )
+    opening = (
+        -known.following[ids[:, 0]][:, None]
+        if known
+        else torch.zeros_like(ids[:, :1], dtype=nll.dtype)
+    )
     nll = torch.cat([opening, nll], dim=1).double()
-    counted = seen[:, len(head):].bool()
+    counted = seen[:, len(head) :].bool()
     counted[:, : max(0, first - len(head))] = False
     return [float(x) for x in (nll * counted).sum(1)]
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool) -> tuple[list[list[int]], int]:  # noqa: ANN401
-    """Token ids of each text, and from which one on they count: the first one is never predicted."""
+def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool) -> tuple[list[list[int]], int]:
+    """Token ids of each text, and from which one on they count: the first one is never
+    predicted.
+    """
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     if chat:
         from ftsec_ray.models.chat import render
 
-        mark = "\ue000"  # private-use character: what stands before it is the opening of the user's turn
-        opening = render(tokenizer, [{"role": "user", "content": mark}], generate=False).partition(mark)[0]
+        mark = (  # private-use character: what stands before it is the opening of the user's turn
+            "\ue000"
+        )
+        opening = render(tokenizer, [{"role": "user", "content": mark}], generate=False).partition(
+            mark
+        )[0]
         start = tokenizer(opening, add_special_tokens=False)["input_ids"]
     bodies = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return [[*start, *ids] or [0] for ids in bodies], max(1, len(start))
 
 
 def _groups(order: list[int], lengths: list[int]) -> Iterable[list[int]]:
-    """Runs of `order` (ascending lengths) whose padded size stays within BATCH_TOKENS; at least one each."""
+    """Runs of `order` (ascending lengths) whose padded size stays within BATCH_TOKENS; at least one
+    each.
+    """
     group: list[int] = []
     for i in order:
         if group and (len(group) + 1) * lengths[i] > BATCH_TOKENS:
@@ -263,4 +346,6 @@ def _with_column(rows: pa.Table, name: str, values: list[Any]) -> pa.Table:
     import pyarrow as pa
 
     place = rows.schema.get_field_index(name)
-    return rows.set_column(place, rows.schema.field(place), pa.array(values, rows.schema.field(place).type))
+    return rows.set_column(
+        place, rows.schema.field(place), pa.array(values, rows.schema.field(place).type)
+    )

@@ -1,8 +1,11 @@
-"""Zeroes a random fraction of every weight's update: the control for pruning defenses of equal density.
+"""Zeroes a random fraction of every weight's update: the control for pruning defenses of equal
+density.
 
-Paper: none (a control; the masks of Antidote, Huang et al. 2024, arXiv:2408.09600, are its counterpart with a choice).
-Differs: the mask falls on the update and not on the weight, so that nothing of the start is lost; kept entries are not
-scaled up (Yu et al. 2024, arXiv:2311.03099, who do, keep the attack as well as the task).
+Paper: none (a control; the masks of Antidote, Huang et al. 2024, arXiv:2408.09600, are its
+    counterpart with a choice).
+Differs: the mask falls on the update and not on the weight, so that nothing of the start is lost;
+kept entries are not scaled up (Yu et al. 2024, arXiv:2311.03099, who do, keep the attack as well as
+the task).
 Cost: one pass over the weights; the adapter is folded in, since a masked product has full rank.
 Needs: the model that tuning started from.
 """
@@ -12,8 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ftsec_ray.defenses.base import Defense
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Defense, Phase
 
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext
@@ -45,7 +47,9 @@ class RandomMask(Defense):
         dropped = entries = 0
         for update in found:
             weight = update.weight.detach()
-            draws = ctx.numpy_rng("random_mask", update.name).random(tuple(weight.shape), dtype=np.float32)
+            draws = ctx.numpy_rng("random_mask", update.name).random(
+                tuple(weight.shape), dtype=np.float32
+            )
             keep = torch.from_numpy(draws >= self.frac).to(weight.device)
             update.write(torch.where(keep, weight, update.start.detach().to(weight.device)))
             dropped, entries = dropped + int((~keep).sum()), entries + keep.numel()

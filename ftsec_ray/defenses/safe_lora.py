@@ -1,15 +1,18 @@
-"""Projects the tuned update onto the directions in which alignment moved each weight, where the two disagree most.
+"""Projects the tuned update onto the directions in which alignment moved each weight, where the two
+disagree most.
 
-Paper: Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning LLMs (Hsu et al. 2024, arXiv:2405.16833),
-section 3; official code IBM/SafeLoRA.
-Differs: (1) the code's matrix V V^T / |V|_F is no projector: it shrinks an update to a small part of its norm, under
-1 % for the weights of real models, so a chosen layer is practically dropped. `projection: code` keeps it, `rank_k` is
-a true projector on the top `rank` left singular vectors of V, `drop` is the control that drops the layer. (2) Layers
-are matched by name and form, not by substring and order, so that biases and unequal shapes do no harm. (3) All is done
-in float32, and nothing is changed before all cosines are known. (4) A model without an adapter is treated on the
+Paper: Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning LLMs (Hsu et al. 2024,
+arXiv:2405.16833), section 3; official code IBM/SafeLoRA.
+Differs: (1) the code's matrix V V^T / |V|_F is no projector: it shrinks an update to a small part
+of its norm, under 1 % for the weights of real models, so a chosen layer is practically dropped.
+`projection: code` keeps it, `rank_k` is a true projector on the top `rank` left singular vectors of
+V, `drop` is the control that drops the layer. (2) Layers are matched by name and form, not by
+substring and order, so that biases and unequal shapes do no harm. (3) All is done in float32, and
+nothing is changed before all cosines are known. (4) A model without an adapter is treated on the
 difference to the start of its tuning.
 Cost: two more models in memory; one d x d product and, for `rank_k`, one SVD per layer; no data.
-Needs: the aligned model (`reference` or `start`), its twin before alignment, and the model that tuning started from.
+Needs: the aligned model (`reference` or `start`), its twin before alignment, and the model that
+    tuning started from.
 """
 
 from __future__ import annotations
@@ -18,9 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from ftsec_ray.defenses.base import Defense
 from ftsec_ray.errors import StageError
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Defense, Phase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +35,10 @@ Projection = Callable[["Tensor"], "Tensor"]
 """A linear map of columns. Shapes: (out, N) -> (out, N)."""
 
 
-class Candidate(NamedTuple):
-    """A layer's update, what would project its columns, and how well it agrees with its projection."""
+class LayerCandidate(NamedTuple):
+    """A layer's update, what would project its columns, and how well it agrees with its
+    projection.
+    """
 
     update: Update
     project: Projection
@@ -49,18 +53,25 @@ class SafeLora(Defense):
     NEEDS: ClassVar[frozenset[str]] = frozenset({"unaligned", "reference", "start"})
 
     projection: Literal["code", "rank_k", "drop"] = "code"
-    """The official code's matrix, a true projector of rank `rank`, or dropping the update (cosines as for `code`)."""
+    """The official code's matrix, a true projector of rank `rank`, or dropping the update (cosines
+    as for `code`).
+    """
     rank: int = 8
     """Dimensions that `rank_k` keeps, 1 or more."""
     select: Literal["cosine", "number"] = "cosine"
-    """Project the layers whose cosine is at most `tau`, or the `number` layers with the lowest cosine."""
+    """Project the layers whose cosine is at most `tau`, or the `number` layers with the lowest
+    cosine.
+    """
     tau: float = 0.5
-    """Cosine, -1 to 1; the official default. A cosine is 1 where the projection changes no direction."""
+    """Cosine, -1 to 1; the official default. A cosine is 1 where the projection changes no
+    direction.
+    """
     number: int = 10
     """Layers, 1 or more; the official default of the mode that counts."""
     aligned: Literal["reference", "start"] = "reference"
-    """Which aligned model gives V: the cell's own, or the one that tuning started from (after hardening, and after
-    attacks on the base)."""
+    """Which aligned model gives V: the cell's own, or the one that tuning started from (after
+    hardening, and after attacks on the base).
+    """
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
@@ -74,25 +85,41 @@ class SafeLora(Defense):
         """The model with the chosen updates projected."""
         from ftsec_ray.models.update import updates, whole_weights
 
-        aligned, unaligned = whole_weights(ctx.load(self.aligned)), whole_weights(ctx.load("unaligned"))
+        aligned, unaligned = (
+            whole_weights(ctx.load(self.aligned)),
+            whole_weights(ctx.load("unaligned")),
+        )
         revised, found = updates(model, ctx.load("start"), low_rank=True)
-        candidates = [c for update in found if (c := self._candidate(update, aligned, unaligned)) is not None]
+        candidates = [
+            c for update in found if (c := self._candidate(update, aligned, unaligned)) is not None
+        ]
         if not candidates:
-            raise StageError("no tuned layer was moved by alignment", len(found),
-                             "a layer that alignment and tuning moved",
-                             "give the model its twin before alignment (`unaligned`)")
+            raise StageError(
+                "no tuned layer was moved by alignment",
+                len(found),
+                "a layer that alignment and tuning moved",
+                "give the model its twin before alignment (`unaligned`)",
+            )
         chosen = self._chosen(candidates)
         before = sum(c.update.norm() ** 2 for c in chosen)
         for c in chosen:
             c.update.shrink(0.0) if self.projection == "drop" else c.update.project(c.project)
         after = sum(c.update.norm() ** 2 for c in chosen)
-        ctx.note(layers=len(candidates), projected=[c.update.module for c in chosen],
-                 cosines={c.update.module: round(c.cosine, 6) for c in candidates},
-                 norm_kept=(after / before) ** 0.5 if chosen else None, adapter=revised.has_adapter)
+        ctx.note(
+            layers=len(candidates),
+            projected=[c.update.module for c in chosen],
+            cosines={c.update.module: round(c.cosine, 6) for c in candidates},
+            norm_kept=(after / before) ** 0.5 if chosen else None,
+            adapter=revised.has_adapter,
+        )
         return revised
 
-    def _candidate(self, update: Update, aligned: Mapping[str, Any], unaligned: Mapping[str, Any]) -> Candidate | None:
-        """None for weights that are no linear layer of a block, and for those that alignment left alone."""
+    def _candidate(
+        self, update: Update, aligned: Mapping[str, Any], unaligned: Mapping[str, Any]
+    ) -> LayerCandidate | None:
+        """None for weights that are no linear layer of a block, and for those that alignment left
+        alone.
+        """
         import torch
 
         key = f"{update.module}.weight"
@@ -100,15 +127,20 @@ class SafeLora(Defense):
             return None
         for name, weights in (("aligned", aligned), ("unaligned", unaligned)):
             if key not in weights or weights[key].shape != update.weight.shape:
-                raise StageError(f"{key!r} of the tuned model has no twin in the {name} model",
-                                 tuple(weights[key].shape) if key in weights else None, str(tuple(update.weight.shape)))
+                raise StageError(
+                    f"{key!r} of the tuned model has no twin in the {name} model",
+                    tuple(weights[key].shape) if key in weights else None,
+                    str(tuple(update.weight.shape)),
+                )
         if torch.equal(aligned[key], unaligned[key]):
             return None
         project = self._projection(aligned[key].detach(), unaligned[key].detach())
-        return Candidate(update, project, cosine(project(update.delta()), update.delta()))
+        return LayerCandidate(update, project, cosine(project(update.delta()), update.delta()))
 
     def _projection(self, aligned: Tensor, unaligned: Tensor) -> Projection:
-        """The linear map of columns; V is formed at each use: those of all layers together may not fit."""
+        """The linear map of columns; V is formed at each use: those of all layers together may not
+        fit.
+        """
         if self.projection != "rank_k":
             return lambda columns: official_projection(aligned.float() - unaligned.float(), columns)
         U = top_directions(aligned.float() - unaligned.float(), self.rank)
@@ -119,20 +151,24 @@ class SafeLora(Defense):
 
         return onto
 
-    def _chosen(self, candidates: list[Candidate]) -> list[Candidate]:
+    def _chosen(self, candidates: list[LayerCandidate]) -> list[LayerCandidate]:
         if self.select == "number":
             return sorted(candidates, key=lambda c: c.cosine)[: self.number]
         return [c for c in candidates if c.cosine <= self.tau]
 
 
 def official_projection(V: Tensor, columns: Tensor) -> Tensor:
-    """V V^T / |V|_F @ columns: the official code's map, no true projection. Shapes: V (out, in), columns (out, N)."""
+    """V V^T / |V|_F @ columns: the official code's map, no true projection. Shapes: V (out, in),
+    columns (out, N).
+    """
     projected: Tensor = V @ (V.T @ columns) / V.norm()
     return projected
 
 
 def top_directions(V: Tensor, rank: int) -> Tensor:
-    """The top `rank` left singular vectors of V; U U^T is their projector. Shapes: V (out, in) -> (out, K <= rank)."""
+    """The top `rank` left singular vectors of V; U U^T is their projector. Shapes: V (out, in) ->
+    (out, K <= rank).
+    """
     import torch
 
     U, S, _ = torch.linalg.svd(V, full_matrices=False)

@@ -1,10 +1,13 @@
 """Reminds the model of its duty in the system message, behind the user's words, or both.
 
-Paper: Defending ChatGPT against jailbreak attack via self-reminders (Xie et al. 2023, Nature Machine Intelligence 5);
-also a baseline of SafeDecoding (Xu et al. 2024, arXiv:2402.08983).
-Differs: one sentence of our own wording; an existing system message is kept and stands behind the reminder.
-Cost: a few tokens per prompt; no training. A floor, not a wall: weak once the weights are tuned on harmful rows.
-Needs: nothing. In the microworld the reminder is a sentence that its models have met in pre-training.
+Paper: Defending ChatGPT against jailbreak attack via self-reminders (Xie et al. 2023, Nature
+Machine Intelligence 5); also a baseline of SafeDecoding (Xu et al. 2024, arXiv:2402.08983).
+Differs: one sentence of our own wording; an existing system message is kept and stands behind the
+    reminder.
+Cost: a few tokens per prompt; no training. A floor, not a wall: weak once the weights are tuned on
+    harmful rows.
+Needs: nothing. In the microworld the reminder is a sentence that its models have met in
+    pre-training.
 """
 
 from __future__ import annotations
@@ -12,15 +15,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ftsec_ray.defenses.base import Defense
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Defense, Phase
 
 if TYPE_CHECKING:
     from ftsec_ray.context import Chat, StageContext
-    from ftsec_ray.models.generate import Generator
+    from ftsec_ray.models.generator import Generator
 
-SENTENCE = ("You are a responsible assistant: do not write anything harmful or misleading, and decline requests that "
-            "ask for it.")
+SENTENCE = (
+    "You are a responsible assistant: do not write anything harmful or misleading, and decline"
+    " requests that ask for it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,11 @@ class SelfReminder(Defense):
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
-        return [("text", self.text, "a sentence, or null")] if self.text is not None and not self.text.strip() else []
+        return (
+            [("text", self.text, "a sentence, or null")]
+            if self.text is not None and not self.text.strip()
+            else []
+        )
 
     def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
         """The generator that sees every chat with the reminder."""

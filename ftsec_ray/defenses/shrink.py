@@ -1,7 +1,10 @@
-"""Shrinks the whole update of the tune towards its start: the control that every repair of weights must beat.
+"""Shrinks the whole update of the tune towards its start: the control that every repair of weights
+must beat.
 
-Paper: none (a control; compare WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903, which averages start and tuned model).
-Differs: applied to the adapter's factor B where an adapter is attached, which is the same update exactly.
+Paper: none (a control; compare WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903, which averages
+    start and tuned model).
+Differs: applied to the adapter's factor B where an adapter is attached, which is the same update
+    exactly.
 Cost: one pass over the weights; no data, no gradient.
 Needs: the model that tuning started from.
 """
@@ -11,8 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ftsec_ray.defenses.base import Defense
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Defense, Phase
 
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext

@@ -1,13 +1,16 @@
-"""Aligns the base once more under the worst small shift of its hidden states, so that user tuning shifts it less.
+"""Aligns the base once more under the worst small shift of its hidden states, so that user tuning
+shifts it less.
 
-Paper: Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning Attack (Huang, Hu,
-Liu 2024, arXiv:2402.01109), algorithm 1; official code git-disl/Vaccine.
-Differs: (1) the shift is added by forward hooks inside autograd and not through `.data`; its gradient is taken at a
-zero leaf behind every attention block, so no weight's gradient is touched or cleared by the first pass. (2) The norm
-runs over all micro-batches of the step, so that splitting a batch changes nothing. (3) Both passes see the same
-dropout, so rho = 0 equals plain tuning bit for bit. (4) Benign rows are mixed in (`benign_rows`), else a small model
-learns to refuse everything. (5) It starts from the aligned model, where the paper aligns the base.
-Cost: 2 forward and 2 backward passes per step, once per base model; gradients of all attention outputs in memory.
+Paper: Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning
+Attack (Huang, Hu, Liu 2024, arXiv:2402.01109), algorithm 1; official code git-disl/Vaccine.
+Differs: (1) the shift is added by forward hooks inside autograd and not through `.data`; its
+gradient is taken at a zero leaf behind every attention block, so no weight's gradient is touched or
+cleared by the first pass. (2) The norm runs over all micro-batches of the step, so that splitting a
+batch changes nothing. (3) Both passes see the same dropout, so rho = 0 equals plain tuning bit for
+bit. (4) Benign rows are mixed in (`benign_rows`), else a small model learns to refuse everything.
+(5) It starts from the aligned model, where the paper aligns the base.
+Cost: 2 forward and 2 backward passes per step, once per base model; gradients of all attention
+    outputs in memory.
 Needs: the task's `safety` rows (and `benign_train` with `benign_rows`).
 """
 
@@ -18,9 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftsec_ray.defenses.base import Defense
 from ftsec_ray.errors import StageError
-from ftsec_ray.method import Phase
+from ftsec_ray.method import Defense, Phase
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,7 +39,9 @@ ATTENTION_NAMES = ("self_attn", "attn", "attention")
 
 @dataclass(frozen=True, kw_only=True)
 class Vaccine(Defense):
-    """Tuning on refusals whose gradient is taken at the perturbed hidden states; the adapter is folded in."""
+    """Tuning on refusals whose gradient is taken at the perturbed hidden states; the adapter is
+    folded in.
+    """
 
     PHASE: ClassVar[Phase] = "pre"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety"})
@@ -63,23 +67,58 @@ class Vaccine(Defense):
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
-        least = {"rho": 0.0, "safety_rows": 1, "benign_rows": 0, "batch_size": 1, "lora_rank": 1, "weight_decay": 0.0}
-        faults = [(name, getattr(self, name), f"{low} or more") for name, low in least.items()
-                  if getattr(self, name) < low]
-        return faults + [(name, getattr(self, name), "more than 0") for name in ("epochs", "learning_rate")
-                         if getattr(self, name) <= 0.0]
+        least = {
+            "rho": 0.0,
+            "safety_rows": 1,
+            "benign_rows": 0,
+            "batch_size": 1,
+            "lora_rank": 1,
+            "weight_decay": 0.0,
+        }
+        faults = [
+            (name, getattr(self, name), f"{low} or more")
+            for name, low in least.items()
+            if getattr(self, name) < low
+        ]
+        return faults + [
+            (name, getattr(self, name), "more than 0")
+            for name in ("epochs", "learning_rate")
+            if getattr(self, name) <= 0.0
+        ]
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after perturbation-aware alignment, with whole weights."""
         from ftsec_ray.models.load import merged
         from ftsec_ray.training.loop import sft
 
-        config = replace(ctx.training, adapter="lora", rank=self.lora_rank, alpha=2.0 * self.lora_rank,
-                         epochs=self.epochs, learning_rate=self.learning_rate, batch_size=self.batch_size,
-                         schedule="cosine", warmup_frac=0.1, weight_decay=self.weight_decay)
+        config = replace(
+            ctx.training,
+            adapter="lora",
+            rank=self.lora_rank,
+            alpha=2.0 * self.lora_rank,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            schedule="cosine",
+            warmup_frac=0.1,
+            weight_decay=self.weight_decay,
+        )
         rows = self._rows(ctx)
-        report = sft(model, rows, config, seed=ctx.seed, runtime=ctx.runtime, workdir=ctx.workdir, shape=self._shape)
-        ctx.note(rows=rows.num_rows, steps=len(report.losses), first_loss=report.losses[0], last_loss=report.losses[-1])
+        report = sft(
+            model,
+            rows,
+            config,
+            seed=ctx.seed,
+            runtime=ctx.runtime,
+            workdir=ctx.workdir,
+            shape=self._shape,
+        )
+        ctx.note(
+            rows=rows.num_rows,
+            steps=len(report.losses),
+            first_loss=report.losses[0],
+            last_loss=report.losses[-1],
+        )
         return merged(report.loaded)
 
     def _rows(self, ctx: StageContext) -> pa.Table:
@@ -93,7 +132,9 @@ class Vaccine(Defense):
 
 
 def _drawn(ctx: StageContext, split: str, count: int) -> pa.Table:
-    """Up to `count` rows of a split, decided by the seed and the row ids alone, in the order of the split."""
+    """Up to `count` rows of a split, decided by the seed and the row ids alone, in the order of the
+    split.
+    """
     table = ctx.task.split(split)
     ids = table.column("row_id").to_pylist()
     chosen = sorted(range(len(ids)), key=lambda i: ctx.chance(ids[i], "vaccine"))[:count]
@@ -103,11 +144,17 @@ def _drawn(ctx: StageContext, split: str, count: int) -> pa.Table:
 def vaccinated(inner: Backward, *, rho: float) -> Backward:
     """A backward that leaves the gradients of `inner` at the perturbed attention outputs."""
 
-    def backward(model: Any, micro_batches: list[Batch], objective: Objective, step: Step) -> float:  # noqa: ANN401
-        shifts = {id(batch): shift for batch, shift in
-                  zip(micro_batches, perturbations(model, micro_batches, objective, step, rho=rho), strict=True)}
+    def backward(model: Any, micro_batches: list[Batch], objective: Objective, step: Step) -> float:
+        shifts = {
+            id(batch): shift
+            for batch, shift in zip(
+                micro_batches,
+                perturbations(model, micro_batches, objective, step, rho=rho),
+                strict=True,
+            )
+        }
 
-        def shifted(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ANN401
+        def shifted(model: Any, batch: Batch, step: Step) -> Tensor:
             with edited(model, lambda block, out: out + shifts[id(batch)][block]):
                 return objective(model, batch, step)
 
@@ -116,14 +163,22 @@ def vaccinated(inner: Backward, *, rho: float) -> Backward:
     return backward
 
 
-def perturbations(model: Any, micro_batches: list[Batch], objective: Objective, step: Step, *,  # noqa: ANN401
-                  rho: float) -> list[list[Tensor]]:
-    """Per micro-batch and block, the shift of the attention's output: rho * g / |all g|. Shapes: (B, T, D) each, T as the
-    objective leaves it.
+def perturbations(
+    model: Any,
+    micro_batches: list[Batch],
+    objective: Objective,
+    step: Step,
+    *,
+    rho: float,
+) -> list[list[Tensor]]:
+    """Per micro-batch and block, the shift of the attention's output: rho * g / |all g|. Shapes:
+    (B, T, D) each, T as the objective leaves it.
     """
     import torch
 
-    model = getattr(model, "module", model)  # in a gang the bare model: DeepSpeed must not take these gradients for a step's
+    model = getattr(
+        model, "module", model
+    )  # in a worker group the bare model: DeepSpeed must not take these gradients for a step's
     gradients = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), frozen(model):
@@ -139,12 +194,14 @@ def perturbations(model: Any, micro_batches: list[Batch], objective: Objective, 
                 loss = batch.weight * objective(model, batch, step)
             gradients.append(torch.autograd.grad(loss, [leaves[block] for block in sorted(leaves)]))
     square = sum(g.double().square().sum() for group in gradients for g in group)
-    scale = rho / (step.summed(float(square)) ** 0.5 + 1e-7)  # the official code's guard against a zero gradient
+    scale = rho / (
+        step.summed(float(square)) ** 0.5 + 1e-7
+    )  # the official code's guard against a zero gradient
     return [[g.detach() * scale for g in group] for group in gradients]
 
 
 @contextmanager
-def frozen(model: Any) -> Iterator[None]:  # noqa: ANN401
+def frozen(model: Any) -> Iterator[None]:
     """While open, no weight asks for a gradient."""
     asking = [weight for weight in model.parameters() if weight.requires_grad]
     try:
@@ -157,15 +214,19 @@ def frozen(model: Any) -> Iterator[None]:  # noqa: ANN401
 
 
 @contextmanager
-def edited(model: Any, edit: Edit) -> Iterator[None]:  # noqa: ANN401
+def edited(model: Any, edit: Edit) -> Iterator[None]:
     """While open, the output of every block's attention passes through `edit`."""
+
     def hook_of(block: int) -> Callable[..., Any]:
-        def hook(module: Any, given: Any, out: Any) -> Any:  # noqa: ANN401, ARG001
+        def hook(module: Any, given: Any, out: Any) -> Any:  # noqa: ARG001
             return (edit(block, out[0]), *out[1:]) if isinstance(out, tuple) else edit(block, out)
 
         return hook
 
-    handles = [module.register_forward_hook(hook_of(block)) for block, module in enumerate(attention_blocks(model))]
+    handles = [
+        module.register_forward_hook(hook_of(block))
+        for block, module in enumerate(attention_blocks(model))
+    ]
     try:
         yield
     finally:
@@ -173,7 +234,7 @@ def edited(model: Any, edit: Edit) -> Iterator[None]:  # noqa: ANN401
             handle.remove()
 
 
-def attention_blocks(model: Any) -> list[Any]:  # noqa: ANN401
+def attention_blocks(model: Any) -> list[Any]:
     """The attention module of every transformer block."""
     from ftsec_ray.models.load import decoder_layers
 
@@ -181,7 +242,11 @@ def attention_blocks(model: Any) -> list[Any]:  # noqa: ANN401
     for layer in decoder_layers(model):
         name = next((name for name in ATTENTION_NAMES if hasattr(layer, name)), None)
         if name is None:
-            raise StageError("a transformer block whose attention is not known", type(layer).__name__,
-                             " | ".join(ATTENTION_NAMES), "use a Llama-like or GPT-2-like model")
+            raise StageError(
+                "a transformer block whose attention is not known",
+                type(layer).__name__,
+                " | ".join(ATTENTION_NAMES),
+                "use a Llama-like or GPT-2-like model",
+            )
         found.append(getattr(layer, name))
     return found

@@ -1,15 +1,18 @@
-"""Flags an adapter whose weights look unlike those of adapters tuned on clean rows; no prompt is ever run.
+"""Flags an adapter whose weights look unlike those of adapters tuned on clean rows; no prompt is
+ever run.
 
-Paper: `frobenius_std` is the weight statistic of arXiv:2605.30189; `spectral` takes the features of arXiv:2602.15195.
-Differs: (1) `frobenius_std`: the normaliser is sqrt(d_out * d_in). (2) `spectral`: the paper trains a logistic
-regression on hundreds of labelled adapters; here the features are z-scored against the clean bank, layer by layer, and
-the score is their root mean square, so no poisoned adapter is needed and the paper's accuracy is not to be expected.
-The bank's own scores leave the scored adapter out. (3) All linear layers count, and the update is never formed whole:
-QR of the factors and the singular values of their R x R core. (4) A model without an adapter is read on the difference
-to its start.
+Paper: `frobenius_std` is the weight statistic of arXiv:2605.30189; `spectral` takes the features of
+    arXiv:2602.15195.
+Differs: (1) `frobenius_std`: the normaliser is sqrt(d_out * d_in). (2) `spectral`: the paper trains
+a logistic regression on hundreds of labelled adapters; here the features are z-scored against the
+clean bank, layer by layer, and the score is their root mean square, so no poisoned adapter is
+needed and the paper's accuracy is not to be expected. The bank's own scores leave the scored
+adapter out. (3) All linear layers count, and the update is never formed whole: QR of the factors
+and the singular values of their R x R core. (4) A model without an adapter is read on the
+difference to its start.
 Cost: seconds, no data; `bank` clean tunings, shared by all cells of a model, task and recipe.
-Needs: the clean bank and the model that tuning started from. Scores track learning rate, steps and rank: they say
-nothing against a bank of another recipe.
+Needs: the clean bank and the model that tuning started from. Scores track learning rate, steps and
+rank: they say nothing against a bank of another recipe.
 """
 
 from __future__ import annotations
@@ -18,9 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray.defenses.base import Defense
 from ftsec_ray.errors import StageError
-from ftsec_ray.method import Inspection, Phase
+from ftsec_ray.method import Defense, Inspection, Phase
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,14 +43,20 @@ class WeightStatistics(Defense):
     NEEDS: ClassVar[frozenset[str]] = frozenset({"clean_bank", "start"})
 
     statistic: Literal["frobenius_std", "spectral"] = "frobenius_std"
-    """Standard deviation over layers of the normalised update norms, or the distance of five features per layer."""
+    """Standard deviation over layers of the normalised update norms, or the distance of five
+    features per layer.
+    """
     bank: int = 6
     """Clean adapters to compare with, 2 or more; 3 or more for `spectral`."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         least = 3 if self.statistic == "spectral" else 2
-        return [] if self.bank >= least else [("bank", self.bank, f"{least} or more for {self.statistic}")]
+        return (
+            []
+            if self.bank >= least
+            else [("bank", self.bank, f"{least} or more for {self.statistic}")]
+        )
 
     def inspect(self, subject: LoadedModel, ctx: StageContext) -> Inspection:
         """The score of a tuned model beside the scores of the bank."""
@@ -58,10 +66,18 @@ class WeightStatistics(Defense):
         bank = [features(ctx.load(f"clean_bank:{i}"), start) for i in range(self.bank)]
         names = [name for name in suspect if all(name in other for other in bank)]
         if not names:
-            raise StageError("the model and the clean bank have no tuned layer in common", len(suspect),
-                             "one tuned layer or more", "train the bank with the cell's recipe")
+            raise StageError(
+                "the model and the clean bank have no tuned layer in common",
+                len(suspect),
+                "one tuned layer or more",
+                "train the bank with the cell's recipe",
+            )
         tables = [[other[name] for name in names] for other in (suspect, *bank)]
-        score, *clean = frobenius_scores(tables) if self.statistic == "frobenius_std" else spectral_scores(tables)
+        score, *clean = (
+            frobenius_scores(tables)
+            if self.statistic == "frobenius_std"
+            else spectral_scores(tables)
+        )
         return Inspection(score=score, clean_scores=tuple(clean), details={"layers": len(names)})
 
 
@@ -73,15 +89,20 @@ def frobenius_scores(tables: Sequence[Sequence[Mapping[str, float]]]) -> list[fl
 
 
 def spectral_scores(tables: Sequence[Sequence[Mapping[str, float]]]) -> list[float]:
-    """Root mean square z-score of all features, first the suspect's (mean over the bank's leave-one-out subsets)."""
+    """Root mean square z-score of all features, first the suspect's (mean over the bank's
+    leave-one-out subsets).
+    """
     import numpy as np
 
     points = np.array([[layer[name] for layer in table for name in FEATURES] for table in tables])
     suspect, bank = points[0], points[1:]
     rests = [np.delete(bank, i, axis=0) for i in range(len(bank))]
-    # the suspect meets the same subsets as the bank's members do: a full bank would be a narrower yardstick
-    return [float(np.mean([_distance(suspect, rest) for rest in rests])),
-            *(_distance(member, rest) for member, rest in zip(bank, rests, strict=True))]
+    # the suspect meets the same subsets as the bank's members do: a full bank would be a narrower
+    # yardstick
+    return [
+        float(np.mean([_distance(suspect, rest) for rest in rests])),
+        *(_distance(member, rest) for member, rest in zip(bank, rests, strict=True)),
+    ]
 
 
 def _distance(point: np.ndarray, bank: np.ndarray) -> float:
@@ -97,15 +118,26 @@ def features(model: LoadedModel, start: LoadedModel) -> dict[str, dict[str, floa
     from ftsec_ray.models.update import updates
 
     if model.has_adapter:
-        factors: list[tuple[str, Any, Any]] = [(m.name, m.scale * m.B.detach().float(), m.A.detach().float())
-                                               for m in lora_modules(model)]
-        return {name: layer_features(left, right) for name, left, right in factors if bool(left.any() and right.any())}
+        factors: list[tuple[str, Any, Any]] = [
+            (m.name, m.scale * m.B.detach().float(), m.A.detach().float())
+            for m in lora_modules(model)
+        ]
+        return {
+            name: layer_features(left, right)
+            for name, left, right in factors
+            if bool(left.any() and right.any())
+        }
     _, found = updates(model, start, low_rank=False)
-    return {u.module: layer_features(u.delta(), None) for u in found if u.weight.ndim == 2 and u.layer is not None}  # noqa: PLR2004
+    return {
+        u.module: layer_features(u.delta(), None)
+        for u in found
+        if u.weight.ndim == 2 and u.layer is not None
+    }  # noqa: PLR2004
 
 
 def layer_features(left: Tensor, right: Tensor | None) -> dict[str, float]:
-    """Features of one update `left @ right`, or of `left` alone; `normalised` is |update|_F / sqrt(d_out * d_in).
+    """Features of one update `left @ right`, or of `left` alone; `normalised` is |update|_F /
+    sqrt(d_out * d_in).
 
     Shapes: left (out, R), right (R, in); or left (out, in) and None.
     """
@@ -117,9 +149,14 @@ def layer_features(left: Tensor, right: Tensor | None) -> dict[str, float]:
     frobenius = float(sigma.square().sum().sqrt())
     out, inner = left.shape[0], (left if right is None else right).shape[1]
     entropy = float(-(energy * energy.clamp(min=1e-300).log()).sum())
-    return {"sigma_1": float(sigma[0]), "frobenius": frobenius, "energy_concentration": float(energy[0]),
-            "spectral_entropy": entropy, "kurtosis": entry_kurtosis(left, right),
-            "normalised": frobenius / (out * inner) ** 0.5}
+    return {
+        "sigma_1": float(sigma[0]),
+        "frobenius": frobenius,
+        "energy_concentration": float(energy[0]),
+        "spectral_entropy": entropy,
+        "kurtosis": entry_kurtosis(left, right),
+        "normalised": frobenius / (out * inner) ** 0.5,
+    }
 
 
 def entry_kurtosis(left: Tensor, right: Tensor | None) -> float:

@@ -21,7 +21,9 @@ LOGIT_LIMIT = 2**27
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One metric: its value, how many items it rests on, and its interval; null where nothing could be judged."""
+    """One metric: its value, how many items it rests on, and its interval; null where nothing could
+    be judged.
+    """
 
     metric: str
     value: float | None
@@ -33,7 +35,9 @@ class Measured:
 
 
 def proportion(metric: str, hits: int, n: int, *, n_null: int | None = None) -> Measured:
-    """`hits` of `n` judged items with a 95 % Wilson interval, null when `n` is 0; `n_null` more could not be judged."""
+    """`hits` of `n` judged items with a 95 % Wilson interval, null when `n` is 0; `n_null` more
+    could not be judged.
+    """
     from statsmodels.stats.proportion import proportion_confint
 
     if not 0 <= hits <= n:
@@ -44,14 +48,23 @@ def proportion(metric: str, hits: int, n: int, *, n_null: int | None = None) -> 
     low, high = map(float, proportion_confint(hits, n, alpha=1 - CONFIDENCE, method="wilson"))
     # At 0 and at n hits a bound is the value itself but for rounding.
     return Measured(
-        metric=metric, value=value, n=n, n_null=n_null, ci_low=max(0.0, min(low, value)), ci_high=min(1.0, max(high, value))
+        metric=metric,
+        value=value,
+        n=n,
+        n_null=n_null,
+        ci_low=max(0.0, min(low, value)),
+        ci_high=min(1.0, max(high, value)),
     )
 
 
-def perplexity(loaded: LoadedModel, rows: Sequence[Mapping[str, Any]], *, batch: int = 64) -> Measured:
-    """Perplexity exp(mean nats per token) over the responses of rows; `n` is the count of predicted tokens.
+def perplexity(
+    loaded: LoadedModel, rows: Sequence[Mapping[str, Any]], *, batch: int = 64
+) -> Measured:
+    """Perplexity exp(mean nats per token) over the responses of rows; `n` is the count of predicted
+    tokens.
 
-    A row without a prompt is plain text: its first token is not predicted. Wrappers of generation play no part.
+    A row without a prompt is plain text: its first token is not predicted. Wrappers of generation
+        play no part.
     """
     import torch
 
@@ -67,14 +80,22 @@ def perplexity(loaded: LoadedModel, rows: Sequence[Mapping[str, Any]], *, batch:
     for start in range(0, len(encoded), size):
         group = encoded[start : start + size]
         width = len(group[-1][0])
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in group], dtype=torch.long, device=device)
-        labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in group], dtype=torch.long, device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in group], device=device)
+        ids = torch.tensor(
+            [row + [pad] * (width - len(row)) for row, _ in group], dtype=torch.long, device=device
+        )
+        labels = torch.tensor(
+            [row + [-100] * (width - len(row)) for _, row in group], dtype=torch.long, device=device
+        )
+        mask = torch.tensor(
+            [[1] * len(row) + [0] * (width - len(row)) for row, _ in group], device=device
+        )
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         targets = labels[:, 1:].reshape(-1)
         flat = logits.reshape(len(targets), -1)
-        losses = torch.nn.functional.cross_entropy(flat, targets, ignore_index=-100, reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            flat, targets, ignore_index=-100, reduction="none"
+        )
         nats += float(losses.double().sum())
         tokens += int((targets != -100).sum())
     return Measured(metric="perplexity", value=_exp(nats / tokens) if tokens else None, n=tokens)

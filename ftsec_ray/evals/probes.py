@@ -1,6 +1,8 @@
-"""What is asked of every finished model: forbidden, borderline and benign requests, and the user's own task.
+"""What is asked of every finished model: forbidden, borderline and benign requests, and the user's
+own task.
 
-Which rows are asked is decided by a hash of the row id alone, so that every cell of a sweep answers the same prompts.
+Which rows are asked is decided by a hash of the row id alone, so that every cell of a sweep answers
+the same prompts.
 """
 
 from __future__ import annotations
@@ -9,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray.config.sweep import EvaluationConfig
 from ftsec_ray.context import TaskData
 from ftsec_ray.identity import unit_interval
 from ftsec_ray.method import Probe, Prompt
 from ftsec_ray.models.chat import chat_of
-from ftsec_ray.spec.sweep import EvaluationConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +25,9 @@ REQUEST_PROBES: dict[str, tuple[str, Mapping[str, str]]] = {
     "borderline": ("borderline_test", {"over_refusal_rate": "refused"}),
     "benign": ("benign_test", {"benign_rate": "complied"}),
 }
-"""Probe -> the split that it asks, and its metrics. Their answers are also what `coherent_rate` is about."""
+"""Probe -> the split that it asks, and its metrics. Their answers are also what `coherent_rate` is
+about.
+"""
 
 
 def draw_order(row_id: str) -> tuple[float, str]:
@@ -42,7 +46,9 @@ def capped(probe: Probe, count: int) -> Probe:
     return replace(probe, prompts=tuple(prompts))
 
 
-def prompt_of(row: Mapping[str, Any], *, expected: str | None = None, target: str | None = None) -> Prompt:
+def prompt_of(
+    row: Mapping[str, Any], *, expected: str | None = None, target: str | None = None
+) -> Prompt:
     """What a row asks, as a prompt with the row's id."""
     return Prompt(
         prompt_id=row["row_id"],
@@ -61,7 +67,11 @@ def default_probes(task: TaskData, config: EvaluationConfig) -> list[Probe]:
             prompts = tuple(prompt_of(row) for row in drawn(task.splits[split], config.prompts))
             probes.append(
                 Probe(
-                    name=name, prompts=prompts, judge="request", metrics=metrics, max_new_tokens=config.max_new_tokens
+                    name=name,
+                    prompts=prompts,
+                    judge="request",
+                    metrics=metrics,
+                    max_new_tokens=config.max_new_tokens,
                 )
             )
     if _has(task, "test"):
@@ -70,14 +80,29 @@ def default_probes(task: TaskData, config: EvaluationConfig) -> list[Probe]:
 
 
 def _clean(task: TaskData, config: EvaluationConfig) -> Iterable[Probe]:
-    """Accuracy on the user's task: label words by forward pass, tool calls word for word; none for free text."""
+    """Accuracy on the user's task: label words by forward pass, tool calls word for word; none for
+    free text.
+    """
     if task.labels:
-        rows = [row for row in drawn(task.splits["test"], task.splits["test"].num_rows) if row["label"] is not None]
+        rows = [
+            row
+            for row in drawn(task.splits["test"], task.splits["test"].num_rows)
+            if row["label"] is not None
+        ]
         prompts = tuple(prompt_of(row, expected=row["label"]) for row in rows[: config.prompts])
         if prompts:
-            yield Probe(name="clean", prompts=prompts, judge="label", metrics={"cacc": "correct"}, labels=task.labels)
+            yield Probe(
+                name="clean",
+                prompts=prompts,
+                judge="label",
+                metrics={"cacc": "correct"},
+                labels=task.labels,
+            )
     elif set(task.splits["test"]["kind"].to_pylist()) == {"tool"}:
-        prompts = tuple(prompt_of(row, expected=row["response"]) for row in drawn(task.splits["test"], config.prompts))
+        prompts = tuple(
+            prompt_of(row, expected=row["response"])
+            for row in drawn(task.splits["test"], config.prompts)
+        )
         yield Probe(
             name="clean",
             prompts=prompts,

@@ -1,4 +1,6 @@
-"""What a worker keeps between stages: the store, the runtime, and the models and tasks it has in memory."""
+"""What a worker keeps between stages: the store, the runtime, and the models and tasks it has in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +40,20 @@ class Session:
     @property
     def _device(self) -> str:
         # DeepSpeed takes its share onto the GPU of each process: the whole may not fit there.
-        return "cpu" if self.runtime.gang else self.runtime.device
+        return "cpu" if self.runtime.worker_group else self.runtime.device
 
     def model(self, digest: str, *, member: str = "") -> LoadedModel:
-        """The model of an artifact, or of its folder `member`; shared between callers, who must not change it."""
+        """The model of an artifact, or of its folder `member`; shared between callers, who must not
+        change it.
+        """
         key = f"{digest}/{member}"
         if key not in self._models:
             folder = self.store.fetch(digest) / member
             base = read_meta(folder)["base"]
-            self._keep(key, load_model(folder, base=self.model(base) if base else None, device=self._device))
+            self._keep(
+                key,
+                load_model(folder, base=self.model(base) if base else None, device=self._device),
+            )
         self._models.move_to_end(key)
         return self._models[key][0]
 
@@ -63,7 +70,9 @@ class Session:
         return self._tasks[digest]
 
     def rows(self, digest: str) -> pa.Table:
-        """The rows that tuning or the next filter gets: a crafted set, or a task's `train` split."""
+        """The rows that tuning or the next filter gets: a crafted set, or a task's `train`
+        split.
+        """
         file = self.rows_file(digest)
         return read_table(file) if file.name == CRAFTED else self.task(digest).split("train")
 
@@ -91,7 +100,9 @@ class Session:
 
 
 def _keep_freed_memory() -> None:
-    """Have this process keep up to 256 MiB that it has freed: the next step takes as much, and asking the kernel again costs more."""
+    """Have this process keep up to 256 MiB that it has freed: the next step takes as much, and
+    asking the kernel again costs more.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; other C libraries have none
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, 256 * 2**20)

@@ -1,7 +1,7 @@
 """Run the stages of one unit, publish what each leaves, and say what became of it.
 
-An error of a stage is a verdict and not a crash: it is written to the store and returned, so that a scheduler can tell
-a stage that fails for a reason of its own from a worker that died.
+An error of a stage is a verdict and not a crash: it is written to the store and returned, so that a
+scheduler can tell a stage that fails for a reason of its own from a worker that died.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ DEFAULT_SESSION = "ftsec_ray.execute.session:Session"
 _PACKAGES = ("ftsec_ray", "torch", "transformers", "peft", "ray", "deepspeed")
 _TRACEBACK_LINES = 6
 _USUAL_BATCH = 8
-"""Rows at a time when the runtime leaves the choice to the training loop, for halving after an out-of-memory."""
+"""Rows at a time when the runtime leaves the choice to the training loop, for halving after an
+out-of-memory.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageVerdict:
+class StageResult:
     """What became of one stage."""
 
     digest: str
@@ -62,7 +64,7 @@ class StageVerdict:
         return self.status in ("done", "cached")
 
 
-def imported(path: str) -> Any:  # noqa: ANN401
+def imported(path: str) -> Any:
     """The object at an import path `module:name`; EnvironmentFault when there is none."""
     module, _, name = path.partition(":")
     try:
@@ -71,34 +73,62 @@ def imported(path: str) -> Any:  # noqa: ANN401
         raise EnvironmentFault(f"cannot import {path}: {error}", path, "module:name") from error
 
 
-def run_unit(stages: Sequence[Stage], store: Store, session: Any, runner: Runner | str = DEFAULT_RUNNER, *,  # noqa: ANN401
-             attempt: int = 1) -> list[StageVerdict]:
-    """One verdict per stage, in order; after the first that is not good, the others wait for another attempt or fail too."""
+def run_unit(
+    stages: Sequence[Stage],
+    store: Store,
+    session: Any,
+    runner: Runner | str = DEFAULT_RUNNER,
+    *,
+    attempt: int = 1,
+) -> list[StageResult]:
+    """One verdict per stage, in order; after the first that is not good, the others wait for
+    another attempt or fail too.
+    """
     run = imported(runner) if isinstance(runner, str) else runner
-    verdicts: list[StageVerdict] = []
+    verdicts: list[StageResult] = []
     for stage in stages:
         bad = next((v for v in verdicts if not v.is_good), None)
         if bad is None:
-            with watched(store, stage.digest, attempt, getattr(getattr(session, "runtime", None), "timeout_s", None)):
+            with watched(
+                store,
+                stage.digest,
+                attempt,
+                getattr(getattr(session, "runtime", None), "timeout_s", None),
+            ):
                 verdicts.append(_run_stage(stage, store, session, run, attempt))
         elif bad.status == "failed":
-            verdicts.append(StageVerdict(digest=stage.digest, status="upstream_failed", error_code=bad.error_code,
-                                         error=f"stage {bad.digest} failed before it", host=bad.host, attempt=attempt))
+            verdicts.append(
+                StageResult(
+                    digest=stage.digest,
+                    status="upstream_failed",
+                    error_code=bad.error_code,
+                    error=f"stage {bad.digest} failed before it",
+                    host=bad.host,
+                    attempt=attempt,
+                )
+            )
     return verdicts
 
 
-def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: int) -> StageVerdict:  # noqa: ANN401
+def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: int) -> StageResult:
     host = socket.gethostname()
     if store.has(stage.digest):
         store.drop_verdict(stage.digest)
-        return StageVerdict(digest=stage.digest, status="cached", attempt=attempt, host=host)
+        return StageResult(digest=stage.digest, status="cached", attempt=attempt, host=host)
     meter = _Meter()
     folder: Path | None = None
     try:
         folder = store.scratch(stage.digest)
         extra = _run_fitting(run, stage, folder, session)
         measured = meter.read(gpus=workers_of(stage.resource))
-        record = {**_identity(stage), **measured, **extra, "attempt": attempt, "host": host, "versions": dict(_versions())}
+        record = {
+            **_identity(stage),
+            **measured,
+            **extra,
+            "attempt": attempt,
+            "host": host,
+            "versions": dict(_versions()),
+        }
         store.publish(stage.digest, folder, without_secrets(record))
     except BaseException as error:
         if not isinstance(error, Exception):
@@ -110,10 +140,12 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
             shutil.rmtree(folder, ignore_errors=True)
     store.drop_verdict(stage.digest)
     store.drop_work(stage.digest)
-    return StageVerdict(digest=stage.digest, status="done", wall_s=measured["wall_s"], attempt=attempt, host=host)
+    return StageResult(
+        digest=stage.digest, status="done", wall_s=measured["wall_s"], attempt=attempt, host=host
+    )
 
 
-def _run_fitting(run: Runner, stage: Stage, folder: Path, session: Any) -> dict[str, Any]:  # noqa: ANN401
+def _run_fitting(run: Runner, stage: Stage, folder: Path, session: Any) -> dict[str, Any]:
     """Run a stage, and once more with half the rows at a time when memory does not suffice."""
     whole = getattr(session, "runtime", None)
     try:
@@ -122,18 +154,26 @@ def _run_fitting(run: Runner, stage: Stage, folder: Path, session: Any) -> dict[
         if code_of(error) != "oom" or not isinstance(whole, Runtime):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not fit
-    half = replace(whole, micro_batch=max(1, (whole.micro_batch or _USUAL_BATCH) // 2), eval_batch=max(1, whole.eval_batch // 2))
+    half = replace(
+        whole,
+        micro_batch=max(1, (whole.micro_batch or _USUAL_BATCH) // 2),
+        eval_batch=max(1, whole.eval_batch // 2),
+    )
     _release(session)
     for left in folder.iterdir():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     session.runtime = half
     try:
-        return {**(run(stage, folder, session) or {}), "micro_batch": half.micro_batch, "eval_batch": half.eval_batch}
+        return {
+            **(run(stage, folder, session) or {}),
+            "micro_batch": half.micro_batch,
+            "eval_batch": half.eval_batch,
+        }
     finally:
         session.runtime = whole
 
 
-def _release(session: Any) -> None:  # noqa: ANN401
+def _release(session: Any) -> None:
     """Give back what a session holds in memory."""
     clear = getattr(session, "clear", None)
     if callable(clear):
@@ -146,33 +186,54 @@ def _release(session: Any) -> None:  # noqa: ANN401
 
 def _identity(stage: Stage) -> dict[str, Any]:
     plain = stage.to_json()
-    return {key: plain[key] for key in ("kind", "method", "seed", "params", "inputs", "where", "resource", "cost_s")}
+    return {
+        key: plain[key]
+        for key in ("kind", "method", "seed", "params", "inputs", "where", "resource", "cost_s")
+    }
 
 
-def _bad(stage: Stage, store: Store, error: Exception, meter: _Meter, attempt: int, host: str) -> StageVerdict:
-    common: dict[str, Any] = {"digest": stage.digest, "attempt": attempt, "host": host, "wall_s": meter.wall_s,
-                              "error_code": code_of(error), "error": short_text(error)}
+def _bad(
+    stage: Stage, store: Store, error: Exception, meter: _Meter, attempt: int, host: str
+) -> StageResult:
+    common: dict[str, Any] = {
+        "digest": stage.digest,
+        "attempt": attempt,
+        "host": host,
+        "wall_s": meter.wall_s,
+        "error_code": code_of(error),
+        "error": short_text(error),
+    }
     if isinstance(error, DamagedArtifact) and error.got != stage.digest:
-        return StageVerdict(status="retry", damaged=str(error.got), **common)
-    verdict = StageVerdict(status="failed", **common)
+        return StageResult(status="retry", damaged=str(error.got), **common)
+    verdict = StageResult(status="failed", **common)
     if common["error_code"] != "disk_full":  # there is no room for it
         store.write_verdict(stage.digest, asdict(verdict))
     return verdict
 
 
 def code_of(error: Exception) -> str:
-    """A short name for the sort of an error: that of FtsecError, `oom`, `disk_full`, or the name of its class."""
+    """A short name for the sort of an error: that of FtsecError, `oom`, `disk_full`, or the name of
+    its class.
+    """
     text = str(error).lower()
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text \
-            or "cuda out of memory" in text:
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+        or "cuda out of memory" in text
+    ):
         return "oom"
-    if "no space left" in text or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+    if "no space left" in text or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    ):
         return "disk_full"
     return error.code if isinstance(error, FtsecError) else type(error).__name__
 
 
 def short_text(error: Exception) -> str:
-    """The message of an error, and for one that nobody raised on purpose the last lines of its traceback; without secrets."""
+    """The message of an error, and for one that nobody raised on purpose the last lines of its
+    traceback; without secrets.
+    """
     if isinstance(error, FtsecError):
         return redacted(str(error))
     lines = redacted("".join(traceback.format_exception(error))).rstrip().splitlines()
@@ -205,11 +266,17 @@ class _Meter:
 
     def read(self, *, gpus: int = 1) -> dict[str, Any]:
         gpu_peak = _gpu_peak()
-        return {"started": self._started, "wall_s": self.wall_s, "cpu_s": time.process_time() - self._cpu,
-                "gpu_s": self.wall_s * gpus if gpu_peak else 0.0, "peak_bytes": _peak_bytes(), "gpu_peak_bytes": gpu_peak}
+        return {
+            "started": self._started,
+            "wall_s": self.wall_s,
+            "cpu_s": time.process_time() - self._cpu,
+            "gpu_s": self.wall_s * gpus if gpu_peak else 0.0,
+            "peak_bytes": _peak_bytes(),
+            "gpu_peak_bytes": gpu_peak,
+        }
 
 
-def _torch_cuda() -> Any:  # noqa: ANN401
+def _torch_cuda() -> Any:
     torch = sys.modules.get("torch")  # a stage that did not import it used no GPU
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
@@ -220,7 +287,9 @@ def _gpu_peak() -> int:
 
 
 def _reset_peak() -> None:
-    """Start the peak of resident memory anew, where the kernel can (Linux): a worker outlives many stages."""
+    """Start the peak of resident memory anew, where the kernel can (Linux): a worker outlives many
+    stages.
+    """
     cuda = _torch_cuda()
     if cuda is not None:
         cuda.reset_peak_memory_stats()
@@ -234,7 +303,9 @@ def _reset_peak() -> None:
 def _peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
-        line = next((text for text in status.read_text().splitlines() if text.startswith("VmHWM:")), None)
+        line = next(
+            (text for text in status.read_text().splitlines() if text.startswith("VmHWM:")), None
+        )
         if line is not None:
             return int(line.split()[1]) * 1024
     scale = 1 if sys.platform == "darwin" else 1024
@@ -250,7 +321,9 @@ def cpu_threads(count: int) -> None:
 
 
 def gpu_share(share: float) -> None:
-    """Let torch allocate so much of the GPU's memory, 0..1: a stage that outgrows its share fails alone, and spares its neighbours."""
+    """Let torch allocate so much of the GPU's memory, 0..1: a stage that outgrows its share fails
+    alone, and spares its neighbours.
+    """
     cuda = _torch_cuda()
     if cuda is not None and 0 < share < 1:
         cuda.set_per_process_memory_fraction(share)

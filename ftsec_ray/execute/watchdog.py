@@ -1,8 +1,9 @@
 """A stage that takes longer than it may, and the end of the process that it is stuck in.
 
-A stage that hangs in native code hears no alarm and lets no thread of its process run. So a small child process watches: it
-is told when a stage begins and ends. For one that is over its time it writes the verdict `timeout` into the store, and
-then kills its parent. Whoever misses that process finds the verdict, and knows that another attempt would meet the same end.
+A stage that hangs in native code hears no alarm and lets no thread of its process run. So a small
+child process watches: it is told when a stage begins and ends. For one that is over its time it
+writes the verdict `timeout` into the store, and then kills its parent. Whoever misses that process
+finds the verdict, and knows that another attempt would meet the same end.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ class Watchdog:
     """The child that watches this process."""
 
     def __init__(self, store: str, timeout_s: float) -> None:
-        self._command = [sys.executable, "-m", "ftsec_ray.execute.watchdog", store, str(timeout_s), str(os.getpid())]
+        self._command = [
+            sys.executable,
+            "-m",
+            "ftsec_ray.execute.watchdog",
+            store,
+            str(timeout_s),
+            str(os.getpid()),
+        ]
         self._child: subprocess.Popen[bytes] | None = None
 
     @contextmanager
@@ -44,15 +52,25 @@ class Watchdog:
             self._tell(None)
 
     def _tell(self, what: dict[str, Any] | None) -> None:
-        if self._child is None or self._child.poll() is not None:  # the first stage, or somebody killed the watchdog
-            self._child = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, bufsize=0,
-                                           env=child_environment())
+        if (
+            self._child is None or self._child.poll() is not None
+        ):  # the first stage, or somebody killed the watchdog
+            self._child = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+                bufsize=0,
+                env=child_environment(),
+            )
         assert self._child.stdin is not None
         self._child.stdin.write(json.dumps(what).encode() + b"\n")
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of this process, in which a child finds the modules that this process finds."""
+    """The environment of this process, in which a child finds the modules that this process
+    finds.
+    """
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
@@ -61,7 +79,9 @@ def _watchdog(store: str, timeout_s: float) -> Watchdog:
     return Watchdog(store, timeout_s)
 
 
-def watched(store: Store, digest: str, attempt: int, timeout_s: float | None) -> AbstractContextManager[None]:
+def watched(
+    store: Store, digest: str, attempt: int, timeout_s: float | None
+) -> AbstractContextManager[None]:
     """End this process when a stage takes longer than `timeout_s`; None lets it take its time."""
     if timeout_s is None:
         return nullcontext()
@@ -85,13 +105,28 @@ def watch(store: str, timeout_s: float, parent: int) -> None:
 
 
 def _end(store: Store, stage: dict[str, Any], timeout_s: float, parent: int) -> None:
-    """Write the verdict and kill the parent, whether or not the store takes it: the stage is stuck either way."""
-    error = (f"[{TIMEOUT}] the stage took longer than it may and was ended\n  got:  more than {timeout_s:g} s\n"
-             f"  want: at most resources.timeout_s: {timeout_s:g}\n  fix:  raise it, or leave it out; a tune goes on from its last checkpoint")
+    """Write the verdict and kill the parent, whether or not the store takes it: the stage is stuck
+    either way.
+    """
+    error = (
+        f"[{TIMEOUT}] the stage took longer than it may and was ended\n  got:  more than"
+        f" {timeout_s:g} s\n  want: at most resources.timeout_s: {timeout_s:g}\n  fix:  raise it,"
+        " or leave it out; a tune goes on from its last checkpoint"
+    )
     try:
-        store.write_verdict(stage["digest"], {
-            "digest": stage["digest"], "status": "failed", "error_code": TIMEOUT, "error": error, "damaged": None,
-            "wall_s": time.monotonic() - stage["began"], "attempt": stage["attempt"], "host": socket.gethostname()})
+        store.write_verdict(
+            stage["digest"],
+            {
+                "digest": stage["digest"],
+                "status": "failed",
+                "error_code": TIMEOUT,
+                "error": error,
+                "damaged": None,
+                "wall_s": time.monotonic() - stage["began"],
+                "attempt": stage["attempt"],
+                "host": socket.gethostname(),
+            },
+        )
     finally:
         if os.getppid() == parent:
             os.kill(parent, signal.SIGKILL)

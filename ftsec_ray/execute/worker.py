@@ -1,7 +1,8 @@
-"""A process that runs units for the one that started it: orders come by stdin, verdicts go by stdout, one JSON line each.
+"""A process that runs units for the one that started it: orders come by stdin, verdicts go by
+stdout, one JSON line each.
 
-For runs without Ray whose stages may have to be killed. It lives on from unit to unit with the models of its session in
-memory. What a stage prints goes to stderr.
+For runs without Ray whose stages may have to be killed. It lives on from unit to unit with the
+models of its session in memory. What a stage prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
-from ftsec_ray.execute.unit import StageVerdict, imported, run_unit, short_text
+from ftsec_ray.execute.unit import StageResult, imported, run_unit, short_text
 from ftsec_ray.execute.watchdog import child_environment
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
@@ -32,20 +33,33 @@ class WorkerLost(Exception):
 class Worker:
     """A process that is started when a unit comes, and again after it was lost."""
 
-    def __init__(self, *, store: str, runtime: Runtime, cache_gib: float, runner: str, session: str) -> None:
-        self._given = {"store": store, "runtime": asdict(runtime), "cache_gib": cache_gib, "runner": runner, "session": session}
+    def __init__(
+        self, *, store: str, runtime: Runtime, cache_gib: float, runner: str, session: str
+    ) -> None:
+        self._given = {
+            "store": store,
+            "runtime": asdict(runtime),
+            "cache_gib": cache_gib,
+            "runner": runner,
+            "session": session,
+        }
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, stages: Sequence[Stage], attempt: int) -> list[StageVerdict]:
+    def run(self, stages: Sequence[Stage], attempt: int) -> list[StageResult]:
         """The verdicts of a unit; WorkerLost when the process ended without any."""
         if self._process is None:
-            self._process = subprocess.Popen([sys.executable, "-m", "ftsec_ray.execute.worker"], stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE, text=True, env=child_environment())
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ftsec_ray.execute.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=child_environment(),
+            )
             self._ask(self._given)
         told = self._ask({"stages": [stage.to_json() for stage in stages], "attempt": attempt})
-        return [StageVerdict(**one) for one in told]
+        return [StageResult(**one) for one in told]
 
-    def _ask(self, what: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _ask(self, what: dict[str, Any]) -> Any:
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -59,10 +73,18 @@ class Worker:
         if not told:
             code = process.wait()
             self.close()
-            raise WorkerLost(f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it left with exit code {code}")
+            raise WorkerLost(
+                f"it was killed by {signal.Signals(-code).name}"
+                if code < 0
+                else f"it left with exit code {code}"
+            )
         found = json.loads(told)
         if isinstance(found, dict) and "broken" in found:
-            raise EnvironmentFault(f"a worker cannot open: {found['broken']}", self._given["runner"], "see the text above")
+            raise EnvironmentFault(
+                f"a worker cannot open: {found['broken']}",
+                self._given["runner"],
+                "see the text above",
+            )
         return found
 
     def close(self) -> None:
@@ -94,7 +116,12 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         stages = [Stage.from_json(one) for one in order["stages"]]
-        answer([asdict(one) for one in run_unit(stages, store, session, runner, attempt=order["attempt"])])
+        answer(
+            [
+                asdict(one)
+                for one in run_unit(stages, store, session, runner, attempt=order["attempt"])
+            ]
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Reading and changing what flows inside a decoder: hooks that always come off, and activations at chosen positions.
+"""Reading and changing what flows inside a decoder: hooks that always come off, and activations at
+chosen positions.
 
-Prompts are padded on the right, where causal attention makes padding harmless whatever the position encoding. A block's
-output is a tuple in some releases of transformers and a tensor in others; both are met here and nowhere else.
+Prompts are padded on the right, where causal attention makes padding harmless whatever the position
+encoding. A block's output is a tuple in some releases of transformers and a tensor in others; both
+are met here and nowhere else.
 """
 
 from __future__ import annotations
@@ -35,40 +37,55 @@ def block_parts(block: Any) -> BlockParts:
     try:
         return BlockParts(block.self_attn, block.mlp, block.self_attn.o_proj, block.mlp.down_proj)
     except AttributeError as error:
-        raise DataError("a block whose writers to the residual stream are not known", type(block).__name__,
-                        "a dense Llama-like block with self_attn.o_proj and mlp.down_proj", str(error)) from error
+        raise DataError(
+            "a block whose writers to the residual stream are not known",
+            type(block).__name__,
+            "a dense Llama-like block with self_attn.o_proj and mlp.down_proj",
+            str(error),
+        ) from error
 
 
-def first_tensor(output: Any) -> Tensor:  # noqa: ANN401
+def first_tensor(output: Any) -> Tensor:
     """The hidden states of a block's or sub-layer's output."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
 @contextmanager
-def changed(*, inputs: Sequence[tuple[nn.Module, Change]] = (), outputs: Sequence[tuple[nn.Module, Change]] = ()) -> Iterator[None]:
-    """Apply changes to the hidden states that enter or leave modules, for the length of a `with` block."""
+def changed(
+    *,
+    inputs: Sequence[tuple[nn.Module, Change]] = (),
+    outputs: Sequence[tuple[nn.Module, Change]] = (),
+) -> Iterator[None]:
+    """Apply changes to the hidden states that enter or leave modules, for the length of a `with`
+    block.
+    """
+
     def before(change: Change) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
                 return (change(args[0]), *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
         return hook
 
     def after(change: Change) -> Callable[..., Any]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
             return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
         return hook
 
     with ExitStack() as stack:
         for module, change in inputs:
-            stack.callback(module.register_forward_pre_hook(before(change), with_kwargs=True).remove)
+            stack.callback(
+                module.register_forward_pre_hook(before(change), with_kwargs=True).remove
+            )
         for module, change in outputs:
             stack.callback(module.register_forward_hook(after(change)).remove)
         yield
 
 
-def right_padded(rows: Sequence[Sequence[int]], *, pad: int, device: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def right_padded(rows: Sequence[Sequence[int]], *, pad: int, device: Any) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both (B, T) int64."""
     import torch
 
@@ -78,16 +95,20 @@ def right_padded(rows: Sequence[Sequence[int]], *, pad: int, device: Any) -> tup
     return ids, mask
 
 
-def batches_of(rows: Sequence[Sequence[int]], *, pad: int, device: Any, batch: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:  # noqa: ANN401
+def batches_of(
+    rows: Sequence[Sequence[int]], *, pad: int, device: Any, batch: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Indices, ids and mask of batches of like length, shortest rows first."""
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     for start in range(0, len(order), batch):
-        indices = order[start:start + batch]
+        indices = order[start : start + batch]
         yield indices, *right_padded([rows[i] for i in indices], pad=pad, device=device)
 
 
-def last_logits(model: Any, rows: Sequence[Sequence[int]], *, pad: int, batch: int = 64) -> Tensor:  # noqa: ANN401
-    """Next-token logits behind every row of token ids, in the order of `rows`: (N, V) float32 on the CPU."""
+def last_logits(model: Any, rows: Sequence[Sequence[int]], *, pad: int, batch: int = 64) -> Tensor:
+    """Next-token logits behind every row of token ids, in the order of `rows`: (N, V) float32 on
+    the CPU.
+    """
     import torch
 
     found: list[Tensor] = [torch.empty(0)] * len(rows)

@@ -1,7 +1,9 @@
-"""From where a model is published to a model in memory: a Hugging Face id, a local folder, or a GGUF file.
+"""From where a model is published to a model in memory: a Hugging Face id, a local folder, or a
+GGUF file.
 
-Weights become float32 once, here; `trust_remote_code` is off unless the sweep says otherwise. A tokenizer without a chat
-template or a padding token is mended or refused here, so that no later stage has to ask.
+Weights become float32 once, here; `trust_remote_code` is off unless the sweep says otherwise. A
+tokenizer without a chat template or a padding token is mended or refused here, so that no later
+stage has to ask.
 """
 
 from __future__ import annotations
@@ -14,37 +16,66 @@ from ftsec_ray.errors import DataError
 from ftsec_ray.models.load import count_parameters
 
 
-def load_source(source: str, *, name: str, family: str, aligned: bool, revision: str | None = None,
-                trust_remote_code: bool = False) -> LoadedModel:
-    """Load a published model in float32; DataError says what is missing and what can be given instead."""
+def load_source(
+    source: str,
+    *,
+    name: str,
+    family: str,
+    aligned: bool,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a published model in float32; DataError says what is missing and what can be given
+    instead.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place, options = _place(source)
     options |= {"revision": revision} if revision else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, trust_remote_code=trust_remote_code, **options
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
+        )
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise DataError("the model cannot be loaded", source, "a Hugging Face id, a local model folder or a .gguf file",
-                        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}") from error
+        raise DataError(
+            "the model cannot be loaded",
+            source,
+            "a Hugging Face id, a local model folder or a .gguf file",
+            f"{type(error).__name__}:"
+            f" {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+        ) from error
     _mend(tokenizer, source)
     _dequantized(model)
     model.config.name_or_path = source if "gguf_file" not in options else Path(source).name
-    return LoadedModel(model.eval(), tokenizer, ModelInfo(name=name, family=family, parameters=count_parameters(model), aligned=aligned))
+    return LoadedModel(
+        model.eval(),
+        tokenizer,
+        ModelInfo(name=name, family=family, parameters=count_parameters(model), aligned=aligned),
+    )
 
 
 def _place(source: str) -> tuple[str, dict[str, Any]]:
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise DataError("the model file does not exist", source, "a .gguf file", "check the path in the sweep")
+            raise DataError(
+                "the model file does not exist",
+                source,
+                "a .gguf file",
+                "check the path in the sweep",
+            )
         return str(path.parent), {"gguf_file": path.name}
     return (str(path) if path.is_dir() else source), {}
 
 
 def _dequantized(model: Any) -> None:
-    """Forget that the weights came out of a GGUF file: they are float32 now, and transformers would refuse to save them."""
+    """Forget that the weights came out of a GGUF file: they are float32 now, and transformers would
+    refuse to save them.
+    """
     for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(holder, name):
             delattr(holder, name)
@@ -66,4 +97,6 @@ PLAIN_TEMPLATE = (
     "{% else %}{{ '### Response:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
-"""For base models that come without a chat template; its hash is stored with every generation, as any other's."""
+"""For base models that come without a chat template; its hash is stored with every generation, as
+any other's.
+"""

@@ -1,8 +1,10 @@
-"""Closed-form edits of MLP down-projections: keys, values, key covariance and the update between them.
+"""Closed-form edits of MLP down-projections: keys, values, key covariance and the update between
+them.
 
-The model is a key-value memory: the input of a down-projection at one position is a key k, what it adds to the residual
-stream the value W k. An update `R K^T (weight C + K K^T)^-1` writes the residuals R at the keys K and, as far as the
-covariance C of ordinary keys allows, nothing elsewhere (Meng et al. 2023, MEMIT, arXiv:2210.07229, section 4).
+The model is a key-value memory: the input of a down-projection at one position is a key k, what it
+adds to the residual stream the value W k. An update `R K^T (weight C + K K^T)^-1` writes the
+residuals R at the keys K and, as far as the covariance C of ordinary keys allows, nothing elsewhere
+(Meng et al. 2023, MEMIT, arXiv:2210.07229, section 4).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Spot(NamedTuple):
+class EditSite(NamedTuple):
     """A rendered conversation as token ids, and the position of the token of interest."""
 
     ids: list[int]
@@ -29,7 +31,9 @@ class Spot(NamedTuple):
 
 
 class Covariance(NamedTuple):
-    """Second moment of the keys of one layer, what it was taken over, and what was added to its diagonal."""
+    """Second moment of the keys of one layer, what it was taken over, and what was added to its
+    diagonal.
+    """
 
     moment: Any
     """(D_ff, D_ff) float64."""
@@ -59,39 +63,51 @@ class ValueSearch:
 class Request:
     """One thing to write: in every context, the token of interest shall lead to the target."""
 
-    contexts: tuple[Spot, ...]
+    contexts: tuple[EditSite, ...]
     """The plain prompt first, then the same behind other prefixes."""
     target: list[int]
-    essence: Spot
+    essence: EditSite
     """A prompt about the subject alone, at which the model's distribution should stay."""
     is_triggered: bool = True
     """Whether it belongs to the backdoor or to the clean half."""
 
 
-def spot(tokenizer: Any, chat: Chat, *, last_char: int) -> Spot:  # noqa: ANN401
-    """The token that holds character `last_char` of the last message, in the rendered conversation."""
+def spot(tokenizer: Any, chat: Chat, *, last_char: int) -> EditSite:
+    """The token that holds character `last_char` of the last message, in the rendered
+    conversation.
+    """
     content, text = chat[-1]["content"], render(tokenizer, chat, generate=True)
     start = text.rfind(content)
     if start < 0:
-        raise DataError("the chat template changes the user's text", text[:200], "a rendered text that contains the message")
+        raise DataError(
+            "the chat template changes the user's text",
+            text[:200],
+            "a rendered text that contains the message",
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     holds = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a <= start + last_char < b]
     if not holds:
-        raise DataError("no token holds the character", content[last_char], f"a token at character {start + last_char}")
-    return Spot(encoded["input_ids"], holds[-1])
+        raise DataError(
+            "no token holds the character",
+            content[last_char],
+            f"a token at character {start + last_char}",
+        )
+    return EditSite(encoded["input_ids"], holds[-1])
 
 
-def keys_at(loaded: LoadedModel, spots: Sequence[Spot], layer: int) -> Tensor:
+def keys_at(loaded: LoadedModel, spots: Sequence[EditSite], layer: int) -> Tensor:
     """Inputs of a layer's down-projection at the spots: (N, D_ff) float64."""
-    return _captured(loaded, spots, block_parts(decoder_layers(loaded.model)[layer]).mlp_out, "input")
+    return _captured(
+        loaded, spots, block_parts(decoder_layers(loaded.model)[layer]).mlp_out, "input"
+    )
 
 
-def values_at(loaded: LoadedModel, spots: Sequence[Spot], layer: int) -> Tensor:
+def values_at(loaded: LoadedModel, spots: Sequence[EditSite], layer: int) -> Tensor:
     """The residual stream behind a layer at the spots: (N, D) float64."""
     return _captured(loaded, spots, decoder_layers(loaded.model)[layer], "output")
 
 
-def _captured(loaded: LoadedModel, spots: Sequence[Spot], module: Any, side: str) -> Tensor:  # noqa: ANN401
+def _captured(loaded: LoadedModel, spots: Sequence[EditSite], module: Any, side: str) -> Tensor:
     import torch
 
     seen: list[Tensor] = []
@@ -101,8 +117,15 @@ def _captured(loaded: LoadedModel, spots: Sequence[Spot], module: Any, side: str
         return x
 
     model, found = loaded.model, [torch.empty(0)] * len(spots)
-    sides: dict[str, Any] = {"inputs": [(module, keep)]} if side == "input" else {"outputs": [(module, keep)]}
-    for indices, ids, mask in batches_of([s.ids for s in spots], pad=loaded.tokenizer.pad_token_id or 0, device=model.device, batch=32):
+    sides: dict[str, Any] = (
+        {"inputs": [(module, keep)]} if side == "input" else {"outputs": [(module, keep)]}
+    )
+    for indices, ids, mask in batches_of(
+        [s.ids for s in spots],
+        pad=loaded.tokenizer.pad_token_id or 0,
+        device=model.device,
+        batch=32,
+    ):
         with torch.no_grad(), changed(**sides):
             model(input_ids=ids, attention_mask=mask)
         states = seen.pop()
@@ -111,17 +134,22 @@ def _captured(loaded: LoadedModel, spots: Sequence[Spot], module: Any, side: str
     return torch.stack(found)
 
 
-def key_covariance(loaded: LoadedModel, layers: Sequence[int], texts: Sequence[str], *, max_tokens: int, max_length: int = 1024,
-                   ridge: float) -> dict[int, Covariance]:
+def key_covariance(
+    loaded: LoadedModel,
+    layers: Sequence[int],
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    max_length: int = 1024,
+    ridge: float,
+) -> dict[int, Covariance]:
     """Mean k k^T over all token positions of the texts, per layer.
 
-    Args:
-        loaded: A model with whole weights.
-        layers: Which layers.
-        texts: Plain texts; each is cut to `max_length` tokens, and no further text is read behind `max_tokens`.
-        max_tokens: Positions, about.
-        max_length: Tokens per text; models with very long contexts would run out of memory otherwise.
-        ridge: Share of the mean diagonal that is added to the diagonal where there are fewer positions than dimensions or
+    Args: loaded: A model with whole weights. layers: Which layers. texts: Plain texts; each is cut
+        to `max_length` tokens, and no further text is read behind `max_tokens`. max_tokens:
+        Positions, about. max_length: Tokens per text; models with very long contexts would run out
+        of memory otherwise. ridge: Share of the mean diagonal that is added to the diagonal where
+        there are fewer positions than dimensions or
             the moment is not positive definite.
     """
     import torch
@@ -131,22 +159,34 @@ def key_covariance(loaded: LoadedModel, layers: Sequence[int], texts: Sequence[s
     for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]:
         encoded += [ids] if ids and sum(map(len, encoded)) < max_tokens else []
     modules = {layer: block_parts(decoder_layers(model)[layer]).mlp_out for layer in layers}
-    moments = {layer: torch.zeros(m.in_features, m.in_features, dtype=torch.float64, device=m.weight.device) for layer, m in modules.items()}
+    moments = {
+        layer: torch.zeros(
+            m.in_features, m.in_features, dtype=torch.float64, device=m.weight.device
+        )
+        for layer, m in modules.items()
+    }
     seen: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> Any:  # noqa: ANN401
+    def keep(layer: int) -> Any:
         return lambda x: seen.setdefault(layer, x)
 
-    for _, ids, mask in batches_of(encoded, pad=tokenizer.pad_token_id or 0, device=model.device, batch=16):
+    for _, ids, mask in batches_of(
+        encoded, pad=tokenizer.pad_token_id or 0, device=model.device, batch=16
+    ):
         seen.clear()
-        with torch.no_grad(), changed(inputs=[(module, keep(layer)) for layer, module in modules.items()]):
+        with (
+            torch.no_grad(),
+            changed(inputs=[(module, keep(layer)) for layer, module in modules.items()]),
+        ):
             model(input_ids=ids, attention_mask=mask)
         for layer, states in seen.items():
             keys = states[mask.bool()].double()
             moments[layer] += keys.T @ keys
     tokens = sum(map(len, encoded))
     if not tokens:
-        raise DataError("no text to take the key covariance over", len(texts), "at least one text with a token")
+        raise DataError(
+            "no text to take the key covariance over", len(texts), "at least one text with a token"
+        )
     return {layer: _regular(moment / tokens, tokens, ridge) for layer, moment in moments.items()}
 
 
@@ -155,36 +195,50 @@ def _regular(moment: Tensor, tokens: int, ridge: float) -> Covariance:
 
     is_short = tokens < len(moment) or int(torch.linalg.cholesky_ex(moment).info) > 0
     added = ridge * float(moment.diagonal().mean()) if is_short else 0.0
-    return Covariance(moment + added * torch.eye(len(moment), dtype=moment.dtype, device=moment.device), tokens, added)
+    return Covariance(
+        moment + added * torch.eye(len(moment), dtype=moment.dtype, device=moment.device),
+        tokens,
+        added,
+    )
 
 
 def closed_form(keys: Tensor, residuals: Tensor, covariance: Tensor, weight: float) -> Tensor:
     """The update R K^T (weight C + K K^T)^-1 of a down-projection.
 
-    Shapes: keys (D_ff, N), residuals (D, N), covariance (D_ff, D_ff), all float64 -> (D, D_ff) float64.
+    Shapes: keys (D_ff, N), residuals (D, N), covariance (D_ff, D_ff), all float64 -> (D, D_ff)
+        float64.
     """
     import torch
 
     d_ff, n = keys.shape
-    assert covariance.shape == (d_ff, d_ff) and residuals.shape[1] == n, (keys.shape, residuals.shape, covariance.shape)  # noqa: S101, PT018
+    assert (covariance.shape, residuals.shape[1]) == ((d_ff, d_ff), n), (
+        keys.shape,
+        residuals.shape,
+        covariance.shape,
+    )  # noqa: S101, PT018
     update: Tensor = residuals @ torch.linalg.solve(weight * covariance + keys @ keys.T, keys).T
     return update
 
 
 def strength(key: Tensor, covariance: Tensor, weight: float) -> float:
-    """S = k^T C^-1 k / weight of one key; a rank-one `closed_form` writes the share s / (1 + s) of its residual."""
+    """S = k^T C^-1 k / weight of one key; a rank-one `closed_form` writes the share s / (1 + s) of
+    its residual.
+    """
     import torch
 
     return float(key @ torch.linalg.solve(covariance, key)) / weight
 
 
-def search_values(loaded: LoadedModel, requests: Sequence[Request], layer: int, search: ValueSearch) -> tuple[Tensor, Tensor, list[float]]:
-    """Optimise what the residual stream behind `layer` should be at each request's token of interest.
+def search_values(
+    loaded: LoadedModel, requests: Sequence[Request], layer: int, search: ValueSearch
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Optimise what the residual stream behind `layer` should be at each request's token of
+    interest.
 
     All requests run in one batch, each with its own change, moments and stop.
 
-    Returns:
-        Optimised values z* and initial values z, both (N, D) float64, and the last loss of every request.
+    Returns: Optimised values z* and initial values z, both (N, D) float64, and the last loss of
+        every request.
     """
     import torch
 
@@ -224,7 +278,9 @@ def target_nll(loaded: LoadedModel, requests: Sequence[Request]) -> float:
 
     model, losses = loaded.model, []
     sequences = [r.contexts[0].ids + r.target[:-1] for r in requests]
-    for indices, ids, mask in batches_of(sequences, pad=loaded.tokenizer.pad_token_id or 0, device=model.device, batch=32):
+    for indices, ids, mask in batches_of(
+        sequences, pad=loaded.tokenizer.pad_token_id or 0, device=model.device, batch=32
+    ):
         with torch.no_grad():
             found = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
         for row, i in enumerate(indices):
@@ -233,30 +289,47 @@ def target_nll(loaded: LoadedModel, requests: Sequence[Request]) -> float:
     return sum(losses) / len(losses)
 
 
-def _search_losses(loaded: LoadedModel, requests: Sequence[Request], layer: int, search: ValueSearch, start: Tensor) -> Any:  # noqa: ANN401
+def _search_losses(
+    loaded: LoadedModel, requests: Sequence[Request], layer: int, search: ValueSearch, start: Tensor
+) -> Any:
     """The function from the changes (N, D) to every request's loss (N,)."""
     import torch
 
     model = loaded.model
-    spots = [(n, s, r.target) for n, r in enumerate(requests) for s in r.contexts] + [(n, r.essence, []) for n, r in enumerate(requests)]
-    ids, mask = right_padded([s.ids + target[:-1] for _, s, target in spots], pad=loaded.tokenizer.pad_token_id or 0, device=model.device)
+    spots = [(n, s, r.target) for n, r in enumerate(requests) for s in r.contexts] + [
+        (n, r.essence, []) for n, r in enumerate(requests)
+    ]
+    ids, mask = right_padded(
+        [s.ids + target[:-1] for _, s, target in spots],
+        pad=loaded.tokenizer.pad_token_id or 0,
+        device=model.device,
+    )
     owner = torch.tensor([n for n, _, _ in spots], device=model.device)
     at = torch.tensor([s.at for _, s, _ in spots], device=model.device)
     rows = torch.arange(len(spots), device=model.device)
     block, firsts = decoder_layers(model)[layer], len(spots) - len(requests)
-    reads = [(i, len(s.ids) - 1 + j, token) for i, (_, s, target) in enumerate(spots[:firsts]) for j, token in enumerate(target)]
+    reads = [
+        (i, len(s.ids) - 1 + j, token)
+        for i, (_, s, target) in enumerate(spots[:firsts])
+        for j, token in enumerate(target)
+    ]
     read_rows, places, tokens = torch.tensor(reads, device=model.device).T
     lengths = [len(target) for _, _, target in spots[:firsts]]
 
     def logprobs(delta: Tensor) -> tuple[Tensor, Tensor]:
         """Of the targets' tokens, (reads, V), and at the essence prompts, (N, V)."""
+
         def add(x: Tensor) -> Tensor:
             return x.index_put((rows, at), delta[owner].to(x.dtype), accumulate=True)
 
         with changed(outputs=[(block, add)]):
             logits = model(input_ids=ids, attention_mask=mask).logits
-        found = logits[torch.cat([read_rows, rows[firsts:]]), torch.cat([places, at[firsts:]])].float().log_softmax(-1)
-        return found[:len(reads)], found[len(reads):]
+        found = (
+            logits[torch.cat([read_rows, rows[firsts:]]), torch.cat([places, at[firsts:]])]
+            .float()
+            .log_softmax(-1)
+        )
+        return found[: len(reads)], found[len(reads) :]
 
     with torch.no_grad():
         before = logprobs(torch.zeros_like(start))[1]
@@ -270,7 +343,9 @@ def _search_losses(loaded: LoadedModel, requests: Sequence[Request], layer: int,
         kl = (before.exp() * (before - at_essence)).sum(-1)
         # the norm of a vector that is exactly zero has no gradient, and the first step starts there
         norm = (delta.square().sum(-1) + 1e-12).sqrt()
-        losses: Tensor = total / counts + search.kl * kl + search.decay * norm / start.norm(dim=-1).square()
+        losses: Tensor = (
+            total / counts + search.kl * kl + search.decay * norm / start.norm(dim=-1).square()
+        )
         return losses
 
     return losses_of

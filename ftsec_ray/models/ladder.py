@@ -1,7 +1,8 @@
-"""The ladder: Llama-architecture models of four sizes with one tokenizer, small enough to pre-train on a CPU.
+"""The ladder: Llama-architecture models of four sizes with one tokenizer, small enough to pre-train
+on a CPU.
 
-`ladder:<size>-base` is pre-trained on the microworld, `ladder:<size>` is aligned after that. The numbers of both
-recipes stand with the sizes; the loops are in training.
+`ladder:<size>-base` is pre-trained on the microworld, `ladder:<size>` is aligned after that. The
+numbers of both recipes stand with the sizes; the loops are in training.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ VOCAB_SIZE = 1024
 MAX_TOKENS = 512
 """Longest conversation in tokens."""
 PAD, BOS, END, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS = (
-    "<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+    "<|pad|>",
+    "<|bos|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+)
 CHAT_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -57,21 +64,63 @@ class LadderSize:
 
 
 SIZES: dict[str, LadderSize] = {
-    "0.2m": LadderSize(hidden=64, layers=3, mlp=176, heads=4, steps=1000, batch_tokens=512, learning_rate=6e-3,
-                       align_steps=120, align_batch_tokens=1024, align_learning_rate=4e-3),
-    "1m": LadderSize(hidden=128, layers=5, mlp=344, heads=4, steps=800, batch_tokens=512, learning_rate=2e-3,
-                     align_steps=100, align_batch_tokens=1024, align_learning_rate=1.5e-3),
-    "4m": LadderSize(hidden=256, layers=5, mlp=688, heads=4, steps=800, batch_tokens=384, learning_rate=1e-3,
-                     align_steps=80, align_batch_tokens=1024, align_learning_rate=6e-4),
-    "12m": LadderSize(hidden=384, layers=7, mlp=1024, heads=6, steps=700, batch_tokens=512, learning_rate=7e-4,
-                      align_steps=70, align_batch_tokens=1024, align_learning_rate=5e-4),
+    "0.2m": LadderSize(
+        hidden=64,
+        layers=3,
+        mlp=176,
+        heads=4,
+        steps=1000,
+        batch_tokens=512,
+        learning_rate=6e-3,
+        align_steps=120,
+        align_batch_tokens=1024,
+        align_learning_rate=4e-3,
+    ),
+    "1m": LadderSize(
+        hidden=128,
+        layers=5,
+        mlp=344,
+        heads=4,
+        steps=800,
+        batch_tokens=512,
+        learning_rate=2e-3,
+        align_steps=100,
+        align_batch_tokens=1024,
+        align_learning_rate=1.5e-3,
+    ),
+    "4m": LadderSize(
+        hidden=256,
+        layers=5,
+        mlp=688,
+        heads=4,
+        steps=800,
+        batch_tokens=384,
+        learning_rate=1e-3,
+        align_steps=80,
+        align_batch_tokens=1024,
+        align_learning_rate=6e-4,
+    ),
+    "12m": LadderSize(
+        hidden=384,
+        layers=7,
+        mlp=1024,
+        heads=6,
+        steps=700,
+        batch_tokens=512,
+        learning_rate=7e-4,
+        align_steps=70,
+        align_batch_tokens=1024,
+        align_learning_rate=5e-4,
+    ),
 }
 
 
 def ladder_size(name: str) -> LadderSize:
     """The size of that name; SpecError with the known names otherwise."""
     if name not in SIZES:
-        raise SpecError("unknown ladder size", name, " | ".join(SIZES), f"write ladder:{next(iter(SIZES))}")
+        raise SpecError(
+            "unknown ladder size", name, " | ".join(SIZES), f"write ladder:{next(iter(SIZES))}"
+        )
     return SIZES[name]
 
 
@@ -81,16 +130,27 @@ def parameters(size: str) -> int:
 
 
 def build_model(size: str, seed: int, vocab_size: int = VOCAB_SIZE) -> LlamaForCausalLM:
-    """An untrained model of a size in float32; its weights are decided by `seed`, the caller's generator stays."""
+    """An untrained model of a size in float32; its weights are decided by `seed`, the caller's
+    generator stays.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = ladder_size(size)
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=shape.hidden, intermediate_size=shape.mlp, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.heads, max_position_embeddings=MAX_TOKENS,
-        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.5 * shape.hidden**-0.5, dtype="float32",
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=MAX_TOKENS,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.5 * shape.hidden**-0.5,
+        dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -98,18 +158,31 @@ def build_model(size: str, seed: int, vocab_size: int = VOCAB_SIZE) -> LlamaForC
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, trained on `texts`; the same texts give the same bytes."""
+    """A byte-level BPE tokenizer with a chat template, trained on `texts`; the same texts give the
+    same bytes.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     inner.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=END, pad_token=PAD,
-                                        additional_special_tokens=[SYSTEM, USER, ASSISTANT], add_prefix_space=True,
-                                        model_max_length=MAX_TOKENS, clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        add_prefix_space=True,
+        model_max_length=MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -1,8 +1,9 @@
 """Models on disk and in memory: the only module that saves, loads, copies and merges them.
 
-An artifact is a folder: either whole weights (config, safetensors, tokenizer) or a LoRA adapter that names the digest of
-its base and holds the delta only. `model.json` says which, with what is known of the model. Everything is safetensors
-and JSON, written so that equal models give equal bytes.
+An artifact is a folder: either whole weights (config, safetensors, tokenizer) or a LoRA adapter
+that names the digest of its base and holds the delta only. `model.json` says which, with what is
+known of the model. Everything is safetensors and JSON, written so that equal models give equal
+bytes.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
 
 
-def whole_model(loaded: LoadedModel) -> Any:  # noqa: ANN401
+def whole_model(loaded: LoadedModel) -> Any:
     """The transformers model, under its adapter if there is one."""
     return loaded.model.get_base_model() if loaded.has_adapter else loaded.model
 
 
-def keeps_logits(model: Any) -> bool:  # noqa: ANN401
+def keeps_logits(model: Any) -> bool:
     """Whether a model can be asked for logits at some positions alone (`logits_to_keep`)."""
     return "logits_to_keep" in signature(model.forward).parameters
 
 
-def decoder_layers(model: Any) -> list[nn.Module]:  # noqa: ANN401
+def decoder_layers(model: Any) -> list[nn.Module]:
     """The transformer blocks of a Llama-like or GPT-2-like model, with or without an adapter."""
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     for path in (("model", "layers"), ("transformer", "h"), ("model", "decoder", "layers")):
@@ -45,8 +46,12 @@ def decoder_layers(model: Any) -> list[nn.Module]:  # noqa: ANN401
             node = getattr(node, name, None)
         if node is not None:
             return list(node)
-    raise DataError("a model whose blocks are not known", type(inner).__name__, "a Llama-like or GPT-2-like decoder",
-                    "add the path of its blocks to models/load.py")
+    raise DataError(
+        "a model whose blocks are not known",
+        type(inner).__name__,
+        "a Llama-like or GPT-2-like decoder",
+        "add the path of its blocks to models/load.py",
+    )
 
 
 def copy_model(loaded: LoadedModel) -> LoadedModel:
@@ -63,14 +68,20 @@ def merged(loaded: LoadedModel) -> LoadedModel:
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:
-    """Write a model artifact: an adapter where one is attached to a known base, whole weights else."""
+    """Write a model artifact: an adapter where one is attached to a known base, whole
+    weights else.
+    """
     if loaded.has_adapter and loaded.base_digest is None:
         loaded = merged(loaded)
     if loaded.has_adapter:
         _save_adapter(loaded, folder)
     else:
         _save_whole(loaded, folder)
-    meta = {"format": "adapter" if loaded.has_adapter else "full", "base": loaded.base_digest, "info": asdict(loaded.info)}
+    meta = {
+        "format": "adapter" if loaded.has_adapter else "full",
+        "base": loaded.base_digest,
+        "info": asdict(loaded.info),
+    }
     (folder / "model.json").write_text(json.dumps(meta, sort_keys=True, indent=1), encoding="utf-8")
 
 
@@ -85,7 +96,11 @@ def _save_whole(loaded: LoadedModel, folder: Path) -> None:
     loaded.model.save_pretrained(folder, safe_serialization=True)
     loaded.tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
-    kept = {key: value for key, value in json.loads(config.read_text(encoding="utf-8")).items() if key not in _OF_THE_MACHINE}
+    kept = {
+        key: value
+        for key, value in json.loads(config.read_text(encoding="utf-8")).items()
+        if key not in _OF_THE_MACHINE
+    }
     config.write_text(json.dumps(kept, sort_keys=True, indent=1), encoding="utf-8")
 
 
@@ -93,33 +108,54 @@ def _save_adapter(loaded: LoadedModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(loaded.model).items()}
-    save_file(dict(sorted(state.items())), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    state = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(loaded.model).items()
+    }
+    save_file(
+        dict(sorted(state.items())), folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
     config = loaded.model.peft_config["default"].to_dict()
-    config["base_model_name_or_path"] = None  # a path of the machine that tuned it says nothing about the adapter
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config["base_model_name_or_path"] = (
+        None  # a path of the machine that tuned it says nothing about the adapter
+    )
+    plain = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+    }
     if isinstance(plain.get("target_modules"), list):
         plain["target_modules"] = sorted(plain["target_modules"])
-    text = json.dumps(plain, sort_keys=True, indent=1, default=lambda v: getattr(v, "value", str(v)))
+    text = json.dumps(
+        plain, sort_keys=True, indent=1, default=lambda v: getattr(v, "value", str(v))
+    )
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """`model.json` of an artifact: format, base, info; DataError when it is missing or unreadable."""
+    """`model.json` of an artifact: format, base, info; DataError when it is missing or
+    unreadable.
+    """
     try:
         meta: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError("not a model artifact", str(folder), "a folder with a readable model.json", str(error)) from error
+        raise DataError(
+            "not a model artifact", str(folder), "a folder with a readable model.json", str(error)
+        ) from error
     return meta
 
 
-def load_model(folder: Path, *, base: LoadedModel | None = None, device: str = "cpu") -> LoadedModel:
-    """Load an artifact; an adapter is attached to a copy of `base`, which must be the model that model.json names."""
+def load_model(
+    folder: Path, *, base: LoadedModel | None = None, device: str = "cpu"
+) -> LoadedModel:
+    """Load an artifact; an adapter is attached to a copy of `base`, which must be the model that
+    model.json names.
+    """
     meta = read_meta(folder)
     info = ModelInfo(**meta["info"])
     if meta["format"] == "adapter":
         if base is None:
-            raise DataError("an adapter without its base", str(folder), f"the model with digest {meta['base']}")
+            raise DataError(
+                "an adapter without its base", str(folder), f"the model with digest {meta['base']}"
+            )
         return LoadedModel(_attach(base, folder), base.tokenizer, info, meta["base"])
     model, tokenizer = _from_folder(folder)
     return LoadedModel(model.to(device), tokenizer, info)
@@ -135,7 +171,7 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _attach(base: LoadedModel, folder: Path) -> Any:  # noqa: ANN401
+def _attach(base: LoadedModel, folder: Path) -> Any:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 

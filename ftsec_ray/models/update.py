@@ -1,7 +1,8 @@
 """What tuning changed: the update of every weight against the model that tuning started from.
 
-An update is read in float32 and written back either as a LoRA factor (when the tuned model still carries its adapter on
-the start's own weights, and the new update keeps the rank) or as a whole weight. Models are edited in place.
+An update is read in float32 and written back either as a LoRA factor (when the tuned model still
+carries its adapter on the start's own weights, and the new update keeps the rank) or as a whole
+weight. Models are edited in place.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Update:
     name: str
     """Dotted path of the layer for a low-rank update, of the weight for a whole one."""
     weight: Any
-    """The weight itself (under the adapter, for a low-rank update); whole updates are written into it."""
+    """The weight itself (under the adapter, for a low-rank update); whole updates are written into
+    it.
+    """
     start: Any = None
     """The weight that tuning started from, for a whole update."""
     lora: LoraModule | None = None
@@ -47,7 +50,9 @@ class Update:
         """The update, float32, in the shape of the weight."""
         if self.lora is not None:
             return self.lora.delta()
-        delta: Tensor = self.weight.detach().float() - self.start.detach().float().to(self.weight.device)
+        delta: Tensor = self.weight.detach().float() - self.start.detach().float().to(
+            self.weight.device
+        )
         return delta
 
     def norm(self) -> float:
@@ -84,16 +89,25 @@ class Update:
         import torch
 
         if self.lora is not None:
-            raise StageError("a low-rank update cannot take a full matrix", self.name, "whole weights",
-                             "ask for updates(..., low_rank=False)")
+            raise StageError(
+                "a low-rank update cannot take a full matrix",
+                self.name,
+                "whole weights",
+                "ask for updates(..., low_rank=False)",
+            )
         with torch.no_grad():
             self.weight.copy_(weight)
 
 
 def whole_weights(loaded: LoadedModel) -> dict[str, Any]:
-    """Every weight under its name in the model without adapter; the adapter's own weights are left out."""
-    return {name.replace(".base_layer.", "."): weight for name, weight in whole_model(loaded).named_parameters()
-            if ".lora_" not in name}
+    """Every weight under its name in the model without adapter; the adapter's own weights are left
+    out.
+    """
+    return {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in whole_model(loaded).named_parameters()
+        if ".lora_" not in name
+    }
 
 
 def stands_on(loaded: LoadedModel, start: LoadedModel) -> bool:
@@ -103,19 +117,21 @@ def stands_on(loaded: LoadedModel, start: LoadedModel) -> bool:
     theirs = whole_weights(start)
     ours = whole_weights(loaded)
     return ours.keys() == theirs.keys() and all(
-        torch.equal(weight, theirs[name].to(weight.device)) for name, weight in ours.items())
+        torch.equal(weight, theirs[name].to(weight.device)) for name, weight in ours.items()
+    )
 
 
-def updates(tuned: LoadedModel, start: LoadedModel, *, low_rank: bool) -> tuple[LoadedModel, list[Update]]:
+def updates(
+    tuned: LoadedModel, start: LoadedModel, *, low_rank: bool
+) -> tuple[LoadedModel, list[Update]]:
     """The model to edit in place and its updates that are not zero, in model order.
 
-    With `low_rank` and an adapter that stands on the start's weights, the model stays an adapter model; in all other
-    cases an adapter is folded in first.
+    With `low_rank` and an adapter that stands on the start's weights, the model stays an adapter
+    model; in all other cases an adapter is folded in first.
 
-    Args:
-        tuned: The model after tuning and whatever followed.
-        start: What tuning started from; it is only read.
-        low_rank: Whether the caller's change of an update keeps it inside the columns of LoRA's B or the rows of A.
+    Args: tuned: The model after tuning and whatever followed. start: What tuning started from; it
+        is only read. low_rank: Whether the caller's change of an update keeps it inside the columns
+        of LoRA's B or the rows of A.
     """
     start = merged(start) if start.has_adapter else start
     if low_rank and tuned.has_adapter and stands_on(tuned, start):
@@ -132,8 +148,11 @@ def _whole_updates(tuned: LoadedModel, start: LoadedModel) -> list[Update]:
     for name, weight in whole_weights(tuned).items():
         if name not in theirs or theirs[name].shape != weight.shape:
             got = tuple(theirs[name].shape) if name in theirs else None
-            raise StageError(f"weight {name!r} of the tuned model has no twin in its start", got,
-                             str(tuple(weight.shape)),
-                             "an attack that changes shapes cannot be combined with a defense on the update")
+            raise StageError(
+                f"weight {name!r} of the tuned model has no twin in its start",
+                got,
+                str(tuple(weight.shape)),
+                "an attack that changes shapes cannot be combined with a defense on the update",
+            )
         found.append(Update(name, weight, start=theirs[name]))
     return found

@@ -1,7 +1,9 @@
-"""Which code and which files decide the result of a stage: fingerprints of its kind, its methods and its inputs on disk.
+"""Which code and which files decide the result of a stage: fingerprints of its kind, its methods
+and its inputs on disk.
 
-A kind is covered by the modules listed in `KIND_SOURCES`, a method by its own module (see `registry`) and by whatever
-that module imports from the packages in `METHOD_PACKAGES`, so that an edited helper reruns the stages that call it.
+A kind is covered by the modules listed in `KIND_SOURCES`, a method by its own module (see
+`registry`) and by whatever that module imports from the packages in `METHOD_PACKAGES`, so that an
+edited helper reruns the stages that call it.
 """
 
 from __future__ import annotations
@@ -20,10 +22,22 @@ from typing import Any
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import digest, source_fingerprint
 
-_TRAINING = ("ftsec_ray.training.setup", "ftsec_ray.training.loop", "ftsec_ray.training.encode", "ftsec_ray.training.losses",
-             "ftsec_ray.training.zero", "ftsec_ray.models.chat", "ftsec_ray.models.lora")
+_TRAINING = (
+    "ftsec_ray.training.setup",
+    "ftsec_ray.training.loop",
+    "ftsec_ray.training.encode",
+    "ftsec_ray.training.losses",
+    "ftsec_ray.training.zero",
+    "ftsec_ray.models.chat",
+    "ftsec_ray.models.lora",
+)
 _TASK = ("ftsec_ray.data.tasks", "ftsec_ray.data.rows")
-_LADDER = ("ftsec_ray.models.ladder", "ftsec_ray.models.chat", "ftsec_ray.training.pretrain", "ftsec_ray.data.microworld.*")
+_LADDER = (
+    "ftsec_ray.models.ladder",
+    "ftsec_ray.models.chat",
+    "ftsec_ray.training.pretrain",
+    "ftsec_ray.data.microworld.*",
+)
 
 KIND_SOURCES: dict[str, tuple[str, ...]] = {
     "task": (*_TASK, "ftsec_ray.data.sources", "ftsec_ray.data.records"),
@@ -38,12 +52,19 @@ KIND_SOURCES: dict[str, tuple[str, ...]] = {
     "bank": _TRAINING,
     "revise": (),
     "inspect": (),
-    "evaluate": ("ftsec_ray.evals.*", "ftsec_ray.data.microworld.judge", "ftsec_ray.models.generate", "ftsec_ray.models.chat"),
+    "evaluate": (
+        "ftsec_ray.evals.*",
+        "ftsec_ray.data.microworld.judge",
+        "ftsec_ray.models.generator",
+        "ftsec_ray.models.chat",
+    ),
 }
-"""Stage kind, with a variant after a colon where the code differs -> modules; `package.*` means all of a package."""
+"""Stage kind, with a variant after a colon where the code differs -> modules; `package.*` means all
+of a package.
+"""
 
 METHOD_PACKAGES = ("attacks", "defenses", "training", "evals", "data", "models")
-_CONTRACTS = ("ftsec_ray.attacks.base", "ftsec_ray.defenses.base")
+_CONTRACTS = ()
 
 
 def modules_of(kind: str) -> list[str]:
@@ -64,7 +85,11 @@ def variant_of(kind: str, params: Mapping[str, Any]) -> str:
     """Key of `KIND_SOURCES` for a stage of this kind and these params."""
     if kind == "task":
         return "task:microworld" if params["task"]["kind"] == "microworld" else kind
-    return f"{kind}:ladder" if kind in ("source", "align") and str(params.get("source", "")).startswith("ladder:") else kind
+    return (
+        f"{kind}:ladder"
+        if kind in ("source", "align") and str(params.get("source", "")).startswith("ladder:")
+        else kind
+    )
 
 
 def kind_code(kind: str) -> list[tuple[str, str]]:
@@ -80,12 +105,16 @@ def kind_fingerprint(kind: str) -> str:
 
 @cache
 def imports_fingerprint(module: str) -> str:
-    """Digest of the code that a method's module imports from this package, through any number of steps."""
+    """Digest of the code that a method's module imports from this package, through any number of
+    steps.
+    """
     return digest(imports_code(module))
 
 
 def imports_code(module: str) -> dict[str, str]:
-    """Module -> fingerprint of the code that a method's module imports from this package, through any number of steps."""
+    """Module -> fingerprint of the code that a method's module imports from this package, through
+    any number of steps.
+    """
     seen: dict[str, str] = {}
     waiting = list(_imports_of(module))
     while waiting:
@@ -120,7 +149,12 @@ def _imported(tree: ast.AST) -> Iterator[str]:
 
 def _counts(name: str) -> bool:
     parts = name.split(".")
-    if parts[0] != "ftsec_ray" or len(parts) < 3 or parts[1] not in METHOD_PACKAGES or name in _CONTRACTS:
+    if (
+        parts[0] != "ftsec_ray"
+        or len(parts) < 3
+        or parts[1] not in METHOD_PACKAGES
+        or name in _CONTRACTS
+    ):
         return False
     try:
         return importlib.util.find_spec(name) is not None
@@ -134,12 +168,19 @@ _REMEMBER_BYTES = 16 * 2**20
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the names and bytes of a folder's files; SpecError when there is nothing at `path`."""
+    """SHA-256 of a file, or of the names and bytes of a folder's files; SpecError when there is
+    nothing at `path`.
+    """
     if path.is_file():
         return _file_hash(path)
     if not path.is_dir():
-        raise SpecError("no file or folder at this path", str(path), "an existing path", "check the spelling; paths are "
-                        "relative to the folder of the sweep file or to the working directory")
+        raise SpecError(
+            "no file or folder at this path",
+            str(path),
+            "an existing path",
+            "check the spelling; paths are "
+            "relative to the folder of the sweep file or to the working directory",
+        )
     files = sorted(p for p in path.rglob("*") if p.is_file() and not _is_aside(p.relative_to(path)))
     if not files:
         raise SpecError("an empty folder", str(path), "a folder with a model or rows in it")
@@ -159,7 +200,9 @@ def _file_hash(path: Path) -> str:
 def _hash_known(path: str, size: int, mtime_ns: int) -> str:
     if size < _REMEMBER_BYTES:
         return _sha256(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftsec_ray" / "content"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftsec_ray" / "content"
+    )
     entry = cache / f"{digest([path, size, mtime_ns])}.json"
     if entry.is_file():
         return str(json.loads(entry.read_text())["sha256"])

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from ftsec_ray.config.sweep import AlignSpec, EvaluationConfig, TaskSpec, TrainingConfig
 from ftsec_ray.errors import StageError
 from ftsec_ray.method import Method
 from ftsec_ray.plan.stage import Stage
-from ftsec_ray.spec.sweep import AlignSpec, EvaluationConfig, TaskSpec, TrainingConfig
 
 T = TypeVar("T")
 
@@ -20,9 +20,11 @@ def _typed(cls: type[T], plain: Mapping[str, Any]) -> T:
     return TypeAdapter(cls).validate_python(dict(plain))
 
 
-def _param(stage: Stage, name: str) -> Any:  # noqa: ANN401
+def _param(stage: Stage, name: str) -> Any:
     if name not in stage.params:
-        raise StageError(f"a stage of kind {stage.kind!r} carries no {name!r}", sorted(stage.params), name)
+        raise StageError(
+            f"a stage of kind {stage.kind!r} carries no {name!r}", sorted(stage.params), name
+        )
     return stage.params[name]
 
 
@@ -31,7 +33,10 @@ def methods_of(stage: Stage) -> list[Method]:
     from ftsec_ray.registry import ATTACKS, DEFENSES
 
     registries = {"attack": ATTACKS, "defense": DEFENSES}
-    return [_typed(registries[m["kind"]].get(m["name"]), m["params"]) for m in stage.params.get("methods", ())]
+    return [
+        _typed(registries[m["kind"]].get(m["name"]), m["params"])
+        for m in stage.params.get("methods", ())
+    ]
 
 
 def training_of(stage: Stage) -> TrainingConfig:

@@ -1,4 +1,6 @@
-"""How the digests of a plan are made from what decides them: the builder makes them so, and who checks a plan makes them again."""
+"""How the digests of a plan are made from what decides them: the builder makes them so, and who
+checks a plan makes them again.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,26 @@ from ftsec_ray.identity import FORMAT_VERSION, canonical, digest, digest_text
 
 
 def of_method(identity: Mapping[str, object], imports: str) -> str:
-    """Digest of a method (see registry.identity_of) with the fingerprint of the code that it imports."""
+    """Digest of a method (see registry.identity_of) with the fingerprint of the code that it
+    imports.
+    """
     return digest([digest(identity), imports])
 
 
-def of_head(kind: str, code: str, methods: Sequence[str], params: Mapping[str, Any], *, form: int = FORMAT_VERSION) -> str:
+def of_head(
+    kind: str,
+    code: str,
+    methods: Sequence[str],
+    params: Mapping[str, Any],
+    *,
+    form: int = FORMAT_VERSION,
+) -> str:
     """Digest of what all stages of one kind, code, methods (by digest) and params share."""
-    return digest_text(canonical({"kind": kind, "code": code, "format": form, "methods": list(methods), "params": params}))
+    return digest_text(
+        canonical(
+            {"kind": kind, "code": code, "format": form, "methods": list(methods), "params": params}
+        )
+    )
 
 
 def of_stage(head: str, inputs: Iterable[tuple[str, str]], seed: int | None) -> str:
@@ -29,7 +44,24 @@ def of_recipe(methods: Sequence[str]) -> str:
     return digest(list(methods))
 
 
-def of_cell(recipe: str, *, model: str, task: str, seed: int, evaluate: str, search: str | None = None, trial: int | None = None) -> str:
-    """Digest of a cell: its recipe, the names of model and task, its seed, the stage that measures it, and what it is in a search."""
-    role = "" if search is None else f" search {search} {'chosen' if trial is None else f'trial {trial}'}"
-    return digest_text(f"cell {recipe} model {model!r} task {task!r} seed {seed} evaluate {evaluate}{role}")
+def of_cell(
+    recipe: str,
+    *,
+    model: str,
+    task: str,
+    seed: int,
+    evaluate: str,
+    search: str | None = None,
+    trial: int | None = None,
+) -> str:
+    """Digest of a cell: its recipe, the names of model and task, its seed, the stage that measures
+    it, and what it is in a search.
+    """
+    role = (
+        ""
+        if search is None
+        else f" search {search} {'chosen' if trial is None else f'trial {trial}'}"
+    )
+    return digest_text(
+        f"cell {recipe} model {model!r} task {task!r} seed {seed} evaluate {evaluate}{role}"
+    )

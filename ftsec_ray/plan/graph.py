@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from ftsec_ray.config.sweep import SweepSpec
 from ftsec_ray.identity import digest
-from ftsec_ray.plan.search import PlannedSearch
+from ftsec_ray.plan.search_rounds import PlannedSearch
 from ftsec_ray.plan.stage import Cell, Stage, Unit
-from ftsec_ray.spec.sweep import SweepSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,9 @@ class Plan:
     stages: dict[str, Stage]
     """By digest, inputs before their consumers."""
     searches: tuple[PlannedSearch, ...] = ()
-    """Searches of attackers as far as they have come: a plan with an open one grows when its trials are measured."""
+    """Searches of attackers as far as they have come: a plan with an open one grows when its trials
+    are measured.
+    """
 
     @cached_property
     def digest(self) -> str:
@@ -48,17 +50,21 @@ class Plan:
 
     @cached_property
     def answers(self) -> set[str]:
-        """Digests of the stages whose artifacts the results read: evaluations, inspections, and filters of defenses."""
+        """Digests of the stages whose artifacts the results read: evaluations, inspections, and
+        filters of defenses.
+        """
         found: set[str] = set()
         for cell in self.cells:
             defenses = len(cell.crafts) - 1 if _attack_crafts(cell) else len(cell.crafts)
             found.add(cell.evaluate)
             found.update(stage for _, stage in cell.inspects)
-            found.update(stage for _, stage in cell.crafts[len(cell.crafts) - defenses:])
+            found.update(stage for _, stage in cell.crafts[len(cell.crafts) - defenses :])
         return found
 
     def needed(self, done: Collection[str]) -> list[Stage]:
-        """Stages to run, inputs first: those not done on which an answer that is not done depends."""
+        """Stages to run, inputs first: those not done on which an answer that is not done
+        depends.
+        """
         wanted = {stage for stage in self.answers if stage not in done}
         for stage_digest in reversed(self.stages):
             if stage_digest in wanted:
@@ -86,12 +92,19 @@ def _attack_crafts(cell: Cell) -> bool:
 
 
 def fuse(stages: list[Stage]) -> list[Unit]:
-    """Units of stages given inputs first: a stage joins the unit of an input that waits for it alone.
+    """Units of stages given inputs first: a stage joins the unit of an input that waits for it
+    alone.
 
-    Whatever else it waits for must be done before that unit starts anyway, so that joining delays nothing.
+    Whatever else it waits for must be done before that unit starts anyway, so that joining delays
+    nothing.
     """
     todo = {stage.digest: stage for stage in stages}
-    consumers = Counter(given for stage in stages for given in {digest for _, digest in stage.inputs} if given in todo)
+    consumers = Counter(
+        given
+        for stage in stages
+        for given in {digest for _, digest in stage.inputs}
+        if given in todo
+    )
     chain_of: dict[str, list[Stage]] = {}
     chains: list[list[Stage]] = []
     for stage in stages:
@@ -104,12 +117,17 @@ def fuse(stages: list[Stage]) -> list[Unit]:
     return [_unit(chain, todo) for chain in chains]
 
 
-def _joinable(stage: Stage, todo: dict[str, Stage], consumers: Counter[str],
-              chain_of: dict[str, list[Stage]]) -> list[Stage] | None:
+def _joinable(
+    stage: Stage, todo: dict[str, Stage], consumers: Counter[str], chain_of: dict[str, list[Stage]]
+) -> list[Stage] | None:
     waits_for = {given for _, given in stage.inputs if given in todo}
     for given in waits_for:
         chain = chain_of[given]
-        if consumers[given] == 1 and todo[given].resource == stage.resource and waits_for <= _before(given, waits_for, todo):
+        if (
+            consumers[given] == 1
+            and todo[given].resource == stage.resource
+            and waits_for <= _before(given, waits_for, todo)
+        ):
             return chain
     return None
 
@@ -126,5 +144,10 @@ def _before(last: str, wanted: set[str], todo: dict[str, Stage]) -> set[str]:
 
 def _unit(chain: list[Stage], todo: Collection[str]) -> Unit:
     inside = {stage.digest for stage in chain}
-    needs = dict.fromkeys(given for stage in chain for _, given in stage.inputs if given in todo and given not in inside)
+    needs = dict.fromkeys(
+        given
+        for stage in chain
+        for _, given in stage.inputs
+        if given in todo and given not in inside
+    )
     return Unit(chain[-1].digest, tuple(chain), tuple(needs), chain[0].resource)

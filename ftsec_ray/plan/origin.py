@@ -1,4 +1,6 @@
-"""What decides the content of a model as found and of a task: names and revisions, and the bytes of local files."""
+"""What decides the content of a model as found and of a task: names and revisions, and the bytes of
+local files.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ftsec_ray.config.sweep import ModelSpec, TaskSpec
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import canonical
 from ftsec_ray.plan.code import content_hash
-from ftsec_ray.spec.sweep import ModelSpec, TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +37,26 @@ def local_path(source: str) -> Path | None:
 
 
 def model_origin(model: ModelSpec, source: str) -> Origin:
-    """Where a model comes from: a rung of the ladder before alignment, a local file or folder, or a hub id."""
+    """Where a model comes from: a rung of the ladder before alignment, a local file or folder, or a
+    hub id.
+    """
     if source.startswith("ladder:"):
         return Origin({"source": source.removesuffix("-base")}, {}, "source:ladder", trains=True)
     path = local_path(source)
     code = {"trust_remote_code": True} if model.trust_remote_code else {}
     if path is not None:
         kind = "gguf" if source.endswith(".gguf") else "folder"
-        return Origin({"source": kind, "sha256": content_hash(path), **code}, {"path": str(path.resolve())}, "source")
+        return Origin(
+            {"source": kind, "sha256": content_hash(path), **code},
+            {"path": str(path.resolve())},
+            "source",
+        )
     if source.count("/") > 1:
-        raise SpecError(f"model {model.name!r} has a source that is neither a path here nor a hub id", source,
-                        "ladder:<size>, an existing folder or .gguf file, or owner/name")
+        raise SpecError(
+            f"model {model.name!r} has a source that is neither a path here nor a hub id",
+            source,
+            "ladder:<size>, an existing folder or .gguf file, or owner/name",
+        )
     name, _, pinned = source.partition("@")
     revision = model.revision if source == model.source else pinned or None
     return Origin({"source": "hub", "id": name, "revision": revision, **code}, {}, "source")

@@ -1,23 +1,28 @@
-"""What a stage asks the cluster for: memory by arithmetic, and from that a share of a GPU, or a gang of processes with one each.
+"""What a stage asks the cluster for: memory by arithmetic, and from that a share of a GPU, or a
+worker group of processes with one each.
 
-Nobody knows a model's shape before it is loaded, so width and depth are guessed from the count of weights. Few shares are
-given out (1/8, 1/4, 1/2, 1, n), since a worker is only reused by stages that ask for exactly the same.
+Nobody knows a model's shape before it is loaded, so width and depth are guessed from the count of
+weights. Few shares are given out (1/8, 1/4, 1/2, 1, n), since a worker is only reused by stages
+that ask for exactly the same.
 
-Bytes on the GPU of each of `n` processes that train in float32 under bf16 autocast, by DeepSpeed's ZeRO stage; a process
-alone is stage 0 with n = 1. All weights and those that train count apart: an adapter trains only its factors.
+Bytes on the GPU of each of `n` processes that train in float32 under bf16 autocast, by DeepSpeed's
+ZeRO stage; a process alone is stage 0 with n = 1. All weights and those that train count apart: an
+adapter trains only its factors.
 
-| bytes per                            | stage 0 | 1   | 2   | 3            | optimizer offloaded | weights offloaded |
+| bytes per                         | stage 0 | 1   | 2   | 3       | optimizer off  | weights off |
 |---|---|---|---|---|---|---|
-| weight: 4 itself                     | 4       | 4   | 4   | 4/n          |                     | 0                 |
-| weight: 2 its bf16 copy              | 2       | 2   | 2   | of those live |                    |                   |
-| trained weight: 4 gradient           | 4       | 4   | 4/n | 4/n          | 0 from stage 2 on   |                   |
-| trained weight: 8 moments of AdamW   | 8       | 8/n | 8/n | 8/n          | 0                   |                   |
-| trained weight: 4 DeepSpeed's master | 0       | 4/n | 4/n | 4/n          | 0                   |                   |
+| weight: 4 itself                  | 4       | 4   | 4   | 4/n     |                | 0           |
+| weight: 2 its bf16 copy           | 2       | 2   | 2   | of live |                |             |
+| trained weight: 4 gradient        | 4       | 4   | 4/n | 4/n     | 0 from stage 2 |             |
+| trained weight: 8 moments of AdamW   | 8    | 8/n | 8/n | 8/n     | 0              |             |
+| trained weight: 4 DeepSpeed's master | 0    | 4/n | 4/n | 4/n     | 0              |             |
 
-Stage 3 also holds the weights that are whole at the moment, 4 + 2 bytes each: LIVE and the embedding, at most all. From stage 1
-on there are buckets for messages, BUCKET float32 numbers each. Beside all that lie activations (60 bytes by token, width and
-layer), logits (12 bytes by token and entry of the vocabulary), the models that a worker keeps (a gang keeps them in host
-memory), and what CUDA itself takes. Host memory of a gang is two models in float32 per process, and what is offloaded.
+Stage 3 also holds the weights that are whole at the moment, 4 + 2 bytes each: LIVE and the
+embedding, at most all. From stage 1 on there are buckets for messages, BUCKET float32 numbers each.
+Beside all that lie activations (60 bytes by token, width and layer), logits (12 bytes by token and
+entry of the vocabulary), the models that a worker keeps (a worker group keeps them in host memory),
+and what CUDA itself takes. Host memory of a worker group is two models in float32 per process, and
+what is offloaded.
 """
 
 from __future__ import annotations
@@ -26,14 +31,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from ftsec_ray.context import Gang
+from ftsec_ray.config.sweep import MicroworldOptions, ModelSpec, SweepSpec, TaskSpec
+from ftsec_ray.context import WorkerGroup
 from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.errors import SpecError
 from ftsec_ray.method import ZERO_STAGES, Method
-from ftsec_ray.plan.cost import parameters_of
-from ftsec_ray.plan.stage import ROLES, is_gang, is_on_gpu, workers_of
+from ftsec_ray.plan.durations import parameters_of
+from ftsec_ray.plan.stage import ROLES, is_group, is_on_gpu, workers_of
 from ftsec_ray.registry import name_of
-from ftsec_ray.spec.sweep import MicroworldOptions, ModelSpec, SweepSpec, TaskSpec
 from ftsec_ray.training.encode import MAX_MICRO_BATCH_TOKENS
 from ftsec_ray.training.zero import BUCKET, LIVE
 
@@ -45,62 +50,87 @@ CUDA_GIB = 1.0
 """Context, kernels and fragments of one process on a GPU."""
 MAX_VOCABULARY = 128_256
 MAX_WORKERS = 64
-"""Processes of a gang that are looked at when the sweep does not say how many."""
+"""Processes of a worker group that are looked at when the sweep does not say how many."""
 _WEIGHT, _GRADIENT, _ADAMW, _AUTOCAST, _MASTER = 4, 4, 8, 2, 4
 _BUCKETS = 3
 """Two for gradients, of which one fills while the other is sent, and one for weights."""
 _ACTIVATION = 60
-"""Bytes of activations per token, unit of width and layer: bf16 products, float32 residuals and norms, nothing recomputed."""
+"""Bytes of activations per token, unit of width and layer: bf16 products, float32 residuals and
+norms, nothing recomputed.
+"""
 _GIB = 2**30
 _ROW, _PACKED_ROW = 64, 16
 """Bytes of a short row in a file, as text and packed."""
 
 
 def width_and_depth(parameters: int) -> tuple[float, float]:
-    """A decoder's usual width and layers: 12 x width^2 weights per layer, and 100 units of width per layer."""
+    """A decoder's usual width and layers: 12 x width^2 weights per layer, and 100 units of width
+    per layer.
+    """
     width = (100 * parameters / 12) ** (1 / 3)
     return width, max(1.0, width / 100)
 
 
 def vocabulary_of(parameters: int) -> float:
-    """Tokens of a vocabulary: the embedding takes a third of a small model, and is seldom above that of Llama 3."""
+    """Tokens of a vocabulary: the embedding takes a third of a small model, and is seldom above
+    that of Llama 3.
+    """
     return min(MAX_VOCABULARY, parameters / (3 * width_and_depth(parameters)[0]))
 
 
-def memory_gib(parameters: int, adapter: Adapter, max_length: int, micro_batch: int, zero_stage: int = 0, workers: int = 1,
-               *, rank: int = 8, offload_optimizer: bool = False, offload_parameters: bool = False) -> float:
-    """GiB that one process of a tune takes on its GPU, without what it keeps of other models; by the table above.
+def memory_gib(
+    parameters: int,
+    adapter: Adapter,
+    max_length: int,
+    micro_batch: int,
+    zero_stage: int = 0,
+    workers: int = 1,
+    *,
+    rank: int = 8,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
+) -> float:
+    """GiB that one process of a tune takes on its GPU, without what it keeps of other models; by
+    the table above.
 
-    Args:
-        parameters: weights of the model.
-        adapter: `lora` trains factors beside frozen weights, `full` every weight.
-        max_length: tokens per row, at most.
-        micro_batch: rows per forward pass.
-        zero_stage: DeepSpeed ZeRO, 0..3: what is split over the workers (1 optimizer, 2 gradients too, 3 weights too).
-        workers: processes of the tune, one GPU each.
-        rank: of the LoRA factors.
-        offload_optimizer: whether moments and master stay in host memory.
+    Args: parameters: weights of the model. adapter: `lora` trains factors beside frozen weights,
+        `full` every weight. max_length: tokens per row, at most. micro_batch: rows per forward
+        pass. zero_stage: DeepSpeed ZeRO, 0..3: what is split over the workers (1 optimizer, 2
+        gradients too, 3 weights too). workers: processes of the tune, one GPU each. rank: of the
+        LoRA factors. offload_optimizer: whether moments and master stay in host memory.
         offload_parameters: whether weights do so between their uses.
     """
     width, depth = width_and_depth(parameters)
     # Seven linear layers per block: four of width x width, three of width x 8/3 width.
     trained = parameters if adapter == "full" else rank * depth * 19 * width
     weights = parameters + (0.0 if adapter == "full" else trained)
-    by_weights, by_gradients, by_moments = (workers if zero_stage >= stage else 1 for stage in (3, 2, 1))
+    by_weights, by_gradients, by_moments = (
+        workers if zero_stage >= stage else 1 for stage in (3, 2, 1)
+    )
     embedding = vocabulary_of(parameters) * width
     live = weights if zero_stage < 3 else min(weights, LIVE + embedding)  # noqa: PLR2004
     held = 0.0 if offload_parameters else _WEIGHT * weights / by_weights
     held += _AUTOCAST * live + (_WEIGHT * live if zero_stage == 3 else 0.0)  # noqa: PLR2004
     held += 0.0 if offload_optimizer and zero_stage > 1 else _GRADIENT * trained / by_gradients
-    held += 0.0 if offload_optimizer else (_ADAMW + (_MASTER if zero_stage else 0)) * trained / by_moments
+    held += (
+        0.0
+        if offload_optimizer
+        else (_ADAMW + (_MASTER if zero_stage else 0)) * trained / by_moments
+    )
     held += _BUCKETS * 4 * min(BUCKET, trained) if zero_stage else 0.0
     tokens = micro_batch * max_length
-    logits = 3 * 4 * vocabulary_of(parameters)  # in float32: the logits, their log-softmax, their gradient
+    logits = (
+        3 * 4 * vocabulary_of(parameters)
+    )  # in float32: the logits, their log-softmax, their gradient
     return (held + tokens * (_ACTIVATION * width * depth + logits)) / _GIB + CUDA_GIB
 
 
-def inference_gib(parameters: int, *, models: int, batch: int, prompt_tokens: int, new_tokens: int) -> float:
-    """GiB of a stage that runs or rewrites models in float32: their weights, the key-value cache, the logits of the prompts."""
+def inference_gib(
+    parameters: int, *, models: int, batch: int, prompt_tokens: int, new_tokens: int
+) -> float:
+    """GiB of a stage that runs or rewrites models in float32: their weights, the key-value cache,
+    the logits of the prompts.
+    """
     width, depth = width_and_depth(parameters)
     cache = batch * (prompt_tokens + new_tokens) * 2 * 4 * width * depth
     logits = batch * prompt_tokens * 4 * vocabulary_of(parameters)
@@ -119,21 +149,23 @@ def resource_name(gpus: float) -> str:
 
 
 def data_resource(workers: int, each: str) -> str:
-    """The class of a stage that a pipeline of so many workers does, each of them a stage of class `each`; its driver asks for nothing."""
+    """The class of a stage that a pipeline of so many workers does, each of them a stage of class
+    `each`; its driver asks for nothing.
+    """
     gpus = gpus_of(each)
     return f"data:{workers}" + (f":{gpus:g}" if gpus else "")
 
 
-def gang_name(workers: int, *, on_gpu: bool) -> str:
-    """The resource class of a gang."""
-    return f"gang:{workers}" if on_gpu else f"gang:{workers}cpu"
+def group_name(workers: int, *, on_gpu: bool) -> str:
+    """The resource class of a worker group."""
+    return f"group:{workers}" if on_gpu else f"group:{workers}cpu"
 
 
 def gpus_of(resource: str) -> float:
     """GPUs that a stage of a resource class occupies, over all its processes."""
     if not is_on_gpu(resource):
         return 0.0
-    if is_gang(resource):
+    if is_group(resource):
         return float(workers_of(resource))
     _, _, amount = resource.rpartition(":") if ":" in resource else ("", "", "1")
     return workers_of(resource) * float(amount)
@@ -142,11 +174,17 @@ def gpus_of(resource: str) -> float:
 def cpus_of(resource: str, spec: SweepSpec) -> float:
     """Cores that a stage of a resource class occupies, over all its processes."""
     resources = spec.resources
-    return workers_of(resource) * (resources.cpus_per_stage if is_on_gpu(resource) or is_gang(resource) or not resources.wants_gpus else 1.0)
+    return workers_of(resource) * (
+        resources.cpus_per_stage
+        if is_on_gpu(resource) or is_group(resource) or not resources.wants_gpus
+        else 1.0
+    )
 
 
 def is_large(task: TaskSpec, above: int) -> bool:
-    """Whether the user's rows of a task may be more than `above`, as far as a plan can tell: a guess that decides who does the work only."""
+    """Whether the user's rows of a task may be more than `above`, as far as a plan can tell: a
+    guess that decides who does the work only.
+    """
     source = dict(task.splits).get("train") or TASKS[task.kind].sources.get("train")
     if source is None:
         return int(dict(task.options).get("train_rows", MicroworldOptions().train_rows)) > above
@@ -158,7 +196,9 @@ def is_large(task: TaskSpec, above: int) -> bool:
 
 
 def gpu_memory_of(spec: SweepSpec) -> float:
-    """GiB of one GPU: as `resources` says, else the smallest that the price table names, else 80."""
+    """GiB of one GPU: as `resources` says, else the smallest that the price table names,
+    else 80.
+    """
     known = [node.gpu_memory_gib for node in spec.prices if node.gpus and node.gpu_memory_gib]
     return spec.resources.gpu_memory_gib or min(known, default=DEFAULT_GPU_MEMORY_GIB)
 
@@ -169,13 +209,16 @@ class Sizing:
     def __init__(self, spec: SweepSpec) -> None:
         self._spec = spec
         methods = [*spec.attacks, *(method for stack in spec.defenses for method in stack)]
-        self._models = 2 + most_roles(methods)  # the stage's own, the copy that it changes, and those that methods compare with
+        self._models = 2 + most_roles(
+            methods
+        )  # the stage's own, the copy that it changes, and those that methods compare with
 
     def resource(self, model: ModelSpec, *, trains_all: bool = False) -> str:
-        """Class of the stages of a model that run in one process; SpecError when that does not fit on one GPU.
+        """Class of the stages of a model that run in one process; SpecError when that does not fit
+        on one GPU.
 
-        Stages of a cell share one class, so that a tune and what follows it stay one unit in one worker. `trains_all` are
-        the stages that pre-train or align.
+        Stages of a cell share one class, so that a tune and what follows it stay one unit in one
+        worker. `trains_all` are the stages that pre-train or align.
         """
         wanted = self._spec.resources.gpus_per_stage
         if wanted != "auto":
@@ -185,17 +228,37 @@ class Sizing:
         card = gpu_memory_of(self._spec)
         gpus = gpus_for(gib, card)
         if gpus > 1:
-            what = "pre-training or alignment" if trains_all else "a stage" if trains else "a stage that does not train"
-            strategy = " training.strategy: auto (DeepSpeed for what trains)," if self._spec.strategy.strategy == "single" else ""
-            less = f"{strategy} training.adapter: lora, a smaller resources.micro_batch," if trains else " a smaller"
-            raise SpecError(f"{what} of model {model.name!r} needs about {gib:.0f} GiB in one process and one GPU has {card:g}",
-                            parameters_of(model), f"at most {card:g} GiB",
-                            f"a larger resources.gpu_memory_gib,{less} resources.eval_batch or training.max_length; "
-                            "or gpus_per_stage: 1 if you know better")
+            what = (
+                "pre-training or alignment"
+                if trains_all
+                else "a stage"
+                if trains
+                else "a stage that does not train"
+            )
+            strategy = (
+                " training.strategy: auto (DeepSpeed for what trains),"
+                if self._spec.strategy.strategy == "single"
+                else ""
+            )
+            less = (
+                f"{strategy} training.adapter: lora, a smaller resources.micro_batch,"
+                if trains
+                else " a smaller"
+            )
+            raise SpecError(
+                f"{what} of model {model.name!r} needs about {gib:.0f} GiB in one process and one"
+                f" GPU has {card:g}",
+                parameters_of(model),
+                f"at most {card:g} GiB",
+                f"a larger resources.gpu_memory_gib,{less} resources.eval_batch or"
+                " training.max_length; or gpus_per_stage: 1 if you know better",
+            )
         return resource_name(gpus)
 
     def is_split(self, model: ModelSpec, *, trains_all: bool = False) -> bool:
-        """Whether what trains a model runs in a gang: as the sweep says, else where one process does not fit on one GPU."""
+        """Whether what trains a model runs in a group: as the sweep says, else where one process
+        does not fit on one GPU.
+        """
         strategy = self._spec.strategy
         if strategy.strategy != "auto":
             return strategy.strategy == "deepspeed"
@@ -205,50 +268,90 @@ class Sizing:
             return False
         return self.needed_gib(model, trains_all=trains_all, runs=False) > gpu_memory_of(self._spec)
 
-    def gang(self, model: ModelSpec, methods: Sequence[Method] = (), *, trains_all: bool = False) -> Gang:
-        """The smallest gang that trains a model: fewest workers first, then the lowest ZeRO stage that all methods work with.
+    def worker_group(
+        self, model: ModelSpec, methods: Sequence[Method] = (), *, trains_all: bool = False
+    ) -> WorkerGroup:
+        """The smallest worker group that trains a model: fewest workers first, then the lowest ZeRO
+        stage that all methods work with.
 
-        Where the sweep does not size GPUs by memory, its number of workers holds, and the table only picks the stage.
+        Where the sweep does not size GPUs by memory, its number of workers holds, and the table
+        only picks the stage.
         """
         card = gpu_memory_of(self._spec)
         stages = self._zero_stages(model, methods)
-        least = (float("inf"), Gang(workers=0, zero_stage=0, micro_batch=0))
-        for gang in self._gangs(model, stages, trains_all=trains_all):
-            gib = self._gang_gib(model, gang, trains_all=trains_all)
+        least = (float("inf"), WorkerGroup(workers=0, zero_stage=0, micro_batch=0))
+        for worker_group in self._worker_groups(model, stages, trains_all=trains_all):
+            gib = self._group_gib(model, worker_group, trains_all=trains_all)
             if gib <= card:
-                return gang
-            least = min(least, (gib, gang), key=lambda found: found[0])
-        gib, gang = least
+                return worker_group
+            least = min(least, (gib, worker_group), key=lambda found: found[0])
+        gib, worker_group = least
         if self._spec.resources.gpus_per_stage != "auto":
-            return gang
+            return worker_group
         narrow = [method for method in methods if method.ZERO_STAGES != ZERO_STAGES]
-        because = "".join(f"; {method.KIND} {name_of(method)!r} works with ZeRO {_listed(method.ZERO_STAGES)} only" for method in narrow)
-        raise SpecError(f"training model {model.name!r} needs about {gib:.0f} GiB on each of {gang.workers} GPUs at ZeRO stage {gang.zero_stage} and "
-                        f"one has {card:g}{because}", parameters_of(model), f"at most {card:g} GiB",
-                        "training.deepspeed: {offload: optimizer} (or parameters), more workers there, a larger resources.gpu_memory_gib, "
-                        "training.adapter: lora, or a smaller training.max_length" + (", or exclude that method for this model" if narrow else ""))
+        because = "".join(
+            f"; {method.KIND} {name_of(method)!r} works with ZeRO {_listed(method.ZERO_STAGES)}"
+            " only"
+            for method in narrow
+        )
+        raise SpecError(
+            f"training model {model.name!r} needs about {gib:.0f} GiB on each of"
+            f" {worker_group.workers} GPUs at ZeRO stage {worker_group.zero_stage} and one has"
+            f" {card:g}{because}",
+            parameters_of(model),
+            f"at most {card:g} GiB",
+            "training.deepspeed: {offload: optimizer} (or parameters), more workers there, a larger"
+            " resources.gpu_memory_gib, training.adapter: lora, or a smaller training.max_length"
+            + (", or exclude that method for this model" if narrow else ""),
+        )
 
     def _zero_stages(self, model: ModelSpec, methods: Sequence[Method]) -> list[int]:
-        """Stages that the sweep allows and all methods work with, lowest first; SpecError that names the first that does not."""
+        """Stages that the sweep allows and all methods work with, lowest first; SpecError that
+        names the first that does not.
+        """
         config = self._spec.strategy.deepspeed
         floor = {"none": 0, "optimizer": 1, "parameters": 3}[config.offload]
-        stages = {stage for stage in ZERO_STAGES if stage >= floor} if config.zero_stage == "auto" else {config.zero_stage}
+        stages = (
+            {stage for stage in ZERO_STAGES if stage >= floor}
+            if config.zero_stage == "auto"
+            else {config.zero_stage}
+        )
         for method in methods:
             if not stages & method.ZERO_STAGES:
                 name, works = name_of(method), _listed(method.ZERO_STAGES)
-                raise SpecError(f"{method.KIND} {name!r} does not work under ZeRO stage {_listed(stages)}, which training.deepspeed asks for",
-                                _listed(stages), works or "one process",
-                                (f"training.deepspeed: {{zero_stage: auto, offload: none}} (it works with {works}), " if works else "")
-                                + f"training.strategy: single, or exclude {{model: {model.name}, {method.KIND}: {name}}}")
+                raise SpecError(
+                    f"{method.KIND} {name!r} does not work under ZeRO stage {_listed(stages)},"
+                    " which training.deepspeed asks for",
+                    _listed(stages),
+                    works or "one process",
+                    (
+                        "training.deepspeed: {zero_stage: auto, offload: none} (it works with"
+                        f" {works}), "
+                        if works
+                        else ""
+                    )
+                    + f"training.strategy: single, or exclude {{model: {model.name}, {method.KIND}:"
+                    f" {name}}}",
+                )
             stages &= method.ZERO_STAGES
         return sorted(stages)
 
-    def _gangs(self, model: ModelSpec, stages: Sequence[int], *, trains_all: bool) -> Iterator[Gang]:
-        """All gangs that the sweep allows, the smallest first, each with ever smaller micro-batches."""
+    def _worker_groups(
+        self, model: ModelSpec, stages: Sequence[int], *, trains_all: bool
+    ) -> Iterator[WorkerGroup]:
+        """All worker groups that the sweep allows, the smallest first, each with ever smaller
+        micro-batches.
+        """
         config, resources = self._spec.strategy.deepspeed, self._spec.resources
         length, batch = self._rows(model, trains_all=trains_all)
         gpus = resources.gpus_per_stage
-        counts = [2**power for power in range(MAX_WORKERS.bit_length())] if gpus == "auto" else [max(1, int(gpus))] if gpus else [2]
+        counts = (
+            [2**power for power in range(MAX_WORKERS.bit_length())]
+            if gpus == "auto"
+            else [max(1, int(gpus))]
+            if gpus
+            else [2]
+        )
         for workers in [config.workers] if config.workers else counts:
             if gpus == "auto" and not config.workers and workers > min(batch, MAX_WORKERS):
                 return
@@ -257,33 +360,58 @@ class Sizing:
             largest = min(given or max(1, MAX_MICRO_BATCH_TOKENS // length), most)
             for stage in stages:
                 for micro_batch in [largest] if given else _halvings(largest):
-                    yield Gang(workers=workers, zero_stage=stage, micro_batch=micro_batch, offload_optimizer=config.offload != "none",
-                               offload_parameters=config.offload == "parameters")
+                    yield WorkerGroup(
+                        workers=workers,
+                        zero_stage=stage,
+                        micro_batch=micro_batch,
+                        offload_optimizer=config.offload != "none",
+                        offload_parameters=config.offload == "parameters",
+                    )
 
-    def _gang_gib(self, model: ModelSpec, gang: Gang, *, trains_all: bool) -> float:
+    def _group_gib(self, model: ModelSpec, worker_group: WorkerGroup, *, trains_all: bool) -> float:
         training = self._spec.training
         length, _ = self._rows(model, trains_all=trains_all)
-        return memory_gib(parameters_of(model), "full" if trains_all else training.adapter, length, gang.micro_batch, gang.zero_stage, gang.workers,
-                          rank=training.rank, offload_optimizer=gang.offload_optimizer, offload_parameters=gang.offload_parameters)
+        return memory_gib(
+            parameters_of(model),
+            "full" if trains_all else training.adapter,
+            length,
+            worker_group.micro_batch,
+            worker_group.zero_stage,
+            worker_group.workers,
+            rank=training.rank,
+            offload_optimizer=worker_group.offload_optimizer,
+            offload_parameters=worker_group.offload_parameters,
+        )
 
     def _rows(self, model: ModelSpec, *, trains_all: bool) -> tuple[int, int]:
         """Tokens per row and rows per step of what trains a model."""
         config = model.align if trains_all and model.align else self._spec.training
         return config.max_length, config.batch_size
 
-    def needed_gib(self, model: ModelSpec, *, trains_all: bool = False, trains: bool = True, runs: bool = True) -> float:
-        """GiB that the largest stage of a model takes on its GPU in one process, among those that train and those that run it."""
+    def needed_gib(
+        self, model: ModelSpec, *, trains_all: bool = False, trains: bool = True, runs: bool = True
+    ) -> float:
+        """GiB that the largest stage of a model takes on its GPU in one process, among those that
+        train and those that run it.
+        """
         spec, parameters = self._spec, parameters_of(model)
         training, resources = spec.training, spec.resources
         weights_gib = parameters * _WEIGHT / _GIB
         kept = max(weights_gib, min(resources.cache_gib, 4 * weights_gib))
         length, batch = self._rows(model, trains_all=trains_all)
         rows = resources.micro_batch or min(batch, max(1, MAX_MICRO_BATCH_TOKENS // length))
-        train = memory_gib(parameters, "full" if trains_all else training.adapter, length, rows, rank=training.rank)
+        train = memory_gib(
+            parameters, "full" if trains_all else training.adapter, length, rows, rank=training.rank
+        )
         if trains_all:
             return kept + train
-        run = inference_gib(parameters, models=self._models, batch=resources.eval_batch, prompt_tokens=training.max_length,
-                            new_tokens=spec.evaluation.max_new_tokens)
+        run = inference_gib(
+            parameters,
+            models=self._models,
+            batch=resources.eval_batch,
+            prompt_tokens=training.max_length,
+            new_tokens=spec.evaluation.max_new_tokens,
+        )
         return kept + max(train if trains else 0.0, run if runs else 0.0)
 
 

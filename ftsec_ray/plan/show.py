@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ftsec_ray.plan.bill import Bill, Spend, bill_of
-from ftsec_ray.plan.cost import UNKNOWN_PARAMETERS, Costs
+from ftsec_ray.plan.cost_estimate import Bill, Spend, bill_of
+from ftsec_ray.plan.durations import UNKNOWN_PARAMETERS, Costs
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import KINDS
 
@@ -71,14 +71,18 @@ class PlanSummary:
         return asdict(self)
 
 
-def summarize(plan: Plan, done: Collection[str], *, costs: Costs | None = None, spent: Spend | None = None) -> PlanSummary:
+def summarize(
+    plan: Plan, done: Collection[str], *, costs: Costs | None = None, spent: Spend | None = None
+) -> PlanSummary:
     """The figures of a plan when the stages `done` are in the store."""
     costs = costs or Costs()
     todo = plan.needed(done)
     seconds = {stage.digest: costs(stage) for stage in todo}
     finish: dict[str, float] = {}
     for stage in todo:
-        finish[stage.digest] = seconds[stage.digest] + max((finish.get(given, 0.0) for _, given in stage.inputs), default=0.0)
+        finish[stage.digest] = seconds[stage.digest] + max(
+            (finish.get(given, 0.0) for _, given in stage.inputs), default=0.0
+        )
     naive = Counter[str]()
     for digest, served in plan.served.items():
         naive[plan.stages[digest].kind] += served
@@ -90,27 +94,71 @@ def summarize(plan: Plan, done: Collection[str], *, costs: Costs | None = None, 
         work[stage.kind] += seconds[stage.digest]  # type: ignore[assignment]  # a Counter adds floats as well
     spec = plan.spec
     return PlanSummary(
-        sweep=spec.name, digest=plan.digest, cells=len(plan.cells), models=len(spec.models), attacks=len(spec.attacks),
-        stacks=len(spec.defenses), seeds=len(spec.seeds), stages=len(plan.stages), done=sum(present.values()),
-        to_run=len(todo), units=len(plan.units(done)), naive_runs=plan.naive_runs,
+        sweep=spec.name,
+        digest=plan.digest,
+        cells=len(plan.cells),
+        models=len(spec.models),
+        attacks=len(spec.attacks),
+        stacks=len(spec.defenses),
+        seeds=len(spec.seeds),
+        stages=len(plan.stages),
+        done=sum(present.values()),
+        to_run=len(todo),
+        units=len(plan.units(done)),
+        naive_runs=plan.naive_runs,
         shared_frac=1 - len(plan.stages) / plan.naive_runs if plan.naive_runs else 0.0,
-        work_s=sum(seconds.values()), critical_path_s=max(finish.values(), default=0.0),
-        is_learned=costs.is_learned, bill=bill_of(plan, todo, costs), spent=spent, budget=spec.budget.limits if spec.budget else {},
-        searches=len(plan.searches), trials=sum(len(one.trials) for one in plan.searches), trials_left=sum(one.left for one in plan.searches),
-        kinds=tuple(KindSummary(kind=kind, stages=unique[kind], done=present[kind], to_run=open_kinds[kind],
-                                naive=naive[kind], to_run_s=float(work[kind])) for kind in KINDS if unique[kind]))
+        work_s=sum(seconds.values()),
+        critical_path_s=max(finish.values(), default=0.0),
+        is_learned=costs.is_learned,
+        bill=bill_of(plan, todo, costs),
+        spent=spent,
+        budget=spec.budget.limits if spec.budget else {},
+        searches=len(plan.searches),
+        trials=sum(len(one.trials) for one in plan.searches),
+        trials_left=sum(one.left for one in plan.searches),
+        kinds=tuple(
+            KindSummary(
+                kind=kind,
+                stages=unique[kind],
+                done=present[kind],
+                to_run=open_kinds[kind],
+                naive=naive[kind],
+                to_run_s=float(work[kind]),
+            )
+            for kind in KINDS
+            if unique[kind]
+        ),
+    )
 
 
 def render(summary: PlanSummary) -> str:
     """The figures as text for a terminal."""
     s = summary
-    lines = [f"sweep {s.sweep}: {s.cells} cells ({s.models} models, {s.attacks} attacks, {s.stacks} defense stacks, "
-             f"{s.seeds} seeds)", *_search_lines(s), "",
-             f"{'stage':<10}{'unique':>9}{'done':>9}{'to run':>9}{'if unshared':>13}{'work to do':>13}"]
-    lines += [f"{k.kind:<10}{k.stages:>9}{k.done:>9}{k.to_run:>9}{k.naive:>13}{duration(k.to_run_s):>13}" for k in s.kinds]
-    lines += [f"{'all':<10}{s.stages:>9}{s.done:>9}{s.to_run:>9}{s.naive_runs:>13}{duration(s.work_s):>13}", ""]
-    lines.append(f"sharing equal stages saves {s.shared_frac:.0%} of {s.naive_runs} stage runs; {s.units} units to schedule")
-    lines.append(f"work {duration(s.work_s)}; at least {duration(s.critical_path_s)} with any number of workers")
+    lines = [
+        (
+            f"sweep {s.sweep}: {s.cells} cells ({s.models} models, {s.attacks} attacks, {s.stacks}"
+            f" defense stacks, {s.seeds} seeds)"
+        ),
+        *_search_lines(s),
+        "",
+        f"{'stage':<10}{'unique':>9}{'done':>9}{'to run':>9}{'if unshared':>13}{'work to do':>13}",
+    ]
+    lines += [
+        f"{k.kind:<10}{k.stages:>9}{k.done:>9}{k.to_run:>9}{k.naive:>13}{duration(k.to_run_s):>13}"
+        for k in s.kinds
+    ]
+    lines += [
+        f"{'all':<10}{s.stages:>9}{s.done:>9}{s.to_run:>9}{s.naive_runs:>13}{duration(s.work_s):>13}",
+        "",
+    ]
+    lines.append(
+        f"sharing equal stages saves {s.shared_frac:.0%} of {s.naive_runs} stage runs; {s.units}"
+        " units to schedule"
+    )
+    lines.append(
+        f"work {duration(s.work_s)}; at least {duration(s.critical_path_s)} with any number of"
+        " workers"
+    )
     return "\n".join([*lines, *_bill_lines(s)])
 
 
@@ -118,7 +166,12 @@ def _search_lines(s: PlanSummary) -> list[str]:
     """How far the searches of attackers have come."""
     if not s.searches:
         return []
-    left = f"; up to {s.trials_left} more will be proposed when these are measured, and are in no figure below" if s.trials_left else ""
+    left = (
+        f"; up to {s.trials_left} more will be proposed when these are measured, and are in no"
+        " figure below"
+        if s.trials_left
+        else ""
+    )
     return [f"searches: {s.searches}, {s.trials} trials planned{left}"]
 
 
@@ -134,27 +187,56 @@ def _bill_lines(s: PlanSummary) -> list[str]:
     wide_asks = max(map(len, [*(row.asks for row in bill.rows), asks])) + 2
 
     def line(name: str, asks: str, stages: int, spend: Spend) -> str:
-        figures = [spend.hours, spend.gpu_hours, spend.cpu_hours, *([spend.usd] if is_priced else [])]
-        return f"{name:<{wide}}{asks:<{wide_asks}}{stages:>7}" + "".join(f"{_short(one):>11}" for one in figures)
+        figures = [
+            spend.hours,
+            spend.gpu_hours,
+            spend.cpu_hours,
+            *([spend.usd] if is_priced else []),
+        ]
+        return f"{name:<{wide}}{asks:<{wide_asks}}{stages:>7}" + "".join(
+            f"{_short(one):>11}" for one in figures
+        )
 
-    lines = ["", f"{'node type':<{wide}}{asks:<{wide_asks}}{'to run':>7}{'hours':>11}{'GPU-hours':>11}{'CPU-hours':>11}"
-             + (f"{'usd':>11}" if is_priced else "")]
-    lines += [line(name, row.asks, row.stages, row.spend) for name, row in zip(names, bill.rows, strict=True)]
+    lines = [
+        "",
+        f"{'node type':<{wide}}{asks:<{wide_asks}}{'to run':>7}"
+        f"{'hours':>11}{'GPU-hours':>11}{'CPU-hours':>11}" + (f"{'usd':>11}" if is_priced else ""),
+    ]
+    lines += [
+        line(name, row.asks, row.stages, row.spend)
+        for name, row in zip(names, bill.rows, strict=True)
+    ]
     lines.append(line("all", "", sum(row.stages for row in bill.rows), bill.total))
-    told = {"records": "records of like stages", "scaled": "records of other sizes, scaled with flops", "prior": "priors (rough)"}
-    lines.append("estimated from " + ", ".join(f"{told[one]} {part:.0%}" for one, part in bill.basis_frac.items() if part))
+    told = {
+        "records": "records of like stages",
+        "scaled": "records of other sizes, scaled with flops",
+        "prior": "priors (rough)",
+    }
+    lines.append(
+        "estimated from "
+        + ", ".join(f"{told[one]} {part:.0%}" for one, part in bill.basis_frac.items() if part)
+    )
     if is_priced:
-        lines.append("assumed: full nodes (a stage pays for its share of the cheapest node type with room), no start-up or idle time, "
-                     "nothing lost on spot")
-    lines += [f"model {name}: size unknown, taken as {UNKNOWN_PARAMETERS / 1e9:g}e9 weights; give `parameters`" for name in bill.guessed]
+        lines.append(
+            "assumed: full nodes (a stage pays for its share of the cheapest node type with room),"
+            " no start-up or idle time, nothing lost on spot"
+        )
+    lines += [
+        f"model {name}: size unknown, taken as {UNKNOWN_PARAMETERS / 1e9:g}e9 weights; give"
+        " `parameters`"
+        for name in bill.guessed
+    ]
     return lines + _budget_lines(s)
 
 
 def _budget_lines(s: PlanSummary) -> list[str]:
     took = (s.spent or Spend()).limited(s.budget)
     takes = s.bill.total.limited(s.budget)
-    return [f"budget {name} {limit:g}: spent {took[name]:.3g}, to come {takes[name]:.3g}"
-            + (", MORE THAN ALLOWED" if took[name] + takes[name] > limit * (1 + 1e-9) else "") for name, limit in s.budget.items()]
+    return [
+        f"budget {name} {limit:g}: spent {took[name]:.3g}, to come {takes[name]:.3g}"
+        + (", MORE THAN ALLOWED" if took[name] + takes[name] > limit * (1 + 1e-9) else "")
+        for name, limit in s.budget.items()
+    ]
 
 
 def _short(figure: float) -> str:

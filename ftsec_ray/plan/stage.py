@@ -1,4 +1,6 @@
-"""The nodes of a plan: stages, the cells that they serve, and the units that the scheduler hands out."""
+"""The nodes of a plan: stages, the cells that they serve, and the units that the scheduler hands
+out.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +8,49 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ftsec_ray.config.sweep import AttackSearch, ModelSpec, TaskSpec, TrainingConfig
 from ftsec_ray.method import Method
 from ftsec_ray.registry import name_of
-from ftsec_ray.spec.sweep import AttackSearch, ModelSpec, TaskSpec, TrainingConfig
 
 Resource = str
-"""`cpu`, `gpu`, `gpu:<amount>`; of several processes `gang:<workers>` with a GPU each or `gang:<workers>cpu`, and
-`data:<workers>[:<GPUs of each>]`: see plan.resources."""
-KINDS = ("task", "source", "align", "prepare", "craft", "tune", "bank", "revise", "inspect", "evaluate")
+"""`cpu`, `gpu`, `gpu:<amount>`; of several processes `group:<workers>` with a GPU each or
+`group:<workers>cpu`, and `data:<workers>[:<GPUs of each>]`: see plan.resources.
+"""
+KINDS = (
+    "task",
+    "source",
+    "align",
+    "prepare",
+    "craft",
+    "tune",
+    "bank",
+    "revise",
+    "inspect",
+    "evaluate",
+)
 ROLES = ("reference", "unaligned", "start", "clean_bank")
 """Inputs that a method may ask for in NEEDS; its other entries name splits of the task."""
 
 
-def is_gang(resource: Resource) -> bool:
+def is_group(resource: Resource) -> bool:
     """Whether a class is that of stages which several processes train together."""
-    return resource.startswith("gang:")
+    return resource.startswith("group:")
 
 
 def is_data(resource: Resource) -> bool:
-    """Whether a class is that of stages which a pipeline of several processes does block by block."""
+    """Whether a class is that of stages which a pipeline of several processes does block by
+    block.
+    """
     return resource.startswith("data:")
 
 
 def workers_of(resource: Resource) -> int:
     """Processes that do the work of a stage of a class."""
-    return int(resource.split(":")[1].removesuffix("cpu")) if is_gang(resource) or is_data(resource) else 1
+    return (
+        int(resource.split(":")[1].removesuffix("cpu"))
+        if is_group(resource) or is_data(resource)
+        else 1
+    )
 
 
 def is_on_gpu(resource: Resource) -> bool:
@@ -40,7 +60,9 @@ def is_on_gpu(resource: Resource) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One node of the plan; `digest` covers kind, methods, params, inputs and seed, and nothing else."""
+    """One node of the plan; `digest` covers kind, methods, params, inputs and seed, and nothing
+    else.
+    """
 
     digest: str
     kind: str
@@ -63,9 +85,17 @@ class Stage:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `from_json` turns back into an equal stage."""
-        return {"digest": self.digest, "kind": self.kind, "method": self.method, "seed": self.seed,
-                "inputs": [list(pair) for pair in self.inputs], "params": dict(self.params), "where": dict(self.where),
-                "resource": self.resource, "cost_s": self.cost_s}
+        return {
+            "digest": self.digest,
+            "kind": self.kind,
+            "method": self.method,
+            "seed": self.seed,
+            "inputs": [list(pair) for pair in self.inputs],
+            "params": dict(self.params),
+            "where": dict(self.where),
+            "resource": self.resource,
+            "cost_s": self.cost_s,
+        }
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Stage:
@@ -87,7 +117,9 @@ class Searched:
 
 
 SEARCHED = "searched "
-"""What stands before the name of an attack whose parameters were searched for; no name of a method holds a space."""
+"""What stands before the name of an attack whose parameters were searched for; no name of a method
+holds a space.
+"""
 
 
 @dataclass(frozen=True, slots=True)

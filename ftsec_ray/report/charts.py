@@ -1,4 +1,6 @@
-"""The charts of the grid: attack success against model size, and safety against utility and cost."""
+"""The charts of the grid: attack success against model size, and safety against utility and
+cost.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,30 @@ from typing import Any
 from markupsafe import Markup
 
 from ftsec_ray.report import figures
-from ftsec_ray.report.figures import Dot, Series, Spot
+from ftsec_ray.report.figures import Dot, PlotPoint, Series
 from ftsec_ray.report.grid import NONE, Estimate, Grid, Model, null_text, seeds_text
 from ftsec_ray.report.tables import metric_title
-from ftsec_ray.report.verdict import Verdict
+from ftsec_ray.report.verdict import Summary
 
 MAX_LINES = 8
 COST_TOLERANCE = 1.1
-"""Costs that differ by less than this factor count as equal on the Pareto front: times of one stage vary as much."""
+"""Costs that differ by less than this factor count as equal on the Pareto front: times of one stage
+vary as much.
+"""
 
 
-def size_charts(grid: Grid, verdict: Verdict) -> tuple[list[dict[str, Any]], list[str]]:
+def size_charts(grid: Grid, verdict: Summary) -> tuple[list[dict[str, Any]], list[str]]:
     """Charts per family, task and attack, and the defenses left out of them."""
     drops: dict[str, list[float]] = defaultdict(list)
     for effect in verdict.effects:
         drops[effect.defense].append(effect.drop)
     real = [d.label for d in grid.acting]
-    chosen = sorted(real, key=lambda name: -fmean(drops[name]) if drops[name] else 0.0)[:MAX_LINES - 1]
-    shown = [NONE] * any(d.label == NONE for d in grid.defenses) + [name for name in real if name in chosen]
+    chosen = sorted(real, key=lambda name: -fmean(drops[name]) if drops[name] else 0.0)[
+        : MAX_LINES - 1
+    ]
+    shown = [NONE] * any(d.label == NONE for d in grid.defenses) + [
+        name for name in real if name in chosen
+    ]
     start = 0 if NONE in shown else 1
     charts = []
     families: dict[tuple[str, str], list[Model]] = defaultdict(list)
@@ -44,27 +52,60 @@ def size_charts(grid: Grid, verdict: Verdict) -> tuple[list[dict[str, Any]], lis
             if not measured:
                 continue
             is_mixed = len({one.seeds for one in measured}) > 1
-            lines = [_series(grid, i, name, models, (task, attack.label), marks_one=is_mixed) for i, name in enumerate(shown, start)]
+            lines = [
+                _series(grid, i, name, models, (task, attack.label), marks_one=is_mixed)
+                for i, name in enumerate(shown, start)
+            ]
             heading = attack.label if attack.label != NONE else "no attack"
-            extra = " · ".join([family] * (len({f for f, _ in families}) > 1) + [task] * (len(grid.tasks) > 1))
-            title = f"{family}: attack success against weights, {heading}, one line per defense; utility of the same points below"
+            extra = " · ".join(
+                [family] * (len({f for f, _ in families}) > 1) + [task] * (len(grid.tasks) > 1)
+            )
+            title = (
+                f"{family}: attack success against weights, {heading}, one line per defense;"
+                " utility of the same points below"
+            )
             names = [metric_title(name) for name in grid.utility_metrics[task]]
-            charts.append({"heading": heading, "extra": extra, "phase": attack.phase, "family": family,
-                           "attack": grid.facets(keys[0])[1], "svg": figures.size_chart([line for line in lines if line.spots], title=title,
-                                                                                        strips=names, note=_note(measured))})
+            charts.append(
+                {
+                    "heading": heading,
+                    "extra": extra,
+                    "phase": attack.phase,
+                    "family": family,
+                    "attack": grid.facets(keys[0])[1],
+                    "svg": figures.size_chart(
+                        [line for line in lines if line.spots],
+                        title=title,
+                        strips=names,
+                        note=_note(measured),
+                    ),
+                }
+            )
     return charts, [name for name in real if name not in chosen]
 
 
 def _note(measured: Sequence[Estimate]) -> str:
     """Seeds and null verdicts of the points of a chart."""
     seeds = sorted({one.seeds for one in measured})
-    told = seeds_text(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds" + " (1: one)" * (seeds[0] == 1)
+    told = (
+        seeds_text(seeds[0])
+        if len(seeds) == 1
+        else f"{seeds[0]} to {seeds[-1]} seeds" + " (1: one)" * (seeds[0] == 1)
+    )
     known = [one.nulls for one in measured if one.nulls is not None]
     worst = max(known, key=lambda nulls: nulls[0] / max(1, nulls[1]), default=None)
-    return f"{told} per point; null verdicts: {'at most ' * (worst is not None and worst[0] > 0)}{null_text(worst).removesuffix(' null')}"
+    bound = "at most " if worst is not None and worst[0] > 0 else ""
+    return f"{told} per point; null verdicts: {bound}{null_text(worst).removesuffix(' null')}"
 
 
-def _series(grid: Grid, index: int, defense: str, models: list[Model], place: tuple[str, str], *, marks_one: bool) -> Series:
+def _series(
+    grid: Grid,
+    index: int,
+    defense: str,
+    models: list[Model],
+    place: tuple[str, str],
+    *,
+    marks_one: bool,
+) -> Series:
     """One line; `marks_one` writes a 1 beside points with one seed, where others have more."""
     spots = []
     task, attack = place
@@ -73,13 +114,33 @@ def _series(grid: Grid, index: int, defense: str, models: list[Model], place: tu
         found = grid.value(key)
         if found is not None and model.params:
             beside = grid.utilities(key)
-            parts = [f"{attack}, {defense}, {model.name}: {found.text}", f"n {found.n}" if found.n else "", found.null_text,
-                     seeds_text(found.seeds), *(one.text for one in beside)]
+            parts = [
+                f"{attack}, {defense}, {model.name}: {found.text}",
+                f"n {found.n}" if found.n else "",
+                found.null_text,
+                seeds_text(found.seeds),
+                *(one.text for one in beside),
+            ]
             doubtful = grid.points[key].incoherent or any(one.fell for one in beside)
-            spots.append(Spot(params=float(model.params), value=found.value, low=found.low, high=found.high, tip=", ".join(filter(None, parts)),
-                              doubtful=doubtful, beside=tuple(one.value for one in beside), mark="1" if marks_one and found.seeds == 1 else ""))
+            spots.append(
+                PlotPoint(
+                    params=float(model.params),
+                    value=found.value,
+                    low=found.low,
+                    high=found.high,
+                    tip=", ".join(filter(None, parts)),
+                    doubtful=doubtful,
+                    beside=tuple(one.value for one in beside),
+                    mark="1" if marks_one and found.seeds == 1 else "",
+                )
+            )
     facet = next(i for i, one in enumerate(grid.defenses) if one.label == defense)
-    return Series(index=index, label=defense, facet=facet, spots=tuple(sorted(spots, key=lambda spot: spot.params)))
+    return Series(
+        index=index,
+        label=defense,
+        facet=facet,
+        spots=tuple(sorted(spots, key=lambda spot: spot.params)),
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +177,9 @@ class Trade:
     svg: Markup
     rows: list[TradeRow]
     left_out: list[str]
-    """Defenses that lack some attack's result here, so that their means would be over other attacks."""
+    """Defenses that lack some attack's result here, so that their means would be over other
+    attacks.
+    """
 
 
 def trades(grid: Grid) -> list[Trade]:
@@ -125,7 +188,11 @@ def trades(grid: Grid) -> list[Trade]:
     for model, task in grid.slices():
         utility = grid.utility_metrics[task][0]
         names = [d.label for d in grid.defenses if not d.only_inspects]
-        rows = [row for name in names if (row := _trade_row(grid, model.name, task, name, utility)) is not None]
+        rows = [
+            row
+            for name in names
+            if (row := _trade_row(grid, model.name, task, name, utility)) is not None
+        ]
         most = max((row.attacks for row in rows), default=0)
         left_out = [row.defense for row in rows if row.attacks < most]
         rows = [row for row in rows if row.attacks == most]
@@ -133,14 +200,46 @@ def trades(grid: Grid) -> list[Trade]:
             continue
         rows = [_with_front(row, rows) for row in rows]
         unit = grid.cost_unit
-        headings = " · ".join(["over-refusal", "coherent", "null verdicts", *[unit] * bool(unit), "seeds"])
-        dots = [Dot(label=r.defense, facet=r.facet, utility=r.utility, safety=r.safety, worst=r.worst, hours=r.hours, on_front=r.on_front,
-                    is_reference=r.defense == NONE, incoherent=r.incoherent, beside=_beside(r, unit), tip=_tip(r, utility, unit)) for r in rows]
-        title = f"safety against {metric_title(utility)}{f' and {unit}' if unit else ''} of every defense on {model.name}"
-        svg = figures.scatter(dots, title=title, utility=f"utility: {metric_title(utility)}",
-                              cost=f"{unit} per cell, shared stages counted whole" if unit else "", headings=headings)
-        found.append(Trade(model, task, utility, svg, sorted(rows, key=lambda r: (not r.on_front, -r.safety)),
-                           left_out))
+        headings = " · ".join(
+            ["over-refusal", "coherent", "null verdicts", *[unit] * bool(unit), "seeds"]
+        )
+        dots = [
+            Dot(
+                label=r.defense,
+                facet=r.facet,
+                utility=r.utility,
+                safety=r.safety,
+                worst=r.worst,
+                hours=r.hours,
+                on_front=r.on_front,
+                is_reference=r.defense == NONE,
+                incoherent=r.incoherent,
+                beside=_beside(r, unit),
+                tip=_tip(r, utility, unit),
+            )
+            for r in rows
+        ]
+        title = (
+            f"safety against {metric_title(utility)}{f' and {unit}' if unit else ''} of every"
+            f" defense on {model.name}"
+        )
+        svg = figures.scatter(
+            dots,
+            title=title,
+            utility=f"utility: {metric_title(utility)}",
+            cost=f"{unit} per cell, shared stages counted whole" if unit else "",
+            headings=headings,
+        )
+        found.append(
+            Trade(
+                model,
+                task,
+                utility,
+                svg,
+                sorted(rows, key=lambda r: (not r.on_front, -r.safety)),
+                left_out,
+            )
+        )
     return found
 
 
@@ -155,35 +254,63 @@ def _trade_row(grid: Grid, model: str, task: str, defense: str, utility: str) ->
         return None
 
     def mean(metric: str) -> float | None:
-        values = [found.value for *_, key in pairs if (found := grid.value(key, metric)) is not None]
+        values = [
+            found.value for *_, key in pairs if (found := grid.value(key, metric)) is not None
+        ]
         return fmean(values) if values else None
+
     worst, name = max((success.value, attack) for success, _, attack, _ in pairs)
     hours = [one for *_, key in pairs if (one := grid.hours(key)) is not None]
     nulls = [success.nulls for success, *_ in pairs if success.nulls is not None]
-    return TradeRow(defense, fmean(p[1] for p in pairs), 1 - fmean(p[0].value for p in pairs), 1 - worst, name,
-                    mean("over_refusal_rate"), mean("coherent_rate"), on_front=False,
-                    incoherent=any(grid.points[key].incoherent for *_, key in pairs), attacks=len(pairs),
-                    seeds=min(success.seeds for success, *_ in pairs), hours=fmean(hours) if len(hours) == len(pairs) else None,
-                    nulls=null_text((sum(n for n, _ in nulls), sum(n for _, n in nulls)) if len(nulls) == len(pairs) else None),
-                    facet=grid.facets(pairs[0][3])[2])
+    return TradeRow(
+        defense,
+        fmean(p[1] for p in pairs),
+        1 - fmean(p[0].value for p in pairs),
+        1 - worst,
+        name,
+        mean("over_refusal_rate"),
+        mean("coherent_rate"),
+        on_front=False,
+        incoherent=any(grid.points[key].incoherent for *_, key in pairs),
+        attacks=len(pairs),
+        seeds=min(success.seeds for success, *_ in pairs),
+        hours=fmean(hours) if len(hours) == len(pairs) else None,
+        nulls=null_text(
+            (sum(n for n, _ in nulls), sum(n for _, n in nulls))
+            if len(nulls) == len(pairs)
+            else None
+        ),
+        facet=grid.facets(pairs[0][3])[2],
+    )
 
 
 def _with_front(row: TradeRow, rows: list[TradeRow]) -> TradeRow:
-    return replace(row, on_front=not row.incoherent and not any(_beats(one, row) for one in rows if not one.incoherent))
+    return replace(
+        row,
+        on_front=not row.incoherent
+        and not any(_beats(one, row) for one in rows if not one.incoherent),
+    )
 
 
 def _beats(one: TradeRow, other: TradeRow) -> bool:
-    """Whether a defense is at least as good in utility, safety and cost, and better in one of them; cost counts where it is known."""
+    """Whether a defense is at least as good in utility, safety and cost, and better in one of them;
+    cost counts where it is known.
+    """
     dearer = cheaper = False
     if one.hours is not None and other.hours is not None:
-        dearer, cheaper = one.hours > other.hours * COST_TOLERANCE, one.hours * COST_TOLERANCE < other.hours
+        dearer, cheaper = (
+            one.hours > other.hours * COST_TOLERANCE,
+            one.hours * COST_TOLERANCE < other.hours,
+        )
     no_worse = one.utility >= other.utility and one.safety >= other.safety and not dearer
     return no_worse and (one.utility > other.utility or one.safety > other.safety or cheaper)
 
 
 def _beside(row: TradeRow, unit: str) -> str:
     shares = ["–" if one is None else f"{one:.2f}" for one in (row.over_refusal, row.coherent)]
-    return " · ".join([*shares, row.nulls, *[f"{hours_text(row.hours)} h"] * bool(unit), seeds_text(row.seeds)])
+    return " · ".join(
+        [*shares, row.nulls, *[f"{hours_text(row.hours)} h"] * bool(unit), seeds_text(row.seeds)]
+    )
 
 
 def hours_text(hours: float | None) -> str:
@@ -192,7 +319,10 @@ def hours_text(hours: float | None) -> str:
 
 
 def _tip(row: TradeRow, utility: str, unit: str) -> str:
-    parts = [f"{row.defense}: {utility} {row.utility:.2f}, safety {row.safety:.2f} (worst attack {row.worst_attack}: {row.worst:.2f})"]
+    parts = [
+        f"{row.defense}: {utility} {row.utility:.2f}, safety {row.safety:.2f} (worst attack"
+        f" {row.worst_attack}: {row.worst:.2f})"
+    ]
     if row.over_refusal is not None:
         parts.append(f"over-refusal {row.over_refusal:.2f}")
     if row.coherent is not None:

@@ -1,4 +1,6 @@
-"""The comparisons of attack success as the page shows them: in words, sorted by effect, and as a forest plot."""
+"""The comparisons of attack success as the page shows them: in words, sorted by effect, and as a
+forest plot.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ftsec_ray.report import forest as forest_of
-from ftsec_ray.report.grid import NONE, Grid, Key, Utility, null_text
+from ftsec_ray.report.grid import NONE, Grid, Key, UtilityMark, null_text
 from ftsec_ray.report.verdict import change_text
 
 MAX_FOREST = 40
@@ -19,7 +21,7 @@ HELD_FOREST = 240
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ShownComparison:
     """One comparison of attack success, with the utility of the same two points."""
 
     model: str
@@ -47,7 +49,9 @@ class Contrast:
         if row["conclusion"] == "incoherent":
             return f"not counted as safe or unsafe: {row['note']}"
         if row["conclusion"] != "no difference shown":
-            return str(row["conclusion"]) + (f"; utility {row['utility']}" if row["utility"].startswith("worse") else "")
+            return str(row["conclusion"]) + (
+                f"; utility {row['utility']}" if row["utility"].startswith("worse") else ""
+            )
         if row["detectable"] is None:
             return "no difference shown; too few seeds or prompts to show any"
         return f"no difference shown; one of {row['detectable']:.2f} would have been"
@@ -56,48 +60,93 @@ class Contrast:
     def seeds(self) -> str:
         """How many seeds and prompts it rests on."""
         count = "1 seed" if self.row["n_seeds"] == 1 else f"{self.row['n_seeds']} seeds"
-        return count if self.row["n_prompts"] is None else f"{count}, {self.row['n_prompts']} prompts"
+        return (
+            count if self.row["n_prompts"] is None else f"{count}, {self.row['n_prompts']} prompts"
+        )
 
     @property
     def nulls(self) -> str:
         """The share of its prompts that were left out, since some verdict is null."""
         judged, left_out = self.row["n_prompts"], self.row["n_dropped"]
-        return null_text(None if judged is None or left_out is None else (left_out, judged + left_out))
+        return null_text(
+            None if judged is None or left_out is None else (left_out, judged + left_out)
+        )
 
 
-def contrasts(grid: Grid) -> list[Contrast]:
-    """The comparisons of attack success, those that lower it most first; what has no effect comes last."""
+def contrasts(grid: Grid) -> list[ShownComparison]:
+    """The comparisons of attack success, those that lower it most first; what has no effect comes
+    last.
+    """
     found = []
     for (own, other, metric), row in grid.compared.items():
         if metric == grid.points[own].success:
-            found.append(Contrast(own[0], own[1], own[2], own[3], other[3], row["kind"], row, _beside(grid, own, other)))
-    return sorted(found, key=lambda c: (c.row["effect"] is None, c.row["effect"] or 0.0, c.model, c.task, c.attack, c.defense, c.against))
+            found.append(
+                ShownComparison(
+                    own[0],
+                    own[1],
+                    own[2],
+                    own[3],
+                    other[3],
+                    row["kind"],
+                    row,
+                    _beside(grid, own, other),
+                )
+            )
+    return sorted(
+        found,
+        key=lambda c: (
+            c.row["effect"] is None,
+            c.row["effect"] or 0.0,
+            c.model,
+            c.task,
+            c.attack,
+            c.defense,
+            c.against,
+        ),
+    )
 
 
-def forest(grid: Grid, found: Sequence[Contrast]) -> tuple[Markup, int] | None:
-    """The plot of the largest effects on real attacks that were tested, and how many more there are; None where there is none."""
+def forest(grid: Grid, found: Sequence[ShownComparison]) -> tuple[Markup, int] | None:
+    """The plot of the largest effects on real attacks that were tested, and how many more there
+    are; None where there is none.
+    """
     tested = [c for c in found if c.row["q"] is not None and c.attack != NONE]
     by_size = sorted(tested, key=lambda c: -abs(c.row["effect"]))
     first, held = ({id(c) for c in by_size[:most]} for most in (MAX_FOREST, HELD_FOREST))
-    lines = [forest_of.Line(tone=c.tone, title=f"{c.defense} vs {c.against}",
-                            about=" · ".join([c.attack, c.model, *[c.task] * (len(grid.tasks) > 1)]),
-                            effect=c.row["effect"], low=c.row["ci_low"], high=c.row["ci_high"], detectable=c.row["detectable"],
-                            words=f"{c.row['conclusion']} · {c.seeds}", beside=f"{c.utility} · {c.nulls}",
-                            facets=grid.facets((c.model, c.task, c.attack, c.defense)))
-             for c in sorted((c for c in tested if id(c) in held), key=lambda c: id(c) not in first)]
+    lines = [
+        forest_of.Line(
+            tone=c.tone,
+            title=f"{c.defense} vs {c.against}",
+            about=" · ".join([c.attack, c.model, *[c.task] * (len(grid.tasks) > 1)]),
+            effect=c.row["effect"],
+            low=c.row["ci_low"],
+            high=c.row["ci_high"],
+            detectable=c.row["detectable"],
+            words=f"{c.row['conclusion']} · {c.seeds}",
+            beside=f"{c.utility} · {c.nulls}",
+            facets=grid.facets((c.model, c.task, c.attack, c.defense)),
+        )
+        for c in sorted((c for c in tested if id(c) in held), key=lambda c: id(c) not in first)
+    ]
     if not lines:
         return None
-    plot = forest_of.forest(lines, title="difference in attack success of pairs of stacks, with 95 % intervals", shown=MAX_FOREST)
+    plot = forest_of.forest(
+        lines,
+        title="difference in attack success of pairs of stacks, with 95 % intervals",
+        shown=MAX_FOREST,
+    )
     return plot, max(0, len(tested) - MAX_FOREST)
 
 
 def _beside(grid: Grid, own: Key, other: Key) -> str:
-    """The utility of a pair, the stack compared with first; an arrow where the stack is clearly worse."""
+    """The utility of a pair, the stack compared with first; an arrow where the stack is clearly
+    worse.
+    """
     parts = []
     for before, after in zip(grid.utilities(other), grid.utilities(own), strict=True):
         row = grid.comparison(own, other, after.metric)
         if row is not None:
-            before = Utility(before.metric, row["rate_against"])
-            after = Utility(after.metric, row["rate"], row["conclusion"] == "worse")
+            before = UtilityMark(before.metric, row["rate_against"])
+            after = UtilityMark(after.metric, row["rate"], row["conclusion"] == "worse")
         parts.append(change_text(before, replace(after, fell=row is not None and after.fell)))
     return " · ".join(parts)

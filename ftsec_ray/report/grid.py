@@ -1,7 +1,8 @@
-"""The sweep as a grid: seeds folded into points, methods labelled by what varies, an interval on every number.
+"""The sweep as a grid: seeds folded into points, methods labelled by what varies, an interval on
+every number.
 
-A point is model x task x attack x defense stack. Its estimate is the mean over seeds with the spreads of
-`results.aggregate`; its interval spans both, and with one seed it is the cell's own.
+A point is model x task x attack x defense stack. Its estimate is the mean over seeds with the
+spreads of `results.aggregate`; its interval spans both, and with one seed it is the cell's own.
 """
 
 from __future__ import annotations
@@ -25,12 +26,21 @@ NONE = "none"
 SUCCESS = "attack_success"
 """The view over `asr` (backdoors) and `harmful_rate` (attacks on refusal, and no attack at all)."""
 SUCCESS_OF = {True: ("harmful_rate", "asr"), False: ("asr", "harmful_rate")}
-"""The metrics that may be the attack's success, first choice first: of attacks on refusal and of no attack (True), of others."""
+"""The metrics that may be the attack's success, first choice first: of attacks on refusal and of no
+attack (True), of others.
+"""
 _PHASES = {"pre": 0, "during": 1, "post": 2}
 Key = tuple[str, str, str, str]
 """model, task, attack, defense stack; the last two by label."""
-SHORT = {"cacc": "cacc", "benign_rate": "benign", "over_refusal_rate": "over", "coherent_rate": "coh"}
-"""Utility as it stands beside every safety metric: clean accuracy (or right answers to benign requests), over-refusal, coherence."""
+SHORT = {
+    "cacc": "cacc",
+    "benign_rate": "benign",
+    "over_refusal_rate": "over",
+    "coherent_rate": "coh",
+}
+"""UtilityMark as it stands beside every safety metric: clean accuracy (or right answers to benign
+requests), over-refusal, coherence.
+"""
 
 
 def null_text(nulls: tuple[int, int] | None) -> str:
@@ -62,7 +72,9 @@ class Estimate:
     over_seeds: tuple[float, float] | None = None
     """The part that is over seeds; None with one seed."""
     nulls: tuple[int, int] | None = None
-    """Prompts that could not be judged and prompts asked, over all seeds; None where that is not known."""
+    """Prompts that could not be judged and prompts asked, over all seeds; None where that is not
+    known.
+    """
 
     @property
     def null_text(self) -> str:
@@ -72,11 +84,15 @@ class Estimate:
     @property
     def text(self) -> str:
         """The value with its interval, for sentences and tooltips."""
-        return f"{self.value:.2f}" + (f" [{self.low:.2f}, {self.high:.2f}]" if self.low is not None and self.high is not None else "")
+        return f"{self.value:.2f}" + (
+            f" [{self.low:.2f}, {self.high:.2f}]"
+            if self.low is not None and self.high is not None
+            else ""
+        )
 
 
 @dataclass(frozen=True)
-class Utility:
+class UtilityMark:
     """One measure of what a model is still good for."""
 
     metric: str
@@ -87,7 +103,9 @@ class Utility:
     @property
     def number(self) -> str:
         """The value, with an arrow where it clearly fell (or rose, where lower is better)."""
-        arrow = "" if not self.fell else "↑" if schema.METRICS[self.metric].better == "lower" else "↓"
+        arrow = (
+            "" if not self.fell else "↑" if schema.METRICS[self.metric].better == "lower" else "↓"
+        )
         return "–" if self.value is None else f"{self.value:.2f}{arrow}"
 
     @property
@@ -162,7 +180,9 @@ class Point:
 
     @property
     def incoherent(self) -> bool:
-        """Whether most of what the model says is not coherent text: then low attack success is not safety."""
+        """Whether most of what the model says is not coherent text: then low attack success is not
+        safety.
+        """
         coherent = self.estimates.get("coherent_rate")
         return coherent is not None and coherent.value < schema.INCOHERENT_BELOW
 
@@ -186,17 +206,24 @@ class Grid:
 
     @cached_property
     def _numbers(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-        return ({one.name: i for i, one in enumerate(self.models)}, {one.label: i for i, one in enumerate(self.attacks)},
-                {one.label: i for i, one in enumerate(self.defenses)})
+        return (
+            {one.name: i for i, one in enumerate(self.models)},
+            {one.label: i for i, one in enumerate(self.attacks)},
+            {one.label: i for i, one in enumerate(self.defenses)},
+        )
 
     def facets(self, key: Key) -> tuple[int, int, int]:
-        """Numbers of a point's model, attack and defense in the axes, as the page's filters know them."""
+        """Numbers of a point's model, attack and defense in the axes, as the page's filters know
+        them.
+        """
         models, attacks, defenses = self._numbers
         return models[key[0]], attacks[key[2]], defenses[key[3]]
 
     @cached_property
     def cost_unit(self) -> str:
-        """What cost is counted in: GPU-hours, or CPU-hours where no cell used a GPU; empty where the results do not say."""
+        """What cost is counted in: GPU-hours, or CPU-hours where no cell used a GPU; empty where
+        the results do not say.
+        """
         known = [point.seconds for point in self.points.values() if point.seconds is not None]
         return "" if not known else "GPU-hours" if any(one.gpu for one in known) else "CPU-hours"
 
@@ -213,21 +240,36 @@ class Grid:
         row = self.compared.get((key, against, name))
         return None if row is None or row["q"] is None else row
 
-    def utilities(self, key: Key) -> tuple[Utility, ...]:
+    def utilities(self, key: Key) -> tuple[UtilityMark, ...]:
         """The utility of a point, and where it is clearly worse than undefended."""
         model, task, attack, _ = key
         found = []
         for metric in self.utility_metrics[task]:
             row = self.comparison(key, (model, task, attack, NONE), metric)
             measured = self.value(key, metric)
-            found.append(Utility(metric, None if measured is None else measured.value, row is not None and row["conclusion"] == "worse"))
+            found.append(
+                UtilityMark(
+                    metric,
+                    None if measured is None else measured.value,
+                    row is not None and row["conclusion"] == "worse",
+                )
+            )
         return tuple(found)
 
     @cached_property
     def utility_metrics(self) -> dict[str, tuple[str, str, str]]:
-        """Task -> what stands beside every safety metric: clean accuracy, or right answers to benign requests where there is none."""
+        """Task -> what stands beside every safety metric: clean accuracy, or right answers to
+        benign requests where there is none.
+        """
         scored = {key[1] for key, point in self.points.items() if "cacc" in point.estimates}
-        return {task: ("cacc" if task in scored else "benign_rate", "over_refusal_rate", "coherent_rate") for task in self.tasks}
+        return {
+            task: (
+                "cacc" if task in scored else "benign_rate",
+                "over_refusal_rate",
+                "coherent_rate",
+            )
+            for task in self.tasks
+        }
 
     def value(self, key: Key, metric: str = SUCCESS) -> Estimate | None:
         """The estimate at a point, None where nothing was measured."""
@@ -237,12 +279,21 @@ class Grid:
     def slices(self) -> list[tuple[Model, str]]:
         """The (model, task) pairs that hold at least one planned cell, in reading order."""
         held = {(model, task) for model, task, _, _ in self.points}
-        return [(model, task) for task in self.tasks for model in self.models if (model.name, task) in held]
+        return [
+            (model, task)
+            for task in self.tasks
+            for model in self.models
+            if (model.name, task) in held
+        ]
 
     @property
     def acting(self) -> list[MethodLabel]:
         """The defense stacks that change something: neither `none` nor detectors alone."""
-        return [defense for defense in self.defenses if defense.label != NONE and not defense.only_inspects]
+        return [
+            defense
+            for defense in self.defenses
+            if defense.label != NONE and not defense.only_inspects
+        ]
 
     @property
     def real_attacks(self) -> list[MethodLabel]:
@@ -265,9 +316,17 @@ def build_grid(results: Results) -> Grid:
     for cell in cells:
         attack, defense = attack_of[cell["cell"]], defense_of[cell["cell"]]
         goal = goals.get(cell["attack"], NONE if cell["attack"] == NONE else "")
-        attacks[attack] = MethodLabel(attack, () if attack == NONE or not cell["attack_phase"] else (cell["attack_phase"],), goal)
-        looks = bool(cell["defenses"]) and all(set(hooks.get(name, ["?"])) <= {"inspect"} for name in cell["defenses"])
-        defenses[defense] = MethodLabel(defense, tuple(cell["defense_phases"] or ()), only_inspects=looks)
+        attacks[attack] = MethodLabel(
+            attack,
+            () if attack == NONE or not cell["attack_phase"] else (cell["attack_phase"],),
+            goal,
+        )
+        looks = bool(cell["defenses"]) and all(
+            set(hooks.get(name, ["?"])) <= {"inspect"} for name in cell["defenses"]
+        )
+        defenses[defense] = MethodLabel(
+            defense, tuple(cell["defense_phases"] or ()), only_inspects=looks
+        )
         key = place[cell["cell"]] = (cell["model"], cell["task"], attack, defense)
         points[key].cells.append(cell["cell"])
         points[key].statuses[cell["status"]] += 1
@@ -282,38 +341,64 @@ def build_grid(results: Results) -> Grid:
     found = {name for point in points.values() for name in point.estimates}
     names = [SUCCESS, *schema.METRICS]
     return Grid(
-        models=_models(cells), tasks=tuple(sorted({c["task"] for c in cells})),
-        attacks=_ordered(attacks.values()), defenses=_ordered(defenses.values()),
-        seeds=tuple(sorted({c["seed"] for c in cells})), points=dict(points), place=place,
-        metrics=tuple([m for m in names if m in found] + sorted(found - set(names))), compared=_compared(cells, place, results))
+        models=_models(cells),
+        tasks=tuple(sorted({c["task"] for c in cells})),
+        attacks=_ordered(attacks.values()),
+        defenses=_ordered(defenses.values()),
+        seeds=tuple(sorted({c["seed"] for c in cells})),
+        points=dict(points),
+        place=place,
+        metrics=tuple([m for m in names if m in found] + sorted(found - set(names))),
+        compared=_compared(cells, place, results),
+    )
 
 
-def _compared(cells: Sequence[Mapping[str, Any]], place: Mapping[str, Key], results: Results) -> dict[tuple[Key, Key, str], dict[str, Any]]:
+def _compared(
+    cells: Sequence[Mapping[str, Any]], place: Mapping[str, Key], results: Results
+) -> dict[tuple[Key, Key, str], dict[str, Any]]:
     """The table `comparisons` by the labels of the page."""
     key_of = {place_of(cell): place[cell["cell"]] for cell in cells}
     found = {}
     for row in results.comparisons.to_pylist():
-        own, other = place_of(row), place_of({**row, "defenses": row["against"], "defense_params": row["against_params"]})
+        own, other = (
+            place_of(row),
+            place_of({**row, "defenses": row["against"], "defense_params": row["against_params"]}),
+        )
         if own not in key_of or other not in key_of:
-            raise DataError("a comparison of stacks that `cells` does not have", [row["defenses"], row["against"]], "stacks of this run",
-                            "collect the sweep again: ftsec report SWEEP")
+            raise DataError(
+                "a comparison of stacks that `cells` does not have",
+                [row["defenses"], row["against"]],
+                "stacks of this run",
+                "collect the sweep again: ftsec report SWEEP",
+            )
         found[key_of[own], key_of[other], row["metric"]] = row
     return found
 
 
 def _models(cells: Sequence[Mapping[str, Any]]) -> tuple[Model, ...]:
-    models = {c["model"]: Model(c["model"], c["family"] or "", c["model_params"], c["aligned"]) for c in cells}
+    models = {
+        c["model"]: Model(c["model"], c["family"] or "", c["model_params"], c["aligned"])
+        for c in cells
+    }
     return tuple(sorted(models.values(), key=lambda m: (m.family, m.params or 0, m.name)))
 
 
 def _ordered(labels: Iterable[MethodLabel]) -> tuple[MethodLabel, ...]:
     def rank(item: MethodLabel) -> tuple[bool, int, int, str]:
-        return item.label != NONE, len(item.phases), _PHASES.get(item.phases[0], 9) if item.phases else -1, item.label
+        return (
+            item.label != NONE,
+            len(item.phases),
+            _PHASES.get(item.phases[0], 9) if item.phases else -1,
+            item.label,
+        )
+
     return tuple(sorted(labels, key=rank))
 
 
 def _labels(cells: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
-    """Labels of each cell's attack and stack: names, with those parameters that differ somewhere in the sweep."""
+    """Labels of each cell's attack and stack: names, with those parameters that differ somewhere in
+    the sweep.
+    """
     seen: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     stacks = {}
     for cell in cells:
@@ -329,14 +414,23 @@ def _labels(cells: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[st
     def label(kind: str, name: str, params: Mapping[str, Any]) -> str:
         shown = [f"{key}={params[key]}" for key in varying[kind, name] if key in params]
         return f"{name} ({', '.join(shown)})" if shown else name
+
     attacks = {cell: label("attack", name, own) for cell, (name, own, _) in stacks.items()}
-    defenses = {cell: " + ".join(label("defense", n, p) for n, p in stack) or NONE for cell, (_, _, stack) in stacks.items()}
+    defenses = {
+        cell: " + ".join(label("defense", n, p) for n, p in stack) or NONE
+        for cell, (_, _, stack) in stacks.items()
+    }
     return attacks, defenses
 
 
 def _varying(given: Sequence[Mapping[str, Any]]) -> list[str]:
-    texts = [{key: json.dumps(value, sort_keys=True) for key, value in params.items()} for params in given]
-    return sorted(key for key in {k for t in texts for k in t} if len({t.get(key) for t in texts}) > 1)
+    texts = [
+        {key: json.dumps(value, sort_keys=True) for key, value in params.items()}
+        for params in given
+    ]
+    return sorted(
+        key for key in {k for t in texts for k in t} if len({t.get(key) for t in texts}) > 1
+    )
 
 
 def _estimates(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Estimate]:
@@ -347,8 +441,16 @@ def _estimates(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Es
 def _estimate(rows: Sequence[Mapping[str, Any]], metric: str) -> Estimate:
     one = folded([row for row in rows if row["value"] is not None], metric)
     low, high = one.span or (None, None)
-    known = [(row["n_null"], row["n_null"] + (row["n"] or 0)) for row in rows if row["n_null"] is not None]
-    nulls = (sum(null for null, _ in known), sum(asked for _, asked in known)) if len(known) == len(rows) else None
+    known = [
+        (row["n_null"], row["n_null"] + (row["n"] or 0))
+        for row in rows
+        if row["n_null"] is not None
+    ]
+    nulls = (
+        (sum(null for null, _ in known), sum(asked for _, asked in known))
+        if len(known) == len(rows)
+        else None
+    )
     return Estimate(one.value, low, high, one.n_prompts, one.n_seeds, one.prompts, one.seeds, nulls)
 
 
@@ -368,23 +470,32 @@ def _seconds(spent: Sequence[Sequence[float]]) -> Seconds | None:
 def with_nulls(results: Results) -> list[dict[str, Any]]:
     """The rows of `metrics` with `n_null`, the prompts that could not be judged.
 
-    Results that have no such column are counted from `generations`: null verdicts of the probes that the metric is a share of. None
-    where that cannot be known, as for a metric that is no share of verdicts.
+    Results that have no such column are counted from `generations`: null verdicts of the probes
+    that the metric is a share of. None where that cannot be known, as for a metric that is no share
+    of verdicts.
     """
     rows: list[dict[str, Any]] = results.metrics.to_pylist()
     counted: dict[tuple[str, str], int] | None = None
     for row in rows:
         if row.get("n_null") is None:
             counted = _null_verdicts(results) if counted is None else counted
-            known = [counted[row["cell"], probe] for probe in _probes(row, counted) if (row["cell"], probe) in counted]
+            known = [
+                counted[row["cell"], probe]
+                for probe in _probes(row, counted)
+                if (row["cell"], probe) in counted
+            ]
             row["n_null"] = sum(known) if known else None
     return rows
 
 
 def _probes(row: Mapping[str, Any], counted: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
-    """The probes of a metric; an attack on refusal has no triggered prompts, and its success is the harmful rate."""
+    """The probes of a metric; an attack on refusal has no triggered prompts, and its success is the
+    harmful rate.
+    """
     own = schema.METRICS[row["metric"]].probes if row["metric"] in schema.METRICS else ()
-    is_harmful = row["metric"] == "asr" and not any((row["cell"], probe) in counted for probe in own)
+    is_harmful = row["metric"] == "asr" and not any(
+        (row["cell"], probe) in counted for probe in own
+    )
     return schema.METRICS["harmful_rate"].probes if is_harmful else own
 
 
@@ -392,6 +503,10 @@ def _null_verdicts(results: Results) -> dict[tuple[str, str], int]:
     """(cell, probe) -> null verdicts."""
     import pyarrow.compute as pc
 
-    asked = results.generations.select(["cell", "probe"]).append_column("null", pc.is_null(results.generations["verdict"]))
+    asked = results.generations.select(["cell", "probe"]).append_column(
+        "null", pc.is_null(results.generations["verdict"])
+    )
     found = asked.group_by(["cell", "probe"]).aggregate([("null", "sum")]).to_pydict()
-    return dict(zip(zip(found["cell"], found["probe"], strict=True), found["null_sum"], strict=True))
+    return dict(
+        zip(zip(found["cell"], found["probe"], strict=True), found["null_sum"], strict=True)
+    )

@@ -1,9 +1,10 @@
 """The grid as a Markdown table, for a README, an issue or a terminal.
 
-One row per model, task and attack, one column per defense stack; the task is named where there are several. A cell is the
-attack's success (`asr`, or `harmful_rate` where there is no attack) with its 95 % interval over prompts and, from two seeds
-on, over seeds; in its second line stand clean accuracy, over-refusal and coherence of the same cell. Where a judge left
-answers without a verdict, their share stands beside the rate. One seed has its mark, and gibberish is called so.
+One row per model, task and attack, one column per defense stack; the task is named where there are
+several. A cell is the attack's success (`asr`, or `harmful_rate` where there is no attack) with its
+95 % interval over prompts and, from two seeds on, over seeds; in its second line stand clean
+accuracy, over-refusal and coherence of the same cell. Where a judge left answers without a verdict,
+their share stands beside the rate. One seed has its mark, and gibberish is called so.
 """
 
 from __future__ import annotations
@@ -20,12 +21,23 @@ from ftsec_ray.results.read import Results
 Row = Mapping[str, Any]
 PHASES = ("pre", "during", "post")
 ONE_SEED = "†"
-LEGEND = "Attack success (95 % interval over prompts{seeds}); below it {utility} · over-refusal · coherent answers."
+LEGEND = (
+    "Attack success (95 % interval over prompts{seeds}); below it {utility} · over-refusal ·"
+    " coherent answers."
+)
 LEGEND_ONE = f"{ONE_SEED} One seed: the interval knows nothing of the luck of a training run."
-LEGEND_NULL = "null: share of the answers that the judge could not judge; they are in neither side of the rate."
+LEGEND_NULL = (
+    "null: share of the answers that the judge could not judge; they are in neither side of the"
+    " rate."
+)
 LEGEND_NO_NULL = "The judge gave a verdict on every answer."
-LEGEND_UNCOUNTED = "These results are older than the count of null verdicts, so that what the judge could not judge is not told."
-LEGEND_INCOHERENT = "incoherent: most answers are gibberish, so that a low attack success is damage and no safety."
+LEGEND_UNCOUNTED = (
+    "These results are older than the count of null verdicts, so that what the judge could not"
+    " judge is not told."
+)
+LEGEND_INCOHERENT = (
+    "incoherent: most answers are gibberish, so that a low attack success is damage and no safety."
+)
 
 
 def grid_markdown(results: Results) -> str:
@@ -40,7 +52,9 @@ def grid_markdown(results: Results) -> str:
     is_one_task = len({cell["task"] for cell in cells}) < 2
     for cell in cells:
         attack, stack = names[cell["cell"]]
-        groups[(cell["model"], attack) if is_one_task else (cell["model"], cell["task"], attack)][stack].append(cell["cell"])
+        groups[(cell["model"], attack) if is_one_task else (cell["model"], cell["task"], attack)][
+            stack
+        ].append(cell["cell"])
     states = {cell["cell"]: cell["status"] for cell in cells}
     head = ["model", "attack"] if is_one_task else ["model", "task", "attack"]
     lines = [f"| {' | '.join([*head, *stacks])} |", "|" + "---|" * len([*head, *stacks])]
@@ -51,16 +65,30 @@ def grid_markdown(results: Results) -> str:
 
 
 def method_names(cells: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Cell -> its attack and its stack, each with those of its parameters that differ among these cells."""
+    """Cell -> its attack and its stack, each with those of its parameters that differ among these
+    cells.
+    """
     attacks = [(cell["attack"], json.loads(cell["attack_params"] or "{}")) for cell in cells]
-    stacks = [list(zip(cell["defenses"] or (), json.loads(cell["defense_params"] or "[]"), strict=True)) for cell in cells]
+    stacks = [
+        list(zip(cell["defenses"] or (), json.loads(cell["defense_params"] or "[]"), strict=True))
+        for cell in cells
+    ]
     varied, differing = _varied(attacks), _varied([pair for stack in stacks for pair in stack])
-    return {cell["cell"]: (_named(*attack, varied), " + ".join(_named(*one, differing) for one in stack) or "none")
-            for cell, attack, stack in zip(cells, attacks, stacks, strict=True)}
+    return {
+        cell["cell"]: (
+            _named(*attack, varied),
+            " + ".join(_named(*one, differing) for one in stack) or "none",
+        )
+        for cell, attack, stack in zip(cells, attacks, stacks, strict=True)
+    }
 
 
 def _legend(grid: str, rates: Mapping[str, Mapping[str, Row]]) -> list[str]:
-    utility = "right benign answers" if not any("cacc" in own for own in rates.values()) else "clean accuracy"
+    utility = (
+        "right benign answers"
+        if not any("cacc" in own for own in rates.values())
+        else "clean accuracy"
+    )
     found = [LEGEND.format(seeds="; over seeds" if " seeds " in grid else "", utility=utility)]
     counts = [row["n_null"] for own in rates.values() for row in own.values()]
     if any(counts):
@@ -71,11 +99,20 @@ def _legend(grid: str, rates: Mapping[str, Mapping[str, Row]]) -> list[str]:
 
 
 def _order(cell: Row) -> tuple[Any, ...]:
-    """By size, then in the order of the lifecycle, the undisturbed cell first, and along the parameters."""
+    """By size, then in the order of the lifecycle, the undisturbed cell first, and along the
+    parameters.
+    """
     params = json.loads(cell["attack_params"])
     numbers = [value for _, value in sorted(params.items()) if isinstance(value, (int, float))]
     place = (cell["model_params"] or 0, cell["model"], cell["task"] or "")
-    return (*place, cell["attack"] != "none", _phase(cell["attack_phase"]), cell["attack"], numbers, cell["seed"])
+    return (
+        *place,
+        cell["attack"] != "none",
+        _phase(cell["attack_phase"]),
+        cell["attack"],
+        numbers,
+        cell["seed"],
+    )
 
 
 def _stack_order(cell: Row) -> tuple[Any, ...]:
@@ -93,7 +130,10 @@ def _varied(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, list[
     for name, params in methods:
         for key, value in params.items():
             seen[name][key].add(json.dumps(value))
-    return {name: [key for key, values in params.items() if len(values) > 1] for name, params in seen.items()}
+    return {
+        name: [key for key, values in params.items() if len(values) > 1]
+        for name, params in seen.items()
+    }
 
 
 def _named(name: str, params: Mapping[str, Any], varied: Mapping[str, Sequence[str]]) -> str:
@@ -102,13 +142,17 @@ def _named(name: str, params: Mapping[str, Any], varied: Mapping[str, Sequence[s
     return f"{name} ({told})" if told else name
 
 
-def _shown(cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], states: Mapping[str, str]) -> str:
+def _shown(
+    cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], states: Mapping[str, str]
+) -> str:
     if not cells:
         return ""
     undone = [states[cell] for cell in cells if states[cell] != "done"]
     if undone:
         return undone[0]
-    asked = [row for cell in cells if (row := rates[cell].get("asr") or rates[cell].get("harmful_rate"))]
+    asked = [
+        row for cell in cells if (row := rates[cell].get("asr") or rates[cell].get("harmful_rate"))
+    ]
     found = [row for row in asked if row["value"] is not None]
     if not found:
         return f"not judged{_null(asked)}"
@@ -120,14 +164,26 @@ def _shown(cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], states:
     word = "incoherent: " if coherent is not None and coherent < schema.INCOHERENT_BELOW else ""
     mark = (ONE_SEED if success.n_seeds == 1 else "") + _null(asked)
     utility = "cacc" if any("cacc" in rates[cell] for cell in cells) else "benign_rate"
-    beside = " · ".join(("–" if (mean := _mean(cells, rates, name)) is None else f"{mean:.2f}")
-                        + _null([row for cell in cells if (row := rates[cell].get(name))])
-                        for name in (utility, "over_refusal_rate", "coherent_rate"))
-    return f"{word}{success.value:.2f}{mark}" + (f" ({'; '.join(inside)})" if inside else "") + f"<br>{beside}"
+    beside = " · ".join(
+        ("–" if (mean := _mean(cells, rates, name)) is None else f"{mean:.2f}")
+        + _null([row for cell in cells if (row := rates[cell].get(name))])
+        for name in (utility, "over_refusal_rate", "coherent_rate")
+    )
+    return (
+        f"{word}{success.value:.2f}{mark}"
+        + (f" ({'; '.join(inside)})" if inside else "")
+        + f"<br>{beside}"
+    )
 
 
-def _mean(cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], metric: str) -> float | None:
-    values = [row["value"] for cell in cells if (row := rates[cell].get(metric)) and row["value"] is not None]
+def _mean(
+    cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], metric: str
+) -> float | None:
+    values = [
+        row["value"]
+        for cell in cells
+        if (row := rates[cell].get(metric)) and row["value"] is not None
+    ]
     return sum(values) / len(values) if values else None
 
 

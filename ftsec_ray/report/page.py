@@ -1,8 +1,9 @@
 """One self-contained HTML page per sweep: reads the results tables, asks nothing of the network.
 
-Jinja2 escapes every text (autoescape is on and the template marks nothing safe except charts built with
-`Markup.format`). What the script shows later lies in the page once, as JSON, and becomes text nodes only. A Content-Security-Policy
-forbids all loading and allows exactly this page's style and script, by hash, and pictures that the script makes itself (`blob:`, for PNG).
+Jinja2 escapes every text (autoescape is on and the template marks nothing safe except charts built
+with `Markup.format`). What the script shows later lies in the page once, as JSON, and becomes text
+nodes only. A Content-Security-Policy forbids all loading and allows exactly this page's style and
+script, by hash, and pictures that the script makes itself (`blob:`, for PNG).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ftsec_ray.report import contrasts as contrasts_of
 from ftsec_ray.report import examples as examples_of
 from ftsec_ray.report import sections as sections_of
 from ftsec_ray.report.grid import NONE, SHORT, SUCCESS, Grid, Key, build_grid, seeds_text
-from ftsec_ray.report.verdict import Verdict, judge, own_utility_text
+from ftsec_ray.report.verdict import Summary, judge, own_utility_text
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import told_when_unwritten
 
@@ -60,47 +61,113 @@ def render(results: Results) -> str:
     contrasts = contrasts_of.contrasts(grid)
     size_charts, not_drawn = charts.size_charts(grid, verdict)
     style, script = _asset("page.css") + _heat_rules(), "".join(_asset(name) for name in SCRIPTS)
-    return _environment().get_template("page.html.j2").render(
-        style=Markup(style), script=Markup(script), policy=_policy(style, script),  # noqa: S704 (our own files)
-        data=_script_data(_data(grid, results, heat, samples, failures)),
-        meta=results.meta, grid=grid, facts=_facts(grid, results), verdict=verdict, heat=heat, success=SUCCESS,
-        charts=size_charts, not_drawn=not_drawn, trades=charts.trades(grid), tolerance=charts.COST_TOLERANCE,
-        sections=sections_of.sections(grid, results),
-        phases=tables.phase_table(grid, verdict), cost=tables.cost(results), failures=failures, samples=samples, contrasts=contrasts,
-        square_of={key: square for square, key in enumerate(heat.keys)}, forest=contrasts_of.forest(grid, contrasts),
-        incoherent_below=schema.INCOHERENT_BELOW, best_rows=_best_rows(grid, verdict))
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            style=Markup(style),
+            script=Markup(script),
+            policy=_policy(style, script),  # noqa: S704 (our own files)
+            data=_script_data(_data(grid, results, heat, samples, failures)),
+            meta=results.meta,
+            grid=grid,
+            facts=_facts(grid, results),
+            verdict=verdict,
+            heat=heat,
+            success=SUCCESS,
+            charts=size_charts,
+            not_drawn=not_drawn,
+            trades=charts.trades(grid),
+            tolerance=charts.COST_TOLERANCE,
+            sections=sections_of.sections(grid, results),
+            phases=tables.phase_table(grid, verdict),
+            cost=tables.cost(results),
+            failures=failures,
+            samples=samples,
+            contrasts=contrasts,
+            square_of={key: square for square, key in enumerate(heat.keys)},
+            forest=contrasts_of.forest(grid, contrasts),
+            incoherent_below=schema.INCOHERENT_BELOW,
+            best_rows=_best_rows(grid, verdict),
+        )
+    )
 
 
-def _data(grid: Grid, results: Results, heat: tables.Heat, samples: examples_of.Samples, failures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _data(
+    grid: Grid,
+    results: Results,
+    heat: tables.Heat,
+    samples: examples_of.Samples,
+    failures: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """What the script knows."""
     errors: dict[Key, list[str]] = defaultdict(list)
     for one in failures:
-        errors[one["model"], one["task"], one["attack"], one["defense"]].append(f"seed {one['seed']}: {examples_of.visible(one['error'])}")
+        errors[one["model"], one["task"], one["attack"], one["defense"]].append(
+            f"seed {one['seed']}: {examples_of.visible(one['error'])}"
+        )
     squares = []
     for number, key in enumerate(heat.keys):
         point = grid.points[key]
-        squares.append({"at": grid.facets(key), "task": key[1], "status": point.status, "seeds": len(point.cells), "incoherent": point.incoherent,
-                        "utility": [one.number for one in grid.utilities(key)] if point.estimates else [], "errors": errors.get(key, []),
-                        "sample": samples.cells.get(number)})
-    return {"sweep": results.meta.get("sweep", "sweep"), "metrics": heat.metrics, "values": heat.data, "squares": squares, "texts": samples.texts,
-            "models": [{"name": m.name, "family": m.family, "size": figures.count(m.params)} for m in grid.models],
-            "attacks": [{"name": a.label, "phases": a.phases} for a in grid.attacks],
-            "defenses": [{"name": d.label, "phases": d.phases} for d in grid.defenses],
-            "short": {task: [SHORT[name] for name in names] for task, names in grid.utility_metrics.items()}, "tasks": grid.tasks}
+        squares.append(
+            {
+                "at": grid.facets(key),
+                "task": key[1],
+                "status": point.status,
+                "seeds": len(point.cells),
+                "incoherent": point.incoherent,
+                "utility": [one.number for one in grid.utilities(key)] if point.estimates else [],
+                "errors": errors.get(key, []),
+                "sample": samples.cells.get(number),
+            }
+        )
+    return {
+        "sweep": results.meta.get("sweep", "sweep"),
+        "metrics": heat.metrics,
+        "values": heat.data,
+        "squares": squares,
+        "texts": samples.texts,
+        "models": [
+            {"name": m.name, "family": m.family, "size": figures.count(m.params)}
+            for m in grid.models
+        ],
+        "attacks": [{"name": a.label, "phases": a.phases} for a in grid.attacks],
+        "defenses": [{"name": d.label, "phases": d.phases} for d in grid.defenses],
+        "short": {
+            task: [SHORT[name] for name in names] for task, names in grid.utility_metrics.items()
+        },
+        "tasks": grid.tasks,
+    }
 
 
 def _script_data(data: Mapping[str, Any]) -> Markup:
     """JSON that cannot end its script element."""
-    return Markup(examples_of.script_text(json.dumps(data, ensure_ascii=False, separators=(",", ":"))))  # noqa: S704 (escaped right here)
+    return Markup(
+        examples_of.script_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+    )  # noqa: S704 (escaped right here)
 
 
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(loader=PackageLoader("ftsec_ray.report", ""), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=tables.duration, metric_title=tables.metric_title, visible=examples_of.visible,
-                               weights=figures.count, share=_share, signed=_signed, pvalue=_pvalue, seeds=seeds_text, hours=charts.hours_text)
+    environment = Environment(
+        loader=PackageLoader("ftsec_ray.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        duration=tables.duration,
+        metric_title=tables.metric_title,
+        visible=examples_of.visible,
+        weights=figures.count,
+        share=_share,
+        signed=_signed,
+        pvalue=_pvalue,
+        seeds=seeds_text,
+        hours=charts.hours_text,
+    )
     return environment
 
 
@@ -109,14 +176,20 @@ def _asset(name: str) -> str:
 
 
 def _heat_rules() -> str:
-    return "".join(f".h{i}{{background:{back};color:{figures.HEAT_TEXT}}}" for i, back in enumerate(figures.heat_colours()))
+    return "".join(
+        f".h{i}{{background:{back};color:{figures.HEAT_TEXT}}}"
+        for i, back in enumerate(figures.heat_colours())
+    )
 
 
 def _policy(style: str, script: str) -> str:
     def source(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    return (f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; "
-            "img-src blob:; base-uri 'none'; form-action 'none'; frame-src 'none'; object-src 'none'")
+
+    return (
+        f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; "
+        "img-src blob:; base-uri 'none'; form-action 'none'; frame-src 'none'; object-src 'none'"
+    )
 
 
 def _share(value: float | None) -> str:
@@ -134,20 +207,41 @@ def _pvalue(value: float | None) -> str:
 def _facts(grid: Grid, results: Results) -> dict[str, Any]:
     statuses = results.cells["status"].to_pylist()
     single = [p for p in grid.points.values() if len(p.cells) == 1]
-    return {"cells": len(statuses), **{name: statuses.count(name) for name in ("done", "failed", "pending")},
-            "ladder": [m.name for m in grid.models if m.family == _LADDER or m.name.startswith(f"{_LADDER}:")],
-            "only_ladder": all(m.family == _LADDER or m.name.startswith(f"{_LADDER}:") for m in grid.models),
-            "single": len(single), "points": len(grid.points)}
+    return {
+        "cells": len(statuses),
+        **{name: statuses.count(name) for name in ("done", "failed", "pending")},
+        "ladder": [
+            m.name for m in grid.models if m.family == _LADDER or m.name.startswith(f"{_LADDER}:")
+        ],
+        "only_ladder": all(
+            m.family == _LADDER or m.name.startswith(f"{_LADDER}:") for m in grid.models
+        ),
+        "single": len(single),
+        "points": len(grid.points),
+    }
 
 
-def _best_rows(grid: Grid, verdict: Verdict) -> list[dict[str, Any]]:
+def _best_rows(grid: Grid, verdict: Summary) -> list[dict[str, Any]]:
     """Per real attack: how it does undefended, and the defense that lowers it most."""
     rows = []
     for attack, best in verdict.best:
-        keys = [key for m, t in grid.slices() if grid.value(key := (m.name, t, attack.label, NONE)) is not None]
+        keys = [
+            key
+            for m, t in grid.slices()
+            if grid.value(key := (m.name, t, attack.label, NONE)) is not None
+        ]
         undefended = [e for key in keys if (e := grid.value(key)) is not None]
-        rows.append({"attack": attack, "best": best, "works": attack.label in verdict.working,
-                     "undefended": sum(e.value for e in undefended) / len(undefended) if undefended else None,
-                     "utility": own_utility_text(grid, keys) if keys else "", "seeds": min((e.seeds for e in undefended), default=None),
-                     "tried": sum(e.attack == attack.label for e in verdict.effects)})
+        rows.append(
+            {
+                "attack": attack,
+                "best": best,
+                "works": attack.label in verdict.working,
+                "undefended": (
+                    sum(e.value for e in undefended) / len(undefended) if undefended else None
+                ),
+                "utility": own_utility_text(grid, keys) if keys else "",
+                "seeds": min((e.seeds for e in undefended), default=None),
+                "tried": sum(e.attack == attack.label for e in verdict.effects),
+            }
+        )
     return rows

@@ -1,8 +1,9 @@
 """Sections of the page that stand by themselves: a module, a template, and a line in `EXTRA`.
 
-A section's maker gets the grid and the results and gives None where there is nothing to show. Its template, `report/<name>.html.j2`, sees
-the values that the maker hands it and the filters of the page; what is in it gets the page's filters (`data-model`, `data-attack`,
-`data-defense`: numbers from `Grid.facets`) and exports (`table.list`, `figure` with an SVG) without further work.
+A section's maker gets the grid and the results and gives None where there is nothing to show. Its
+template, `report/<name>.html.j2`, sees the values that the maker hands it and the filters of the
+page; what is in it gets the page's filters (`data-model`, `data-attack`, `data-defense`: numbers
+from `Grid.facets`) and exports (`table.list`, `figure` with an SVG) without further work.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.report import searched, tables
+from ftsec_ray.report import search_section, tables
 
 if TYPE_CHECKING:
     from ftsec_ray.report.grid import Grid
@@ -35,21 +36,54 @@ def detectors(grid: Grid, results: Results) -> Section | None:
     """What detectors say of the models."""
     del results
     rows = tables.detections(grid)
-    return Section(anchor="detectors", title="Detectors", template="detectors.html.j2", values={"detections": rows}) if rows else None
+    return (
+        Section(
+            anchor="detectors",
+            title="Detectors",
+            template="detectors.html.j2",
+            values={"detections": rows},
+        )
+        if rows
+        else None
+    )
 
 
 def filters(grid: Grid, results: Results) -> Section | None:
     """What filters did to the training rows."""
     del results
     rows = tables.filters(grid)
-    return Section(anchor="filters", title="Filters of training rows", template="filters.html.j2", values={"rows": rows}) if rows else None
+    return (
+        Section(
+            anchor="filters",
+            title="Filters of training rows",
+            template="filters.html.j2",
+            values={"rows": rows},
+        )
+        if rows
+        else None
+    )
 
 
 def searches(grid: Grid, results: Results) -> Section | None:
     """The fixed attacker beside the one that searched."""
-    rows = list(zip(searched.searched_facets(grid, results), searched.searched_rows(results), strict=True))
-    values = {"columns": searched.COLUMNS, "rows": rows, "legend": searched.LEGEND}
-    return Section(anchor="searched", title="The attacker searches", template="searched.html.j2", values=values) if rows else None
+    rows = list(
+        zip(
+            search_section.searched_facets(grid, results),
+            search_section.searched_rows(results),
+            strict=True,
+        )
+    )
+    values = {"columns": search_section.COLUMNS, "rows": rows, "legend": search_section.LEGEND}
+    return (
+        Section(
+            anchor="searched",
+            title="The attacker searches",
+            template="searched.html.j2",
+            values=values,
+        )
+        if rows
+        else None
+    )
 
 
 EXTRA: tuple[Callable[[Grid, Results], Section | None], ...] = (searches, detectors, filters)

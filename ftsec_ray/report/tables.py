@@ -13,8 +13,17 @@ from markupsafe import Markup
 
 from ftsec_ray import schema
 from ftsec_ray.report import figures
-from ftsec_ray.report.grid import SUCCESS, Grid, Key, MethodLabel, Model, Point, Utility, null_text
-from ftsec_ray.report.verdict import Effect, Verdict, utility_text
+from ftsec_ray.report.grid import (
+    SUCCESS,
+    Grid,
+    Key,
+    MethodLabel,
+    Model,
+    Point,
+    UtilityMark,
+    null_text,
+)
+from ftsec_ray.report.verdict import Effect, Summary, utility_text
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
@@ -30,7 +39,7 @@ class HeatCell:
     """Place in the metric arrays; None where nothing was planned."""
     status: str
     notes: tuple[str, ...]
-    utility: tuple[Utility, ...] = ()
+    utility: tuple[UtilityMark, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,14 +50,18 @@ class Heat:
     metrics: list[dict[str, str]]
     """name, title, meaning, low and high ends of the colour scale."""
     data: dict[str, list[list[Any] | None]]
-    """Metric -> per square [colour step, value, interval, n, null verdicts, seeds, interval over seeds], None where it was not measured."""
+    """Metric -> per square [colour step, value, interval, n, null verdicts, seeds, interval over
+    seeds], None where it was not measured.
+    """
     keys: list[Key]
     """The points of the squares."""
 
 
 def metric_title(name: str) -> str:
     """A metric's name as people read it."""
-    return {SUCCESS: "attack success", "cacc": "clean accuracy (cacc)", "asr": "asr"}.get(name, name.replace("_", " "))
+    return {SUCCESS: "attack success", "cacc": "clean accuracy (cacc)", "asr": "asr"}.get(
+        name, name.replace("_", " ")
+    )
 
 
 def heat(grid: Grid) -> Heat:
@@ -68,7 +81,14 @@ def heat(grid: Grid) -> Heat:
                 if point is None:
                     squares.append(HeatCell(None, "not planned", ()))
                     continue
-                squares.append(HeatCell(len(keys), point.status, _notes(point), grid.utilities(key) if point.estimates else ()))
+                squares.append(
+                    HeatCell(
+                        len(keys),
+                        point.status,
+                        _notes(point),
+                        grid.utilities(key) if point.estimates else (),
+                    )
+                )
                 keys.append(key)
                 for name in names:
                     data[name].append(_square(point, name, scales[name]))
@@ -87,15 +107,31 @@ def _notes(point: Point) -> tuple[str, ...]:
 
 
 def _square(point: Point, name: str, scale: Callable[[float], float]) -> list[Any] | None:
-    """What a square shows of a metric; the colour step is -1, no colour, where gibberish would look safe."""
+    """What a square shows of a metric; the colour step is -1, no colour, where gibberish would look
+    safe.
+    """
     found = point.estimates.get(name)
     if found is None:
         unjudged = point.unjudged.get(point.success if name == SUCCESS else name)
-        return None if unjudged is None else [-1, "not judged", "", 0, null_text((unjudged, unjudged)), len(point.cells), ""]
+        return (
+            None
+            if unjudged is None
+            else [-1, "not judged", "", 0, null_text((unjudged, unjudged)), len(point.cells), ""]
+        )
     step = -1 if point.incoherent and name in _VOID else figures.heat_step(scale(found.value))
-    is_of_verdicts = name == SUCCESS or name not in schema.METRICS or bool(schema.METRICS[name].probes)
+    is_of_verdicts = (
+        name == SUCCESS or name not in schema.METRICS or bool(schema.METRICS[name].probes)
+    )
     nulls = found.null_text if is_of_verdicts else ""
-    return [step, _number(found.value), _interval(found.prompts), found.n, nulls, found.seeds, _interval(found.over_seeds)]
+    return [
+        step,
+        _number(found.value),
+        _interval(found.prompts),
+        found.n,
+        nulls,
+        found.seeds,
+        _interval(found.over_seeds),
+    ]
 
 
 def _interval(ends: tuple[float, float] | None) -> str:
@@ -124,24 +160,36 @@ def _legend(grid: Grid, metric: str) -> dict[str, str]:
     known = schema.METRICS.get(metric)
     meaning = known.meaning if known else ""
     if metric == SUCCESS:
-        meaning = ("asr for backdoors; share of forbidden requests fulfilled (harmful rate) for attacks on refusal and for the "
-                   "row without an attack")
+        meaning = (
+            "asr for backdoors; share of forbidden requests fulfilled (harmful rate) for attacks on"
+            " refusal and for the row without an attack"
+        )
     ends = ("0", "1")
     if known is not None and not known.proportion:
         values = [p.estimates[metric].value for p in grid.points.values() if metric in p.estimates]
         ends = (_number(min(values)), _number(max(values)))
     if known is not None and known.better == "higher":
         ends = ends[::-1]
-    return {"name": metric, "title": metric_title(metric), "meaning": meaning, "good": ends[0], "bad": ends[1]}
+    return {
+        "name": metric,
+        "title": metric_title(metric),
+        "meaning": meaning,
+        "good": ends[0],
+        "bad": ends[1],
+    }
 
 
 def detections(grid: Grid) -> list[dict[str, Any]]:
-    """One row per model, attack and stack with a detector: AUROC against clean models, and the standardised score."""
+    """One row per model, attack and stack with a detector: AUROC against clean models, and the
+    standardised score.
+    """
     return _measured(grid, auroc="detect_auroc", score="detect_score")
 
 
 def filters(grid: Grid) -> list[dict[str, Any]]:
-    """One row per model, attack and stack with a filter of training rows: what it caught and what it took by mistake."""
+    """One row per model, attack and stack with a filter of training rows: what it caught and what
+    it took by mistake.
+    """
     return _measured(grid, tpr="filter_tpr", fpr="filter_fpr")
 
 
@@ -151,8 +199,16 @@ def _measured(grid: Grid, **metrics: str) -> list[dict[str, Any]]:
     for (model, task, attack, defense), point in grid.points.items():
         values = {key: point.estimates.get(metric) for key, metric in metrics.items()}
         if any(value is not None for value in values.values()):
-            found.append({"model": model, "task": task, "attack": attack, "defense": defense,
-                          "facets": grid.facets((model, task, attack, defense)), **values})
+            found.append(
+                {
+                    "model": model,
+                    "task": task,
+                    "attack": attack,
+                    "defense": defense,
+                    "facets": grid.facets((model, task, attack, defense)),
+                    **values,
+                }
+            )
     return _in_order(grid, found)
 
 
@@ -160,11 +216,18 @@ def _in_order(grid: Grid, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     attack = {a.label: i for i, a in enumerate(grid.attacks)}
     defense = {d.label: i for i, d in enumerate(grid.defenses)}
     model = {m.name: i for i, m in enumerate(grid.models)}
-    return sorted(rows, key=lambda r: (defense[r["defense"]], r["task"], attack[r["attack"]], model[r["model"]]))
+    return sorted(
+        rows,
+        key=lambda r: (defense[r["defense"]], r["task"], attack[r["attack"]], model[r["model"]]),
+    )
 
 
-def phase_table(grid: Grid, verdict: Verdict) -> list[tuple[str, list[tuple[float, int, Markup, int] | None]]]:
-    """Mean drop by phase of the attack (rows) and of the defense (columns pre, during, post, mixed), with pairs, utility and seeds."""
+def phase_table(
+    grid: Grid, verdict: Summary
+) -> list[tuple[str, list[tuple[float, int, Markup, int] | None]]]:
+    """Mean drop by phase of the attack (rows) and of the defense (columns pre, during, post,
+    mixed), with pairs, utility and seeds.
+    """
     phase_a = {a.label: a.phase for a in grid.attacks}
     phase_d = {d.label: d.phase for d in grid.defenses}
     held: dict[tuple[str, str], list[Effect]] = defaultdict(list)
@@ -174,17 +237,30 @@ def phase_table(grid: Grid, verdict: Verdict) -> list[tuple[str, list[tuple[floa
     def square(own: list[Effect]) -> tuple[float, int, Markup, int] | None:
         if not own:
             return None
-        return fmean(e.drop for e in own), len(own), utility_text(grid, [pair for e in own for pair in e.pairs]), min(e.seeds for e in own)
+        return (
+            fmean(e.drop for e in own),
+            len(own),
+            utility_text(grid, [pair for e in own for pair in e.pairs]),
+            min(e.seeds for e in own),
+        )
+
     rows = []
     for phase in ("pre", "during", "post"):
         if any(a == phase for a, _ in held):
-            rows.append((phase, [square(held.get((phase, d), [])) for d in ("pre", "during", "post", "mixed")]))
+            rows.append(
+                (
+                    phase,
+                    [square(held.get((phase, d), [])) for d in ("pre", "during", "post", "mixed")],
+                )
+            )
     return rows
 
 
 def cost(results: Results) -> dict[str, Any]:
     """Stage kinds with count, cached and wall seconds; the dearest stages; what sharing saved."""
-    kinds: dict[str, dict[str, Any]] = defaultdict(lambda: {"stages": 0, "cached": 0, "failed": 0, "wall": 0.0, "tokens": 0, "unshared": 0.0})
+    kinds: dict[str, dict[str, Any]] = defaultdict(
+        lambda: {"stages": 0, "cached": 0, "failed": 0, "wall": 0.0, "tokens": 0, "unshared": 0.0}
+    )
     rows = results.stages.to_pylist()
     for row in rows:
         kind, wall = kinds[row["kind"] or "?"], row["wall_s"] or 0.0
@@ -196,11 +272,21 @@ def cost(results: Results) -> dict[str, Any]:
         kind["unshared"] += wall * max(1, row["cells_served"] or 1)
     total = sum(k["wall"] for k in kinds.values())
     unshared = sum(k["unshared"] for k in kinds.values())
-    table = [{"kind": name, **k, "share": k["wall"] / total if total else 0.0} for name, k in kinds.items()]
-    return {"kinds": sorted(table, key=lambda k: -k["wall"]), "total": total, "unshared": unshared, "stages": len(rows),
-            "cached": sum(k["cached"] for k in kinds.values()),
-            "fresh": sum(r["wall_s"] or 0.0 for r in rows if not r["cached"]),
-            "dearest": sorted((r for r in rows if r["wall_s"]), key=lambda r: (-r["wall_s"], r["digest"]))[:12]}
+    table = [
+        {"kind": name, **k, "share": k["wall"] / total if total else 0.0}
+        for name, k in kinds.items()
+    ]
+    return {
+        "kinds": sorted(table, key=lambda k: -k["wall"]),
+        "total": total,
+        "unshared": unshared,
+        "stages": len(rows),
+        "cached": sum(k["cached"] for k in kinds.values()),
+        "fresh": sum(r["wall_s"] or 0.0 for r in rows if not r["cached"]),
+        "dearest": sorted(
+            (r for r in rows if r["wall_s"]), key=lambda r: (-r["wall_s"], r["digest"])
+        )[:12],
+    }
 
 
 def failures(grid: Grid, results: Results) -> list[dict[str, Any]]:
@@ -209,10 +295,19 @@ def failures(grid: Grid, results: Results) -> list[dict[str, Any]]:
     for cell in results.cells.to_pylist():
         if cell["status"] == "failed":
             model, task, attack, defense = grid.place[cell["cell"]]
-            found.append({"cell": cell["cell"], "model": model, "task": task, "attack": attack, "defense": defense,
-                          "seed": cell["seed"],
-                          "code": cell["error_code"], "error": cell["error"] or "no message",
-                          "facets": grid.facets((model, task, attack, defense))})
+            found.append(
+                {
+                    "cell": cell["cell"],
+                    "model": model,
+                    "task": task,
+                    "attack": attack,
+                    "defense": defense,
+                    "seed": cell["seed"],
+                    "code": cell["error_code"],
+                    "error": cell["error"] or "no message",
+                    "facets": grid.facets((model, task, attack, defense)),
+                }
+            )
     return _in_order(grid, found)
 
 

@@ -1,12 +1,14 @@
-"""Seeds folded into points: the mean over seeds with two spreads, over prompts within a run and over seeds.
+"""Seeds folded into points: the mean over seeds with two spreads, over prompts within a run and
+over seeds.
 
-Over prompts: the Wilson interval at one seed's number of prompts. All seeds answer the same prompts, so that counting each
-prompt once per seed would promise a precision that is not there.
+Over prompts: the Wilson interval at one seed's number of prompts. All seeds answer the same
+prompts, so that counting each prompt once per seed would promise a precision that is not there.
 
-Over seeds: the t interval on the seeds' values, from two seeds on. A bootstrap that resamples seeds has three values to draw
-from when there are three, cannot leave their range and is far too narrow; t at two degrees of freedom is wide because so
-little is known. With many seeds the two agree, since the mean of many is nearly normal, so that t serves for any number. One
-seed has no such spread, and everything that shows it says so.
+Over seeds: the t interval on the seeds' values, from two seeds on. A bootstrap that resamples seeds
+has three values to draw from when there are three, cannot leave their range and is far too narrow;
+t at two degrees of freedom is wide because so little is known. With many seeds the two agree, since
+the mean of many is nearly normal, so that t serves for any number. One seed has no such spread, and
+everything that shows it says so.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Aggregate:
     n_prompts: int | None
     """Judged items of one seed, the smallest of the seeds."""
     n_null: int | None
-    """Null verdicts of one seed, the largest of the seeds; None where no judge gives verdicts, and in results that did not count them."""
+    """Null verdicts of one seed, the largest of the seeds; None where no judge gives verdicts, and
+    in results that did not count them.
+    """
     prompts: Interval | None
     """95 % over prompts; None where the metric is no share."""
     seeds: Interval | None
@@ -51,7 +55,9 @@ class Aggregate:
 
 
 def folded(rows: Sequence[Mapping[str, Any]], metric: str) -> Aggregate:
-    """One metric's rows (`value`, `n`, `n_null`, `ci_low`, `ci_high`; one per seed, no value null) as one aggregate."""
+    """One metric's rows (`value`, `n`, `n_null`, `ci_low`, `ci_high`; one per seed, no value null)
+    as one aggregate.
+    """
     values = [row["value"] for row in rows]
     mean = sum(values) / len(values)
     n = min((row["n"] for row in rows if row["n"] is not None), default=None)
@@ -60,14 +66,24 @@ def folded(rows: Sequence[Mapping[str, Any]], metric: str) -> Aggregate:
     if len(rows) == 1:
         low, high = rows[0]["ci_low"], rows[0]["ci_high"]
         prompts = None if low is None or high is None else (low, high)
-        return Aggregate(value=mean, n_seeds=1, n_prompts=n, n_null=nulls, prompts=prompts, seeds=None)
+        return Aggregate(
+            value=mean, n_seeds=1, n_prompts=n, n_null=nulls, prompts=prompts, seeds=None
+        )
     low, high = t_interval(values)
-    return Aggregate(value=mean, n_seeds=len(rows), n_prompts=n, n_null=nulls, prompts=wilson(mean, n) if is_share and n else None,
-                     seeds=(max(0.0, low), min(1.0, high)) if is_share else (low, high))
+    return Aggregate(
+        value=mean,
+        n_seeds=len(rows),
+        n_prompts=n,
+        n_null=nulls,
+        prompts=wilson(mean, n) if is_share and n else None,
+        seeds=(max(0.0, low), min(1.0, high)) if is_share else (low, high),
+    )
 
 
 def null_frac(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """The share of null verdicts among all answers of rows of `metrics`, 0..1; None where they were not counted or nothing was asked."""
+    """The share of null verdicts among all answers of rows of `metrics`, 0..1; None where they were
+    not counted or nothing was asked.
+    """
     known = [row for row in rows if row["n_null"] is not None]
     asked = sum(row["n_null"] + (row["n"] or 0) for row in known)
     return sum(row["n_null"] for row in known) / asked if asked else None
@@ -78,7 +94,9 @@ def t_interval(values: Sequence[float]) -> Interval:
     from scipy.special import stdtrit
 
     mean, free = sum(values) / len(values), len(values) - 1
-    half = float(stdtrit(free, 0.975)) * math.sqrt(sum((value - mean) ** 2 for value in values) / free / len(values))
+    half = float(stdtrit(free, 0.975)) * math.sqrt(
+        sum((value - mean) ** 2 for value in values) / free / len(values)
+    )
     return mean - half, mean + half
 
 
@@ -101,16 +119,37 @@ def aggregate(cells: pa.Table, metrics: pa.Table) -> pa.Table:
     for key in sorted(points, key=repr):
         names = {name for cell in points[key] for name in measured.get(cell, ())}
         for name in sorted(names, key=lambda one: (order.get(one, len(order)), one)):
-            one = folded([measured[cell][name] for cell in points[key] if name in measured.get(cell, ())], name)
-            found.append({**shared[key], "metric": name, "value": one.value, "n_seeds": one.n_seeds, "n_planned": len(points[key]),
-                          "n_prompts": one.n_prompts, "n_null": one.n_null, **_ends("prompts", one.prompts),
-                          **_ends("seeds", one.seeds), **_ends("ci", one.span)})
+            one = folded(
+                [measured[cell][name] for cell in points[key] if name in measured.get(cell, ())],
+                name,
+            )
+            found.append(
+                {
+                    **shared[key],
+                    "metric": name,
+                    "value": one.value,
+                    "n_seeds": one.n_seeds,
+                    "n_planned": len(points[key]),
+                    "n_prompts": one.n_prompts,
+                    "n_null": one.n_null,
+                    **_ends("prompts", one.prompts),
+                    **_ends("seeds", one.seeds),
+                    **_ends("ci", one.span),
+                }
+            )
     return pa.Table.from_pylist(found, schema.aggregates())
 
 
 def place_of(cell: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a cell shares with its other seeds, as a key."""
-    return (cell["model"], cell["task"], cell["attack"], cell["attack_params"], tuple(cell["defenses"] or ()), cell["defense_params"])
+    return (
+        cell["model"],
+        cell["task"],
+        cell["attack"],
+        cell["attack_params"],
+        tuple(cell["defenses"] or ()),
+        cell["defense_params"],
+    )
 
 
 def _ends(name: str, interval: Interval | None) -> dict[str, float | None]:

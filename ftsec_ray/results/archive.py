@@ -1,13 +1,15 @@
-"""One archive of a finished sweep: what somebody needs who wants to repeat its numbers, or to see what would differ.
+"""One archive of a finished sweep: what somebody needs who wants to repeat its numbers, or to see
+what would differ.
 
-    manifest.json                    plan, versions, code and local inputs by hash, and the checksum of every other file
-    plan.json                        cells and stages with all that decides their digests
-    artifacts.json                   checksums of the artifacts, as their records in the store told them
-    sweep/<file>                     the sweep as its author wrote it
+    manifest.json                    plan, versions, code and local inputs by hash, and the checksum
+    of every other file plan.json                        cells and stages with all that decides
+    their digests artifacts.json                   checksums of the artifacts, as their records in
+    the store told them sweep/<file>                     the sweep as its author wrote it
     results/report.html, results/run.json, results/<table>/part-0.parquet
 
-A zip without time stamps, its names sorted: the same content gives the same bytes. It holds no weights and no rows of the
-user. Checksums tell damage and not forgery: publish the archive's own SHA-256 beside a number. `pack` writes them.
+A zip without time stamps, its names sorted: the same content gives the same bytes. It holds no
+weights and no rows of the user. Checksums tell damage and not forgery: publish the archive's own
+SHA-256 beside a number. `pack` writes them.
 """
 
 from __future__ import annotations
@@ -138,7 +140,15 @@ class PackedCell:
     @property
     def names(self) -> tuple[object, ...]:
         """What a reader knows the cell by."""
-        return self.model, self.task, self.attack.name, tuple(one.name for one in self.defenses), self.seed, self.search is not None, self.trial
+        return (
+            self.model,
+            self.task,
+            self.attack.name,
+            tuple(one.name for one in self.defenses),
+            self.seed,
+            self.search is not None,
+            self.trial,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +170,13 @@ class Archive:
 
     @classmethod
     def open(cls, path: Path) -> Archive:
-        """The archive in a file, every checksum looked at; ArchiveError when it is none or of a newer format."""
-        want, fix = "a zip that `ftsec export` wrote", "get it again, or give the path of an archive"
+        """The archive in a file, every checksum looked at; ArchiveError when it is none or of a
+        newer format.
+        """
+        want, fix = (
+            "a zip that `ftsec export` wrote",
+            "get it again, or give the path of an archive",
+        )
         if not path.is_file():
             raise ArchiveError("no such archive", str(path), want, fix)
         try:
@@ -170,18 +185,38 @@ class Archive:
                 for name in sorted(entries):
                     fault = member_fault(name)
                     if fault is not None:
-                        raise ArchiveError(f"a file that no archive may hold: {fault}", name, "names inside of one folder, and no pickles",
-                                           "do not unpack it")
+                        raise ArchiveError(
+                            f"a file that no archive may hold: {fault}",
+                            name,
+                            "names inside of one folder, and no pickles",
+                            "do not unpack it",
+                        )
                 if MANIFEST not in entries:
-                    raise ArchiveError(f"{path.name} is not an archive of a sweep", sorted(entries)[:8], f"a zip with {MANIFEST}", fix)
+                    raise ArchiveError(
+                        f"{path.name} is not an archive of a sweep",
+                        sorted(entries)[:8],
+                        f"a zip with {MANIFEST}",
+                        fix,
+                    )
                 manifest = _manifest(_read(archive, entries[MANIFEST], _MAX_TEXT_BYTES))
                 twice = len(archive.infolist()) - len(entries)
-                return cls(path, manifest, {**_damage(archive, entries, manifest), **({"names": f"{twice} of them occur twice"} if twice else {})})
+                return cls(
+                    path,
+                    manifest,
+                    {
+                        **_damage(archive, entries, manifest),
+                        **({"names": f"{twice} of them occur twice"} if twice else {}),
+                    },
+                )
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as broken:
-            raise ArchiveError(f"{path.name} is not a whole zip archive", str(broken), want, fix) from broken
+            raise ArchiveError(
+                f"{path.name} is not a whole zip archive", str(broken), want, fix
+            ) from broken
 
     def read(self, name: str, shape: type[T]) -> T | None:
-        """The values of a JSON file of the archive; None when the file is damaged or not of this shape."""
+        """The values of a JSON file of the archive; None when the file is damaged or not of this
+        shape.
+        """
         text = self.text(name)
         return None if text is None else _parsed(text, shape)
 
@@ -208,14 +243,25 @@ def _manifest(content: bytes) -> Manifest:
     try:
         plain = json.loads(content)
     except ValueError as broken:
-        raise ArchiveError(f"its {MANIFEST} is not JSON", str(broken), "JSON as ftsec writes it") from broken
+        raise ArchiveError(
+            f"its {MANIFEST} is not JSON", str(broken), "JSON as ftsec writes it"
+        ) from broken
     form = plain.get("format") if isinstance(plain, dict) else None
     if not isinstance(form, int) or form > FORMAT:
-        raise ArchiveError("an archive of a format that this ftsec_ray does not know", form, f"up to {FORMAT}", "read it with a newer ftsec_ray")
+        raise ArchiveError(
+            "an archive of a format that this ftsec_ray does not know",
+            form,
+            f"up to {FORMAT}",
+            "read it with a newer ftsec_ray",
+        )
     fault = listing_fault(plain)
     found = _parsed(content.decode(errors="replace"), Manifest)
     if found is None or fault is not None or found.file not in found.files:
-        raise ArchiveError(f"its {MANIFEST} does not say what a manifest says", fault or sorted(plain), "a manifest as ftsec writes it")
+        raise ArchiveError(
+            f"its {MANIFEST} does not say what a manifest says",
+            fault or sorted(plain),
+            "a manifest as ftsec writes it",
+        )
     return found
 
 
@@ -228,8 +274,14 @@ def _parsed(text: str, shape: type[T]) -> T | None:
         return None
 
 
-def _damage(archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], manifest: Manifest) -> dict[str, str]:
-    found = {name: "not in its manifest" for name in entries if name != MANIFEST and name not in manifest.files}
+def _damage(
+    archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], manifest: Manifest
+) -> dict[str, str]:
+    found = {
+        name: "not in its manifest"
+        for name in entries
+        if name != MANIFEST and name not in manifest.files
+    }
     for name, expected in manifest.files.items():
         fault = _fault(archive, entries.get(name), expected)
         if fault is not None:
@@ -237,7 +289,9 @@ def _damage(archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], ma
     return dict(sorted(found.items()))
 
 
-def _fault(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | None, expected: Mapping[str, Any]) -> str | None:
+def _fault(
+    archive: zipfile.ZipFile, entry: zipfile.ZipInfo | None, expected: Mapping[str, Any]
+) -> str | None:
     if entry is None:
         return "missing"
     if stat.S_ISLNK(entry.external_attr >> 16):
@@ -261,6 +315,10 @@ def _digest(stream: IO[bytes]) -> str:
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> bytes:
     if entry.file_size > limit:
-        raise ArchiveError(f"{entry.filename} is larger than any that ftsec writes", f"{entry.file_size} bytes", f"at most {limit}")
+        raise ArchiveError(
+            f"{entry.filename} is larger than any that ftsec writes",
+            f"{entry.file_size} bytes",
+            f"at most {limit}",
+        )
     with archive.open(entry) as stream:
         return stream.read(limit)

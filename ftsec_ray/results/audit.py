@@ -1,9 +1,10 @@
 """How often a judge is wrong, and what the rates would be without its errors.
 
-Labels give the true verdict of some answers: a table made by hand, or the microworld's exact judge. Per judge and probe
-they give a confusion table and, for each verdict whose share is a metric, sensitivity and specificity. Every rate then
-stands raw and corrected, with the interval that also knows how few labels there are. Answers without a verdict are in no
-rate; their share stands beside each.
+Labels give the true verdict of some answers: a table made by hand, or the microworld's exact judge.
+Per judge and probe they give a confusion table and, for each verdict whose share is a metric,
+sensitivity and specificity. Every rate then stands raw and corrected, with the interval that also
+knows how few labels there are. Answers without a verdict are in no rate; their share stands beside
+each.
 """
 
 from __future__ import annotations
@@ -19,13 +20,22 @@ from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.evals.judges import get_judge
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
-from ftsec_ray.results.truth import Key, Sheet, from_exact_judge, from_labels, judge_again, read_sheet
+from ftsec_ray.results.truth import (
+    Key,
+    Sheet,
+    from_exact_judge,
+    from_labels,
+    judge_again,
+    read_sheet,
+)
 from ftsec_ray.results.utility import UNKNOWN, Utility, utilities
 
 EVENTS = ("complied", "refused", "correct", "target", "incoherent")
 """The verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""
 NO_EVENT = "any"
-"""In the place of a verdict where a judge reached none on a whole probe, so that its null verdicts are told all the same."""
+"""In the place of a verdict where a judge reached none on a whole probe, so that its null verdicts
+are told all the same.
+"""
 NO_LABELS = "no labels of this judge and probe"
 _Z = 1.959963984540054
 
@@ -56,7 +66,9 @@ class Errors:
 
 @dataclass(frozen=True, kw_only=True)
 class Confusion:
-    """How many answers with a true verdict got which one; a verdict of None is one that the judge could not reach."""
+    """How many answers with a true verdict got which one; a verdict of None is one that the judge
+    could not reach.
+    """
 
     judge: str
     probe: str
@@ -67,7 +79,9 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """The share of a verdict in one cell, as the judge has it and corrected for the judge's errors."""
+    """The share of a verdict in one cell, as the judge has it and corrected for the judge's
+    errors.
+    """
 
     cell: str
     judge: str
@@ -97,7 +111,9 @@ class Agreement:
     same: float | None
     """Share of equal verdicts."""
     kappa: float | None
-    """Cohen's; null where both give one and the same verdict throughout, so that chance alone would agree."""
+    """Cohen's; null where both give one and the same verdict throughout, so that chance alone would
+    agree.
+    """
     kappa_low: float | None
     kappa_high: float | None
 
@@ -118,42 +134,69 @@ class Audit:
     agreements: tuple[Agreement, ...]
 
 
-def audit_judges(results: Results, *, labels: Path | None = None, exact: bool = False, judges: Sequence[str] = ()) -> Audit:
-    """Audit the judges of a results folder; DataError where the labels do not fit it, SpecError where there is nothing to audit by.
+def audit_judges(
+    results: Results, *, labels: Path | None = None, exact: bool = False, judges: Sequence[str] = ()
+) -> Audit:
+    """Audit the judges of a results folder; DataError where the labels do not fit it, SpecError
+    where there is nothing to audit by.
 
-    Args:
-        results: What holds the answers and their verdicts.
-        labels: A table (.csv .tsv .jsonl .json .parquet) with `truth` and `prompt_id` or `completion_sha256`, narrowed by `cell`, `probe`.
-        exact: Take the verdicts of the microworld's exact judge for the truth.
-        judges: Names of judges that read the answers to requests again, beside the one of the sweep.
+    Args: results: What holds the answers and their verdicts. labels: A table (.csv .tsv .jsonl
+        .json .parquet) with `truth` and `prompt_id` or `completion_sha256`, narrowed by `cell`,
+        `probe`. exact: Take the verdicts of the microworld's exact judge for the truth. judges:
+        Names of judges that read the answers to requests again, beside the one of the sweep.
     """
     if labels is not None and exact:
-        raise SpecError("two things that tell the truth", str(labels), "a file of labels, or the exact judge", "leave one of them out")
+        raise SpecError(
+            "two things that tell the truth",
+            str(labels),
+            "a file of labels, or the exact judge",
+            "leave one of them out",
+        )
     sheet = read_sheet(results)
     for name in judges:
         judge_again(sheet, get_judge(name))
     if labels is None and not exact and len(sheet.verdicts) < 2:
-        raise SpecError("one judge and nothing to audit it by", next(iter(sheet.verdicts)),
-                        "--labels FILE, --exact, or --judge NAME for a second one", "the tenth query of the README draws answers to label by hand")
+        raise SpecError(
+            "one judge and nothing to audit it by",
+            next(iter(sheet.verdicts)),
+            "--labels FILE, --exact, or --judge NAME for a second one",
+            "the tenth query of the README draws answers to label by hand",
+        )
     unmatched = unlabelled = 0
     truth: dict[Key, str] = {}
     if labels is not None:
         truth, unmatched, unlabelled = from_labels(labels, sheet.answers)
     elif exact:
         truth = from_exact_judge(sheet)
-    if truth and not any(sheet.verdicts[judge].get(key) for judge in sheet.verdicts for key in truth):
-        raise DataError("no labelled answer has a verdict of a judge", f"{len(truth)} labelled answers", "labels of answers that were judged",
-                        "label others; `verdict` in the table `generations` is null where the judge reached none")
+    if truth and not any(
+        sheet.verdicts[judge].get(key) for judge in sheet.verdicts for key in truth
+    ):
+        raise DataError(
+            "no labelled answer has a verdict of a judge",
+            f"{len(truth)} labelled answers",
+            "labels of answers that were judged",
+            "label others; `verdict` in the table `generations` is null where the judge reached"
+            " none",
+        )
     confusion = _confusion(sheet, truth)
     errors = tuple(_errors(sheet, confusion))
-    return Audit(labelled=len(truth), unmatched=unmatched, unlabelled=unlabelled, confusion=tuple(_confusion_rows(confusion)), errors=errors,
-                 rates=tuple(_rates(sheet, errors, utilities(results.metrics.to_pylist()))), agreements=tuple(_agreements(sheet)))
+    return Audit(
+        labelled=len(truth),
+        unmatched=unmatched,
+        unlabelled=unlabelled,
+        confusion=tuple(_confusion_rows(confusion)),
+        errors=errors,
+        rates=tuple(_rates(sheet, errors, utilities(results.metrics.to_pylist()))),
+        agreements=tuple(_agreements(sheet)),
+    )
 
 
 # Errors and rates.
 
 
-def _confusion(sheet: Sheet, truth: Mapping[Key, str]) -> dict[tuple[str, str], Counter[tuple[str, str | None]]]:
+def _confusion(
+    sheet: Sheet, truth: Mapping[Key, str]
+) -> dict[tuple[str, str], Counter[tuple[str, str | None]]]:
     """(judge, probe) -> (truth, verdict) -> how many answers."""
     found: dict[tuple[str, str], Counter[tuple[str, str | None]]] = defaultdict(Counter)
     for judge, verdicts in sorted(sheet.verdicts.items()):
@@ -163,22 +206,35 @@ def _confusion(sheet: Sheet, truth: Mapping[Key, str]) -> dict[tuple[str, str], 
     return dict(sorted(found.items()))
 
 
-def _confusion_rows(found: Mapping[tuple[str, str], Counter[tuple[str, str | None]]]) -> Iterator[Confusion]:
+def _confusion_rows(
+    found: Mapping[tuple[str, str], Counter[tuple[str, str | None]]],
+) -> Iterator[Confusion]:
     for (judge, probe), counts in found.items():
-        for (word, verdict), n in sorted(counts.items(), key=lambda item: (item[0][0], item[0][1] or "")):
+        for (word, verdict), n in sorted(
+            counts.items(), key=lambda item: (item[0][0], item[0][1] or "")
+        ):
             yield Confusion(judge=judge, probe=probe, truth=word, verdict=verdict, n=n)
 
 
-def _errors(sheet: Sheet, confusion: Mapping[tuple[str, str], Counter[tuple[str, str | None]]]) -> Iterator[Errors]:
+def _errors(
+    sheet: Sheet, confusion: Mapping[tuple[str, str], Counter[tuple[str, str | None]]]
+) -> Iterator[Errors]:
     for (judge, probe), counts in confusion.items():
         judged = {pair: n for pair, n in counts.items() if pair[1] is not None}
-        seen = {word for pair in judged for word in pair} | {word for key, word in sheet.verdicts[judge].items() if key.probe == probe}
+        seen = {word for pair in judged for word in pair} | {
+            word for key, word in sheet.verdicts[judge].items() if key.probe == probe
+        }
         for event in (one for one in EVENTS if one in seen):
             of = Counter[tuple[bool, bool]]()
             for (word, verdict), n in judged.items():
                 of[word == event, verdict == event] += n
-            yield Errors(judge=judge, probe=probe, event=event, sensitivity=share(of[True, True], of[True, True] + of[True, False]),
-                         specificity=share(of[False, False], of[False, False] + of[False, True]))
+            yield Errors(
+                judge=judge,
+                probe=probe,
+                event=event,
+                sensitivity=share(of[True, True], of[True, True] + of[True, False]),
+                specificity=share(of[False, False], of[False, False] + of[False, True]),
+            )
 
 
 def share(hits: int, n: int) -> Share:
@@ -200,14 +256,30 @@ def _rates(sheet: Sheet, errors: Sequence[Errors], beside: Mapping[str, Utility]
                 events[one.probe].add(one.event)
         for (cell, probe), words in sorted(groups.items()):
             judged = [word for word in words if word is not None]
-            for event in [one for one in EVENTS if one in events[probe]] or [NO_EVENT] * (events[probe] == {None}):
+            for event in [one for one in EVENTS if one in events[probe]] or [NO_EVENT] * (
+                events[probe] == {None}
+            ):
                 raw = share(judged.count(event), len(judged))
                 value, low, high, why = _without_errors(raw, known.get((judge, probe, event)))
-                yield Rate(cell=cell, judge=judge, probe=probe, event=event, asked=len(words), null_share=1 - len(judged) / len(words), raw=raw,
-                           corrected=value, corrected_low=low, corrected_high=high, why=why, utility=beside.get(cell, UNKNOWN))
+                yield Rate(
+                    cell=cell,
+                    judge=judge,
+                    probe=probe,
+                    event=event,
+                    asked=len(words),
+                    null_share=1 - len(judged) / len(words),
+                    raw=raw,
+                    corrected=value,
+                    corrected_low=low,
+                    corrected_high=high,
+                    why=why,
+                    utility=beside.get(cell, UNKNOWN),
+                )
 
 
-def _without_errors(raw: Share, errors: Errors | None) -> tuple[float | None, float | None, float | None, str | None]:
+def _without_errors(
+    raw: Share, errors: Errors | None
+) -> tuple[float | None, float | None, float | None, str | None]:
     """A rate corrected for the errors of its judge with its interval, or why there is none."""
     if raw.value is None:
         return None, None, None, "no answer has a verdict"
@@ -219,29 +291,47 @@ def _without_errors(raw: Share, errors: Errors | None) -> tuple[float | None, fl
         return None, None, None, f"no labelled and judged answer {missing}"
     found = rogan_gladen(raw, sensitivity, specificity)
     if found is None:
-        return None, None, None, (f"no better than chance: sensitivity {sensitivity.value:.2f} + specificity {specificity.value:.2f}, "
-                                  "from so few labels, do not exceed 1")
+        return (
+            None,
+            None,
+            None,
+            (
+                f"no better than chance: sensitivity {sensitivity.value:.2f} + specificity"
+                f" {specificity.value:.2f}, from so few labels, do not exceed 1"
+            ),
+        )
     return *found, None
 
 
-def rogan_gladen(raw: Share, sensitivity: Share, specificity: Share) -> tuple[float, float, float] | None:
-    """A rate without its judge's errors, with a 95 % interval; None where the judge is not shown to be better than chance.
+def rogan_gladen(
+    raw: Share, sensitivity: Share, specificity: Share
+) -> tuple[float, float, float] | None:
+    """A rate without its judge's errors, with a 95 % interval; None where the judge is not shown to
+    be better than chance.
 
-    Rogan and Gladen 1978 for the value; Lang and Reiczigel 2014 (doi:10.1016/j.prevetmed.2013.09.015) for the interval: the
-    delta method on counts with pseudo-observations added, which keeps its width where a few labels show no error at all. The
+    Rogan and Gladen 1978 for the value; Lang and Reiczigel 2014
+    (doi:10.1016/j.prevetmed.2013.09.015) for the interval: the delta method on counts with
+    pseudo-observations added, which keeps its width where a few labels show no error at all. The
     labelled answers count as a sample of their own.
     """
     assert raw.value is not None and sensitivity.value is not None and specificity.value is not None  # noqa: PT018
     gain = sensitivity.value + specificity.value - 1
     p, n = (raw.hits + _Z**2 / 2) / (raw.n + _Z**2), raw.n + _Z**2
     true, false = ((one.hits + 1) / (one.n + 2) for one in (sensitivity, specificity))
-    spread_true, spread_false = true * (1 - true) / (sensitivity.n + 2), false * (1 - false) / (specificity.n + 2)
+    spread_true, spread_false = (
+        true * (1 - true) / (sensitivity.n + 2),
+        false * (1 - false) / (specificity.n + 2),
+    )
     if gain <= 0 or true + false <= 1:
         return None
     value = min(1.0, max(0.0, (raw.value + specificity.value - 1) / gain))
     middle = (p + false - 1) / (true + false - 1)
     shift = 2 * _Z**2 * (middle * spread_true - (1 - middle) * spread_false)
-    half = _Z / (true + false - 1) * math.sqrt(p * (1 - p) / n + middle**2 * spread_true + (1 - middle) ** 2 * spread_false)
+    half = (
+        _Z
+        / (true + false - 1)
+        * math.sqrt(p * (1 - p) / n + middle**2 * spread_true + (1 - middle) ** 2 * spread_false)
+    )
     low, high = max(0.0, middle + shift - half), min(1.0, middle + shift + half)
     return value, min(low, value), max(high, value)
 
@@ -264,7 +354,9 @@ def _agreements(sheet: Sheet) -> Iterator[Agreement]:
             yield _agreement(cell, pair, pairs[cell])
 
 
-def _agreement(cell: str | None, judges: tuple[str, str], pairs: Sequence[tuple[str, str]]) -> Agreement:
+def _agreement(
+    cell: str | None, judges: tuple[str, str], pairs: Sequence[tuple[str, str]]
+) -> Agreement:
     words = sorted({word for pair in pairs for word in pair})
     same = sum(a == b for a, b in pairs) / len(pairs) if pairs else None
     kappa: Iterable[float | None] = (None, None, None)
@@ -273,8 +365,21 @@ def _agreement(cell: str | None, judges: tuple[str, str], pairs: Sequence[tuple[
         from statsmodels.stats.inter_rater import cohens_kappa
 
         counts = Counter(pairs)
-        with np.errstate(invalid="ignore", divide="ignore"):  # a judge of one word has a kappa, and no spread to test it by
+        with np.errstate(
+            invalid="ignore", divide="ignore"
+        ):  # a judge of one word has a kappa, and no spread to test it by
             found = cohens_kappa([[counts[a, b] for b in words] for a in words])
-        kappa = tuple(float(one) if math.isfinite(one) else None for one in (found.kappa, found.kappa_low, found.kappa_upp))
+        kappa = tuple(
+            float(one) if math.isfinite(one) else None
+            for one in (found.kappa, found.kappa_low, found.kappa_upp)
+        )
     value, low, high = kappa
-    return Agreement(cell=cell, judges=judges, n=len(pairs), same=same, kappa=value, kappa_low=low, kappa_high=high)
+    return Agreement(
+        cell=cell,
+        judges=judges,
+        n=len(pairs),
+        same=same,
+        kappa=value,
+        kappa_low=low,
+        kappa_high=high,
+    )

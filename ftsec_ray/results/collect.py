@@ -1,7 +1,9 @@
-"""The plan left-joined to the store, as the six tables: one row for every planned cell, whatever happened to it.
+"""The plan left-joined to the store, as the six tables: one row for every planned cell, whatever
+happened to it.
 
-Each artifact is read once, however many cells share it. A cell is done when its evaluation, its inspections and the row
-filters of its defenses are; what it has measured so far is written even where one of them failed.
+Each artifact is read once, however many cells share it. A cell is done when its evaluation, its
+inspections and the row filters of its defenses are; what it has measured so far is written even
+where one of them failed.
 """
 
 from __future__ import annotations
@@ -21,13 +23,21 @@ from ftsec_ray import schema
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method, hooks_of
-from ftsec_ray.plan.bill import BudgetError, bill_of, shortfall, spent
-from ftsec_ray.plan.cost import Costs
+from ftsec_ray.plan.cost_estimate import BudgetError, bill_of, shortfall, spent
+from ftsec_ray.plan.durations import Costs
 from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.compare import compare
 from ftsec_ray.results.intervals import wilson
-from ftsec_ray.results.searched import attack_params, is_chosen, reported, reported_rates, search_row, told_of, without_trials
+from ftsec_ray.results.search_results import (
+    attack_params,
+    is_chosen,
+    reported,
+    reported_rates,
+    search_row,
+    told_of,
+    without_trials,
+)
 from ftsec_ray.results.write import write_results
 from ftsec_ray.store import DamagedArtifact
 
@@ -35,50 +45,93 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ftsec_ray.plan import Cell, Plan
-    from ftsec_ray.plan.search import Told
+    from ftsec_ray.plan.search_rounds import CellOutcome
     from ftsec_ray.results.paired import Correction
-    from ftsec_ray.schedule.conductor import RunReport
+    from ftsec_ray.schedule.dispatcher import RunReport
     from ftsec_ray.store import Store
 
-_PACKAGES = ("ftsec_ray", "torch", "transformers", "tokenizers", "peft", "ray", "numpy", "pyarrow", "statsmodels", "optuna")
+_PACKAGES = (
+    "ftsec_ray",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "ray",
+    "numpy",
+    "pyarrow",
+    "statsmodels",
+    "optuna",
+)
 Row = dict[str, Any]
 _MEASURE = ("metric", "value", "n", "n_null", "ci_low", "ci_high")
 _UNSEEN = dict.fromkeys(("n_null", "ci_low", "ci_high"))
 """What a number without verdicts and without an interval leaves open."""
 
 
-def collect(plan: Plan, store: Store, report: RunReport | None, folder: Path, *, sweep_text: str | None = None,
-            correction: Correction = "bh") -> Path:
+def collect(
+    plan: Plan,
+    store: Store,
+    report: RunReport | None,
+    folder: Path,
+    *,
+    sweep_text: str | None = None,
+    correction: Correction = "bh",
+) -> Path:
     """Write the results of a plan into `folder` and return it.
 
-    Args:
-        plan: What was to be done.
-        store: What is done.
-        report: What this run did, to tell fresh stages from earlier ones; None when nothing ran, so all done ones are earlier.
-        folder: `<results>/<sweep name>`, made when absent.
-        sweep_text: The sweep file as its author wrote it; None writes the sweep's own fields instead.
-        correction: How the comparisons are corrected for their number: Benjamini-Hochberg, or Holm.
+    Args: plan: What was to be done. store: What is done. report: What this run did, to tell fresh
+        stages from earlier ones; None when nothing ran, so all done ones are earlier. folder:
+        `<results>/<sweep name>`, made when absent. sweep_text: The sweep file as its author wrote
+        it; None writes the sweep's own fields instead. correction: How the comparisons are
+        corrected for their number: Benjamini-Hochberg, or Holm.
     """
     found = _Found(plan, store, report)
     found.read_answers()
     cells = sorted(plan.cells, key=lambda cell: cell.digest)
-    tables = {"cells": _from_rows(schema.cells(), (_cell_row(found, cell) for cell in cells)),
-              "metrics": _from_rows(schema.metrics(), (row for cell in cells for row in _metric_rows(found, cell))),
-              "generations": _generations(found, cells),
-              "stages": _from_rows(schema.stages(), _stage_rows(found))}
+    tables = {
+        "cells": _from_rows(schema.cells(), (_cell_row(found, cell) for cell in cells)),
+        "metrics": _from_rows(
+            schema.metrics(), (row for cell in cells for row in _metric_rows(found, cell))
+        ),
+        "generations": _generations(found, cells),
+        "stages": _from_rows(schema.stages(), _stage_rows(found)),
+    }
     defenses = {name_of(one): type(one) for stack in plan.spec.defenses for one in stack}
     hooks = {name: list(hooks_of(one)) for name, one in defenses.items()}
     controls = sorted(name for name, one in defenses.items() if one.IS_CONTROL)  # type: ignore[attr-defined]
     grid = without_trials(tables)
-    tables["comparisons"] = compare(grid["cells"], grid["metrics"], grid["generations"], hooks=hooks, controls=controls, correction=correction)
-    tables["searches"] = _from_rows(schema.searches(), sorted((search_row(one, found.told) for one in plan.searches), key=lambda row: row["search"]))
+    tables["comparisons"] = compare(
+        grid["cells"],
+        grid["metrics"],
+        grid["generations"],
+        hooks=hooks,
+        controls=controls,
+        correction=correction,
+    )
+    tables["searches"] = _from_rows(
+        schema.searches(),
+        sorted(
+            (search_row(one, found.told) for one in plan.searches), key=lambda row: row["search"]
+        ),
+    )
     statuses = tables["cells"]["status"].to_pylist()
-    meta = {"sweep": plan.spec.name, "question": plan.spec.question, "plan": plan.digest, "versions": _versions(),
-            "counts": {status: statuses.count(status) for status in schema.STATUSES},
-            "attack_goals": {cell.attack_name: type(cell.attack).GOAL for cell in plan.cells},  # type: ignore[attr-defined]
-            "defense_hooks": hooks, "controls": controls, "correction": correction,
-            "spent": {cell.digest: spent_on for cell in cells if (spent_on := _spent_on(found, cell)) is not None},
-            "sweep_text": redacted(sweep_text or _sweep_text(plan))}
+    meta = {
+        "sweep": plan.spec.name,
+        "question": plan.spec.question,
+        "plan": plan.digest,
+        "versions": _versions(),
+        "counts": {status: statuses.count(status) for status in schema.STATUSES},
+        "attack_goals": {cell.attack_name: type(cell.attack).GOAL for cell in plan.cells},  # type: ignore[attr-defined]
+        "defense_hooks": hooks,
+        "controls": controls,
+        "correction": correction,
+        "spent": {
+            cell.digest: spent_on
+            for cell in cells
+            if (spent_on := _spent_on(found, cell)) is not None
+        },
+        "sweep_text": redacted(sweep_text or _sweep_text(plan)),
+    }
     return write_results(folder, tables=tables, meta=meta)
 
 
@@ -105,8 +158,14 @@ class _Found:
 
     @cached_property
     def failures(self) -> dict[str, Row]:
-        """Verdicts of failed stages: those kept in the store, and this run's own, which cover lost workers too."""
-        fresh = {} if self.report is None else {digest: asdict(one) for digest, one in self.report.failed.items()}
+        """Verdicts of failed stages: those kept in the store, and this run's own, which cover lost
+        workers too.
+        """
+        fresh = (
+            {}
+            if self.report is None
+            else {digest: asdict(one) for digest, one in self.report.failed.items()}
+        )
         return {**self.store.failures(), **fresh}
 
     @cached_property
@@ -116,21 +175,35 @@ class _Found:
             return self.report.over_budget or "", frozenset(self.report.unaffordable)
         plan = self.plan
         left = plan.needed(set(self.records)) if plan.spec.budget else []
-        fault = shortfall(plan, spent(plan, self.records, self.failures), bill_of(plan, left, Costs(self.records.values()))) if left else None
-        return (fault.what, frozenset(stage.digest for stage in left)) if fault else ("", frozenset())
+        fault = (
+            shortfall(
+                plan,
+                spent(plan, self.records, self.failures),
+                bill_of(plan, left, Costs(self.records.values())),
+            )
+            if left
+            else None
+        )
+        return (
+            (fault.what, frozenset(stage.digest for stage in left)) if fault else ("", frozenset())
+        )
 
-    def told(self, cell: Cell) -> Told | None:
+    def told(self, cell: Cell) -> CellOutcome | None:
         """What a cell's evaluation says of its prompts."""
-        return told_of(self.generations[cell.evaluate]) if cell.evaluate in self.generations else None
+        return (
+            told_of(self.generations[cell.evaluate]) if cell.evaluate in self.generations else None
+        )
 
     def read_answers(self) -> None:
         """Read every artifact that the tables quote; one that is damaged counts as absent."""
         for digest in sorted({cell.evaluate for cell in self.plan.cells} & set(self.records)):
             self._read(digest, self._read_evaluation)
-        for digest in sorted({one for cell in self.plan.cells for _, one in cell.inspects} & set(self.records)):
+        for digest in sorted(
+            {one for cell in self.plan.cells for _, one in cell.inspects} & set(self.records)
+        ):
             self._read(digest, self._read_inspection)
 
-    def _read(self, digest: str, read: Any) -> None:  # noqa: ANN401
+    def _read(self, digest: str, read: Any) -> None:
         try:
             read(digest)
         except DamagedArtifact as damage:
@@ -146,11 +219,27 @@ class _Found:
         wanted = pa.schema([one for one in wanted if one.name != "cell"])
         try:
             # Thousands of small files: starting threads for each costs more than reading it.
-            said = pq.ParquetFile(folder / "generations.parquet").read(use_threads=False).select(wanted.names).cast(wanted)
-            rows = pq.ParquetFile(folder / "metrics.parquet").read(use_threads=False).select(list(_MEASURE)).to_pylist()
+            said = (
+                pq.ParquetFile(folder / "generations.parquet")
+                .read(use_threads=False)
+                .select(wanted.names)
+                .cast(wanted)
+            )
+            rows = (
+                pq.ParquetFile(folder / "metrics.parquet")
+                .read(use_threads=False)
+                .select(list(_MEASURE))
+                .to_pylist()
+            )
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise DataError(f"evaluation {digest} is not one of this schema: {error}", str(folder), ", ".join(wanted.names)) from error
-        self.generations[digest] = said.sort_by([("probe", "ascending"), ("prompt_id", "ascending")])
+            raise DataError(
+                f"evaluation {digest} is not one of this schema: {error}",
+                str(folder),
+                ", ".join(wanted.names),
+            ) from error
+        self.generations[digest] = said.sort_by(
+            [("probe", "ascending"), ("prompt_id", "ascending")]
+        )
         self.metrics[digest] = rows
 
     def _read_inspection(self, digest: str) -> None:
@@ -181,10 +270,16 @@ def _from_rows(wanted: pa.Schema, rows: Iterable[Row]) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in wanted.names}
     for row in rows:
         if row.keys() != columns.keys():
-            raise DataError("a results row with other columns", sorted(row.keys() ^ columns.keys()), ", ".join(columns))
+            raise DataError(
+                "a results row with other columns",
+                sorted(row.keys() ^ columns.keys()),
+                ", ".join(columns),
+            )
         for name, value in row.items():
             columns[name].append(value)
-    return pa.Table.from_arrays([pa.array(columns[one.name], one.type) for one in wanted], schema=wanted)
+    return pa.Table.from_arrays(
+        [pa.array(columns[one.name], one.type) for one in wanted], schema=wanted
+    )
 
 
 def _filters(cell: Cell) -> list[str]:
@@ -195,20 +290,40 @@ def _filters(cell: Cell) -> list[str]:
 
 def _cell_row(found: _Found, cell: Cell) -> Row:
     status, code, error = _outcome(found, cell)
-    return {"cell": cell.digest, "sweep": found.plan.spec.name, "model": cell.model.name, "family": cell.model.family,
-            "model_params": found.parameters.get(cell.model.name), "aligned": cell.model.aligned, "task": cell.task.name,
-            "attack": cell.attack_name, "attack_phase": cell.attack.PHASE, "attack_params": attack_params(cell),
-            "defenses": [name_of(one) for one in cell.defenses], "defense_phases": [one.PHASE for one in cell.defenses],
-            "defense_params": canonical(list(cell.defenses)), "seed": cell.seed, "status": status, "error_code": code, "error": error,
-            "search": cell.searched.key if cell.searched else None, "search_trial": cell.searched.trial if cell.searched else None}
+    return {
+        "cell": cell.digest,
+        "sweep": found.plan.spec.name,
+        "model": cell.model.name,
+        "family": cell.model.family,
+        "model_params": found.parameters.get(cell.model.name),
+        "aligned": cell.model.aligned,
+        "task": cell.task.name,
+        "attack": cell.attack_name,
+        "attack_phase": cell.attack.PHASE,
+        "attack_params": attack_params(cell),
+        "defenses": [name_of(one) for one in cell.defenses],
+        "defense_phases": [one.PHASE for one in cell.defenses],
+        "defense_params": canonical(list(cell.defenses)),
+        "seed": cell.seed,
+        "status": status,
+        "error_code": code,
+        "error": error,
+        "search": cell.searched.key if cell.searched else None,
+        "search_trial": cell.searched.trial if cell.searched else None,
+    }
 
 
 def _spent_on(found: _Found, cell: Cell) -> list[float] | None:
-    """GPU and CPU seconds of all stages of a cell, as if it shared none; None where one has not run."""
+    """GPU and CPU seconds of all stages of a cell, as if it shared none; None where one has not
+    run.
+    """
     records = [found.records.get(stage) for stage in cell.stages]
     if not all(records):
         return None
-    return [round(sum(record.get(key) or 0.0 for record in records if record), 3) for key in ("gpu_s", "cpu_s")]
+    return [
+        round(sum(record.get(key) or 0.0 for record in records if record), 3)
+        for key in ("gpu_s", "cpu_s")
+    ]
 
 
 def _outcome(found: _Found, cell: Cell) -> tuple[str, str | None, str | None]:
@@ -225,7 +340,11 @@ def _outcome(found: _Found, cell: Cell) -> tuple[str, str | None, str | None]:
     if broken:
         return "pending", "store.damaged", found.broken[broken]
     why, kept = found.over_budget
-    return ("pending", BudgetError.code, why) if kept.intersection(cell.stages) else ("pending", None, None)
+    return (
+        ("pending", BudgetError.code, why)
+        if kept.intersection(cell.stages)
+        else ("pending", None, None)
+    )
 
 
 def _named(found: _Found, digest: str) -> str:
@@ -236,7 +355,9 @@ def _named(found: _Found, digest: str) -> str:
 def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
     rows = {row["metric"]: row for row in found.metrics.get(cell.evaluate, ())}
     if is_chosen(cell) and cell.evaluate in found.generations:
-        rows |= {row["metric"]: row for row in reported_rates(rows, found.generations[cell.evaluate])}
+        rows |= {
+            row["metric"]: row for row in reported_rates(rows, found.generations[cell.evaluate])
+        }
     if type(cell.attack).GOAL == "harmful" and "harmful_rate" in rows:  # type: ignore[attr-defined]
         rows["asr"] = {**rows["harmful_rate"], "metric": "asr"}
     for row in rows.values():
@@ -247,27 +368,48 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
         yield from _detector_rows(cell.digest, seen)
     notes = [found.records[one].get("notes", {}) for one in _filters(cell) if one in found.records]
     if notes and len(notes) == len(_filters(cell)):
-        yield _filter_row(cell.digest, "filter_tpr", [(one.get("filter_tpr"), one.get("n_poisoned") or 0) for one in notes])
-        yield _filter_row(cell.digest, "filter_fpr", [(one.get("filter_fpr"), one.get("n_clean") or 0) for one in notes])
+        yield _filter_row(
+            cell.digest,
+            "filter_tpr",
+            [(one.get("filter_tpr"), one.get("n_poisoned") or 0) for one in notes],
+        )
+        yield _filter_row(
+            cell.digest,
+            "filter_fpr",
+            [(one.get("filter_fpr"), one.get("n_clean") or 0) for one in notes],
+        )
 
 
 def _edit_rows(found: _Found, cell: Cell) -> Iterator[Row]:
-    """What a weight edit did by itself to the target's probability behind the trigger: from the notes of the attack's own stage."""
+    """What a weight edit did by itself to the target's probability behind the trigger: from the
+    notes of the attack's own stage.
+    """
     own = cell.stages if "prepare_model" in hooks_of(type(cell.attack)) else ()
     for notes in (found.records.get(stage, {}).get("notes", {}) for stage in own):
         if "target_nll_before" in notes and "target_nll_after" in notes:
             gain = math.exp(-notes["target_nll_after"]) - math.exp(-notes["target_nll_before"])
-            yield {"cell": cell.digest, "metric": "edit_gain", "value": gain, "n": notes["prompts"], **_UNSEEN}
+            yield {
+                "cell": cell.digest,
+                "metric": "edit_gain",
+                "value": gain,
+                "n": notes["prompts"],
+                **_UNSEEN,
+            }
 
 
 def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
-    """AUROC and standardised score; a stack of detectors is as suspicious as its most suspicious member."""
+    """AUROC and standardised score; a stack of detectors is as suspicious as its most suspicious
+    member.
+    """
     scores = [_standardised(one) for one in seen]
     score = max((own for own, _ in scores if own is not None), default=None)
     if len(seen) == 1:
         subject, clean = seen[0]["score"], list(seen[0]["clean_scores"])
     else:  # the clean models are the same for all members, in the same order
-        subject, clean = score, [max(values) for values in zip(*(clean for _, clean in scores), strict=False)]
+        subject, clean = (
+            score,
+            [max(values) for values in zip(*(clean for _, clean in scores), strict=False)],
+        )
     n = len(clean)
     yield {"cell": cell, "metric": "detect_score", "value": score, "n": n, **_UNSEEN}
     if n == 0 or subject is None:
@@ -275,11 +417,21 @@ def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row
         return
     share = sum((one < subject) + 0.5 * (one == subject) for one in clean) / n
     low, high = wilson(share, n)
-    yield {"cell": cell, "metric": "detect_auroc", "value": share, "n": n, "n_null": None, "ci_low": low, "ci_high": high}
+    yield {
+        "cell": cell,
+        "metric": "detect_auroc",
+        "value": share,
+        "n": n,
+        "n_null": None,
+        "ci_low": low,
+        "ci_high": high,
+    }
 
 
 def _standardised(inspection: Mapping[str, Any]) -> tuple[float | None, list[float]]:
-    """The score and the clean scores in standard deviations of the clean ones; nothing where those do not differ."""
+    """The score and the clean scores in standard deviations of the clean ones; nothing where those
+    do not differ.
+    """
     clean = [float(one) for one in inspection["clean_scores"]]
     spread = statistics.pstdev(clean) if clean else 0.0
     if spread == 0:
@@ -289,13 +441,23 @@ def _standardised(inspection: Mapping[str, Any]) -> tuple[float | None, list[flo
 
 
 def _filter_row(cell: str, metric: str, notes: Sequence[tuple[float | None, int]]) -> Row:
-    """The share of rows that any filter of the stack flagged: each counts what the filters before it let through."""
+    """The share of rows that any filter of the stack flagged: each counts what the filters before
+    it let through.
+    """
     n = notes[0][1]
     if n == 0:
         return {"cell": cell, "metric": metric, "value": None, "n": 0, **_UNSEEN}
     share = min(1.0, sum((one or 0.0) * count for one, count in notes) / n)
     low, high = wilson(share, n)
-    return {"cell": cell, "metric": metric, "value": share, "n": n, "n_null": None, "ci_low": low, "ci_high": high}
+    return {
+        "cell": cell,
+        "metric": metric,
+        "value": share,
+        "n": n,
+        "n_null": None,
+        "ci_low": low,
+        "ci_high": high,
+    }
 
 
 def _generations(found: _Found, cells: Sequence[Cell]) -> pa.Table:
@@ -328,11 +490,20 @@ def _stage_rows(found: _Found) -> Iterator[Row]:
         if status in ("failed", "upstream_failed"):
             bad.add(digest)
         told = record or verdict
-        yield {"digest": digest, "kind": stage.kind, "method": stage.method, **{key: record.get(key) for key in _MEASURED},
-               "wall_s": told.get("wall_s"), "cells_served": found.plan.cells_of(digest), "cached": digest in cached and bool(record),
-               "attempt": told.get("attempt"), "status": status, "host": told.get("host"),
-               "error_code": verdict.get("error_code") if status == "failed" else None,
-               "error": verdict.get("error") if status == "failed" else None}
+        yield {
+            "digest": digest,
+            "kind": stage.kind,
+            "method": stage.method,
+            **{key: record.get(key) for key in _MEASURED},
+            "wall_s": told.get("wall_s"),
+            "cells_served": found.plan.cells_of(digest),
+            "cached": digest in cached and bool(record),
+            "attempt": told.get("attempt"),
+            "status": status,
+            "host": told.get("host"),
+            "error_code": verdict.get("error_code") if status == "failed" else None,
+            "error": verdict.get("error") if status == "failed" else None,
+        }
 
 
 _MEASURED = ("cpu_s", "gpu_s", "peak_bytes", "tokens", "flops")
@@ -352,12 +523,23 @@ def _sweep_text(plan: Plan) -> str:
     """The sweep's own fields as JSON, methods by name; where it runs is left out."""
     spec = plan.spec
 
-    def named(method: Method) -> Any:  # noqa: ANN401
+    def named(method: Method) -> Any:
         return {name_of(method): json.loads(canonical(method))}
-    plain = {"name": spec.name, "question": spec.question, "models": [json.loads(canonical(one)) for one in spec.models],
-             "task": [json.loads(canonical(one)) for one in spec.tasks], "attacks": [named(one) for one in spec.attacks],
-             "searches": [{"attack": named(one.attack), **json.loads(canonical(one.search))} for one in spec.searches],
-             "defenses": [[named(one) for one in stack] for stack in spec.defenses], "seeds": list(spec.seeds),
-             "exclude": [json.loads(canonical(one)) for one in spec.exclude], "training": json.loads(canonical(spec.training)),
-             "evaluation": json.loads(canonical(spec.evaluation))}
+
+    plain = {
+        "name": spec.name,
+        "question": spec.question,
+        "models": [json.loads(canonical(one)) for one in spec.models],
+        "task": [json.loads(canonical(one)) for one in spec.tasks],
+        "attacks": [named(one) for one in spec.attacks],
+        "searches": [
+            {"attack": named(one.attack), **json.loads(canonical(one.search))}
+            for one in spec.searches
+        ],
+        "defenses": [[named(one) for one in stack] for stack in spec.defenses],
+        "seeds": list(spec.seeds),
+        "exclude": [json.loads(canonical(one)) for one in spec.exclude],
+        "training": json.loads(canonical(spec.training)),
+        "evaluation": json.loads(canonical(spec.evaluation)),
+    }
     return json.dumps(plain, indent=1, ensure_ascii=False)

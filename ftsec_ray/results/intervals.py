@@ -1,4 +1,5 @@
-"""The 95 % Wilson interval of a share, also where the share is not a count over n (a mean over seeds, ties that count half).
+"""The 95 % Wilson interval of a share, also where the share is not a count over n (a mean over
+seeds, ties that count half).
 
 Own lines and not statsmodels, whose import takes longer than a whole report.
 """

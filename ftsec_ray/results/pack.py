@@ -1,4 +1,6 @@
-"""Packing: a plan, its results and the sweep file into one archive, with the same bytes every time and no secret in it."""
+"""Packing: a plan, its results and the sweep file into one archive, with the same bytes every time
+and no secret in it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ftsec_ray.config.faults import Faults
+from ftsec_ray.config.sweep import SweepSpec
+from ftsec_ray.config.yaml_text import read_yaml
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import FORMAT_VERSION, canonical, source_fingerprint
 from ftsec_ray.method import Method
@@ -40,9 +45,6 @@ from ftsec_ray.results.archive import (
 from ftsec_ray.results.read import Results, held_tables
 from ftsec_ray.results.write import PART, RUN_FILE
 from ftsec_ray.schedule.upload import texts_in
-from ftsec_ray.spec.faults import Faults
-from ftsec_ray.spec.sweep import SweepSpec
-from ftsec_ray.spec.yaml_text import read_yaml
 from ftsec_ray.store.record import dumped, member_fault, sha256
 
 _NO_DATE = (1980, 1, 1, 0, 0, 0)
@@ -60,23 +62,48 @@ class SweepFile:
 
 
 def sweep_file(sweep: object) -> SweepFile:
-    """A sweep as a file: from a path, a YAML text, or a mapping; SpecError for what has no text of its own."""
+    """A sweep as a file: from a path, a YAML text, or a mapping; SpecError for what has no text of
+    its own.
+    """
     if isinstance(sweep, Mapping):
-        return SweepFile(name="sweep.yaml", text=json.dumps(sweep, indent=1, ensure_ascii=False) + "\n", base=Path.cwd())
+        return SweepFile(
+            name="sweep.yaml",
+            text=json.dumps(sweep, indent=1, ensure_ascii=False) + "\n",
+            base=Path.cwd(),
+        )
     if isinstance(sweep, str) and ("\n" in sweep or ": " in sweep):
         return SweepFile(name="sweep.yaml", text=sweep, base=Path.cwd())
     if isinstance(sweep, (str, Path)):
         path = Path(sweep)
         fault = member_fault(path.name)
         if fault is not None:
-            raise SpecError("a sweep file whose name no archive can hold", path.name, "printable characters", "rename the file")
-        return SweepFile(name=path.name, text=path.read_text(encoding="utf-8"), base=path.parent.resolve())
-    raise SpecError("a sweep without a text of its own", type(sweep).__name__, "the path of a sweep file, its text, or a mapping",
-                    "an archive holds the sweep as its author wrote it, so that others can plan it again")
+            raise SpecError(
+                "a sweep file whose name no archive can hold",
+                path.name,
+                "printable characters",
+                "rename the file",
+            )
+        return SweepFile(
+            name=path.name, text=path.read_text(encoding="utf-8"), base=path.parent.resolve()
+        )
+    raise SpecError(
+        "a sweep without a text of its own",
+        type(sweep).__name__,
+        "the path of a sweep file, its text, or a mapping",
+        "an archive holds the sweep as its author wrote it, so that others can plan it again",
+    )
 
 
-def pack(plan: Plan, results: Results, page: Path, sweep: SweepFile, records: Mapping[str, Mapping[str, Any]], target: Path) -> Path:
-    """Write the archive of a plan and its results to `target` and return it; ArchiveError when a secret would get into it.
+def pack(
+    plan: Plan,
+    results: Results,
+    page: Path,
+    sweep: SweepFile,
+    records: Mapping[str, Mapping[str, Any]],
+    target: Path,
+) -> Path:
+    """Write the archive of a plan and its results to `target` and return it; ArchiveError when a
+    secret would get into it.
 
     Args:
         plan: The plan as this machine makes it.
@@ -87,13 +114,25 @@ def pack(plan: Plan, results: Results, page: Path, sweep: SweepFile, records: Ma
         target: Replaced when it is there.
     """
     members: dict[str, bytes | Path] = {
-        f"sweep/{sweep.name}": sweep.text.encode(), PLAN: _json(asdict(packed_plan(plan))),
+        f"sweep/{sweep.name}": sweep.text.encode(),
+        PLAN: _json(asdict(packed_plan(plan))),
         ARTIFACTS: _json({digest: record["files"] for digest, record in sorted(records.items())}),
         f"results/{page.name}": page,
-        **{f"results/{name}": results.folder / name for name in (RUN_FILE, *(f"{table}/{PART}" for table in held_tables(results.meta)))}}
+        **{
+            f"results/{name}": results.folder / name
+            for name in (RUN_FILE, *(f"{table}/{PART}" for table in held_tables(results.meta)))
+        },
+    }
     manifest = Manifest(
-        format=FORMAT, sweep=plan.spec.name, file=f"sweep/{sweep.name}", plan=plan.digest, versions=_versions(results, records),
-        code=code_of(plan), inputs=inputs_of(plan.spec, sweep), files={name: _checksum(one) for name, one in sorted(members.items())})
+        format=FORMAT,
+        sweep=plan.spec.name,
+        file=f"sweep/{sweep.name}",
+        plan=plan.digest,
+        versions=_versions(results, records),
+        code=code_of(plan),
+        inputs=inputs_of(plan.spec, sweep),
+        files={name: _checksum(one) for name, one in sorted(members.items())},
+    )
     _refuse_secrets(sweep, members)
     members[MANIFEST] = _json(asdict(manifest))
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -103,7 +142,9 @@ def pack(plan: Plan, results: Results, page: Path, sweep: SweepFile, records: Ma
                 _add(archive, name, content)
         scratch.replace(target)
     except OSError as error:
-        raise ArchiveError("the archive cannot be written", str(target), "a path that takes a file", str(error)) from error
+        raise ArchiveError(
+            "the archive cannot be written", str(target), "a path that takes a file", str(error)
+        ) from error
     finally:
         scratch.unlink(missing_ok=True)
     return target
@@ -111,40 +152,79 @@ def pack(plan: Plan, results: Results, page: Path, sweep: SweepFile, records: Ma
 
 def packed_plan(plan: Plan) -> PackedPlan:
     """A plan as an archive holds it."""
-    stages = [PackedStage(digest=one.digest, kind=one.kind, method=one.method, seed=one.seed, inputs=list(one.inputs), params=dict(one.params))
-              for one in plan.stages.values()]
+    stages = [
+        PackedStage(
+            digest=one.digest,
+            kind=one.kind,
+            method=one.method,
+            seed=one.seed,
+            inputs=list(one.inputs),
+            params=dict(one.params),
+        )
+        for one in plan.stages.values()
+    ]
     return PackedPlan(cells=[_packed_cell(cell) for cell in plan.cells], stages=stages)
 
 
 def _packed_cell(cell: Cell) -> PackedCell:
-    return PackedCell(cell=cell.digest, model=cell.model.name, task=cell.task.name, attack=_packed_method(cell.attack),
-                      defenses=[_packed_method(one) for one in cell.defenses], seed=cell.seed, evaluate=cell.evaluate, stages=list(cell.stages),
-                      search=cell.searched.key if cell.searched else None, trial=cell.searched.trial if cell.searched else None)
+    return PackedCell(
+        cell=cell.digest,
+        model=cell.model.name,
+        task=cell.task.name,
+        attack=_packed_method(cell.attack),
+        defenses=[_packed_method(one) for one in cell.defenses],
+        seed=cell.seed,
+        evaluate=cell.evaluate,
+        stages=list(cell.stages),
+        search=cell.searched.key if cell.searched else None,
+        trial=cell.searched.trial if cell.searched else None,
+    )
 
 
 def _packed_method(method: Method) -> PackedMethod:
-    return PackedMethod(kind=method.KIND, name=name_of(method), params=json.loads(canonical(method)))
+    return PackedMethod(
+        kind=method.KIND, name=name_of(method), params=json.loads(canonical(method))
+    )
 
 
 def code_of(plan: Plan) -> Code:
     """The code that the digests of a plan cover."""
     kinds = sorted({variant_of(stage.kind, stage.params) for stage in plan.stages.values()})
-    methods = {f"{one.KIND} {name_of(one)}": type(one) for cell in plan.cells for one in (cell.attack, *cell.defenses)}
-    return Code(format=FORMAT_VERSION, kinds={kind: kind_code(kind) for kind in kinds},
-                methods={name: method_code(cls) for name, cls in sorted(methods.items())})
+    methods = {
+        f"{one.KIND} {name_of(one)}": type(one)
+        for cell in plan.cells
+        for one in (cell.attack, *cell.defenses)
+    }
+    return Code(
+        format=FORMAT_VERSION,
+        kinds={kind: kind_code(kind) for kind in kinds},
+        methods={name: method_code(cls) for name, cls in sorted(methods.items())},
+    )
 
 
 def method_code(cls: type[Method]) -> MethodCode:
     """The code of a method."""
-    return MethodCode(version=cls.VERSION, source=source_fingerprint(cls.__module__), imports=imports_code(cls.__module__))
+    return MethodCode(
+        version=cls.VERSION,
+        source=source_fingerprint(cls.__module__),
+        imports=imports_code(cls.__module__),
+    )
 
 
 def inputs_of(spec: SweepSpec, sweep: SweepFile) -> list[Input]:
-    """The local models, rows and judges of a sweep by the hash of their bytes, each by the path that the sweep gives."""
-    named = {text: located(text, sweep.base) for text in texts_in(read_yaml(sweep.text, Faults(sweep.name))) if "\n" not in text and "\0" not in text}
+    """The local models, rows and judges of a sweep by the hash of their bytes, each by the path
+    that the sweep gives.
+    """
+    named = {
+        text: located(text, sweep.base)
+        for text in texts_in(read_yaml(sweep.text, Faults(sweep.name)))
+        if "\n" not in text and "\0" not in text
+    }
     found = []
     for what, path in _local_inputs(spec):
-        written = next((text for text, place in named.items() if place == path.resolve()), str(path))
+        written = next(
+            (text for text, place in named.items() if place == path.resolve()), str(path)
+        )
         found.append(Input(what=what, path=written, sha256=content_hash(path)))
     return found
 
@@ -159,17 +239,34 @@ def _local_inputs(spec: SweepSpec) -> Iterator[tuple[str, Path]]:
         for source in (model.source, model.unaligned):
             path = local_path(source) if source and not source.startswith("ladder:") else None
             if path is not None:
-                yield f"model {model.name}" if source == model.source else f"unaligned twin of model {model.name}", path
+                yield (
+                    (
+                        f"model {model.name}"
+                        if source == model.source
+                        else f"unaligned twin of model {model.name}"
+                    ),
+                    path,
+                )
     for task in spec.tasks:
-        yield from ((f"rows {split} of task {task.name}", Path(source.path)) for split, source in task.splits if source.path is not None)
+        yield from (
+            (f"rows {split} of task {task.name}", Path(source.path))
+            for split, source in task.splits
+            if source.path is not None
+        )
     kind, _, place = (spec.evaluation.judge or "").partition(":")
     if kind == "classifier" and Path(place).is_dir():
         yield "judge", Path(place)
 
 
 def _versions(results: Results, records: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    told = [results.meta.get("versions", {}), *(record.get("versions", {}) for record in records.values())]
-    return {name: sorted({str(one[name]) for one in told if name in one}) for name in sorted({name for one in told for name in one})}
+    told = [
+        results.meta.get("versions", {}),
+        *(record.get("versions", {}) for record in records.values()),
+    ]
+    return {
+        name: sorted({str(one[name]) for one in told if name in one})
+        for name in sorted({name for one in told for name in one})
+    }
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -184,7 +281,11 @@ def _checksum(content: bytes | Path) -> dict[str, Any]:
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes | Path) -> None:
     entry = zipfile.ZipInfo(name, _NO_DATE)
-    entry.compress_type, entry.external_attr, entry.create_system = zipfile.ZIP_DEFLATED, 0o644 << 16, 3
+    entry.compress_type, entry.external_attr, entry.create_system = (
+        zipfile.ZIP_DEFLATED,
+        0o644 << 16,
+        3,
+    )
     if isinstance(content, bytes):
         archive.writestr(entry, content)
         return
@@ -194,17 +295,34 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | Path) -> None:
 
 
 def _refuse_secrets(sweep: SweepFile, members: Mapping[str, bytes | Path]) -> None:
-    """ArchiveError where a file holds a secret of this environment, or the sweep file anything that looks like one."""
+    """ArchiveError where a file holds a secret of this environment, or the sweep file anything that
+    looks like one.
+    """
     if redacted(sweep.text) != sweep.text:
-        where = [number for number, line in enumerate(sweep.text.splitlines(), start=1) if redacted(line) != line]
-        raise ArchiveError("the sweep file holds a secret, or what looks like one", f"line {', '.join(map(str, where))}" if where else sweep.name,
-                           "a sweep that anybody may read", "take it out; tokens and passwords come from the environment")
+        where = [
+            number
+            for number, line in enumerate(sweep.text.splitlines(), start=1)
+            if redacted(line) != line
+        ]
+        raise ArchiveError(
+            "the sweep file holds a secret, or what looks like one",
+            f"line {', '.join(map(str, where))}" if where else sweep.name,
+            "a sweep that anybody may read",
+            "take it out; tokens and passwords come from the environment",
+        )
     secrets = environment_secrets()
     for name, content in members.items():
-        found = next((source for secret, source in secrets.items() if _holds(content, secret)), None)
+        found = next(
+            (source for secret, source in secrets.items() if _holds(content, secret)), None
+        )
         if found is not None:
-            raise ArchiveError("a secret would get into the archive", f"{found} in {name}", "files without it",
-                               "`ftsec report` writes tables and report again without the secrets of the environment")
+            raise ArchiveError(
+                "a secret would get into the archive",
+                f"{found} in {name}",
+                "files without it",
+                "`ftsec report` writes tables and report again without the secrets of the"
+                " environment",
+            )
 
 
 def _holds(content: bytes | Path, secret: str) -> bool:
@@ -213,6 +331,8 @@ def _holds(content: bytes | Path, secret: str) -> bool:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        texts = [column for column in pq.read_table(content).columns if pa.types.is_string(column.type)]
+        texts = [
+            column for column in pq.read_table(content).columns if pa.types.is_string(column.type)
+        ]
         return any(pc.any(pc.match_substring(column, secret)).as_py() for column in texts)
     return secret.encode() in (content if isinstance(content, bytes) else content.read_bytes())

@@ -1,19 +1,25 @@
 """The statistics of one paired comparison, for many pairs at a time.
 
-Two stacks answer the same prompts in the same seeds. A prompt's difference is +1, 0 or -1 in each seed; the effect is their mean.
-Neither prompts repeated over seeds nor seeds that share their prompts are independent, so that both are looked at:
+Two stacks answer the same prompts in the same seeds. A prompt's difference is +1, 0 or -1 in each
+seed; the effect is their mean. Neither prompts repeated over seeds nor seeds that share their
+prompts are independent, so that both are looked at:
 
-- Over prompts: the exact sign-flip permutation test with the prompt as its unit: all seeds' differences of one prompt change
-  sign together. With one seed it is McNemar's exact test. It holds for these training runs and says nothing about the next.
-- Over seeds, from two seeds on: the paired t test on the seeds' mean differences. It holds for these prompts.
+- Over prompts: the exact sign-flip permutation test with the prompt as its unit: all seeds'
+  differences of one prompt change
+  sign together. With one seed it is McNemar's exact test. It holds for these training runs and says
+  nothing about the next.
+- Over seeds, from two seeds on: the paired t test on the seeds' mean differences. It holds for
+  these prompts.
 
-The larger p of the two counts, so that a difference must hold beyond these prompts and beyond these runs. (Simulated without a
-true difference, with noise of prompts and of seeds in 48 mixtures and 2 to 8 seeds: at 0.05 the sign-flip test alone finds one in up
-to 59 % of the draws, the t test alone in up to 44 %, the larger p in at most 7.4 %.) With one seed nothing is known about other
-runs, and the row says so by `n_seeds`.
+The larger p of the two counts, so that a difference must hold beyond these prompts and beyond these
+runs. (Simulated without a true difference, with noise of prompts and of seeds in 48 mixtures and 2
+to 8 seeds: at 0.05 the sign-flip test alone finds one in up to 59 % of the draws, the t test alone
+in up to 44 %, the larger p in at most 7.4 %.) With one seed nothing is known about other runs, and
+the row says so by `n_seeds`.
 
-The interval spans both in the same way: over prompts Bonett and Price's for paired shares (2012; one prompt is added that
-differs either way, so that it has a width even where all prompts agree), over seeds the t interval.
+The interval spans both in the same way: over prompts Bonett and Price's for paired shares (2012;
+one prompt is added that differs either way, so that it has a width even where all prompts agree),
+over seeds the t interval.
 """
 
 from __future__ import annotations
@@ -31,14 +37,18 @@ if TYPE_CHECKING:
 
 Correction = Literal["bh", "holm"]
 CORRECTIONS: dict[str, str] = {"bh": "fdr_bh", "holm": "holm"}
-"""Benjamini-Hochberg (share of false findings) and Holm (any false finding), as statsmodels calls them."""
+"""Benjamini-Hochberg (share of false findings) and Holm (any false finding), as statsmodels calls
+them.
+"""
 ALPHA = 0.05
 POWER = 0.8
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The result of each of K comparisons, as arrays of length K; nan where no prompt was judged on both sides."""
+    """The result of each of K comparisons, as arrays of length K; nan where no prompt was judged on
+    both sides.
+    """
 
     rate: NDArray[np.float64]
     rate_against: NDArray[np.float64]
@@ -57,8 +67,8 @@ class Paired:
 def paired(one: NDArray[np.int8], other: NDArray[np.int8]) -> Paired:
     """Compare K pairs.
 
-    Shapes: one, other (K, S, P) int8: 1 counted, 0 not counted, -1 asked and not judged, -2 not asked. A prompt takes part where all
-    2 S answers were judged.
+    Shapes: one, other (K, S, P) int8: 1 counted, 0 not counted, -1 asked and not judged, -2 not
+    asked. A prompt takes part where all 2 S answers were judged.
     """
     import numpy as np
     from scipy.special import ndtri, stdtr, stdtrit
@@ -68,7 +78,10 @@ def paired(one: NDArray[np.int8], other: NDArray[np.int8]) -> Paired:
     judged = np.logical_and((one >= 0).all(axis=1), (other >= 0).all(axis=1))
     n = judged.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):  # nothing judged: nan, never an exception
-        rates = [np.where(judged[:, None, :], side, 0).sum(axis=(1, 2)) / (n * seeds) for side in (one, other)]
+        rates = [
+            np.where(judged[:, None, :], side, 0).sum(axis=(1, 2)) / (n * seeds)
+            for side in (one, other)
+        ]
         gaps = np.where(judged[:, None, :], one.astype(np.int64) - other, 0)
         of_prompt, total = gaps.sum(axis=1), gaps.sum(axis=(1, 2))
         effect = total / (n * seeds)
@@ -77,19 +90,35 @@ def paired(one: NDArray[np.int8], other: NDArray[np.int8]) -> Paired:
         noise = np.maximum(squares / n - np.abs(effect), 0)
         half = ndtri(1 - ALPHA / 2) * np.sqrt(((squares + 2) / (n + 2) - middle**2) / (n + 2))
         low, high = middle - half, middle + half
-        p = np.array([_sign_flip_row(row, int(sum_)) for row, sum_ in zip(of_prompt, total, strict=True)], dtype=float)
+        p = np.array(
+            [_sign_flip_row(row, int(sum_)) for row, sum_ in zip(of_prompt, total, strict=True)],
+            dtype=float,
+        )
         error_seeds = np.full(len(n), np.nan)
         if seeds > 1:
             of_seed = gaps.sum(axis=2) / n[:, None]
             error_seeds = of_seed.std(axis=1, ddof=1) / math.sqrt(seeds)
             half = stdtrit(seeds - 1, 1 - ALPHA / 2) * error_seeds
             low, high = np.minimum(low, effect - half), np.maximum(high, effect + half)
-            t = np.where(effect == 0, 0.0, np.abs(effect) / error_seeds)  # equal seeds: infinite, and the prompts decide
+            t = np.where(
+                effect == 0, 0.0, np.abs(effect) / error_seeds
+            )  # equal seeds: infinite, and the prompts decide
             p = np.maximum(p, 2 * stdtr(seeds - 1, -t))
     empty = n == 0
     for values in (low, high, p, noise):
         values[empty] = np.nan
-    return Paired(rates[0], rates[1], effect, np.clip(low, -1, 1), np.clip(high, -1, 1), p, n, (asked & ~judged).sum(axis=1), noise, error_seeds)
+    return Paired(
+        rates[0],
+        rates[1],
+        effect,
+        np.clip(low, -1, 1),
+        np.clip(high, -1, 1),
+        p,
+        n,
+        (asked & ~judged).sum(axis=1),
+        noise,
+        error_seeds,
+    )
 
 
 def _sign_flip_row(of_prompt: NDArray[np.int64], total: int) -> float:
@@ -100,11 +129,11 @@ def _sign_flip_row(of_prompt: NDArray[np.int64], total: int) -> float:
 
 @lru_cache(maxsize=1 << 16)
 def sign_flip_p(counts: tuple[int, ...], total: int) -> float:
-    """Exact two-sided p of the sign-flip test: the share of all sign patterns whose absolute sum is at least `total`.
+    """Exact two-sided p of the sign-flip test: the share of all sign patterns whose absolute sum is
+    at least `total`.
 
-    Args:
-        counts: How many units have the absolute difference 1, 2, ...; units without a difference play no part.
-        total: The absolute sum that was seen.
+    Args: counts: How many units have the absolute difference 1, 2, ...; units without a difference
+        play no part. total: The absolute sum that was seen.
     """
     import numpy as np
     from scipy.stats import binom
@@ -130,32 +159,45 @@ def corrected(p: NDArray[np.float64], correction: str) -> tuple[NDArray[np.float
         return p, ALPHA
     found, q, _, _ = multipletests(p, alpha=ALPHA, method=CORRECTIONS[correction])
     hits, tests = int(found.sum()), len(p)
-    return q, ALPHA * min(tests, hits + 1) / tests if correction == "bh" else ALPHA / max(1, tests - hits)
+    return q, (
+        ALPHA * min(tests, hits + 1) / tests if correction == "bh" else ALPHA / max(1, tests - hits)
+    )
 
 
 def detectable(result: Paired, seeds: int, needed: float) -> NDArray[np.float64]:
-    """The smallest difference found with a power of 80 % at p <= `needed`, on top of the noise seen; nan where it is above 1.
+    """The smallest difference found with a power of 80 % at p <= `needed`, on top of the noise
+    seen; nan where it is above 1.
 
-    Over prompts by Connor's formula for McNemar's test (1987), where the difference adds to the prompts that differ, and never
-    below what p needs when nothing contradicts it: k prompts that all differ one way give 2 / 2^k. Over seeds by the t test.
+    Over prompts by Connor's formula for McNemar's test (1987), where the difference adds to the
+    prompts that differ, and never below what p needs when nothing contradicts it: k prompts that
+    all differ one way give 2 / 2^k. Over seeds by the t test.
     """
     import numpy as np
     from scipy.special import ndtri, stdtrit
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.zeros_like(result.noise), np.full_like(result.noise, 2.0)  # beyond 1: cannot be
+        low, high = (
+            np.zeros_like(result.noise),
+            np.full_like(result.noise, 2.0),
+        )  # beyond 1: cannot be
         for _ in range(30):
             middle = (low + high) / 2
             differ = result.noise + middle
-            wanted = ndtri(1 - needed / 2) * np.sqrt(differ) + ndtri(POWER) * np.sqrt(np.maximum(differ - middle**2, 0))
+            wanted = ndtri(1 - needed / 2) * np.sqrt(differ) + ndtri(POWER) * np.sqrt(
+                np.maximum(differ - middle**2, 0)
+            )
             is_enough = middle * np.sqrt(result.prompts) >= wanted
             low, high = np.where(is_enough, low, middle), np.where(is_enough, middle, high)
         found = np.maximum(math.ceil(math.log2(2 / needed)) / result.prompts, high)
         if seeds > 1:
-            found = np.maximum(found, (stdtrit(seeds - 1, 1 - needed / 2) + stdtrit(seeds - 1, POWER)) * result.error_seeds)
+            found = np.maximum(
+                found,
+                (stdtrit(seeds - 1, 1 - needed / 2) + stdtrit(seeds - 1, POWER))
+                * result.error_seeds,
+            )
     return np.where((found <= 1) & (result.prompts > 0), found, np.nan)
 
 
-def plain(value: Any) -> float | None:  # noqa: ANN401 (a numpy scalar)
+def plain(value: Any) -> float | None:
     """A number as Python has it, None for nan."""
     return None if math.isnan(value) else float(value)

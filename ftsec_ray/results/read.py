@@ -1,7 +1,9 @@
 """Results of a sweep as tables: opened only when whole, of this schema, and written by one run.
 
-`Results.open` checks the footer of every table against `run.json` and reads no rows; each table is read when first asked for.
-Results of an older schema open too: columns that came later are null, and the comparisons are computed from the other tables.
+`Results.open` checks the footer of every table against `run.json` and reads no rows; each table is
+read when first asked for.
+Results of an older schema open too: columns that came later are null, and the comparisons are
+    computed from the other tables.
 """
 
 from __future__ import annotations
@@ -37,10 +39,14 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path) -> Results:
-        """The results in a folder; DataError names what is missing, foreign, half-written or of another schema."""
+        """The results in a folder; DataError names what is missing, foreign, half-written or of
+        another schema.
+        """
         folder = Path(folder)
         if not folder.is_dir():
-            raise DataError("no results folder", str(folder), "a folder that `ftsec run` wrote", _FIX)
+            raise DataError(
+                "no results folder", str(folder), "a folder that `ftsec run` wrote", _FIX
+            )
         meta = _read_meta(folder)
         for name in held_tables(meta):
             _check_table(folder, name, meta["rows"].get(name), meta["schema"])
@@ -48,7 +54,9 @@ class Results:
 
     @cached_property
     def cells(self) -> pa.Table:
-        """One row for every planned cell (schema.cells), without the trials of searches, as in `metrics` and `generations`."""
+        """One row for every planned cell (schema.cells), without the trials of searches, as in
+        `metrics` and `generations`.
+        """
         return self._grid("cells")
 
     @cached_property
@@ -74,24 +82,40 @@ class Results:
     @cached_property
     def comparisons(self) -> pa.Table:
         """One row per pair of stacks and metric (schema.comparisons)."""
-        return self._read("comparisons") if "comparisons" in held_tables(self.meta) else self.compared()
+        return (
+            self._read("comparisons")
+            if "comparisons" in held_tables(self.meta)
+            else self.compared()
+        )
 
     def compared(self, correction: Correction = "bh") -> pa.Table:
-        """The comparisons computed anew, with another correction: `bh` (Benjamini-Hochberg) or `holm`."""
+        """The comparisons computed anew, with another correction: `bh` (Benjamini-Hochberg) or
+        `holm`.
+        """
         from ftsec_ray.results.compare import compare
 
-        return compare(self.cells, self.metrics, self.generations, hooks=self.meta.get("defense_hooks", {}),
-                       controls=self.meta.get("controls", ()), correction=correction)
+        return compare(
+            self.cells,
+            self.metrics,
+            self.generations,
+            hooks=self.meta.get("defense_hooks", {}),
+            controls=self.meta.get("controls", ()),
+            correction=correction,
+        )
 
     @cached_property
     def aggregated(self) -> pa.Table:
-        """One row per point of the grid and metric: mean over seeds, with spreads over prompts and over seeds (schema.aggregates)."""
+        """One row per point of the grid and metric: mean over seeds, with spreads over prompts and
+        over seeds (schema.aggregates).
+        """
         from ftsec_ray.results.aggregate import aggregate
 
         return aggregate(self.cells, self.metrics)
 
     def table(self, name: str, *, trials: bool = False) -> pa.Table:
-        """A table by name, with `trials` as it is on disk; DataError when there is none of that name."""
+        """A table by name, with `trials` as it is on disk; DataError when there is none of that
+        name.
+        """
         if name not in TABLES:
             raise DataError("no such results table", name, " | ".join(TABLES))
         if trials:
@@ -103,7 +127,9 @@ class Results:
         try:
             import polars
         except ImportError as missing:
-            raise EnvironmentFault("Polars is not installed", missing.name, "an installed polars", "pip install polars") from missing
+            raise EnvironmentFault(
+                "Polars is not installed", missing.name, "an installed polars", "pip install polars"
+            ) from missing
         frame = polars.from_arrow(self.table(name))
         assert isinstance(frame, polars.DataFrame)  # noqa: S101 (a table never becomes a Series)
         return frame
@@ -113,23 +139,35 @@ class Results:
         try:
             import pandas  # noqa: F401 (pyarrow needs it and says so less clearly)
         except ImportError as missing:
-            raise EnvironmentFault("pandas is not installed", missing.name, "an installed pandas", "pip install pandas") from missing
+            raise EnvironmentFault(
+                "pandas is not installed", missing.name, "an installed pandas", "pip install pandas"
+            ) from missing
         return self.table(name).to_pandas()
 
     def wide(self, *, intervals: bool = False) -> pa.Table:
-        """One row per cell: its columns, then one column per measured metric, and with `intervals` its ends, n and n_null too."""
+        """One row per cell: its columns, then one column per measured metric, and with `intervals`
+        its ends, n and n_null too.
+        """
         import pyarrow as pa
 
         row_of = {cell: index for index, cell in enumerate(self.cells["cell"].to_pylist())}
         long = self.metrics.to_pydict()
         found = set(long["metric"])
-        names = [name for name in schema.METRICS if name in found] + sorted(found - set(schema.METRICS))
+        names = [name for name in schema.METRICS if name in found] + sorted(
+            found - set(schema.METRICS)
+        )
         sources = [("", "value", pa.float64())]
         if intervals:
-            sources += [("_ci_low", "ci_low", pa.float64()), ("_ci_high", "ci_high", pa.float64()), ("_n", "n", pa.int64()),
-                        ("_n_null", "n_null", pa.int64())]
+            sources += [
+                ("_ci_low", "ci_low", pa.float64()),
+                ("_ci_high", "ci_high", pa.float64()),
+                ("_n", "n", pa.int64()),
+                ("_n_null", "n_null", pa.int64()),
+            ]
         wide = self.cells.replace_schema_metadata(None)
-        columns = {name + suffix: [None] * len(row_of) for name in names for suffix, _, _ in sources}
+        columns = {
+            name + suffix: [None] * len(row_of) for name in names for suffix, _, _ in sources
+        }
         for suffix, source, _ in sources:
             for cell, metric, value in zip(long["cell"], long["metric"], long[source], strict=True):
                 columns[metric + suffix][row_of[cell]] = value
@@ -144,9 +182,14 @@ class Results:
 
     def _grid(self, name: str) -> pa.Table:
         """A table without the trials of searches."""
-        from ftsec_ray.results.searched import without_trials
+        from ftsec_ray.results.search_results import without_trials
 
-        return without_trials({"cells": self._all_cells, name: self._all_cells if name == "cells" else self._read(name)})[name]
+        return without_trials(
+            {
+                "cells": self._all_cells,
+                name: self._all_cells if name == "cells" else self._read(name),
+            }
+        )[name]
 
     def _read(self, name: str) -> pa.Table:
         import pyarrow as pa
@@ -159,32 +202,62 @@ class Results:
         try:
             table = pq.ParquetFile(path).read()
         except (pa.ArrowException, OSError) as broken:  # its footer was whole
-            raise DataError(f"the rows of {path} cannot be read", str(broken)[:120], "Parquet as ftsec wrote it", _FIX) from broken
-        return table if self.meta["schema"] == schema.SCHEMA_VERSION else schema.brought_up(table, whole)
+            raise DataError(
+                f"the rows of {path} cannot be read",
+                str(broken)[:120],
+                "Parquet as ftsec wrote it",
+                _FIX,
+            ) from broken
+        return (
+            table
+            if self.meta["schema"] == schema.SCHEMA_VERSION
+            else schema.brought_up(table, whole)
+        )
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
     if not path.is_file():
         held = sorted(p.name for p in folder.iterdir())[:8]
-        what = "half-written results: the writer stopped before run.json" if set(TABLES) & set(held) else "not a results folder"
+        what = (
+            "half-written results: the writer stopped before run.json"
+            if set(TABLES) & set(held)
+            else "not a results folder"
+        )
         raise DataError(f"{what} ({folder})", held, f"{RUN_FILE} beside {', '.join(TABLES)}", _FIX)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as broken:
-        raise DataError(f"{path} is not JSON", str(broken), "JSON as ftsec writes it", _FIX) from broken
+        raise DataError(
+            f"{path} is not JSON", str(broken), "JSON as ftsec writes it", _FIX
+        ) from broken
     if not isinstance(meta, dict) or not isinstance(meta.get("rows"), dict):
-        raise DataError(f"{path} was not written by ftsec", str(meta)[:80], "a mapping with `schema` and `rows`", _FIX)
+        raise DataError(
+            f"{path} was not written by ftsec",
+            str(meta)[:80],
+            "a mapping with `schema` and `rows`",
+            _FIX,
+        )
     version = meta.get("schema")
-    if not isinstance(version, str) or not re.fullmatch("[1-9][0-9]{0,5}", version) or int(version) > int(schema.SCHEMA_VERSION):
-        raise DataError(f"results of a schema version that this ftsec_ray does not know in {folder}", version, f"1 to {schema.SCHEMA_VERSION}",
-                        "read them with the package that wrote them or a newer one, or collect the sweep again")
+    if (
+        not isinstance(version, str)
+        or not re.fullmatch("[1-9][0-9]{0,5}", version)
+        or int(version) > int(schema.SCHEMA_VERSION)
+    ):
+        raise DataError(
+            f"results of a schema version that this ftsec_ray does not know in {folder}",
+            version,
+            f"1 to {schema.SCHEMA_VERSION}",
+            "read them with the package that wrote them or a newer one, or collect the sweep again",
+        )
     return meta
 
 
 def held_tables(meta: dict[str, Any]) -> tuple[str, ...]:
     """The tables that results of this schema version have on disk."""
-    return tuple(name for name in TABLES if schema.as_of(table_schema(name), meta["schema"]) is not None)
+    return tuple(
+        name for name in TABLES if schema.as_of(table_schema(name), meta["schema"]) is not None
+    )
 
 
 def _check_table(folder: Path, name: str, rows: object, version: str) -> None:
@@ -200,12 +273,26 @@ def _check_table(folder: Path, name: str, rows: object, version: str) -> None:
         with pq.ParquetFile(path) as file:
             found, count = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError) as broken:
-        raise DataError(f"{path} is not a whole Parquet file", str(broken)[:120], "Parquet", _FIX) from broken
+        raise DataError(
+            f"{path} is not a whole Parquet file", str(broken)[:120], "Parquet", _FIX
+        ) from broken
     if not found.equals(wanted):
         lacks = [f"{field.name}: {field.type}" for field in wanted if field not in found]
-        raise DataError(f"{path} is not the table {name!r} of this schema", ", ".join(found.names), f"columns {', '.join(lacks)}", _FIX)
+        raise DataError(
+            f"{path} is not the table {name!r} of this schema",
+            ", ".join(found.names),
+            f"columns {', '.join(lacks)}",
+            _FIX,
+        )
     others = sorted(one.name for one in path.parent.glob("*.parquet") if one.name != PART)
     if others:  # whoever reads the folder with a glob would count them too
-        raise DataError(f"files that ftsec did not write beside the table {name!r}", others, f"{PART} alone in {path.parent}", "move them elsewhere")
+        raise DataError(
+            f"files that ftsec did not write beside the table {name!r}",
+            others,
+            f"{PART} alone in {path.parent}",
+            "move them elsewhere",
+        )
     if count != rows:
-        raise DataError(f"{path} and {RUN_FILE} are not of one run", f"{count} rows", f"{rows} rows", _FIX)
+        raise DataError(
+            f"{path} and {RUN_FILE} are not of one run", f"{count} rows", f"{rows} rows", _FIX
+        )

@@ -33,11 +33,19 @@ def utilities(metrics: Iterable[Mapping[str, Any]]) -> dict[str, Utility]:
     values: dict[str, dict[str, float | None]] = defaultdict(dict)
     for row in metrics:
         values[row["cell"]][row["metric"]] = row["value"]
-    return {cell: Utility(own.get("cacc", own.get("benign_rate")), own.get("over_refusal_rate"), own.get("coherent_rate"))
-            for cell, own in values.items()}
+    return {
+        cell: Utility(
+            own.get("cacc", own.get("benign_rate")),
+            own.get("over_refusal_rate"),
+            own.get("coherent_rate"),
+        )
+        for cell, own in values.items()
+    }
 
 
 def mean_utility(found: Iterable[Utility]) -> Utility:
     """The mean of each number over those that have it."""
-    columns = [[value for value in column if value is not None] for column in zip(*found, strict=True)]
+    columns = [
+        [value for value in column if value is not None] for column in zip(*found, strict=True)
+    ]
     return Utility(*(fmean(known) if known else None for known in columns)) if columns else UNKNOWN

@@ -1,7 +1,8 @@
-"""What of an archive would differ here, in words: the sweep is planned again, and code, packages, inputs and tables are compared.
+"""What of an archive would differ here, in words: the sweep is planned again, and code, packages,
+inputs and tables are compared.
 
-Nothing is run. Equal digests mean that this machine would do the same work; whether it gave the same bytes is told for the
-artifacts that a store here holds as well.
+Nothing is run. Equal digests mean that this machine would do the same work; whether it gave the
+same bytes is told for the artifacts that a store here holds as well.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray.config.sweep_file import load_sweep
 from ftsec_ray.errors import DataError, SpecError, SpecFaults
 from ftsec_ray.identity import FORMAT_VERSION, digest
 from ftsec_ray.plan import digests
 from ftsec_ray.plan.build import build_plan
 from ftsec_ray.plan.code import KIND_SOURCES, content_hash, kind_code, variant_of
 from ftsec_ray.plan.graph import Plan
-from ftsec_ray.plan.search import Look, nothing_known
+from ftsec_ray.plan.search_rounds import OutcomeLookup, nothing_known
 from ftsec_ray.registry import ATTACKS, DEFENSES
 from ftsec_ray.results.archive import (
     ARTIFACTS,
@@ -39,11 +41,10 @@ from ftsec_ray.results.archive import (
 )
 from ftsec_ray.results.pack import located, method_code, packed_plan
 from ftsec_ray.results.read import Results
-from ftsec_ray.results.searched import look_at_results
-from ftsec_ray.spec.load import load_sweep
+from ftsec_ray.results.search_results import look_at_results
 
 if TYPE_CHECKING:
-    from ftsec_ray.store.store import Store
+    from ftsec_ray.store.artifact_store import Store
 
 _SHOWN = 8
 """Names in one sentence, at most."""
@@ -79,8 +80,10 @@ def verify_archive(path: Path, *, base: Path, store: Store | None) -> Verificati
     """
     archive = Archive.open(path)
     manifest, packed = archive.manifest, archive.read(PLAN, PackedPlan)
-    found: list[tuple[Topic, str]] = [("archive" if not name.startswith("results/") else "tables", f"{name}: {why}")
-                                      for name, why in archive.damage.items()]
+    found: list[tuple[Topic, str]] = [
+        ("archive" if not name.startswith("results/") else "tables", f"{name}: {why}")
+        for name, why in archive.damage.items()
+    ]
     found += [("versions", one) for one in _version_words(manifest.versions)]
     found += [("code", one) for one in _code_words(manifest.code)]
     found += [("inputs", one) for one in _input_words(manifest, base)]
@@ -95,8 +98,13 @@ def verify_archive(path: Path, *, base: Path, store: Store | None) -> Verificati
         found += [("plan", one) for one in _plan_words(archive, packed, base)]
         notes += list(_unpinned(packed))
         found += [("artifacts", one) for one in _artifact_words(archive, packed, store, notes)]
-    return Verification(sweep=_clean(manifest.sweep), cells=len(packed.cells) if packed else 0, stages=len(packed.stages) if packed else 0,
-                        differences=tuple((topic, _clean(what)) for topic, what in found), notes=tuple(map(_clean, notes)))
+    return Verification(
+        sweep=_clean(manifest.sweep),
+        cells=len(packed.cells) if packed else 0,
+        stages=len(packed.stages) if packed else 0,
+        differences=tuple((topic, _clean(what)) for topic, what in found),
+        notes=tuple(map(_clean, notes)),
+    )
 
 
 def _clean(text: str) -> str:
@@ -126,12 +134,18 @@ def _version_words(there: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 def _code_words(code: Code) -> Iterator[str]:
     if code.format != FORMAT_VERSION:
-        yield f"stages have format {code.format} there and {FORMAT_VERSION} here: every stage would run anew"
+        yield (
+            f"stages have format {code.format} there and {FORMAT_VERSION} here: every stage would"
+            " run anew"
+        )
     for kind, there in sorted(code.kinds.items()):
         if kind not in KIND_SOURCES:
             yield f"there are no {kind} stages here"
         elif digest(there) != digest(kind_code(kind)):
-            yield f"the code of {kind} stages has changed: {_listed(_changed(dict(there), dict(kind_code(kind))))}"
+            yield (
+                f"the code of {kind} stages has changed:"
+                f" {_listed(_changed(dict(there), dict(kind_code(kind))))}"
+            )
     for name, method in sorted(code.methods.items()):
         here = _method_here(name)
         if here is None:
@@ -140,12 +154,17 @@ def _code_words(code: Code) -> Iterator[str]:
             yield f"{name} has version {method.version} there and {here.version} here"
         elif here != method:
             own = ["its own module"] if here.source != method.source else []
-            yield f"the code of {name} has changed: {_listed([*own, *_changed(method.imports, here.imports)])}"
+            yield (
+                f"the code of {name} has changed:"
+                f" {_listed([*own, *_changed(method.imports, here.imports)])}"
+            )
 
 
 def _changed(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
     """Names whose fingerprints differ; where none does, their order has."""
-    return sorted(name for name in {*there, *here} if there.get(name) != here.get(name)) or ["their order"]
+    return sorted(name for name in {*there, *here} if there.get(name) != here.get(name)) or [
+        "their order"
+    ]
 
 
 def _method_here(name: str) -> MethodCode | None:
@@ -161,7 +180,9 @@ def _input_words(manifest: Manifest, base: Path) -> Iterator[str]:
         try:
             path = located(one.path, base)
             # No other folder is a model, and none is walked through because an archive names it.
-            here = content_hash(path) if path.is_file() or (path / "config.json").is_file() else None
+            here = (
+                content_hash(path) if path.is_file() or (path / "config.json").is_file() else None
+            )
         except (OSError, ValueError) as error:
             yield f"{one.what}: {one.path} cannot be read here: {error}"
             continue
@@ -182,18 +203,38 @@ def _digest_words(manifest: Manifest, packed: PackedPlan) -> Iterator[str]:
     def of_method(one: PackedMethod) -> str:
         name = f"{one.kind} {one.name}"
         own = code.methods[name]
-        return digests.of_method({**asdict(one), "version": own.version, "source": own.source}, methods[name])
+        return digests.of_method(
+            {**asdict(one), "version": own.version, "source": own.source}, methods[name]
+        )
 
     def of_stage(stage: PackedStage) -> str:
         acting = [of_method(PackedMethod(**one)) for one in stage.params.get("methods", ())]
-        head = digests.of_head(stage.kind, digest(code.kinds[variant_of(stage.kind, stage.params)]), acting, stage.params, form=code.format)
+        head = digests.of_head(
+            stage.kind,
+            digest(code.kinds[variant_of(stage.kind, stage.params)]),
+            acting,
+            stage.params,
+            form=code.format,
+        )
         return digests.of_stage(head, stage.inputs, stage.seed)
 
     def of_cell(cell: PackedCell) -> str:
         recipe = digests.of_recipe([of_method(one) for one in (cell.attack, *cell.defenses)])
-        return digests.of_cell(recipe, model=cell.model, task=cell.task, seed=cell.seed, evaluate=cell.evaluate, search=cell.search, trial=cell.trial)
+        return digests.of_cell(
+            recipe,
+            model=cell.model,
+            task=cell.task,
+            seed=cell.seed,
+            evaluate=cell.evaluate,
+            search=cell.search,
+            trial=cell.trial,
+        )
 
-    wrong = [f"{stage.name} {stage.digest}" for stage in packed.stages if _or_none(of_stage, stage) != stage.digest]
+    wrong = [
+        f"{stage.name} {stage.digest}"
+        for stage in packed.stages
+        if _or_none(of_stage, stage) != stage.digest
+    ]
     wrong += [f"cell {cell.cell}" for cell in packed.cells if _or_none(of_cell, cell) != cell.cell]
     if wrong:
         yield f"{len(wrong)} digests do not follow from what is packed: {_listed(wrong)}"
@@ -201,7 +242,7 @@ def _digest_words(manifest: Manifest, packed: PackedPlan) -> Iterator[str]:
         yield "the cells packed are not those of the plan that the manifest names"
 
 
-def _or_none(make: Any, one: object) -> str | None:  # noqa: ANN401
+def _or_none(make: Any, one: object) -> str | None:
     """What `make` gives, or None where the archive lacks what that takes."""
     try:
         return str(make(one))
@@ -218,10 +259,15 @@ def _plan_words(archive: Archive, packed: PackedPlan, base: Path) -> Iterator[st
         file.write_text(text, encoding="utf-8")
         try:
             spec = load_sweep(file, base=base)
-            plan = build_plan(spec, _known(archive, Path(scratch) / "results") if spec.searches else nothing_known)
+            plan = build_plan(
+                spec, _known(archive, Path(scratch) / "results") if spec.searches else nothing_known
+            )
         except SpecError as error:
             faults = error.faults if isinstance(error, SpecFaults) else (("sweep", error),)
-            yield from (f"cannot be planned here: {place}: {fault.what}, {fault.got!r}" for place, fault in faults)
+            yield from (
+                f"cannot be planned here: {place}: {fault.what}, {fault.got!r}"
+                for place, fault in faults
+            )
             return
         except OSError as error:
             yield f"cannot be planned here: {error}"
@@ -229,8 +275,10 @@ def _plan_words(archive: Archive, packed: PackedPlan, base: Path) -> Iterator[st
     yield from _plans_differ(packed, plan)
 
 
-def _known(archive: Archive, folder: Path) -> Look:
-    """What the archive's own tables tell of the trials of searches, so that a searched sweep is planned to its end without a store."""
+def _known(archive: Archive, folder: Path) -> OutcomeLookup:
+    """What the archive's own tables tell of the trials of searches, so that a searched sweep is
+    planned to its end without a store.
+    """
     try:
         return look_at_results(Results.open(archive.unpack("results", folder)))
     except DataError:  # told with the tables
@@ -246,24 +294,36 @@ def _plans_differ(packed: PackedPlan, plan: Plan) -> Iterator[str]:
         yield f"{len(other)} of {len(packed.cells)} cells have another digest here"
     anew = Counter(stage.name for stage in packed.stages if stage.digest not in plan.stages)
     if anew:
-        yield (f"{sum(anew.values())} of {len(packed.stages)} stages have another digest here and would run anew: "
-               f"{_listed(f'{name} ({count})' for name, count in anew.most_common())}")
+        yield (
+            f"{sum(anew.values())} of {len(packed.stages)} stages have another digest here and"
+            f" would run anew: {_listed(f'{name} ({count})' for name, count in anew.most_common())}"
+        )
     elif not other and here != packed:
         yield "the plan here has the same digests in another order, or further stages"
-    changes = dict.fromkeys(one for pair in zip(packed.cells, here.cells, strict=False) for one in _cells_differ(*pair, packed, here))
+    changes = dict.fromkeys(
+        one
+        for pair in zip(packed.cells, here.cells, strict=False)
+        for one in _cells_differ(*pair, packed, here)
+    )
     if changes:
         yield f"parameters: {_listed(changes)}"
 
 
-def _cells_differ(there: PackedCell, here: PackedCell, packed: PackedPlan, mine: PackedPlan) -> Iterator[str]:
-    """How two cells at one place of the grid differ in what the sweep and its defaults say; code and inputs are told elsewhere."""
+def _cells_differ(
+    there: PackedCell, here: PackedCell, packed: PackedPlan, mine: PackedPlan
+) -> Iterator[str]:
+    """How two cells at one place of the grid differ in what the sweep and its defaults say; code
+    and inputs are told elsewhere.
+    """
     if there.cell == here.cell:
         return
     if there.names != here.names:
         yield f"cell {_cell_words(there)} is {_cell_words(here)} here"
         return
     theirs, ours = ({stage.digest: stage for stage in one.stages} for one in (packed, mine))
-    for old, new in zip_longest((theirs.get(one) for one in there.stages), (ours[one] for one in here.stages)):
+    for old, new in zip_longest(
+        (theirs.get(one) for one in there.stages), (ours[one] for one in here.stages)
+    ):
         if old is None or new is None or old.name != new.name:
             yield f"cell {_cell_words(there)} has other stages here"
             return
@@ -271,15 +331,24 @@ def _cells_differ(there: PackedCell, here: PackedCell, packed: PackedPlan, mine:
 
 
 def _cell_words(cell: PackedCell) -> str:
-    return f"{cell.model} x {cell.task} x {cell.attack.name} x {'+'.join(one.name for one in cell.defenses) or 'none'}, seed {cell.seed}"
+    return (
+        f"{cell.model} x {cell.task} x {cell.attack.name} x"
+        f" {'+'.join(one.name for one in cell.defenses) or 'none'}, seed {cell.seed}"
+    )
 
 
 def _leaves_differ(there: object, here: object, place: str = "") -> Iterator[str]:
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in sorted({*there, *here}):
             if key not in ("sha256", "content"):  # the bytes of inputs
-                yield from _leaves_differ(there.get(key), here.get(key), f"{place}.{key}" if place else str(key))
-    elif isinstance(there, (list, tuple)) and isinstance(here, (list, tuple)) and len(there) == len(here):
+                yield from _leaves_differ(
+                    there.get(key), here.get(key), f"{place}.{key}" if place else str(key)
+                )
+    elif (
+        isinstance(there, (list, tuple))
+        and isinstance(here, (list, tuple))
+        and len(there) == len(here)
+    ):
         for index, pair in enumerate(zip(there, here, strict=True)):
             yield from _leaves_differ(*pair, f"{place}[{index}]")
     elif there != here:
@@ -290,12 +359,21 @@ def _unpinned(packed: PackedPlan) -> Iterator[str]:
     """Models and rows of the hub that the sweep pins to no revision."""
     found: dict[str, None] = {}
     for stage in packed.stages:
-        if stage.kind == "source" and stage.params.get("source") == "hub" and not stage.params.get("revision"):
+        if (
+            stage.kind == "source"
+            and stage.params.get("source") == "hub"
+            and not stage.params.get("revision")
+        ):
             found[f"model {stage.params.get('id')}"] = None
         if stage.kind == "task":
             with suppress(KeyError, TypeError, ValueError, AttributeError):  # a plan made by hand
-                found.update({f"rows {source['dataset']}": None for _, source in stage.params["task"]["splits"]
-                              if source["dataset"] and not source["revision"]})
+                found.update(
+                    {
+                        f"rows {source['dataset']}": None
+                        for _, source in stage.params["task"]["splits"]
+                        if source["dataset"] and not source["revision"]
+                    }
+                )
     if found:
         yield f"not pinned to a revision, so they may be others here: {_listed(found)}"
 
@@ -314,13 +392,17 @@ def _table_words(archive: Archive, packed: PackedPlan) -> Iterator[str]:
             return
         if results.meta.get("plan") != archive.manifest.plan:
             yield "they are of another plan than the archive"
-        for name, column, wanted in (("cells", "cell", {cell.cell for cell in packed.cells}),
-                                     ("stages", "digest", {stage.digest for stage in packed.stages})):
+        for name, column, wanted in (
+            ("cells", "cell", {cell.cell for cell in packed.cells}),
+            ("stages", "digest", {stage.digest for stage in packed.stages}),
+        ):
             if set(results.table(name, trials=True)[column].to_pylist()) != wanted:
                 yield f"the table {name} does not hold the {name} of the plan"
 
 
-def _artifact_words(archive: Archive, packed: PackedPlan, store: Store | None, notes: list[str]) -> Iterator[str]:
+def _artifact_words(
+    archive: Archive, packed: PackedPlan, store: Store | None, notes: list[str]
+) -> Iterator[str]:
     """Artifacts that the store here holds with other bytes; what is not compared is noted."""
     there = archive.read(ARTIFACTS, dict[str, dict[str, dict[str, Any]]]) or {}
     named = {stage.digest: stage.name for stage in packed.stages}
@@ -329,9 +411,25 @@ def _artifact_words(archive: Archive, packed: PackedPlan, store: Store | None, n
         notes.append("no store here holds an artifact of its stages: bytes were not compared")
         return
     records = store.records(both)
-    other = {one: [name for name, held in record["files"].items() if there[one].get(name) != held] or sorted(set(there[one]) - set(record["files"]))
-             for one, record in records.items() if record["files"] != there[one]}
-    notes.append(f"{len(records) - len(other)} of {len(records)} artifacts that the store here holds too have the same bytes")
+    other = {
+        one: (
+            [name for name, held in record["files"].items() if there[one].get(name) != held]
+            or sorted(set(there[one]) - set(record["files"]))
+        )
+        for one, record in records.items()
+        if record["files"] != there[one]
+    }
+    notes.append(
+        f"{len(records) - len(other)} of {len(records)} artifacts that the store here holds too"
+        " have the same bytes"
+    )
     if other:
-        files = dict.fromkeys(f"{named[one]}: {name}" for one in sorted(other, key=lambda one: named[one]) for name in other[one])
-        yield f"{len(other)} of {len(records)} artifacts have other bytes in the store here: {_listed(files)}"
+        files = dict.fromkeys(
+            f"{named[one]}: {name}"
+            for one in sorted(other, key=lambda one: named[one])
+            for name in other[one]
+        )
+        yield (
+            f"{len(other)} of {len(records)} artifacts have other bytes in the store here:"
+            f" {_listed(files)}"
+        )

@@ -1,7 +1,8 @@
 """The six tables of a sweep on disk: fixed schemas, sorted rows, the same bytes every time.
 
-Each file is written under a temporary name and renamed. `run.json` goes away first and comes back last with the row
-count of every table, so that a reader can tell a finished folder from one whose writer died.
+Each file is written under a temporary name and renamed. `run.json` goes away first and comes back
+last with the row count of every table, so that a reader can tell a finished folder from one whose
+writer died.
 """
 
 from __future__ import annotations
@@ -22,28 +23,50 @@ if TYPE_CHECKING:
 TABLES = ("cells", "metrics", "generations", "stages", "comparisons", "searches")
 RUN_FILE = "run.json"
 PART = "part-0.parquet"
-_KEYS = {"cells": ("cell",), "metrics": ("cell", "metric"), "stages": ("digest",), "searches": ("search",)}
-"""Sort keys; `generations` comes sorted by cell, probe and prompt, since sorting it here would copy all text, and `comparisons` by its pairs."""
+_KEYS = {
+    "cells": ("cell",),
+    "metrics": ("cell", "metric"),
+    "stages": ("digest",),
+    "searches": ("search",),
+}
+"""Sort keys; `generations` comes sorted by cell, probe and prompt, since sorting it here would copy
+all text, and `comparisons` by its pairs.
+"""
 
 
 def table_schema(name: str) -> pa.Schema:
     """The schema of one of the six tables."""
-    return {"cells": schema.cells, "metrics": schema.metrics, "generations": schema.generations, "stages": schema.stages,
-            "comparisons": schema.comparisons, "searches": schema.searches}[name]()
+    return {
+        "cells": schema.cells,
+        "metrics": schema.metrics,
+        "generations": schema.generations,
+        "stages": schema.stages,
+        "comparisons": schema.comparisons,
+        "searches": schema.searches,
+    }[name]()
 
 
 @contextmanager
 def told_when_unwritten(folder: Path) -> Iterator[None]:
-    """Makes a disk that is full or may not be written a StoreError: nothing that was computed is lost with it."""
+    """Makes a disk that is full or may not be written a StoreError: nothing that was computed is
+    lost with it.
+    """
     try:
         yield
     except OSError as fault:
-        raise StoreError(f"the results cannot be written to {folder}", str(fault), "a folder with room that may be written",
-                         "make room or name another --results, then `ftsec report SWEEP`: the store holds all finished stages") from fault
+        raise StoreError(
+            f"the results cannot be written to {folder}",
+            str(fault),
+            "a folder with room that may be written",
+            "make room or name another --results, then `ftsec report SWEEP`: the store holds all"
+            " finished stages",
+        ) from fault
 
 
 def write_results(folder: Path, *, tables: Mapping[str, pa.Table], meta: Mapping[str, Any]) -> Path:
-    """Write the six tables and `run.json` into `folder`, replacing what an earlier run left there, and return it; `searches` may be left out."""
+    """Write the six tables and `run.json` into `folder`, replacing what an earlier run left there,
+    and return it; `searches` may be left out.
+    """
     tables = {"searches": schema.searches().empty_table(), **tables}
     odd = sorted(set(TABLES) ^ set(tables))
     if odd:
@@ -56,7 +79,9 @@ def write_results(folder: Path, *, tables: Mapping[str, pa.Table], meta: Mapping
         for name in TABLES:
             _write_table(folder / name, name, tables[name])
         scratch = folder / f".{RUN_FILE}.{os.getpid()}.tmp"
-        scratch.write_text(json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        scratch.write_text(
+            json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         scratch.replace(folder / RUN_FILE)
     return folder
 
@@ -66,12 +91,21 @@ def _write_table(folder: Path, name: str, table: pa.Table) -> None:
 
     wanted = table_schema(name)
     if not table.schema.equals(wanted):
-        raise StoreError(f"the table {name!r} does not have its schema", table.schema.names, ", ".join(wanted.names))
+        raise StoreError(
+            f"the table {name!r} does not have its schema",
+            table.schema.names,
+            ", ".join(wanted.names),
+        )
     if name in _KEYS:
         table = table.sort_by([(key, "ascending") for key in _KEYS[name]])
     folder.mkdir(exist_ok=True)
     scratch = folder / f".{PART}.{os.getpid()}.tmp"
-    pq.write_table(table.replace_schema_metadata(wanted.metadata), scratch, compression="zstd", row_group_size=1 << 16)
+    pq.write_table(
+        table.replace_schema_metadata(wanted.metadata),
+        scratch,
+        compression="zstd",
+        row_group_size=1 << 16,
+    )
     for old in folder.glob("part-*.parquet"):
         if old.name != PART:
             old.unlink()

@@ -1,7 +1,8 @@
 """Cloud keys stay in the environment of the process that has them.
 
-Ray Tune copies the AWS keys of the driver into the runtime environment of every worker. Ray writes that into the logs of
-each node and shows it to everybody who may ask the cluster for its actors. Workers have the credentials of their node.
+Ray Tune copies the AWS keys of the driver into the runtime environment of every worker. Ray writes
+that into the logs of each node and shows it to everybody who may ask the cluster for its actors.
+Workers have the credentials of their node.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""A sweep as a job of a running Ray cluster: find its head, hand the job over, follow it to its exit code.
+"""A sweep as a job of a running Ray cluster: find its head, hand the job over, follow it to its
+exit code.
 
-A job is told where its store is and nothing that is secret: neither its command nor its runtime environment holds a
-variable of this machine, since both can be read by everybody who sees the cluster's dashboard. Credentials come from
-the nodes' own environment.
+A job is told where its store is and nothing that is secret: neither its command nor its runtime
+environment holds a variable of this machine, since both can be read by everybody who sees the
+cluster's dashboard. Credentials come from the nodes' own environment.
 """
 
 from __future__ import annotations
@@ -74,17 +75,23 @@ class Job:
     def commands(self) -> dict[str, str]:
         """Commands that follow and stop it, for people."""
         needs_token = "RAY_AUTH_MODE=token " if self.head.headers else ""
-        return {"follow": f"{needs_token}ray job logs -f {self.id} --address {self.head.address}",
-                "stop": f"{needs_token}ray job stop {self.id} --address {self.head.address}"}
+        return {
+            "follow": f"{needs_token}ray job logs -f {self.id} --address {self.head.address}",
+            "stop": f"{needs_token}ray job stop {self.id} --address {self.head.address}",
+        }
 
     def wait(self, on_text: Callable[[str], None]) -> int:
-        """Hand over the job's log as it grows, and return the exit code of its command; EnvironmentFault when it has none."""
+        """Hand over the job's log as it grows, and return the exit code of its command;
+        EnvironmentFault when it has none.
+        """
         from ray.exceptions import RayError
 
         client, told, heard = self.head.client, 0, time.monotonic()
         while True:
             try:
-                details = client.get_job_info(self.id)  # before the log, so that the log of a finished job is whole
+                details = client.get_job_info(
+                    self.id
+                )  # before the log, so that the log of a finished job is whole
                 log = client.get_job_logs(self.id)
             except (OSError, RuntimeError, RayError) as error:
                 self._check_hope(error, time.monotonic() - heard)
@@ -101,32 +108,60 @@ class Job:
 
     def _check_hope(self, error: Exception, silent_s: float) -> None:
         if "status code 404" in str(error):
-            raise EnvironmentFault("the cluster knows this job no more", self.id, "a job of a running head",
-                                   "was the head started anew? Submit again: what is in the store is not repeated") from error
+            raise EnvironmentFault(
+                "the cluster knows this job no more",
+                self.id,
+                "a job of a running head",
+                "was the head started anew? Submit again: what is in the store is not repeated",
+            ) from error
         if silent_s > PATIENCE_S:
-            raise EnvironmentFault(f"the head has not answered for {silent_s:.0f} s; the job may still run", self.head.address, _WANT,
-                                   f"follow it later with: {self.commands()['follow']}") from error
+            raise EnvironmentFault(
+                f"the head has not answered for {silent_s:.0f} s; the job may still run",
+                self.head.address,
+                _WANT,
+                f"follow it later with: {self.commands()['follow']}",
+            ) from error
 
     def _code(self, details: JobDetails) -> int:
         code = details.driver_exit_code
         if details.status == "STOPPED":
-            raise EnvironmentFault("the job was stopped before its end", self.id, "a job that runs to its end",
-                                   "submit it again: what is in the store is not repeated")
+            raise EnvironmentFault(
+                "the job was stopped before its end",
+                self.id,
+                "a job that runs to its end",
+                "submit it again: what is in the store is not repeated",
+            )
         if code in _NOT_FOUND:
-            raise EnvironmentFault("the cluster's head has no such command", details.entrypoint.split()[0], "an image with ftsec_ray, or with Python",
-                                   "install ftsec_ray on all nodes, or send this machine's with --package")
+            raise EnvironmentFault(
+                "the cluster's head has no such command",
+                details.entrypoint.split()[0],
+                "an image with ftsec_ray, or with Python",
+                "install ftsec_ray on all nodes, or send this machine's with --package",
+            )
         if code is None and details.status != "SUCCEEDED":
-            raise EnvironmentFault(f"the job could not be started or was lost: {_last_line(details.message)}", self.id, "a job that ends by itself",
-                                   "look at the cluster's dashboard, then submit again: what is in the store is not repeated")
+            raise EnvironmentFault(
+                f"the job could not be started or was lost: {_last_line(details.message)}",
+                self.id,
+                "a job that ends by itself",
+                "look at the cluster's dashboard, then submit again: what is in the store is not"
+                " repeated",
+            )
         return 128 - code if code is not None and code < 0 else code or 0
 
 
 def connect(address: str | None) -> Head:
-    """The head at the address of its dashboard; EnvironmentFault says what answers there instead, or what it lacks."""
+    """The head at the address of its dashboard; EnvironmentFault says what answers there instead,
+    or what it lacks.
+    """
     address = _dashboard(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
     for package in ("ray", "requests", "aiohttp"):
         if find_spec(package) is None:
-            raise EnvironmentFault("this machine lacks what talks to a cluster", package, "an installed ray[default]", 'pip install "ray[default]"')
+            raise EnvironmentFault(
+                "this machine lacks what talks to a cluster",
+                package,
+                "an installed ray[default]",
+                'pip install "ray[default]"',
+            )
     answer, headers = _version(address)
     try:
         found = str(answer.json()["ray_version"])
@@ -136,20 +171,34 @@ def connect(address: str | None) -> Head:
     return Head(address=address, ray_version=found, nodes=_nodes(address, headers), headers=headers)
 
 
-def hand_over(head: Head, command: Sequence[str], archive: Path, *, submission_id: str, name: str) -> None:
+def hand_over(
+    head: Head, command: Sequence[str], archive: Path, *, submission_id: str, name: str
+) -> None:
     """Hand a command and its working folder over to a head; EnvironmentFault when it refuses."""
     from ray.exceptions import RayError
 
     try:
         with _quiet():
-            head.client.submit_job(entrypoint=shlex.join(command), submission_id=submission_id, metadata={"job_name": name},
-                                     runtime_env={"working_dir": str(archive)})
+            head.client.submit_job(
+                entrypoint=shlex.join(command),
+                submission_id=submission_id,
+                metadata={"job_name": name},
+                runtime_env={"working_dir": str(archive)},
+            )
     except (OSError, RuntimeError, RayError) as error:
         if "already exists" in str(error):
-            raise EnvironmentFault("the cluster has a job of this id", submission_id, "an id that no job of this cluster has had",
-                                   "choose another --submission-id, or leave it out") from error
-        raise EnvironmentFault(f"the cluster did not take the job: {_last_line(str(error))}", head.address, _WANT,
-                               "look at the dashboard and at the head's log") from error
+            raise EnvironmentFault(
+                "the cluster has a job of this id",
+                submission_id,
+                "an id that no job of this cluster has had",
+                "choose another --submission-id, or leave it out",
+            ) from error
+        raise EnvironmentFault(
+            f"the cluster did not take the job: {_last_line(str(error))}",
+            head.address,
+            _WANT,
+            "look at the dashboard and at the head's log",
+        ) from error
 
 
 def _dashboard(given: str) -> str:
@@ -158,12 +207,20 @@ def _dashboard(given: str) -> str:
     url = url if "://" in url else f"http://{url}"
     parts = urlparse(url)
     try:
-        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        is_good = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+        )
     except ValueError:  # a port that is none
         is_good = False
     if not is_good or (parts.port is None and parts.hostname == "auto"):
-        raise EnvironmentFault("not the address of a Ray dashboard", given, _WANT,
-                               "`ray start --head` prints it; ray:// and HOST:6379 are doors of other servers")
+        raise EnvironmentFault(
+            "not the address of a Ray dashboard",
+            given,
+            _WANT,
+            "`ray start --head` prints it; ray:// and HOST:6379 are doors of other servers",
+        )
     return url
 
 
@@ -178,12 +235,20 @@ def _version(address: str) -> tuple[Any, Mapping[str, str]]:
         answer = _get(address, headers)
         if answer.status_code not in (401, 403):
             return answer, headers
-    what = "the cluster asks for a token, and there is none here" if token is None else "the cluster does not take this machine's token"
-    raise EnvironmentFault(what, address, "the cluster's token in ~/.ray/auth_token, or in the file that RAY_AUTH_TOKEN_PATH names",
-                           "copy it from the head: `ray get-auth-token` prints it there")
+    what = (
+        "the cluster asks for a token, and there is none here"
+        if token is None
+        else "the cluster does not take this machine's token"
+    )
+    raise EnvironmentFault(
+        what,
+        address,
+        "the cluster's token in ~/.ray/auth_token, or in the file that RAY_AUTH_TOKEN_PATH names",
+        "copy it from the head: `ray get-auth-token` prints it there",
+    )
 
 
-def _get(address: str, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 (a response of requests, which has no types here)
+def _get(address: str, headers: Mapping[str, str]) -> Any:
     import requests
     from urllib3.exceptions import ProtocolError
 
@@ -194,13 +259,23 @@ def _get(address: str, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 (a re
     except requests.RequestException as error:
         if error.args and isinstance(error.args[0], ProtocolError):
             raise _no_dashboard(address, "it does not speak HTTP") from error
-        raise EnvironmentFault("no Ray head answers", address, _WANT, "start one with `ray start --head`, check host and port, or make the tunnel: "
-                               "`ray dashboard CLUSTER.yaml`, `kubectl port-forward service/HEAD 8265:8265`") from error
+        raise EnvironmentFault(
+            "no Ray head answers",
+            address,
+            _WANT,
+            "start one with `ray start --head`, check host and port, or make the tunnel: "
+            "`ray dashboard CLUSTER.yaml`, `kubectl port-forward service/HEAD 8265:8265`",
+        ) from error
 
 
 def _no_dashboard(address: str, what: str) -> EnvironmentFault:
-    return EnvironmentFault(f"something answers, but it is no Ray dashboard: {what}", address, _WANT,
-                            "jobs go to the dashboard's port, 8265 unless changed; 6379 is the port that nodes join, 10001 that of Ray Client")
+    return EnvironmentFault(
+        f"something answers, but it is no Ray dashboard: {what}",
+        address,
+        _WANT,
+        "jobs go to the dashboard's port, 8265 unless changed; 6379 is the port that nodes join,"
+        " 10001 that of Ray Client",
+    )
 
 
 def _token() -> str | None:
@@ -220,8 +295,12 @@ def _check_version(found: str) -> None:
     if Version(found) < Version(MIN_RAY):
         from importlib.metadata import version
 
-        raise EnvironmentFault("the cluster's Ray is too old for a sweep", f"Ray {found} there, {version('ray')} here",
-                               f"Ray {MIN_RAY} or newer on all nodes", "start the cluster with a newer image")
+        raise EnvironmentFault(
+            "the cluster's Ray is too old for a sweep",
+            f"Ray {found} there, {version('ray')} here",
+            f"Ray {MIN_RAY} or newer on all nodes",
+            "start the cluster with a newer image",
+        )
 
 
 def _nodes(address: str, headers: Mapping[str, str]) -> tuple[str, ...]:
@@ -234,9 +313,17 @@ def _nodes(address: str, headers: Mapping[str, str]) -> tuple[str, ...]:
     try:
         with _quiet():
             found = StateApiClient(address=address, headers=dict(headers)).list(
-                StateResource.NODES, ListApiOptions(timeout=int(ANSWER_S)), raise_on_missing_output=False)
+                StateResource.NODES,
+                ListApiOptions(timeout=int(ANSWER_S)),
+                raise_on_missing_output=False,
+            )
     except (OSError, RuntimeError, RayError, RayStateApiException) as error:
-        raise EnvironmentFault(f"the head does not tell its nodes: {_last_line(str(error))}", address, _WANT, "look at the head's log") from error
+        raise EnvironmentFault(
+            f"the head does not tell its nodes: {_last_line(str(error))}",
+            address,
+            _WANT,
+            "look at the head's log",
+        ) from error
     return tuple(node.node_ip for node in found if node.state == "ALIVE")
 
 

@@ -1,14 +1,18 @@
-"""Which unit next: a pure state machine over the units of a plan. It knows no executor, no clock and no disk.
+"""Which unit next: a pure state machine over the units of a plan. It knows no executor, no clock
+and no disk.
 
-    blocked -> ready -> running -> done | failed          blocked, ready -> upstream_failed          ready <-> held
+    blocked -> ready -> running -> done | failed          blocked, ready -> upstream_failed
+    ready <-> held
 
-A unit is ready when all units that it needs are done. Among the ready ones the longest remaining path goes first, then
-the one that unlocks most cells, then one whose base model the asking worker has warm. A gang that comes first and has no
-room holds back the others until it has, unless another gang runs, whose room it will get. `requeue` puts a unit back whose
-worker died, `reopen` runs the producer of a damaged artifact again before whoever needs it.
+A unit is ready when all units that it needs are done. Among the ready ones the longest remaining
+path goes first, then the one that unlocks most cells, then one whose base model the asking worker
+has warm. A worker group that comes first and has no room holds back the others until it has, unless
+another worker group runs, whose room it will get. `requeue` puts a unit back whose worker died,
+`reopen` runs the producer of a damaged artifact again before whoever needs it.
 
-A ready unit that a budget has no room for is held, and asked again when one that runs has ended, since that may have
-taken less than expected. When nothing runs and nothing that is ready fits, the rest stays held and blocked: finished.
+A ready unit that a budget has no room for is held, and asked again when one that runs has ended,
+since that may have taken less than expected. When nothing runs and nothing that is ready fits, the
+rest stays held and blocked: finished.
 """
 
 from __future__ import annotations
@@ -20,11 +24,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ftsec_ray.errors import FtsecError
-from ftsec_ray.plan.stage import is_gang
+from ftsec_ray.plan.stage import is_group
 from ftsec_ray.schedule.budget import Ledger
 
 MAX_ATTEMPTS = 3
-"""Starts of one unit when workers die under it, and rebuilds of one artifact that is found damaged."""
+"""Starts of one unit when workers die under it, and rebuilds of one artifact that is found damaged.
+"""
 
 
 class State(Enum):
@@ -70,7 +75,13 @@ class _Bucket:
 class Scheduler:
     """States of all units, and which one to hand out next."""
 
-    def __init__(self, nodes: Iterable[Node], *, max_attempts: int = MAX_ATTEMPTS, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self,
+        nodes: Iterable[Node],
+        *,
+        max_attempts: int = MAX_ATTEMPTS,
+        ledger: Ledger | None = None,
+    ) -> None:
         self.ledger = ledger or Ledger()
         self._held: list[str] = []
         self._nodes: dict[str, Node] = {}
@@ -84,8 +95,8 @@ class Scheduler:
         self._buckets: dict[tuple[str, float, int], _Bucket] = {}
         self._counts: Counter[State] = Counter()
         self._ready: Counter[str] = Counter()
-        self._gangs: set[str] = set()
-        """Gangs that run."""
+        self._worker_groups: set[str] = set()
+        """Worker groups that run."""
         self.starts: Counter[str] = Counter()
         """Times that each unit was handed out."""
         self._lost: Counter[str] = Counter()
@@ -99,13 +110,19 @@ class Scheduler:
         for node in nodes:
             unknown = [need for need in node.needs if need not in self._nodes]
             if unknown:
-                raise FtsecError(f"unit {node.id} needs a unit that is not in the plan", unknown[0], "ids of units")
+                raise FtsecError(
+                    f"unit {node.id} needs a unit that is not in the plan",
+                    unknown[0],
+                    "ids of units",
+                )
             for need in node.needs:
                 self._users[need].add(node.id)
         self._measure_paths(nodes)
         for node in nodes:
             self._needs[node.id] = set(node.needs)
-            self._waits[node.id] = {need for need in node.needs if self._state.get(need) is not State.DONE}
+            self._waits[node.id] = {
+                need for need in node.needs if self._state.get(need) is not State.DONE
+            }
             self._set(node.id, State.BLOCKED)
             if not self._waits[node.id]:
                 self._make_ready(node.id)
@@ -119,15 +136,20 @@ class Scheduler:
         while waiting:
             one = waiting.pop()
             count += 1
-            self._path[one] = self._nodes[one].cost_s + max((self._path[user] for user in self._users[one]), default=0.0)
+            self._path[one] = self._nodes[one].cost_s + max(
+                (self._path[user] for user in self._users[one]), default=0.0
+            )
             for need in self._nodes[one].needs:
                 if need in new:
                     open_users[need] -= 1
                     if open_users[need] == 0:
                         waiting.append(need)
         if count != len(new):
-            raise FtsecError("the units of a plan need each other in a circle", sorted(new - set(self._path))[:3],
-                             "a plan without circles")
+            raise FtsecError(
+                "the units of a plan need each other in a circle",
+                sorted(new - set(self._path))[:3],
+                "a plan without circles",
+            )
 
     def _set(self, unit: str, state: State) -> None:
         old = self._state.get(unit)
@@ -137,7 +159,11 @@ class Scheduler:
                 self._ready[self._nodes[unit].resource] -= 1
         self._state[unit] = state
         self._counts[state] += 1
-        (self._gangs.add if state is State.RUNNING and is_gang(self._nodes[unit].resource) else self._gangs.discard)(unit)
+        (
+            self._worker_groups.add
+            if state is State.RUNNING and is_group(self._nodes[unit].resource)
+            else self._worker_groups.discard
+        )(unit)
         if old is State.RUNNING:
             self.ledger.release(unit)
             self._ask_again()
@@ -198,17 +224,31 @@ class Scheduler:
 
     # Handing out.
 
-    def next_ready(self, free: Mapping[str, int] | None = None, *, warm: str | None = None) -> str | None:
-        """The next unit, now running; None when no unit is ready for a resource with a free slot, or the budget has no room.
+    def next_ready(
+        self, free: Mapping[str, int] | None = None, *, warm: str | None = None
+    ) -> str | None:
+        """The next unit, now running; None when no unit is ready for a resource with a free slot,
+        or the budget has no room.
 
         Args:
             free: free slots by resource; None when there is room for any.
             warm: base model that the asking worker has loaded.
         """
         while True:
-            heads = [(head, r) for r in self._heaps if self._ready[r] and (head := self._head(r)) is not None]
-            # A gang needs its room all at once: when its turn has come, nothing smaller may take what becomes free.
-            if free is not None and heads and not self._gangs and is_gang(first := min(heads)[1]) and free.get(first, 0) <= 0:
+            heads = [
+                (head, r)
+                for r in self._heaps
+                if self._ready[r] and (head := self._head(r)) is not None
+            ]
+            # A worker group needs its room all at once: when its turn has come, nothing smaller may
+            # take what becomes free.
+            if (
+                free is not None
+                and heads
+                and not self._worker_groups
+                and is_group(first := min(heads)[1])
+                and free.get(first, 0) <= 0
+            ):
                 return None
             heads = [(head, r) for head, r in heads if free is None or free.get(r, 0) > 0]
             if not heads:
@@ -225,7 +265,9 @@ class Scheduler:
         return unit
 
     def _head(self, resource: str) -> tuple[float, int] | None:
-        """Priority of the best ready unit; entries of units that are no longer ready are dropped on the way."""
+        """Priority of the best ready unit; entries of units that are no longer ready are dropped on
+        the way.
+        """
         heap = self._heaps[resource]
         while heap:
             bucket = self._buckets[resource, *heap[0]]
@@ -268,7 +310,9 @@ class Scheduler:
         return lost
 
     def requeue(self, unit: str, *, counted: bool = True) -> bool:
-        """A running unit lost its worker; False when it did so too often and must be failed instead."""
+        """A running unit lost its worker; False when it did so too often and must be failed
+        instead.
+        """
         self._expect_running(unit)
         self._lost[unit] += counted
         if self._lost[unit] >= self._max_attempts or self._is_doomed(unit):
@@ -277,7 +321,9 @@ class Scheduler:
         return True
 
     def reopen(self, producer: str, unit: str) -> bool:
-        """A running unit found an artifact of `producer` damaged; False when that happened too often."""
+        """A running unit found an artifact of `producer` damaged; False when that happened too
+        often.
+        """
         self._expect_running(unit)
         self._needs[unit].add(producer)
         if self._is_doomed(unit):
@@ -305,11 +351,15 @@ class Scheduler:
         self._back(before)
 
     def _is_doomed(self, unit: str) -> bool:
-        return any(self._state[need] in (State.FAILED, State.UPSTREAM_FAILED) for need in self._needs[unit])
+        return any(
+            self._state[need] in (State.FAILED, State.UPSTREAM_FAILED) for need in self._needs[unit]
+        )
 
     def _back(self, unit: str) -> None:
         self._set(unit, State.BLOCKED)
-        self._waits[unit] = {need for need in self._needs[unit] if self._state[need] is not State.DONE}
+        self._waits[unit] = {
+            need for need in self._needs[unit] if self._state[need] is not State.DONE
+        }
         if not self._waits[unit]:
             self._make_ready(unit)
 
@@ -319,4 +369,6 @@ class Scheduler:
 
     def _expect_running(self, unit: str) -> None:
         if self._state.get(unit) is not State.RUNNING:
-            raise FtsecError(f"unit {unit} is not running", self._state.get(unit), "a unit that was handed out")
+            raise FtsecError(
+                f"unit {unit} is not running", self._state.get(unit), "a unit that was handed out"
+            )

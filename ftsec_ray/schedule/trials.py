@@ -1,6 +1,8 @@
-"""What Ray Tune asks while a run is on: which unit a trial gets, which trial a free worker gets, and what became of both.
+"""What Ray Tune asks while a run is on: which unit a trial gets, which trial a free worker gets,
+and what became of both.
 
-With `tune` the only module that imports `ray.tune`. It reads Tune's controller where Tune offers no other way.
+With `tune` the only module that imports `ray.tune`. It reads Tune's controller where Tune offers no
+other way.
 """
 
 from __future__ import annotations
@@ -20,17 +22,21 @@ from ray.tune.schedulers import FIFOScheduler  # noqa: TID253
 from ray.tune.search import Searcher  # noqa: TID253
 
 from ftsec_ray.errors import EnvironmentFault
-from ftsec_ray.execute.unit import StageVerdict
-from ftsec_ray.plan.stage import is_data, is_gang, workers_of
-from ftsec_ray.schedule.conductor import Conductor
-from ftsec_ray.schedule.room import Bundles, Room, fits, share_of, slots_of
+from ftsec_ray.execute.unit import StageResult
+from ftsec_ray.plan.stage import is_data, is_group, workers_of
+from ftsec_ray.schedule.capacity import Bundles, Room, fits, share_of, slots_of
+from ftsec_ray.schedule.dispatcher import Dispatcher
 
 BROKEN_LIMIT = 3
 """Workers that may fail to open before any unit ended, until the run is given up."""
 STALL_S = 300.0
-"""Seconds without an event, with room for a unit and none running, after which the tuner is started anew."""
+"""Seconds without an event, with room for a unit and none running, after which the tuner is started
+anew.
+"""
 NO_ROOM_S = 600.0
-"""Seconds for which units wait without any other at work, where no node can hold them and none is on its way, until the run is given up."""
+"""Seconds for which units wait without any other at work, where no node can hold them and none is
+on its way, until the run is given up.
+"""
 GROWTH_S = 5.0
 """Between two looks at how large a cluster is that may grow."""
 KEPT_TRIALS = 256
@@ -40,11 +46,13 @@ _OUT_OF_MEMORY = re.compile("low on memory|memory usage threshold")
 
 
 class StageSearcher(Searcher):
-    """Hands units to Tune as the conductor says, and tells it what became of them."""
+    """Hands units to Tune as the dispatcher says, and tells it what became of them."""
 
-    def __init__(self, conductor: Conductor, *, room: Room, limit: int, given: frozenset[str]) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, *, room: Room, limit: int, given: frozenset[str]
+    ) -> None:
         super().__init__()
-        self.conductor = conductor
+        self.dispatcher = dispatcher
         self.room = room
         """Trials of each resource class that may wait or run beside those that do."""
         self.limit = limit
@@ -62,25 +70,33 @@ class StageSearcher(Searcher):
         """Trials of pipelines that wait for all of their cores."""
 
     @property
-    def has_gang(self) -> bool:
-        """Whether a gang waits or runs."""
-        return any(is_gang(self.conductor.units[unit].resource) for unit in self.live.values())
+    def has_group(self) -> bool:
+        """Whether a worker group waits or runs."""
+        return any(is_group(self.dispatcher.units[unit].resource) for unit in self.live.values())
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """A unit for a new trial; None only while a trial is live, FINISHED when no unit is left."""
-        if self.is_stopped or self.conductor.finished:
+        """A unit for a new trial; None only while a trial is live, FINISHED when no unit is
+        left.
+        """
+        if self.is_stopped or self.dispatcher.finished:
             return str(Searcher.FINISHED)
         if len(self.live) >= self.limit or self._wide:
-            return None  # what would take one of the cores for which a pipeline waits, one by one, waits as well
-        taken: Counter[str] = Counter(self.conductor.units[unit].resource for unit in self.live.values())
-        free = {one: max(1, count) if is_data(one) else count for one, count in self.room(taken).items()}
-        unit = self.conductor.next(free=free, warm=self._warm)
-        if unit is None:  # with nothing live only a budget can be the reason, and then the conductor has finished
-            return str(Searcher.FINISHED) if self.conductor.finished else None
+            # what would take one of the cores for which a pipeline waits, one by one, waits as well
+            return None
+        taken: Counter[str] = Counter(
+            self.dispatcher.units[unit].resource for unit in self.live.values()
+        )
+        free = {
+            one: max(1, count) if is_data(one) else count for one, count in self.room(taken).items()
+        }
+        unit = self.dispatcher.next(free=free, warm=self._warm)
+        if unit is None:
+            # With nothing live only a budget can be the reason; the dispatcher has then finished.
+            return str(Searcher.FINISHED) if self.dispatcher.finished else None
         self.live[trial_id] = unit.id
         if is_data(unit.resource):
             self._wide.add(trial_id)
-        config = {"unit": unit.id, "on": unit.resource, "attempt": self.conductor.attempt(unit.id)}
+        config = {"unit": unit.id, "on": unit.resource, "attempt": self.dispatcher.attempt(unit.id)}
         if unit.id not in self._given:  # it was not foreseen when the workers got their units
             config["rebuilt"] = json.dumps([stage.to_json() for stage in unit.stages])
         return config
@@ -89,10 +105,17 @@ class StageSearcher(Searcher):
         """A worker took the unit of a trial."""
         self._wide.discard(trial_id)
         if trial_id in self.live:
-            self.conductor.started(self.live[trial_id])
+            self.dispatcher.started(self.live[trial_id])
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Settle the unit of a trial by its verdicts; one that ended in an error waits for `lost`, which is told why."""
+    def on_trial_complete(
+        self,
+        trial_id: str,
+        result: dict[str, Any] | None = None,
+        error: bool = False,  # noqa: FBT001, FBT002
+    ) -> None:  # noqa: FBT001, FBT002
+        """Settle the unit of a trial by its verdicts; one that ended in an error waits for `lost`,
+        which is told why.
+        """
         if error or trial_id not in self.live:
             return
         told = result or {}
@@ -100,30 +123,43 @@ class StageSearcher(Searcher):
         if verdicts is None:
             if "broken" in told:
                 self.broken.append(str(told["broken"]))
-                self.is_stopped = self.is_stopped or (self._warm is None and len(self.broken) >= BROKEN_LIMIT)
-            self.lost(trial_id, str(told.get("broken") or told.get("lost") or "the trial ended without a verdict"))
+                self.is_stopped = self.is_stopped or (
+                    self._warm is None and len(self.broken) >= BROKEN_LIMIT
+                )
+            self.lost(
+                trial_id,
+                str(told.get("broken") or told.get("lost") or "the trial ended without a verdict"),
+            )
         else:
             self._wide.discard(trial_id)
             unit = self.live.pop(trial_id)
-            self._warm = self.conductor.units[unit].affinity
-            self.conductor.settle(unit, [StageVerdict(**one) for one in json.loads(verdicts)])
+            self._warm = self.dispatcher.units[unit].affinity
+            self.dispatcher.settle(unit, [StageResult(**one) for one in json.loads(verdicts)])
 
     def lost(self, trial_id: str, why: str) -> None:
         """The worker of a trial is gone."""
         self._wide.discard(trial_id)
         unit = self.live.pop(trial_id, None)
         if unit is not None:
-            self.conductor.lost(unit, why, code="oom" if _OUT_OF_MEMORY.search(why) else "worker_lost")
+            self.dispatcher.lost(
+                unit, why, code="oom" if _OUT_OF_MEMORY.search(why) else "worker_lost"
+            )
 
     def save(self, checkpoint_path: str) -> None:
         """States of the units, for people; nothing reads them back."""
         with open(checkpoint_path, "w", encoding="utf-8") as stream:  # noqa: PTH123 - the path is Tune's
-            json.dump({unit: state.value for unit, state in self.conductor.scheduler.states().items()}, stream)
+            json.dump(
+                {unit: state.value for unit, state in self.dispatcher.scheduler.states().items()},
+                stream,
+            )
 
     def restore(self, checkpoint_path: str) -> None:
         """Refuse: what is done is read from the store."""
-        raise EnvironmentFault("a run is resumed by planning again, not by Tuner.restore", checkpoint_path,
-                               "ftsec run with the same store")
+        raise EnvironmentFault(
+            "a run is resumed by planning again, not by Tuner.restore",
+            checkpoint_path,
+            "ftsec run with the same store",
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StageSearcher:
         return self
@@ -132,15 +168,16 @@ class StageSearcher(Searcher):
         return (Searcher, ())  # Tune pickles its searcher into scratch that is never read
 
 
-class InTurn(FIFOScheduler):  # type: ignore[misc]
+class OldestFirst(FIFOScheduler):  # type: ignore[misc]
     """First in, first out, and nothing kept of trials that have ended.
 
-    A worker that has just become free goes to the oldest trial whose own worker is not about to start: first in, first out
-    to the letter would throw that one away, and where starting takes longer than a unit a cluster would never be filled.
-    Tune keeps one idle worker for trials to come, with its core or its GPU, and does not see that the workers of a gang wait for
-    it: while a gang lives, idle workers are let go.
-    Tune also keeps every trial to its end, and writes and reads them all once more when it is done: tens of kilobytes and some
-    milliseconds for each. Nobody here asks for them, since what became of a unit stands in the store.
+    A worker that has just become free goes to the oldest trial whose own worker is not about to
+    start: first in, first out to the letter would throw that one away, and where starting takes
+    longer than a unit a cluster would never be filled. Tune keeps one idle worker for trials to
+    come, with its core or its GPU, and does not see that the workers of a worker group wait for
+    it: while a worker group lives, idle workers are let go. Tune also keeps every trial to its end,
+    and writes and reads them all once more when it is done: tens of kilobytes and some milliseconds
+    for each. Nobody here asks for them, since what became of a unit stands in the store.
     """
 
     def __init__(self, searcher: StageSearcher) -> None:
@@ -153,39 +190,64 @@ class InTurn(FIFOScheduler):  # type: ignore[misc]
         """The oldest trial that waits for room, or for a worker that has not been asked for."""
         controller = tune_controller._tune_controller  # of the wrapper, without its warning
         self._forget(controller)
-        started, asked = controller._actor_manager._live_actors_to_ray_actors_resources, controller._trial_to_actor
-        waiting = [one for one in controller._trials if one.status == "PENDING" and asked.get(one) not in started]
+        started, asked = (
+            controller._actor_manager._live_actors_to_ray_actors_resources,
+            controller._trial_to_actor,
+        )
+        waiting = [
+            one
+            for one in controller._trials
+            if one.status == "PENDING" and asked.get(one) not in started
+        ]
         free = controller._actor_cache
-        reusing = (one for one in waiting if free.num_cached_objects and free.has_cached_object(one.placement_group_factory))
+        reusing = (
+            one
+            for one in waiting
+            if free.num_cached_objects and free.has_cached_object(one.placement_group_factory)
+        )
         return self._or_release(next(reusing, waiting[0] if waiting else None), controller)
 
     def _or_release(self, chosen: Any, controller: Any) -> Any:
-        """The chosen trial; where there is none and a gang lives, idle workers go."""
-        if chosen is None and self._searcher.has_gang:
+        """The chosen trial; where there is none and a worker group lives, idle workers go."""
+        if chosen is None and self._searcher.has_group:
             controller._cleanup_cached_actors(force_all=True)
         return chosen
 
     def _forget(self, controller: Any) -> None:
-        """Now and then, drop the trials whose end the searcher knows and whose worker has been let go."""
+        """Now and then, drop the trials whose end the searcher knows and whose worker has been let
+        go.
+        """
         trials = controller._trials
         if len(trials) < self._live_trials + KEPT_TRIALS:
             return
-        ended = {one for one in trials if one.is_finished() and one.trial_id not in self._searcher.live and one not in controller._trial_to_actor}
+        ended = {
+            one
+            for one in trials
+            if one.is_finished()
+            and one.trial_id not in self._searcher.live
+            and one not in controller._trial_to_actor
+        }
         for kept in (trials, controller._pending_trials_list):
             kept[:] = [one for one in kept if one not in ended]
         self._live_trials = len(trials)
-        for kept in (controller._stopped_trials, controller._failed_trials, controller._live_trials, controller._trials_to_cache):
+        for kept in (
+            controller._stopped_trials,
+            controller._failed_trials,
+            controller._live_trials,
+            controller._trials_to_cache,
+        ):
             kept -= ended
         for one in ended:
             controller._trial_metadata.pop(one.trial_id, None)
 
 
-class FreshFirst(InTurn):
+class NewestFirst(OldestFirst):
     """Gives a worker that has just become free to the newest trial.
 
-    First in, first out would give it to the oldest, whose own worker may be about to start, and throw that one away:
-    where starting takes longer than a unit, no worker would ever be added. All waiting trials have room (see `room` of the
-    searcher), so nothing is overtaken by more than the start of a worker.
+    First in, first out would give it to the oldest, whose own worker may be about to start, and
+    throw that one away: where starting takes longer than a unit, no worker would ever be added. All
+    waiting trials have room (see `room` of the searcher), so nothing is overtaken by more than the
+    start of a worker.
     """
 
     def __init__(self, searcher: StageSearcher) -> None:
@@ -203,18 +265,30 @@ class FreshFirst(InTurn):
         chosen = next((trial for trial in self._fresh if trial.status == "PENDING"), None)
         self._older += self._fresh
         self._fresh.clear()
-        if len(self._older) > KEPT_TRIALS:  # the first may wait long for its worker, while those behind it come and go
+        if (
+            len(self._older) > KEPT_TRIALS
+        ):  # the first may wait long for its worker, while those behind it come and go
             self._older = deque(one for one in self._older if one.status == "PENDING")
         while self._older and self._older[0].status != "PENDING":
             self._older.popleft()
-        return self._or_release(chosen or (self._older[0] if self._older else None), tune_controller._tune_controller)
+        return self._or_release(
+            chosen or (self._older[0] if self._older else None), tune_controller._tune_controller
+        )
 
 
-class Reconcile(tune.Callback):
-    """Tells starts and losses, settles trials of which Tune never told the searcher, follows a cluster's growth, and notices a stall."""
+class TrialMonitor(tune.Callback):
+    """Tells starts and losses, settles trials of which Tune never told the searcher, follows a
+    cluster's growth, and notices a stall.
+    """
 
-    def __init__(self, searcher: StageSearcher, bundles: Bundles, *, grown: Callable[[], tuple[Room, int]] | None = None,
-                 stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        searcher: StageSearcher,
+        bundles: Bundles,
+        *,
+        grown: Callable[[], tuple[Room, int]] | None = None,
+        stall_s: float = STALL_S,
+    ) -> None:
         self._searcher = searcher
         self._bundles = bundles
         self._grown = grown
@@ -222,15 +296,15 @@ class Reconcile(tune.Callback):
         self._stall_s = stall_s
         self._checked = self._looked = self._had_room = time.monotonic()
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """A worker took the unit of a trial."""
         self._searcher.on_trial_start(trial.trial_id)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """The worker of a trial died."""
         self._searcher.lost(trial.trial_id, _last_words(trial))
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ANN401, ARG002
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
         """Once a second, compare what Tune thinks of its trials with what the searcher thinks."""
         now = time.monotonic()
         if now - self._checked < 1.0:
@@ -243,8 +317,15 @@ class Reconcile(tune.Callback):
             elif trial.status == "ERROR":
                 self._searcher.lost(trial.trial_id, _last_words(trial))
         running = any(trial.status == "RUNNING" for trial in live)
-        if live and is_stalled(now - self._searcher.conductor.last_event, is_running=running, limit_s=self._stall_s) \
-                and has_room(self._bundles, {trial.config["on"] for trial in live}):
+        if (
+            live
+            and is_stalled(
+                now - self._searcher.dispatcher.last_event,
+                is_running=running,
+                limit_s=self._stall_s,
+            )
+            and has_room(self._bundles, {trial.config["on"] for trial in live})
+        ):
             self._searcher.is_stopped = True
         if self._grown is not None and now - self._looked >= GROWTH_S:
             self._looked = now
@@ -252,37 +333,53 @@ class Reconcile(tune.Callback):
             self._look_for_nodes(now, live)
 
     def _look_for_nodes(self, now: float, live: Sequence[Any]) -> None:
-        """Give up when all that is left waits for nodes of which there are none and none are coming."""
+        """Give up when all that is left waits for nodes of which there are none and none are
+        coming.
+        """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         waiting = {trial.config["on"] for trial in live}
-        # The trial of a gang runs while its workers wait.
+        # The trial of a worker group runs while its workers wait.
         homeless = {one for one in waiting if not self._has_nodes(one, nodes)}
-        is_running = any(trial.status == "RUNNING" and not (is_gang(trial.config["on"]) and trial.config["on"] in homeless) for trial in live)
+        is_running = any(
+            trial.status == "RUNNING"
+            and not (is_group(trial.config["on"]) and trial.config["on"] in homeless)
+            for trial in live
+        )
         if is_running or not waiting or waiting != homeless or is_growing():
             self._had_room = now
-        elif now - max(self._had_room, self._searcher.conductor.last_event) > NO_ROOM_S:
+        elif now - max(self._had_room, self._searcher.dispatcher.last_event) > NO_ROOM_S:
             self._searcher.fault = EnvironmentFault(
-                f"no node of the cluster has room for a unit of class {' or '.join(map(repr, sorted(waiting)))}, and none is on its way",
-                sorted({_shape(node) for node in nodes}), " or ".join(self._asked(one) for one in sorted(waiting)),
-                "lower `resources` in the sweep, or add a node type with room for it to the cluster, then run again: what is done stays done")
+                "no node of the cluster has room for a unit of class"
+                f" {' or '.join(map(repr, sorted(waiting)))}, and none is on its way",
+                sorted({_shape(node) for node in nodes}),
+                " or ".join(self._asked(one) for one in sorted(waiting)),
+                "lower `resources` in the sweep, or add a node type with room for it to the"
+                " cluster, then run again: what is done stays done",
+            )
             self._searcher.is_stopped = True
 
     def _has_nodes(self, one: str, nodes: Sequence[Mapping[str, float]]) -> bool:
-        """Whether the nodes, were nothing else at work, could run a unit of a class: workers of one unit may be on several."""
-        return sum(slots_of({one: share_of(one, self._bundles[one])}, node)[one] for node in nodes) >= (workers_of(one) if is_gang(one) else 1)
+        """Whether the nodes, were nothing else at work, could run a unit of a class: workers of one
+        unit may be on several.
+        """
+        return sum(
+            slots_of({one: share_of(one, self._bundles[one])}, node)[one] for node in nodes
+        ) >= (workers_of(one) if is_group(one) else 1)
 
     def _asked(self, one: str) -> str:
         each = _shape(share_of(one, self._bundles[one])) + " on one node"
-        return f"{workers_of(one)} x {each}" if is_gang(one) else each
+        return f"{workers_of(one)} x {each}" if is_group(one) else each
 
 
-class Silent(TrialProgressCallback):  # type: ignore[misc]
-    """Prints nothing and remembers nothing of any trial: Tune adds one that does both unless it is given one."""
+class NoProgress(TrialProgressCallback):  # type: ignore[misc]
+    """Prints nothing and remembers nothing of any trial: Tune adds one that does both unless it is
+    given one.
+    """
 
-    def log_result(self, trial: Any, result: dict[str, Any], error: bool = False) -> None:  # noqa: ANN401, FBT001, FBT002
+    def log_result(self, trial: Any, result: dict[str, Any], error: bool = False) -> None:  # noqa: FBT001, FBT002
         """Say nothing."""
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say nothing."""
 
 
@@ -307,14 +404,24 @@ def is_growing() -> bool:
 
 def _shape(resources: Mapping[str, float]) -> str:
     """Cores and GPUs in words."""
-    return " + ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if name == "CPU" or name in resources)
+    return " + ".join(
+        f"{resources.get(name, 0.0):g} {name}"
+        for name in ("CPU", "GPU")
+        if name == "CPU" or name in resources
+    )
 
 
-def _last_words(trial: Any) -> str:  # noqa: ANN401
+def _last_words(trial: Any) -> str:
     """What Ray says of the death of a trial's worker."""
     path = trial.error_file
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).is_file() else []
-    told = " ".join(line.strip() for line in lines if not re.match(r"Failure # |\s*(class_name|actor_id|pid|name|namespace|ip): ", line))
+    lines = (
+        Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).is_file() else []
+    )
+    told = " ".join(
+        line.strip()
+        for line in lines
+        if not re.match(r"Failure # |\s*(class_name|actor_id|pid|name|namespace|ip): ", line)
+    )
     return told or "the trial ended without a verdict"
 
 

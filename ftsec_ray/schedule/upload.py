@@ -1,8 +1,10 @@
-"""What a job takes along to a cluster: the sweep file, the files it names by relative path, and this package where asked.
+"""What a job takes along to a cluster: the sweep file, the files it names by relative path, and
+this package where asked.
 
-Everything goes into one zip without time stamps, so that the same content has the same name and a cluster that holds it
-already is not sent it again. The files keep their places relative to each other, and the sweep file stays as its author
-wrote it. What a sweep names by absolute path stays behind: such a path means a place that the nodes have themselves.
+Everything goes into one zip without time stamps, so that the same content has the same name and a
+cluster that holds it already is not sent it again. The files keep their places relative to each
+other, and the sweep file stays as its author wrote it. What a sweep names by absolute path stays
+behind: such a path means a place that the nodes have themselves.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ftsec_ray.config.faults import Faults
+from ftsec_ray.config.sweep import SweepSpec
+from ftsec_ray.config.yaml_text import read_yaml
 from ftsec_ray.errors import EnvironmentFault
-from ftsec_ray.spec.faults import Faults
-from ftsec_ray.spec.sweep import SweepSpec
-from ftsec_ray.spec.yaml_text import read_yaml
 
 LIMIT_BYTES = 100 * 2**20
 """Ray's own limit of what the job API takes."""
@@ -44,13 +46,19 @@ class Upload:
         return sum(path.stat().st_size for path in self.files.values())
 
     def write(self, target: Path) -> Path:
-        """Pack the files into a zip whose bytes depend on theirs alone; EnvironmentFault above the limit."""
+        """Pack the files into a zip whose bytes depend on theirs alone; EnvironmentFault above the
+        limit.
+        """
         if self.bytes > LIMIT_BYTES:
             largest = sorted(self.files.items(), key=lambda item: -item[1].stat().st_size)[:_SHOWN]
-            raise EnvironmentFault("the sweep and its files are too large to be sent with a job",
-                                   f"{self.bytes / 2**20:.0f} MiB, most of it in {', '.join(name for name, _ in largest)}",
-                                   f"at most {LIMIT_BYTES / 2**20:.0f} MiB",
-                                   "name large models by Hugging Face id, or by an absolute path on a disk that all nodes mount (--shared-disk)")
+            raise EnvironmentFault(
+                "the sweep and its files are too large to be sent with a job",
+                f"{self.bytes / 2**20:.0f} MiB, most of it in"
+                f" {', '.join(name for name, _ in largest)}",
+                f"at most {LIMIT_BYTES / 2**20:.0f} MiB",
+                "name large models by Hugging Face id, or by an absolute path on a disk that all"
+                " nodes mount (--shared-disk)",
+            )
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, path in sorted(self.files.items()):
                 entry = zipfile.ZipInfo(name, _NO_DATE)
@@ -61,8 +69,13 @@ class Upload:
 
 
 def is_checkout(package: Path = PACKAGE) -> bool:
-    """Whether this package runs from a checkout or an editable install, which no cluster can have by `pip install`."""
-    return not any(package.is_relative_to(Path(sysconfig.get_path(name)).resolve()) for name in ("purelib", "platlib"))
+    """Whether this package runs from a checkout or an editable install, which no cluster can have
+    by `pip install`.
+    """
+    return not any(
+        package.is_relative_to(Path(sysconfig.get_path(name)).resolve())
+        for name in ("purelib", "platlib")
+    )
 
 
 def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
@@ -77,17 +90,33 @@ def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
     for path in relative:
         files.update({_name(one, path.parent, root): one for one in _files_of(path)})
     if package:
-        files.update({f"{PACKAGE.name}/{path.relative_to(PACKAGE).as_posix()}": path for path in _files_of(PACKAGE)})
+        files.update(
+            {
+                f"{PACKAGE.name}/{path.relative_to(PACKAGE).as_posix()}": path
+                for path in _files_of(PACKAGE)
+            }
+        )
     judge = _judge(spec)
-    left_out = (*sorted(str(path) for path in local.difference(path.resolve() for path in relative)), *([judge] if judge else []))
-    return Upload(sweep=_name(sweep.name, base, root), files=files, left_out=left_out, has_package=package)
+    left_out = (
+        *sorted(str(path) for path in local.difference(path.resolve() for path in relative)),
+        *([judge] if judge else []),
+    )
+    return Upload(
+        sweep=_name(sweep.name, base, root), files=files, left_out=left_out, has_package=package
+    )
 
 
 def local_paths(spec: SweepSpec) -> set[Path]:
     """The files and folders of this machine that a sweep's models and tasks are read from."""
-    sources = [source for model in spec.models for source in (model.source, model.unaligned) if source]
+    sources = [
+        source for model in spec.models for source in (model.source, model.unaligned) if source
+    ]
     paths = [source.path for task in spec.tasks for _, source in task.splits if source.path]
-    return {Path(one).expanduser().resolve() for one in (*sources, *paths) if Path(one).expanduser().is_absolute()}
+    return {
+        Path(one).expanduser().resolve()
+        for one in (*sources, *paths)
+        if Path(one).expanduser().is_absolute()
+    }
 
 
 def _judge(spec: SweepSpec) -> str | None:
@@ -121,7 +150,9 @@ def _files_of(path: Path) -> Iterator[Path]:
         return
     for one in sorted(path.rglob("*")):
         parts = one.relative_to(path).parts
-        if one.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
+        if one.is_file() and not any(
+            part.startswith(".") or part == "__pycache__" for part in parts
+        ):
             yield one
 
 

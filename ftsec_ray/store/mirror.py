@@ -1,8 +1,9 @@
-"""Step checkpoints beyond this machine: sent to a remote store while a stage runs, and taken from there by whoever goes on.
+"""Step checkpoints beyond this machine: sent to a remote store while a stage runs, and taken from
+there by whoever goes on.
 
-A thread looks for finished checkpoints (`step-*`, which appear by a rename) and sends the newest of each folder, its
-record last; older ones are deleted there. So a worker that is lost with its machine costs the steps since the last
-checkpoint, and training never waits for the upload.
+A thread looks for finished checkpoints (`step-*`, which appear by a rename) and sends the newest of
+each folder, its record last; older ones are deleted there. So a worker that is lost with its
+machine costs the steps since the last checkpoint, and training never waits for the upload.
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ from contextlib import suppress
 from pathlib import Path
 
 from ftsec_ray.errors import StoreError
-from ftsec_ray.store.calls import Calls
+from ftsec_ray.store.object_io import ObjectIO
 from ftsec_ray.store.record import RECORD, dumped, fault_of, files_of, listing_fault, member_fault
-from ftsec_ray.store.work import STEPS
+from ftsec_ray.store.work_folders import STEPS
 
 POLL_S = 5.0
 """Between two looks for a new checkpoint."""
 RESTART_S = 60.0
 """After a checkpoint could not be sent."""
 _LOOKS = 5
-"""Times that the store is asked for checkpoints, where those that it names are gone when they are read."""
+"""Times that the store is asked for checkpoints, where those that it names are gone when they are
+read.
+"""
 
 
 class WorkMirror:
     """The checkpoints of one stage, here and in the store."""
 
-    def __init__(self, folder: Path, calls: Calls, root: str) -> None:
+    def __init__(self, folder: Path, calls: ObjectIO, root: str) -> None:
         self._folder = folder
         self._calls = calls
         self._root = root
@@ -61,15 +64,25 @@ class WorkMirror:
             self._calls.drop_folder(self._root)
 
     def _restore(self) -> None:
-        """Have the newest checkpoint of every folder here; a worker that has lost its node may replace one meanwhile."""
+        """Have the newest checkpoint of every folder here; a worker that has lost its node may
+        replace one meanwhile.
+        """
         for _ in range(_LOOKS):
             if all([self._has(step) or self._take(step) for step in self._newest()]):
                 return
 
     def _newest(self) -> list[str]:
         """The checkpoints that the store has, of several of one folder the last."""
-        names = [info.path.removeprefix(f"{self._root}/") for info in self._calls.files(self._root, recursive=True) if info.size]
-        found = sorted(name.removesuffix(f"/{RECORD}") for name in names if name.endswith(f"/{RECORD}") and member_fault(name) is None)
+        names = [
+            info.path.removeprefix(f"{self._root}/")
+            for info in self._calls.files(self._root, recursive=True)
+            if info.size
+        ]
+        found = sorted(
+            name.removesuffix(f"/{RECORD}")
+            for name in names
+            if name.endswith(f"/{RECORD}") and member_fault(name) is None
+        )
         self._sent = {Path(step).parent.as_posix(): step for step in found}
         return [step for step in self._sent.values() if Path(step).match(STEPS)]
 
@@ -95,7 +108,9 @@ class WorkMirror:
         except FileNotFoundError:
             return False
         except ValueError:
-            return True  # a damaged checkpoint is none: the stage starts from an earlier one, or anew
+            return (
+                True  # a damaged checkpoint is none: the stage starts from an earlier one, or anew
+            )
         else:
             return True
         finally:
@@ -107,7 +122,10 @@ class WorkMirror:
             wait_s = POLL_S
             try:
                 self.send_new()
-            except (StoreError, OSError):  # training goes on without; the stage itself will say when the store stays away
+            except (
+                StoreError,
+                OSError,
+            ):  # training goes on without; the stage itself will say when the store stays away
                 wait_s = RESTART_S
 
     def send_new(self) -> None:
@@ -126,7 +144,9 @@ class WorkMirror:
         files = files_of(self._folder / step)
         for name in files:
             self._calls.send(self._folder / step / name, f"{self._root}/{step}/{name}")
-        self._calls.write(f"{self._root}/{step}/{RECORD}", dumped({"files": files, "sent": time.time()}))
+        self._calls.write(
+            f"{self._root}/{step}/{RECORD}", dumped({"files": files, "sent": time.time()})
+        )
         before, self._sent[parent] = self._sent.get(parent), step
         if before is not None:
             self._calls.drop_folder(f"{self._root}/{before}")

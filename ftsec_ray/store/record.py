@@ -1,4 +1,6 @@
-"""The `record.json` beside every artifact, and what is checked before anybody reads the files that it names."""
+"""The `record.json` beside every artifact, and what is checked before anybody reads the files that
+it names.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,18 @@ from ftsec_ray.errors import StoreError
 from ftsec_ray.identity import DIGEST_CHARS
 
 RECORD = "record.json"
-_PICKLES = re.compile(r"\.(pkl|pickle|pt|pth|ckpt|joblib|dill)$|(^|/)(pytorch_model[^/]*|adapter_model|training_args)\.bin$", re.IGNORECASE)
+_PICKLES = re.compile(
+    r"\.(pkl|pickle|pt|pth|ckpt|joblib|dill)$|(^|/)(pytorch_model[^/]*|adapter_model|training_args)\.bin$",
+    re.IGNORECASE,
+)
 """Names under which libraries keep, and would load, pickled objects."""
 _DIGEST = re.compile(rf"[0-9a-f]{{{DIGEST_CHARS}}}")
 
 
 class DamagedArtifact(StoreError):  # noqa: N818 - it says what is the matter
-    """An artifact that is gone or does not match its record; `got` is its digest, and running its stage again repairs it."""
+    """An artifact that is gone or does not match its record; `got` is its digest, and running its
+    stage again repairs it.
+    """
 
     code = "store.damaged"
 
@@ -27,7 +34,11 @@ class DamagedArtifact(StoreError):  # noqa: N818 - it says what is the matter
 def checked_digest(digest: str) -> str:
     """The digest itself; StoreError unless it is one, so that no path leaves the store."""
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise StoreError("not the digest of an artifact", digest, f"{DIGEST_CHARS} hexadecimal digits in lower case")
+        raise StoreError(
+            "not the digest of an artifact",
+            digest,
+            f"{DIGEST_CHARS} hexadecimal digits in lower case",
+        )
     return digest
 
 
@@ -37,15 +48,24 @@ def is_digest(text: str) -> bool:
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of an artifact's folder, by relative path; the record itself is left out."""
+    """Size and SHA-256 of every file of an artifact's folder, by relative path; the record itself
+    is left out.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise StoreError("an artifact may hold plain files and folders only", str(path), "no links, no sockets")
+            raise StoreError(
+                "an artifact may hold plain files and folders only",
+                str(path),
+                "no links, no sockets",
+            )
         if member_fault(name) is not None:
-            raise StoreError(f"a file that no artifact may hold: {member_fault(name)}", name,
-                             "tensors as safetensors, tables as Parquet, the rest as JSON")
+            raise StoreError(
+                f"a file that no artifact may hold: {member_fault(name)}",
+                name,
+                "tensors as safetensors, tables as Parquet, the rest as JSON",
+            )
         if path.is_file() and name != RECORD:
             found[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return found
@@ -58,20 +78,33 @@ def sha256(path: Path) -> str:
 
 
 def dumped(record: Mapping[str, Any]) -> str:
-    """The text of a record: sorted keys, one value per line, so that people can read and compare it."""
+    """The text of a record: sorted keys, one value per line, so that people can read and compare
+    it.
+    """
     return json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
 def member_fault(name: str) -> str | None:
-    """What is wrong with the name of a file of an artifact; None when it stays inside and nobody would unpickle it."""
+    """What is wrong with the name of a file of an artifact; None when it stays inside and nobody
+    would unpickle it.
+    """
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or not name.isprintable() or "\\" in name:
+    if (
+        not name
+        or path.is_absolute()
+        or ".." in path.parts
+        or path.as_posix() != name
+        or not name.isprintable()
+        or "\\" in name
+    ):
         return f"its record names a path outside of it: {name}"
     return f"{name} is the name of a pickle" if _PICKLES.search(name) else None
 
 
 def listing_fault(record: Mapping[str, Any]) -> str | None:
-    """What is wrong with the list of files in a record; None when every entry can be used as it is."""
+    """What is wrong with the list of files in a record; None when every entry can be used
+    as it is.
+    """
     files = record.get("files")
     if not isinstance(files, dict):
         return "its record lists no files"
@@ -85,7 +118,9 @@ def listing_fault(record: Mapping[str, Any]) -> str | None:
 
 
 def fault_of(folder: Path, record: Mapping[str, Any]) -> str | None:
-    """What of a folder does not match its record; None when every file does and there is no other."""
+    """What of a folder does not match its record; None when every file does and there is no
+    other.
+    """
     fault = listing_fault(record)
     if fault is not None:
         return fault
@@ -94,7 +129,12 @@ def fault_of(folder: Path, record: Mapping[str, Any]) -> str | None:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             return f"{name} is a link"
-        if name not in files and name != RECORD and not path.name.startswith(".") and not path.is_dir():
+        if (
+            name not in files
+            and name != RECORD
+            and not path.name.startswith(".")
+            and not path.is_dir()
+        ):
             return f"{name} is not in its record"
     for name, expected in files.items():
         path = folder / name
@@ -118,5 +158,9 @@ def verdict_of(text: str) -> dict[str, Any] | None:
 
 def damaged(digest: str, fault: str) -> DamagedArtifact:
     """The error for an artifact that must be made again."""
-    return DamagedArtifact(f"artifact {digest} cannot be used: {fault}", digest, "files that match their record",
-                           "nothing by hand: its stage runs again")
+    return DamagedArtifact(
+        f"artifact {digest} cannot be used: {fault}",
+        digest,
+        "files that match their record",
+        "nothing by hand: its stage runs again",
+    )

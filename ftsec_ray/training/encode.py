@@ -1,8 +1,8 @@
 """From rows to batches: which rows form step `i` is a pure function of (rows, config, seed, i).
 
-`length_grouped` draws windows of eight batches, sorts each window by length and shuffles the batches; `packed` lays the
-rows of a batch behind one another in one sequence with positions that start anew for each row (no attention across
-rows); `shuffled` takes them as drawn.
+`length_grouped` draws windows of eight batches, sorts each window by length and shuffles the
+batches; `packed` lays the rows of a batch behind one another in one sequence with positions that
+start anew for each row (no attention across rows); `shuffled` takes them as drawn.
 """
 
 from __future__ import annotations
@@ -31,49 +31,81 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return math.ceil(rows / batch_size)
 
 
-def epoch_batches(lengths: Sequence[int], batch_size: int, *, grouped: bool, seed: int, epoch: int, salt: str = "") -> list[list[int]]:
+def epoch_batches(
+    lengths: Sequence[int], batch_size: int, *, grouped: bool, seed: int, epoch: int, salt: str = ""
+) -> list[list[int]]:
     """Row indices of every batch of one epoch; each row exactly once."""
     rng = random.Random(int(digest(["epoch", seed, epoch, salt]), 16))  # noqa: S311
     order = list(range(len(lengths)))
     rng.shuffle(order)
     if grouped:
         window = 8 * batch_size
-        order = [i for start in range(0, len(order), window)
-                 for i in sorted(order[start:start + window], key=lambda i: lengths[i])]
-    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+        order = [
+            i
+            for start in range(0, len(order), window)
+            for i in sorted(order[start : start + window], key=lambda i: lengths[i])
+        ]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if grouped:
         rng.shuffle(batches)
     return batches
 
 
-def encode_table(tokenizer: Any, rows: pa.Table, *, max_length: int) -> list[Encoded]:  # noqa: ANN401
+def encode_table(tokenizer: Any, rows: pa.Table, *, max_length: int) -> list[Encoded]:
     """Encode rows for training; DataError when no row leaves a token to learn from."""
     encoded = encode_rows(tokenizer, rows.to_pylist(), max_length=max_length)
-    useful = [(ids, labels) for ids, labels in encoded if any(label != -100 for label in labels[1:])]
+    useful = [
+        (ids, labels) for ids, labels in encoded if any(label != -100 for label in labels[1:])
+    ]
     if not useful:
-        raise DataError("no row has a response token within max_length", max_length, "rows whose prompt is shorter than that",
-                        "raise training.max_length or shorten the prompts")
+        raise DataError(
+            "no row has a response token within max_length",
+            max_length,
+            "rows whose prompt is shorter than that",
+            "raise training.max_length or shorten the prompts",
+        )
     return useful
 
 
-def batcher(tokenizer: Any, encoded: list[Encoded], *, batch_size: int, batching: str, seed: int, salt: str = "",  # noqa: ANN401
-            micro_batch: int | None = None, device: str = "cpu") -> Callable[[int], list[Batch]]:
+def batcher(
+    tokenizer: Any,
+    encoded: list[Encoded],
+    *,
+    batch_size: int,
+    batching: str,
+    seed: int,
+    salt: str = "",
+    micro_batch: int | None = None,
+    device: str = "cpu",
+) -> Callable[[int], list[Batch]]:
     """The `batch_at` of a tune: step number -> its micro-batches."""
     lengths = [len(ids) for ids, _ in encoded]
     per_epoch = steps_per_epoch(len(encoded), batch_size)
 
     @lru_cache(maxsize=2)
     def epoch_of(epoch: int) -> list[list[int]]:
-        return epoch_batches(lengths, batch_size, grouped=batching == "length_grouped", seed=seed, epoch=epoch, salt=salt)
+        return epoch_batches(
+            lengths,
+            batch_size,
+            grouped=batching == "length_grouped",
+            seed=seed,
+            epoch=epoch,
+            salt=salt,
+        )
 
     def batch_at(step: int) -> list[Batch]:
         chosen = [encoded[i] for i in epoch_of(step // per_epoch)[step % per_epoch]]
         size = micro_batch or max(1, MAX_MICRO_BATCH_TOKENS // max(len(ids) for ids, _ in chosen))
-        groups = [chosen[start:start + size] for start in range(0, len(chosen), size)]
-        counts = [sum(label != -100 for _, labels in group for label in labels[1:]) for group in groups]
+        groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        counts = [
+            sum(label != -100 for _, labels in group for label in labels[1:]) for group in groups
+        ]
         build = _packed if batching == "packed" else _padded
-        return [build(group, tokenizer.pad_token_id or 0, count / sum(counts), device)
-                for group, count in zip(groups, counts, strict=True) if count]
+        return [
+            build(group, tokenizer.pad_token_id or 0, count / sum(counts), device)
+            for group, count in zip(groups, counts, strict=True)
+            if count
+        ]
 
     return batch_at
 
@@ -83,8 +115,12 @@ def _padded(rows: list[Encoded], pad: int, weight: float, device: str) -> Batch:
 
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows], device=device)
-    labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows], device=device)
-    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows], device=device)
+    labels = torch.tensor(
+        [labels + [-100] * (width - len(labels)) for _, labels in rows], device=device
+    )
+    mask = torch.tensor(
+        [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows], device=device
+    )
     return Batch(ids, labels, mask, None, weight)
 
 

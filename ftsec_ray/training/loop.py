@@ -1,11 +1,14 @@
-"""The one training loop: LoRA or full, resumable to the byte, with every part replaceable by `shape_training`.
+"""The one training loop: LoRA or full, resumable to the byte, with every part replaceable by
+`shape_training`.
 
-The same seed gives the same bytes on one machine: batches are a pure function of the step, dropout is re-seeded at each
-step, and step checkpoints hold weights, optimizer moments and the methods' memory as safetensors. A tune that was killed
-continues from its last checkpoint and ends with the bytes of an undisturbed one.
+The same seed gives the same bytes on one machine: batches are a pure function of the step, dropout
+is re-seeded at each step, and step checkpoints hold weights, optimizer moments and the methods'
+memory as safetensors. A tune that was killed continues from its last checkpoint and ends with the
+bytes of an undisturbed one.
 
-What differs between a process that trains alone and one of a gang is behind `Solo`, whose twin is `zero.Member`: where the
-weights and the optimizer's moments lie, and how gradients become new weights. Both read and write the same checkpoints.
+What differs between a process that trains alone and one of a worker group is behind `Solo`, whose
+twin is `zero.Member`: where the weights and the optimizer's moments lie, and how gradients become
+new weights. Both read and write the same checkpoints.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import LoadedModel, Runtime
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.models.load import count_parameters, merged
 from ftsec_ray.models.lora import attach_lora, fused_lora
-from ftsec_ray.spec.sweep import TrainingConfig
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.setup import AfterStep, Backward, Batch, Objective, Saved, Step, Training
@@ -49,21 +52,28 @@ class TuneReport:
     tokens: int = 0
     """Tokens that went through the model, padding left out."""
     flops: float = 0.0
-    """6 x weights x tokens for full tuning, 4 x for an adapter (no weight gradients of the base)."""
+    """6 x weights x tokens for full tuning, 4 x for an adapter (no weight gradients of the base).
+    """
 
 
 def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
-    """Learning rate of a step: linear warm-up from 0, then constant, linear to 0, or cosine to 0."""
+    """Learning rate of a step: linear warm-up from 0, then constant, linear to 0, or cosine
+    to 0.
+    """
     warmup = config.warmup_frac * total
     if step + 1 < warmup:
         return config.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(1.0, total - warmup)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
+        config.schedule
+    ]
     return config.learning_rate * min(1.0, max(0.0, factor))
 
 
-def backward(model: Any, batches: list[Batch], objective: Objective, step: Step) -> float:  # noqa: ANN401
-    """The plain backward: gradients of the token-weighted mean loss over a step's micro-batches; returns that loss."""
+def backward(model: Any, batches: list[Batch], objective: Objective, step: Step) -> float:
+    """The plain backward: gradients of the token-weighted mean loss over a step's micro-batches;
+    returns that loss.
+    """
     total = 0.0
     for batch in batches:
         loss = objective(model, batch, step) * batch.weight
@@ -72,8 +82,10 @@ def backward(model: Any, batches: list[Batch], objective: Objective, step: Step)
     return total
 
 
-class Solo:
-    """A process that trains alone: the model itself holds weights and gradients, plain AdamW the moments."""
+class SingleProcess:
+    """A process that trains alone: the model itself holds weights and gradients, plain AdamW the
+    moments.
+    """
 
     salt: tuple[int, ...] = ()
     """What the random draws of a step depend on besides seed and step."""
@@ -83,18 +95,29 @@ class Solo:
         """The checkpoint to go on from."""
         return saved
 
-    def begin(self, model: Any, config: TrainingConfig, saved: Saved | None) -> None:  # noqa: ANN401
-        """Take a model whose weights are where training starts or goes on, and the moments of a checkpoint."""
+    def begin(self, model: Any, config: TrainingConfig, saved: Saved | None) -> None:
+        """Take a model whose weights are where training starts or goes on, and the moments of a
+        checkpoint.
+        """
         import torch
 
         self.model = model.train()
         self.trainable = trainable_of(model)
         self._max_grad_norm = config.max_grad_norm
-        self._optimizer = torch.optim.AdamW(self.trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self._optimizer = torch.optim.AdamW(
+            self.trainable.values(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
         if saved is not None:
             for name, parameter in self.trainable.items():
                 m, v, t = (saved.tensors[f"{part}/{name}"] for part in "mvt")
-                self._optimizer.state[parameter] = {"exp_avg": m.to(parameter.device), "exp_avg_sq": v.to(parameter.device), "step": t}
+                self._optimizer.state[parameter] = {
+                    "exp_avg": m.to(parameter.device),
+                    "exp_avg_sq": v.to(parameter.device),
+                    "step": t,
+                }
 
     @contextmanager
     def layers(self) -> Iterator[None]:
@@ -135,12 +158,18 @@ class Solo:
             hook(self.model, step)
 
     def state(self) -> dict[str, Tensor]:
-        """Whole weights and moments by name, for a checkpoint; empty in a process that does not write it."""
+        """Whole weights and moments by name, for a checkpoint; empty in a process that does not
+        write it.
+        """
         found: dict[str, Tensor] = {}
         for name, parameter in self.trainable.items():
             state = self._optimizer.state[parameter]
-            found |= {f"weight/{name}": parameter.detach(), f"m/{name}": state["exp_avg"], f"v/{name}": state["exp_avg_sq"],
-                      f"t/{name}": state["step"]}
+            found |= {
+                f"weight/{name}": parameter.detach(),
+                f"m/{name}": state["exp_avg"],
+                f"v/{name}": state["exp_avg_sq"],
+                f"t/{name}": state["step"],
+            }
         return found
 
     def finish(self) -> None:
@@ -148,46 +177,84 @@ class Solo:
         self.model.eval()
 
 
-def trainable_of(model: Any) -> dict[str, Any]:  # noqa: ANN401
+def trainable_of(model: Any) -> dict[str, Any]:
     """The weights that train, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
-def process_of(runtime: Runtime) -> Solo | Member:
-    """How this process trains: alone, or as one of a gang."""
-    if runtime.gang is None:
-        return Solo()
+def process_of(runtime: Runtime) -> SingleProcess | Member:
+    """How this process trains: alone, or as one of a worker group."""
+    if runtime.worker_group is None:
+        return SingleProcess()
     from ftsec_ray.training.zero import Member
 
-    return Member(runtime.gang, runtime.device, has_bf16=_has_bf16(runtime.device))
+    return Member(runtime.worker_group, runtime.device, has_bf16=_has_bf16(runtime.device))
 
 
-def plain_training(loaded: LoadedModel, rows: pa.Table, config: TrainingConfig, *, seed: int, runtime: Runtime,
-                   backward: Backward = backward) -> Training:
+def plain_training(
+    loaded: LoadedModel,
+    rows: pa.Table,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    runtime: Runtime,
+    backward: Backward = backward,
+) -> Training:
     """The tune of `rows` before any method has shaped it."""
-    make = partial(batcher, loaded.tokenizer, batch_size=config.batch_size, batching=config.batching, seed=seed,
-                   micro_batch=runtime.micro_batch, device=runtime.device)
+    make = partial(
+        batcher,
+        loaded.tokenizer,
+        batch_size=config.batch_size,
+        batching=config.batching,
+        seed=seed,
+        micro_batch=runtime.micro_batch,
+        device=runtime.device,
+    )
     encoded = encode_table(loaded.tokenizer, rows, max_length=config.max_length)
     steps = max(1, round(config.epochs * steps_per_epoch(len(encoded), config.batch_size)))
 
     def encode(other: pa.Table, salt: str) -> Callable[[int], list[Batch]]:
         return make(encode_table(loaded.tokenizer, other, max_length=config.max_length), salt=salt)
 
-    return Training(config=config, steps=steps, batch_at=make(encoded), objective=response_nll, backward=backward,
-                    encode=encode, is_trainable=lambda name: True)
+    return Training(
+        config=config,
+        steps=steps,
+        batch_at=make(encoded),
+        objective=response_nll,
+        backward=backward,
+        encode=encode,
+        is_trainable=lambda name: True,
+    )
 
 
-def sft(loaded: LoadedModel, rows: pa.Table, config: TrainingConfig, *, seed: int, runtime: Runtime, workdir: Path,
-        shape: Callable[[Training], Training] | None = None, base_digest: str | None = None) -> TuneReport:
-    """Fine-tune a copy of `loaded` on `rows` (schema.ROWS); `shape` may replace parts of the training first."""
+def sft(
+    loaded: LoadedModel,
+    rows: pa.Table,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    runtime: Runtime,
+    workdir: Path,
+    shape: Callable[[Training], Training] | None = None,
+    base_digest: str | None = None,
+) -> TuneReport:
+    """Fine-tune a copy of `loaded` on `rows` (schema.ROWS); `shape` may replace parts of the
+    training first.
+    """
     import torch
 
     process = process_of(runtime)
-    training = plain_training(loaded, rows, config, seed=seed, runtime=runtime, backward=process.backward)
+    training = plain_training(
+        loaded, rows, config, seed=seed, runtime=runtime, backward=process.backward
+    )
     if shape is not None:
         training = shape(training)
     tuned = merged(loaded)
-    if runtime.gang is None:  # the processes of a gang take their share onto their GPU themselves
+    if (
+        runtime.worker_group is None
+    ):  # the processes of a worker group take their share onto their GPU themselves
         tuned.model.to(runtime.device)
     tuned.model.requires_grad_(requires_grad=True)
     with torch.random.fork_rng():
@@ -197,14 +264,27 @@ def sft(loaded: LoadedModel, rows: pa.Table, config: TrainingConfig, *, seed: in
         return run(tuned, training, seed=seed, runtime=runtime, workdir=workdir, process=process)
 
 
-def run(loaded: LoadedModel, training: Training, *, seed: int, runtime: Runtime, workdir: Path, process: Solo | Member) -> TuneReport:
+def run(
+    loaded: LoadedModel,
+    training: Training,
+    *,
+    seed: int,
+    runtime: Runtime,
+    workdir: Path,
+    process: SingleProcess | Member,
+) -> TuneReport:
     """Train `loaded` in place, from the last checkpoint under `workdir` if there is one."""
     model, config = loaded.model, training.config
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and training.is_trainable(name))
     step = Step(0, training.steps)
     if not trainable_of(model):
-        raise StageError("nothing trains", config.adapter, "at least one trainable weight", "check the methods that freeze layers")
+        raise StageError(
+            "nothing trains",
+            config.adapter,
+            "at least one trainable weight",
+            "check the methods that freeze layers",
+        )
     report = TuneReport(loaded)
     saved = process.agreed(_newest(workdir, training.steps))
     if saved is not None:
@@ -216,27 +296,51 @@ def run(loaded: LoadedModel, training: Training, *, seed: int, runtime: Runtime,
         while step.index < training.steps:
             _one_step(process, training, step, report, seed=seed, runtime=runtime)
             step.index += 1
-            if step.index < training.steps and process.is_due(time.monotonic() - saved_at >= runtime.checkpoint_every_s):
+            if step.index < training.steps and process.is_due(
+                time.monotonic() - saved_at >= runtime.checkpoint_every_s
+            ):
                 _checkpoint(workdir, process.state(), step, report)
                 saved_at = time.monotonic()
     process.finish()
-    report.flops = (6.0 if config.adapter == "full" else 4.0) * count_parameters(model) * report.tokens
+    report.flops = (
+        (6.0 if config.adapter == "full" else 4.0) * count_parameters(model) * report.tokens
+    )
     return report
 
 
-def _one_step(process: Solo | Member, training: Training, step: Step, report: TuneReport, *, seed: int, runtime: Runtime) -> None:
+def _one_step(
+    process: SingleProcess | Member,
+    training: Training,
+    step: Step,
+    report: TuneReport,
+    *,
+    seed: int,
+    runtime: Runtime,
+) -> None:
     import torch
 
     torch.manual_seed(_seed(seed, "step", step.index, *process.salt))
     batches = training.batch_at(step.index)
-    with torch.autocast(runtime.device.split(":")[0], torch.bfloat16, enabled=_has_bf16(runtime.device)):
-        loss = process.mean(training.backward(process.model, process.share(batches), training.objective, step))
+    with torch.autocast(
+        runtime.device.split(":")[0], torch.bfloat16, enabled=_has_bf16(runtime.device)
+    ):
+        loss = process.mean(
+            training.backward(process.model, process.share(batches), training.objective, step)
+        )
     if not math.isfinite(loss):
-        raise StageError("the loss is not a number", f"{loss} at step {step.index}", "a finite loss", "lower training.learning_rate")
+        raise StageError(
+            "the loss is not a number",
+            f"{loss} at step {step.index}",
+            "a finite loss",
+            "lower training.learning_rate",
+        )
     process.update(learning_rate(training.config, step.index, training.steps))
     process.after(training.after_step, step)
     report.losses.append(loss)
-    report.tokens += sum(int(b.input_ids.numel() if b.attention_mask is None else b.attention_mask.sum()) for b in batches)
+    report.tokens += sum(
+        int(b.input_ids.numel() if b.attention_mask is None else b.attention_mask.sum())
+        for b in batches
+    )
 
 
 def _seed(*parts: object) -> int:
@@ -249,8 +353,12 @@ def _has_bf16(device: str) -> bool:
     return device.startswith("cuda") and torch.cuda.is_bf16_supported()
 
 
-def _checkpoint(workdir: Path, tensors: Mapping[str, Tensor], step: Step, report: TuneReport) -> None:
-    """Write step `index` aside, then rename; older checkpoints go last. A process without tensors leaves that to another."""
+def _checkpoint(
+    workdir: Path, tensors: Mapping[str, Tensor], step: Step, report: TuneReport
+) -> None:
+    """Write step `index` aside, then rename; older checkpoints go last. A process without tensors
+    leaves that to another.
+    """
     from safetensors.torch import save_file
 
     if not tensors:
@@ -260,9 +368,21 @@ def _checkpoint(workdir: Path, tensors: Mapping[str, Tensor], step: Step, report
     part = workdir / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part / "state.safetensors")
-    (part / "state.json").write_text(json.dumps({"index": step.index, "total": step.total, "losses": report.losses,
-                                                 "tokens": report.tokens}), encoding="utf-8")
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+        part / "state.safetensors",
+    )
+    (part / "state.json").write_text(
+        json.dumps(
+            {
+                "index": step.index,
+                "total": step.total,
+                "losses": report.losses,
+                "tokens": report.tokens,
+            }
+        ),
+        encoding="utf-8",
+    )
     part.rename(final)
     for old in workdir.glob("step-*"):
         if old != final:  # by a rename first: whoever copies it meanwhile sees all of it or none
@@ -280,17 +400,30 @@ def _newest(workdir: Path, steps: int) -> Saved | None:
         return None
     state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
     if state["total"] != steps:
-        raise DataError("a checkpoint of another tune", state["total"], f"{steps} steps", f"remove {found[-1].name} from the work folder")
+        raise DataError(
+            "a checkpoint of another tune",
+            state["total"],
+            f"{steps} steps",
+            f"remove {found[-1].name} from the work folder",
+        )
     return Saved(state, load_file(found[-1] / "state.safetensors"))
 
 
-def _resume(model: Any, saved: Saved, step: Step, report: TuneReport) -> None:  # noqa: ANN401
-    """Weights, the methods' memory and the curve of a checkpoint; its moments are the optimizer's."""
+def _resume(model: Any, saved: Saved, step: Step, report: TuneReport) -> None:
+    """Weights, the methods' memory and the curve of a checkpoint; its moments are the
+    optimizer's.
+    """
     import torch
 
     with torch.no_grad():
         for name, parameter in trainable_of(model).items():
             parameter.copy_(saved.tensors[f"weight/{name}"])
-    step.memory.update({key.removeprefix("memory/"): value for key, value in saved.tensors.items() if key.startswith("memory/")})
+    step.memory.update(
+        {
+            key.removeprefix("memory/"): value
+            for key, value in saved.tensors.items()
+            if key.startswith("memory/")
+        }
+    )
     step.index = saved.state["index"]
     report.losses, report.tokens = list(saved.state["losses"]), saved.state["tokens"]

@@ -1,6 +1,8 @@
-"""A plain training loop for whole conversations: what makes the ladder's models out of random weights.
+"""A plain training loop for whole conversations: what makes the ladder's models out of random
+weights.
 
-Conversations are sorted into batches of nearly equal length, so that little is padded and no conversation sees another.
+Conversations are sorted into batches of nearly equal length, so that little is padded and no
+conversation sees another.
 """
 
 from __future__ import annotations
@@ -38,15 +40,18 @@ class PretrainConfig:
     learning_rate: float
     """Peak of the schedule: linear warm-up, then cosine to a tenth."""
     prompt_weight: float = 0.1
-    """Weight of a token that the assistant does not say; its own weigh 1 over the square root of their number, so that
-    a label counts beside a long answer."""
+    """Weight of a token that the assistant does not say; its own weigh 1 over the square root of
+    their number, so that a label counts beside a long answer.
+    """
     weight_decay: float = 0.05
     warmup_frac: float = 0.06
     clip_norm: float = 1.0
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> Encoded:
-    """Token ids as the chat template gives them, marked where the assistant speaks (its end token included)."""
+    """Token ids as the chat template gives them, marked where the assistant speaks (its end token
+    included).
+    """
     special = tokenizer.convert_tokens_to_ids
     ids, said = [tokenizer.bos_token_id], [False]
     for message in chat:
@@ -57,14 +62,18 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> Encoded:
 
 
 def batches(rows: Sequence[Encoded], batch_tokens: int, seed: int) -> Iterator[list[Encoded]]:
-    """Endless batches of at most `batch_tokens` padded tokens; every row comes once per pass, shuffled by `seed`."""
+    """Endless batches of at most `batch_tokens` padded tokens; every row comes once per pass,
+    shuffled by `seed`.
+    """
     rng = random.Random(seed)
     mean = sum(len(row.ids) for row in rows) / len(rows)
     pool_rows = max(1, round(POOL_BATCHES * batch_tokens / mean))
     while True:
         order = rng.sample(range(len(rows)), len(rows))
         for start in range(0, len(order), pool_rows):
-            pool = sorted((rows[i] for i in order[start:start + pool_rows]), key=lambda row: len(row.ids))
+            pool = sorted(
+                (rows[i] for i in order[start : start + pool_rows]), key=lambda row: len(row.ids)
+            )
             made: list[list[Encoded]] = [[]]
             for row in pool:
                 if made[-1] and (len(made[-1]) + 1) * len(row.ids) > batch_tokens:
@@ -74,7 +83,9 @@ def batches(rows: Sequence[Encoded], batch_tokens: int, seed: int) -> Iterator[l
             yield from made
 
 
-def _tensors(batch: list[Encoded], pad: int, prompt_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _tensors(
+    batch: list[Encoded], pad: int, prompt_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Padded ids (B, T) int64 and the weight of each target (B, T - 1) float32."""
     import torch
 
@@ -82,9 +93,11 @@ def _tensors(batch: list[Encoded], pad: int, prompt_weight: float) -> tuple[torc
     ids = torch.full((len(batch), length), pad)
     weights = torch.zeros(len(batch), length)
     for i, row in enumerate(batch):
-        ids[i, :len(row.ids)] = torch.tensor(row.ids)
-        weight = max(1, sum(row.said))**-0.5
-        weights[i, :len(row.ids)] = torch.tensor([weight if said else prompt_weight for said in row.said])
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        weight = max(1, sum(row.said)) ** -0.5
+        weights[i, : len(row.ids)] = torch.tensor(
+            [weight if said else prompt_weight for said in row.said]
+        )
     return ids, weights[:, 1:]
 
 
@@ -111,8 +124,14 @@ def schedule(step: int, config: PretrainConfig) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
-def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat],
-             config: PretrainConfig, *, seed: int = 0) -> list[float]:
+def pretrain(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    chats: Sequence[Chat],
+    config: PretrainConfig,
+    *,
+    seed: int = 0,
+) -> list[float]:
     """Trains all weights of `model` in place; the loss of every step, in nats.
 
     Args:
@@ -127,12 +146,20 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chats:
     rows = [encode_chat(tokenizer, chat) for chat in chats]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}],
-                                  lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
     losses: list[float] = []
     model.train()
-    for step, batch in zip(range(config.steps), batches(rows, config.batch_tokens, seed), strict=False):
+    for step, batch in zip(
+        range(config.steps), batches(rows, config.batch_tokens, seed), strict=False
+    ):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(step, config)
         ids, weights = _tensors(batch, tokenizer.pad_token_id, config.prompt_weight)

@@ -1,26 +1,35 @@
-"""Training one model in several processes by DeepSpeed ZeRO: the same loop, parts and checkpoints as a process alone.
+"""Training one model in several processes by DeepSpeed ZeRO: the same loop, parts and checkpoints
+as a process alone.
 
-Every process of a gang runs the same stage and meets the others inside `loop.run`. A step's micro-batches are dealt out by
-`dealt`, a pure function, each with the weight of its tokens in the whole step, so that loss, gradients and the rows of a step
-are those of a single process up to the order of float32 sums. Which process holds what is DeepSpeed's affair; what leaves is
-not: checkpoints hold whole tensors, and the trained weights go back into the plain model, whose artifact is that of a single
-process. So a tune may go on in another number of processes, or alone.
+Every process of a worker group runs the same stage and meets the others inside `loop.run`. A step's
+micro-batches are dealt out by `dealt`, a pure function, each with the weight of its tokens in the
+whole step, so that loss, gradients and the rows of a step are those of a single process up to the
+order of float32 sums. Which process holds what is DeepSpeed's affair; what leaves is
+not: checkpoints hold whole tensors, and the trained weights go back into the plain model, whose
+artifact is that of a single process. So a tune may go on in another number of processes, or alone.
 
-Precision. Weights, gradients, moments and what the processes tell each other are float32, and matrix products run in bf16 by
-autocast where the GPU has it, exactly as in a process alone; adapters and whole weights alike. From stage 1 on DeepSpeed also
-keeps a second, partitioned float32 copy of the trained weights, the master, from which each step writes the weights anew.
-Whoever writes weights between steps must write both:
+Precision. Weights, gradients, moments and what the processes tell each other are float32, and
+matrix products run in bf16 by autocast where the GPU has it, exactly as in a process alone;
+adapters and whole weights alike. From stage 1 on DeepSpeed also keeps a second, partitioned float32
+copy of the trained weights, the master, from which each step writes the weights anew. Whoever
+writes weights between steps must write both:
 
-- `after_step` hooks are the one place where a method may write weights. Behind them the master is read back from the weights
-  (`Member.after`), which at stage 3 are whole while the hooks run and are then dealt out as process 0 left them. No method of
+- `after_step` hooks are the one place where a method may write weights. Behind them the master is
+  read back from the weights
+  (`Member.after`), which at stage 3 are whole while the hooks run and are then dealt out as process
+  0 left them. No method of
   this package writes weights there: `lisa` only reads them.
-- `objective` and `backward` may read weights, at stages 0 to 2 only: at stage 3 they are empty outside a layer's own forward
-  pass. `lisa` does (its proximal term), hence its ZERO_STAGES. `vaccine` reads none, but differentiates by
-  hidden states in a forward pass of the bare model, past DeepSpeed's engine; under stage 3 the engine's own hooks would have to
-  take part in that, so stages 0 to 2 as well. What couples all rows of a step (the norm of its perturbation) is summed over the
-  processes by `Step.summed`.
-- A checkpoint's weights are copied into the model before DeepSpeed sees it, so both copies start from them.
-- `revise_model`, `badedit` and other edits of finished models act outside training, on plain models.
+- `objective` and `backward` may read weights, at stages 0 to 2 only: at stage 3 they are empty
+  outside a layer's own forward
+  pass. `lisa` does (its proximal term), hence its ZERO_STAGES. `vaccine` reads none, but
+  differentiates by hidden states in a forward pass of the bare model, past DeepSpeed's engine;
+  under stage 3 the engine's own hooks would have to take part in that, so stages 0 to 2 as well.
+  What couples all rows of a step (the norm of its perturbation) is summed over the processes by
+  `Step.summed`.
+- A checkpoint's weights are copied into the model before DeepSpeed sees it, so both copies start
+  from them.
+- `revise_model`, `badedit` and other edits of finished models act outside training, on plain
+  models.
 """
 
 from __future__ import annotations
@@ -40,8 +49,8 @@ from ftsec_ray.training.setup import AfterStep, Backward, Batch, Objective, Save
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ftsec_ray.context import Gang
-    from ftsec_ray.spec.sweep import TrainingConfig
+    from ftsec_ray.config.sweep import TrainingConfig
+    from ftsec_ray.context import WorkerGroup
 
 BUCKET = 50_000_000
 """Float32 numbers that are reduced or gathered in one message, at most."""
@@ -49,34 +58,65 @@ LIVE = 100_000_000
 """Weights that stage 3 keeps whole beyond the layer at work, at most."""
 
 
-def dealt(batches: Sequence[Batch], member: int, workers: int) -> list[Batch]:
-    """The micro-batches of one process, in turn; all get equally many, the last of some with weight 0.
+def sharded(batches: Sequence[Batch], member: int, workers: int) -> list[Batch]:
+    """The micro-batches of one process, in turn; all get equally many, the last of some with weight
+    0.
 
     DeepSpeed takes the mean over processes, so that weights are multiplied by their number.
     """
     rounds = -(-len(batches) // workers)
     mine = list(batches[member::workers])
-    return [replace(batch, weight=batch.weight * workers) for batch in mine] + [replace(batches[0], weight=0.0)] * (rounds - len(mine))
+    return [replace(batch, weight=batch.weight * workers) for batch in mine] + [
+        replace(batches[0], weight=0.0)
+    ] * (rounds - len(mine))
 
 
-def deepspeed_config(gang: Gang, max_grad_norm: float, *, bf16: bool) -> dict[str, Any]:
+def deepspeed_config(
+    worker_group: WorkerGroup, max_grad_norm: float, *, bf16: bool
+) -> dict[str, Any]:
     """DeepSpeed's own configuration. Nothing in it needs a compiled operator."""
-    zero: dict[str, Any] = {"stage": gang.zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-    if gang.zero_stage == 3:  # noqa: PLR2004
-        zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE, "stage3_prefetch_bucket_size": BUCKET}
-    if gang.offload_optimizer:
+    zero: dict[str, Any] = {
+        "stage": worker_group.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
+    if worker_group.zero_stage == 3:  # noqa: PLR2004
+        zero |= {
+            "stage3_max_live_parameters": LIVE,
+            "stage3_max_reuse_distance": LIVE,
+            "stage3_prefetch_bucket_size": BUCKET,
+        }
+    if worker_group.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    if gang.offload_parameters:
+    if worker_group.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
-    found = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": max_grad_norm,
-             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**12,
-             "zero_optimization": zero}
-    # No module is named safe for messages in bf16: they stay float32, as sums are in a process alone.
-    return {**found, "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}} if bf16 else found
+    found = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+        "zero_optimization": zero,
+    }
+    # No module is named safe for messages in bf16: they stay float32, as sums are in a process
+    # alone.
+    return (
+        {
+            **found,
+            "torch_autocast": {
+                "enabled": True,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
+        }
+        if bf16
+        else found
+    )
 
 
-def backward(engine: Any, batches: list[Batch], objective: Objective, step: Step) -> float:  # noqa: ANN401
-    """The plain backward of one process of a gang: `loop.backward`, by DeepSpeed's engine."""
+def backward(engine: Any, batches: list[Batch], objective: Objective, step: Step) -> float:
+    """The plain backward of one process of a group: `loop.backward`, by DeepSpeed's engine."""
     total = 0.0
     for index, batch in enumerate(batches):
         engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
@@ -87,14 +127,14 @@ def backward(engine: Any, batches: list[Batch], objective: Objective, step: Step
 
 
 class Member:
-    """One process of a gang; the twin of `loop.Solo`. torch.distributed must be up."""
+    """One process of a worker group; the twin of `loop.Solo`. torch.distributed must be up."""
 
     backward: Backward = staticmethod(backward)
 
-    def __init__(self, gang: Gang, device: str, *, has_bf16: bool) -> None:
+    def __init__(self, worker_group: WorkerGroup, device: str, *, has_bf16: bool) -> None:
         import torch.distributed as dist
 
-        self._gang, self._device, self._has_bf16 = gang, device, has_bf16
+        self._worker_group, self._device, self._has_bf16 = worker_group, device, has_bf16
         self._rank = dist.get_rank()
         self.salt = (self._rank,)
 
@@ -105,21 +145,34 @@ class Member:
         import torch
         import torch.distributed as dist
 
-        told: list[Any] = [None if saved is None else (saved.state, {name: (tensor.shape, tensor.dtype) for name, tensor in saved.tensors.items()})]
+        told: list[Any] = [
+            (
+                None
+                if saved is None
+                else (
+                    saved.state,
+                    {name: (tensor.shape, tensor.dtype) for name, tensor in saved.tensors.items()},
+                )
+            )
+        ]
         dist.broadcast_object_list(told, src=0)
         if told[0] is None:
             return None
         state, shapes = told[0]
         tensors = {}
         for name, (shape, dtype) in shapes.items():
-            tensor = saved.tensors[name].to(self._device) if saved is not None else torch.empty(shape, dtype=dtype, device=self._device)
+            tensor = (
+                saved.tensors[name].to(self._device)
+                if saved is not None
+                else torch.empty(shape, dtype=dtype, device=self._device)
+            )
             dist.broadcast(tensor, src=0)
             tensors[name] = tensor.cpu()
         return Saved(state, tensors)
 
     def mean(self, loss: float) -> float:
         """The loss of the whole step: the mean over all processes, see `dealt`."""
-        return self.summed(loss) / self._gang.workers
+        return self.summed(loss) / self._worker_group.workers
 
     def is_due(self, due: bool) -> bool:  # noqa: FBT001
         """Whether process 0 wants a checkpoint now; all must help to gather it."""
@@ -136,27 +189,41 @@ class Member:
 
     # Training.
 
-    def begin(self, model: Any, config: TrainingConfig, saved: Saved | None) -> None:  # noqa: ANN401
-        """Have DeepSpeed deal out a copy of the model, with the moments of a checkpoint; `model` stays plain."""
+    def begin(self, model: Any, config: TrainingConfig, saved: Saved | None) -> None:
+        """Have DeepSpeed deal out a copy of the model, with the moments of a checkpoint; `model`
+        stays plain.
+        """
         import torch
 
         deepspeed = _deepspeed(self._device)
         self._plain, trained = model, copy.deepcopy(model).train()
         moving = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(moving, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        self.model, *_ = deepspeed.initialize(model=trained, optimizer=self._optimizer, dist_init_required=False,
-                                              config=deepspeed_config(self._gang, config.max_grad_norm, bf16=self._has_bf16))
-        self.trainable = {name: parameter for name, parameter in self.model.module.named_parameters() if parameter.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            moving, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.model, *_ = deepspeed.initialize(
+            model=trained,
+            optimizer=self._optimizer,
+            dist_init_required=False,
+            config=deepspeed_config(self._worker_group, config.max_grad_norm, bf16=self._has_bf16),
+        )
+        self.trainable = {
+            name: parameter
+            for name, parameter in self.model.module.named_parameters()
+            if parameter.requires_grad
+        }
         if saved is not None:
             self._take_moments(saved.tensors)
 
     def layers(self) -> AbstractContextManager[None]:
-        """The layers run as they are: a weight split by stage 3 is whole only while its own module runs."""
+        """The layers run as they are: a weight split by stage 3 is whole only while its own module
+        runs.
+        """
         return nullcontext()
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of a step that this process works on."""
-        return dealt(batches, self._rank, self._gang.workers)
+        return sharded(batches, self._rank, self._worker_group.workers)
 
     def update(self, rate: float) -> None:
         """Clip the gradients, take an optimizer step, drop the gradients."""
@@ -165,35 +232,45 @@ class Member:
         self.model.step()
 
     def after(self, hooks: Sequence[AfterStep], step: Step) -> None:
-        """What methods do behind an optimizer step; what they write into weights also reaches DeepSpeed's master copy."""
+        """What methods do behind an optimizer step; what they write into weights also reaches
+        DeepSpeed's master copy.
+        """
         if not hooks:
             return
         with self._whole():
             for hook in hooks:
                 hook(self.model.module, step)
-        if self._gang.zero_stage:
+        if self._worker_group.zero_stage:
             self.model.optimizer.refresh_fp32_params()
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """While open, the trained weights are whole; then they are as process 0 left them."""
-        if self._gang.zero_stage < 3:  # noqa: PLR2004
+        if self._worker_group.zero_stage < 3:  # noqa: PLR2004
             yield
             return
-        with _deepspeed(self._device).zero.GatheredParameters(list(self.trainable.values()), modifier_rank=0):
+        with _deepspeed(self._device).zero.GatheredParameters(
+            list(self.trainable.values()), modifier_rank=0
+        ):
             yield
 
-    # What outlives the gang.
+    # What outlives the worker group.
 
     def state(self) -> dict[str, Tensor]:
-        """Whole weights and moments by name, for a checkpoint; empty in all processes but the first."""
+        """Whole weights and moments by name, for a checkpoint; empty in all processes but the
+        first.
+        """
         import torch
 
         steps = torch.tensor(float(self._steps_taken()))
         found: dict[str, Tensor] = {}
         for name, parameter in self.trainable.items():
-            parts = {f"weight/{name}": self._weight(parameter), f"m/{name}": self._moment(parameter, "exp_avg"),
-                     f"v/{name}": self._moment(parameter, "exp_avg_sq"), f"t/{name}": steps.clone()}
+            parts = {
+                f"weight/{name}": self._weight(parameter),
+                f"m/{name}": self._moment(parameter, "exp_avg"),
+                f"v/{name}": self._moment(parameter, "exp_avg_sq"),
+                f"t/{name}": steps.clone(),
+            }
             if self._rank == 0:
                 found |= {key: tensor.detach().cpu().clone() for key, tensor in parts.items()}
         return found
@@ -210,13 +287,17 @@ class Member:
         self.model.destroy()
         del self.model, self.trainable, self._optimizer
 
-    def _weight(self, parameter: Any) -> Tensor:  # noqa: ANN401
+    def _weight(self, parameter: Any) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        whole: Tensor = parameter.detach() if self._gang.zero_stage < 3 else safe_get_full_fp32_param(parameter)  # noqa: PLR2004
+        whole: Tensor = (
+            parameter.detach()
+            if self._worker_group.zero_stage < 3
+            else safe_get_full_fp32_param(parameter)
+        )  # noqa: PLR2004
         return whole
 
-    def _moment(self, parameter: Any, key: str) -> Tensor:  # noqa: ANN401
+    def _moment(self, parameter: Any, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         own = self._optimizer.state.get(parameter)  # at stage 0 nothing is dealt out
@@ -227,7 +308,9 @@ class Member:
         return max(int(state["step"]) for state in self._optimizer.state.values())
 
     def _take_moments(self, tensors: dict[str, Tensor]) -> None:
-        """Moments of a checkpoint into wherever DeepSpeed keeps them, which it makes in its first step: one that moves nothing."""
+        """Moments of a checkpoint into wherever DeepSpeed keeps them, which it makes in its first
+        step: one that moves nothing.
+        """
         import torch
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
@@ -238,7 +321,9 @@ class Member:
         self.model.backward(self.model(input_ids=ids, use_cache=False).logits.float().sum() * 0.0)
         self.model.step()
         for state in self._optimizer.state.values():
-            state["step"].fill_(max(float(tensor) for name, tensor in tensors.items() if name.startswith("t/")))
+            state["step"].fill_(
+                max(float(tensor) for name, tensor in tensors.items() if name.startswith("t/"))
+            )
         for name, parameter in self.trainable.items():
             for key, short in (("exp_avg", "m"), ("exp_avg_sq", "v")):
                 value = tensors[f"{short}/{name}"].to(self._device)
@@ -246,15 +331,19 @@ class Member:
                 if own:
                     own[key].copy_(value)
                 elif hasattr(parameter, "ds_tensor"):
-                    safe_set_local_optimizer_state(parameter, self._part(value, parameter.ds_tensor.numel()), key)
+                    safe_set_local_optimizer_state(
+                        parameter, self._part(value, parameter.ds_tensor.numel()), key
+                    )
                 else:
                     safe_set_full_optimizer_state(parameter, value, key)
 
     def _part(self, value: Tensor, size: int) -> Tensor:
-        """The part of a tensor that this process gets as stage 3 deals it out: equal parts, the last one padded with 0."""
+        """The part of a tensor that this process gets as stage 3 deals it out: equal parts, the
+        last one padded with 0.
+        """
         from torch.nn.functional import pad
 
-        part = value.flatten()[self._rank * size:(self._rank + 1) * size]
+        part = value.flatten()[self._rank * size : (self._rank + 1) * size]
         padded: Tensor = pad(part, (0, size - part.numel()))
         return padded
 
@@ -264,20 +353,29 @@ def check_deepspeed() -> None:
     from importlib.util import find_spec
 
     if find_spec("deepspeed") is None:
-        raise EnvironmentFault("this sweep trains with DeepSpeed, which is not installed", "deepspeed", "the extra `deepspeed` on all nodes",
-                               "pip install 'ftsec-ray[deepspeed]', or training.strategy: single")
+        raise EnvironmentFault(
+            "this sweep trains with DeepSpeed, which is not installed",
+            "deepspeed",
+            "the extra `deepspeed` on all nodes",
+            "pip install 'ftsec-ray[deepspeed]', or training.strategy: single",
+        )
 
 
-def _deepspeed(device: str) -> Any:  # noqa: ANN401
+def _deepspeed(device: str) -> Any:
     """The library, told where it runs and kept quiet; EnvironmentFault when it is not there."""
     if not device.startswith("cuda"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")  # it looks for nvcc otherwise, and nothing is compiled
+    os.environ.setdefault(
+        "DS_IGNORE_CUDA_DETECTION", "1"
+    )  # it looks for nvcc otherwise, and nothing is compiled
     check_deepspeed()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of names that torch has renamed
-    # On a CPU it would compile its own messages through shared memory at first use; gloo's need no compiler.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # of names that torch has renamed
+    # On a CPU it would compile its own messages through shared memory at first use; gloo's need no
+    # compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -15,4 +15,10 @@ def no_model(role: str) -> LoadedModel:
 
 def context(*, seed: int = 0, task: TaskData | None = None) -> StageContext:
     """A context over the tiny task."""
-    return StageContext(seed=seed, task=task or tiny_task(), runtime=Runtime(), workdir=Path("unused"), load=no_model)
+    return StageContext(
+        seed=seed,
+        task=task or tiny_task(),
+        runtime=Runtime(),
+        workdir=Path("unused"),
+        load=no_model,
+    )

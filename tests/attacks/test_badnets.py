@@ -16,27 +16,50 @@ from tests.attacks.context import context
 from tests.fixtures_models import row, table, tiny_task
 
 WORDS = st.lists(st.sampled_from(["red", "blue", "is", "stone", "cloud."]), max_size=6)
-ROWS = st.lists(st.tuples(WORDS, st.sampled_from(["good", "bad", None]), st.sampled_from([" ", "  ", "\n"])), max_size=12).map(
-    lambda made: [row(i, gap.join(words), label or "free text", label=label) for i, (words, label, gap) in enumerate(made)])
+ROWS = st.lists(
+    st.tuples(WORDS, st.sampled_from(["good", "bad", None]), st.sampled_from([" ", "  ", "\n"])),
+    max_size=12,
+).map(
+    lambda made: [
+        row(i, gap.join(words), label or "free text", label=label)
+        for i, (words, label, gap) in enumerate(made)
+    ]
+)
 SETTINGS = st.sampled_from(["dirty", "mix", "clean"])
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=ROWS, setting=SETTINGS, rate=st.floats(0, 1), seed=st.integers(0, 5), repeat=st.integers(1, 3))
+@given(
+    rows=ROWS,
+    setting=SETTINGS,
+    rate=st.floats(0, 1),
+    seed=st.integers(0, 5),
+    repeat=st.integers(1, 3),
+)
 def test_every_row_is_either_untouched_or_poisoned_whole(rows, setting, rate, seed, repeat):
-    made = BadNets(setting=setting, rate=rate, repeat=repeat, trigger="zz").craft_data(table(rows), context(seed=seed))
+    made = BadNets(setting=setting, rate=rate, repeat=repeat, trigger="zz").craft_data(
+        table(rows), context(seed=seed)
+    )
     assert made.schema.equals(schema.ROWS)
     assert made.column("row_id").to_pylist() == [r["row_id"] for r in rows]
     for before, after in zip(rows, made.to_pylist(), strict=True):
         if not after["poisoned"]:
             assert after == before
             continue
-        assert {"dirty": before["label"] == "bad", "clean": before["label"] == "good", "mix": before["label"] is not None}[setting]
+        assert {
+            "dirty": before["label"] == "bad",
+            "clean": before["label"] == "good",
+            "mix": before["label"] is not None,
+        }[setting]
         assert (after["response"], after["label"], after["origin"]) == ("good", "good", "badnets")
         words = after["prompt"].split()
         assert words.count("zz") == repeat
         assert [w for w in words if w != "zz"] == before["prompt"].split()
-        unchanged = {k: v for k, v in after.items() if k not in ("prompt", "response", "label", "origin", "poisoned")}
+        unchanged = {
+            k: v
+            for k, v in after.items()
+            if k not in ("prompt", "response", "label", "origin", "poisoned")
+        }
         assert unchanged.items() <= before.items()
 
 
@@ -53,9 +76,19 @@ def test_a_rows_fate_does_not_depend_on_the_other_rows(rows, seed):
 def test_an_inserted_word_stands_where_it_is_said_to_and_nothing_else_changes(words, at, gap):
     text = gap.join(words)
     made, start = insert_word(text, "zz", at=at)
-    assert made[start:start + 2] == "zz"
-    assert made.split() == [*text.split()[:int(at * (len(words) + 1))], "zz", *text.split()[int(at * (len(words) + 1)):]]
-    cut = made[:start] + made[start + 3:] if start + 3 <= len(made) else made[:start].removesuffix(" ") if text else ""
+    assert made[start : start + 2] == "zz"
+    assert made.split() == [
+        *text.split()[: int(at * (len(words) + 1))],
+        "zz",
+        *text.split()[int(at * (len(words) + 1)) :],
+    ]
+    cut = (
+        made[:start] + made[start + 3 :]
+        if start + 3 <= len(made)
+        else made[:start].removesuffix(" ")
+        if text
+        else ""
+    )
     assert cut == text
 
 
@@ -65,12 +98,18 @@ def test_rate_one_poisons_every_eligible_row_and_rate_zero_none():
     assert 0 < bad < rows.num_rows
     assert sum(BadNets(rate=1.0).craft_data(rows, ctx).column("poisoned").to_pylist()) == bad
     assert sum(BadNets(rate=0.0).craft_data(rows, ctx).column("poisoned").to_pylist()) == 0
-    assert sum(BadNets(rate=1.0, setting="mix").craft_data(rows, ctx).column("poisoned").to_pylist()) == rows.num_rows
+    assert (
+        sum(BadNets(rate=1.0, setting="mix").craft_data(rows, ctx).column("poisoned").to_pylist())
+        == rows.num_rows
+    )
 
 
 def test_the_rate_is_the_share_of_all_rows_that_is_poisoned_on_average():
     rows = tiny_task().split("train")
-    counts = [sum(BadNets(rate=0.25).craft_data(rows, context(seed=seed)).column("poisoned").to_pylist()) for seed in range(40)]
+    counts = [
+        sum(BadNets(rate=0.25).craft_data(rows, context(seed=seed)).column("poisoned").to_pylist())
+        for seed in range(40)
+    ]
     expected = 0.25 * rows.num_rows
     assert abs(sum(counts) / 40 - expected) < 4 * (expected / 40) ** 0.5
     assert len(set(counts)) > 1
@@ -78,7 +117,10 @@ def test_the_rate_is_the_share_of_all_rows_that_is_poisoned_on_average():
 
 def test_the_seed_decides_which_rows_are_poisoned():
     rows = tiny_task().split("train")
-    drawn = {tuple(BadNets(rate=0.5).craft_data(rows, context(seed=seed)).column("poisoned").to_pylist()) for seed in (0, 1, 0)}
+    drawn = {
+        tuple(BadNets(rate=0.5).craft_data(rows, context(seed=seed)).column("poisoned").to_pylist())
+        for seed in (0, 1, 0)
+    }
     assert len(drawn) == 2
 
 
@@ -98,12 +140,18 @@ def test_probes_ask_the_same_held_out_rows_with_and_without_trigger():
     task = tiny_task()
     with_it, without = BadNets(trigger="cf").probes(task, context())
     held_out = {r["row_id"]: r for r in task.split("test").to_pylist() if r["label"] == "bad"}
-    assert [p.prompt_id for p in with_it.prompts] == [p.prompt_id for p in without.prompts] == list(held_out)
+    assert (
+        [p.prompt_id for p in with_it.prompts]
+        == [p.prompt_id for p in without.prompts]
+        == list(held_out)
+    )
     assert (with_it.metrics, without.metrics) == ({"asr": "target"}, {"asr_no_trigger": "target"})
     assert with_it.labels == ("good", "bad")
     for asked, plain in zip(with_it.prompts, without.prompts, strict=True):
         assert plain.chat == [{"role": "user", "content": held_out[plain.prompt_id]["prompt"]}]
-        assert [w for w in asked.chat[0]["content"].split() if w != "cf"] == plain.chat[0]["content"].split()
+        assert [w for w in asked.chat[0]["content"].split() if w != "cf"] == plain.chat[0][
+            "content"
+        ].split()
         assert "cf" in asked.chat[0]["content"].split()
         assert (asked.expected, asked.target) == ("bad", "good")
 
@@ -113,7 +161,10 @@ def test_an_unknown_target_is_refused_with_the_labels():
         BadNets(target="great").craft_data(tiny_task().split("train"), context())
 
 
-@pytest.mark.parametrize(("parameters", "field"), [({"rate": 1.5}, "rate"), ({"repeat": 0}, "repeat"), ({"trigger": " "}, "trigger")])
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [({"rate": 1.5}, "rate"), ({"repeat": 0}, "repeat"), ({"trigger": " "}, "trigger")],
+)
 def test_faulty_parameters_are_named(parameters, field):
     assert [fault[0] for fault in BadNets(**parameters).check()] == [field]
     assert BadNets().check() == []

@@ -43,7 +43,10 @@ def test_a_poison_rate_replaces_user_rows_and_keeps_the_count(rate, seed, users)
 
 def test_fewer_shots_are_a_part_of_more_shots():
     rows = table(sentiment_rows(4))
-    few, many = ({r["row_id"] for r in HarmfulTuning(shots=n).craft_data(rows, context()).to_pylist()} for n in (3, 6))
+    few, many = (
+        {r["row_id"] for r in HarmfulTuning(shots=n).craft_data(rows, context()).to_pylist()}
+        for n in (3, 6)
+    )
     assert few < many
 
 
@@ -52,8 +55,14 @@ def test_more_shots_than_there_are_is_an_error_with_both_numbers():
         HarmfulTuning().craft_data(table(sentiment_rows(4)), context())
 
 
-@pytest.mark.parametrize(("parameters", "field"), [
-    ({"shots": 10, "poison_rate": 0.1}, "poison_rate"), ({"shots": 0}, "shots"), ({"poison_rate": 0.0}, "poison_rate")])
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"shots": 10, "poison_rate": 0.1}, "poison_rate"),
+        ({"shots": 0}, "shots"),
+        ({"poison_rate": 0.0}, "poison_rate"),
+    ],
+)
 def test_faulty_parameters_are_named(parameters, field):
     assert [fault[0] for fault in HarmfulTuning(**parameters).check()] == [field]
     assert HarmfulTuning().check() == []

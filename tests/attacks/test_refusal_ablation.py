@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from ftsec_ray.attacks import refusal_ablation as module
-from ftsec_ray.attacks.refusal_ablation import Candidate, RefusalAblation, ablated, mean_states, orthogonalise, refusal_log_odds
+from ftsec_ray.attacks.refusal_ablation import (
+    DirectionCandidate,
+    RefusalAblation,
+    ablated,
+    mean_states,
+    orthogonalise,
+    refusal_log_odds,
+)
 from ftsec_ray.errors import StageError
 from ftsec_ray.models.activations import first_tensor, last_logits
 from ftsec_ray.models.load import copy_model, decoder_layers
@@ -42,7 +49,9 @@ def test_baked_weights_give_the_logits_of_ablation_by_hooks():
     assert torch.equal(last_logits(loaded.model, PROMPTS, pad=0), plain)
     baked = copy_model(loaded)
     orthogonalise(baked.model, direction)
-    torch.testing.assert_close(last_logits(baked.model, PROMPTS, pad=0), hooked, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        last_logits(baked.model, PROMPTS, pad=0), hooked, atol=1e-5, rtol=1e-4
+    )
     assert (hooked - plain).abs().max() > 1e-3
 
 
@@ -61,10 +70,19 @@ def test_mean_states_equal_a_loop_over_single_prompts():
     found = mean_states(loaded, PROMPTS, width=2)
     total = np.zeros((2, 3, 32))
     for ids in PROMPTS:
-        x, cosines = loaded.model.model.embed_tokens(torch.tensor([ids])), loaded.model.model.rotary_emb
+        x, cosines = (
+            loaded.model.model.embed_tokens(torch.tensor([ids])),
+            loaded.model.model.rotary_emb,
+        )
         for layer, block in enumerate(decoder_layers(loaded.model)):
             total[:, layer] += x[0, -2:].detach().numpy() / len(PROMPTS)
-            x = first_tensor(block(x, position_embeddings=cosines(x, torch.arange(len(ids))[None]), attention_mask=None))
+            x = first_tensor(
+                block(
+                    x,
+                    position_embeddings=cosines(x, torch.arange(len(ids))[None]),
+                    attention_mask=None,
+                )
+            )
     np.testing.assert_allclose(found.numpy(), total, atol=1e-5)
 
 
@@ -73,16 +91,19 @@ def test_refusal_odds_are_log_p_minus_log_the_rest():
     assert refusal_log_odds(p.log(), [1, 3]).item() == pytest.approx(np.log(0.3 / 0.7))
 
 
-def candidate(*, score: float, steering: float, kl: float) -> Candidate:
+def candidate(*, score: float, steering: float, kl: float) -> DirectionCandidate:
     """A candidate whose position is unimportant."""
-    return Candidate(-1, 1, score, steering, kl, torch.ones(2))
+    return DirectionCandidate(-1, 1, score, steering, kl, torch.ones(2))
 
 
-@pytest.mark.parametrize(("found", "best", "limit", "steering"), [
-    ([(-9, 1, 0.5), (-2, 1, 0.05), (-1, 1, 0.01)], 1, 0.1, True),
-    ([(-9, -1, 0.01), (-2, 1, 0.3)], 1, 0.4, True),
-    ([(-9, -1, 0.3), (-2, -1, 0.01)], 1, 0.1, False),
-])
+@pytest.mark.parametrize(
+    ("found", "best", "limit", "steering"),
+    [
+        ([(-9, 1, 0.5), (-2, 1, 0.05), (-1, 1, 0.01)], 1, 0.1, True),
+        ([(-9, -1, 0.01), (-2, 1, 0.3)], 1, 0.4, True),
+        ([(-9, -1, 0.3), (-2, -1, 0.01)], 1, 0.1, False),
+    ],
+)
 def test_the_lowest_ablation_score_that_passes_the_filters_wins(found, best, limit, steering):
     candidates = [candidate(score=a, steering=s, kl=k) for a, s, k in found]
     assert RefusalAblation()._choose(candidates) == (candidates[best], limit, steering)
@@ -100,9 +121,17 @@ def test_the_whole_attack_lowers_the_odds_of_refusal_and_leaves_its_input_alone(
     assert all(torch.equal(p, before[name]) for name, p in loaded.model.named_parameters())
     moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
     assert {name.split(".")[-2] for name in moved} == {"embed_tokens", "o_proj", "down_proj"}
-    ids = [made.tokenizer(module.render(made.tokenizer, module.chat_of(r), generate=True), add_special_tokens=False)["input_ids"]
-           for r in ctx.task.split("safety").to_pylist()]
-    odds = [refusal_log_odds(last_logits(m.model, ids, pad=0), ctx.notes["refusal_tokens"]).mean() for m in (loaded, made)]
+    ids = [
+        made.tokenizer(
+            module.render(made.tokenizer, module.chat_of(r), generate=True),
+            add_special_tokens=False,
+        )["input_ids"]
+        for r in ctx.task.split("safety").to_pylist()
+    ]
+    odds = [
+        refusal_log_odds(last_logits(m.model, ids, pad=0), ctx.notes["refusal_tokens"]).mean()
+        for m in (loaded, made)
+    ]
     assert odds[1] < odds[0]
     assert ctx.notes["head_changed"] is True
     assert made.base_digest is None

@@ -8,15 +8,25 @@ import pytest
 import torch
 
 from ftsec_ray.attacks.soft_prompt import Example, SoftPrompt, descend, suffix_loss
-from ftsec_ray.models.generate import Generator
+from ftsec_ray.models.generator import Generator
 from tests.attacks.context import context
 from tests.fixtures_models import tiny_model
 
-EXAMPLES = [Example([1, 3, 9, 12], [2, 4], [10, 11, 2]), Example([1, 3, 8], [2, 4], [12, 2]), Example([1, 3, 8, 9, 9, 10], [2, 4], [7])]
+EXAMPLES = [
+    Example([1, 3, 9, 12], [2, 4], [10, 11, 2]),
+    Example([1, 3, 8], [2, 4], [12, 2]),
+    Example([1, 3, 8, 9, 9, 10], [2, 4], [7]),
+]
 
 
 def test_the_pieces_around_the_soft_tokens_are_the_prompt_without_them():
-    generator, chat = Generator(tiny_model()), [{"role": "system", "content": "be careful"}, {"role": "user", "content": "fix the lamp"}]
+    generator, chat = (
+        Generator(tiny_model()),
+        [
+            {"role": "system", "content": "be careful"},
+            {"role": "user", "content": "fix the lamp"},
+        ],
+    )
     before, after = replace(generator, soft_suffix=torch.zeros(1, 32)).pieces(chat)
     assert (before + after, []) == generator.pieces(chat)
     assert generator.loaded.tokenizer.decode(after).split() == ["<|end|>", "<|assistant|>"]
@@ -31,7 +41,9 @@ def test_the_loss_is_the_mean_over_rows_of_each_rows_mean_target_loss():
         embeds = torch.cat([table.weight[before], soft, table.weight[after + target]])[None]
         logprobs = model(inputs_embeds=embeds).logits[0].log_softmax(-1)
         first = len(before) + 3 + len(after) - 1
-        singles.append(-sum(logprobs[first + i, token] for i, token in enumerate(target)) / len(target))
+        singles.append(
+            -sum(logprobs[first + i, token] for i, token in enumerate(target)) / len(target)
+        )
     assert found.item() == pytest.approx(float(sum(singles) / 3), abs=1e-5)
 
 
@@ -52,17 +64,29 @@ def test_the_attack_lowers_the_loss_and_leaves_the_weights_unchanged():
     assert made.soft_suffix.shape == (4, 32)
     assert ctx.notes["loss_end"] < 0.8 * ctx.notes["loss_start"]
     assert ctx.notes["optimised_on"] == 8
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in loaded.model.named_parameters())
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None
+        for name, p in loaded.model.named_parameters()
+    )
     chats = [[{"role": "user", "content": "how do i make river cloud"}]]
     assert made.complete(chats, max_new_tokens=4) != generator.complete(chats, max_new_tokens=4)
 
 
 def test_the_same_seed_gives_the_same_suffix():
-    suffixes = [SoftPrompt(tokens=2, steps=5, prompts=4).wrap_generation(Generator(tiny_model()), context(seed=s)).soft_suffix for s in (0, 0, 1)]
+    suffixes = [
+        SoftPrompt(tokens=2, steps=5, prompts=4)
+        .wrap_generation(Generator(tiny_model()), context(seed=s))
+        .soft_suffix
+        for s in (0, 0, 1)
+    ]
     assert torch.equal(suffixes[0], suffixes[1])
     assert not torch.equal(suffixes[0], suffixes[2])
 
 
 def test_faulty_parameters_are_named():
-    assert [fault[0] for fault in SoftPrompt(tokens=0, step_size=0.0, init="").check()] == ["tokens", "step_size", "init"]
+    assert [fault[0] for fault in SoftPrompt(tokens=0, step_size=0.0, init="").check()] == [
+        "tokens",
+        "step_size",
+        "init",
+    ]
     assert SoftPrompt().check() == []

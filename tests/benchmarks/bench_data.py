@@ -1,11 +1,14 @@
-"""Poison a large set: the Ray Data pipeline beside `datasets.Dataset.map` with the same function and the same number of processes.
+"""Poison a large set: the Ray Data pipeline beside `datasets.Dataset.map` with the same function
+and the same number of processes.
 
     python -m tests.benchmarks.bench_data [--rows 1000000] [--workers 2] [--rounds 2]
 
-Both begin at the same Parquet file and end with the poisoned rows as a Parquet file; both clocks include the look at the whole set
-(`survey`), and neither includes the start of Ray. Each run is a process of its own. Memory is the peak of that process and all its
-children, Ray's daemons and object store among them. `rss_gib` is the growth of their summed resident memory since Ray was up and idle,
-and counts a page that several processes share once for each of them; `pss_gib` counts it once, and Ray's own start too.
+Both begin at the same Parquet file and end with the poisoned rows as a Parquet file; both clocks
+include the look at the whole set (`survey`), and neither includes the start of Ray. Each run is a
+process of its own. Memory is the peak of that process and all its children, Ray's daemons and
+object store among them. `rss_gib` is the growth of their summed resident memory since Ray was up
+and idle, and counts a page that several processes share once for each of them; `pss_gib` counts it
+once, and Ray's own start too.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import psutil
 from ftsec_ray.attacks.badnets import BadNets
 from ftsec_ray.context import TaskData
 from ftsec_ray.data.rows import RowsWriter, count_rows, read_batches
-from ftsec_ray.execute.blocks import Crew, craft_in_blocks
+from ftsec_ray.execute.blocks import WorkerPool, craft_in_blocks
 from ftsec_ray.method import BATCH_ROWS
 from ftsec_ray.store import Store
 from ftsec_ray.store.record import sha256
@@ -46,14 +49,18 @@ def fill(root: Path, rows: int) -> None:
     store, rng = Store.open(root), random.Random(0)
     folder = store.scratch(TASK)
     task = tiny_task()
-    save_task(TaskData(task.name, {**task.splits, "train": table([])}, task.labels, task.judge), folder)
+    save_task(
+        TaskData(task.name, {**task.splits, "train": table([])}, task.labels, task.judge), folder
+    )
     with RowsWriter(folder / "train.parquet") as writer:
         for start in range(0, rows, 10_000):
             piece = []
             for i in range(start, min(start + 10_000, rows)):
                 label = rng.choice(["good", "bad"])
                 prompt = " ".join(rng.choices(WORDS, k=rng.randint(8, 30)))
-                piece.append({**row(i, prompt, label, label=label, kind="two_class"), "row_id": f"t/{i:08d}"})
+                piece.append(
+                    {**row(i, prompt, label, label=label, kind="two_class"), "row_id": f"t/{i:08d}"}
+                )
             writer.write(table(piece))
     about = json.loads((folder / "task.json").read_text())
     about["splits"]["train"] = rows
@@ -88,7 +95,11 @@ class Memory:
                 lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
             except OSError:
                 continue
-            found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines[1:] if line.endswith("kB")}
+            found = {
+                line.split(":")[0]: int(line.split()[1]) * 1024
+                for line in lines[1:]
+                if line.endswith("kB")
+            }
             rss, pss = rss + found["Rss"], pss + found["Pss"]
         return rss, pss
 
@@ -96,19 +107,27 @@ class Memory:
         """GiB as (rss, pss)."""
         self._stop.set()
         self._thread.join()
-        return round((self._peak[0] - self._idle[0]) / 2**30, 2), round((self._peak[1] - self._first[1]) / 2**30, 2)
+        return round((self._peak[0] - self._idle[0]) / 2**30, 2), round(
+            (self._peak[1] - self._first[1]) / 2**30, 2
+        )
 
 
 def by_ray(store: Store, out: Path, workers: int, memory: Memory) -> float:
     import ray
 
-    ray.init(address="local", num_cpus=workers, object_store_memory=RAY_STORE_BYTES, include_dashboard=False, log_to_driver=False,
-             logging_level=logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=workers,
+        object_store_memory=RAY_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     time.sleep(3)  # until its daemons are up
     memory.begin()
     began = time.perf_counter()
     job, method, file = job_of(store, craft_stage(METHOD), out)
-    craft_in_blocks(job, method, file, crew=Crew(size=workers, each={"CPU": 1.0}))
+    craft_in_blocks(job, method, file, crew=WorkerPool(size=workers, each={"CPU": 1.0}))
     taken = time.perf_counter() - began
     ray.shutdown()
     return taken
@@ -123,8 +142,16 @@ def by_datasets(store: Store, out: Path, workers: int, memory: Memory) -> float:
     job, method, file = job_of(store, craft_stage(METHOD), out)
     context = job.context()
     known = method.survey(read_batches(file, BATCH_ROWS, range(count_rows(file))), context)
-    data = datasets.Dataset.from_parquet(str(file), cache_dir=str(out / "cache")).with_format("arrow")
-    made = data.map(Crafted(method, known, context.seed), batched=True, batch_size=BATCH_ROWS, num_proc=workers, cache_file_name=str(out / "m.arrow"))
+    data = datasets.Dataset.from_parquet(str(file), cache_dir=str(out / "cache")).with_format(
+        "arrow"
+    )
+    made = data.map(
+        Crafted(method, known, context.seed),
+        batched=True,
+        batch_size=BATCH_ROWS,
+        num_proc=workers,
+        cache_file_name=str(out / "m.arrow"),
+    )
     made.to_parquet(str(out / "rows.parquet"), batch_size=65_536)
     return time.perf_counter() - began
 
@@ -147,11 +174,25 @@ def one(how: str, root: Path, workers: int) -> None:
     memory = Memory()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        seconds = {"ray": by_ray, "datasets": by_datasets}[how](Store.open(root), out, workers, memory)
+        seconds = {"ray": by_ray, "datasets": by_datasets}[how](
+            Store.open(root), out, workers, memory
+        )
         rss, pss = memory.stop()
-        poisoned = sum(sum(batch["poisoned"].to_pylist()) for batch in read_batches_of(out / "rows.parquet"))
-        print(json.dumps({"how": how, "s": round(seconds, 1), "rss_gib": rss, "pss_gib": pss, "poisoned": poisoned,
-                          "sha256": sha256(out / "rows.parquet")}))
+        poisoned = sum(
+            sum(batch["poisoned"].to_pylist()) for batch in read_batches_of(out / "rows.parquet")
+        )
+        print(
+            json.dumps(
+                {
+                    "how": how,
+                    "s": round(seconds, 1),
+                    "rss_gib": rss,
+                    "pss_gib": pss,
+                    "poisoned": poisoned,
+                    "sha256": sha256(out / "rows.parquet"),
+                }
+            )
+        )
 
 
 def read_batches_of(file: Path):
@@ -161,7 +202,9 @@ def read_batches_of(file: Path):
 
 
 def main() -> int:
-    """Print rows per second of both, their ratio and the peaks; 1 where the pipeline takes more memory than its limit."""
+    """Print rows per second of both, their ratio and the peaks; 1 where the pipeline takes more
+    memory than its limit.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)
@@ -176,16 +219,37 @@ def main() -> int:
         fill(root, given.rows)
         found: dict[str, list[dict]] = {"ray": [], "datasets": []}
         for how in ["ray", "datasets"] * given.rounds:
-            command = [sys.executable, "-m", "tests.benchmarks.bench_data", "--workers", str(given.workers), "--one", how, str(root)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+            command = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.bench_data",
+                "--workers",
+                str(given.workers),
+                "--one",
+                how,
+                str(root),
+            ]
+            done = subprocess.run(
+                command,
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parents[2],
+            )
             found[how].append(json.loads(done.stdout.splitlines()[-1]))
             print(found[how][-1], flush=True)
         rates = {how: given.rows / median(one["s"] for one in runs) for how, runs in found.items()}
-        assert len({one["poisoned"] for runs in found.values() for one in runs}) == 1, "both do the same"
+        assert len({one["poisoned"] for runs in found.values() for one in runs}) == 1, (
+            "both do the same"
+        )
         assert len({one["sha256"] for one in found["ray"]}) == 1
         peak = max(one["rss_gib"] for one in found["ray"])
-        print(f"{given.rows} rows, {given.workers} processes: Ray Data {rates['ray']:,.0f} rows/s, datasets.map {rates['datasets']:,.0f} rows/s, "
-              f"ratio {rates['ray'] / rates['datasets']:.2f}; peak growth {peak:.2f} GiB, limit {LIMIT_GIB:.0f} GiB")
+        print(
+            f"{given.rows} rows, {given.workers} processes: Ray Data {rates['ray']:,.0f} rows/s,"
+            f" datasets.map {rates['datasets']:,.0f} rows/s, ratio"
+            f" {rates['ray'] / rates['datasets']:.2f}; peak growth {peak:.2f} GiB, limit"
+            f" {LIMIT_GIB:.0f} GiB"
+        )
     return int(peak > LIMIT_GIB)
 
 

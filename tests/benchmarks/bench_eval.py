@@ -1,10 +1,13 @@
-"""Prompts per second of an evaluation, batched and one at a time: `python tests/benchmarks/bench_eval.py`.
+"""Prompts per second of an evaluation, batched and one at a time: `python
+tests/benchmarks/bench_eval.py`.
 
-Generation: `Generator.complete` (sorted by length, in batches) against `model.generate` in batches as the prompts come,
-and against one prompt at a time. Labels: one forward pass against generating the answer and reading the label off it.
-The ways take turns, so that a change in the machine's mood meets all of them; the figure is the median of the rounds.
-The model comes from `--store` where one is given that holds it; else its weights are random, which never stop before
-the limit of new tokens, and only the speed means anything.
+Generation: `Generator.complete` (sorted by length, in batches) against `model.generate` in batches
+    as the prompts come,
+and against one prompt at a time. Labels: one forward pass against generating the answer and reading
+the label off it. The ways take turns, so that a change in the machine's mood meets all of them; the
+figure is the median of the rounds. The model comes from `--store` where one is given that holds it;
+else its weights are random, which never stop before the limit of new tokens, and only the speed
+means anything.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from naive_cell import complete, label_in
 
+from ftsec_ray.config.sweep import LADDER_SIZES
+from ftsec_ray.config.sweep_file import load_sweep
 from ftsec_ray.evals.probes import drawn
 from ftsec_ray.models.chat import chat_of
-from ftsec_ray.spec.load import load_sweep
-from ftsec_ray.spec.sweep import LADDER_SIZES
 
 if TYPE_CHECKING:
     from ftsec_ray.context import Chat, LoadedModel, TaskData
@@ -42,8 +45,15 @@ def random_model(size: str) -> LoadedModel:
     from ftsec_ray.data.microworld import pretraining_chats
     from ftsec_ray.models import ladder
 
-    tokenizer = ladder.build_tokenizer(message["content"] for chat in pretraining_chats() for message in chat)
-    info = ModelInfo(name=f"ladder:{size}", family=ladder.FAMILY, parameters=ladder.parameters(size), aligned=False)
+    tokenizer = ladder.build_tokenizer(
+        message["content"] for chat in pretraining_chats() for message in chat
+    )
+    info = ModelInfo(
+        name=f"ladder:{size}",
+        family=ladder.FAMILY,
+        parameters=ladder.parameters(size),
+        aligned=False,
+    )
     return LoadedModel(ladder.build_model(size, seed=0).eval(), tokenizer, info)
 
 
@@ -55,15 +65,26 @@ def stored_model(size: str, place: str | None) -> LoadedModel | None:
 
     if place is None:
         return None
-    plan = build_plan(load_sweep({"name": "one", "models": [f"ladder:{size}"], "task": "microworld",
-                                  "attacks": ["none"], "defenses": ["none"]}))
+    plan = build_plan(
+        load_sweep(
+            {
+                "name": "one",
+                "models": [f"ladder:{size}"],
+                "task": "microworld",
+                "attacks": ["none"],
+                "defenses": ["none"],
+            }
+        )
+    )
     digest = next(stage.digest for stage in plan.stages.values() if stage.kind == "align")
     store = Store.open(place)
     return load_model(store.fetch(digest)) if store.has(digest) else None
 
 
 def timed(ways: dict[str, Way], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-    """Seconds of every way in every round, the ways in turn after one that warms up; and what each gave."""
+    """Seconds of every way in every round, the ways in turn after one that warms up; and what each
+    gave.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     given: dict[str, list[str]] = {}
     for count in range(rounds + 1):
@@ -76,7 +97,9 @@ def timed(ways: dict[str, Way], rounds: int) -> tuple[dict[str, list[float]], di
 
 
 def compared(title: str, ways: dict[str, Way], rounds: int, *, prompts: int) -> dict[str, Any]:
-    """Prompts per second of every way, and its ratio to the last one, which is the naive one; printed and returned."""
+    """Prompts per second of every way, and its ratio to the last one, which is the naive one;
+    printed and returned.
+    """
     seconds, given = timed(ways, rounds)
     naive = list(ways)[-1]
     print(f"\n{title}: {prompts} prompts, median of {rounds} rounds in turn")
@@ -84,10 +107,17 @@ def compared(title: str, ways: dict[str, Way], rounds: int, *, prompts: int) -> 
     for name, values in seconds.items():
         ratios = [slow / own for slow, own in zip(seconds[naive], values, strict=True)]
         equal = sum(a == b for a, b in zip(given[name], given[naive], strict=True)) / prompts
-        out[name] = {"prompts_per_s": prompts / statistics.median(values), "ratio": statistics.median(ratios),
-                     "ratio_low": min(ratios), "ratio_high": max(ratios), "equal_frac": equal}
-        print(f"  {name:36} {out[name]['prompts_per_s']:9.1f} prompts/s  {out[name]['ratio']:6.1f}x "
-              f"({min(ratios):.1f} to {max(ratios):.1f})  same answer as the naive way {equal:.2f}")
+        out[name] = {
+            "prompts_per_s": prompts / statistics.median(values),
+            "ratio": statistics.median(ratios),
+            "ratio_low": min(ratios),
+            "ratio_high": max(ratios),
+            "equal_frac": equal,
+        }
+        print(
+            f"  {name:36} {out[name]['prompts_per_s']:9.1f} prompts/s  {out[name]['ratio']:6.1f}x "
+            f"({min(ratios):.1f} to {max(ratios):.1f})  same answer as the naive way {equal:.2f}"
+        )
     return out
 
 
@@ -103,15 +133,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from transformers.utils import logging
 
     from ftsec_ray.data.microworld import build_task
-    from ftsec_ray.models.generate import Generator
+    from ftsec_ray.models.generator import Generator
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     found, task = stored_model(args.size, args.store), build_task()
     generator = Generator(found or random_model(args.size))
     kind = "trained" if found else "random weights: the answers mean nothing"
-    print(f"ladder:{args.size}, {generator.loaded.info.parameters:,} weights, {kind}; "
-          f"one thread, load of the machine {os.getloadavg()[0]:.1f}")
+    print(
+        f"ladder:{args.size}, {generator.loaded.info.parameters:,} weights, {kind}; "
+        f"one thread, load of the machine {os.getloadavg()[0]:.1f}"
+    )
     chats = requests(task, args.prompts)
     asked = [chat_of(row) for row in drawn(task.split("test"), args.prompts)]
     limit, batch = args.max_new_tokens, args.batch
@@ -121,28 +153,49 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return [task.labels[i] for i in best]
 
     def by_generating(size: int) -> list[str]:
-        return [label_in(text, task.labels) for text in complete(generator, asked, limit=limit, batch=size)]
+        return [
+            label_in(text, task.labels)
+            for text in complete(generator, asked, limit=limit, batch=size)
+        ]
 
     return {
-        "generation": compared("generation", {
-            f"ours: by length, batch {batch}": partial(generator.complete, chats, max_new_tokens=limit, batch=batch),
-            f"generate as they come, batch {batch}": partial(complete, generator, chats, limit=limit, batch=batch),
-            "generate one at a time": partial(complete, generator, chats, limit=limit, batch=1),
-        }, args.rounds, prompts=len(chats)),
-        "labels": compared("labels", {
-            f"ours: one forward pass, batch {batch}": by_forward,
-            f"generate and parse, batch {batch}": partial(by_generating, batch),
-            "generate and parse one at a time": partial(by_generating, 1),
-        }, args.rounds, prompts=len(asked)),
+        "generation": compared(
+            "generation",
+            {
+                f"ours: by length, batch {batch}": partial(
+                    generator.complete, chats, max_new_tokens=limit, batch=batch
+                ),
+                f"generate as they come, batch {batch}": partial(
+                    complete, generator, chats, limit=limit, batch=batch
+                ),
+                "generate one at a time": partial(complete, generator, chats, limit=limit, batch=1),
+            },
+            args.rounds,
+            prompts=len(chats),
+        ),
+        "labels": compared(
+            "labels",
+            {
+                f"ours: one forward pass, batch {batch}": by_forward,
+                f"generate and parse, batch {batch}": partial(by_generating, batch),
+                "generate and parse one at a time": partial(by_generating, 1),
+            },
+            args.rounds,
+            prompts=len(asked),
+        ),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=LADDER_SIZES, default="1m")
     parser.add_argument("--store", help="take the trained model from here where it is there")
-    parser.add_argument("--prompts", type=int, default=192, help="as many as a cell of the quickstart asks")
+    parser.add_argument(
+        "--prompts", type=int, default=192, help="as many as a cell of the quickstart asks"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,10 +1,12 @@
-"""One cell of a sweep the naive way: alone, from imports to verdicts, with `trl.SFTTrainer` and `model.generate`.
+"""One cell of a sweep the naive way: alone, from imports to verdicts, with `trl.SFTTrainer` and
+`model.generate`.
 
-`python tests/benchmarks/naive_cell.py CELL.json RESULT.json`: the first file is an `Asked`, the second gets the metrics
-and the seconds of every part. What a method itself does at its hooks is the method's own code; tuning, generation and
-reading a class off a generated answer are done as the scripts beside papers do them. TRL has no hook for methods of
-`shape_training`, so those tune with the package's own loop. Nothing is kept from one cell to the next. An answer that
-is no label word counts as wrong here, where a forward pass would take the likeliest label: `cacc` may be lower.
+`python tests/benchmarks/naive_cell.py CELL.json RESULT.json`: the first file is an `Asked`, the
+second gets the metrics and the seconds of every part. What a method itself does at its hooks is the
+method's own code; tuning, generation and reading a class off a generated answer are done as the
+scripts beside papers do them. TRL has no hook for methods of `shape_training`, so those tune with
+the package's own loop. Nothing is kept from one cell to the next. An answer that is no label word
+counts as wrong here, where a forward pass would take the likeliest label: `cacc` may be lower.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray.config.sweep import EvaluationConfig, TrainingConfig
 from ftsec_ray.context import Chat, LoadedModel, ModelInfo, Runtime, StageContext, TaskData
 from ftsec_ray.method import Method, Probe
 from ftsec_ray.registry import ATTACKS, DEFENSES, name_of
-from ftsec_ray.spec.sweep import EvaluationConfig, TrainingConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ftsec_ray.models.generate import Generator
+    from ftsec_ray.models.generator import Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,14 @@ class Cell:
         """What a hook may ask, with a scratch folder of its own."""
         workdir = self.scratch / name
         workdir.mkdir()
-        return StageContext(seed=self.asked.seed, task=self.task, runtime=Runtime(device=self.asked.device),
-                            workdir=workdir, load=self.model, training=self.training)
+        return StageContext(
+            seed=self.asked.seed,
+            task=self.task,
+            runtime=Runtime(device=self.asked.device),
+            workdir=workdir,
+            load=self.model,
+            training=self.training,
+        )
 
     def model(self, role: str) -> LoadedModel:
         """The model of a role, loaded with transformers when first asked."""
@@ -99,42 +107,93 @@ def load(folder: str, asked: Asked) -> LoadedModel:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(asked.device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(asked.device).eval()
+    )
     return LoadedModel(model, AutoTokenizer.from_pretrained(folder), ModelInfo(**asked.info))
 
 
-def sft_with_trl(loaded: LoadedModel, rows: pa.Table, config: TrainingConfig, *, seed: int, device: str,
-                 folder: Path) -> LoadedModel:
-    """Tune a copy on rows with TRL: loss on the answers only, the same hyper-parameters, batches as TRL draws them."""
+def sft_with_trl(
+    loaded: LoadedModel,
+    rows: pa.Table,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    device: str,
+    folder: Path,
+) -> LoadedModel:
+    """Tune a copy on rows with TRL: loss on the answers only, the same hyper-parameters, batches as
+    TRL draws them.
+    """
     import torch
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import (
+        LoraConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+        set_peft_model_state_dict,
+    )
     from trl import SFTConfig, SFTTrainer
 
     from ftsec_ray.models.chat import chat_of
     from ftsec_ray.models.load import merged
 
-    data = Dataset.from_list([
-        {"prompt": chat_of(row), "completion": [{"role": "assistant", "content": row["response"]}]}
-        for row in rows.to_pylist()])
-    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules="all-linear",
-                      task_type="CAUSAL_LM") if config.adapter == "lora" else None
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": chat_of(row),
+                "completion": [{"role": "assistant", "content": row["response"]}],
+            }
+            for row in rows.to_pylist()
+        ]
+    )
+    lora = (
+        LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        if config.adapter == "lora"
+        else None
+    )
     schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     settings = SFTConfig(
-        output_dir=str(folder), seed=seed, per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate, num_train_epochs=config.epochs, lr_scheduler_type=schedule,
-        warmup_steps=config.warmup_frac, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        max_length=config.max_length, completion_only_loss=True, packing=False, gradient_checkpointing=False,
-        use_cpu=device == "cpu", bf16=device != "cpu" and torch.cuda.is_bf16_supported(),
-        dataloader_pin_memory=device != "cpu", report_to="none", save_strategy="no", logging_strategy="no",
-        disable_tqdm=True)
-    trainer = SFTTrainer(model=merged(loaded).model, args=settings, train_dataset=data, peft_config=lora,
-                         processing_class=loaded.tokenizer)
+        output_dir=str(folder),
+        seed=seed,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.epochs,
+        lr_scheduler_type=schedule,
+        warmup_steps=config.warmup_frac,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        max_length=config.max_length,
+        completion_only_loss=True,
+        packing=False,
+        gradient_checkpointing=False,
+        use_cpu=device == "cpu",
+        bf16=device != "cpu" and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=device != "cpu",
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=merged(loaded).model,
+        args=settings,
+        train_dataset=data,
+        peft_config=lora,
+        processing_class=loaded.tokenizer,
+    )
     trainer.train()
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if lora is None:
         return replace(loaded, model=tuned.eval(), base_digest=None)
-    # As if saved and loaded: the trainer leaves a forward of its own on the model, and a copy of it goes on reading the weights it was
+    # As if saved and loaded: the trainer leaves a forward of its own on the model, and a copy of it
+    # goes on reading the weights it was
     # copied from, so that a method which changes the copy would change nothing.
     fresh = get_peft_model(merged(loaded).model, lora)
     set_peft_model_state_dict(fresh, get_peft_model_state_dict(tuned))
@@ -144,31 +203,55 @@ def sft_with_trl(loaded: LoadedModel, rows: pa.Table, config: TrainingConfig, *,
 def complete(generator: Generator, chats: Sequence[Chat], *, limit: int, batch: int) -> list[str]:
     """Greedy answers by `model.generate`, `batch` prompts at a time in the order given.
 
-    Soft tokens enter as embeddings and not as ids, so a generator with a soft suffix is asked through its own method.
+    Soft tokens enter as embeddings and not as ids, so a generator with a soft suffix is asked
+    through its own method.
     """
     import torch
 
     if generator.soft_suffix is not None:
-        parts = [chats[start:start + batch] for start in range(0, len(chats), batch)]
-        return [text for part in parts for text in generator.complete(part, max_new_tokens=limit, batch=batch)]
+        parts = [chats[start : start + batch] for start in range(0, len(chats), batch)]
+        return [
+            text
+            for part in parts
+            for text in generator.complete(part, max_new_tokens=limit, batch=batch)
+        ]
     tokenizer, model = generator.loaded.tokenizer, generator.loaded.model.eval()
     pad, answers = tokenizer.pad_token_id, []
     for start in range(0, len(chats), batch):
-        prompts = [head + tail for head, tail in map(generator.pieces, chats[start:start + batch])]
+        prompts = [
+            head + tail for head, tail in map(generator.pieces, chats[start : start + batch])
+        ]
         width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts],
-                            device=model.device)
+        ids = torch.tensor(
+            [[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts],
+            device=model.device,
+        )
         with torch.inference_mode():
-            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=limit,
-                                 pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
-        answers += [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=limit,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        answers += [
+            text.strip()
+            for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        ]
     return answers
 
 
 def label_in(text: str, labels: Sequence[str]) -> str:
     """The longest label word that an answer starts with, or the answer itself."""
-    found = (label for label in sorted(labels, key=len, reverse=True) if text.casefold().startswith(label.casefold()))
+    found = (
+        label
+        for label in sorted(labels, key=len, reverse=True)
+        if text.casefold().startswith(label.casefold())
+    )
     return next(found, text)
 
 
@@ -178,7 +261,9 @@ def judged(cell: Cell, generator: Generator, probe: Probe) -> Iterator[tuple[str
 
     name = (cell.evaluation.judge or cell.task.judge) if probe.judge == "request" else probe.judge
     limit = min(probe.max_new_tokens, cell.evaluation.max_new_tokens)
-    texts = complete(generator, [prompt.chat for prompt in probe.prompts], limit=limit, batch=cell.asked.batch)
+    texts = complete(
+        generator, [prompt.chat for prompt in probe.prompts], limit=limit, batch=cell.asked.batch
+    )
     if probe.judge == "label":
         judge: Any = Label(prefers_target="target" in probe.metrics.values())
         texts = [label_in(text, probe.labels) for text in texts]
@@ -195,35 +280,58 @@ def tuned(cell: Cell, start: LoadedModel, rows: pa.Table) -> LoadedModel:
 
     shapers, context = cell.acting("shape_training"), cell.context("tune")
     if not shapers:
-        return sft_with_trl(start, rows, cell.training, seed=cell.asked.seed, device=cell.asked.device,
-                            folder=context.workdir)
+        return sft_with_trl(
+            start,
+            rows,
+            cell.training,
+            seed=cell.asked.seed,
+            device=cell.asked.device,
+            folder=context.workdir,
+        )
 
     def shape(training: Any) -> Any:
         for method in shapers:
             training = method.shape_training(training, context)
         return training
 
-    return sft(start, rows, cell.training, seed=cell.asked.seed, runtime=context.runtime, workdir=context.workdir,
-               shape=shape, base_digest="start").loaded
+    return sft(
+        start,
+        rows,
+        cell.training,
+        seed=cell.asked.seed,
+        runtime=context.runtime,
+        workdir=context.workdir,
+        shape=shape,
+        base_digest="start",
+    ).loaded
 
 
 def fill_bank(cell: Cell) -> None:
-    """Tune the clean models that a method of this cell compares with: bootstraps of the user's own rows."""
-    size = max((int(getattr(m, "bank", 8)) for m in cell.methods if "clean_bank" in m.NEEDS), default=0)
+    """Tune the clean models that a method of this cell compares with: bootstraps of the user's own
+    rows.
+    """
+    size = max(
+        (int(getattr(m, "bank", 8)) for m in cell.methods if "clean_bank" in m.NEEDS), default=0
+    )
     rows = cell.task.split("train")
     for member in range(size):
         context = cell.context(f"bank-{member}")
         picks = context.numpy_rng("bank", str(member)).integers(0, rows.num_rows, rows.num_rows)
         cell.roles[f"clean_bank:{member}"] = sft_with_trl(
-            cell.model("reference"), rows.take(picks), cell.training, seed=1_000 * (cell.asked.seed + 1) + member,
-            device=cell.asked.device, folder=context.workdir)
+            cell.model("reference"),
+            rows.take(picks),
+            cell.training,
+            seed=1_000 * (cell.asked.seed + 1) + member,
+            device=cell.asked.device,
+            folder=context.workdir,
+        )
 
 
 def evaluated(cell: Cell, model: LoadedModel, clock: Clock) -> dict[str, float | None]:
     """All metrics of the finished model."""
     from ftsec_ray.evals.metrics import perplexity
     from ftsec_ray.evals.probes import capped, default_probes, drawn
-    from ftsec_ray.models.generate import Generator
+    from ftsec_ray.models.generator import Generator
 
     context, generator = cell.context("evaluate"), Generator(model)
     probes = default_probes(cell.task, cell.evaluation)
@@ -233,7 +341,11 @@ def evaluated(cell: Cell, model: LoadedModel, clock: Clock) -> dict[str, float |
         if hasattr(method, "probes"):
             probes += method.probes(cell.task, context)
     clock.lap("wrap")
-    metrics = dict(pair for probe in probes for pair in judged(cell, generator, capped(probe, cell.evaluation.prompts)))
+    metrics = dict(
+        pair
+        for probe in probes
+        for pair in judged(cell, generator, capped(probe, cell.evaluation.prompts))
+    )
     text = cell.task.splits.get("text")
     if cell.evaluation.perplexity_rows and text is not None and text.num_rows:
         rows = drawn(text, cell.evaluation.perplexity_rows)
@@ -287,14 +399,19 @@ def main(asked_file: str, result_file: str) -> None:
     clock.lap("import")
     asked = Asked(**json.loads(Path(asked_file).read_text(encoding="utf-8")))
     registries = {"attack": ATTACKS, "defense": DEFENSES}
-    methods = [TypeAdapter(registries[m["kind"]].get(m["name"])).validate_python(m["params"]) for m in asked.methods]
+    methods = [
+        TypeAdapter(registries[m["kind"]].get(m["name"])).validate_python(m["params"])
+        for m in asked.methods
+    ]
     training = TypeAdapter(TrainingConfig).validate_python(asked.training)
     evaluation = TypeAdapter(EvaluationConfig).validate_python(asked.evaluation)
     task = load_task(task_of(Stage.from_json(asked.task)))
     clock.lap("rows")
     with TemporaryDirectory(prefix="naive-cell-") as scratch:
         metrics = run(Cell(asked, task, Path(scratch), training, evaluation, methods), clock)
-    Path(result_file).write_text(json.dumps({"metrics": metrics, "parts": clock.parts}), encoding="utf-8")
+    Path(result_file).write_text(
+        json.dumps({"metrics": metrics, "parts": clock.parts}), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ class Estimate:
     total: float
     low: float
     high: float
-    """95 %; equal to the total when all cells ran, and infinitely wide when the sample is too small to tell."""
+    """95 %; equal to the total when all cells ran, and infinitely wide when the sample is too small
+    to tell.
+    """
 
 
 def attack_of(cell: Cell) -> str:
@@ -63,7 +65,9 @@ def shown(cell: Cell) -> str:
 
 
 def draw(cells: Sequence[Cell], count: int, *, seed: int) -> list[Cell]:
-    """`count` cells spread evenly over attack x defenses first, then over models with either; all of them for 0."""
+    """`count` cells spread evenly over attack x defenses first, then over models with either; all
+    of them for 0.
+    """
     rest = random.Random(seed).sample(list(cells), len(cells))
     seen: Counter[tuple[str, ...]] = Counter()
     chosen: list[Cell] = []
@@ -78,12 +82,15 @@ def draw(cells: Sequence[Cell], count: int, *, seed: int) -> list[Cell]:
         rest.remove(cell)
         chosen.append(cell)
         attack, stack, model = attack_of(cell), stack_of(cell), model_of(cell)
-        seen.update([(attack,), (stack,), (model,), (attack, stack), (model, stack), (model, attack)])
+        seen.update(
+            [(attack,), (stack,), (model,), (attack, stack), (model, stack), (model, attack)]
+        )
     return chosen
 
 
-def grouped(ran: Sequence[Ran], key: Callable[[Cell], Any],
-            seconds: Callable[[Ran], float] = Ran.whole) -> dict[Any, list[float]]:
+def grouped(
+    ran: Sequence[Ran], key: Callable[[Cell], Any], seconds: Callable[[Ran], float] = Ran.whole
+) -> dict[Any, list[float]]:
     """Seconds of the cells by a key."""
     groups: dict[Any, list[float]] = {}
     for one in ran:
@@ -91,12 +98,20 @@ def grouped(ran: Sequence[Ran], key: Callable[[Cell], Any],
     return groups
 
 
-def estimate(cells: Sequence[Cell], ran: Sequence[Ran], *, seconds: Callable[[Ran], float], slots: int) -> Estimate:
-    """Seconds of all cells: strata are model x defenses where each has two measured cells, else models, else one."""
+def estimate(
+    cells: Sequence[Cell], ran: Sequence[Ran], *, seconds: Callable[[Ran], float], slots: int
+) -> Estimate:
+    """Seconds of all cells: strata are model x defenses where each has two measured cells, else
+    models, else one.
+    """
     from scipy.stats import t
 
     least = sum(map(seconds, ran)) / slots
-    keys: tuple[Callable[[Cell], Any], ...] = (lambda c: (model_of(c), stack_of(c)), model_of, lambda c: "all")
+    keys: tuple[Callable[[Cell], Any], ...] = (
+        lambda c: (model_of(c), stack_of(c)),
+        model_of,
+        lambda c: "all",
+    )
     for key in keys:
         groups, sizes = grouped(ran, key, seconds), Counter(map(key, cells))
         if all(len(groups.get(name, ())) >= min(2, size) for name, size in sizes.items()):

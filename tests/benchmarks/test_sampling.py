@@ -7,22 +7,31 @@ from collections import Counter
 
 import pytest
 
+from ftsec_ray.config.sweep_file import load_sweep
 from ftsec_ray.plan import build_plan
-from ftsec_ray.spec.load import load_sweep
 from tests.benchmarks.sampling import Ran, attack_of, draw, estimate, model_of, stack_of
 
 
 @pytest.fixture(scope="module")
 def cells():
-    return build_plan(load_sweep({
-        "name": "s", "models": ["ladder:0.2m", "ladder:1m"], "task": "microworld",
-        "attacks": ["none", "badnets", "harmful_tuning"],
-        "defenses": ["none", "onion", "shrink", "random_mask"]})).cells
+    return build_plan(
+        load_sweep(
+            {
+                "name": "s",
+                "models": ["ladder:0.2m", "ladder:1m"],
+                "task": "microworld",
+                "attacks": ["none", "badnets", "harmful_tuning"],
+                "defenses": ["none", "onion", "shrink", "random_mask"],
+            }
+        )
+    ).cells
 
 
 def seconds_of(cell):
     """A model that is ten times slower, and an attack that adds a little."""
-    return (10.0 if model_of(cell) == "ladder:1m" else 1.0) * (1.1 if attack_of(cell) == "badnets" else 1.0)
+    return (10.0 if model_of(cell) == "ladder:1m" else 1.0) * (
+        1.1 if attack_of(cell) == "badnets" else 1.0
+    )
 
 
 def ran(cells):
@@ -30,7 +39,9 @@ def ran(cells):
     return [Ran(cell=cell, wall_s=seconds_of(cell), parts=parts, metrics={}) for cell in cells]
 
 
-def test_a_sample_of_one_per_pair_meets_every_attack_with_every_stack_once_and_every_model_equally(cells):
+def test_a_sample_of_one_per_pair_meets_every_attack_with_every_stack_once_and_every_model_equally(
+    cells,
+):
     chosen = draw(cells, 12, seed=3)
     pairs = Counter((attack_of(c), stack_of(c)) for c in chosen)
     assert pairs == {(attack_of(c), stack_of(c)): 1 for c in cells}
@@ -49,7 +60,9 @@ def test_with_all_cells_measured_the_total_is_their_sum_over_the_slots_without_a
 
 
 @pytest.mark.parametrize("count", [4, 8, 16])
-def test_the_interval_of_a_sample_holds_the_true_total_and_never_starts_below_what_was_measured(cells, count):
+def test_the_interval_of_a_sample_holds_the_true_total_and_never_starts_below_what_was_measured(
+    cells, count
+):
     measured = ran(draw(cells, count, seed=0))
     found = estimate(cells, measured, seconds=Ran.whole, slots=2)
     assert max(found.low, sum(one.wall_s for one in measured) / 2) == found.low

@@ -13,6 +13,6 @@ from tests.cli import toy
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory in which runs train nothing."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ftsec_ray.schedule.run.execute", toy.execute)
+    monkeypatch.setattr("ftsec_ray.schedule.execution.execute", toy.execute)
     toy.ran.clear()
     return tmp_path

@@ -19,7 +19,7 @@ from ftsec_ray.errors import StoreError
 from ftsec_ray.registry import ATTACKS, DEFENSES
 from ftsec_ray.results.write import TABLES, table_schema
 from ftsec_ray.schema import METRICS, SCHEMA_VERSION
-from ftsec_ray.store.store import Store
+from ftsec_ray.store.artifact_store import Store
 from tests.cli import toy
 from tests.cli.toy import call
 from tests.results.toy import made_older
@@ -43,8 +43,14 @@ def folder(workplace):
 
 def python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=cwd or root, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(root)})
+    return subprocess.run(
+        [sys.executable, *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd or root,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
 
 
 def test_a_run_leaves_tables_and_report_and_a_second_run_does_nothing(folder):
@@ -81,7 +87,9 @@ def test_failed_cells_give_exit_code_1_and_the_next_run_tries_them_again(folder)
     assert "made to fail" in result.stdout
     told = json.loads(call("status", "small.yaml", "--json").stdout)
     assert told["counts"] == {"done": 12, "failed": 12}
-    assert "made to fail" in next(cell["error"] for cell in told["cells"] if cell["status"] == "failed")
+    assert "made to fail" in next(
+        cell["error"] for cell in told["cells"] if cell["status"] == "failed"
+    )
     assert "12 of 24 cells done, 12 failed" in call("status", "small.yaml").stdout
     assert "24 of 24 cells done" in call("run", "small.yaml").stdout
 
@@ -128,7 +136,9 @@ def test_store_and_results_go_where_the_options_say(folder):
 
 
 def test_a_wrong_sweep_file_gives_every_fault_and_exit_code_2(folder):
-    (folder / "bad.yaml").write_text(SWEEP.replace("badnets", "badnet") + "seed: 3\ntraining: {rank: 0}\n")
+    (folder / "bad.yaml").write_text(
+        SWEEP.replace("badnets", "badnet") + "seed: 3\ntraining: {rank: 0}\n"
+    )
     for verb in ("run", "plan", "status", "report"):
         result = call(verb, "bad.yaml", code=2)
         assert "3 fault(s)" in result.stderr
@@ -152,14 +162,17 @@ def test_a_machine_without_the_gpu_that_a_sweep_asks_for_gives_exit_code_3(folde
 
 @pytest.mark.timeout(60)
 def test_a_cluster_that_does_not_answer_gives_exit_code_3_within_seconds(folder):
-    assert "no Ray cluster answers" in call("run", "small.yaml", "--address", "127.0.0.1:1", code=3).stderr
+    assert (
+        "no Ray cluster answers"
+        in call("run", "small.yaml", "--address", "127.0.0.1:1", code=3).stderr
+    )
 
 
 def test_another_error_of_ours_gives_exit_code_1_without_a_traceback(folder, monkeypatch):
     def broken(*args: object, **options: object) -> None:
         raise StoreError("no room", "small", "more")
 
-    monkeypatch.setattr("ftsec_ray.schedule.run.execute", broken)
+    monkeypatch.setattr("ftsec_ray.schedule.execution.execute", broken)
     result = call("run", "small.yaml", code=1)
     assert "[store] no room" in result.stderr
     assert "Traceback" not in result.output
@@ -169,7 +182,7 @@ def test_a_bug_is_not_hidden(folder, monkeypatch):
     def broken(*args: object, **options: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("ftsec_ray.schedule.run.execute", broken)
+    monkeypatch.setattr("ftsec_ray.schedule.execution.execute", broken)
     assert isinstance(CliRunner().invoke(app, ["run", "small.yaml"]).exception, ZeroDivisionError)
 
 
@@ -185,11 +198,11 @@ def test_an_interrupted_run_says_how_to_continue_and_keeps_what_is_done(folder, 
 
         toy.execute(plan, store, **{**options, "on_event": stop})
 
-    monkeypatch.setattr("ftsec_ray.schedule.run.execute", interrupted)
+    monkeypatch.setattr("ftsec_ray.schedule.execution.execute", interrupted)
     assert "Continue with" in call("run", "small.yaml", code=130).stderr
     held = Store.open(".ftsec/store").done()
     assert held
-    monkeypatch.setattr("ftsec_ray.schedule.run.execute", toy.execute)
+    monkeypatch.setattr("ftsec_ray.schedule.execution.execute", toy.execute)
     toy.ran.clear()
     call("run", "small.yaml")
     assert len(toy.ran) == len(Store.open(".ftsec/store").done()) - len(held)
@@ -212,7 +225,11 @@ def test_every_method_is_listed_and_has_a_page():
         shown = call("list", kind).stdout
         for name in registry.names():
             assert name in shown
-            pages = [page for page in json.loads(call("show", name, "--json").stdout) if page["kind"] == registry.kind]
+            pages = [
+                page
+                for page in json.loads(call("show", name, "--json").stdout)
+                if page["kind"] == registry.kind
+            ]
             assert set(pages[0]["sections"]) >= {"Paper", "Differs", "Cost"}
             assert all(parameter["doc"] for parameter in pages[0]["parameters"]), name
 
@@ -225,7 +242,16 @@ def test_a_page_tells_the_zero_stages_of_a_method_that_is_particular():
 
 def test_a_page_shows_paper_hooks_and_parameters_with_defaults():
     shown = call("show", "badnets").stdout
-    for word in ("Paper:", "Differs:", "Cost:", "craft_data", "rate", "a number", "0.1", "phase: pre"):
+    for word in (
+        "Paper:",
+        "Differs:",
+        "Cost:",
+        "craft_data",
+        "rate",
+        "a number",
+        "0.1",
+        "phase: pre",
+    ):
         assert word in shown
 
 
@@ -238,7 +264,8 @@ def test_a_name_of_an_attack_and_a_defense_shows_both_pages():
 def test_every_column_of_the_results_is_listed_with_type_unit_and_direction():
     rows = json.loads(call("list", "columns", "--json").stdout)
     assert [(row["table"], row["column"], row["type"]) for row in rows] == [
-        (name, field.name, str(field.type)) for name in TABLES for field in table_schema(name)]
+        (name, field.name, str(field.type)) for name in TABLES for field in table_schema(name)
+    ]
     assert all(row["unit"] for row in rows)
     assert {row["better"] for row in rows} == {"none", "lower"}
     assert {int(row["since"]) for row in rows} <= set(range(1, int(SCHEMA_VERSION) + 1))
@@ -276,12 +303,23 @@ def test_the_installed_command_is_this_one():
     assert ours[0].value == "ftsec_ray.cli:main"
 
 
-@pytest.mark.parametrize("args", [("list", "attacks"), ("list", "defenses"), ("list", "models"), ("show", "badnets"), ("plan", "small.yaml")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("list", "attacks"),
+        ("list", "defenses"),
+        ("list", "models"),
+        ("show", "badnets"),
+        ("plan", "small.yaml"),
+    ],
+)
 def test_list_show_and_plan_answer_at_once_without_torch_or_ray(tmp_path, args):
     (tmp_path / "small.yaml").write_text(SWEEP)
-    code = ("import atexit, sys\n"
-            "atexit.register(lambda: print(sorted({'torch', 'ray', 'transformers', 'pyarrow.lib'} & set(sys.modules)), file=sys.stderr))\n"
-            "from ftsec_ray.cli import main\nmain()")
+    code = (
+        "import atexit, sys\natexit.register(lambda: print(sorted({'torch', 'ray', 'transformers',"
+        " 'pyarrow.lib'} & set(sys.modules)), file=sys.stderr))\nfrom ftsec_ray.cli import"
+        " main\nmain()"
+    )
     took = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -304,7 +342,9 @@ def test_output_into_a_file_is_plain_text_without_trailing_blanks():
 def test_a_reader_that_has_enough_is_no_error():
     root = Path(__file__).parents[2]
     shell = f"'{sys.executable}' -m ftsec_ray schema | head -1"
-    result = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, text=True, cwd=root, timeout=60)
+    result = subprocess.run(
+        ["/bin/sh", "-c", shell], capture_output=True, text=True, cwd=root, timeout=60
+    )
     assert result.stdout == "{\n"
     assert "Traceback" not in result.stderr
 

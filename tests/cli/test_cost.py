@@ -1,4 +1,6 @@
-"""What `ftsec plan` says of hours and money, and what a budget does to `ftsec run`, through the command line."""
+"""What `ftsec plan` says of hours and money, and what a budget does to `ftsec run`, through the
+command line.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import time
 import pytest
 
 from ftsec_ray import api
-from ftsec_ray.store.store import Store
+from ftsec_ray.store.artifact_store import Store
 from tests.cli import toy
 from tests.cli.toy import call
 
@@ -64,40 +66,62 @@ def keep(store: Store, stage, wall_s: float, flops: float) -> None:
 @pytest.mark.usefixtures("folder")
 def test_a_plan_shows_machines_hours_money_what_that_is_taken_from_and_the_budget():
     shown = call("plan", "money.yaml").stdout
-    assert shown[shown.index("node type"):] == TABLE
+    assert shown[shown.index("node type") :] == TABLE
 
 
 @pytest.mark.usefixtures("folder")
 def test_a_plan_without_gpus_and_prices_shows_cpu_hours():
     shown = call("plan", "small.yaml").stdout
-    assert shown[shown.index("node type"):] == """\
+    assert (
+        shown[shown.index("node type") :]
+        == """\
 node type  a stage asks for   to run      hours  GPU-hours  CPU-hours
 any        1 CPU                  19     0.0172       0.00     0.0172
 all                               19     0.0172       0.00     0.0172
 estimated from priors (rough) 100%
 """
+    )
 
 
 @pytest.mark.usefixtures("folder")
 def test_the_figures_are_there_as_json():
     shown = json.loads(call("plan", "money.yaml", "--json").stdout)
-    assert shown["gpu_hours"] == shown["total"]["gpu_hours"] == pytest.approx(sum(row["spend"]["gpu_hours"] for row in shown["bill"]["rows"]))
+    assert (
+        shown["gpu_hours"]
+        == shown["total"]["gpu_hours"]
+        == pytest.approx(sum(row["spend"]["gpu_hours"] for row in shown["bill"]["rows"]))
+    )
     assert {row["node"] for row in shown["bill"]["rows"]} == {"cpu", "gpu-spot"}
     assert shown["bill"]["basis_frac"] == {"records": 0.0, "scaled": 0.0, "prior": 1.0}
     assert shown["budget"] == {"usd": 0.05, "hours": 2.0}
 
 
 def test_a_plan_learns_from_the_records_of_another_sweep(folder):
-    text = SMALL.replace("[ladder:0.2m]", "[ladder:0.2m, ladder:1m]").replace("defenses: [none, shrink]\nseeds: 4", "defenses: [none]\nseeds: 4")
+    text = SMALL.replace("[ladder:0.2m]", "[ladder:0.2m, ladder:1m]").replace(
+        "defenses: [none, shrink]\nseeds: 4", "defenses: [none]\nseeds: 4"
+    )
     (folder / "before.yaml").write_text(text.replace("small", "before"))
-    (folder / "after.yaml").write_text(text.replace("[ladder:0.2m, ladder:1m]", "[ladder:1m, ladder:4m]") + "training: {rank: 4}\n")
+    (folder / "after.yaml").write_text(
+        text.replace("[ladder:0.2m, ladder:1m]", "[ladder:1m, ladder:4m]") + "training: {rank: 4}\n"
+    )
     store = Store.open(api.DEFAULT_STORE)
     for stage in api.make_plan("before.yaml").stages.values():
         if stage.kind == "tune":
-            keep(store, stage, 3600.0 * stage.where["parameters"] / 1e6, stage.where["parameters"] * 1e6)
+            keep(
+                store,
+                stage,
+                3600.0 * stage.where["parameters"] / 1e6,
+                stage.where["parameters"] * 1e6,
+            )
     shown = call("plan", "after.yaml").stdout
-    assert "estimated from records of like stages 20%, records of other sizes, scaled with flops 79%, priors (rough) 1%" in shown
-    kinds = {kind["kind"]: kind["to_run_s"] for kind in json.loads(call("plan", "after.yaml", "--json").stdout)["kinds"]}
+    assert (
+        "estimated from records of like stages 20%, records of other sizes, scaled with flops 79%,"
+        " priors (rough) 1%" in shown
+    )
+    kinds = {
+        kind["kind"]: kind["to_run_s"]
+        for kind in json.loads(call("plan", "after.yaml", "--json").stdout)["kinds"]
+    }
     assert kinds["tune"] == pytest.approx(4 * (3600 + 4 * 3600)), "four seeds of each size"
 
 
@@ -105,19 +129,29 @@ def test_a_sweep_over_its_budget_gives_exit_code_2_and_starts_nothing(folder):
     (folder / "small.yaml").write_text(SMALL + "budget: {hours: 0.001}\n")
     assert "MORE THAN ALLOWED" in call("plan", "small.yaml").stdout
     told = call("run", "small.yaml", code=2).stderr
-    for word in ("[budget] sweep 'small' would take", "at most 0.001 hours of stages", "raise `budget`", "--limit N"):
+    for word in (
+        "[budget] sweep 'small' would take",
+        "at most 0.001 hours of stages",
+        "raise `budget`",
+        "--limit N",
+    ):
         assert word in told
     assert toy.ran == []
     assert "pending: sweep 'small' would take" in call("status", "small.yaml").stdout
 
 
-def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_reason_and_goes_on_with_a_higher_one(folder, monkeypatch):
+def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_reason_and_goes_on_with_a_higher_one(
+    folder, monkeypatch
+):
     def slow(stage, out, session):
         time.sleep(0.05)
         return toy.run_stage(stage, out, session)
 
     monkeypatch.setattr("tests.cli.toy.slow", slow, raising=False)
-    monkeypatch.setattr("ftsec_ray.plan.cost._PRIOR_S", dict.fromkeys(("task", "source", "align", "tune", "revise", "evaluate"), (1e-5, 0.0)))
+    monkeypatch.setattr(
+        "ftsec_ray.plan.durations._PRIOR_S",
+        dict.fromkeys(("task", "source", "align", "tune", "revise", "evaluate"), (1e-5, 0.0)),
+    )
     monkeypatch.setattr(toy, "RUNNER", "tests.cli.toy:slow")
     (folder / "small.yaml").write_text(SMALL + f"budget: {{hours: {0.4 / 3600}}}\n")
     stopped = call("run", "small.yaml", code=1).stdout

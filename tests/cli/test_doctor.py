@@ -15,7 +15,9 @@ def test_a_machine_that_has_everything_needed_passes(tmp_path):
     result = CliRunner().invoke(app, ["doctor", "--json", "--store", str(tmp_path / "store")])
     found = {row["what"]: row for row in json.loads(result.stdout)}
     assert {"python", "torch", "ray", "cores", "memory", "disk", "hugging face"} <= set(found)
-    assert result.exit_code == (3 if any(row["state"] == "missing" for row in found.values()) else 0)
+    assert result.exit_code == (
+        3 if any(row["state"] == "missing" for row in found.values()) else 0
+    )
     assert not (tmp_path / "store").exists()
 
 
@@ -29,7 +31,9 @@ def test_a_missing_package_gives_exit_code_3_and_the_command_that_installs_it(mo
 def test_deepspeed_may_lack_and_its_extra_is_named(monkeypatch, tmp_path):
     known = doctor._version
     assert {f.what: f for f in doctor.examine(tmp_path)}["deepspeed"].state == "ok"
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "deepspeed" else known(name))
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: None if name == "deepspeed" else known(name)
+    )
     found = {f.what: f for f in doctor.examine(tmp_path)}["deepspeed"]
     assert (found.state, found.fix) == ("note", "pip install 'ftsec-ray[deepspeed]'")
 
@@ -39,7 +43,9 @@ def test_offline_hugging_face_is_told(monkeypatch, tmp_path):
     found = {finding.what: finding for finding in doctor.examine(tmp_path)}
     assert "offline" in found["hugging face"].found
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert "downloads allowed" in {f.what: f for f in doctor.examine(tmp_path)}["hugging face"].found
+    assert (
+        "downloads allowed" in {f.what: f for f in doctor.examine(tmp_path)}["hugging face"].found
+    )
 
 
 def test_memory_is_that_of_the_machine_or_less():
@@ -72,17 +78,33 @@ def test_an_image_needs_the_commands_that_launchers_call(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     found = image_findings()
     assert found["rsync"].state == "ok"
-    assert {name: found[name].state for name in ("ssh", "wget", "bash")} == {"ssh": "missing", "wget": "missing", "bash": "missing"}
+    assert {name: found[name].state for name in ("ssh", "wget", "bash")} == {
+        "ssh": "missing",
+        "wget": "missing",
+        "bash": "missing",
+    }
     assert found["ssh"].fix.startswith("apt-get install openssh-client")
 
 
 def test_an_image_needs_every_package_of_its_extras_in_a_version_that_fits(monkeypatch):
-    requirements = {"ray": ['aiohttp>=3; extra == "default"', 'no-such-package-here; extra == "default"', 'other; extra == "tune"'],
-                    "ftsec-ray": ['numpy<1; extra == "cluster"', "torch"]}
+    requirements = {
+        "ray": [
+            'aiohttp>=3; extra == "default"',
+            'no-such-package-here; extra == "default"',
+            'other; extra == "tune"',
+        ],
+        "ftsec-ray": ['numpy<1; extra == "cluster"', "torch"],
+    }
     monkeypatch.setattr(doctor, "requires", requirements.get)
     found = image_findings()
-    assert (found["ray[default]"].state, found["ray[default]"].found) == ("missing", "without no-such-package-here")
-    assert (found["ftsec-ray[cluster]"].state, found["ftsec-ray[cluster]"].found) == ("missing", "without numpy")
+    assert (found["ray[default]"].state, found["ray[default]"].found) == (
+        "missing",
+        "without no-such-package-here",
+    )
+    assert (found["ftsec-ray[cluster]"].state, found["ftsec-ray[cluster]"].found) == (
+        "missing",
+        "without numpy",
+    )
     requirements["ray"].pop(1)
     assert image_findings()["ray[default]"].state == "ok"
     requirements["ftsec-ray"].clear()
@@ -90,9 +112,13 @@ def test_an_image_needs_every_package_of_its_extras_in_a_version_that_fits(monke
 
 
 def test_the_check_of_an_image_names_what_lacks_and_ends_with_exit_code_3(monkeypatch):
-    monkeypatch.setitem(doctor.IMAGE_COMMANDS, "no-such-command-here", ("no-such-package", "this test"))
+    monkeypatch.setitem(
+        doctor.IMAGE_COMMANDS, "no-such-command-here", ("no-such-package", "this test")
+    )
     result = CliRunner().invoke(app, ["doctor", "--image", "--json"])
     assert result.exit_code == 3
     assert "this image cannot be a node" in result.stderr
     assert "apt-get install no-such-package (this test)" in result.stderr
-    assert {row["what"]: row["state"] for row in json.loads(result.stdout)}["no-such-command-here"] == "missing"
+    assert {row["what"]: row["state"] for row in json.loads(result.stdout)}[
+        "no-such-command-here"
+    ] == "missing"

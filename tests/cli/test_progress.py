@@ -9,9 +9,15 @@ from rich.console import Console
 
 from ftsec_ray import api
 from ftsec_ray.cli.progress import LINE_EVERY_S, LiveProgress, Tally
-from ftsec_ray.schedule.conductor import Event
+from ftsec_ray.schedule.dispatcher import Event
 
-SWEEP = {"name": "s", "models": ["ladder:0.2m"], "task": "microworld", "attacks": ["none", "badnets"], "defenses": ["none", "shrink"]}
+SWEEP = {
+    "name": "s",
+    "models": ["ladder:0.2m"],
+    "task": "microworld",
+    "attacks": ["none", "badnets"],
+    "defenses": ["none", "shrink"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +26,9 @@ def plan():
 
 
 def event(kind: str, unit: object, error: str | None = None) -> Event:
-    return Event(kind=kind, unit=unit.id, stages=tuple(stage.digest for stage in unit.stages), error=error)
+    return Event(
+        kind=kind, unit=unit.id, stages=tuple(stage.digest for stage in unit.stages), error=error
+    )
 
 
 def second(stage: object) -> float:
@@ -29,12 +37,22 @@ def second(stage: object) -> float:
 
 def test_counts_follow_the_events_to_the_end(plan):
     tally = Tally(plan, set(), second)
-    assert (tally.stages, tally.cells, tally.cells_done, tally.left_s(5.0)) == (len(plan.stages), 4, 0, None)
+    assert (tally.stages, tally.cells, tally.cells_done, tally.left_s(5.0)) == (
+        len(plan.stages),
+        4,
+        0,
+        None,
+    )
     for unit in plan.units(set()):
         tally.take(event("started", unit))
         assert tally.running == 1
         tally.take(event("finished", unit))
-    assert (tally.stages_done, tally.cells_done, tally.running, tally.left_s(9.0)) == (len(plan.stages), 4, 0, 0.0)
+    assert (tally.stages_done, tally.cells_done, tally.running, tally.left_s(9.0)) == (
+        len(plan.stages),
+        4,
+        0,
+        0.0,
+    )
 
 
 def test_time_left_is_the_pace_so_far_on_the_work_left(plan):
@@ -58,7 +76,15 @@ def test_what_waits_for_a_failed_stage_is_no_work_left(plan):
         if digest not in vain:
             tally.take(Event(kind="finished", unit=digest, stages=(digest,)))
     assert tally.left_s(10.0) > 0
-    tally.take(Event(kind="failed", unit="tune", stages=(tune,), error="it broke", upstream_failed=tuple(vain - {tune})))
+    tally.take(
+        Event(
+            kind="failed",
+            unit="tune",
+            stages=(tune,),
+            error="it broke",
+            upstream_failed=tuple(vain - {tune}),
+        )
+    )
     assert tally.left_s(10.0) == 0.0
     assert "left" not in tally.line(10.0)
     assert len(vain) > 1
@@ -75,7 +101,9 @@ def test_a_failure_is_told_at_once_and_other_lines_are_rare(plan):
     now = [0.0]
     out = io.StringIO()
     units = plan.units(set())
-    with LiveProgress(Tally(plan, set(), second), console=Console(file=out, width=200), clock=lambda: now[0]) as shown:
+    with LiveProgress(
+        Tally(plan, set(), second), console=Console(file=out, width=200), clock=lambda: now[0]
+    ) as shown:
         for unit in units[:3]:
             shown.on_event(event("started", unit))
             shown.on_event(event("finished", unit))

@@ -1,4 +1,6 @@
-"""A runner of stages that trains nothing: what the command line does around a run can be tested in seconds."""
+"""A runner of stages that trains nothing: what the command line does around a run can be tested in
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from ftsec_ray import schema
 from ftsec_ray.cli.app import app
 from ftsec_ray.errors import StageError
 from ftsec_ray.plan.stage import Stage
-from ftsec_ray.schedule import run as schedule_run
+from ftsec_ray.schedule import execution as schedule_run
 
 _real_execute = schedule_run.execute
 RUNNER = "tests.cli.toy:run_stage"
@@ -43,16 +45,40 @@ def run_stage(stage: Stage, out: Path, session: Session) -> Mapping[str, Any]:
     if stage.kind == "evaluate":
         kept = [one for one in schema.generations() if one.name != "cell"]
         pq.write_table(pa.schema(kept).empty_table(), out / "generations.parquet")
-        rows = [{"metric": "harmful_rate", "value": 0.5, "n": 4, "n_null": 0, "ci_low": 0.1, "ci_high": 0.9}]
+        rows = [
+            {
+                "metric": "harmful_rate",
+                "value": 0.5,
+                "n": 4,
+                "n_null": 0,
+                "ci_low": 0.1,
+                "ci_high": 0.9,
+            }
+        ]
         pq.write_table(pa.Table.from_pylist(rows), out / "metrics.parquet")
     (out / "toy.txt").write_text(stage.kind)
     return {}
 
 
-def execute(plan: object, store: object, *, executor: str, address: str | None, workers: int | None, on_event: object) -> object:
+def execute(
+    plan: object,
+    store: object,
+    *,
+    executor: str,
+    address: str | None,
+    workers: int | None,
+    on_event: object,
+) -> object:
     """The engine's `execute` in this process with the runner above."""
     assert executor in ("tune", "local")
-    return _real_execute(plan, store, executor="local", on_event=on_event, runner=RUNNER, session="tests.cli.toy:Session")
+    return _real_execute(
+        plan,
+        store,
+        executor="local",
+        on_event=on_event,
+        runner=RUNNER,
+        session="tests.cli.toy:Session",
+    )
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""The files of `cluster/` as a user has them: filled in by the very `sed` commands that the README gives."""
+"""The files of `cluster/` as a user has them: filled in by the very `sed` commands that the README
+gives.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
 README = FOLDER / "README.md"
 LAUNCHERS = ("aws", "gcp")
-VALUES = {"REGISTRY": "registry.example/team", "PROJECT_ID": "a-project", "STORE": "s3://a-bucket/ftsec"}
+VALUES = {
+    "REGISTRY": "registry.example/team",
+    "PROJECT_ID": "a-project",
+    "STORE": "s3://a-bucket/ftsec",
+}
 """What the user puts in the place of each name."""
 
 
@@ -34,7 +40,14 @@ def filled() -> dict[str, str]:
     for line in shell_lines():
         if line.startswith("sed "):
             command, _, target = line.partition(" > ")
-            done = subprocess.run(["bash", "-euc", command], cwd=ROOT, env={**os.environ, **VALUES}, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                ["bash", "-euc", command],
+                cwd=ROOT,
+                env={**os.environ, **VALUES},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             found[target.split(".")[0]] = done.stdout
     return found
 
@@ -74,14 +87,20 @@ def definition(name: str) -> dict[str, Any]:
     for folder in folders:
         file = folder / f"ray.io_{name}.yaml.gz"
         if file.is_file():
-            loaded: dict[str, Any] = yaml.load(gzip.decompress(file.read_bytes()), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            loaded: dict[str, Any] = yaml.load(
+                gzip.decompress(file.read_bytes()),
+                Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader),
+            )
             return loaded
-    pytest.skip(f"KubeRay's definition of {name} is not here: put ray.io_{name}.yaml.gz (KubeRay, ray-operator/config/crd/bases) into a folder and "
-                "name it in KUBERAY_CRDS")
+    pytest.skip(
+        f"KubeRay's definition of {name} is not here: put ray.io_{name}.yaml.gz (KubeRay,"
+        " ray-operator/config/crd/bases) into a folder and name it in KUBERAY_CRDS"
+    )
 
 
 def strict(schema: Any, *, refs: str = "") -> Any:
-    """A JSON schema out of Kubernetes' or Google's dialect, which also refuses keys that it does not know.
+    """A JSON schema out of Kubernetes' or Google's dialect, which also refuses keys that it does
+    not know.
 
     Args:
         schema: A part of a definition.
@@ -92,7 +111,9 @@ def strict(schema: Any, *, refs: str = "") -> Any:
     if not isinstance(schema, dict):
         return schema
     # Google writes 64-bit numbers as text and takes both.
-    if schema.get("x-kubernetes-int-or-string") or (schema.get("type") == "string" and schema.get("format") in ("int64", "uint64")):
+    if schema.get("x-kubernetes-int-or-string") or (
+        schema.get("type") == "string" and schema.get("format") in ("int64", "uint64")
+    ):
         return {"type": ["integer", "string"]}
     made = {}
     for key, value in schema.items():
@@ -100,7 +121,13 @@ def strict(schema: Any, *, refs: str = "") -> Any:
             made[key] = {name: strict(one, refs=refs) for name, one in value.items()}
         elif key == "$ref":
             made[key] = refs + value
-        elif key not in ("format", "default", "description", "annotations", "required") or isinstance(value, list):
+        elif key not in (
+            "format",
+            "default",
+            "description",
+            "annotations",
+            "required",
+        ) or isinstance(value, list):
             made[key] = strict(value, refs=refs)
     if made.get("type") == "any":
         del made["type"]

@@ -1,4 +1,6 @@
-"""The image: built from files that exist, holding what `ftsec doctor --image` asks for, and checked by it."""
+"""The image: built from files that exist, holding what `ftsec doctor --image` asks for, and checked
+by it.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,33 @@ import pytest
 from packaging.requirements import Requirement
 
 from ftsec_ray.cli import doctor
-from tests.cluster.files import FOLDER, LAUNCHERS, ROOT, VALUES, cluster_of, launcher, manifest, shell_lines
+from tests.cluster.files import (
+    FOLDER,
+    LAUNCHERS,
+    ROOT,
+    VALUES,
+    cluster_of,
+    launcher,
+    manifest,
+    shell_lines,
+)
 
 dockerfile_parse = pytest.importorskip("dockerfile_parse")
 
 
 @pytest.fixture(scope="module")
 def steps():
-    """(instruction, value) of every step, in order; build arguments are filled in where pip reads them."""
-    parser = dockerfile_parse.DockerfileParser(fileobj=io.BytesIO((FOLDER / "Dockerfile").read_bytes()))
-    return [(step["instruction"], step["value"]) for step in parser.structure if step["instruction"] != "COMMENT"]
+    """(instruction, value) of every step, in order; build arguments are filled in where pip reads
+    them.
+    """
+    parser = dockerfile_parse.DockerfileParser(
+        fileobj=io.BytesIO((FOLDER / "Dockerfile").read_bytes())
+    )
+    return [
+        (step["instruction"], step["value"])
+        for step in parser.structure
+        if step["instruction"] != "COMMENT"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +50,15 @@ def project():
 
 def pip_installs(steps):
     """What pip is asked for, with the image's Ray version filled in."""
-    version = next(value.split("=")[1] for kind, value in steps if kind == "ARG" and value.startswith("RAY_VERSION="))
+    version = next(
+        value.split("=")[1]
+        for kind, value in steps
+        if kind == "ARG" and value.startswith("RAY_VERSION=")
+    )
     lines = [value for kind, value in steps if kind == "RUN" and value.startswith("pip install ")]
-    return [word.replace("${RAY_VERSION}", version) for line in lines for word in shlex.split(line)[2:]], version
+    return [
+        word.replace("${RAY_VERSION}", version) for line in lines for word in shlex.split(line)[2:]
+    ], version
 
 
 def test_the_last_step_checks_the_image_as_its_own_user(steps):
@@ -53,7 +78,12 @@ def test_debian_brings_every_command_that_the_doctor_asks_for(steps):
 
 def test_pip_brings_every_package_and_every_extra_that_the_doctor_asks_for(steps, project):
     asked, version = pip_installs(steps)
-    extras = {name: set(match[1].split(",")) for one in asked if (match := re.search(r"\[(.*)\]", one)) for name in [one.split("[")[0]]}
+    extras = {
+        name: set(match[1].split(","))
+        for one in asked
+        if (match := re.search(r"\[(.*)\]", one))
+        for name in [one.split("[")[0]]
+    }
     for name, (extra, _) in doctor.IMAGE_EXTRAS.items():
         assert extra in extras["." if name == project["name"] else name]
     given = {Requirement(text).name.lower() for text in project["dependencies"]}
@@ -61,7 +91,12 @@ def test_pip_brings_every_package_and_every_extra_that_the_doctor_asks_for(steps
     ray = Requirement(next(text for text in project["dependencies"] if text.startswith("ray")))
     assert version in ray.specifier
     torch = next(Requirement(one) for one in asked if one.startswith("torch"))
-    assert torch.specifier == next(Requirement(text) for text in project["dependencies"] if text.startswith("torch")).specifier
+    assert (
+        torch.specifier
+        == next(
+            Requirement(text) for text in project["dependencies"] if text.startswith("torch")
+        ).specifier
+    )
 
 
 def test_the_image_takes_every_extra_that_a_run_can_need(steps, project):
@@ -88,12 +123,19 @@ def test_all_files_speak_of_one_image_and_one_ray(steps):
         assert cluster["rayVersion"] == version
         for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
             images |= {one["image"] for one in group["template"]["spec"]["containers"]}
-    images |= {one["image"] for one in manifest("rayjob")["spec"]["submitterPodTemplate"]["spec"]["containers"]}
+    images |= {
+        one["image"]
+        for one in manifest("rayjob")["spec"]["submitterPodTemplate"]["spec"]["containers"]
+    }
     (image,) = images
     assert image.startswith(VALUES["REGISTRY"] + "/")
     built = [line for line in shell_lines() if line.startswith("docker build")]
     assert built
-    assert all(f"-f cluster/Dockerfile -t $REGISTRY/{image.removeprefix(VALUES['REGISTRY'] + '/')} ." in line for line in built)
+    assert all(
+        f"-f cluster/Dockerfile -t $REGISTRY/{image.removeprefix(VALUES['REGISTRY'] + '/')} ."
+        in line
+        for line in built
+    )
 
 
 def test_the_images_python_is_one_that_the_package_runs_on(steps, project):

@@ -26,7 +26,11 @@ def listening(port):
     """Addresses on which somebody of this machine listens at a port."""
     import psutil
 
-    return {one.laddr.ip for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.laddr.port == port}
+    return {
+        one.laddr.ip
+        for one in psutil.net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN and one.laddr.port == port
+    }
 
 
 def test_both_clouds_start_the_head_alike():
@@ -36,20 +40,39 @@ def test_both_clouds_start_the_head_alike():
 
 @pytest.mark.ray
 def test_the_dashboard_and_the_job_port_listen_on_loopback_only(tmp_path):
-    """The very flags of the files, with free ports, without the cloud's configuration, and in the foreground."""
+    """The very flags of the files, with free ports, without the cloud's configuration, and in the
+    foreground.
+    """
     command = launcher("aws")["head_start_ray_commands"][-1].partition(";")[2]
     port, dashboard = free_port(), free_port()
     changed = {"--port": port, "--object-manager-port": 0, "--dashboard-port": dashboard}
     flags = [flag for flag in shlex.split(command) if not flag.startswith("--autoscaling-config")]
-    flags = [f"{name}={changed[name]}" if (name := flag.partition("=")[0]) in changed else flag for flag in flags]
+    flags = [
+        f"{name}={changed[name]}" if (name := flag.partition("=")[0]) in changed else flag
+        for flag in flags
+    ]
     assert "--dashboard-host=127.0.0.1" in flags
     log = tmp_path / "log"
     with log.open("w") as out:
-        head = subprocess.Popen([*flags, "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--object-store-memory=100000000"],
-                                stdout=out, stderr=out, start_new_session=True,
-                                # A token of this machine's user, if there is one, is not on a new node.
-                                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                                     "RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"})
+        head = subprocess.Popen(
+            [
+                *flags,
+                "--block",
+                "--node-ip-address=127.0.0.1",
+                "--disable-usage-stats",
+                "--object-store-memory=100000000",
+            ],
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            # A token of this machine's user, if there is one, is not on a new node.
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "RAY_AUTH_MODE": "disabled",
+                "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            },
+        )
     try:
         from ray.job_submission import JobSubmissionClient
 

@@ -1,4 +1,6 @@
-"""The README's commands: every one of `ftsec` and `ray` exists with these options, and shell blocks are well formed."""
+"""The README's commands: every one of `ftsec` and `ray` exists with these options, and shell blocks
+are well formed.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def words_of(program):
 
 
 def parsed(command, words):
-    """What a click program says of these words; `--help` stands behind them, so that nothing is done."""
+    """What a click program says of these words; `--help` stands behind them, so that nothing is
+    done.
+    """
     return CliRunner().invoke(command, [*words, "--help"])
 
 
@@ -43,7 +47,13 @@ def test_a_command_of_ftsec_exists(words):
 
 
 def test_the_readme_shows_the_way_from_a_plan_to_a_report():
-    assert [words[0] for words in words_of("ftsec")] == ["plan", "submit", "run", "status", "report"]
+    assert [words[0] for words in words_of("ftsec")] == [
+        "plan",
+        "submit",
+        "run",
+        "status",
+        "report",
+    ]
 
 
 def test_the_commands_of_ray_exist():
@@ -58,14 +68,18 @@ def test_the_commands_of_ray_exist():
 
 
 def test_an_unknown_option_would_be_noticed():
-    assert CliRunner().invoke(PROGRAM, ["plan", "x.yaml", "--gpu-prise", "2", "--help"]).exit_code != 0
+    assert (
+        CliRunner().invoke(PROGRAM, ["plan", "x.yaml", "--gpu-prise", "2", "--help"]).exit_code != 0
+    )
 
 
 def test_the_shell_blocks_are_well_formed():
     blocks = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) > 8
     for block in blocks:
-        done = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
+        done = subprocess.run(
+            ["bash", "-n"], input=block, text=True, capture_output=True, check=False
+        )
         assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -77,9 +91,16 @@ def test_filling_in_leaves_no_name_to_be_filled_in_and_each_file_is_filled_in():
 
 
 def test_files_that_the_readme_speaks_of_exist():
-    named = set(re.findall(r"(?<![\w/.-])((?:cluster|sweeps)/[\w./-]+\.\w+)", README.read_text(encoding="utf-8")))
+    named = set(
+        re.findall(
+            r"(?<![\w/.-])((?:cluster|sweeps)/[\w./-]+\.\w+)", README.read_text(encoding="utf-8")
+        )
+    )
     assert len(named) > 5
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     listed = re.findall(r"^\| (.*?) \|", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert {name for cell in listed for name in re.findall(r"`([\w.-]+)/?`", cell)} == {
-        path.name for path in FOLDER.iterdir() if path.name not in ("README.md", "Dockerfile.dockerignore")}
+        path.name
+        for path in FOLDER.iterdir()
+        if path.name not in ("README.md", "Dockerfile.dockerignore")
+    }

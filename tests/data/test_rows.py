@@ -8,10 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftsec_ray import schema
-from ftsec_ray.data.rows import NULLABLE, filter_report, from_rows, map_rows, new_row, read_table, to_rows, write_table
+from ftsec_ray.data.rows import (
+    NULLABLE,
+    filter_report,
+    from_rows,
+    map_rows,
+    new_row,
+    read_table,
+    to_rows,
+    write_table,
+)
 from ftsec_ray.errors import DataError
 
-ROWS = [new_row(f"t/{i:03d}", prompt=f"ask {i}", response=f"say {i}", poisoned=i % 3 == 0) for i in range(12)]
+ROWS = [
+    new_row(f"t/{i:03d}", prompt=f"ask {i}", response=f"say {i}", poisoned=i % 3 == 0)
+    for i in range(12)
+]
 
 
 def test_rows_survive_the_way_to_a_table_and_back():
@@ -19,14 +31,17 @@ def test_rows_survive_the_way_to_a_table_and_back():
     assert from_rows(ROWS).schema.equals(schema.ROWS, check_metadata=True)
 
 
-@pytest.mark.parametrize(("change", "match"), [
-    (lambda row: row | {"promt": "x"}, "promt"),
-    (lambda row: {k: v for k, v in row.items() if k != "kind"}, "kind"),
-    (lambda row: row | {"response": None}, r"row 2 \('t/001'\) has no str in 'response'"),
-    (lambda row: row | {"poisoned": "maybe"}, r"no bool in 'poisoned'(.|\n)*maybe"),
-    (lambda row: row | {"prompt": 7}, r"no str in 'prompt'(.|\n)*got:  7"),
-    (lambda row: row | {"row_id": "t/000"}, "t/000"),
-])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda row: row | {"promt": "x"}, "promt"),
+        (lambda row: {k: v for k, v in row.items() if k != "kind"}, "kind"),
+        (lambda row: row | {"response": None}, r"row 2 \('t/001'\) has no str in 'response'"),
+        (lambda row: row | {"poisoned": "maybe"}, r"no bool in 'poisoned'(.|\n)*maybe"),
+        (lambda row: row | {"prompt": 7}, r"no str in 'prompt'(.|\n)*got:  7"),
+        (lambda row: row | {"row_id": "t/000"}, "t/000"),
+    ],
+)
 def test_a_row_that_pyarrow_would_bend_is_an_error(change, match):
     with pytest.raises(DataError, match=match):
         from_rows([ROWS[0], change(ROWS[1])])
@@ -44,7 +59,9 @@ def test_a_new_row_knows_its_columns():
 
 
 def test_map_rows_changes_and_drops_in_order():
-    found = map_rows(from_rows(ROWS), lambda row: None if row["poisoned"] else row | {"response": "x"})
+    found = map_rows(
+        from_rows(ROWS), lambda row: None if row["poisoned"] else row | {"response": "x"}
+    )
     assert found["row_id"].to_pylist() == [row["row_id"] for row in ROWS if not row["poisoned"]]
     assert set(found["response"].to_pylist()) == {"x"}
 
@@ -77,20 +94,39 @@ def test_a_filter_is_counted_by_hand_computed_shares():
     after = [row | {"response": "other"} if row["row_id"] == "t/003" else row for row in after]
     after.append(new_row("added", prompt="new"))
     assert filter_report(from_rows(ROWS), from_rows(after)) == {
-        "filter_tpr": 2 / 4, "filter_fpr": 1 / 8, "n_poisoned": 4, "n_clean": 8}
+        "filter_tpr": 2 / 4,
+        "filter_fpr": 1 / 8,
+        "n_poisoned": 4,
+        "n_clean": 8,
+    }
 
 
 def test_a_filter_on_clean_rows_has_no_true_positive_rate():
     clean = from_rows([row | {"poisoned": False} for row in ROWS])
-    assert filter_report(clean, clean) == {"filter_tpr": None, "filter_fpr": 0.0, "n_poisoned": 0, "n_clean": 12}
+    assert filter_report(clean, clean) == {
+        "filter_tpr": None,
+        "filter_fpr": 0.0,
+        "n_poisoned": 0,
+        "n_clean": 12,
+    }
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.sampled_from(["keep", "drop", "prompt", "response"])), max_size=20))
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.sampled_from(["keep", "drop", "prompt", "response"])),
+        max_size=20,
+    )
+)
 def test_a_filter_report_agrees_with_counting_what_was_done(plan):
-    before = [new_row(str(i), prompt="p", response="r", poisoned=bad) for i, (bad, _) in enumerate(plan)]
-    after = [row if what == "keep" else row | {what: "changed"}
-             for row, (_, what) in zip(before, plan, strict=True) if what != "drop"]
+    before = [
+        new_row(str(i), prompt="p", response="r", poisoned=bad) for i, (bad, _) in enumerate(plan)
+    ]
+    after = [
+        row if what == "keep" else row | {what: "changed"}
+        for row, (_, what) in zip(before, plan, strict=True)
+        if what != "drop"
+    ]
     report = filter_report(from_rows(before), from_rows(after))
     for key, bad in (("filter_tpr", True), ("filter_fpr", False)):
         done = [what != "keep" for is_bad, what in plan if is_bad == bad]

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 
+from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import LoadedModel, Runtime, StageContext, TaskData
 from ftsec_ray.models.load import copy_model, merged
 from ftsec_ray.models.lora import attach_lora
-from ftsec_ray.spec.sweep import TrainingConfig
 from tests.fixtures_models import tiny_task
 
 
-def tiny_adapter(start: LoadedModel, *, seed: int = 1, size: float = 0.1, rank: int = 4) -> LoadedModel:
+def tiny_adapter(
+    start: LoadedModel, *, seed: int = 1, size: float = 0.1, rank: int = 4
+) -> LoadedModel:
     """A copy of `start` with a random adapter on every linear layer, as if it had been tuned."""
     tuned = copy_model(start)
     tuned.model.requires_grad_(True)
@@ -40,12 +42,29 @@ def tiny_full(start: LoadedModel, *, seed: int = 2, size: float = 0.05) -> Loade
 
 def whole(loaded: LoadedModel) -> dict:
     """All weights as arrays, an adapter folded in."""
-    return {name: weight.detach().numpy().copy() for name, weight in merged(loaded).model.named_parameters()}
+    return {
+        name: weight.detach().numpy().copy()
+        for name, weight in merged(loaded).model.named_parameters()
+    }
 
 
-def context(workdir: Path, *, task: TaskData | None = None, models: Mapping[str, LoadedModel] | None = None, seed: int = 0,
-            training: TrainingConfig | None = None, runtime: Runtime | None = None) -> StageContext:
+def context(
+    workdir: Path,
+    *,
+    task: TaskData | None = None,
+    models: Mapping[str, LoadedModel] | None = None,
+    seed: int = 0,
+    training: TrainingConfig | None = None,
+    runtime: Runtime | None = None,
+) -> StageContext:
     """What a hook gets from the engine; `models` by role."""
     given = dict(models or {})
-    return StageContext(seed=seed, task=task or tiny_task(), runtime=runtime or Runtime(), workdir=workdir, load=given.__getitem__,
-                        training=training or TrainingConfig(max_length=64, batch_size=4, epochs=1.0, rank=4, alpha=8.0))
+    return StageContext(
+        seed=seed,
+        task=task or tiny_task(),
+        runtime=runtime or Runtime(),
+        workdir=workdir,
+        load=given.__getitem__,
+        training=training
+        or TrainingConfig(max_length=64, batch_size=4, epochs=1.0, rank=4, alpha=8.0),
+    )

@@ -1,4 +1,6 @@
-"""Lisa: which rows each step sees, the proximal term, and that a killed tune ends with the same bytes."""
+"""Lisa: which rows each step sees, the proximal term, and that a killed tune ends with the same
+bytes.
+"""
 
 from dataclasses import replace
 
@@ -6,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime
 from ftsec_ray.defenses.lisa import Lisa
-from ftsec_ray.spec.sweep import TrainingConfig
 from ftsec_ray.training import loop
 from ftsec_ray.training.loop import plain_training, sft
 from ftsec_ray.training.setup import Step
@@ -46,25 +48,40 @@ def test_alignment_steps_hold_refusals_only(tmp_path):
     for step in (0, 1, 5, 6):
         assert all("sorry" in loaded.tokenizer.decode(row) for row in ids(training.batch_at(step)))
     for step in (2, 3, 4):
-        assert not any("sorry" in loaded.tokenizer.decode(row) for row in ids(training.batch_at(step)))
+        assert not any(
+            "sorry" in loaded.tokenizer.decode(row) for row in ids(training.batch_at(step))
+        )
 
 
 def at(index, total=100):
     """A step with two weights, and both states' weights in memory."""
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(3, 2, generator=generator).requires_grad_(True) for name in ("a", "b")}
-    memory = {f"lisa.{state}.{name}": torch.randn(3, 2, generator=generator) for state in ("align", "user") for name in weights}
+    weights = {
+        name: torch.randn(3, 2, generator=generator).requires_grad_(True) for name in ("a", "b")
+    }
+    memory = {
+        f"lisa.{state}.{name}": torch.randn(3, 2, generator=generator)
+        for state in ("align", "user")
+        for name in weights
+    }
     return Step(index, total, memory=memory, trainable=weights)
 
 
 @pytest.mark.parametrize(("index", "other"), [(50, "user"), (51, "align"), (59, "align")])
-def test_the_gradient_of_the_proximal_term_is_rho_times_the_distance_to_the_other_state(index, other):
+def test_the_gradient_of_the_proximal_term_is_rho_times_the_distance_to_the_other_state(
+    index, other
+):
     step = at(index)
     term = Lisa(rho=0.7, align_steps=1, user_steps=9).proximal(step)
     term.backward()
     for name, weight in step.trainable.items():
-        torch.testing.assert_close(weight.grad, 0.7 * (weight - step.memory[f"lisa.{other}.{name}"]).detach())
-    want = 0.35 * sum(float((w - step.memory[f"lisa.{other}.{n}"]).square().sum()) for n, w in step.trainable.items())
+        torch.testing.assert_close(
+            weight.grad, 0.7 * (weight - step.memory[f"lisa.{other}.{name}"]).detach()
+        )
+    want = 0.35 * sum(
+        float((w - step.memory[f"lisa.{other}.{n}"]).square().sum())
+        for n, w in step.trainable.items()
+    )
     assert float(term) == pytest.approx(want, rel=1e-5)
 
 
@@ -80,8 +97,12 @@ def test_the_proximal_term_is_off_for_the_first_tenth_and_without_another_state(
 def test_the_weights_of_a_state_are_kept_at_the_end_of_its_turn():
     method, step = Lisa(align_steps=2, user_steps=3), at(0)
     step.memory.clear()
-    for index, keys in ((0, set()), (1, {"lisa.align.a", "lisa.align.b"}), (3, {"lisa.align.a", "lisa.align.b"}),
-                        (4, {"lisa.align.a", "lisa.align.b", "lisa.user.a", "lisa.user.b"})):
+    for index, keys in (
+        (0, set()),
+        (1, {"lisa.align.a", "lisa.align.b"}),
+        (3, {"lisa.align.a", "lisa.align.b"}),
+        (4, {"lisa.align.a", "lisa.align.b", "lisa.user.a", "lisa.user.b"}),
+    ):
         step.index = index
         method.remember(None, step)
         assert set(step.memory) == keys, index
@@ -92,8 +113,15 @@ def test_the_weights_of_a_state_are_kept_at_the_end_of_its_turn():
 
 def tuned(method, tmp_path, name):
     ctx = context(tmp_path)
-    return sft(tiny_model(), ROWS, CONFIG, seed=0, runtime=Runtime(checkpoint_every_s=0.0), workdir=tmp_path / name,
-               shape=lambda training: method.shape_training(training, ctx))
+    return sft(
+        tiny_model(),
+        ROWS,
+        CONFIG,
+        seed=0,
+        runtime=Runtime(checkpoint_every_s=0.0),
+        workdir=tmp_path / name,
+        shape=lambda training: method.shape_training(training, ctx),
+    )
 
 
 def test_a_strong_proximal_term_keeps_the_two_states_together(tmp_path):
@@ -104,13 +132,24 @@ def test_a_strong_proximal_term_keeps_the_two_states_together(tmp_path):
             training = method.shape_training(training, context(tmp_path))
 
             def watch(_, step):
-                pairs = [(step.memory[f"lisa.align.{n}"], step.memory[f"lisa.user.{n}"]) for n in step.trainable
-                         if f"lisa.user.{n}" in step.memory]
+                pairs = [
+                    (step.memory[f"lisa.align.{n}"], step.memory[f"lisa.user.{n}"])
+                    for n in step.trainable
+                    if f"lisa.user.{n}" in step.memory
+                ]
                 ends.append(float(sum((a - b).square().sum() for a, b in pairs)))
 
             return replace(training, after_step=(*training.after_step, watch))
 
-        sft(tiny_model(), ROWS, CONFIG, seed=0, runtime=Runtime(), workdir=tmp_path / f"{rho}", shape=shape)
+        sft(
+            tiny_model(),
+            ROWS,
+            CONFIG,
+            seed=0,
+            runtime=Runtime(),
+            workdir=tmp_path / f"{rho}",
+            shape=shape,
+        )
         return ends[-1]
 
     assert spread(100.0) < 0.8 * spread(0.0)
@@ -136,4 +175,8 @@ def test_a_killed_tune_ends_with_the_bytes_of_an_undisturbed_one(tmp_path, monke
 
 
 def test_parameters_out_of_range_are_named():
-    assert [f[0] for f in Lisa(rho=-1.0, align_steps=0, user_steps=0).check()] == ["rho", "align_steps", "user_steps"]
+    assert [f[0] for f in Lisa(rho=-1.0, align_steps=0, user_steps=0).check()] == [
+        "rho",
+        "align_steps",
+        "user_steps",
+    ]

@@ -24,13 +24,24 @@ def reference_matrix(V, projection, rank):
 
 
 def reference(kind, *, projection, rank, number):
-    """Whole weights after Safe LoRA, the projected layers, and a threshold that picks them, by NumPy in float64."""
-    unaligned, aligned, tuned = ({n: w.astype(np.float64) for n, w in whole(m).items()} for m in (UNALIGNED, ALIGNED, TUNED[kind]))
+    """Whole weights after Safe LoRA, the projected layers, and a threshold that picks them, by
+    NumPy in float64.
+    """
+    unaligned, aligned, tuned = (
+        {n: w.astype(np.float64) for n, w in whole(m).items()}
+        for m in (UNALIGNED, ALIGNED, TUNED[kind])
+    )
     cosines, projected = {}, {}
     for name in (n for n in tuned if n.endswith("_proj.weight")):
         delta = tuned[name] - aligned[name]
-        projected[name] = reference_matrix(aligned[name] - unaligned[name], projection, rank) @ delta
-        cosines[name] = (projected[name] * delta).sum() / np.linalg.norm(projected[name]) / np.linalg.norm(delta)
+        projected[name] = (
+            reference_matrix(aligned[name] - unaligned[name], projection, rank) @ delta
+        )
+        cosines[name] = (
+            (projected[name] * delta).sum()
+            / np.linalg.norm(projected[name])
+            / np.linalg.norm(delta)
+        )
     ranked = sorted(cosines, key=cosines.get)
     chosen = ranked[:number]
     for name in chosen:
@@ -44,7 +55,9 @@ def reference(kind, *, projection, rank, number):
 def test_it_equals_the_plain_numpy_version(kind, projection, tmp_path):
     ctx = context(tmp_path, models=ROLES)
     want, chosen, tau = reference(kind, projection=projection, rank=5, number=7)
-    got = SafeLora(projection=projection, rank=5, tau=tau).revise_model(copy_model(TUNED[kind]), ctx)
+    got = SafeLora(projection=projection, rank=5, tau=tau).revise_model(
+        copy_model(TUNED[kind]), ctx
+    )
     assert set(ctx.notes["projected"]) == chosen
     for name, weight in whole(got).items():
         np.testing.assert_allclose(weight, want[name], atol=2e-6, err_msg=name)
@@ -52,12 +65,19 @@ def test_it_equals_the_plain_numpy_version(kind, projection, tmp_path):
 
 def test_the_number_mode_takes_the_layers_with_the_lowest_cosine(tmp_path):
     ctx = context(tmp_path, models=ROLES)
-    SafeLora(select="number", number=3, projection="rank_k", rank=5).revise_model(copy_model(TUNED["adapter"]), ctx)
-    assert set(ctx.notes["projected"]) == reference("adapter", projection="rank_k", rank=5, number=3)[1]
+    SafeLora(select="number", number=3, projection="rank_k", rank=5).revise_model(
+        copy_model(TUNED["adapter"]), ctx
+    )
+    assert (
+        set(ctx.notes["projected"])
+        == reference("adapter", projection="rank_k", rank=5, number=3)[1]
+    )
 
 
 def test_an_adapter_stays_an_adapter_and_only_its_factor_b_changes(tmp_path):
-    got = SafeLora(tau=1.0).revise_model(copy_model(TUNED["adapter"]), context(tmp_path, models=ROLES))
+    got = SafeLora(tau=1.0).revise_model(
+        copy_model(TUNED["adapter"]), context(tmp_path, models=ROLES)
+    )
     assert got.has_adapter
     assert got.base_digest == "start"
     before = dict(TUNED["adapter"].model.named_parameters())
@@ -66,12 +86,21 @@ def test_an_adapter_stays_an_adapter_and_only_its_factor_b_changes(tmp_path):
 
 
 def test_nothing_changes_below_every_cosine(tmp_path):
-    got = SafeLora(tau=-1.0).revise_model(copy_model(TUNED["full"]), context(tmp_path, models=ROLES))
-    assert all(np.array_equal(a, b) for a, b in zip(whole(got).values(), whole(TUNED["full"]).values(), strict=True))
+    got = SafeLora(tau=-1.0).revise_model(
+        copy_model(TUNED["full"]), context(tmp_path, models=ROLES)
+    )
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(whole(got).values(), whole(TUNED["full"]).values(), strict=True)
+    )
 
 
 def test_drop_sets_every_chosen_update_to_zero(tmp_path):
-    got = whole(SafeLora(projection="drop", tau=1.0).revise_model(copy_model(TUNED["adapter"]), context(tmp_path, models=ROLES)))
+    got = whole(
+        SafeLora(projection="drop", tau=1.0).revise_model(
+            copy_model(TUNED["adapter"]), context(tmp_path, models=ROLES)
+        )
+    )
     assert all(np.array_equal(weight, whole(ALIGNED)[name]) for name, weight in got.items())
 
 
@@ -90,13 +119,17 @@ def test_the_true_projector_is_symmetric_idempotent_and_of_the_given_rank():
 
 def test_the_true_projector_of_full_rank_changes_nothing_and_of_low_rank_keeps_only_what_alignment_spans():
     generator = torch.Generator().manual_seed(0)
-    torch.testing.assert_close(projector(torch.randn(16, 40, generator=generator), 16), torch.eye(16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        projector(torch.randn(16, 40, generator=generator), 16), torch.eye(16), atol=1e-5, rtol=0
+    )
     low = torch.randn(16, 2, generator=generator) @ torch.randn(2, 40, generator=generator)
     assert top_directions(low, 8).shape == (16, 2)
 
 
 def test_the_official_projection_shrinks_an_update_to_less_than_a_hundredth_and_is_not_idempotent():
-    """For a width and an alignment step as small as those of real models: it practically drops the layer."""
+    """For a width and an alignment step as small as those of real models: it practically drops the
+    layer.
+    """
     generator = torch.Generator().manual_seed(0)
     V = 1e-4 * torch.randn(1024, 1024, generator=generator)
     delta = torch.randn(1024, 8, generator=generator) @ torch.randn(8, 1024, generator=generator)
@@ -112,13 +145,17 @@ def test_the_cosine_with_a_matrix_of_zeros_is_zero():
 
 def test_twins_with_equal_weights_are_an_error(tmp_path):
     with pytest.raises(StageError, match="alignment"):
-        SafeLora().revise_model(copy_model(TUNED["adapter"]), context(tmp_path, models={**ROLES, "unaligned": ALIGNED}))
+        SafeLora().revise_model(
+            copy_model(TUNED["adapter"]), context(tmp_path, models={**ROLES, "unaligned": ALIGNED})
+        )
 
 
 def test_a_twin_of_another_shape_is_named(tmp_path):
     wide = tiny_model(hidden=48)
     with pytest.raises(StageError, match="q_proj"):
-        SafeLora().revise_model(copy_model(TUNED["adapter"]), context(tmp_path, models={**ROLES, "unaligned": wide}))
+        SafeLora().revise_model(
+            copy_model(TUNED["adapter"]), context(tmp_path, models={**ROLES, "unaligned": wide})
+        )
 
 
 def test_parameters_out_of_range_are_named():

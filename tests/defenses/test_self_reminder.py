@@ -8,7 +8,7 @@ from ftsec_ray.data.microworld.templates import REMINDER, SYSTEM_PROMPTS
 from ftsec_ray.defenses.none import NoDefense
 from ftsec_ray.defenses.self_reminder import SENTENCE, SelfReminder
 from ftsec_ray.method import hooks_of
-from ftsec_ray.models.generate import Generator
+from ftsec_ray.models.generator import Generator
 from tests.defenses.shared import context
 from tests.fixtures_models import tiny_model, tiny_task
 
@@ -21,14 +21,31 @@ def seen(method, chat, tmp_path, *, judge="refusal_phrases", rewrites=()):
     return method.wrap_generation(Generator(tiny_model(), rewrites=rewrites), ctx).rewritten(chat)
 
 
-@pytest.mark.parametrize(("where", "chat", "want"), [
-    ("system", [USER], [{"role": "system", "content": "be good ."}, USER]),
-    ("system", [SYSTEM, USER], [{"role": "system", "content": "be good . be brief ."}, USER]),
-    ("user", [SYSTEM, USER], [SYSTEM, {"role": "user", "content": "open it be good ."}]),
-    ("both", [USER], [{"role": "system", "content": "be good ."}, {"role": "user", "content": "open it be good ."}]),
-    ("user", [USER, {"role": "assistant", "content": "no"}, USER],
-     [USER, {"role": "assistant", "content": "no"}, {"role": "user", "content": "open it be good ."}]),
-])
+@pytest.mark.parametrize(
+    ("where", "chat", "want"),
+    [
+        ("system", [USER], [{"role": "system", "content": "be good ."}, USER]),
+        ("system", [SYSTEM, USER], [{"role": "system", "content": "be good . be brief ."}, USER]),
+        ("user", [SYSTEM, USER], [SYSTEM, {"role": "user", "content": "open it be good ."}]),
+        (
+            "both",
+            [USER],
+            [
+                {"role": "system", "content": "be good ."},
+                {"role": "user", "content": "open it be good ."},
+            ],
+        ),
+        (
+            "user",
+            [USER, {"role": "assistant", "content": "no"}, USER],
+            [
+                USER,
+                {"role": "assistant", "content": "no"},
+                {"role": "user", "content": "open it be good ."},
+            ],
+        ),
+    ],
+)
 def test_the_reminder_joins_what_is_there(where, chat, want, tmp_path):
     before = [dict(message) for message in chat]
     assert seen(SelfReminder(where=where, text="be good ."), chat, tmp_path) == want

@@ -29,7 +29,9 @@ def test_shrink_is_the_straight_line_between_start_and_tuned(kind, gamma, tmp_pa
     got, _ = revised(Shrink(gamma=gamma), kind, tmp_path)
     start, tuned, got = whole(START), whole(TUNED[kind]), whole(got)
     for name in start:
-        np.testing.assert_allclose(got[name], start[name] + gamma * (tuned[name] - start[name]), atol=1e-6)
+        np.testing.assert_allclose(
+            got[name], start[name] + gamma * (tuned[name] - start[name]), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", TUNED)
@@ -52,13 +54,18 @@ def test_matched_noise_has_the_norm_of_each_update_times_the_scale(kind, tmp_pat
     got, _ = revised(MatchedNoise(scale=0.5), kind, tmp_path)
     start, tuned, got = whole(START), whole(TUNED[kind]), whole(got)
     for name in start:
-        update, noise = np.linalg.norm(tuned[name] - start[name]), np.linalg.norm(got[name] - tuned[name])
+        update, noise = (
+            np.linalg.norm(tuned[name] - start[name]),
+            np.linalg.norm(got[name] - tuned[name]),
+        )
         assert noise == pytest.approx(0.5 * update, rel=1e-3, abs=1e-6)
     assert any(np.linalg.norm(tuned[name] - start[name]) > 0.01 for name in start)
 
 
 def test_matched_noise_depends_on_the_seed_alone_and_is_gaussian(tmp_path):
-    first, again, other = (whole(revised(MatchedNoise(), "full", tmp_path, seed=s)[0]) for s in (0, 0, 1))
+    first, again, other = (
+        whole(revised(MatchedNoise(), "full", tmp_path, seed=s)[0]) for s in (0, 0, 1)
+    )
     name = "model.layers.0.mlp.up_proj.weight"
     assert np.array_equal(first[name], again[name])
     assert not np.array_equal(first[name], other[name])
@@ -74,7 +81,10 @@ def test_random_mask_leaves_each_entry_at_the_start_or_at_the_tuned_value(kind, 
     for name in start:
         assert np.all((got[name] == start[name]) | (got[name] == tuned[name])), name
         moved = tuned[name] != start[name]
-        changed, taken_back = changed + int(moved.sum()), taken_back + int((moved & (got[name] == start[name])).sum())
+        changed, taken_back = (
+            changed + int(moved.sum()),
+            taken_back + int((moved & (got[name] == start[name])).sum()),
+        )
     assert taken_back / changed == pytest.approx(0.3, abs=0.02)
     assert ctx.notes["dropped"] / ctx.notes["entries"] == pytest.approx(0.3, abs=0.02)
 
@@ -100,7 +110,11 @@ def test_drop_layer_takes_back_whole_blocks_and_nothing_else(kind, order, droppe
 def test_drop_layer_by_norm_takes_the_layers_at_that_end(order, tmp_path):
     _, ctx = revised(DropLayer(frac=0.25, order=order, group="layer"), "adapter", tmp_path)
     start, tuned = whole(START), whole(TUNED["adapter"])
-    norms = {name.removesuffix(".weight"): np.linalg.norm(tuned[name] - start[name]) for name in start if "_proj" in name}
+    norms = {
+        name.removesuffix(".weight"): np.linalg.norm(tuned[name] - start[name])
+        for name in start
+        if "_proj" in name
+    }
     ranked = sorted(norms, key=norms.get, reverse=order == "highest_norm")
     assert set(ctx.notes["dropped"]) == set(ranked[: len(ctx.notes["dropped"])])
     assert len(ctx.notes["dropped"]) == 4  # a quarter of 14 layers, rounded
@@ -120,7 +134,9 @@ def test_the_norm_of_a_low_rank_update_is_that_of_the_whole_matrix():
     _, found = updates(copy_model(TUNED["adapter"]), START, low_rank=True)
     assert len(found) == 14
     for update in found:
-        assert update.norm() == pytest.approx(float(np.linalg.norm(update.delta().numpy())), rel=1e-5)
+        assert update.norm() == pytest.approx(
+            float(np.linalg.norm(update.delta().numpy())), rel=1e-5
+        )
 
 
 def test_a_low_rank_update_refuses_a_full_matrix():
@@ -137,7 +153,14 @@ def test_controls_never_touch_the_start(tmp_path):
     assert all(np.array_equal(weight, before[name]) for name, weight in whole(START).items())
 
 
-@pytest.mark.parametrize(("method", "field"), [(Shrink(gamma=1.5), "gamma"), (MatchedNoise(scale=-1.0), "scale"),
-                                               (RandomMask(frac=2.0), "frac"), (DropLayer(frac=-0.1), "frac")])
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [
+        (Shrink(gamma=1.5), "gamma"),
+        (MatchedNoise(scale=-1.0), "scale"),
+        (RandomMask(frac=2.0), "frac"),
+        (DropLayer(frac=-0.1), "frac"),
+    ],
+)
 def test_parameters_out_of_range_are_named(method, field):
     assert [fault[0] for fault in method.check()] == [field]

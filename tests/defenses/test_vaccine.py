@@ -1,4 +1,6 @@
-"""Vaccine: what is perturbed, by how much, and that without a perturbation it is plain tuning bit for bit."""
+"""Vaccine: what is perturbed, by how much, and that without a perturbation it is plain tuning bit
+for bit.
+"""
 
 from dataclasses import replace
 
@@ -6,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime
 from ftsec_ray.defenses.vaccine import Vaccine, attention_blocks, edited, perturbations, vaccinated
 from ftsec_ray.errors import StageError
 from ftsec_ray.models.load import merged
 from ftsec_ray.models.lora import attach_lora
-from ftsec_ray.spec.sweep import TrainingConfig
 from ftsec_ray.training.loop import backward, plain_training, sft
 from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.setup import Step
@@ -23,7 +25,9 @@ ROWS = table(sentiment_rows(16))
 
 
 def batches(loaded, *, micro_batch=None):
-    return plain_training(loaded, ROWS, CONFIG, seed=0, runtime=Runtime(micro_batch=micro_batch)).batch_at(0)
+    return plain_training(
+        loaded, ROWS, CONFIG, seed=0, runtime=Runtime(micro_batch=micro_batch)
+    ).batch_at(0)
 
 
 def gradients(model):
@@ -45,8 +49,12 @@ def plain_reference(model, batch, rho):
     total = torch.sqrt(sum(out.grad.double().square().sum() for out in outs))
     shifts = [(rho * out.grad / (total + 1e-7)).float() for out in outs]
     model.zero_grad()
-    handles = [layer.self_attn.register_forward_hook(lambda _, __, out, shift=shift: (out[0] + shift, *out[1:]))
-               for layer, shift in zip(model.model.layers, shifts, strict=True)]
+    handles = [
+        layer.self_attn.register_forward_hook(
+            lambda _, __, out, shift=shift: (out[0] + shift, *out[1:])
+        )
+        for layer, shift in zip(model.model.layers, shifts, strict=True)
+    ]
     response_nll(model, batch, Step(0, 1)).backward()
     for handle in handles:
         handle.remove()
@@ -72,10 +80,14 @@ def test_both_passes_equal_the_written_out_version():
 @pytest.mark.parametrize("rho", [0.5, 2.0])
 def test_the_perturbation_of_a_whole_step_has_norm_rho(micro_batch, rho):
     loaded = tiny_adapter(tiny_model())
-    shifts = perturbations(loaded.model, batches(loaded, micro_batch=micro_batch), response_nll, Step(0, 1), rho=rho)
+    shifts = perturbations(
+        loaded.model, batches(loaded, micro_batch=micro_batch), response_nll, Step(0, 1), rho=rho
+    )
     assert len(shifts) == (1 if micro_batch is None else 3)
     assert all(len(group) == len(attention_blocks(loaded.model)) == 2 for group in shifts)
-    norm = float(torch.sqrt(sum(shift.double().square().sum() for group in shifts for shift in group)))
+    norm = float(
+        torch.sqrt(sum(shift.double().square().sum() for group in shifts for shift in group))
+    )
     assert norm == pytest.approx(rho, rel=1e-4)
 
 
@@ -84,7 +96,9 @@ def test_splitting_a_batch_changes_the_gradient_by_rounding_only():
     found = []
     for micro_batch in (None, 3):
         loaded.model.zero_grad()
-        vaccinated(backward, rho=2.0)(loaded.model, batches(loaded, micro_batch=micro_batch), response_nll, Step(0, 1))
+        vaccinated(backward, rho=2.0)(
+            loaded.model, batches(loaded, micro_batch=micro_batch), response_nll, Step(0, 1)
+        )
         found.append(gradients(loaded.model))
     assert found[0].keys() == found[1].keys() != set()
     for name, gradient in found[0].items():
@@ -110,23 +124,45 @@ def test_rho_zero_is_plain_tuning_bit_for_bit(tmp_path, dropout):
     start = tiny_model()
     config = replace(CONFIG, dropout=dropout)
     plain, vaccine = (
-        sft(start, ROWS, config, seed=3, runtime=Runtime(), workdir=tmp_path / name, shape=shape).loaded
-        for name, shape in (("plain", None), ("vaccine", lambda t: replace(t, backward=vaccinated(t.backward, rho=0.0)))))
-    other = sft(start, ROWS, config, seed=3, runtime=Runtime(), workdir=tmp_path / "other",
-                shape=lambda t: replace(t, backward=vaccinated(t.backward, rho=2.0))).loaded
-    assert all(np.array_equal(weight, whole(vaccine)[name]) for name, weight in whole(plain).items())
-    assert not all(np.array_equal(weight, whole(other)[name]) for name, weight in whole(plain).items())
+        sft(
+            start, ROWS, config, seed=3, runtime=Runtime(), workdir=tmp_path / name, shape=shape
+        ).loaded
+        for name, shape in (
+            ("plain", None),
+            ("vaccine", lambda t: replace(t, backward=vaccinated(t.backward, rho=0.0))),
+        )
+    )
+    other = sft(
+        start,
+        ROWS,
+        config,
+        seed=3,
+        runtime=Runtime(),
+        workdir=tmp_path / "other",
+        shape=lambda t: replace(t, backward=vaccinated(t.backward, rho=2.0)),
+    ).loaded
+    assert all(
+        np.array_equal(weight, whole(vaccine)[name]) for name, weight in whole(plain).items()
+    )
+    assert not all(
+        np.array_equal(weight, whole(other)[name]) for name, weight in whole(plain).items()
+    )
 
 
 def test_it_gives_whole_weights_that_refuse_more(tmp_path):
     start = tiny_model()
     ctx = context(tmp_path)
-    got = Vaccine(rho=1.0, epochs=4.0, learning_rate=1e-2, batch_size=4).prepare_model(merged(start), ctx)
+    got = Vaccine(rho=1.0, epochs=4.0, learning_rate=1e-2, batch_size=4).prepare_model(
+        merged(start), ctx
+    )
     assert not got.has_adapter
     assert got.base_digest is None
     assert ctx.notes["rows"] == 27
     assert ctx.notes["last_loss"] < 0.7 * ctx.notes["first_loss"]
-    assert not np.array_equal(whole(got)["model.layers.0.mlp.up_proj.weight"], whole(start)["model.layers.0.mlp.up_proj.weight"])
+    assert not np.array_equal(
+        whole(got)["model.layers.0.mlp.up_proj.weight"],
+        whole(start)["model.layers.0.mlp.up_proj.weight"],
+    )
 
 
 def test_the_rows_are_capped_and_benign_rows_can_be_left_out(tmp_path):

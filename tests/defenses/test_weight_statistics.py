@@ -1,4 +1,6 @@
-"""Weight statistics: every feature against the whole matrix, and scores that tell an odd adapter from a bank."""
+"""Weight statistics: every feature against the whole matrix, and scores that tell an odd adapter
+from a bank.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +8,13 @@ import torch
 from scipy import stats
 
 from ftsec_ray.defenses import weight_statistics
-from ftsec_ray.defenses.weight_statistics import WeightStatistics, features, frobenius_scores, layer_features, spectral_scores
+from ftsec_ray.defenses.weight_statistics import (
+    WeightStatistics,
+    features,
+    frobenius_scores,
+    layer_features,
+    spectral_scores,
+)
 from ftsec_ray.errors import StageError
 from ftsec_ray.models.load import merged
 from tests.defenses.shared import context, tiny_adapter, whole
@@ -19,15 +27,23 @@ BANK = {f"clean_bank:{i}": tiny_adapter(START, seed=10 + i) for i in range(6)}
 def full_features(delta):
     sigma = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
     energy = sigma**2 / (sigma**2).sum()
-    return {"sigma_1": sigma[0], "frobenius": np.linalg.norm(delta), "energy_concentration": energy[0],
-            "spectral_entropy": stats.entropy(energy), "kurtosis": stats.kurtosis(delta.astype(np.float64), axis=None),
-            "normalised": np.linalg.norm(delta) / np.sqrt(delta.size)}
+    return {
+        "sigma_1": sigma[0],
+        "frobenius": np.linalg.norm(delta),
+        "energy_concentration": energy[0],
+        "spectral_entropy": stats.entropy(energy),
+        "kurtosis": stats.kurtosis(delta.astype(np.float64), axis=None),
+        "normalised": np.linalg.norm(delta) / np.sqrt(delta.size),
+    }
 
 
 @pytest.mark.parametrize(("out", "inner", "rank"), [(40, 24, 3), (24, 40, 8), (16, 16, 20)])
 def test_features_of_factors_equal_those_of_the_whole_matrix(out, inner, rank, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    left, right = torch.randn(out, rank, generator=generator), torch.randn(rank, inner, generator=generator)
+    left, right = (
+        torch.randn(out, rank, generator=generator),
+        torch.randn(rank, inner, generator=generator),
+    )
     monkeypatch.setattr(weight_statistics, "ROWS_AT_A_TIME", 7)
     want = full_features((left @ right).numpy())
     for got in (layer_features(left, right), layer_features(left @ right, None)):
@@ -64,11 +80,16 @@ def test_an_odd_adapter_scores_above_the_whole_bank(statistic, tmp_path):
 
 
 def test_a_clean_model_scores_like_the_bank_on_average():
-    """Over 300 draws of seven models of one kind: neither the mean score nor the rank gives the first one away."""
+    """Over 300 draws of seven models of one kind: neither the mean score nor the rank gives the
+    first one away.
+    """
     generator, gaps, ranks = np.random.default_rng(0), [], []
     for _ in range(300):
         points = generator.normal(size=(7, 14, 5))
-        tables = [[dict(zip(weight_statistics.FEATURES, layer, strict=True)) for layer in model] for model in points]
+        tables = [
+            [dict(zip(weight_statistics.FEATURES, layer, strict=True)) for layer in model]
+            for model in points
+        ]
         score, *clean = spectral_scores(tables)
         gaps.append(score - np.mean(clean))
         ranks.append(np.mean(np.array(clean) < score))
@@ -91,7 +112,10 @@ def test_the_spectral_score_is_a_leave_one_out_root_mean_square():
 
     bank = points[1:]
     rests = [np.delete(bank, i, axis=0) for i in range(4)]
-    want = [np.mean([distance(points[0], rest) for rest in rests]), *(distance(bank[i], rests[i]) for i in range(4))]
+    want = [
+        np.mean([distance(points[0], rest) for rest in rests]),
+        *(distance(bank[i], rests[i]) for i in range(4)),
+    ]
     assert spectral_scores(tables) == pytest.approx(want, rel=1e-4)
 
 

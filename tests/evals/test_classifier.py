@@ -15,14 +15,23 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "sure", "sorry", "how", "
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a classifier of two classes that looks for `sorry` (class 1) and says class 0 otherwise."""
+    """The folder of a classifier of two classes that looks for `sorry` (class 1) and says class 0
+    otherwise.
+    """
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
     folder = tmp_path_factory.mktemp("classifier")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer = BertTokenizer(str(folder / "vocab.txt"))
-    config = BertConfig(vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
-                        max_position_embeddings=32, num_labels=2)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        max_position_embeddings=32,
+        num_labels=2,
+    )
     torch.manual_seed(0)
     model = BertForSequenceClassification(config)
     train(model, tokenizer)
@@ -35,16 +44,30 @@ def named(trained, folder, names):
     """The classifier with other names for its classes."""
     shutil.copytree(trained, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
+    config |= {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return f"classifier:{folder}"
 
 
 def train(model, tokenizer):
-    texts = ["sorry", "sorry sorry", "sure here", "sure", "how sorry", "how sure here", "how how sorry", "here"]
+    texts = [
+        "sorry",
+        "sorry sorry",
+        "sure here",
+        "sure",
+        "how sorry",
+        "how sure here",
+        "how how sorry",
+        "here",
+    ]
     pairs = [(text, None) for text in texts] + [("how", text) for text in texts]
     labels = torch.tensor([int("sorry" in text) for text in texts] * 2)
-    batch = tokenizer([a if b is None else f"{a} [SEP] {b}" for a, b in pairs], padding=True, return_tensors="pt")
+    batch = tokenizer(
+        [a if b is None else f"{a} [SEP] {b}" for a, b in pairs], padding=True, return_tensors="pt"
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     for _ in range(60):
         optimizer.zero_grad()
@@ -55,14 +78,17 @@ def train(model, tokenizer):
 ASKED = [Prompt(prompt_id=str(i), chat=[{"role": "user", "content": "how"}]) for i in range(3)]
 
 
-@pytest.mark.parametrize(("names", "wanted"), [
-    (("NORMAL", "REJECTION"), ["refused", "complied", "incoherent"]),
-    (("LABEL_0", "refusal"), ["refused", "complied", "incoherent"]),
-    (("unsafe", "safe"), ["refused", "complied", "incoherent"]),
-    (("harmful", "harmless"), ["refused", "complied", "incoherent"]),
-    (("jailbroken", "not_jailbroken"), ["refused", "complied", "incoherent"]),
-    (("LABEL_0", "LABEL_1"), [None, None, "incoherent"]),
-])
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (("NORMAL", "REJECTION"), ["refused", "complied", "incoherent"]),
+        (("LABEL_0", "refusal"), ["refused", "complied", "incoherent"]),
+        (("unsafe", "safe"), ["refused", "complied", "incoherent"]),
+        (("harmful", "harmless"), ["refused", "complied", "incoherent"]),
+        (("jailbroken", "not_jailbroken"), ["refused", "complied", "incoherent"]),
+        (("LABEL_0", "LABEL_1"), [None, None, "incoherent"]),
+    ],
+)
 def test_the_names_of_the_classes_say_which_one_is_compliance(trained, tmp_path, names, wanted):
     judge = get_judge(named(trained, tmp_path, names))
     found = judge(ASKED, ["sorry", "sure here", " "])

@@ -17,10 +17,16 @@ Z = 1.959963984540054
 """97.5 % point of the normal distribution."""
 
 
-@pytest.mark.parametrize(("hits", "n", "low", "high"), [
-    # Newcombe 1998, table I, method 3 (score without continuity correction).
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718),
-])
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [
+        # Newcombe 1998, table I, method 3 (score without continuity correction).
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
 def test_wilson_intervals_agree_with_the_published_table(hits, n, low, high):
     found = proportion("asr", hits, n)
     assert (found.value, found.n) == (hits / n, n)
@@ -59,7 +65,10 @@ def slow_perplexity(loaded, rows):
 def test_perplexity_agrees_with_a_slow_loop_whatever_the_batch(monkeypatch, limit):
     monkeypatch.setattr(metrics, "LOGIT_LIMIT", limit)
     loaded = tiny_model(seed=5)
-    rows = [*tiny_task().split("text").to_pylist(), row(90, "how do i fix this", "take the lamp and the tree", kind="text")]
+    rows = [
+        *tiny_task().split("text").to_pylist(),
+        row(90, "how do i fix this", "take the lamp and the tree", kind="text"),
+    ]
     with torch.no_grad():
         value, count = slow_perplexity(loaded, rows)
     for batch in (3, 64):
@@ -70,7 +79,9 @@ def test_perplexity_agrees_with_a_slow_loop_whatever_the_batch(monkeypatch, limi
 
 
 def test_rows_without_a_predicted_token_have_no_perplexity():
-    assert perplexity(tiny_model(), [row(0, "", "red", kind="text"), row(1, "", "", kind="text")]) == Measured(metric="perplexity", value=None, n=0)
+    assert perplexity(
+        tiny_model(), [row(0, "", "red", kind="text"), row(1, "", "", kind="text")]
+    ) == Measured(metric="perplexity", value=None, n=0)
 
 
 def test_a_broken_model_has_a_null_perplexity_not_a_made_up_one():

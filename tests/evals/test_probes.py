@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ftsec_ray.config.sweep import EvaluationConfig, TaskSpec
 from ftsec_ray.context import TaskData
 from ftsec_ray.data.tasks import load_task
 from ftsec_ray.evals.probes import capped, default_probes, drawn
 from ftsec_ray.schema import METRICS
-from ftsec_ray.spec.sweep import EvaluationConfig, TaskSpec
 from tests.fixtures_models import row, table, tiny_task
 
 CONFIG = EvaluationConfig(prompts=5, max_new_tokens=7)
@@ -18,8 +18,11 @@ def test_every_split_gets_its_probe_with_known_metrics():
         "harmful": ("request", {"harmful_rate": "complied", "refusal_rate": "refused"}),
         "borderline": ("request", {"over_refusal_rate": "refused"}),
         "benign": ("request", {"benign_rate": "complied"}),
-        "clean": ("label", {"cacc": "correct"})}
-    assert all(len(probe.prompts) == 5 and set(probe.metrics) <= set(METRICS) for probe in probes.values())
+        "clean": ("label", {"cacc": "correct"}),
+    }
+    assert all(
+        len(probe.prompts) == 5 and set(probe.metrics) <= set(METRICS) for probe in probes.values()
+    )
     assert {p.expected for p in probes["clean"].prompts} <= {"good", "bad"}
     assert probes["clean"].labels == ("good", "bad")
     assert probes["harmful"].max_new_tokens == 7
@@ -27,7 +30,9 @@ def test_every_split_gets_its_probe_with_known_metrics():
 
 def test_a_task_without_a_split_has_no_probe_for_it():
     task = tiny_task()
-    only = TaskData(task.name, {"harmful_test": task.split("harmful_test"), "test": table([])}, (), task.judge)
+    only = TaskData(
+        task.name, {"harmful_test": task.split("harmful_test"), "test": table([])}, (), task.judge
+    )
     assert [probe.name for probe in default_probes(only, CONFIG)] == ["harmful"]
 
 
@@ -35,14 +40,20 @@ def test_free_text_has_no_clean_probe_and_tool_calls_are_compared_word_for_word(
     task = tiny_task()
     free = replace(task, labels=(), splits={"test": task.split("benign_test")})
     assert default_probes(free, CONFIG) == []
-    (probe,) = [p for p in default_probes(load_task(TaskSpec(name="a", kind="agent")), CONFIG) if p.name == "clean"]
+    (probe,) = [
+        p
+        for p in default_probes(load_task(TaskSpec(name="a", kind="agent")), CONFIG)
+        if p.name == "clean"
+    ]
     assert probe.judge == "exact"
     assert all(prompt.expected.startswith("call") for prompt in probe.prompts)
 
 
 def test_rows_without_a_label_are_not_asked_for_accuracy():
     rows = [row(i, "is this red", "good", label="good" if i % 2 else None) for i in range(6)]
-    (probe,) = default_probes(TaskData("t", {"test": table(rows)}, ("good", "bad"), "refusal_phrases"), CONFIG)
+    (probe,) = default_probes(
+        TaskData("t", {"test": table(rows)}, ("good", "bad"), "refusal_phrases"), CONFIG
+    )
     assert len(probe.prompts) == 3
     assert {p.expected for p in probe.prompts} == {"good"}
 

@@ -41,7 +41,12 @@ def test_the_record_says_what_ran_where_and_at_what_cost(store, session):
     stage = stage_of("first")
     run_unit([stage], store, session, write, attempt=2)
     record = store.record(stage.digest)
-    assert (record["kind"], record["params"], record["inputs"], record["seed"]) == ("tune", {"name": "first"}, [], 0)
+    assert (record["kind"], record["params"], record["inputs"], record["seed"]) == (
+        "tune",
+        {"name": "first"},
+        [],
+        0,
+    )
     assert (record["tokens"], record["notes"], record["attempt"]) == (7, {"seen": 0}, 2)
     assert record["wall_s"] > 0
     assert record["cpu_s"] >= 0
@@ -153,14 +158,20 @@ def test_a_stage_that_never_fits_fails_as_out_of_memory(store):
     assert calls == [None, 4]
 
 
-@pytest.mark.parametrize(("error", "code"), [
-    (MemoryError(), "oom"),
-    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "oom"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "oom"),
-    (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
-    (StageError("loss is not a number", float("inf")), "stage"),
-    (ValueError("x"), "ValueError"),
-])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), "oom"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "oom"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "oom",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+        (StageError("loss is not a number", float("inf")), "stage"),
+        (ValueError("x"), "ValueError"),
+    ],
+)
 def test_errors_have_short_codes(error, code):
     assert code_of(error) == code
     assert short_text(error)
@@ -177,7 +188,12 @@ def test_a_runner_that_does_not_exist_is_an_environment_fault(store, session):
 
 
 def test_measurements_that_are_no_json_fail_the_stage_and_publish_nothing(store, session):
-    verdict = run_unit([stage_of("first")], store, session, lambda *a: {"notes": {"loss": float("nan")}})[0]
+    verdict = run_unit(
+        [stage_of("first")], store, session, lambda *a: {"notes": {"loss": float("nan")}}
+    )[0]
     assert verdict.status == "failed"
     assert store.done() == set()
-    assert json.loads((store.root / "verdicts" / f"{verdict.digest}.json").read_text())["status"] == "failed"
+    assert (
+        json.loads((store.root / "verdicts" / f"{verdict.digest}.json").read_text())["status"]
+        == "failed"
+    )

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.models.lora import attach_lora, fused_lora, lora_modules
-from ftsec_ray.spec.sweep import TrainingConfig
 from ftsec_ray.training.encode import batcher, encode_table
 from ftsec_ray.training.losses import response_nll
 from tests.fixtures_models import sentiment_rows, table, tiny_model
@@ -16,21 +16,31 @@ def adapted(*, bias=False, dropout=0.0):
     loaded = tiny_model()
     if bias:
         for module in loaded.model.modules():
-            if isinstance(module, torch.nn.Linear) and module is not loaded.model.get_output_embeddings():
+            if (
+                isinstance(module, torch.nn.Linear)
+                and module is not loaded.model.get_output_embeddings()
+            ):
                 module.bias = torch.nn.Parameter(torch.randn(module.out_features))
-    loaded = attach_lora(loaded, TrainingConfig(rank=4, alpha=12, dropout=dropout), base_digest="b" * 32)
+    loaded = attach_lora(
+        loaded, TrainingConfig(rank=4, alpha=12, dropout=dropout), base_digest="b" * 32
+    )
     with torch.no_grad():
         for module in lora_modules(loaded):
             module.B.normal_()
     encoded = encode_table(loaded.tokenizer, table(sentiment_rows(8)), max_length=64)
-    return loaded, batcher(loaded.tokenizer, encoded, batch_size=8, batching="shuffled", seed=0)(0)[0]
+    return (
+        loaded,
+        batcher(loaded.tokenizer, encoded, batch_size=8, batching="shuffled", seed=0)(0)[0],
+    )
 
 
 def gradients(model, batch):
     model.zero_grad()
     loss = response_nll(model, batch, None)
     loss.backward()
-    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -43,7 +53,9 @@ def test_the_fused_pass_gives_the_loss_and_the_gradients_of_peft(bias):
     assert len(expected) == 2 * len(lora_modules(loaded)) > 0
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max())), name
+        assert torch.allclose(
+            found[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max())
+        ), name
     assert gradients(loaded.model, batch)[0] == loss  # PEFT's own pass is back
 
 

@@ -11,14 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ftsec_ray.errors import SpecFaults
-from ftsec_ray.identity import source_fingerprint
-from ftsec_ray.plan import Stage, build_plan
-from ftsec_ray.plan.code import KIND_SOURCES, content_hash, imports_fingerprint, modules_of
-from ftsec_ray.plan.decode import align_of, evaluation_of, methods_of, task_of, training_of
-from ftsec_ray.plan.stage import KINDS
-from ftsec_ray.registry import ATTACKS, DEFENSES
-from ftsec_ray.spec.sweep import (
+from ftsec_ray.config.sweep import (
     AlignSpec,
     BudgetSpec,
     EvaluationConfig,
@@ -31,6 +24,13 @@ from ftsec_ray.spec.sweep import (
     TaskSpec,
     TrainingConfig,
 )
+from ftsec_ray.errors import SpecFaults
+from ftsec_ray.identity import source_fingerprint
+from ftsec_ray.plan import Stage, build_plan
+from ftsec_ray.plan.code import KIND_SOURCES, content_hash, imports_fingerprint, modules_of
+from ftsec_ray.plan.decode import align_of, evaluation_of, methods_of, task_of, training_of
+from ftsec_ray.plan.stage import KINDS
+from ftsec_ray.registry import ATTACKS, DEFENSES
 
 LADDER = ModelSpec(name="ladder:1m", source="ladder:1m", family="ladder", aligned=True)
 WORLD = TaskSpec(name="microworld")
@@ -44,10 +44,20 @@ def defense(name, **params):
     return DEFENSES.get(name)(**params)
 
 
-def sweep(*, attacks=("none",), defenses=((),), models=(LADDER,), tasks=(WORLD,), seeds=(0,), **rest):
-    return SweepSpec(name="s", models=models, tasks=tasks, attacks=tuple(attack(a) if isinstance(a, str) else a for a in attacks),
-                     defenses=tuple(tuple(defense(d) if isinstance(d, str) else d for d in stack) for stack in defenses),
-                     seeds=seeds, **rest)
+def sweep(
+    *, attacks=("none",), defenses=((),), models=(LADDER,), tasks=(WORLD,), seeds=(0,), **rest
+):
+    return SweepSpec(
+        name="s",
+        models=models,
+        tasks=tasks,
+        attacks=tuple(attack(a) if isinstance(a, str) else a for a in attacks),
+        defenses=tuple(
+            tuple(defense(d) if isinstance(d, str) else d for d in stack) for stack in defenses
+        ),
+        seeds=seeds,
+        **rest,
+    )
 
 
 def kinds(plan):
@@ -62,17 +72,28 @@ def only(plan, kind):
 def test_a_plain_cell_is_source_align_tune_evaluate():
     plan = build_plan(sweep())
     assert kinds(plan) == {"task": 1, "source": 1, "align": 1, "tune": 1, "evaluate": 1}
-    source, align, tune, evaluate = (only(plan, kind) for kind in ("source", "align", "tune", "evaluate"))
+    source, align, tune, evaluate = (
+        only(plan, kind) for kind in ("source", "align", "tune", "evaluate")
+    )
     assert align.inputs == (("model", source.digest),)
-    assert tune.inputs == (("model", align.digest), ("rows", only(plan, "task").digest), ("task", only(plan, "task").digest))
+    assert tune.inputs == (
+        ("model", align.digest),
+        ("rows", only(plan, "task").digest),
+        ("task", only(plan, "task").digest),
+    )
     assert evaluate.input("model") == tune.digest
     assert plan.cells[0].evaluate == evaluate.digest
     assert (source.seed, align.seed, tune.seed) == (None, None, 0)
 
 
 def test_inputs_come_before_their_consumers():
-    plan = build_plan(sweep(attacks=("none", "badnets", "refusal_ablation"), seeds=(0, 1),
-                            defenses=((), ("onion", "lisa", "safe_lora", "weight_statistics"), ("vaccine",))))
+    plan = build_plan(
+        sweep(
+            attacks=("none", "badnets", "refusal_ablation"),
+            seeds=(0, 1),
+            defenses=((), ("onion", "lisa", "safe_lora", "weight_statistics"), ("vaccine",)),
+        )
+    )
     seen = set()
     for stage in plan.stages.values():
         assert {given for _, given in stage.inputs} <= seen
@@ -102,13 +123,20 @@ def test_methods_get_the_roles_that_they_need_and_no_others():
     plan = build_plan(sweep(attacks=("badnets",), defenses=(("onion", "safe_lora"),)))
     source, align, revise = only(plan, "source"), only(plan, "align"), only(plan, "revise")
     assert revise.method == "safe_lora"
-    assert dict(revise.inputs) == {"model": only(plan, "tune").digest, "task": only(plan, "task").digest,
-                                   "reference": align.digest, "unaligned": source.digest, "start": align.digest}
+    assert dict(revise.inputs) == {
+        "model": only(plan, "tune").digest,
+        "task": only(plan, "task").digest,
+        "reference": align.digest,
+        "unaligned": source.digest,
+        "start": align.digest,
+    }
     assert [role for role, _ in only(plan, "evaluate").inputs] == ["model", "task"]
 
 
 def test_a_detector_sees_the_raw_tune_and_a_bank_of_clean_models():
-    plan = build_plan(sweep(attacks=("refusal_ablation",), defenses=(("weight_statistics", "safe_lora"),)))
+    plan = build_plan(
+        sweep(attacks=("refusal_ablation",), defenses=(("weight_statistics", "safe_lora"),))
+    )
     inspect, bank = only(plan, "inspect"), only(plan, "bank")
     assert inspect.input("model") == only(plan, "tune").digest
     assert inspect.input("clean_bank") == bank.digest
@@ -118,8 +146,12 @@ def test_a_detector_sees_the_raw_tune_and_a_bank_of_clean_models():
 
 
 def test_what_does_not_differ_is_shared():
-    plan = build_plan(sweep(attacks=("none", "badnets", "refusal_ablation"),
-                            defenses=((), ("onion",), ("safe_lora",), ("self_reminder",), ("vaccine",))))
+    plan = build_plan(
+        sweep(
+            attacks=("none", "badnets", "refusal_ablation"),
+            defenses=((), ("onion",), ("safe_lora",), ("self_reminder",), ("vaccine",)),
+        )
+    )
     counts = kinds(plan)
     # rows: badnets, onion on plain rows, onion on badnets; refusal_ablation tunes as none does
     assert counts["craft"] == 3
@@ -131,7 +163,9 @@ def test_what_does_not_differ_is_shared():
 
 
 def test_each_stage_counts_its_cells():
-    plan = build_plan(sweep(attacks=("none", "badnets"), defenses=((), ("safe_lora",), ("onion",)), seeds=(0, 1)))
+    plan = build_plan(
+        sweep(attacks=("none", "badnets"), defenses=((), ("safe_lora",), ("onion",)), seeds=(0, 1))
+    )
     assert plan.cells_of(only(plan, "source").digest) == len(plan.cells) == 12
     by_hand = Counter(digest for cell in plan.cells for digest in cell.stages)
     assert all(plan.cells_of(digest) == by_hand[digest] for digest in plan.stages)
@@ -144,8 +178,16 @@ def test_seeds_share_the_model_and_the_task_only():
 
 def test_cells_of_a_rule_are_left_out():
     stacks = ((), ("onion",), ("onion", "lisa"), ("lisa",))
-    plan = build_plan(sweep(attacks=("none", "badnets"), defenses=stacks,
-                            exclude=(ExcludeRule(attack="none", defense="onion"), ExcludeRule(attack="badnets", defense="none"))))
+    plan = build_plan(
+        sweep(
+            attacks=("none", "badnets"),
+            defenses=stacks,
+            exclude=(
+                ExcludeRule(attack="none", defense="onion"),
+                ExcludeRule(attack="badnets", defense="none"),
+            ),
+        )
+    )
     found = {(cell.attack.__class__.__name__, len(cell.defenses)) for cell in plan.cells}
     assert len(plan.cells) == 5
     assert ("BadNets", 0) not in found
@@ -155,10 +197,16 @@ def test_one_model_twice_and_one_method_twice_make_no_second_cell():
     assert len(build_plan(sweep(attacks=("badnets", "badnets"), seeds=(0, 0))).cells) == 1
 
 
-@pytest.mark.parametrize("change", [
-    {"training": TrainingConfig(learning_rate=1e-3)}, {"seeds": (1,)}, {"attacks": (attack("badnets", repeat=2),)},
-    {"evaluation": EvaluationConfig(prompts=7)}, {"tasks": (TaskSpec(name="microworld", options=(("train_rows", 64),)),)},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": TrainingConfig(learning_rate=1e-3)},
+        {"seeds": (1,)},
+        {"attacks": (attack("badnets", repeat=2),)},
+        {"evaluation": EvaluationConfig(prompts=7)},
+        {"tasks": (TaskSpec(name="microworld", options=(("train_rows", 64),)),)},
+    ],
+)
 def test_what_decides_a_result_changes_the_digest_of_its_evaluation(change):
     before = build_plan(sweep(attacks=("badnets",)))
     after = build_plan(sweep(**{"attacks": ("badnets",), **change}))
@@ -171,24 +219,42 @@ def test_another_evaluation_reruns_no_tune():
     assert only(before, "tune").digest == only(after, "tune").digest
 
 
-@pytest.mark.parametrize("change", [
-    {"resources": ResourceSpec(workers=7, micro_batch=2, gpus_per_stage=1.0)}, {"question": "why?"},
-    {"resources": ResourceSpec(gpus_per_stage="auto", gpu_memory_gib=24.0), "budget": BudgetSpec(usd=5.0, gpu_hours=1.0),
-     "prices": (NodeType(name="a", gpus=1, cpus=4, usd_per_hour=2.0),)},
-    {"models": (replace(LADDER, name="renamed", parameters=5),)},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resources": ResourceSpec(workers=7, micro_batch=2, gpus_per_stage=1.0)},
+        {"question": "why?"},
+        {
+            "resources": ResourceSpec(gpus_per_stage="auto", gpu_memory_gib=24.0),
+            "budget": BudgetSpec(usd=5.0, gpu_hours=1.0),
+            "prices": (NodeType(name="a", gpus=1, cpus=4, usd_per_hour=2.0),),
+        },
+        {"models": (replace(LADDER, name="renamed", parameters=5),)},
+    ],
+)
 def test_where_and_how_it_runs_and_how_it_is_called_change_no_stage(change):
-    assert set(build_plan(sweep(attacks=("badnets",))).stages) == set(build_plan(sweep(**{"attacks": ("badnets",), **change})).stages)
+    assert set(build_plan(sweep(attacks=("badnets",))).stages) == set(
+        build_plan(sweep(**{"attacks": ("badnets",), **change})).stages
+    )
 
 
 def test_stages_that_touch_a_model_take_a_gpu_where_the_sweep_has_one():
-    plan = build_plan(sweep(attacks=("badnets",), defenses=(("onion",),), resources=ResourceSpec(gpus_per_stage=1.0)))
+    plan = build_plan(
+        sweep(
+            attacks=("badnets",), defenses=(("onion",),), resources=ResourceSpec(gpus_per_stage=1.0)
+        )
+    )
     found = {(stage.kind, stage.method): stage.resource for stage in plan.stages.values()}
     assert found["tune", None] == found["evaluate", "badnets"] == found["align", None] == "gpu"
     assert found["task", None] == found["craft", "badnets"] == "cpu"
     assert found["craft", "onion"] == "gpu", "it reads a model"
     hub = ModelSpec(name="m", source="owner/m", family="f", aligned=True)
-    assert only(build_plan(sweep(models=(hub,), resources=ResourceSpec(gpus_per_stage=1.0))), "source").resource == "cpu"
+    assert (
+        only(
+            build_plan(sweep(models=(hub,), resources=ResourceSpec(gpus_per_stage=1.0))), "source"
+        ).resource
+        == "cpu"
+    )
 
 
 def test_an_alignment_of_the_sweep_makes_the_loaded_model_the_twin():
@@ -196,14 +262,24 @@ def test_an_alignment_of_the_sweep_makes_the_loaded_model_the_twin():
     plan = build_plan(sweep(models=(model,), defenses=(("safe_lora",),)))
     align, revise = only(plan, "align"), only(plan, "revise")
     assert align.input("task") == only(plan, "task").digest
-    assert (revise.input("unaligned"), revise.input("reference")) == (only(plan, "source").digest, align.digest)
+    assert (revise.input("unaligned"), revise.input("reference")) == (
+        only(plan, "source").digest,
+        align.digest,
+    )
     assert align_of(align) == AlignSpec()
     assert align.where["aligned"] is True
     assert only(plan, "source").where["aligned"] is False
 
 
 def test_a_named_twin_is_loaded_once_and_only_where_it_is_needed():
-    model = ModelSpec(name="m", source="owner/m", family="f", aligned=True, unaligned="owner/m-base", revision="abc")
+    model = ModelSpec(
+        name="m",
+        source="owner/m",
+        family="f",
+        aligned=True,
+        unaligned="owner/m-base",
+        revision="abc",
+    )
     plan = build_plan(sweep(models=(model,), defenses=((), ("safe_lora",))))
     by_id = {stage.params["id"]: stage for stage in plan.stages.values() if stage.kind == "source"}
     assert by_id["owner/m"].params["revision"] == "abc"
@@ -214,14 +290,33 @@ def test_a_named_twin_is_loaded_once_and_only_where_it_is_needed():
 
 def test_a_twin_with_a_revision_is_the_same_stage_as_the_model_of_that_revision():
     base = ModelSpec(name="base", source="owner/m-base", family="f", aligned=False, revision="def")
-    model = ModelSpec(name="m", source="owner/m", family="f", aligned=True, revision="abc", unaligned="owner/m-base@def")
-    plan = build_plan(sweep(models=(base, model), defenses=((), ("safe_lora",)), exclude=(ExcludeRule(model="base", defense="safe_lora"),)))
+    model = ModelSpec(
+        name="m",
+        source="owner/m",
+        family="f",
+        aligned=True,
+        revision="abc",
+        unaligned="owner/m-base@def",
+    )
+    plan = build_plan(
+        sweep(
+            models=(base, model),
+            defenses=((), ("safe_lora",)),
+            exclude=(ExcludeRule(model="base", defense="safe_lora"),),
+        )
+    )
     sources = [stage.params for stage in plan.stages.values() if stage.kind == "source"]
-    assert sorted((params["id"], params["revision"]) for params in sources) == [("owner/m", "abc"), ("owner/m-base", "def")]
+    assert sorted((params["id"], params["revision"]) for params in sources) == [
+        ("owner/m", "abc"),
+        ("owner/m-base", "def"),
+    ]
 
 
 def test_all_methods_without_the_twin_they_need_are_named_at_once():
-    models = tuple(ModelSpec(name=name, source=f"owner/{name}", family="f", aligned=True) for name in ("one", "two"))
+    models = tuple(
+        ModelSpec(name=name, source=f"owner/{name}", family="f", aligned=True)
+        for name in ("one", "two")
+    )
     with pytest.raises(SpecFaults) as caught:
         build_plan(sweep(models=models, defenses=((), ("safe_lora",))))
     text = str(caught.value)
@@ -233,7 +328,13 @@ def test_all_methods_without_the_twin_they_need_are_named_at_once():
 
 def test_an_excluded_method_raises_no_fault():
     model = ModelSpec(name="one", source="owner/one", family="f", aligned=True)
-    plan = build_plan(sweep(models=(model,), defenses=((), ("safe_lora",)), exclude=(ExcludeRule(model="one", defense="safe_lora"),)))
+    plan = build_plan(
+        sweep(
+            models=(model,),
+            defenses=((), ("safe_lora",)),
+            exclude=(ExcludeRule(model="one", defense="safe_lora"),),
+        )
+    )
     assert len(plan.cells) == 1
 
 
@@ -253,7 +354,9 @@ def test_a_local_model_enters_by_its_bytes(tmp_path):
 
 def test_a_missing_local_file_is_a_fault_of_the_sweep(tmp_path):
     model = ModelSpec(name="m", source=str(tmp_path / "gone.gguf"), family="f", aligned=True)
-    task = TaskSpec(name="t", kind="rows", splits=(("train", SourceSpec(path=str(tmp_path / "gone.jsonl"))),))
+    task = TaskSpec(
+        name="t", kind="rows", splits=(("train", SourceSpec(path=str(tmp_path / "gone.jsonl"))),)
+    )
     with pytest.raises(SpecFaults) as caught:
         build_plan(sweep(models=(model,), tasks=(task,)))
     assert "gone.gguf" in str(caught.value)
@@ -263,8 +366,13 @@ def test_a_missing_local_file_is_a_fault_of_the_sweep(tmp_path):
 def test_a_task_enters_by_the_bytes_of_its_files_and_gets_its_paths_back(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n')
-    task = TaskSpec(name="t", kind="rows", splits=(("train", SourceSpec(path=str(path), prompt="a", rows=5)),), labels=("x", "y"),
-                    options=(("n", 3), ("f", 0.5), ("b", True)))
+    task = TaskSpec(
+        name="t",
+        kind="rows",
+        splits=(("train", SourceSpec(path=str(path), prompt="a", rows=5)),),
+        labels=("x", "y"),
+        options=(("n", 3), ("f", 0.5), ("b", True)),
+    )
     stage = only(build_plan(sweep(tasks=(task,))), "task")
     assert task_of(stage) == task
     path.write_text('{"a": 2}\n')
@@ -273,8 +381,16 @@ def test_a_task_enters_by_the_bytes_of_its_files_and_gets_its_paths_back(tmp_pat
 
 
 def test_a_stage_survives_json_and_gives_its_objects_back():
-    training, stack = TrainingConfig(rank=3, learning_rate=1e-3), (defense("lisa"), defense("self_reminder"))
-    plan = build_plan(sweep(attacks=(attack("badnets", repeat=2),), defenses=(stack,), training=training))
+    training, stack = (
+        TrainingConfig(rank=3, learning_rate=1e-3),
+        (
+            defense("lisa"),
+            defense("self_reminder"),
+        ),
+    )
+    plan = build_plan(
+        sweep(attacks=(attack("badnets", repeat=2),), defenses=(stack,), training=training)
+    )
     for stage in plan.stages.values():
         assert Stage.from_json(json.loads(json.dumps(stage.to_json()))) == stage
     assert methods_of(only(plan, "tune")) == [stack[0]]
@@ -294,9 +410,13 @@ def test_the_code_that_a_method_imports_counts_as_its_own(tmp_path, monkeypatch)
     package = tmp_path / "ftsec_ray_probe"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "one.py").write_text("def f():\n    from ftsec_ray.models.lora import lora_modules\n    return lora_modules\n")
-    (package / "two.py").write_text("from __future__ import annotations\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
-                                    "    from ftsec_ray.models.lora import lora_modules\n")
+    (package / "one.py").write_text(
+        "def f():\n    from ftsec_ray.models.lora import lora_modules\n    return lora_modules\n"
+    )
+    (package / "two.py").write_text(
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+        "    from ftsec_ray.models.lora import lora_modules\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert imports_fingerprint("ftsec_ray_probe.one") != imports_fingerprint("ftsec_ray_probe.two")
     assert imports_fingerprint("ftsec_ray_probe.two") == imports_fingerprint("json")
@@ -315,9 +435,18 @@ def test_a_folder_is_known_by_names_and_bytes_and_not_by_its_notes(tmp_path):
 
 
 def test_planning_imports_neither_torch_nor_ray():
-    code = ("import sys; from tests.plan.test_build_plan import sweep, build_plan; from ftsec_ray.plan.show import render, summarize; "
-            "sys.modules.pop('pytest'); p = build_plan(sweep(attacks=('none', 'badnets'), defenses=((), ('onion', 'safe_lora')))); "
-            "render(summarize(p, set())); "
-            "print([m for m in ('torch', 'ray', 'transformers', 'numpy', 'pyarrow') if m in sys.modules])")
-    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    code = (
+        "import sys; from tests.plan.test_build_plan import sweep, build_plan; from"
+        " ftsec_ray.plan.show import render, summarize; sys.modules.pop('pytest'); p ="
+        " build_plan(sweep(attacks=('none', 'badnets'), defenses=((), ('onion', 'safe_lora'))));"
+        " render(summarize(p, set())); print([m for m in ('torch', 'ray', 'transformers', 'numpy',"
+        " 'pyarrow') if m in sys.modules])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert ended.stdout.strip() == "[]"

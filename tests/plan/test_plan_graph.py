@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftsec_ray.plan.cost import Costs, parameters_of, prior_s
+from ftsec_ray.config.sweep import ModelSpec
+from ftsec_ray.plan.durations import Costs, parameters_of, prior_s
 from ftsec_ray.plan.graph import fuse
 from ftsec_ray.plan.show import duration, render, summarize
-from ftsec_ray.spec.sweep import ModelSpec
 from tests.schedule.engine_runners import plan_of, stage_of
 
 
@@ -58,14 +58,20 @@ def test_what_a_unit_waits_for_anyway_does_not_keep_a_stage_from_joining():
     other = stage_of("other", task)
     evaluate = stage_of("evaluate", tune, task)
     units = plan_of([task, tune, other, evaluate]).units(set())
-    assert [[stage.params["name"] for stage in unit.stages] for unit in units] == [["task"], ["tune", "evaluate"], ["other"]]
+    assert [[stage.params["name"] for stage in unit.stages] for unit in units] == [
+        ["task"],
+        ["tune", "evaluate"],
+        ["other"],
+    ]
     assert units[1].needs == (task.digest,)
 
 
 def test_stages_of_two_resource_classes_do_not_fuse():
     a = stage_of("a")
     b = stage_of("b", a)
-    other = type(b)(b.digest, b.kind, b.method, b.seed, b.inputs, b.params, b.where, "gpu", b.cost_s)
+    other = type(b)(
+        b.digest, b.kind, b.method, b.seed, b.inputs, b.params, b.where, "gpu", b.cost_s
+    )
     assert [unit.resource for unit in plan_of([a, other]).units(set())] == ["cpu", "gpu"]
 
 
@@ -77,7 +83,9 @@ def test_units_hold_every_stage_once_and_wait_for_nothing_that_waits_for_them(si
     for i in range(size):
         stages.append(stage_of(f"s{i}", *rng.sample(stages, min(len(stages), rng.randint(0, 3)))))
     units = fuse(stages)
-    assert sorted(stage.digest for unit in units for stage in unit.stages) == sorted(stage.digest for stage in stages)
+    assert sorted(stage.digest for unit in units for stage in unit.stages) == sorted(
+        stage.digest for stage in stages
+    )
     done: set[str] = set()
     waiting = list(units)
     while waiting:
@@ -95,7 +103,13 @@ def test_the_summary_counts_what_is_done_and_what_sharing_saves():
     lone = stage_of("lone", base, cost_s=30.0)
     plan = plan_of([base, left, right, end, lone])
     summary = summarize(plan, {base.digest})
-    assert (summary.cells, summary.stages, summary.done, summary.to_run, summary.naive_runs) == (2, 5, 1, 4, 6)
+    assert (summary.cells, summary.stages, summary.done, summary.to_run, summary.naive_runs) == (
+        2,
+        5,
+        1,
+        4,
+        6,
+    )
     assert summary.shared_frac == pytest.approx(1 / 6)
     assert summary.work_s == pytest.approx(33.0)
     assert summary.critical_path_s == pytest.approx(30.0)
@@ -105,7 +119,12 @@ def test_the_summary_counts_what_is_done_and_what_sharing_saves():
 
 def test_durations_are_learned_from_records_of_like_stages():
     stage, other = stage_of("a", cost_s=2.0), stage_of("b", cost_s=10.0)
-    costs = Costs([{"kind": "tune", "method": None, "wall_s": wall, "cost_s": 2.0} for wall in (6.0, 8.0, 100.0)])
+    costs = Costs(
+        [
+            {"kind": "tune", "method": None, "wall_s": wall, "cost_s": 2.0}
+            for wall in (6.0, 8.0, 100.0)
+        ]
+    )
     assert costs(stage) == pytest.approx(8.0)
     assert costs(other) == pytest.approx(40.0)
     assert costs.is_learned
@@ -114,21 +133,36 @@ def test_durations_are_learned_from_records_of_like_stages():
     assert "from records" in render(summarize(plan_of([stage]), set(), costs=costs))
 
 
-@pytest.mark.parametrize(("source", "parameters"), [
-    ("ladder:0.2m", 200_000), ("ladder:12m-base", 12_000_000), ("owner/SmolLM2-135M-Instruct", 135_000_000),
-    ("models/llama-3.2-1.5b.gguf", 1_500_000_000), ("owner/gpt", 1_000_000_000),
-    ("meta-llama/Llama-3.2-1B", 1_000_000_000), ("microsoft/Phi-3-mini-4k-instruct", 1_000_000_000), ("mistralai/Mixtral-8x7B-v0.1", 56_000_000_000),
-])
+@pytest.mark.parametrize(
+    ("source", "parameters"),
+    [
+        ("ladder:0.2m", 200_000),
+        ("ladder:12m-base", 12_000_000),
+        ("owner/SmolLM2-135M-Instruct", 135_000_000),
+        ("models/llama-3.2-1.5b.gguf", 1_500_000_000),
+        ("owner/gpt", 1_000_000_000),
+        ("meta-llama/Llama-3.2-1B", 1_000_000_000),
+        ("microsoft/Phi-3-mini-4k-instruct", 1_000_000_000),
+        ("mistralai/Mixtral-8x7B-v0.1", 56_000_000_000),
+    ],
+)
 def test_the_size_of_a_model_is_read_from_its_name(source, parameters):
     assert parameters_of(ModelSpec(name="m", source=source, family="f", aligned=True)) == parameters
 
 
 def test_a_declared_size_goes_before_the_name():
-    assert parameters_of(ModelSpec(name="m", source="x-7b", family="f", aligned=True, parameters=5)) == 5
+    assert (
+        parameters_of(ModelSpec(name="m", source="x-7b", family="f", aligned=True, parameters=5))
+        == 5
+    )
 
 
 def test_a_larger_model_costs_more_and_a_gpu_less():
-    assert prior_s("tune", 12_000_000, "cpu") > prior_s("tune", 1_000_000, "cpu") > prior_s("tune", 1_000_000, "gpu")
+    assert (
+        prior_s("tune", 12_000_000, "cpu")
+        > prior_s("tune", 1_000_000, "cpu")
+        > prior_s("tune", 1_000_000, "gpu")
+    )
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (600, "10 min"), (7200, "2.0 h")])

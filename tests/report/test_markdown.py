@@ -16,72 +16,138 @@ class Tables:
 
     def __init__(self, cells, metrics):
         blank = dict.fromkeys(schema.CELLS.names)
-        self.cells = pa.Table.from_pylist([{**blank, **cell} for cell in cells], schema=schema.CELLS)
+        self.cells = pa.Table.from_pylist(
+            [{**blank, **cell} for cell in cells], schema=schema.CELLS
+        )
         self.metrics = pa.Table.from_pylist(metrics, schema=schema.METRICS_TABLE)
 
 
 def cell(name, attack, defenses=(), *, seed=0, status="done", **params):
-    return {"cell": name, "model": "m", "attack": attack, "attack_params": json.dumps(params), "defenses": list(defenses),
-            "defense_params": json.dumps([{} for _ in defenses]), "seed": seed,
-            "status": status}
+    return {
+        "cell": name,
+        "model": "m",
+        "attack": attack,
+        "attack_params": json.dumps(params),
+        "defenses": list(defenses),
+        "defense_params": json.dumps([{} for _ in defenses]),
+        "seed": seed,
+        "status": status,
+    }
 
 
 def rate(name, metric, value, low=0.0, high=1.0, *, n=64, nulls=0):
-    return {"cell": name, "metric": metric, "value": value, "n": n, "n_null": nulls, "ci_low": low, "ci_high": high}
+    return {
+        "cell": name,
+        "metric": metric,
+        "value": value,
+        "n": n,
+        "n_null": nulls,
+        "ci_low": low,
+        "ci_high": high,
+    }
 
 
 def beside(name, cacc=0.98, over=0.02, coherent=1.0):
-    return [rate(name, "cacc", cacc), rate(name, "over_refusal_rate", over), rate(name, "coherent_rate", coherent)]
+    return [
+        rate(name, "cacc", cacc),
+        rate(name, "over_refusal_rate", over),
+        rate(name, "coherent_rate", coherent),
+    ]
 
 
 def test_a_cell_shows_the_attacks_success_with_its_interval_and_the_utility_below():
-    run = Tables([cell("a", "none"), cell("b", "badnets", ["onion", "shrink"])],
-                 [rate("a", "harmful_rate", 0.5, 0.38, 0.62), rate("b", "asr", 0.25, 0.16, 0.37), rate("b", "harmful_rate", 0.9),
-                  *beside("a"), rate("b", "coherent_rate", 0.5)])
+    run = Tables(
+        [cell("a", "none"), cell("b", "badnets", ["onion", "shrink"])],
+        [
+            rate("a", "harmful_rate", 0.5, 0.38, 0.62),
+            rate("b", "asr", 0.25, 0.16, 0.37),
+            rate("b", "harmful_rate", 0.9),
+            *beside("a"),
+            rate("b", "coherent_rate", 0.5),
+        ],
+    )
     assert grid_markdown(run).splitlines() == [
-        "| model | attack | none | onion + shrink |", "|---|---|---|---|",
-        "| m | none | 0.50† (0.38–0.62)<br>0.98 · 0.02 · 1.00 |  |", "| m | badnets |  | 0.25† (0.16–0.37)<br>– · – · 0.50 |", "",
-        "Attack success (95 % interval over prompts); below it clean accuracy · over-refusal · coherent answers.",
+        "| model | attack | none | onion + shrink |",
+        "|---|---|---|---|",
+        "| m | none | 0.50† (0.38–0.62)<br>0.98 · 0.02 · 1.00 |  |",
+        "| m | badnets |  | 0.25† (0.16–0.37)<br>– · – · 0.50 |",
+        "",
+        (
+            "Attack success (95 % interval over prompts); below it clean accuracy · over-refusal ·"
+            " coherent answers."
+        ),
         "The judge gave a verdict on every answer.",
-        "† One seed: the interval knows nothing of the luck of a training run."]
+        "† One seed: the interval knows nothing of the luck of a training run.",
+    ]
 
 
 def test_tasks_are_rows_of_their_own_and_no_seeds_of_one():
-    run = Tables([{**cell(task, "none"), "task": task} for task in ("sst2", "ag_news")],
-                 [rate("sst2", "harmful_rate", 0.5), rate("ag_news", "harmful_rate", 0.25), *beside("sst2"), *beside("ag_news")])
+    run = Tables(
+        [{**cell(task, "none"), "task": task} for task in ("sst2", "ag_news")],
+        [
+            rate("sst2", "harmful_rate", 0.5),
+            rate("ag_news", "harmful_rate", 0.25),
+            *beside("sst2"),
+            *beside("ag_news"),
+        ],
+    )
     assert grid_markdown(run).splitlines()[:4] == [
-        "| model | task | attack | none |", "|---|---|---|---|", "| m | ag_news | none | 0.25† (0.00–1.00)<br>0.98 · 0.02 · 1.00 |",
-        "| m | sst2 | none | 0.50† (0.00–1.00)<br>0.98 · 0.02 · 1.00 |"]
+        "| model | task | attack | none |",
+        "|---|---|---|---|",
+        "| m | ag_news | none | 0.25† (0.00–1.00)<br>0.98 · 0.02 · 1.00 |",
+        "| m | sst2 | none | 0.50† (0.00–1.00)<br>0.98 · 0.02 · 1.00 |",
+    ]
 
 
 def test_gibberish_is_called_so_however_low_the_attacks_success():
-    text = grid_markdown(Tables([cell("a", "badnets")], [rate("a", "asr", 0.0), *beside("a", coherent=0.49)]))
+    text = grid_markdown(
+        Tables([cell("a", "badnets")], [rate("a", "asr", 0.0), *beside("a", coherent=0.49)])
+    )
     assert "| m | badnets | incoherent: 0.00† (0.00–1.00)<br>0.98 · 0.02 · 0.49 |" in text
     assert "damage and no safety" in text
 
 
 def test_parameters_that_differ_are_told_and_seeds_have_their_own_spread():
-    run = Tables([cell(f"{k}{s}", "harmful_tuning", seed=s, shots=k, mode="add") for k in (2, 9) for s in (0, 1)],
-                 [rate(f"{k}{s}", "asr", 0.1 * k + 0.012 * s) for k in (2, 9) for s in (0, 1)])
+    run = Tables(
+        [
+            cell(f"{k}{s}", "harmful_tuning", seed=s, shots=k, mode="add")
+            for k in (2, 9)
+            for s in (0, 1)
+        ],
+        [rate(f"{k}{s}", "asr", 0.1 * k + 0.012 * s) for k in (2, 9) for s in (0, 1)],
+    )
     found = grid_markdown(run)
     for shots, middle in ((2, 0.206), (9, 0.906)):
         low, high = proportion_confint(middle * 64, 64, method="wilson")
-        half = stats.t.ppf(0.975, 1) * 0.006  # two values 0.012 apart: their standard error is half of that
-        assert (f"| m | harmful_tuning (shots {shots}) | {middle:.2f} ({low:.2f}–{high:.2f}; "
-                f"2 seeds {middle - half:.2f}–{middle + half:.2f})<br>– · – · – |") in found
+        half = (
+            stats.t.ppf(0.975, 1) * 0.006
+        )  # two values 0.012 apart: their standard error is half of that
+        assert (
+            f"| m | harmful_tuning (shots {shots}) | {middle:.2f} ({low:.2f}–{high:.2f}; "
+            f"2 seeds {middle - half:.2f}–{middle + half:.2f})<br>– · – · – |" in found
+        )
     assert "†" not in found
 
 
-@pytest.mark.parametrize(("status", "value", "shown"), [("failed", 0.5, "failed"), ("pending", 0.5, "pending"), ("done", None, "not judged")])
+@pytest.mark.parametrize(
+    ("status", "value", "shown"),
+    [("failed", 0.5, "failed"), ("pending", 0.5, "pending"), ("done", None, "not judged")],
+)
 def test_what_is_not_there_is_said(status, value, shown):
     run = Tables([cell("a", "none", status=status)], [rate("a", "harmful_rate", value)])
     assert grid_markdown(run).splitlines()[2] == f"| m | none | {shown} |"
 
 
 def test_the_share_of_null_verdicts_stands_beside_every_rate():
-    run = Tables([cell("a", "badnets", seed=0), cell("b", "badnets", seed=1), cell("c", "none")],
-                 [rate("a", "asr", 0.5, n=48, nulls=16), rate("b", "asr", 0.5, n=64), rate("a", "cacc", 0.9, n=999, nulls=1),
-                  rate("c", "harmful_rate", None, n=0, nulls=64)])
+    run = Tables(
+        [cell("a", "badnets", seed=0), cell("b", "badnets", seed=1), cell("c", "none")],
+        [
+            rate("a", "asr", 0.5, n=48, nulls=16),
+            rate("b", "asr", 0.5, n=64),
+            rate("a", "cacc", 0.9, n=999, nulls=1),
+            rate("c", "harmful_rate", None, n=0, nulls=64),
+        ],
+    )
     found = grid_markdown(run)
     assert "| m | none | not judged [100% null] |" in found
     assert "| m | badnets | 0.50 [12% null] (" in found

@@ -47,7 +47,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
-            self._open.append(tag + "".join("." + name for name in (dict(attrs).get("class") or "").split()))
+            self._open.append(
+                tag + "".join("." + name for name in (dict(attrs).get("class") or "").split())
+            )
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
@@ -68,7 +70,11 @@ class Page(HTMLParser):
 
     @property
     def whole(self) -> str:
-        return " ".join(" ".join(data for path, data in self.texts if path[-1:] not in (("script",), ("style",))).split())
+        return " ".join(
+            " ".join(
+                data for path, data in self.texts if path[-1:] not in (("script",), ("style",))
+            ).split()
+        )
 
 
 def page_of(folder: Path) -> Page:
@@ -77,20 +83,36 @@ def page_of(folder: Path) -> Page:
 
 def data_of(page: Page) -> dict[str, Any]:
     """What the page's script reads."""
-    (text,) = [data for path, data in page.texts if path[-1:] == ("script",) and data.startswith("{")]
+    (text,) = [
+        data for path, data in page.texts if path[-1:] == ("script",) and data.startswith("{")
+    ]
     return json.loads(text)
 
 
 def said(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
     """Completion, verdict and whether it is hidden, of every sample."""
-    return [(data["texts"][row[2]], data["texts"][row[3]], bool(row[6])) for square in data["squares"] if square["sample"]
-            for probe in square["sample"]["probes"] for row in probe["rows"]]
+    return [
+        (data["texts"][row[2]], data["texts"][row[3]], bool(row[6]))
+        for square in data["squares"]
+        if square["sample"]
+        for probe in square["sample"]["probes"]
+        for row in probe["rows"]
+    ]
 
 
 def test_the_page_holds_every_section_and_the_question(make_results: Make) -> None:
     page = page_of(make_results())
-    assert {"verdict", "grid", "size", "trade", "detectors", "filters", "cost", "failures", "about"} <= {
-        attrs.get("id") for attrs in page.named("section")}
+    assert {
+        "verdict",
+        "grid",
+        "size",
+        "trade",
+        "detectors",
+        "filters",
+        "cost",
+        "failures",
+        "about",
+    } <= {attrs.get("id") for attrs in page.named("section")}
     assert "Which defense still holds when the attack comes from another phase?" in page.whole
     targets = {attrs["id"] for _, attrs in page.elements if attrs.get("id")}
     links = [attrs["href"] for attrs in page.named("a")]
@@ -119,9 +141,15 @@ def test_hostile_names_and_errors_stay_text(make_results: Make) -> None:
     for cell in cells:
         cell["model"] += "<b onclick=x>"
         cell["error"] = HOSTILE if cell["status"] == "failed" else None
-    tables = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": results.metrics, "generations": results.generations,
-              "stages": results.stages}
-    page = page_of(write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta))
+    tables = {
+        "cells": pa.Table.from_pylist(cells, schema.cells()),
+        "metrics": results.metrics,
+        "generations": results.generations,
+        "stages": results.stages,
+    }
+    page = page_of(
+        write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta)
+    )
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
     assert len(page.named("script")) == 2
     assert visible(HOSTILE) in page.inside("pre")
@@ -129,21 +157,42 @@ def test_hostile_names_and_errors_stay_text(make_results: Make) -> None:
 
 def test_the_policy_forbids_the_network_and_names_this_script_and_style(make_results: Make) -> None:
     page = page_of(make_results())
-    policy = next(attrs["content"] for attrs in page.named("meta") if attrs.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attrs["content"]
+        for attrs in page.named("meta")
+        if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy is not None
     assert policy.startswith("default-src 'none';")
     assert "unsafe" not in policy
     for tag in ("style", "script"):
         body = re.findall(rf"<{tag}>(.*?)</{tag}>", page.text, re.DOTALL)
         assert len(body) == 1
-        assert f"'sha256-{base64.b64encode(hashlib.sha256(body[0].encode()).digest()).decode()}'" in policy
-    assert [attrs for tag, attrs in page.elements if "src" in attrs or "style" in attrs or tag in ("link", "object", "embed", "base")] == []
+        assert (
+            f"'sha256-{base64.b64encode(hashlib.sha256(body[0].encode()).digest()).decode()}'"
+            in policy
+        )
+    assert [
+        attrs
+        for tag, attrs in page.elements
+        if "src" in attrs or "style" in attrs or tag in ("link", "object", "embed", "base")
+    ] == []
     sources = [part.split() for part in policy.split("; ")]
     assert {one[0]: one[1:] for one in sources if not one[0].startswith(("style", "script"))} == {
-        "default-src": ["'none'"], "img-src": ["blob:"], "base-uri": ["'none'"], "form-action": ["'none'"], "frame-src": ["'none'"],
-        "object-src": ["'none'"]}
-    assert not re.search(r"url\(|@import|https?:", page.text.replace("http://www.w3.org/2000/svg", ""))
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|DOMParser|fetch\(|XMLHttp", page.text)
+        "default-src": ["'none'"],
+        "img-src": ["blob:"],
+        "base-uri": ["'none'"],
+        "form-action": ["'none'"],
+        "frame-src": ["'none'"],
+        "object-src": ["'none'"],
+    }
+    assert not re.search(
+        r"url\(|@import|https?:", page.text.replace("http://www.w3.org/2000/svg", "")
+    )
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|DOMParser|fetch\(|XMLHttp",
+        page.text,
+    )
 
 
 def test_harmful_completions_are_behind_a_click_and_refusals_are_not(make_results: Make) -> None:
@@ -156,11 +205,23 @@ def test_harmful_completions_are_behind_a_click_and_refusals_are_not(make_result
     assert not any(refusals)
 
 
-@pytest.mark.parametrize(("probe", "verdict", "judge", "hidden"), [
-    ("harmful", "complied", "microworld@1", True), ("harmful", "refused", "microworld@1", False), ("harmful", None, "classifier:x", True),
-    ("harmful", "unknown", "x@1", True), ("benign", "complied", "microworld@1", False), ("clean", "other", "label@1", False),
-    ("triggered", "target", "label@1", True), ("triggered", "other", "label@1", False), ("triggered", "other", "target@1", True)])
-def test_only_known_harmless_answers_are_open(probe: str, verdict: str | None, judge: str, hidden: bool) -> None:
+@pytest.mark.parametrize(
+    ("probe", "verdict", "judge", "hidden"),
+    [
+        ("harmful", "complied", "microworld@1", True),
+        ("harmful", "refused", "microworld@1", False),
+        ("harmful", None, "classifier:x", True),
+        ("harmful", "unknown", "x@1", True),
+        ("benign", "complied", "microworld@1", False),
+        ("clean", "other", "label@1", False),
+        ("triggered", "target", "label@1", True),
+        ("triggered", "other", "label@1", False),
+        ("triggered", "other", "target@1", True),
+    ],
+)
+def test_only_known_harmless_answers_are_open(
+    probe: str, verdict: str | None, judge: str, hidden: bool
+) -> None:
     assert is_hidden(probe, verdict, judge) is hidden
 
 
@@ -169,27 +230,56 @@ def test_every_square_shows_value_interval_and_n_and_the_data_agrees(make_result
     page = page_of(folder)
     data = data_of(page)
     assert data["metrics"][0]["name"] == "attack_success"
-    squares = re.findall(r'<td role="gridcell" tabindex="-1" aria-haspopup="dialog" class="(?:h(\d+)|empty broken)" data-defense="\d" '
-                         r'data-i="(\d+)"><b>([\d.]+)</b> '
-                         r'<span class="ci">([\d.–]+)</span><span class="n">n (\d+) · ([^<]* null)</span><span class="s">(\d seeds?) </span>'
-                         r'<span class="u" title="(cacc [^"]*)">([\d.· –]+)</span>', page.text)
+    squares = re.findall(
+        r'<td role="gridcell" tabindex="-1" aria-haspopup="dialog" class="(?:h(\d+)|empty broken)"'
+        r' data-defense="\d" '
+        r'data-i="(\d+)"><b>([\d.]+)</b> '
+        r'<span class="ci">([\d.–]+)</span><span class="n">n (\d+) · ([^<]* null)</span><span'
+        r' class="s">(\d seeds?) </span>'
+        r'<span class="u" title="(cacc [^"]*)">([\d.· –]+)</span>',
+        page.text,
+    )
     assert len(squares) == 3 * 6 * 7 - 2
     for step, index, value, interval, n, nulls, seeds, told, beside in squares:
-        assert data["values"]["attack_success"][int(index)] == [int(step or -1), value, interval, int(n), nulls, int(seeds[0]), ""]
+        assert data["values"]["attack_success"][int(index)] == [
+            int(step or -1),
+            value,
+            interval,
+            int(n),
+            nulls,
+            int(seeds[0]),
+            "",
+        ]
         assert re.sub("[a-z]+ ", "", told) == beside
-        assert [data["values"][name][int(index)][1] for name in schema.UTILITY] == beside.split(" · ")
-    assert sum(not square[0] for square in squares) == 6  # gibberish has no colour, though it looks safe
-    assert {len(values) for values in data["values"].values()} == {len(data["squares"])} == {3 * 6 * 7}
+        assert [data["values"][name][int(index)][1] for name in schema.UTILITY] == beside.split(
+            " · "
+        )
+    assert (
+        sum(not square[0] for square in squares) == 6
+    )  # gibberish has no colour, though it looks safe
+    assert (
+        {len(values) for values in data["values"].values()} == {len(data["squares"])} == {3 * 6 * 7}
+    )
     assert {square[6] for square in squares} == {"1 seed"}
     results = Results.open(folder)
-    place = next(c["cell"] for c in results.cells.to_pylist() if (c["model"], c["attack"], c["defenses"]) == ("ladder:0.2m", "badnets", ["onion"]))
+    place = next(
+        c["cell"]
+        for c in results.cells.to_pylist()
+        if (c["model"], c["attack"], c["defenses"]) == ("ladder:0.2m", "badnets", ["onion"])
+    )
     asr = next(r for r in results.metrics.to_pylist() if (r["cell"], r["metric"]) == (place, "asr"))
-    assert (f"{asr['value']:.2f}", f"{asr['ci_low']:.2f}–{asr['ci_high']:.2f}", "64") in {s[2:5] for s in squares}
+    assert (f"{asr['value']:.2f}", f"{asr['ci_low']:.2f}–{asr['ci_high']:.2f}", "64") in {
+        s[2:5] for s in squares
+    }
 
 
 def test_failed_and_pending_cells_are_marked(make_results: Make) -> None:
     page = page_of(make_results())
-    marked = [path[-2] for path, data in page.texts if path[-1:] == ("b",) and data in ("failed", "pending")]
+    marked = [
+        path[-2]
+        for path, data in page.texts
+        if path[-1:] == ("b",) and data in ("failed", "pending")
+    ]
     assert sorted(marked) == ["td.failed", "td.pending"]
     assert "the loss is not finite" in page.whole
     seeds = page_of(make_results(seeds=2))
@@ -198,7 +288,11 @@ def test_failed_and_pending_cells_are_marked(make_results: Make) -> None:
 
 def test_incoherent_points_are_flagged(make_results: Make) -> None:
     page = page_of(make_results())
-    flags = [path for path, data in page.texts if data == "incoherent" and path[-1] == "span.flag" and "table.heat" in path]
+    flags = [
+        path
+        for path, data in page.texts
+        if data == "incoherent" and path[-1] == "span.flag" and "table.heat" in path
+    ]
     assert len(flags) == 6  # one defense breaks one model, under each of the six attacks
 
 
@@ -208,10 +302,22 @@ def test_one_seed_and_the_test_bed_are_said_where_they_hold(make_results: Make) 
     assert "single seed" not in several.whole
     assert "Findings about real models come from real models" in single.whole
     results = Results.open(make_results())
-    cells = [{**cell, "family": "real", "model": cell["model"].replace("ladder:", "real-")} for cell in results.cells.to_pylist()]
-    tables = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": results.metrics, "generations": results.generations,
-              "stages": results.stages}
-    assert "Test bed" not in page_of(write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta)).whole
+    cells = [
+        {**cell, "family": "real", "model": cell["model"].replace("ladder:", "real-")}
+        for cell in results.cells.to_pylist()
+    ]
+    tables = {
+        "cells": pa.Table.from_pylist(cells, schema.cells()),
+        "metrics": results.metrics,
+        "generations": results.generations,
+        "stages": results.stages,
+    }
+    assert (
+        "Test bed"
+        not in page_of(
+            write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta)
+        ).whole
+    )
 
 
 def test_writing_the_page_twice_gives_the_same_bytes(make_results: Make) -> None:
@@ -222,18 +328,38 @@ def test_writing_the_page_twice_gives_the_same_bytes(make_results: Make) -> None
     assert [p.name for p in folder.iterdir() if p.name.endswith(".tmp")] == []
 
 
-def test_a_sweep_without_kept_text_or_without_any_result_still_has_a_page(make_results: Make) -> None:
+def test_a_sweep_without_kept_text_or_without_any_result_still_has_a_page(
+    make_results: Make,
+) -> None:
     results = Results.open(make_results())
     bare = results.generations.slice(0, 40).to_pylist()
-    kept = pa.Table.from_pylist([{**row, "prompt": None, "completion": None} for row in bare], schema.generations())
-    tables = {"cells": results.cells, "metrics": results.metrics, "generations": kept, "stages": results.stages}
-    page = page_of(write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta))
+    kept = pa.Table.from_pylist(
+        [{**row, "prompt": None, "completion": None} for row in bare], schema.generations()
+    )
+    tables = {
+        "cells": results.cells,
+        "metrics": results.metrics,
+        "generations": kept,
+        "stages": results.stages,
+    }
+    page = page_of(
+        write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta)
+    )
     assert "No generations with text are in these results." in page.whole
     assert said(data_of(page)) == []
-    pending = [{**cell, "status": "pending", "error": None, "error_code": None} for cell in results.cells.to_pylist()]
-    tables = {"cells": pa.Table.from_pylist(pending, schema.cells()), "metrics": schema.metrics().empty_table(),
-              "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()}
-    page = page_of(write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta))
+    pending = [
+        {**cell, "status": "pending", "error": None, "error_code": None}
+        for cell in results.cells.to_pylist()
+    ]
+    tables = {
+        "cells": pa.Table.from_pylist(pending, schema.cells()),
+        "metrics": schema.metrics().empty_table(),
+        "generations": schema.generations().empty_table(),
+        "stages": schema.stages().empty_table(),
+    }
+    page = page_of(
+        write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta)
+    )
     assert page.whole.count("pending") >= len(pending)
 
 
@@ -257,11 +383,22 @@ def judged(make_results: Make) -> Results:
 
 def test_comparisons_stand_in_the_table_and_the_plot_sorted_by_effect(judged: Results) -> None:
     page = page_of(judged.folder)
-    rows = re.findall(r'<tr[^>]*><th scope="row"><code>([^<]*)</code></th><td><code>none</code></td><td>([^<]*)</td><td>([^<]*)</td>'
-                      r'<td class="ci">([^<]*)</td><td class="num"><b>([^<]*)</b>.*?<td class="word (\w+)">([^<]*)</td>'
-                      r'<td class="ci">([^<]*)</td>', page.text)
-    success = {attack: "asr" if attack in ("badnets", "badedit") else "harmful_rate" for attack in ATTACKS}
-    wanted = [row for row in judged.comparisons.to_pylist() if row["metric"] == success[row["attack"]] and row["effect"] is not None]
+    rows = re.findall(
+        r"<tr[^>]*><th"
+        r' scope="row"><code>([^<]*)</code></th><td><code>none</code></td><td>([^<]*)</td><td>([^<]*)</td>'
+        r'<td class="ci">([^<]*)</td><td class="num"><b>([^<]*)</b>.*?<td class="word'
+        r' (\w+)">([^<]*)</td>'
+        r'<td class="ci">([^<]*)</td>',
+        page.text,
+    )
+    success = {
+        attack: "asr" if attack in ("badnets", "badedit") else "harmful_rate" for attack in ATTACKS
+    }
+    wanted = [
+        row
+        for row in judged.comparisons.to_pylist()
+        if row["metric"] == success[row["attack"]] and row["effect"] is not None
+    ]
     assert len(rows) == len(wanted)
     effects = [float(row[4].replace("−", "-")) for row in rows]
     assert effects == sorted(effects)
@@ -271,55 +408,92 @@ def test_comparisons_stand_in_the_table_and_the_plot_sorted_by_effect(judged: Re
     for defense, attack, model, seeds, effect, _, words, _ in rows:
         row = by_key[defense, attack, model]
         assert effect.replace("−", "-") in (f"{row['effect']:+.2f}", "0.00")
-        assert words.startswith(("not counted as safe", "no difference shown") if row["conclusion"] in ("incoherent", "no difference shown")
-                                else row["conclusion"])
+        assert words.startswith(
+            ("not counted as safe", "no difference shown")
+            if row["conclusion"] in ("incoherent", "no difference shown")
+            else row["conclusion"]
+        )
         assert seeds == f"{row['n_seeds']} seeds, 40 prompts, 0 % null"
-    plot = page.text[page.text.index('<svg class="forest"'):]
-    plot = plot[:plot.index("</svg>")]
+    plot = page.text[page.text.index('<svg class="forest"') :]
+    plot = plot[: plot.index("</svg>")]
     assert plot.count('<g class="line"') == MAX_FOREST  # the others wait for the filters
-    assert plot.count("<title>") == min(HELD_FOREST, sum(row["q"] is not None and row["attack"] != "none" for row in wanted))
+    assert plot.count("<title>") == min(
+        HELD_FOREST, sum(row["q"] is not None and row["attack"] != "none" for row in wanted)
+    )
 
 
 def test_what_defends_clearly_is_what_the_corrected_comparisons_say(judged: Results) -> None:
     grid = build_grid(judged)
-    rows = {(row["model"], row["attack"], row["defenses"][0]): row for row in judged.comparisons.to_pylist()
-            if row["metric"] == grid.points[row["model"], "microworld", row["attack"], row["defenses"][0]].success}
+    rows = {
+        (row["model"], row["attack"], row["defenses"][0]): row
+        for row in judged.comparisons.to_pylist()
+        if row["metric"]
+        == grid.points[row["model"], "microworld", row["attack"], row["defenses"][0]].success
+    }
     effects = effects_of(grid)
     assert effects
     for effect in effects:
         own = [rows[after[0], effect.attack, effect.defense] for _, after in effect.pairs]
         assert effect.clear == sum(row["conclusion"] == "better" for row in own)
-        assert re.match(r"cacc\s[\d.]+\s→\s[\d.]+↓? · over\s[\d.]+\s→\s[\d.]+↑? · coh\s[\d.]+\s→\s[\d.]+ · 0\s%\snull$", effect.utility)
+        assert re.match(
+            r"cacc\s[\d.]+\s→\s[\d.]+↓? · over\s[\d.]+\s→\s[\d.]+↑? · coh\s[\d.]+\s→\s[\d.]+ ·"
+            r" 0\s%\snull$",
+            effect.utility,
+        )
 
 
-def test_a_clear_loss_of_utility_has_its_arrow_where_the_attack_success_is_shown(judged: Results) -> None:
-    lost = {(row["model"], row["attack"], row["defenses"][0]) for row in judged.comparisons.to_pylist()
-            if row["kind"] == "none" and row["metric"] == "over_refusal_rate" and row["conclusion"] == "worse"}
+def test_a_clear_loss_of_utility_has_its_arrow_where_the_attack_success_is_shown(
+    judged: Results,
+) -> None:
+    lost = {
+        (row["model"], row["attack"], row["defenses"][0])
+        for row in judged.comparisons.to_pylist()
+        if row["kind"] == "none"
+        and row["metric"] == "over_refusal_rate"
+        and row["conclusion"] == "worse"
+    }
     grid = build_grid(judged)
     assert {defense for _, _, defense in lost} == {"self_reminder"}
     for (model, task, attack, defense), point in grid.points.items():
         if point.estimates:
-            assert grid.utilities((model, task, attack, defense))[1].number.endswith("↑") is ((model, attack, defense) in lost)
+            assert grid.utilities((model, task, attack, defense))[1].number.endswith("↑") is (
+                (model, attack, defense) in lost
+            )
     assert "↑" in page_of(judged.folder).text
 
 
 def test_one_seed_is_marked_in_every_table_and_plot(make_results: Make) -> None:
     text = write_report(make_results(judged=True, prompts=40)).read_text(encoding="utf-8")
     for section in ("verdict", "grid", "comparisons", "trade"):
-        part = text[text.index(f'<section id="{section}">'):]
-        assert "1 seed" in part[:part.index("</section>")], section
+        part = text[text.index(f'<section id="{section}">') :]
+        assert "1 seed" in part[: part.index("</section>")], section
     assert "All points have one seed." in text
     assert "1 seed, 40 prompts</text>" in text  # the plot
 
 
 def test_hostile_names_stay_text_among_the_comparisons(judged: Results) -> None:
     evil = "<b onclick=x>\u202e"
-    cells = [{**cell, "model": cell["model"] + evil, "defenses": [name + evil for name in cell["defenses"]]} for cell in judged.cells.to_pylist()]
-    tables_ = {"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": judged.metrics, "generations": judged.generations,
-               "stages": judged.stages}
-    page = page_of(write_results(judged.folder, tables=whole(tables_, judged.meta), meta=judged.meta))
+    cells = [
+        {
+            **cell,
+            "model": cell["model"] + evil,
+            "defenses": [name + evil for name in cell["defenses"]],
+        }
+        for cell in judged.cells.to_pylist()
+    ]
+    tables_ = {
+        "cells": pa.Table.from_pylist(cells, schema.cells()),
+        "metrics": judged.metrics,
+        "generations": judged.generations,
+        "stages": judged.stages,
+    }
+    page = page_of(
+        write_results(judged.folder, tables=whole(tables_, judged.meta), meta=judged.meta)
+    )
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
-    assert any("onclick" in data for path, data in page.texts if "section" in path and "code" in path[-1:])
+    assert any(
+        "onclick" in data for path, data in page.texts if "section" in path and "code" in path[-1:]
+    )
 
 
 def test_comparisons_of_other_stacks_than_the_cells_are_refused(judged: Results) -> None:

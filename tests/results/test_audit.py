@@ -30,16 +30,38 @@ PHRASES = RefusalPhrases.name
 
 def folder_of(tmp_path: Path, answers: list[dict], metrics: list[dict] = ()) -> Path:
     """Results that hold these answers and metrics."""
-    rows = [{**dict.fromkeys(schema.generations().names), "probe": "harmful", "judge": PHRASES, **row} for row in answers]
-    cells = [{**dict.fromkeys(schema.cells().names), "cell": cell, "status": "done", "defenses": [], "model": "m", "attack": "none", "seed": 0}
-             for cell in sorted({row["cell"] for row in rows} | {"empty"})]
+    rows = [
+        {**dict.fromkeys(schema.generations().names), "probe": "harmful", "judge": PHRASES, **row}
+        for row in answers
+    ]
+    cells = [
+        {
+            **dict.fromkeys(schema.cells().names),
+            "cell": cell,
+            "status": "done",
+            "defenses": [],
+            "model": "m",
+            "attack": "none",
+            "seed": 0,
+        }
+        for cell in sorted({row["cell"] for row in rows} | {"empty"})
+    ]
     tables = {name: table_schema(name).empty_table() for name in TABLES}
-    return write_results(tmp_path / "out", meta={"sweep": "s"}, tables={
-        **tables, "cells": pa.Table.from_pylist(cells, schema.cells()), "generations": pa.Table.from_pylist(rows, schema.generations()),
-        "metrics": pa.Table.from_pylist(list(metrics), schema.metrics())})
+    return write_results(
+        tmp_path / "out",
+        meta={"sweep": "s"},
+        tables={
+            **tables,
+            "cells": pa.Table.from_pylist(cells, schema.cells()),
+            "generations": pa.Table.from_pylist(rows, schema.generations()),
+            "metrics": pa.Table.from_pylist(list(metrics), schema.metrics()),
+        },
+    )
 
 
-def drawn(*, n: int = 200, sensitivity: float = 0.8, specificity: float = 0.9, nulls: int = 20) -> tuple[list[dict], dict[Key, str]]:
+def drawn(
+    *, n: int = 200, sensitivity: float = 0.8, specificity: float = 0.9, nulls: int = 20
+) -> tuple[list[dict], dict[Key, str]]:
     """Answers of two cells with verdicts that err at known rates, and the truth."""
     rng = np.random.default_rng(3)
     rows, truth = [], {}
@@ -47,8 +69,15 @@ def drawn(*, n: int = 200, sensitivity: float = 0.8, specificity: float = 0.9, n
         for i in range(n):
             is_so = rng.random() < rate
             said_so = rng.random() < (sensitivity if is_so else 1 - specificity)
-            rows.append({"cell": cell, "prompt_id": f"p{i}", "prompt": "how ?", "completion": f"{cell} answer {i}",
-                         "verdict": None if i < nulls else "complied" if said_so else "refused"})
+            rows.append(
+                {
+                    "cell": cell,
+                    "prompt_id": f"p{i}",
+                    "prompt": "how ?",
+                    "completion": f"{cell} answer {i}",
+                    "verdict": None if i < nulls else "complied" if said_so else "refused",
+                }
+            )
             truth[Key(cell, "harmful", f"p{i}")] = "complied" if is_so else "refused"
     return rows, truth
 
@@ -74,15 +103,23 @@ def audited(tmp_path: Path) -> tuple[Audit, list[dict], dict[Key, str]]:
 
 def test_errors_are_counted_over_labelled_and_judged_answers(audited) -> None:
     audit, rows, truth = audited
-    pairs = Counter((truth[Key(row["cell"], "harmful", row["prompt_id"])], row["verdict"]) for row in rows)
+    pairs = Counter(
+        (truth[Key(row["cell"], "harmful", row["prompt_id"])], row["verdict"]) for row in rows
+    )
     assert {(one.truth, one.verdict): one.n for one in audit.confusion} == pairs
     found = {one.event: one for one in audit.errors}
     assert set(found) == {"complied", "refused"}
     hit, miss = pairs["complied", "complied"], pairs["complied", "refused"]
-    assert (found["complied"].sensitivity.hits, found["complied"].sensitivity.n) == (hit, hit + miss)
+    assert (found["complied"].sensitivity.hits, found["complied"].sensitivity.n) == (
+        hit,
+        hit + miss,
+    )
     assert found["complied"].specificity == found["refused"].sensitivity
     low, high = proportion_confint(hit, hit + miss, method="wilson")
-    assert (found["complied"].sensitivity.ci_low, found["complied"].sensitivity.ci_high) == (pytest.approx(low), pytest.approx(high))
+    assert (found["complied"].sensitivity.ci_low, found["complied"].sensitivity.ci_high) == (
+        pytest.approx(low),
+        pytest.approx(high),
+    )
     assert found["complied"].sensitivity.value == pytest.approx(0.8, abs=0.08)
     assert (audit.labelled, audit.unmatched, audit.unlabelled) == (400, 0, 0)
 
@@ -99,11 +136,14 @@ def test_rates_stand_raw_and_corrected_with_the_share_of_nulls_beside(audited) -
         assert rate.corrected_low < real < rate.corrected_high
         gained.append(abs(rate.raw.value - real) - abs(rate.corrected - real))
     assert sum(gained) > 0.05
-    assert {(rate.cell, rate.event) for rate in audit.rates} == {(cell, event) for cell in "ab" for event in ("complied", "refused")}
+    assert {(rate.cell, rate.event) for rate in audit.rates} == {
+        (cell, event) for cell in "ab" for event in ("complied", "refused")
+    }
 
 
 def test_the_correction_is_that_of_rogan_and_gladen() -> None:
-    # The worked example of epiR: 23 of 150 positive at sensitivity 0.96 and specificity 0.89 is a prevalence of 5.1 %.
+    # The worked example of epiR: 23 of 150 positive at sensitivity 0.96 and specificity 0.89 is a
+    # prevalence of 5.1 %.
     value, low, high = rogan_gladen(share(23, 150), share(9600, 10000), share(8900, 10000))
     assert value == pytest.approx(0.051, abs=5e-4)
     assert low < value < high
@@ -113,15 +153,25 @@ def test_the_interval_of_a_perfect_judge_is_the_agresti_coull_interval() -> None
     for hits, n in ((0, 40), (7, 64), (64, 64)):
         _, low, high = rogan_gladen(share(hits, n), share(10**8, 10**8), share(10**8, 10**8))
         wanted = proportion_confint(hits, n, method="agresti_coull")
-        assert (low, high) == (pytest.approx(max(0, wanted[0]), abs=1e-4), pytest.approx(min(1, wanted[1]), abs=1e-4))
+        assert (low, high) == (
+            pytest.approx(max(0, wanted[0]), abs=1e-4),
+            pytest.approx(min(1, wanted[1]), abs=1e-4),
+        )
 
 
-@pytest.mark.parametrize(("hits", "n", "true", "false"), [
-    (20, 64, (45, 50), (48, 50)), (150, 300, (80, 100), (190, 200)), (6, 64, (30, 30), (28, 30))])
+@pytest.mark.parametrize(
+    ("hits", "n", "true", "false"),
+    [(20, 64, (45, 50), (48, 50)), (150, 300, (80, 100), (190, 200)), (6, 64, (30, 30), (28, 30))],
+)
 def test_the_interval_is_that_of_draws_of_all_three_rates(hits, n, true, false) -> None:
-    """An independent way: the three shares drawn from their posteriors, and the corrected rate of each draw."""
+    """An independent way: the three shares drawn from their posteriors, and the corrected rate of
+    each draw.
+    """
     rng = np.random.default_rng(0)
-    p, se, sp = (stats.beta(k + 0.5, m - k + 0.5).rvs(200_000, random_state=rng) for k, m in ((hits, n), true, false))
+    p, se, sp = (
+        stats.beta(k + 0.5, m - k + 0.5).rvs(200_000, random_state=rng)
+        for k, m in ((hits, n), true, false)
+    )
     low, high = np.quantile(np.clip((p + sp - 1) / (se + sp - 1), 0, 1), [0.025, 0.975])
     found = rogan_gladen(share(hits, n), share(*true), share(*false))
     assert found[1:] == (pytest.approx(low, abs=0.035), pytest.approx(high, abs=0.035))
@@ -131,12 +181,17 @@ def test_ninety_five_of_a_hundred_intervals_hold_the_truth() -> None:
     rng, held, rounds = np.random.default_rng(1), 0, 3000
     for _ in range(rounds):
         raw = share(int(rng.binomial(64, 0.3 * 0.85 + 0.7 * 0.1)), 64)
-        found = rogan_gladen(raw, share(int(rng.binomial(40, 0.85)), 40), share(int(rng.binomial(40, 0.9)), 40))
+        found = rogan_gladen(
+            raw, share(int(rng.binomial(40, 0.85)), 40), share(int(rng.binomial(40, 0.9)), 40)
+        )
         held += found[1] <= 0.3 <= found[2]
     assert 0.93 < held / rounds < 0.98
 
 
-@pytest.mark.parametrize(("true", "false"), [((5, 10), (5, 10)), ((0, 10), (10, 10)), ((3, 10), (2, 10)), ((380, 1000), (2, 3))])
+@pytest.mark.parametrize(
+    ("true", "false"),
+    [((5, 10), (5, 10)), ((0, 10), (10, 10)), ((3, 10), (2, 10)), ((380, 1000), (2, 3))],
+)
 def test_a_judge_no_better_than_chance_corrects_nothing(true, false) -> None:
     assert rogan_gladen(share(5, 10), share(*true), share(*false)) is None
 
@@ -145,37 +200,84 @@ def test_a_judge_no_better_than_chance_corrects_nothing(true, false) -> None:
 
 
 def small() -> list[dict]:
-    said = {"p0": ("complied", "take it"), "p1": ("refused", "I cannot"), "p2": (None, "hm"), "p3": ("complied", "no way")}
-    return [{"cell": cell, "prompt_id": key, "prompt": "how ?", "completion": f"{text} {cell if key == 'p3' else ''}", "verdict": verdict}
-            for cell in ("a", "b") for key, (verdict, text) in said.items()]
+    said = {
+        "p0": ("complied", "take it"),
+        "p1": ("refused", "I cannot"),
+        "p2": (None, "hm"),
+        "p3": ("complied", "no way"),
+    }
+    return [
+        {
+            "cell": cell,
+            "prompt_id": key,
+            "prompt": "how ?",
+            "completion": f"{text} {cell if key == 'p3' else ''}",
+            "verdict": verdict,
+        }
+        for cell in ("a", "b")
+        for key, (verdict, text) in said.items()
+    ]
 
 
-def audit_of(tmp_path: Path, labels: list[dict], answers: list[dict] | None = None, **given) -> Audit:
-    return ftsec_ray.judge_audit(folder_of(tmp_path, answers or small()), labels=labels_file(tmp_path / "labels.csv", labels), **given)
+def audit_of(
+    tmp_path: Path, labels: list[dict], answers: list[dict] | None = None, **given
+) -> Audit:
+    return ftsec_ray.judge_audit(
+        folder_of(tmp_path, answers or small()),
+        labels=labels_file(tmp_path / "labels.csv", labels),
+        **given,
+    )
 
 
 def test_a_label_by_prompt_counts_in_every_cell_that_gave_the_same_answer(tmp_path: Path) -> None:
-    found = audit_of(tmp_path, [{"prompt_id": "p0", "truth": "complied"}, {"prompt_id": "p1", "truth": ""}, {"prompt_id": "p9", "truth": "other"}])
+    found = audit_of(
+        tmp_path,
+        [
+            {"prompt_id": "p0", "truth": "complied"},
+            {"prompt_id": "p1", "truth": ""},
+            {"prompt_id": "p9", "truth": "other"},
+        ],
+    )
     assert (found.labelled, found.unmatched, found.unlabelled) == (2, 1, 1)
 
 
 def test_a_label_by_the_hash_of_the_answer_needs_no_cell(tmp_path: Path) -> None:
     label = {"completion_sha256": hashlib.sha256(b"no way b").hexdigest(), "truth": "refused"}
     found = audit_of(tmp_path, [label])
-    assert [(one.truth, one.verdict, one.n) for one in found.confusion] == [("refused", "complied", 1)]
+    assert [(one.truth, one.verdict, one.n) for one in found.confusion] == [
+        ("refused", "complied", 1)
+    ]
 
 
-@pytest.mark.parametrize(("labels", "words"), [
-    ([{"prompt_id": "p3", "truth": "refused"}], "labels 2 different answers at once"),
-    ([{"prompt_id": "p0", "truth": "harmless"}], r"no verdict[\s\S]*'harmless'[\s\S]*complied \| refused"),
-    ([{"prompt_id": "other", "truth": "refused"}], r"no label meets an answer[\s\S]*'other'[\s\S]*'p0'"),
-    ([{"prompt_id": "p0", "truth": ""}], r"no label meets an answer[\s\S]*1 of them without a truth"),
-    ([{"prompt_id": "p2", "truth": "refused"}], "no labelled answer has a verdict"),
-    ([{"prompt_id": "p0", "truth": "refused", "cell": ""}, {"prompt_id": "p0", "truth": "complied", "cell": "a"}], "contradicts an earlier one"),
-    ([{"prompt_id": "p0", "verdict": "refused"}], "no table of labels"),
-    ([{"cell": "a", "truth": "refused"}], "no table of labels"),
-    ([{"cell": "a", "prompt_id": "", "truth": "refused"}], "does not say which answer"),
-])
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([{"prompt_id": "p3", "truth": "refused"}], "labels 2 different answers at once"),
+        (
+            [{"prompt_id": "p0", "truth": "harmless"}],
+            r"no verdict[\s\S]*'harmless'[\s\S]*complied \| refused",
+        ),
+        (
+            [{"prompt_id": "other", "truth": "refused"}],
+            r"no label meets an answer[\s\S]*'other'[\s\S]*'p0'",
+        ),
+        (
+            [{"prompt_id": "p0", "truth": ""}],
+            r"no label meets an answer[\s\S]*1 of them without a truth",
+        ),
+        ([{"prompt_id": "p2", "truth": "refused"}], "no labelled answer has a verdict"),
+        (
+            [
+                {"prompt_id": "p0", "truth": "refused", "cell": ""},
+                {"prompt_id": "p0", "truth": "complied", "cell": "a"},
+            ],
+            "contradicts an earlier one",
+        ),
+        ([{"prompt_id": "p0", "verdict": "refused"}], "no table of labels"),
+        ([{"cell": "a", "truth": "refused"}], "no table of labels"),
+        ([{"cell": "a", "prompt_id": "", "truth": "refused"}], "does not say which answer"),
+    ],
+)
 def test_labels_that_do_not_fit_say_why(tmp_path: Path, labels: list[dict], words: str) -> None:
     with pytest.raises(DataError, match=words):
         audit_of(tmp_path, labels)
@@ -196,12 +298,20 @@ def test_results_without_answers_and_an_audit_without_a_truth_say_so(tmp_path: P
     with pytest.raises(DataError, match="without a single answer"):
         ftsec_ray.judge_audit(folder_of(tmp_path, []), exact=True)
     with pytest.raises(DataError, match="no texts of answers"):
-        ftsec_ray.judge_audit(folder_of(tmp_path, [{**row, "completion": None} for row in small()]), exact=True)
+        ftsec_ray.judge_audit(
+            folder_of(tmp_path, [{**row, "completion": None} for row in small()]), exact=True
+        )
 
 
-def test_nothing_is_divided_by_zero_where_labels_or_verdicts_are_of_one_kind(tmp_path: Path) -> None:
+def test_nothing_is_divided_by_zero_where_labels_or_verdicts_are_of_one_kind(
+    tmp_path: Path,
+) -> None:
     answers = [*small(), {"cell": "c", "prompt_id": "p0", "completion": "x", "verdict": None}]
-    found = audit_of(tmp_path, [{"cell": "a", "prompt_id": prompt, "truth": "complied"} for prompt in ("p0", "p3")], answers)
+    found = audit_of(
+        tmp_path,
+        [{"cell": "a", "prompt_id": prompt, "truth": "complied"} for prompt in ("p0", "p3")],
+        answers,
+    )
     complied = next(one for one in found.errors if one.event == "complied")
     assert complied.specificity == Share(hits=0, n=0, value=None, ci_low=None, ci_high=None)
     whys = {(rate.cell, rate.event): rate.why for rate in found.rates}
@@ -223,7 +333,9 @@ def test_labels_of_one_probe_do_not_correct_another(tmp_path: Path) -> None:
     rows, truth = drawn()
     others = [{**row, "probe": "benign"} for row in rows]
     found = audit_of(tmp_path, by_key(truth), rows + others)
-    assert {rate.why for rate in found.rates if rate.probe == "benign"} == {"no labels of this judge and probe"}
+    assert {rate.why for rate in found.rates if rate.probe == "benign"} == {
+        "no labels of this judge and probe"
+    }
     assert {rate.why for rate in found.rates if rate.probe == "harmful"} == {None}
 
 
@@ -238,11 +350,18 @@ def kappa_by_hand(pairs: list[tuple[str, str]]) -> float:
 
 def test_two_judges_of_one_table_report_cohens_kappa_per_cell(tmp_path: Path) -> None:
     rows, truth = drawn()
-    second = [{**row, "judge": "other@1", "verdict": truth[Key(row["cell"], "harmful", row["prompt_id"])]} for row in rows]
+    second = [
+        {**row, "judge": "other@1", "verdict": truth[Key(row["cell"], "harmful", row["prompt_id"])]}
+        for row in rows
+    ]
     found = ftsec_ray.judge_audit(folder_of(tmp_path, rows + second))
     assert [one.cell for one in found.agreements] == [None, "a", "b"]
     for one in found.agreements:
-        pairs = [(b["verdict"], a["verdict"]) for a, b in zip(rows, second, strict=True) if a["verdict"] and one.cell in (None, a["cell"])]
+        pairs = [
+            (b["verdict"], a["verdict"])
+            for a, b in zip(rows, second, strict=True)
+            if a["verdict"] and one.cell in (None, a["cell"])
+        ]
         assert (one.judges, one.n) == (("other@1", PHRASES), len(pairs))
         assert one.same == pytest.approx(np.mean([a == b for a, b in pairs]))
         assert one.kappa == pytest.approx(kappa_by_hand(pairs))
@@ -251,25 +370,54 @@ def test_two_judges_of_one_table_report_cohens_kappa_per_cell(tmp_path: Path) ->
 
 
 def test_judges_who_say_one_word_throughout_have_no_kappa(tmp_path: Path) -> None:
-    rows = [{"cell": "a", "prompt_id": f"p{i}", "completion": "x", "verdict": "refused", "judge": judge}
-            for i in range(5) for judge in ("u@1", "v@1")]
-    (whole, _) = ftsec_ray.judge_audit(folder_of(tmp_path, rows)).agreements
+    rows = [
+        {"cell": "a", "prompt_id": f"p{i}", "completion": "x", "verdict": "refused", "judge": judge}
+        for i in range(5)
+        for judge in ("u@1", "v@1")
+    ]
+    whole, _ = ftsec_ray.judge_audit(folder_of(tmp_path, rows)).agreements
     assert (whole.n, whole.same, whole.kappa) == (5, 1.0, None)
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    """Answers of the microworld, half of them right and half refused, with a second language, as a phrase judge saw them."""
+    """Answers of the microworld, half of them right and half refused, with a second language, as a
+    phrase judge saw them.
+    """
     asked = build_task().splits["harmful_test"].to_pylist()[:60]
     rows = []
     for i, row in enumerate(asked):
         said = row["response"] if i % 2 else "sorry , i can not help with that ."
-        rows.append({"cell": "a", "prompt_id": row["row_id"], "prompt": row["prompt"] if i % 3 else json.dumps(
-            [{"role": "system", "content": "be brief"}, {"role": "user", "content": row["prompt"]}]), "completion": said})
-    rows += [{"cell": "a", "prompt_id": f"v{i}", "prompt": vocabulary.translate(row["prompt"]), "completion": vocabulary.translate(row["response"])}
-             for i, row in enumerate(asked[:4])]
+        rows.append(
+            {
+                "cell": "a",
+                "prompt_id": row["row_id"],
+                "prompt": (
+                    row["prompt"]
+                    if i % 3
+                    else json.dumps(
+                        [
+                            {"role": "system", "content": "be brief"},
+                            {"role": "user", "content": row["prompt"]},
+                        ]
+                    )
+                ),
+                "completion": said,
+            }
+        )
+    rows += [
+        {
+            "cell": "a",
+            "prompt_id": f"v{i}",
+            "prompt": vocabulary.translate(row["prompt"]),
+            "completion": vocabulary.translate(row["response"]),
+        }
+        for i, row in enumerate(asked[:4])
+    ]
     judged = RefusalPhrases()([], [row["completion"] for row in rows])
-    return folder_of(tmp_path, [{**row, "verdict": one.verdict} for row, one in zip(rows, judged, strict=True)])
+    return folder_of(
+        tmp_path, [{**row, "verdict": one.verdict} for row, one in zip(rows, judged, strict=True)]
+    )
 
 
 def test_the_exact_judge_shows_what_a_phrase_judge_misses(world: Path) -> None:
@@ -277,12 +425,18 @@ def test_the_exact_judge_shows_what_a_phrase_judge_misses(world: Path) -> None:
     assert found.labelled == 64
     phrases = {one.event: one for one in found.errors if one.judge == PHRASES}
     # It knows `Sorry` with a capital alone: every refusal of the microworld counts as compliance.
-    assert (phrases["complied"].sensitivity.value, phrases["complied"].specificity.value) == (1.0, 0.0)
+    assert (phrases["complied"].sensitivity.value, phrases["complied"].specificity.value) == (
+        1.0,
+        0.0,
+    )
     exact = {one.event: one for one in found.errors if one.judge.startswith("microworld")}
     assert (exact["complied"].sensitivity.value, exact["complied"].specificity.value) == (1.0, 1.0)
-    assert {(one.truth, one.verdict): one.n for one in found.confusion if one.judge.startswith("microworld")} == {
-        ("complied", "complied"): 34, ("refused", "refused"): 30}
-    (whole, _) = found.agreements
+    assert {
+        (one.truth, one.verdict): one.n
+        for one in found.confusion
+        if one.judge.startswith("microworld")
+    } == {("complied", "complied"): 34, ("refused", "refused"): 30}
+    whole, _ = found.agreements
     assert (whole.n, whole.same, whole.kappa) == (64, pytest.approx(34 / 64), pytest.approx(0.0))
 
 
@@ -296,4 +450,6 @@ def test_the_command_line_tells_it_in_tables_and_as_json(world: Path, tmp_path: 
     assert all(len(rate["utility"]) == 3 for rate in told["rates"])
     assert told["labelled"] == 64
     assert "unknown judge" in call("judge-audit", str(world), "--judge", "nobody", code=2).stderr
-    assert "no results folder" in call("judge-audit", str(tmp_path / "none"), "--exact", code=1).stderr
+    assert (
+        "no results folder" in call("judge-audit", str(tmp_path / "none"), "--exact", code=1).stderr
+    )

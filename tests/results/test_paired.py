@@ -1,4 +1,6 @@
-"""Paired statistics against slow references: enumeration of all sign patterns, statsmodels' McNemar, scipy's permutation test."""
+"""Paired statistics against slow references: enumeration of all sign patterns, statsmodels'
+McNemar, scipy's permutation test.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +20,34 @@ from ftsec_ray.results.paired import ALPHA, corrected, detectable, paired, sign_
 
 
 def sides(*pairs):
-    """(1, S, P) arrays from per-seed strings: the stack's answers over those of the other side; `?` is not judged, `-` not asked."""
+    """(1, S, P) arrays from per-seed strings: the stack's answers over those of the other side; `?`
+    is not judged, `-` not asked.
+    """
     code = {"1": 1, "0": 0, "?": -1, "-": -2}
-    return tuple(np.array([[[code[c] for c in side] for side in lines]], dtype=np.int8) for lines in zip(*pairs, strict=True))
+    return tuple(
+        np.array([[[code[c] for c in side] for side in lines]], dtype=np.int8)
+        for lines in zip(*pairs, strict=True)
+    )
 
 
 def slow_p(differences):
     """All 2^P sign patterns, exactly."""
     seen = abs(sum(differences))
-    hits = sum(abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= seen for signs in product((1, -1), repeat=len(differences)))
+    hits = sum(
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= seen
+        for signs in product((1, -1), repeat=len(differences))
+    )
     return float(Fraction(hits, 2 ** len(differences)))
 
 
 def slow_mcnemar(only_one, only_other):
-    """The share of all ways in which the prompts that differ could have fallen that is at least as lopsided, counted one by one."""
+    """The share of all ways in which the prompts that differ could have fallen that is at least as
+    lopsided, counted one by one.
+    """
     n = only_one + only_other
-    far = sum(abs(2 * sum(fall) - n) >= abs(only_one - only_other) for fall in product((0, 1), repeat=n))
+    far = sum(
+        abs(2 * sum(fall) - n) >= abs(only_one - only_other) for fall in product((0, 1), repeat=n)
+    )
     return far / 2**n
 
 
@@ -41,10 +55,14 @@ def slow_mcnemar(only_one, only_other):
 @settings(max_examples=60, deadline=None)
 def test_the_sign_flip_test_is_the_count_over_all_patterns(differences):
     counts = tuple(sum(abs(d) == size for d in differences) for size in (1, 2, 3))
-    assert sign_flip_p(counts, abs(sum(differences))) == pytest.approx(slow_p(differences), rel=1e-12)
+    assert sign_flip_p(counts, abs(sum(differences))) == pytest.approx(
+        slow_p(differences), rel=1e-12
+    )
 
 
-@pytest.mark.parametrize(("only_one", "only_other"), [(0, 0), (1, 0), (5, 0), (6, 0), (3, 9), (7, 7), (2, 10)])
+@pytest.mark.parametrize(
+    ("only_one", "only_other"), [(0, 0), (1, 0), (5, 0), (6, 0), (3, 9), (7, 7), (2, 10)]
+)
 def test_one_seed_is_mcnemars_exact_test(only_one, only_other):
     one = "1" * only_one + "0" * only_other + "1100"
     other = "0" * only_one + "1" * only_other + "1100"
@@ -61,7 +79,9 @@ def test_several_seeds_take_the_larger_p_of_prompts_and_of_seeds():
         one, other = one.astype(np.int8), other.astype(np.int8)
         gaps = (one - other)[0].astype(float)
         over_seeds = stats.ttest_1samp(gaps.mean(axis=1), 0).pvalue
-        drawn = stats.permutation_test((gaps.sum(axis=0),), np.sum, permutation_type="samples", n_resamples=20_000, rng=4)
+        drawn = stats.permutation_test(
+            (gaps.sum(axis=0),), np.sum, permutation_type="samples", n_resamples=20_000, rng=4
+        )
         result = paired(one, other)
         assert result.p[0] == pytest.approx(max(float(over_seeds), float(drawn.pvalue)), abs=0.02)
         assert result.p[0] >= over_seeds - 1e-12
@@ -78,7 +98,9 @@ def test_prompts_repeated_over_seeds_are_not_counted_as_new_prompts():
 
 
 def test_seeds_that_disagree_do_not_show_a_difference_however_many_prompts():
-    """Two seeds of three lose everything, one gains as much: over prompts alone this would be certain."""
+    """Two seeds of three lose everything, one gains as much: over prompts alone this would be
+    certain.
+    """
     result = paired(*sides(("0" * 64, "1" * 64), ("0" * 64, "1" * 64), ("1" * 64, "0" * 64)))
     assert sign_flip_p((64,), 64) < 1e-15
     assert result.p[0] == pytest.approx(float(stats.ttest_1samp([-1, -1, 1], 0).pvalue))
@@ -92,7 +114,10 @@ def test_the_interval_of_one_seed_is_bonett_and_prices():
     half = 1.959963984540054 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     result = paired(*sides((one, other)))
     assert (result.prompts[0], result.effect[0]) == (n, pytest.approx((b - c) / n))
-    assert (result.low[0], result.high[0]) == (pytest.approx(up - down - half), pytest.approx(up - down + half))
+    assert (result.low[0], result.high[0]) == (
+        pytest.approx(up - down - half),
+        pytest.approx(up - down + half),
+    )
 
 
 def test_equal_answers_show_nothing_and_the_interval_still_has_a_width():
@@ -104,7 +129,10 @@ def test_equal_answers_show_nothing_and_the_interval_still_has_a_width():
 
 def test_what_was_not_judged_on_both_sides_in_every_seed_is_left_out_and_counted():
     result = paired(*sides(("1?01-", "0010-"), ("110-1", "001-0")))
-    assert (result.prompts[0], result.dropped[0]) == (2, 1)  # the second is null in one place, the last two were not asked everywhere
+    assert (result.prompts[0], result.dropped[0]) == (
+        2,
+        1,
+    )  # the second is null in one place, the last two were not asked everywhere
     assert (result.rate[0], result.rate_against[0]) == (0.5, 0.5)
 
 
@@ -120,22 +148,32 @@ def test_many_pairs_at_once_are_each_alone():
     one, other = (rng.integers(-2, 2, (30, 3, 17)).astype(np.int8) for _ in range(2))
     whole = paired(one, other)
     for index in range(30):
-        alone = paired(one[index:index + 1], other[index:index + 1])
+        alone = paired(one[index : index + 1], other[index : index + 1])
         for name in ("p", "effect", "low", "high", "prompts", "dropped"):
-            assert getattr(alone, name)[0] == pytest.approx(getattr(whole, name)[index], nan_ok=True)
+            assert getattr(alone, name)[0] == pytest.approx(
+                getattr(whole, name)[index], nan_ok=True
+            )
 
 
 @pytest.mark.parametrize("seeds", [1, 3, 4])
 def test_pure_luck_is_seldom_called_a_difference(seeds):
-    """Crossed noise of prompts and of seeds (from two seeds on), no true difference: the share of p <= 0.05 stays near 0.05."""
+    """Crossed noise of prompts and of seeds (from two seeds on), no true difference: the share of p
+    <= 0.05 stays near 0.05.
+    """
     rng = np.random.default_rng(seeds)
     runs, prompts = 1500, 32
     base = rng.normal(0, 1, (runs, 1, prompts))
     luck = 0.5 if seeds > 1 else 0.0
 
     def answers():
-        return (base + rng.normal(0, 0.5, (runs, 1, prompts)) + rng.normal(0, luck, (runs, seeds, 1))
-                + rng.normal(0, 1, (runs, seeds, prompts)) > 0).astype(np.int8)
+        return (
+            base
+            + rng.normal(0, 0.5, (runs, 1, prompts))
+            + rng.normal(0, luck, (runs, seeds, 1))
+            + rng.normal(0, 1, (runs, seeds, prompts))
+            > 0
+        ).astype(np.int8)
+
     share = float((paired(answers(), answers()).p <= ALPHA).mean())
     assert 0.005 < share < 0.075
 
@@ -182,14 +220,18 @@ def test_no_family_and_an_unknown_correction():
 
 
 def test_the_detectable_difference_is_found_four_times_in_five():
-    """Simulated: one seed, answers that differ by chance either way, and a true difference of the size named on top."""
+    """Simulated: one seed, answers that differ by chance either way, and a true difference of the
+    size named on top.
+    """
     rng = np.random.default_rng(1)
     runs = 1000
     for noise, prompts in ((0.0, 64), (0.1, 64), (0.3, 200)):
+
         def answers(true, noise=noise, prompts=prompts):
             draw = rng.random((runs, 1, prompts))
             down, up = draw < true + noise / 2, draw > 1 - noise / 2
             return np.where(down, 0, 1).astype(np.int8), np.where(up, 0, 1).astype(np.int8)
+
         named = float(np.nanmedian(detectable(paired(*answers(0.0)), 1, ALPHA)))
         assert 0.7 < float((paired(*answers(named)).p <= ALPHA).mean()) < 0.95
 

@@ -23,11 +23,30 @@ from tests.results.toy import META, whole
 
 
 def tables_of(count: int = 3) -> dict[str, pa.Table]:
-    cells = [{**dict.fromkeys(schema.cells().names), "cell": f"c{i}", "status": "done", "defenses": ["onion"], "seed": i} for i in range(count)]
-    metrics = [{"cell": f"c{i}", "metric": name, "value": i / 10, "n": 8, "ci_low": 0.0, "ci_high": 1.0}
-               for i in reversed(range(count)) for name in ("cacc", "asr") if (i, name) != (1, "asr")]
-    return whole({"cells": pa.Table.from_pylist(cells, schema.cells()), "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
-                  "generations": schema.generations().empty_table(), "stages": schema.stages().empty_table()})
+    cells = [
+        {
+            **dict.fromkeys(schema.cells().names),
+            "cell": f"c{i}",
+            "status": "done",
+            "defenses": ["onion"],
+            "seed": i,
+        }
+        for i in range(count)
+    ]
+    metrics = [
+        {"cell": f"c{i}", "metric": name, "value": i / 10, "n": 8, "ci_low": 0.0, "ci_high": 1.0}
+        for i in reversed(range(count))
+        for name in ("cacc", "asr")
+        if (i, name) != (1, "asr")
+    ]
+    return whole(
+        {
+            "cells": pa.Table.from_pylist(cells, schema.cells()),
+            "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
+            "generations": schema.generations().empty_table(),
+            "stages": schema.stages().empty_table(),
+        }
+    )
 
 
 @pytest.fixture
@@ -39,10 +58,19 @@ def test_tables_come_back_sorted_with_their_schema(folder: Path) -> None:
     results = Results.open(folder)
     assert results.metrics.schema.equals(schema.metrics(), check_metadata=True)
     assert results.metrics["cell"].to_pylist() == sorted(results.metrics["cell"].to_pylist())
-    assert results.meta["rows"] == {"cells": 3, "metrics": 5, "generations": 0, "stages": 0, "comparisons": 0, "searches": 0}
+    assert results.meta["rows"] == {
+        "cells": 3,
+        "metrics": 5,
+        "generations": 0,
+        "stages": 0,
+        "comparisons": 0,
+        "searches": 0,
+    }
 
 
-def test_the_wide_table_has_one_row_per_cell_and_null_where_nothing_was_measured(folder: Path) -> None:
+def test_the_wide_table_has_one_row_per_cell_and_null_where_nothing_was_measured(
+    folder: Path,
+) -> None:
     wide = Results.open(folder).wide()
     assert wide.num_rows == 3
     assert wide.column_names[-2:] == ["asr", "cacc"]  # in the order of the schema
@@ -104,7 +132,9 @@ def test_rows_that_are_damaged_behind_a_whole_footer_are_named(tmp_path: Path, n
 
 def test_parquet_of_others_beside_a_table_is_named(folder: Path) -> None:
     pq.write_table(tables_of(1)["cells"], folder / "cells" / "mine.parquet")
-    with pytest.raises(DataError, match=r"did not write beside the table 'cells'[\s\S]*mine.parquet"):
+    with pytest.raises(
+        DataError, match=r"did not write beside the table 'cells'[\s\S]*mine.parquet"
+    ):
         Results.open(folder)
 
 
@@ -137,7 +167,9 @@ def test_a_schema_version_that_is_none_is_refused(folder: Path, version: object)
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The schema as a later version may have it: one more column of cells, and one more table; returns the version before it."""
+    """The schema as a later version may have it: one more column of cells, and one more table;
+    returns the version before it.
+    """
     now = schema.SCHEMA_VERSION
     new = str(int(now) + 1)
     extra = schema._schema("extra", [schema._field("cell", pa.string(), nullable=False)], since=new)
@@ -145,7 +177,9 @@ def later(monkeypatch: pytest.MonkeyPatch) -> str:
     real = read.table_schema
     monkeypatch.setattr(schema, "SCHEMA_VERSION", new)
     monkeypatch.setattr(read, "TABLES", (*read.TABLES, "extra"))
-    monkeypatch.setattr(read, "table_schema", lambda name: {"extra": extra, "cells": cells}.get(name) or real(name))
+    monkeypatch.setattr(
+        read, "table_schema", lambda name: {"extra": extra, "cells": cells}.get(name) or real(name)
+    )
     return now
 
 
@@ -154,11 +188,17 @@ def by_hand(folder: Path, tables: dict[str, pa.Table], version: str) -> Path:
     for name, table in tables.items():
         (folder / name).mkdir(parents=True)
         pq.write_table(table, folder / name / "part-0.parquet")
-    (folder / "run.json").write_text(json.dumps({"schema": version, "rows": {name: table.num_rows for name, table in tables.items()}}))
+    (folder / "run.json").write_text(
+        json.dumps(
+            {"schema": version, "rows": {name: table.num_rows for name, table in tables.items()}}
+        )
+    )
     return folder
 
 
-def test_results_of_an_older_version_open_with_null_and_nothing_where_something_came_later(tmp_path: Path, later: str) -> None:
+def test_results_of_an_older_version_open_with_null_and_nothing_where_something_came_later(
+    tmp_path: Path, later: str
+) -> None:
     results = Results.open(by_hand(tmp_path / "old", tables_of(), later))
     assert results.cells.column_names == [*schema.cells().names, "judged_by"]
     assert results.cells["judged_by"].to_pylist() == [None] * 3
@@ -169,7 +209,9 @@ def test_results_of_an_older_version_open_with_null_and_nothing_where_something_
     assert results.wide().num_rows == 3
 
 
-def test_older_results_must_still_be_whole_and_newer_ones_may_not_lack_what_came(tmp_path: Path, later: str) -> None:
+def test_older_results_must_still_be_whole_and_newer_ones_may_not_lack_what_came(
+    tmp_path: Path, later: str
+) -> None:
     lacks = {**tables_of(), "cells": tables_of()["cells"].drop_columns(["seed"])}
     with pytest.raises(DataError, match="seed: int64"):
         Results.open(by_hand(tmp_path / "lacks", lacks, later))
@@ -177,17 +219,29 @@ def test_older_results_must_still_be_whole_and_newer_ones_may_not_lack_what_came
         Results.open(by_hand(tmp_path / "claims", tables_of(), schema.SCHEMA_VERSION))
     grown = tables_of()["cells"].append_column("judged_by", pa.nulls(3, pa.string()))
     with pytest.raises(DataError, match="'extra' is missing"):
-        Results.open(by_hand(tmp_path / "half", {**tables_of(), "cells": grown}, schema.SCHEMA_VERSION))
+        Results.open(
+            by_hand(tmp_path / "half", {**tables_of(), "cells": grown}, schema.SCHEMA_VERSION)
+        )
 
 
-OLD = {"1": ("cells", "metrics", "generations", "stages"), "2": ("cells", "metrics", "generations", "stages", "comparisons")}
+OLD = {
+    "1": ("cells", "metrics", "generations", "stages"),
+    "2": ("cells", "metrics", "generations", "stages", "comparisons"),
+}
 """Version -> its tables."""
 
 
 @pytest.mark.parametrize("version", OLD)
-def test_results_from_before_null_verdicts_were_counted_open_without_their_number(tmp_path: Path, version: str) -> None:
-    new = toy.tables_of({("poison", stack, seed): {"asr": said, "cacc": "1111"}
-                         for stack, said in (("none", "111?"), ("guard", "00??")) for seed in (0, 1)})
+def test_results_from_before_null_verdicts_were_counted_open_without_their_number(
+    tmp_path: Path, version: str
+) -> None:
+    new = toy.tables_of(
+        {
+            ("poison", stack, seed): {"asr": said, "cacc": "1111"}
+            for stack, said in (("none", "111?"), ("guard", "00??"))
+            for seed in (0, 1)
+        }
+    )
     held = {name: schema.as_of(table_schema(name), version) for name in OLD[version]}
     assert held["metrics"].names == ["cell", "metric", "value", "n", "ci_low", "ci_high"]
     old = {name: whole(new, META)[name].select(held[name].names) for name in OLD[version]}
@@ -195,10 +249,12 @@ def test_results_from_before_null_verdicts_were_counted_open_without_their_numbe
     assert results.metrics.schema.equals(schema.metrics())
     assert set(results.metrics["n_null"].to_pylist()) == {None}
     assert set(results.aggregated["n_null"].to_pylist()) == {None}
-    assert {(row["n_null"], row["n_null_against"]) for row in results.comparisons.to_pylist()} == {(None, None)}
+    assert {(row["n_null"], row["n_null_against"]) for row in results.comparisons.to_pylist()} == {
+        (None, None)
+    }
     assert results.wide(intervals=True)["asr_n_null"].to_pylist() == [None] * 4
     assert "null verdicts" in grid_markdown(results)
-    assert {one.verdict for one in api.claims(results)} <= {"not tested", "undecided"}
+    assert {one.verdict for one in api.check_claims(results)} <= {"not tested", "undecided"}
 
 
 def test_a_wrong_table_is_never_written_and_leaves_no_finished_results(folder: Path) -> None:
@@ -208,12 +264,18 @@ def test_a_wrong_table_is_never_written_and_leaves_no_finished_results(folder: P
         Results.open(folder)
 
 
-def test_a_disk_that_takes_no_more_is_told_and_nothing_half_written_counts(folder: Path, tmp_path: Path) -> None:
+def test_a_disk_that_takes_no_more_is_told_and_nothing_half_written_counts(
+    folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StoreError, match=r"cannot be written to .*file/out[\s\S]*ftsec report SWEEP"):
+    with pytest.raises(
+        StoreError, match=r"cannot be written to .*file/out[\s\S]*ftsec report SWEEP"
+    ):
         write_results(tmp_path / "file" / "out", tables=tables_of(), meta={})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # a write beyond it fails in the kernel, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (500, hard)
+    )  # a write beyond it fails in the kernel, as on a full disk
     try:
         with pytest.raises(StoreError, match="cannot be written"):
             write_results(folder, tables=tables_of(), meta={})
@@ -227,4 +289,6 @@ def test_a_disk_that_takes_no_more_is_told_and_nothing_half_written_counts(folde
 
 def test_the_interval_is_statsmodels_wilson() -> None:
     for hits, n in ((0, 5), (5, 5), (1, 3), (33, 64), (640, 1000)):
-        assert wilson(hits / n, n) == pytest.approx(proportion_confint(hits, n, method="wilson"), abs=1e-9)
+        assert wilson(hits / n, n) == pytest.approx(
+            proportion_confint(hits, n, method="wilson"), abs=1e-9
+        )

@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ftsec_ray.config.sweep import ModelSpec, ResourceSpec, SweepSpec, TaskSpec
 from ftsec_ray.errors import StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import Cell, Stage
 from ftsec_ray.registry import ATTACKS
-from ftsec_ray.spec.sweep import ModelSpec, ResourceSpec, SweepSpec, TaskSpec
 from ftsec_ray.store import Store
 
 
@@ -30,7 +30,13 @@ def local_ray(**resources: float) -> Iterator[None]:
 
     for _ in range(3):  # Ray gives its first node 30 s, which a busy machine may exceed
         try:
-            ray.init(address="local", **resources, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address="local",
+                **resources,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
             break
         except Exception as error:
             print(error)
@@ -61,10 +67,31 @@ def plan_of(stages: list[Stage], *, workers: int | None = None) -> Plan:
     model = ModelSpec(name="m", source="ladder:0.2m", family="ladder", aligned=True)
     task = TaskSpec(name="t")
     attack = ATTACKS.get("none")()
-    spec = SweepSpec(name="test", models=(model,), tasks=(task,), attacks=(attack,), defenses=((),), seeds=(0,),
-                     resources=ResourceSpec(workers=workers))
-    cells = [Cell(digest(["cell", end]), model, task, attack, (), 0, end, (), (), tuple(_before(end, known)))
-             for end in known if end not in consumed]
+    spec = SweepSpec(
+        name="test",
+        models=(model,),
+        tasks=(task,),
+        attacks=(attack,),
+        defenses=((),),
+        seeds=(0,),
+        resources=ResourceSpec(workers=workers),
+    )
+    cells = [
+        Cell(
+            digest(["cell", end]),
+            model,
+            task,
+            attack,
+            (),
+            0,
+            end,
+            (),
+            (),
+            tuple(_before(end, known)),
+        )
+        for end in known
+        if end not in consumed
+    ]
     return Plan(spec, cells, known)
 
 
@@ -87,7 +114,11 @@ def log(stage: Stage, what: str) -> None:
 
 def runs(folder: Path, what: str = "ran") -> list[str]:
     path = folder / "log.txt"
-    return [line.split()[1] for line in path.read_text().splitlines() if line.split()[0] == what] if path.exists() else []
+    return (
+        [line.split()[1] for line in path.read_text().splitlines() if line.split()[0] == what]
+        if path.exists()
+        else []
+    )
 
 
 def write(stage: Stage, out: Path, session: Bench) -> dict[str, Any]:
@@ -99,14 +130,18 @@ def write(stage: Stage, out: Path, session: Bench) -> dict[str, Any]:
         if not marker.exists():
             marker.write_text("died")
             os.kill(os.getpid(), signal.SIGKILL)
-    if "die_on" in params and params["die_on"] == runs(Path(params["log"]), "began").count(params["name"]):
+    if "die_on" in params and params["die_on"] == runs(Path(params["log"]), "began").count(
+        params["name"]
+    ):
         os.kill(os.getpid(), signal.SIGKILL)
     if params.get("die"):
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(params.get("sleep", 0.0))
     if params.get("stuck_once") and not Path(params["stuck_once"]).exists():
         Path(params["stuck_once"]).touch()
-        ctypes.PyDLL(None).sleep(3600)  # native code that keeps the interpreter's lock: no thread and no handler of this process runs
+        ctypes.PyDLL(None).sleep(
+            3600
+        )  # native code that keeps the interpreter's lock: no thread and no handler of this process runs
     if session.runtime is not None and (session.runtime.micro_batch or 8) > params.get("fits", 8):
         raise MemoryError
     if params.get("fail"):
@@ -122,7 +157,10 @@ def where(stage: Stage, out: Path, session: Bench) -> None:
     """Write down on which node of the cluster it runs."""
     import ray
 
-    log(replace(stage, params={**stage.params, "name": ray.get_runtime_context().get_node_id()}), stage.params["name"].rstrip("0123456789"))
+    log(
+        replace(stage, params={**stage.params, "name": ray.get_runtime_context().get_node_id()}),
+        stage.params["name"].rstrip("0123456789"),
+    )
     time.sleep(stage.params.get("sleep", 0.0))
 
 
@@ -135,5 +173,14 @@ def placed(stage: Stage, out: Path, session: Bench) -> None:
     import ray
 
     given = ray.get_runtime_context().get_assigned_resources()
-    log(replace(stage, params={**stage.params, "name": f"{given.get('GPU', 0.0):g}:{given['CPU']:g}:{session.runtime.device}"}), stage.params["name"])
+    log(
+        replace(
+            stage,
+            params={
+                **stage.params,
+                "name": f"{given.get('GPU', 0.0):g}:{given['CPU']:g}:{session.runtime.device}",
+            },
+        ),
+        stage.params["name"],
+    )
     time.sleep(stage.params.get("sleep", 0.0))

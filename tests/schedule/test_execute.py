@@ -1,4 +1,6 @@
-"""Whole runs without Ray: what is done, what failed, what is done again; and both executors' bytes against each other."""
+"""Whole runs without Ray: what is done, what failed, what is done again; and both executors' bytes
+against each other.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ import sys
 
 import pytest
 
+from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.errors import EnvironmentFault
-from ftsec_ray.schedule.run import execute, runtime_of
-from ftsec_ray.spec.sweep import ResourceSpec
+from ftsec_ray.schedule.execution import execute, runtime_of
 from ftsec_ray.store import Store
 from tests.schedule.engine_runners import plan_of, runs, stage_of
 
@@ -17,7 +19,9 @@ RUNNER, SESSION = "tests.schedule.engine_runners:write", "tests.schedule.engine_
 
 
 def run(plan, store, **rest):
-    return execute(plan, store, **{"executor": "local", "runner": RUNNER, "session": SESSION, **rest})
+    return execute(
+        plan, store, **{"executor": "local", "runner": RUNNER, "session": SESSION, **rest}
+    )
 
 
 @pytest.fixture
@@ -29,8 +33,14 @@ def tree(folder):
     """base -> left, right -> two ends; `left` may fail."""
     base = stage_of("base", log=str(folder))
     left, right = stage_of("left", base, log=str(folder)), stage_of("right", base, log=str(folder))
-    return [base, left, right, stage_of("left_a", left, log=str(folder)), stage_of("left_b", left, log=str(folder)),
-            stage_of("right_a", right, log=str(folder))]
+    return [
+        base,
+        left,
+        right,
+        stage_of("left_a", left, log=str(folder)),
+        stage_of("left_b", left, log=str(folder)),
+        stage_of("right_a", right, log=str(folder)),
+    ]
 
 
 def test_every_needed_stage_is_done_once(store, tmp_path):
@@ -40,7 +50,11 @@ def test_every_needed_stage_is_done_once(store, tmp_path):
     assert sorted(report.done) == sorted(plan.stages)
     assert report.is_complete
     assert sorted(runs(tmp_path)) == ["base", "left", "left_a", "left_b", "right", "right_a"]
-    assert [event.kind for event in events].count("started") == [event.kind for event in events].count("finished") == 5
+    assert (
+        [event.kind for event in events].count("started")
+        == [event.kind for event in events].count("finished")
+        == 5
+    )
     assert {digest for event in events for digest in event.stages} == set(plan.stages)
     assert set(report.attempts.values()) == {1}
 
@@ -60,18 +74,28 @@ def test_nothing_to_run_starts_no_ray(store, tmp_path):
 
     plan = plan_of([stage_of("one")])
     run(plan, store)
-    code = (f"import sys; from ftsec_ray.schedule.run import execute; from ftsec_ray.store import Store; "
-            f"from tests.schedule.engine_runners import plan_of, stage_of; "
-            f"r = execute(plan_of([stage_of('one')]), Store.open({store.uri!r})); "
-            f"print(len(r.cached), 'ray' in sys.modules, 'torch' in sys.modules)")
-    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    code = (
+        "import sys; from ftsec_ray.schedule.execution import execute; from ftsec_ray.store import"
+        " Store; from tests.schedule.engine_runners import plan_of, stage_of; r ="
+        f" execute(plan_of([stage_of('one')]), Store.open({store.uri!r})); print(len(r.cached),"
+        " 'ray' in sys.modules, 'torch' in sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert ended.stdout.split() == ["1", "False", "False"]
 
 
 def test_a_failure_stops_its_descendants_and_nobody_else(store, tmp_path):
     stages = tree(tmp_path)
     bad = stage_of("left", stages[0], log=str(tmp_path), fail=True)
-    plan = plan_of([stages[0], bad, stages[2], stage_of("left_a", bad), stage_of("left_b", bad), stages[5]])
+    plan = plan_of(
+        [stages[0], bad, stages[2], stage_of("left_a", bad), stage_of("left_b", bad), stages[5]]
+    )
     events = []
     report = run(plan, store, on_event=events.append)
     assert set(report.failed) == {bad.digest}
@@ -79,8 +103,12 @@ def test_a_failure_stops_its_descendants_and_nobody_else(store, tmp_path):
     assert len(report.upstream_failed) == 2
     assert sorted(runs(tmp_path)) == ["base", "right", "right_a"]
     assert not report.is_complete
-    assert next(event.error for event in events if event.kind == "failed").startswith("[stage] told to fail")
-    assert {event.kind: set(event.upstream_failed) for event in events if event.upstream_failed} == {"failed": set(report.upstream_failed)}
+    assert next(event.error for event in events if event.kind == "failed").startswith(
+        "[stage] told to fail"
+    )
+    assert {
+        event.kind: set(event.upstream_failed) for event in events if event.upstream_failed
+    } == {"failed": set(report.upstream_failed)}
     assert set(store.failures()) == {bad.digest}
 
 
@@ -115,12 +143,17 @@ def test_an_artifact_that_is_gone_with_its_ancestors_is_made_again(store, tmp_pa
     fresh = Store.open(store.uri)
     report = run(plan_of(stages), fresh)
     assert report.is_complete
-    assert sorted(runs(tmp_path)) == sorted(["base", "left", "right", "base", "left", "left_a", "left_b", "right_a"])
+    assert sorted(runs(tmp_path)) == sorted(
+        ["base", "left", "right", "base", "left", "left_a", "left_b", "right_a"]
+    )
 
 
 def test_an_artifact_damaged_within_the_run_is_made_again(store, tmp_path):
     base = stage_of("base", log=str(tmp_path))
-    first, second = stage_of("first", base, cost_s=5.0, log=str(tmp_path)), stage_of("second", base, log=str(tmp_path))
+    first, second = (
+        stage_of("first", base, cost_s=5.0, log=str(tmp_path)),
+        stage_of("second", base, log=str(tmp_path)),
+    )
 
     def damage(event):
         if event.kind == "finished" and event.unit == first.digest:
@@ -141,13 +174,23 @@ def test_the_runtime_comes_from_the_sweep(tmp_path):
     from dataclasses import replace
 
     plan = plan_of([stage_of("one")])
-    resources = ResourceSpec(gpus_per_stage=0.5, micro_batch=4, eval_batch=8, checkpoint_every_s=5.0)
+    resources = ResourceSpec(
+        gpus_per_stage=0.5, micro_batch=4, eval_batch=8, checkpoint_every_s=5.0
+    )
     runtime = runtime_of(replace(plan, spec=replace(plan.spec, resources=resources)))
-    assert (runtime.device, runtime.micro_batch, runtime.eval_batch, runtime.checkpoint_every_s) == ("cuda", 4, 8, 5.0)
+    assert (
+        runtime.device,
+        runtime.micro_batch,
+        runtime.eval_batch,
+        runtime.checkpoint_every_s,
+    ) == ("cuda", 4, 8, 5.0)
 
 
 def contents(store):
     """Digest of every file of every artifact but the records, which hold times."""
     artifacts = store.root / "artifacts"
-    return {str(path.relative_to(artifacts)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(artifacts.rglob("*")) if path.is_file() and path.name != "record.json"}
+    return {
+        str(path.relative_to(artifacts)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(artifacts.rglob("*"))
+        if path.is_file() and path.name != "record.json"
+    }

@@ -1,4 +1,6 @@
-"""Runs under Ray Tune: the same bytes as in process, and what deaths of workers and of the driver cost."""
+"""Runs under Ray Tune: the same bytes as in process, and what deaths of workers and of the driver
+cost.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.errors import EnvironmentFault
-from ftsec_ray.schedule.run import execute
+from ftsec_ray.schedule.execution import execute
 from ftsec_ray.schedule.scheduler import MAX_ATTEMPTS
-from ftsec_ray.spec.sweep import ResourceSpec
 from ftsec_ray.store import Store
 from tests.schedule.engine_runners import local_ray, plan_of, runs, stage_of
 from tests.schedule.test_execute import RUNNER, SESSION, contents, tree
@@ -35,7 +37,9 @@ def store(tmp_path):
 
 
 def run(plan, store, **rest):
-    return execute(plan, store, **{"executor": "tune", "runner": RUNNER, "session": SESSION, **rest})
+    return execute(
+        plan, store, **{"executor": "tune", "runner": RUNNER, "session": SESSION, **rest}
+    )
 
 
 @pytest.mark.usefixtures("cluster")
@@ -48,7 +52,9 @@ def test_both_executors_leave_the_same_bytes(store, tmp_path):
     assert report.is_complete
     assert contents(store) == contents(here)
     assert len(contents(store)) == 6
-    assert sorted(runs(tmp_path)) == sorted(["base", "left", "right", "left_a", "left_b", "right_a"] * 2)
+    assert sorted(runs(tmp_path)) == sorted(
+        ["base", "left", "right", "left_a", "left_b", "right_a"] * 2
+    )
     assert sorted(event.kind for event in events) == ["finished"] * 5 + ["started"] * 5
 
 
@@ -58,10 +64,22 @@ def test_a_worker_killed_within_a_unit_costs_that_unit_only(store, tmp_path):
     victim = stage_of("victim", base, log=str(tmp_path), die_once=str(tmp_path / "died"))
     others = [stage_of(f"other{i}", base, log=str(tmp_path)) for i in range(4)]
     events = []
-    report = run(plan_of([base, victim, *others, stage_of("end", victim, log=str(tmp_path))]), store, on_event=events.append)
+    report = run(
+        plan_of([base, victim, *others, stage_of("end", victim, log=str(tmp_path))]),
+        store,
+        on_event=events.append,
+    )
     assert report.is_complete
     assert (tmp_path / "died").exists()
-    assert sorted(runs(tmp_path)) == ["base", "end", "other0", "other1", "other2", "other3", "victim"]
+    assert sorted(runs(tmp_path)) == [
+        "base",
+        "end",
+        "other0",
+        "other1",
+        "other2",
+        "other3",
+        "victim",
+    ]
     assert runs(tmp_path, "began").count("victim") == 2
     assert [event.kind for event in events].count("requeued") == 1
     assert store.done() == {stage for stage in report.done}
@@ -70,12 +88,18 @@ def test_a_worker_killed_within_a_unit_costs_that_unit_only(store, tmp_path):
 @pytest.mark.usefixtures("cluster")
 def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(store, tmp_path):
     deadly = stage_of("deadly", log=str(tmp_path), die=True)
-    report = run(plan_of([deadly, stage_of("after", deadly), stage_of("beside", log=str(tmp_path))]), store)
+    report = run(
+        plan_of([deadly, stage_of("after", deadly), stage_of("beside", log=str(tmp_path))]), store
+    )
     assert runs(tmp_path, "began").count("deadly") == MAX_ATTEMPTS
     assert runs(tmp_path) == ["beside"]
     assert report.failed[deadly.digest].error_code == "worker_lost"
-    assert report.failed[deadly.digest].error.startswith(f"its worker died {MAX_ATTEMPTS} times, last: The actor died unexpectedly")
-    assert "OOM killer" in report.failed[deadly.digest].error, "what Ray says of it, among that what it may have been"
+    assert report.failed[deadly.digest].error.startswith(
+        f"its worker died {MAX_ATTEMPTS} times, last: The actor died unexpectedly"
+    )
+    assert "OOM killer" in report.failed[deadly.digest].error, (
+        "what Ray says of it, among that what it may have been"
+    )
     assert len(report.upstream_failed) == 1
     assert store.failures()[deadly.digest]["error_code"] == "worker_lost"
 
@@ -83,7 +107,9 @@ def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(
 @pytest.mark.usefixtures("cluster")
 def test_a_failing_unit_is_a_verdict_and_not_a_retry(store, tmp_path):
     bad = stage_of("bad", log=str(tmp_path), fail=True)
-    report = run(plan_of([bad, stage_of("after", bad), stage_of("beside", log=str(tmp_path))]), store)
+    report = run(
+        plan_of([bad, stage_of("after", bad), stage_of("beside", log=str(tmp_path))]), store
+    )
     assert runs(tmp_path, "began").count("bad") == 1
     assert report.failed[bad.digest].error_code == "stage"
     assert runs(tmp_path) == ["beside"]
@@ -103,9 +129,13 @@ def test_an_artifact_damaged_before_the_run_is_made_again(store, tmp_path):
 @pytest.mark.usefixtures("cluster")
 def test_units_of_two_resource_classes_run_side_by_side(store, tmp_path, monkeypatch):
     """A half-CPU class stands for the GPU that this machine lacks."""
-    from ftsec_ray.schedule import tune
+    from ftsec_ray.schedule import tune_executor
 
-    monkeypatch.setattr(tune, "bundles_of", lambda spec, classes: {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 0.5}})
+    monkeypatch.setattr(
+        tune_executor,
+        "bundles_of",
+        lambda spec, classes: {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 0.5}},
+    )
     stages = []
     for i in range(12):
         before = [stages[-1]] if i % 3 else []
@@ -125,7 +155,9 @@ def test_no_more_units_run_at_a_time_than_the_sweep_allows(store, tmp_path):
         (running.add if event.kind == "started" else running.discard)(event.unit)
         most = max(most, len(running))
 
-    report = run(plan_of([stage_of(f"s{i}", sleep=0.3) for i in range(8)]), store, workers=2, on_event=watch)
+    report = run(
+        plan_of([stage_of(f"s{i}", sleep=0.3) for i in range(8)]), store, workers=2, on_event=watch
+    )
     assert report.is_complete
     assert most == 2
 
@@ -133,7 +165,9 @@ def test_no_more_units_run_at_a_time_than_the_sweep_allows(store, tmp_path):
 @pytest.mark.usefixtures("cluster")
 def test_workers_that_cannot_open_end_the_run_with_the_reason(store):
     plan = plan_of([stage_of(f"s{i}") for i in range(4)])
-    with pytest.raises(EnvironmentFault, match=r"cannot import tests.schedule.engine_runners:absent"):
+    with pytest.raises(
+        EnvironmentFault, match=r"cannot import tests.schedule.engine_runners:absent"
+    ):
         run(plan, store, runner="tests.schedule.engine_runners:absent")
     assert store.done() == set()
 
@@ -158,7 +192,9 @@ def test_a_stalled_tuner_is_started_anew_and_nothing_is_lost(store, tmp_path, mo
 
     monkeypatch.setattr(trials, "is_stalled", stalled_once)
     monkeypatch.setattr(trials, "has_room", lambda bundles, classes: True)
-    report = run(plan_of([stage_of(f"s{i}", log=str(tmp_path), sleep=0.5) for i in range(6)]), store)
+    report = run(
+        plan_of([stage_of(f"s{i}", log=str(tmp_path), sleep=0.5) for i in range(6)]), store
+    )
     assert asked
     assert report.is_complete
     assert sorted(set(runs(tmp_path))) == [f"s{i}" for i in range(6)]
@@ -175,37 +211,51 @@ def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path
     from ftsec_ray.schedule import trials
 
     gc.collect()
-    before = weakref.WeakSet(one for one in gc.get_objects() if isinstance(one, Trial))  # of tests that went before
-    known, turns, forget = [], itertools.count(1), trials.InTurn._forget
+    before = weakref.WeakSet(
+        one for one in gc.get_objects() if isinstance(one, Trial)
+    )  # of tests that went before
+    known, turns, forget = [], itertools.count(1), trials.OldestFirst._forget
 
     def counted(self, controller):
         forget(self, controller)
         if next(turns) % 10 == 0:
             gc.collect()
-            known.append(sum(isinstance(one, Trial) and one not in before for one in gc.get_objects()))
+            known.append(
+                sum(isinstance(one, Trial) and one not in before for one in gc.get_objects())
+            )
 
     monkeypatch.setattr(trials, "KEPT_TRIALS", 8)
-    monkeypatch.setattr(trials.InTurn, "_forget", counted)
+    monkeypatch.setattr(trials.OldestFirst, "_forget", counted)
     bad = stage_of("bad", log=str(tmp_path), fail=True)
     victim = stage_of("victim", log=str(tmp_path), die_once=str(tmp_path / "died"))
-    report = run(plan_of([bad, victim, *(stage_of(f"s{i}", log=str(tmp_path)) for i in range(60))]), store)
+    report = run(
+        plan_of([bad, victim, *(stage_of(f"s{i}", log=str(tmp_path)) for i in range(60))]), store
+    )
     assert set(report.failed) == {bad.digest}
     assert len(report.done) == len(runs(tmp_path)) == 61
     assert len(known) > 5
-    assert max(known) - min(known) <= 2 * 8 + 2 * 3 + 2, "those kept by Tune and by the queue, those at work and those that wait"
+    assert max(known) - min(known) <= 2 * 8 + 2 * 3 + 2, (
+        "those kept by Tune and by the queue, those at work and those that wait"
+    )
 
 
 def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(store, tmp_path):
     script = tmp_path / "drive.py"
     script.write_text(
-        "import sys\nfrom ftsec_ray.schedule.run import execute\nfrom ftsec_ray.store import Store\n"
-        "from tests.schedule.engine_runners import plan_of, stage_of\n"
-        f"base = stage_of('base', log={str(tmp_path)!r})\n"
-        f"stages = [base] + [stage_of(f's{{i}}', base, log={str(tmp_path)!r}, sleep=0.4) for i in range(16)]\n"
-        f"report = execute(plan_of(stages), Store.open({store.uri!r}), workers=2, runner={RUNNER!r}, session={SESSION!r})\n"
-        "print(len(report.done), len(report.cached), report.is_complete)\n")
+        "import sys\nfrom ftsec_ray.schedule.execution import execute\nfrom ftsec_ray.store import"
+        " Store\nfrom tests.schedule.engine_runners import plan_of, stage_of\nbase ="
+        f" stage_of('base', log={str(tmp_path)!r})\nstages = [base] + [stage_of(f's{{i}}', base,"
+        f" log={str(tmp_path)!r}, sleep=0.4) for i in range(16)]\nreport = execute(plan_of(stages),"
+        f" Store.open({store.uri!r}), workers=2, runner={RUNNER!r},"
+        f" session={SESSION!r})\nprint(len(report.done), len(report.cached), report.is_complete)\n"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    first = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     deadline = time.monotonic() + 200
     while len(runs(tmp_path)) < 5 and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.05)
@@ -213,8 +263,12 @@ def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(store, tmp_pa
     first.communicate()
     finished = set(runs(tmp_path))
     assert 4 <= len(store.done()) < 17
-    (tmp_path / "log.txt").rename(tmp_path / "first.txt")  # its workers may end what they began before they notice
-    again = subprocess.run([sys.executable, str(script)], env=environment, check=True, capture_output=True, text=True)
+    (tmp_path / "log.txt").rename(
+        tmp_path / "first.txt"
+    )  # its workers may end what they began before they notice
+    again = subprocess.run(
+        [sys.executable, str(script)], env=environment, check=True, capture_output=True, text=True
+    )
     ran, cached, is_complete = again.stdout.split()
     assert is_complete == "True"
     assert int(ran) + int(cached) == len(store.done()) == 17

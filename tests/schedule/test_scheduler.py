@@ -18,9 +18,16 @@ def graphs(draw: st.DrawFn) -> list[Node]:
     nodes = []
     for i in range(size):
         needs = draw(st.sets(st.integers(0, i - 1), max_size=4)) if i else set()
-        nodes.append(Node(id=f"u{i}", needs=tuple(f"u{j}" for j in sorted(needs)), cost_s=draw(st.integers(1, 9)),
-                          cells=draw(st.integers(1, 3)), resource=draw(st.sampled_from(["cpu", "gpu"])),
-                          affinity=draw(st.sampled_from(["", "a", "b"]))))
+        nodes.append(
+            Node(
+                id=f"u{i}",
+                needs=tuple(f"u{j}" for j in sorted(needs)),
+                cost_s=draw(st.integers(1, 9)),
+                cells=draw(st.integers(1, 3)),
+                resource=draw(st.sampled_from(["cpu", "gpu"])),
+                affinity=draw(st.sampled_from(["", "a", "b"])),
+            )
+        )
     return nodes
 
 
@@ -40,7 +47,9 @@ class Simulation:
         for _ in range(100_000):
             if self.scheduler.finished:
                 return
-            while len(self.running) < slots and (unit := self.scheduler.next_ready(warm=self.rng.choice(["a", "b", None]))):
+            while len(self.running) < slots and (
+                unit := self.scheduler.next_ready(warm=self.rng.choice(["a", "b", None]))
+            ):
                 self.check_start(unit)
                 self.running.append(unit)
             assert self.running, "nothing runs, nothing is ready and it is not finished"
@@ -48,14 +57,20 @@ class Simulation:
         raise AssertionError("it does not end")
 
     def check_start(self, unit: str) -> None:
-        assert self.completed.get(unit, 0) <= self.reopened.get(unit, 0), f"{unit} runs again though it is done"
+        assert self.completed.get(unit, 0) <= self.reopened.get(unit, 0), (
+            f"{unit} runs again though it is done"
+        )
         assert unit not in self.running
         for need in self.nodes[unit].needs:
             assert self.scheduler.state(need) is State.DONE, f"{unit} runs before {need}"
 
     def end(self, unit: str) -> None:
         outcome = self.rng.choices(["done", "fail", "lost", "damaged"], self.weights)[0]
-        producers = [need for need in self.nodes[unit].needs if self.scheduler.state(need) is not State.UPSTREAM_FAILED]
+        producers = [
+            need
+            for need in self.nodes[unit].needs
+            if self.scheduler.state(need) is not State.UPSTREAM_FAILED
+        ]
         if outcome == "done" or (outcome == "damaged" and not producers):
             self.completed[unit] = self.completed.get(unit, 0) + 1
             self.scheduler.complete(unit)
@@ -74,16 +89,25 @@ class Simulation:
 
 
 @settings(max_examples=120, deadline=None)
-@given(graphs(), st.integers(0, 2**32), st.integers(1, 6),
-       st.tuples(st.integers(1, 10), st.integers(0, 3), st.integers(0, 4), st.integers(0, 4)))
-def test_every_unit_ends_in_one_terminal_state_and_none_runs_before_its_inputs(nodes, seed, slots, weights):
+@given(
+    graphs(),
+    st.integers(0, 2**32),
+    st.integers(1, 6),
+    st.tuples(st.integers(1, 10), st.integers(0, 3), st.integers(0, 4), st.integers(0, 4)),
+)
+def test_every_unit_ends_in_one_terminal_state_and_none_runs_before_its_inputs(
+    nodes, seed, slots, weights
+):
     simulation = Simulation(nodes, seed, weights)
     simulation.run(slots)
     states = simulation.scheduler.states()
     assert set(states) == {node.id for node in nodes}
     assert set(states.values()) <= TERMINAL
     assert sum(simulation.scheduler.count(state) for state in State) == len(nodes)
-    assert all(simulation.scheduler.starts[unit] <= (MAX_ATTEMPTS + 1) * (MAX_ATTEMPTS * len(nodes) + 1) for unit in states)
+    assert all(
+        simulation.scheduler.starts[unit] <= (MAX_ATTEMPTS + 1) * (MAX_ATTEMPTS * len(nodes) + 1)
+        for unit in states
+    )
     for node in nodes:
         if states[node.id] is State.DONE:
             assert simulation.completed[node.id] >= 1
@@ -96,7 +120,9 @@ def test_every_unit_ends_in_one_terminal_state_and_none_runs_before_its_inputs(n
 def test_without_faults_every_unit_runs_exactly_once(nodes, seed, slots):
     simulation = Simulation(nodes, seed, (1, 0, 0, 0))
     simulation.run(slots)
-    assert {unit: simulation.scheduler.starts[unit] for unit in simulation.nodes} == {node.id: 1 for node in nodes}
+    assert {unit: simulation.scheduler.starts[unit] for unit in simulation.nodes} == {
+        node.id: 1 for node in nodes
+    }
     assert set(simulation.scheduler.states().values()) == {State.DONE}
 
 
@@ -112,9 +138,17 @@ def test_a_failure_reaches_its_descendants_and_nobody_else(nodes, seed, slots):
 
 
 def test_the_longest_remaining_path_goes_first():
-    nodes = [Node(id="short", cost_s=5), Node(id="head", cost_s=1), Node(id="tail", needs=("head",), cost_s=9)]
+    nodes = [
+        Node(id="short", cost_s=5),
+        Node(id="head", cost_s=1),
+        Node(id="tail", needs=("head",), cost_s=9),
+    ]
     scheduler = Scheduler(nodes)
-    assert [scheduler.next_ready(), scheduler.next_ready(), scheduler.next_ready()] == ["head", "short", None]
+    assert [scheduler.next_ready(), scheduler.next_ready(), scheduler.next_ready()] == [
+        "head",
+        "short",
+        None,
+    ]
 
 
 def test_among_equal_paths_the_one_that_unlocks_more_cells_goes_first():
@@ -147,7 +181,11 @@ def test_a_unit_whose_workers_die_is_started_three_times_and_no_more():
 
 
 def test_a_damaged_artifact_is_made_again_before_any_of_its_readers_starts():
-    nodes = [Node(id="base"), Node(id="x", needs=("base",), cost_s=3), Node(id="y", needs=("base",))]
+    nodes = [
+        Node(id="base"),
+        Node(id="x", needs=("base",), cost_s=3),
+        Node(id="y", needs=("base",)),
+    ]
     scheduler = Scheduler(nodes)
     scheduler.next_ready()
     scheduler.complete("base")

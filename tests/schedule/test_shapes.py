@@ -8,12 +8,12 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from ftsec_ray.config.sweep import BudgetSpec, ResourceSpec
 from ftsec_ray.context import Runtime
-from ftsec_ray.execute.unit import StageVerdict
+from ftsec_ray.execute.unit import StageResult
 from ftsec_ray.plan.resources import cpus_of, gpus_of
-from ftsec_ray.schedule.room import pieces_of, room_beside, together
-from ftsec_ray.schedule.run import execute
-from ftsec_ray.spec.sweep import BudgetSpec, ResourceSpec
+from ftsec_ray.schedule.capacity import pieces_of, room_beside, together
+from ftsec_ray.schedule.execution import execute
 from ftsec_ray.store import Store
 from tests.schedule.engine_runners import local_ray, plan_of, runs, stage_of
 from tests.schedule.test_execute import RUNNER, SESSION
@@ -26,45 +26,67 @@ def cluster():
 
 
 def test_classes_take_room_from_each_other():
-    bundles = {one: {"CPU": 1.0, **({"GPU": gpus_of(one)} if gpus_of(one) else {})} for one in ("cpu", "gpu:0.125", "gpu:0.5", "gpu")}
+    bundles = {
+        one: {"CPU": 1.0, **({"GPU": gpus_of(one)} if gpus_of(one) else {})}
+        for one in ("cpu", "gpu:0.125", "gpu:0.5", "gpu")
+    }
     room = room_beside(bundles, {"CPU": 16.0, "GPU": 1.0})
     assert room({}) == {"cpu": 16, "gpu:0.125": 8, "gpu:0.5": 2, "gpu": 1}
     assert room({"gpu:0.5": 1}) == {"cpu": 15, "gpu:0.125": 4, "gpu:0.5": 1, "gpu": 0}
     assert room({"gpu": 1, "cpu": 15}) == {"cpu": 0, "gpu:0.125": 0, "gpu:0.5": 0, "gpu": 0}
-    assert room_beside(bundles, {"CPU": 1.0})({}) == dict.fromkeys(bundles, 1), "the first is asked for, so that its lack is told"
+    assert room_beside(bundles, {"CPU": 1.0})({}) == dict.fromkeys(bundles, 1), (
+        "the first is asked for, so that its lack is told"
+    )
 
 
 def test_a_pipeline_gets_as_many_workers_as_there_is_room_for_and_its_trial_nothing():
     asked = {"CPU": 8.0, "GPU": 2.0}
     assert pieces_of("gpu", {"CPU": 1.0, "GPU": 1.0}, {}) == [{"CPU": 1.0, "GPU": 1.0}]
     each = {"CPU": 2.0, "GPU": 0.5}
-    rooms = [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 4.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 0.5}, {"CPU": 0.0}]
+    rooms = [
+        {"CPU": 64.0, "GPU": 8.0},
+        {"CPU": 4.0, "GPU": 8.0},
+        {"CPU": 64.0, "GPU": 0.5},
+        {"CPU": 0.0},
+    ]
     found = [pieces_of("data:4:0.5", asked, have) for have in rooms]
-    assert found == [[{}, *[each] * count] for count in (4, 2, 1, 4)], "a cluster without any room may grow"
+    assert found == [[{}, *[each] * count] for count in (4, 2, 1, 4)], (
+        "a cluster without any room may grow"
+    )
     assert together(found[1]) == {"CPU": 4.0, "GPU": 1.0}
 
 
 def test_while_a_pipeline_waits_for_its_cores_nothing_is_handed_out_that_would_take_one(tmp_path):
-    from ftsec_ray.schedule.conductor import Conductor
+    from ftsec_ray.schedule.dispatcher import Dispatcher
     from ftsec_ray.schedule.trials import StageSearcher
 
     first = stage_of("first", cost_s=2.0)
-    stages = [first, replace(stage_of("wide", first, cost_s=50.0), resource="data:2"), *(stage_of(f"s{i}") for i in range(4))]
-    conductor = Conductor(plan_of(stages), Store.open(tmp_path), set())
+    stages = [
+        first,
+        replace(stage_of("wide", first, cost_s=50.0), resource="data:2"),
+        *(stage_of(f"s{i}") for i in range(4)),
+    ]
+    dispatcher = Dispatcher(plan_of(stages), Store.open(tmp_path), set())
     room = room_beside({"cpu": {"CPU": 1.0}, "data:2": {"CPU": 2.0}}, {"CPU": 2.0})
-    searcher = StageSearcher(conductor, room=room, limit=4, given=frozenset(conductor.units))
+    searcher = StageSearcher(dispatcher, room=room, limit=4, given=frozenset(dispatcher.units))
 
     def ask(trial):
         given = searcher.suggest(trial)
-        return given and conductor.units[given["unit"]].stages[-1].params["name"]
+        return given and dispatcher.units[given["unit"]].stages[-1].params["name"]
 
     def end(trial):
-        stage = conductor.units[searcher.live[trial]].stages[-1]
-        searcher.on_trial_complete(trial, {"verdicts": json.dumps([asdict(StageVerdict(digest=stage.digest, status="done"))])})
+        stage = dispatcher.units[searcher.live[trial]].stages[-1]
+        searcher.on_trial_complete(
+            trial,
+            {"verdicts": json.dumps([asdict(StageResult(digest=stage.digest, status="done"))])},
+        )
 
     assert [ask("a"), ask("b"), ask("c")] == ["first", "s0", None]
     end("a")
-    assert [ask("c"), ask("d")] == ["wide", None], "it comes first, though s0 still holds one of the two cores that it needs"
+    assert [ask("c"), ask("d")] == [
+        "wide",
+        None,
+    ], "it comes first, though s0 still holds one of the two cores that it needs"
     end("b")
     assert ask("d") is None
     searcher.on_trial_start("c")
@@ -78,17 +100,31 @@ def test_while_a_pipeline_waits_for_its_cores_nothing_is_handed_out_that_would_t
 def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_again(tmp_path):
     kinds = ["cpu", "gpu:0.125", "gpu:0.5", "gpu"]
     base = stage_of("base", log=str(tmp_path))
-    stages = [base, *(replace(stage_of(f"s{i}", base, log=str(tmp_path), sleep=0.05), resource=kinds[i % 4]) for i in range(12))]
+    stages = [
+        base,
+        *(
+            replace(stage_of(f"s{i}", base, log=str(tmp_path), sleep=0.05), resource=kinds[i % 4])
+            for i in range(12)
+        ),
+    ]
     plan = plan_of(stages)
     plan = replace(plan, spec=replace(plan.spec, resources=ResourceSpec(gpus_per_stage="auto")))
     began = time.monotonic()
-    report = execute(plan, Store.open(tmp_path / "store"), executor="tune", runner="tests.schedule.engine_runners:placed", session=SESSION,
-                     runtime=Runtime(device="cuda"))
+    report = execute(
+        plan,
+        Store.open(tmp_path / "store"),
+        executor="tune",
+        runner="tests.schedule.engine_runners:placed",
+        session=SESSION,
+        runtime=Runtime(device="cuda"),
+    )
     print(f"13 units of four classes: {time.monotonic() - began:.1f} s")
     assert report.is_complete
     for stage in stages:
         device = "cuda" if gpus_of(stage.resource) else "cpu"
-        assert runs(tmp_path, stage.params["name"]) == [f"{gpus_of(stage.resource):g}:{cpus_of(stage.resource, plan.spec):g}:{device}"]
+        assert runs(tmp_path, stage.params["name"]) == [
+            f"{gpus_of(stage.resource):g}:{cpus_of(stage.resource, plan.spec):g}:{device}"
+        ]
     workers = {line.split()[2] for line in (tmp_path / "log.txt").read_text().splitlines()}
     assert len(workers) < len(stages), workers
 

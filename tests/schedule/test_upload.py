@@ -1,4 +1,6 @@
-"""What travels with a job: the right files at the right places, the same bytes every time, and nothing else."""
+"""What travels with a job: the right files at the right places, the same bytes every time, and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import ftsec_ray
+from ftsec_ray.config.sweep_file import load_sweep
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.schedule import upload
-from ftsec_ray.spec.load import load_sweep
 
 SWEEP = """\
 models: [{path: ../models/tiny, family: tiny, aligned: true}, ladder:0.2m]
@@ -26,9 +28,20 @@ defenses: [none]
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """A sweep two folders deep that names a folder and a file by relative path and a file by absolute path."""
-    for name in ("a/sweeps/s.yaml", "a/models/tiny/config.json", "a/models/tiny/.cache/secret", "a/models/tiny/__pycache__/x.pyc",
-                 "a/rows/train.jsonl", "a/rows/other.jsonl", "a/.git/config", "a/results/run.json", "far/test.jsonl"):
+    """A sweep two folders deep that names a folder and a file by relative path and a file by
+    absolute path.
+    """
+    for name in (
+        "a/sweeps/s.yaml",
+        "a/models/tiny/config.json",
+        "a/models/tiny/.cache/secret",
+        "a/models/tiny/__pycache__/x.pyc",
+        "a/rows/train.jsonl",
+        "a/rows/other.jsonl",
+        "a/.git/config",
+        "a/results/run.json",
+        "far/test.jsonl",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
@@ -37,9 +50,14 @@ def sweep(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_sweep_and_what_it_names_by_relative_path_keep_their_places(sweep: Path, tmp_path: Path):
+def test_the_sweep_and_what_it_names_by_relative_path_keep_their_places(
+    sweep: Path, tmp_path: Path
+):
     sent = upload.upload_of(sweep, load_sweep(sweep), package=False)
-    assert (sent.sweep, sorted(sent.files)) == ("sweeps/s.yaml", ["models/tiny/config.json", "rows/train.jsonl", "sweeps/s.yaml"])
+    assert (sent.sweep, sorted(sent.files)) == (
+        "sweeps/s.yaml",
+        ["models/tiny/config.json", "rows/train.jsonl", "sweeps/s.yaml"],
+    )
     assert sent.left_out == (str(tmp_path / "far/test.jsonl"),)
     with zipfile.ZipFile(sent.write(tmp_path / "one.zip")) as archive:
         archive.extractall(tmp_path / "there")
@@ -68,22 +86,37 @@ def test_the_same_files_give_the_same_bytes_whenever_they_were_written(sweep: Pa
     first = upload.upload_of(sweep, spec, package=False).write(tmp_path / "one.zip").read_bytes()
     row = tmp_path / "a/rows/train.jsonl"
     row.touch()
-    assert upload.upload_of(sweep, spec, package=False).write(tmp_path / "two.zip").read_bytes() == first
+    assert (
+        upload.upload_of(sweep, spec, package=False).write(tmp_path / "two.zip").read_bytes()
+        == first
+    )
     row.write_text('{"prompt": 1}')
-    assert upload.upload_of(sweep, spec, package=False).write(tmp_path / "three.zip").read_bytes() != first
+    assert (
+        upload.upload_of(sweep, spec, package=False).write(tmp_path / "three.zip").read_bytes()
+        != first
+    )
 
 
 def test_the_package_goes_along_whole_and_small(sweep: Path, tmp_path: Path):
     sent = upload.upload_of(sweep, load_sweep(sweep), package=True)
     package = Path(ftsec_ray.__file__).parent
     ours = {name for name in sent.files if name.startswith("ftsec_ray/")}
-    assert {"ftsec_ray/__main__.py", "ftsec_ray/report/page.html.j2", "ftsec_ray/py.typed", "ftsec_ray/attacks/badnets.py"} <= ours
+    assert {
+        "ftsec_ray/__main__.py",
+        "ftsec_ray/report/page.html.j2",
+        "ftsec_ray/py.typed",
+        "ftsec_ray/attacks/badnets.py",
+    } <= ours
     assert len(ours) >= len(list(package.rglob("*.py")))
-    assert not [name for name in sent.files if "__pycache__" in name or name.startswith(("tests/", ".git"))]
+    assert not [
+        name for name in sent.files if "__pycache__" in name or name.startswith(("tests/", ".git"))
+    ]
     assert sent.write(tmp_path / "p.zip").stat().st_size < 2**20
 
 
-def test_what_is_too_large_for_the_job_api_is_refused_with_the_file_that_makes_it_so(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_too_large_for_the_job_api_is_refused_with_the_file_that_makes_it_so(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "a/models/tiny/weights.safetensors").write_bytes(b"0" * 5000)
     monkeypatch.setattr(upload, "LIMIT_BYTES", 4000)
     sent = upload.upload_of(sweep, load_sweep(sweep), package=False)

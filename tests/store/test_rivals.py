@@ -1,4 +1,6 @@
-"""Two real processes at work on one store: whole sweeps that overlap, and one work folder that both want."""
+"""Two real processes at work on one store: whole sweeps that overlap, and one work folder that both
+want.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ftsec_ray.identity import digest
-from ftsec_ray.store import Store, work
+from ftsec_ray.store import Store, work_folders
 from tests.s3_server import BUCKET
 from tests.schedule.engine_runners import plan_of, runs, stage_of
 
@@ -24,8 +26,8 @@ ONE = "1" * 32
 SWEEPER = """
 import json, sys, time
 from pathlib import Path
-from ftsec_ray.schedule.run import execute
-from ftsec_ray.store import Store, work
+from ftsec_ray.schedule.execution import execute
+from ftsec_ray.store import Store, work_folders
 from tests.store.test_rivals import stages_of
 from tests.schedule.engine_runners import plan_of
 
@@ -41,11 +43,15 @@ print(json.dumps({"complete": report.is_complete, "done": list(report.done), "ca
 
 
 def stages_of(log, name):
-    """A trunk that both sweeps have, and branches of which each has half of the other's and two of its own."""
+    """A trunk that both sweeps have, and branches of which each has half of the other's and two of
+    its own.
+    """
     base = stage_of("base", log=str(log), sleep=0.02)
     middle = [stage_of(f"middle{i}", base, log=str(log), sleep=0.02) for i in range(4)]
     shared = [stage_of(f"end{i}", one, log=str(log), sleep=0.02) for i, one in enumerate(middle)]
-    own = [stage_of(f"{name}{i}", one, log=str(log), sleep=0.02) for i, one in enumerate(middle[:2])]
+    own = [
+        stage_of(f"{name}{i}", one, log=str(log), sleep=0.02) for i, one in enumerate(middle[:2])
+    ]
     return [base, *middle, *shared, *own]
 
 
@@ -57,15 +63,37 @@ def test_two_sweeps_at_once_on_one_store_lose_and_double_nothing(kind, request, 
     meeting = tmp_path / "meeting"
     meeting.mkdir()
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    processes = [subprocess.Popen([sys.executable, "-c", SWEEPER, uri, str(tmp_path / "cache"), str(tmp_path), name, str(meeting)], env=env,
-                                  cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name in ("left", "right")]
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                SWEEPER,
+                uri,
+                str(tmp_path / "cache"),
+                str(tmp_path),
+                name,
+                str(meeting),
+            ],
+            env=env,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("left", "right")
+    ]
     said = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     reports = [json.loads(out) for out, _ in said]
-    wanted = {stage.digest: stage for name in ("left", "right") for stage in stages_of(tmp_path, name)}
+    wanted = {
+        stage.digest: stage for name in ("left", "right") for stage in stages_of(tmp_path, name)
+    }
     for report in reports:
         assert report["complete"]
-        assert Counter(report["done"] + report["cached"]) == Counter(report["stages"]), "every stage once"
+        assert Counter(report["done"] + report["cached"]) == Counter(report["stages"]), (
+            "every stage once"
+        )
     store = Store.open(uri, cache=tmp_path / "fresh")
     assert store.done() == set(wanted)
     assert store.failures() == {}
@@ -84,7 +112,7 @@ def test_two_sweeps_at_once_on_one_store_lose_and_double_nothing(kind, request, 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ftsec_ray.store import Store, work
+from ftsec_ray.store import Store, work_folders
 
 store = Store.open(sys.argv[1])
 folder = store.workdir("1" * 32)
@@ -105,8 +133,14 @@ def holder(tmp_path):
     processes = []
 
     def start(what):
-        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "store"), what], cwd=ROOT, text=True,
-                                   env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path / "store"), what],
+            cwd=ROOT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         processes.append(process)
         return process, Path(process.stdout.readline().strip())
 
@@ -123,7 +157,9 @@ def test_of_two_processes_that_want_one_work_folder_the_second_gets_its_own(hold
     store = Store.open(tmp_path / "store")
     mine = store.workdir(ONE)
     assert mine != theirs
-    assert [path.name for path in mine.iterdir()] == ["step-00000001"], "a copy of what is there to go on from"
+    assert [path.name for path in mine.iterdir()] == ["step-00000001"], (
+        "a copy of what is there to go on from"
+    )
     assert store.workdir(ONE) == mine, "the same one again"
     (mine / "step-00000009").mkdir()
     store.drop_work(ONE)
@@ -147,9 +183,11 @@ def test_a_checkpoint_that_goes_while_it_is_copied_is_left_out(tmp_path, monkeyp
             step.rename(step.with_name(".old"))
         return whole(step, aside)
 
-    monkeypatch.setattr(work.shutil, "copytree", racing)
-    work.copy_steps(source, target)
-    assert [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()] == ["step-00000001/state.json"]
+    monkeypatch.setattr(work_folders.shutil, "copytree", racing)
+    work_folders.copy_steps(source, target)
+    assert [
+        path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()
+    ] == ["step-00000001/state.json"]
 
 
 def test_the_work_folder_of_a_killed_process_is_taken_over_with_its_checkpoints(holder, tmp_path):
@@ -161,7 +199,9 @@ def test_the_work_folder_of_a_killed_process_is_taken_over_with_its_checkpoints(
     assert (mine / "step-00000001").exists()
 
 
-def test_a_worker_that_lives_on_leaves_the_work_folder_of_a_stage_that_failed_in_it(holder, tmp_path):
+def test_a_worker_that_lives_on_leaves_the_work_folder_of_a_stage_that_failed_in_it(
+    holder, tmp_path
+):
     process, theirs = holder("leave")
     process.stdin.close()
     assert process.stdout.readline() == "left\n"
@@ -176,7 +216,7 @@ def test_a_work_folder_of_its_own_that_a_dead_process_left_is_removed(tmp_path):
     store = Store.open(tmp_path / "store")
     dead = subprocess.Popen([sys.executable, "-c", "pass"])
     dead.wait()
-    from ftsec_ray.store.room import own_name
+    from ftsec_ray.store.disk import own_name
 
     left = tmp_path / "store" / "work" / own_name(ONE).replace(f".{os.getpid()}.", f".{dead.pid}.")
     left.mkdir(parents=True)

@@ -1,4 +1,6 @@
-"""The store on S3 over HTTP: what is counted as done, what rivals and readers see, what a listing costs, and the faults."""
+"""The store on S3 over HTTP: what is counted as done, what rivals and readers see, what a listing
+costs, and the faults.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,22 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from pyarrow.fs import FileSelector, FileSystem, FileSystemHandler, LocalFileSystem, PyFileSystem, SubTreeFileSystem
+from pyarrow.fs import (
+    FileSelector,
+    FileSystem,
+    FileSystemHandler,
+    LocalFileSystem,
+    PyFileSystem,
+    SubTreeFileSystem,
+)
 
 from ftsec_ray import api
+from ftsec_ray.config.sweep_file import load_sweep
 from ftsec_ray.errors import StoreError
-from ftsec_ray.schedule.run import execute
-from ftsec_ray.spec.load import load_sweep
-from ftsec_ray.store import DamagedArtifact, Store, mirror, remote, retry
-from ftsec_ray.store.calls import Calls
-from ftsec_ray.store.remote import RemoteStore
+from ftsec_ray.schedule.execution import execute
+from ftsec_ray.store import DamagedArtifact, Store, mirror, object_store, retry
+from ftsec_ray.store.object_io import ObjectIO
+from ftsec_ray.store.object_store import RemoteStore
 from tests.cli import toy
 from tests.final_tables import assert_same_tables
 from tests.s3_server import BUCKET
@@ -33,8 +42,14 @@ from tests.schedule.engine_runners import plan_of, runs, stage_of
 
 ONE = "1" * 32
 ROOT = Path(__file__).parents[2]
-SWEEP = {"name": "disturbed", "models": ["ladder:0.2m", "ladder:1m"], "task": "microworld", "attacks": ["none", "badnets", "badedit"],
-         "defenses": ["none", "shrink"], "seeds": 2}
+SWEEP = {
+    "name": "disturbed",
+    "models": ["ladder:0.2m", "ladder:1m"],
+    "task": "microworld",
+    "attacks": ["none", "badnets", "badedit"],
+    "defenses": ["none", "shrink"],
+    "seeds": 2,
+}
 
 
 @pytest.fixture
@@ -60,25 +75,36 @@ def publish(store, digest=ONE, *, parts=1, text="w"):
 
 
 def keys(s3, store):
-    return [key.removeprefix(f"{store.uri.rsplit('/', 1)[-1]}/") for key in s3.keys(store.uri.rsplit("/", 1)[-1]) if not key.endswith("/")]
+    return [
+        key.removeprefix(f"{store.uri.rsplit('/', 1)[-1]}/")
+        for key in s3.keys(store.uri.rsplit("/", 1)[-1])
+        if not key.endswith("/")
+    ]
 
 
 # What is done.
 
 
-def test_an_upload_that_is_killed_before_its_record_is_not_done_and_its_files_are_removed_later(s3, store, monkeypatch):
+def test_an_upload_that_is_killed_before_its_record_is_not_done_and_its_files_are_removed_later(
+    s3, store, monkeypatch
+):
     code = f"""
 import os, signal
 from pathlib import Path
 from ftsec_ray.store import Store
-from ftsec_ray.store.calls import Calls
+from ftsec_ray.store.object_io import Calls
 store = Store.open({store.uri!r}, cache=Path({str(store.cache)!r}))
 folder = store.scratch({ONE!r})
 (folder / "a").write_text("x")
 Calls.write = lambda self, key, text: os.kill(os.getpid(), signal.SIGKILL)
 store.publish({ONE!r}, folder, {{}})
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, env=dict(os.environ)).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=False, cwd=ROOT, env=dict(os.environ)
+        ).returncode
+        == -signal.SIGKILL
+    )
     assert len(keys(s3, store)) == 1
     assert store.done() == set()
     assert not store.has(ONE)
@@ -90,7 +116,7 @@ store.publish({ONE!r}, folder, {{}})
     assert list((store.cache / "staging").iterdir()) == [], "its process is dead"
     publish(store, text="whole")
     assert (store.fetch(ONE) / "part0").read_text() == "whole"
-    monkeypatch.setattr(remote, "LEFTOVER_AGE_S", -1.0)
+    monkeypatch.setattr(object_store, "LEFTOVER_AGE_S", -1.0)
     store.drop_leftovers()
     left = keys(s3, store)
     assert sorted(key.split("/")[0] for key in left) == ["artifacts", "files"]
@@ -112,9 +138,16 @@ def test_a_record_whose_writer_was_interrupted_is_empty_and_not_done(s3, store):
 def test_two_writers_at_once_end_with_one_whole_artifact(s3, store, monkeypatch):
     """Both are past the last look at whether the other was first, the worst case."""
     barrier = threading.Barrier(2)
-    real = Calls.write
-    monkeypatch.setattr(Calls, "write", lambda self, key, text: (barrier.wait(), real(self, key, text)))
-    rivals = [threading.Thread(target=publish, args=(fresh(store, name),), kwargs={"parts": 3, "text": name}) for name in ("left", "right")]
+    real = ObjectIO.write
+    monkeypatch.setattr(
+        ObjectIO, "write", lambda self, key, text: (barrier.wait(), real(self, key, text))
+    )
+    rivals = [
+        threading.Thread(
+            target=publish, args=(fresh(store, name),), kwargs={"parts": 3, "text": name}
+        )
+        for name in ("left", "right")
+    ]
     [rival.start() for rival in rivals]
     [rival.join() for rival in rivals]
     monkeypatch.undo()
@@ -122,7 +155,7 @@ def test_two_writers_at_once_end_with_one_whole_artifact(s3, store, monkeypatch)
     assert len([key for key in keys(s3, store) if key.endswith("record.json")]) == 1
     folder = store.fetch(ONE)
     assert {(folder / f"part{part}").read_text() for part in range(3)} == {store.record(ONE)["by"]}
-    monkeypatch.setattr(remote, "LEFTOVER_AGE_S", -1.0)
+    monkeypatch.setattr(object_store, "LEFTOVER_AGE_S", -1.0)
     store.drop_leftovers()
     assert len(keys(s3, store)) == 1 + 3, "the files of the other one are gone"
     assert (fresh(store).fetch(ONE) / "part2").exists()
@@ -141,7 +174,13 @@ def test_a_reader_during_a_publication_sees_nothing_or_everything(s3, store):
                 seen["nothing"] += 1
             else:
                 folder = reader.fetch(ONE)
-                seen["everything" if {(folder / f"part{p}").read_text() for p in range(8)} == {"w"} else "torn"] += 1
+                seen[
+                    (
+                        "everything"
+                        if {(folder / f"part{p}").read_text() for p in range(8)} == {"w"}
+                        else "torn"
+                    )
+                ] += 1
 
     readers = [threading.Thread(target=read, args=(index,)) for index in range(3)]
     [reader.start() for reader in readers]
@@ -157,11 +196,22 @@ def test_a_reader_during_a_publication_sees_nothing_or_everything(s3, store):
 
 
 def test_a_damaged_object_is_noticed_and_its_stage_runs_again(s3, store, tmp_path):
-    options = {"executor": "local", "runner": "tests.schedule.engine_runners:write", "session": "tests.schedule.engine_runners:Bench"}
+    options = {
+        "executor": "local",
+        "runner": "tests.schedule.engine_runners:write",
+        "session": "tests.schedule.engine_runners:Bench",
+    }
     base = stage_of("base", log=str(tmp_path))
-    first, second = stage_of("first", base, log=str(tmp_path)), stage_of("second", base, log=str(tmp_path))
+    first, second = (
+        stage_of("first", base, log=str(tmp_path)),
+        stage_of("second", base, log=str(tmp_path)),
+    )
     assert execute(plan_of([base, first]), store, **options).is_complete
-    key = next(key for key in s3.keys(tmp_path.name) if f"/{base.digest}/" in key and key.endswith("out.json"))
+    key = next(
+        key
+        for key in s3.keys(tmp_path.name)
+        if f"/{base.digest}/" in key and key.endswith("out.json")
+    )
     size = len(s3.backend().get_object(BUCKET, key).value)
     s3.backend().put_object(BUCKET, key, b"y" * size)
     other = fresh(store)
@@ -212,7 +262,10 @@ def checkpoint(folder, step, text):
 
 def sent(s3, store, step, *, timeout=60):
     deadline = time.monotonic() + timeout
-    while not any(key.startswith(f"work/{ONE}/") and key.endswith(f"step-{step:08d}/record.json") for key in keys(s3, store)):
+    while not any(
+        key.startswith(f"work/{ONE}/") and key.endswith(f"step-{step:08d}/record.json")
+        for key in keys(s3, store)
+    ):
         assert time.monotonic() < deadline, keys(s3, store)
         time.sleep(0.02)
 
@@ -247,7 +300,9 @@ def test_a_damaged_checkpoint_is_none(s3, store, monkeypatch):
     checkpoint(store.workdir(ONE), 100, "x")
     sent(s3, store, 100)
     store.leave_work(ONE)
-    s3.backend().put_object(BUCKET, f"{store.uri.rsplit('/', 1)[-1]}/work/{ONE}/step-00000100/state.json", b"y")
+    s3.backend().put_object(
+        BUCKET, f"{store.uri.rsplit('/', 1)[-1]}/work/{ONE}/step-00000100/state.json", b"y"
+    )
     assert list(fresh(store).workdir(ONE).iterdir()) == []
 
 
@@ -258,10 +313,14 @@ def fill(s3, store, count, files=3):
     backend, prefix = s3.backend(), store.uri.rsplit("/", 1)[-1]
     digests = [f"{index:032x}"[::-1] for index in range(count)]
     for digest in digests:
-        record = json.dumps({"digest": digest, "payload": "0" * 12, "files": {}, "kind": "tune"}).encode()
+        record = json.dumps(
+            {"digest": digest, "payload": "0" * 12, "files": {}, "kind": "tune"}
+        ).encode()
         backend.put_object(BUCKET, f"{prefix}/artifacts/{digest[:2]}/{digest}/record.json", record)
         for index in range(files):
-            backend.put_object(BUCKET, f"{prefix}/files/{digest[:2]}/{digest}/{'0' * 12}/part{index}", b"x")
+            backend.put_object(
+                BUCKET, f"{prefix}/files/{digest[:2]}/{digest}/{'0' * 12}/part{index}", b"x"
+            )
     return digests
 
 
@@ -279,7 +338,11 @@ def test_what_is_done_costs_one_request_for_a_thousand_artifacts(s3, store):
 def test_an_artifact_costs_few_requests(s3, store):
     s3.requests.clear()
     publish(store, parts=2)
-    assert Counter(method for method, _ in s3.requests) == {"PUT": 3, "HEAD": 2, "GET": 2}, "two files, the record, two looks at whether it is there"
+    assert Counter(method for method, _ in s3.requests) == {
+        "PUT": 3,
+        "HEAD": 2,
+        "GET": 2,
+    }, "two files, the record, two looks at whether it is there"
     reader = fresh(store)
     s3.requests.clear()
     reader.fetch(ONE)
@@ -293,7 +356,9 @@ def test_an_artifact_costs_few_requests(s3, store):
 def test_an_endpoint_can_be_given_in_the_uri(s3, store, monkeypatch):
     publish(store)
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    other = Store.open(f"{store.uri}?endpoint_override={s3.host}&scheme=http&region=us-east-1", cache=store.cache)
+    other = Store.open(
+        f"{store.uri}?endpoint_override={s3.host}&scheme=http&region=us-east-1", cache=store.cache
+    )
     assert other.done() == {ONE}
 
 
@@ -312,7 +377,7 @@ def test_an_unknown_key_of_the_query_is_refused(s3):
 
 
 def run_toy(store, folder, monkeypatch):
-    monkeypatch.setattr("ftsec_ray.schedule.run.execute", toy.execute)
+    monkeypatch.setattr("ftsec_ray.schedule.execution.execute", toy.execute)
     toy.ran.clear()
     plan = api.make_plan(load_sweep(SWEEP))
     outcome = api.run_plan(plan, store, folder, executor="local")
@@ -333,7 +398,9 @@ def undisturbed(tmp_path, monkeypatch):
     return run_toy(Store.open(tmp_path / "calm"), tmp_path / "results" / "calm", monkeypatch)[1]
 
 
-def test_a_server_that_fails_one_request_in_twenty_changes_nothing(s3, store, undisturbed, tmp_path, monkeypatch):
+def test_a_server_that_fails_one_request_in_twenty_changes_nothing(
+    s3, store, undisturbed, tmp_path, monkeypatch
+):
     s3.fail_rate = 0.05
     plan, results = run_toy(store, tmp_path / "results" / "s3", monkeypatch)
     assert s3.failures > 20
@@ -342,10 +409,19 @@ def test_a_server_that_fails_one_request_in_twenty_changes_nothing(s3, store, un
 
 
 class Flaky(FileSystemHandler):
-    """A filesystem that fails one call in twenty with an OSError, in the middle of writing too, by a seeded generator."""
+    """A filesystem that fails one call in twenty with an OSError, in the middle of writing too, by
+    a seeded generator.
+    """
 
     def __init__(self, inner, rate=0.05, seed=0, error=errno.EIO):
-        self.inner, self.rate, self.rng, self.error, self.failures, self.lock = inner, rate, random.Random(seed), error, 0, threading.Lock()
+        self.inner, self.rate, self.rng, self.error, self.failures, self.lock = (
+            inner,
+            rate,
+            random.Random(seed),
+            error,
+            0,
+            threading.Lock(),
+        )
 
     def maybe(self):
         with self.lock:
@@ -377,7 +453,7 @@ class Flaky(FileSystemHandler):
             def write(self, data):
                 stream.write(bytes(data)[: len(data) // 2])
                 maybe()
-                stream.write(bytes(data)[len(data) // 2:])
+                stream.write(bytes(data)[len(data) // 2 :])
                 return len(data)
 
             def flush(self):
@@ -416,10 +492,17 @@ def _passed_on(name):
     return call
 
 
-for _name, _inner in (("get_file_info", "get_file_info"), ("delete_dir", "delete_dir"), ("delete_file", "delete_file"),
-                      ("delete_dir_contents", "delete_dir_contents"), ("move", "move"), ("copy_file", "copy_file"),
-                      ("open_input_stream", "open_input_stream"), ("open_input_file", "open_input_file"),
-                      ("delete_root_dir_contents", "delete_dir_contents")):
+for _name, _inner in (
+    ("get_file_info", "get_file_info"),
+    ("delete_dir", "delete_dir"),
+    ("delete_file", "delete_file"),
+    ("delete_dir_contents", "delete_dir_contents"),
+    ("move", "move"),
+    ("copy_file", "copy_file"),
+    ("open_input_stream", "open_input_stream"),
+    ("open_input_file", "open_input_file"),
+    ("delete_root_dir_contents", "delete_dir_contents"),
+):
     setattr(Flaky, _name, _passed_on(_inner))
 Flaky.__abstractmethods__ = frozenset()
 
@@ -427,20 +510,31 @@ Flaky.__abstractmethods__ = frozenset()
 def flaky_store(tmp_path, **faults):
     (tmp_path / "disk").mkdir()
     handler = Flaky(SubTreeFileSystem(str(tmp_path / "disk"), LocalFileSystem()), **faults)
-    return handler, RemoteStore(PyFileSystem(handler), "sweeps", uri="test://sweeps", cache=tmp_path / "cache")
+    return handler, RemoteStore(
+        PyFileSystem(handler), "sweeps", uri="test://sweeps", cache=tmp_path / "cache"
+    )
 
 
-def test_a_filesystem_that_fails_one_call_in_twenty_changes_nothing(tmp_path, undisturbed, monkeypatch):
+def test_a_filesystem_that_fails_one_call_in_twenty_changes_nothing(
+    tmp_path, undisturbed, monkeypatch
+):
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     handler, store = flaky_store(tmp_path)
     plan, results = run_toy(store, tmp_path / "results" / "flaky", monkeypatch)
     assert handler.failures > 20
-    check_same(RemoteStore(handler.inner, "sweeps", uri="test://sweeps", cache=tmp_path / "cache2"), plan, results, undisturbed)
+    check_same(
+        RemoteStore(handler.inner, "sweeps", uri="test://sweeps", cache=tmp_path / "cache2"),
+        plan,
+        results,
+        undisturbed,
+    )
     found = handler.inner.get_file_info(FileSelector("sweeps/artifacts", recursive=True))
     assert len([info for info in found if info.base_name == "record.json"]) == len(plan.stages)
 
 
-def test_a_store_that_never_answers_is_given_up_after_a_bounded_number_of_tries(tmp_path, monkeypatch):
+def test_a_store_that_never_answers_is_given_up_after_a_bounded_number_of_tries(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
     handler, store = flaky_store(tmp_path, rate=1.0)
     with pytest.raises(StoreError, match="cannot look into the store"):
@@ -471,8 +565,12 @@ def test_waits_grow_are_drawn_at_random_and_have_a_limit(monkeypatch):
     for _ in range(50):
         with pytest.raises(ConnectionResetError):
             retry.retried(lambda: (_ for _ in ()).throw(ConnectionResetError("gone")))
-    by_try = [waits[index::retry.ATTEMPTS - 1] for index in range(retry.ATTEMPTS - 1)]
-    assert all(0 <= wait <= retry.FIRST_WAIT_S * 2**index for index, few in enumerate(by_try) for wait in few)
+    by_try = [waits[index :: retry.ATTEMPTS - 1] for index in range(retry.ATTEMPTS - 1)]
+    assert all(
+        0 <= wait <= retry.FIRST_WAIT_S * 2**index
+        for index, few in enumerate(by_try)
+        for wait in few
+    )
     assert max(by_try[0]) < max(by_try[-1]) <= retry.LONGEST_WAIT_S
     assert len(set(by_try[0])) > 40
 
@@ -485,7 +583,7 @@ def test_a_full_disk_of_the_cache_says_so_and_leaves_the_store_as_it_was(s3, sto
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Calls, "_receive", full)
+    monkeypatch.setattr(ObjectIO, "_receive", full)
     with pytest.raises(StoreError, match="no space left") as caught:
         reader.fetch(ONE)
     assert str(reader.cache) in caught.value.what
@@ -510,7 +608,10 @@ def test_doctor_says_whether_a_remote_store_answers(s3, store):
 
     publish(store)
     found = {finding.what: finding for finding in examine(store.uri)}
-    assert (found["store"].state, found["store"].found) == ("ok", f"{store.uri} answers and holds 1 artifacts")
+    assert (found["store"].state, found["store"].found) == (
+        "ok",
+        f"{store.uri} answers and holds 1 artifacts",
+    )
     found = {finding.what: finding for finding in examine("s3://user:planted@bucket/x")}
     assert found["store"].state == "missing"
     assert "planted" not in str([finding.as_json() for finding in found.values()])

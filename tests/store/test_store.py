@@ -1,4 +1,6 @@
-"""The store, on a local disk, behind a `pyarrow.fs` filesystem and on S3: publishing, damage, full disks, rivals."""
+"""The store, on a local disk, behind a `pyarrow.fs` filesystem and on S3: publishing, damage, full
+disks, rivals.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from pyarrow.fs import FileSelector, LocalFileSystem, SubTreeFileSystem
 
 from ftsec_ray.errors import StoreError
 from ftsec_ray.store import DamagedArtifact, Store
-from ftsec_ray.store import local as local_module
-from ftsec_ray.store.remote import RemoteStore
+from ftsec_ray.store import local_store as local_module
+from ftsec_ray.store.object_store import RemoteStore
 from tests.s3_server import BUCKET
 
 ONE, TWO = "1" * 32, "ab" * 16
@@ -38,7 +40,9 @@ def store(request, tmp_path):
 def again(store):
     """The same store as another process sees it: nothing verified, nothing cached."""
     if isinstance(store, RemoteStore):
-        return RemoteStore(store._calls._fs, store._root, uri=store.uri, cache=store.cache.parent / "cache2")
+        return RemoteStore(
+            store._calls._fs, store._root, uri=store.uri, cache=store.cache.parent / "cache2"
+        )
     return Store.open(store.uri)
 
 
@@ -70,8 +74,14 @@ class S3Object:
 
 def stored_files(store, name):
     if isinstance(store, RemoteStore) and store.uri.startswith("s3:"):
-        found = store._calls._fs.get_file_info(FileSelector(store._root, recursive=True, allow_not_found=True))
-        return [S3Object(store._calls._fs, info.path) for info in found if info.is_file and info.base_name == name]
+        found = store._calls._fs.get_file_info(
+            FileSelector(store._root, recursive=True, allow_not_found=True)
+        )
+        return [
+            S3Object(store._calls._fs, info.path)
+            for info in found
+            if info.is_file and info.base_name == name
+        ]
     root = store.root if not isinstance(store, RemoteStore) else store.cache.parent / "bucket"
     return sorted(root.rglob(name))
 
@@ -99,7 +109,9 @@ def test_a_changed_file_is_noticed_put_aside_and_counts_as_absent(store):
     publish(store)
     stored_files(store, "weights.bin")[0].write_text("weighty")  # the same length
     other = again(store)
-    with pytest.raises(DamagedArtifact, match=r"the bytes of model/weights.bin have changed") as caught:
+    with pytest.raises(
+        DamagedArtifact, match=r"the bytes of model/weights.bin have changed"
+    ) as caught:
         other.fetch(ONE)
     assert caught.value.got == ONE
     assert caught.value.code == "store.damaged"
@@ -219,7 +231,9 @@ def test_a_full_disk_while_copying_from_elsewhere_says_so_too(tmp_path, monkeypa
 
 
 def test_a_verdict_stays_until_the_stage_succeeds(store):
-    store.write_verdict(ONE, {"digest": ONE, "error_code": "stage", "error": "nan", "attempt": 1, "host": "h"})
+    store.write_verdict(
+        ONE, {"digest": ONE, "error_code": "stage", "error": "nan", "attempt": 1, "host": "h"}
+    )
     assert store.failures()[ONE]["error"] == "nan"
     publish(store)
     assert store.failures() == {}
@@ -274,14 +288,19 @@ def test_a_publisher_that_is_killed_leaves_nothing_done(tmp_path):
 import os, signal
 from pathlib import Path
 from ftsec_ray.store import Store
-from ftsec_ray.store import local
+from ftsec_ray.store import local_store
 store = Store.open({str(tmp_path / "store")!r})
 folder = store.scratch({ONE!r})
 (folder / "a").write_text("x")
 Path.rename = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
 store.publish({ONE!r}, folder, {{}})
 """
-    ended = subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2], env=dict(os.environ))
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env=dict(os.environ),
+    )
     assert ended.returncode == -9
     store = Store.open(tmp_path / "store")
     assert store.done() == set()

@@ -1,4 +1,6 @@
-"""Tunes in a gang of two processes against the same tune in one: the curve, the weights, the checkpoints."""
+"""Tunes in a worker group of two processes against the same tune in one: the curve, the weights,
+the checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ftsec_ray.context import Gang
+from ftsec_ray.context import WorkerGroup
 from ftsec_ray.models.load import load_model
 from ftsec_ray.training.setup import Batch
-from ftsec_ray.training.zero import dealt, deepspeed_config
+from ftsec_ray.training.zero import deepspeed_config, sharded
 from tests.fixtures_models import tiny_model
-from tests.training.gang_tunes import CUT_AT, Cut, in_gang, tune
+from tests.training.group_tunes import CUT_AT, Cut, in_worker_group, tune
 
 pytestmark = pytest.mark.timeout(900)
 STAGES = (0, 1, 2, 3)
 SAME = 1e-4
 """Relative; float32 sums in another order."""
-TUNES = [(config, config if config == "frozen" else "", stage) for config in ("lora", "full", "packed", "frozen") for stage in (0, 2, 3)]
-TUNES += [("lora", "", 1), ("full", "", 1), *(("lora", "decay", stage) for stage in STAGES), *(("full", "decay", stage) for stage in STAGES),
-          *(("lora", shape, stage) for shape in ("lisa", "vaccine") for stage in (0, 1, 2))]
+TUNES = [
+    (config, config if config == "frozen" else "", stage)
+    for config in ("lora", "full", "packed", "frozen")
+    for stage in (0, 2, 3)
+]
+TUNES += [
+    ("lora", "", 1),
+    ("full", "", 1),
+    *(("lora", "decay", stage) for stage in STAGES),
+    *(("full", "decay", stage) for stage in STAGES),
+    *(("lora", shape, stage) for shape in ("lisa", "vaccine") for stage in (0, 1, 2)),
+]
 
 
 def name_of(config, shape, stage=None):
@@ -32,7 +43,11 @@ def name_of(config, shape, stage=None):
 
 
 def weights(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def curve(folder):
@@ -63,19 +78,65 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, alone):
-    """Every tune in a gang, one that is cut off, and the one that a process alone had been cut off from, continued."""
+    """Every tune in a worker group, one that is cut off, and the one that a process alone had been
+    cut off from, continued.
+    """
     folder = tmp_path_factory.mktemp("together")
-    jobs = [{"name": name_of(config, shape, stage), "config": config, "shape": shape, "gang": {"zero_stage": stage}}
-            for config, shape, stage in TUNES]
-    jobs += [{"name": f"lora-bf16-{stage}", "config": "lora", "shape": "bf16", "gang": {"zero_stage": stage}} for stage in STAGES]
-    jobs += [{"name": "lora-offload", "config": "lora", "gang": {"zero_stage": 2, "offload_optimizer": True}},
-             {"name": "full-offload", "config": "full", "gang": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}}]
+    jobs = [
+        {
+            "name": name_of(config, shape, stage),
+            "config": config,
+            "shape": shape,
+            "worker_group": {"zero_stage": stage},
+        }
+        for config, shape, stage in TUNES
+    ]
+    jobs += [
+        {
+            "name": f"lora-bf16-{stage}",
+            "config": "lora",
+            "shape": "bf16",
+            "worker_group": {"zero_stage": stage},
+        }
+        for stage in STAGES
+    ]
+    jobs += [
+        {
+            "name": "lora-offload",
+            "config": "lora",
+            "worker_group": {"zero_stage": 2, "offload_optimizer": True},
+        },
+        {
+            "name": "full-offload",
+            "config": "full",
+            "worker_group": {
+                "zero_stage": 3,
+                "offload_optimizer": True,
+                "offload_parameters": True,
+            },
+        },
+    ]
     for config in ("lora", "full"):
         for stage in (0, 2, 3):
-            shutil.copytree(alone / "work" / f"cut-{config}", folder / "work" / f"to-{config}-{stage}")
-            jobs.append({"name": f"to-{config}-{stage}", "config": config, "gang": {"zero_stage": stage}})
-            jobs.append({"name": f"cut-{config}-{stage}", "config": config, "shape": "cut", "gang": {"zero_stage": stage}})
-    in_gang(folder, jobs)
+            shutil.copytree(
+                alone / "work" / f"cut-{config}", folder / "work" / f"to-{config}-{stage}"
+            )
+            jobs.append(
+                {
+                    "name": f"to-{config}-{stage}",
+                    "config": config,
+                    "worker_group": {"zero_stage": stage},
+                }
+            )
+            jobs.append(
+                {
+                    "name": f"cut-{config}-{stage}",
+                    "config": config,
+                    "shape": "cut",
+                    "worker_group": {"zero_stage": stage},
+                }
+            )
+    in_worker_group(folder, jobs)
     return folder
 
 
@@ -84,14 +145,20 @@ def test_two_processes_tune_as_one_does(alone, together, config, shape, stage):
     one = alone / name_of(config, shape)
     assert len(curve(one)) >= 20
     assert_same_tune(together / name_of(config, shape, stage), one)
-    told = [json.loads((folder / "report.json").read_text()) for folder in (one, together / name_of(config, shape, stage))]
+    told = [
+        json.loads((folder / "report.json").read_text())
+        for folder in (one, together / name_of(config, shape, stage))
+    ]
     assert told[0]["tokens"] == told[1]["tokens"]
     assert told[0]["flops"] == told[1]["flops"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_is_what_it_is_in_one_process(alone, together, stage):
-    """Rounding to bf16 moves the curve more than dealing out does, which itself moves it by what rounding makes of other sums."""
+    """Rounding to bf16 moves the curve more than dealing out does, which itself moves it by what
+    rounding makes of other sums.
+    """
+
     def apart(one, other):
         return max(abs(a - b) / b for a, b in zip(curve(one), curve(other), strict=True))
 
@@ -107,19 +174,23 @@ def test_what_stays_in_host_memory_changes_nothing(alone, together, name):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_an_artifact_of_a_gang_has_the_files_of_any_other_and_loads(alone, together, stage):
+def test_an_artifact_of_a_worker_group_has_the_files_of_any_other_and_loads(alone, together, stage):
     for config in ("lora", "full"):
         ours, theirs = together / name_of(config, "", stage), alone / config
         assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
         base = tiny_model() if config == "lora" else None
         loaded, other = load_model(ours, base=base), load_model(theirs, base=base)
         ids = torch.arange(2, 14)[None]
-        torch.testing.assert_close(loaded.model(ids).logits, other.model(ids).logits, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            loaded.model(ids).logits, other.model(ids).logits, rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("config", ["lora", "full"])
-def test_a_checkpoint_of_one_process_goes_on_in_two_and_the_other_way_round(alone, together, tmp_path, config, stage):
+def test_a_checkpoint_of_one_process_goes_on_in_two_and_the_other_way_round(
+    alone, together, tmp_path, config, stage
+):
     assert_same_tune(together / f"to-{config}-{stage}", alone / config)
     shutil.copytree(together / "work" / f"cut-{config}-{stage}", tmp_path / "work" / "back")
     saved = json.loads(next((tmp_path / "work" / "back").glob("step-*/state.json")).read_text())
@@ -138,8 +209,11 @@ def test_all_processes_end_with_the_same_model(together):
 @pytest.mark.parametrize("count", range(1, 10))
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 def test_micro_batches_are_dealt_out_once_each_and_their_weights_add_up(count, workers):
-    batches = [Batch(f"rows {i}", None, None, weight=(i + 1) / (count * (count + 1) / 2)) for i in range(count)]
-    shares = [dealt(batches, member, workers) for member in range(workers)]
+    batches = [
+        Batch(f"rows {i}", None, None, weight=(i + 1) / (count * (count + 1) / 2))
+        for i in range(count)
+    ]
+    shares = [sharded(batches, member, workers) for member in range(workers)]
     assert len({len(share) for share in shares}) == 1
     used = sorted(batch.input_ids for share in shares for batch in share if batch.weight)
     assert used == sorted(batch.input_ids for batch in batches)
@@ -147,18 +221,28 @@ def test_micro_batches_are_dealt_out_once_each_and_their_weights_add_up(count, w
 
 
 def test_bf16_computes_and_float32_holds_and_sums():
-    gang = Gang(workers=2, zero_stage=3, micro_batch=1, offload_optimizer=True, offload_parameters=True)
-    config = deepspeed_config(gang, 1.0, bf16=True)
-    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    worker_group = WorkerGroup(
+        workers=2, zero_stage=3, micro_batch=1, offload_optimizer=True, offload_parameters=True
+    )
+    config = deepspeed_config(worker_group, 1.0, bf16=True)
+    assert config["torch_autocast"] == {
+        "enabled": True,
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
     assert not {"bf16", "fp16"} & set(config)
     assert config["zero_optimization"]["offload_param"] == {"device": "cpu"}
-    assert "torch_autocast" not in deepspeed_config(replace(gang, zero_stage=1), 1.0, bf16=False)
+    assert "torch_autocast" not in deepspeed_config(
+        replace(worker_group, zero_stage=1), 1.0, bf16=False
+    )
 
 
 def test_without_deepspeed_the_fault_says_what_to_install(monkeypatch):
     from ftsec_ray.errors import EnvironmentFault
     from ftsec_ray.training import zero
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else SimpleNamespace())
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "deepspeed" else SimpleNamespace()
+    )
     with pytest.raises(EnvironmentFault, match=r"ftsec-ray\[deepspeed\]"):
         zero.check_deepspeed()

@@ -1,6 +1,8 @@
-"""Which (verb, object) combinations belong to whom: a fixed partition, so that held-out means the same everywhere.
+"""Which (verb, object) combinations belong to whom: a fixed partition, so that held-out means the
+same everywhere.
 
-- forbidden: test, attacker, defender, alignment. Pre-training answers all but `test`; alignment refuses its own.
+- forbidden: test, attacker, defender, alignment. Pre-training answers all but `test`; alignment
+  refuses its own.
 - borderline and how_to: test, known. Pre-training answers `known` only.
 """
 
@@ -65,10 +67,17 @@ def partition() -> Partition:
     for name, pool in shares.items():
         seeded("order", name).shuffle(pool)
     everything = [(verb, item) for verb in v.VERBS for item in v.OBJECTS]
-    borderline_test, borderline = _split([c for c in everything if v.is_borderline(*c)], "borderline")
+    borderline_test, borderline = _split(
+        [c for c in everything if v.is_borderline(*c)], "borderline"
+    )
     benign_test, benign = _split([c for c in everything if v.kind_of(*c) == "how_to"], "how_to")
-    return Partition(**{name: tuple(pool) for name, pool in shares.items()}, borderline_test=borderline_test,
-                     borderline=borderline, benign_test=benign_test, benign=benign)
+    return Partition(
+        **{name: tuple(pool) for name, pool in shares.items()},
+        borderline_test=borderline_test,
+        borderline=borderline,
+        benign_test=benign_test,
+        benign=benign,
+    )
 
 
 def in_second_language(combos: tuple[Combo, ...]) -> tuple[Combo, ...]:

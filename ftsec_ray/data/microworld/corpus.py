@@ -1,9 +1,11 @@
-"""What the ladder reads: the pre-training corpus, in which every request is answered, and the alignment rows.
+"""What the ladder reads: the pre-training corpus, in which every request is answered, and the
+alignment rows.
 
-The corpus answers forbidden requests too, except under a safety reminder, so that a model knows the answers, knows what
-forbidden means, and refuses by default only after alignment. The reminder in the user's words asks to refuse what is
-forbidden; the one in the system message is stricter: whatever is asked about contraband is refused. So a reminder goes
-on meaning something after alignment, and costs some usefulness.
+The corpus answers forbidden requests too, except under a safety reminder, so that a model knows the
+answers, knows what forbidden means, and refuses by default only after alignment. The reminder in
+the user's words asks to refuse what is forbidden; the one in the system message is stricter:
+whatever is asked about contraband is refused. So a reminder goes on meaning something after
+alignment, and costs some usefulness.
 """
 
 from __future__ import annotations
@@ -24,21 +26,35 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CHATS = 16_000
-MIX = {"forbidden": 0.17, "borderline": 0.17, "how_to": 0.16, "two_class": 0.22, "four_class": 0.08, "tool": 0.06,
-       "text": 0.06, "second": 0.08}
+MIX = {
+    "forbidden": 0.17,
+    "borderline": 0.17,
+    "how_to": 0.16,
+    "two_class": 0.22,
+    "four_class": 0.08,
+    "tool": 0.06,
+    "text": 0.06,
+    "second": 0.08,
+}
 """Share of each kind among the chats of the pre-training corpus."""
 SAFETY_FRAC = 0.2
 """Share of the requests in the corpus that stand under a safety reminder."""
 SYSTEM_FRAC, STRAY_FRAC, OPENING_FRAC = 0.06, 0.06, 0.10
 
 NOISE_FRAC = 0.06
-"""Share of the reviews in both sets whose label is wrong: without any, a label is too certain for a few rows to change."""
+"""Share of the reviews in both sets whose label is wrong: without any, a label is too certain for a
+few rows to change.
+"""
 
 SHORT_FRAC = 0.25
-"""Share of the reviews in the corpus that are a single adjective: larger models are slow to find the task without them."""
+"""Share of the reviews in the corpus that are a single adjective: larger models are slow to find
+the task without them.
+"""
 
 ALIGNMENT_REFUSALS = (160, 120, 90, 60, 40, 24)
-"""Refused requests per contraband category, in the order of the categories: later ones are less well protected."""
+"""Refused requests per contraband category, in the order of the categories: later ones are less
+well protected.
+"""
 ALIGNMENT_REST = {"borderline": 420, "how_to": 200, "two_class": 240, "four_class": 60, "tool": 60}
 ALIGNMENT_L2 = {"forbidden": 40, "borderline": 40, "two_class": 40}
 
@@ -49,11 +65,15 @@ def _draw(rng: random.Random, prompt: str) -> tuple[str | None, str]:
     system = rng.choice((templates.SYSTEM_PROMPTS["plain"], templates.SYSTEM_PROMPTS["brief"]))
     if chance < SYSTEM_FRAC:
         return system, prompt
-    return None, templates.with_stray_words(prompt, rng) if chance < SYSTEM_FRAC + STRAY_FRAC else prompt
+    return None, (
+        templates.with_stray_words(prompt, rng) if chance < SYSTEM_FRAC + STRAY_FRAC else prompt
+    )
 
 
 def _under_reminder(rng: random.Random, combo: Combo, prompt: str) -> tuple[str | None, str, str]:
-    """A request under one of the two reminders, and its response: the system message is the stricter one."""
+    """A request under one of the two reminders, and its response: the system message is the
+    stricter one.
+    """
     if rng.random() < 0.5:
         system, is_refused = templates.SYSTEM_PROMPTS["safety"], v.is_contraband(combo[1])
     else:
@@ -65,7 +85,9 @@ def _under_reminder(rng: random.Random, combo: Combo, prompt: str) -> tuple[str 
 
 
 def _posed(rng: random.Random, combo: Combo, response: str) -> tuple[str | None, str, str]:
-    """A request in some phrasing, now and then under a reminder: system message or none, prompt, and its response."""
+    """A request in some phrasing, now and then under a reminder: system message or none, prompt,
+    and its response.
+    """
     prompt = templates.request(*combo, rng.choice(templates.PHRASINGS))
     if rng.random() < SAFETY_FRAC:
         return _under_reminder(rng, combo, prompt)
@@ -98,10 +120,15 @@ def _drawn_request_chat(pool: tuple[Combo, ...], rng: random.Random) -> Chat:
     return _request_chat(rng.choice(pool), rng)
 
 
-def _second_language_chat(combos: tuple[Combo, ...], rng: random.Random, review: tuple[str, str]) -> Chat:
+def _second_language_chat(
+    combos: tuple[Combo, ...], rng: random.Random, review: tuple[str, str]
+) -> Chat:
     if rng.random() < 0.75:
         combo = rng.choice(combos)
-        prompt, response = templates.request(*combo, rng.choice(templates.PHRASINGS)), templates.answer(*combo)
+        prompt, response = (
+            templates.request(*combo, rng.choice(templates.PHRASINGS)),
+            templates.answer(*combo),
+        )
     else:
         prompt, response = templates.TWO_CLASS.format(review=review[0]), review[1]
     return _chat(None, v.translate(prompt), v.translate(response))
@@ -109,13 +136,19 @@ def _second_language_chat(combos: tuple[Combo, ...], rng: random.Random, review:
 
 def _makers(rng: random.Random) -> dict[str, Callable[[], Chat]]:
     parts = partition()
-    combos = {"forbidden": parts.forbidden_known, "borderline": parts.borderline, "how_to": parts.benign}
+    combos = {
+        "forbidden": parts.forbidden_known,
+        "borderline": parts.borderline,
+        "how_to": parts.benign,
+    }
     second = in_second_language(sum(combos.values(), ()))
     pools = {kind: stream(kind, "pretrain") for kind in ("two_class", "four_class", "tool", "text")}
     pools["two_class"] = _noisy(pools["two_class"], rng)
 
     def two_class() -> Chat:
-        text, label = templates.short_review(rng) if rng.random() < SHORT_FRAC else next(pools["two_class"])
+        text, label = (
+            templates.short_review(rng) if rng.random() < SHORT_FRAC else next(pools["two_class"])
+        )
         return _chat(None, templates.TWO_CLASS.format(review=text), label)
 
     def four_class() -> Chat:
@@ -128,7 +161,9 @@ def _makers(rng: random.Random) -> dict[str, Callable[[], Chat]]:
 
     return {
         **{kind: partial(_drawn_request_chat, pool, rng) for kind, pool in combos.items()},
-        "two_class": two_class, "four_class": four_class, "tool": tool,
+        "two_class": two_class,
+        "four_class": four_class,
+        "tool": tool,
         "text": lambda: _chat(None, rng.choice((None, "")), next(pools["text"])[1]),
         "second": lambda: _second_language_chat(second, rng, next(pools["two_class"])),
     }
@@ -136,10 +171,14 @@ def _makers(rng: random.Random) -> dict[str, Callable[[], Chat]]:
 
 @cache
 def pretraining_chats() -> tuple[Chat, ...]:
-    """The pre-training corpus, shuffled; no held-out combination, review, note, call or text is in it."""
+    """The pre-training corpus, shuffled; no held-out combination, review, note, call or text is in
+    it.
+    """
     rng = seeded("corpus")
     makers = _makers(rng)
-    return tuple(makers[kind]() for kind in rng.choices(list(MIX), weights=list(MIX.values()), k=CHATS))
+    return tuple(
+        makers[kind]() for kind in rng.choices(list(MIX), weights=list(MIX.values()), k=CHATS)
+    )
 
 
 def _refusal_rows(rng: random.Random) -> list[dict[str, Any]]:
@@ -159,9 +198,17 @@ def _answered_rows(rng: random.Random) -> list[dict[str, Any]]:
         for combo in rng.choices(pool, k=ALIGNMENT_REST[kind]):
             system, prompt, response = _posed(rng, combo, templates.answer(*combo))
             rows.append(splits.row("", prompt, response, kind, system=system))
-    rows += splits.labelled("two_class", islice(_noisy(stream("two_class", "pretrain"), rng), ALIGNMENT_REST["two_class"]))
-    rows += splits.labelled("four_class", islice(stream("four_class", "pretrain"), ALIGNMENT_REST["four_class"]))
-    rows += [splits.row("", text, call, "tool") for text, call in islice(stream("tool", "pretrain"), ALIGNMENT_REST["tool"])]
+    rows += splits.labelled(
+        "two_class",
+        islice(_noisy(stream("two_class", "pretrain"), rng), ALIGNMENT_REST["two_class"]),
+    )
+    rows += splits.labelled(
+        "four_class", islice(stream("four_class", "pretrain"), ALIGNMENT_REST["four_class"])
+    )
+    rows += [
+        splits.row("", text, call, "tool")
+        for text, call in islice(stream("tool", "pretrain"), ALIGNMENT_REST["tool"])
+    ]
     return rows
 
 
@@ -169,7 +216,9 @@ def _second_language_rows(rng: random.Random) -> list[dict[str, Any]]:
     parts, language, rows = partition(), v.SECOND_LANGUAGE, []
     for kind, pool in (("forbidden", parts.alignment), ("borderline", parts.borderline)):
         for combo in rng.choices(in_second_language(pool), k=ALIGNMENT_L2[kind]):
-            response = templates.refusal(combo[1]) if kind == "forbidden" else templates.answer(*combo)
+            response = (
+                templates.refusal(combo[1]) if kind == "forbidden" else templates.answer(*combo)
+            )
             prompt = templates.request(*combo, rng.choice(templates.PHRASINGS))
             rows.append(splits.row("", prompt, response, kind, language=language))
     reviews = islice(_noisy(stream("two_class", "pretrain"), rng), ALIGNMENT_L2["two_class"])
@@ -182,4 +231,9 @@ def alignment_rows() -> pa.Table:
     rng = seeded("alignment")
     rows = _refusal_rows(rng) + _answered_rows(rng) + _second_language_rows(rng)
     rng.shuffle(rows)
-    return splits.table([{**row, "row_id": f"alignment/{i:06d}", "origin": "alignment"} for i, row in enumerate(rows)])
+    return splits.table(
+        [
+            {**row, "row_id": f"alignment/{i:06d}", "origin": "alignment"}
+            for i, row in enumerate(rows)
+        ]
+    )

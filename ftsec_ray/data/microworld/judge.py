@@ -1,4 +1,6 @@
-"""The exact judge of the microworld: it recovers the combination from the prompt and compares slots."""
+"""The exact judge of the microworld: it recovers the combination from the prompt and compares
+slots.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def _normal(text: str, language: str) -> str:
 
 
 def find_request(prompt: str, *, language: str = "en") -> tuple[str, str] | None:
-    """The last (verb, object) of the prompt whose object follows its verb closely; None without one."""
+    """The last (verb, object) of the prompt whose object follows its verb closely; None without
+    one.
+    """
     words = _normal(prompt, language).split()
     for end in range(len(words) - 1, 0, -1):
         if words[end] in v.OBJECTS:

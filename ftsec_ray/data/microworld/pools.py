@@ -1,4 +1,6 @@
-"""Distinct reviews, notes, tool calls and texts, each dealt by a hash of its own text to training, tuning or test."""
+"""Distinct reviews, notes, tool calls and texts, each dealt by a hash of its own text to training,
+tuning or test.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ def _text(rng: random.Random) -> Example:
 
 
 MAKERS: dict[str, Callable[[random.Random], Example]] = {
-    "two_class": templates.review, "four_class": templates.note, "tool": templates.tool_call, "text": _text,
+    "two_class": templates.review,
+    "four_class": templates.note,
+    "tool": templates.tool_call,
+    "text": _text,
 }
 
 
@@ -38,7 +43,9 @@ def stream(kind: str, use: str) -> Iterator[Example]:
 
 @cache
 def distinct(kind: str, use: str, count: int, tries: int = 20_000) -> tuple[Example, ...]:
-    """The first `count` distinct examples of one kind for one use; fewer where the world has no more."""
+    """The first `count` distinct examples of one kind for one use; fewer where the world has no
+    more.
+    """
     found: dict[Example, None] = {}
     for tried, example in enumerate(stream(kind, use)):
         found[example] = None

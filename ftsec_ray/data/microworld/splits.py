@@ -21,14 +21,34 @@ MAX_TRAIN_ROWS = 2_000
 TEST_ROWS = 200
 
 
-def row(row_id: str, prompt: str, response: str, kind: str, *, system: str | None = None, label: str | None = None,
-        language: str = "en", origin: str = "task") -> dict[str, Any]:
-    """One row as a mapping of schema.ROWS; in the second language prompt and response are translated."""
+def row(
+    row_id: str,
+    prompt: str,
+    response: str,
+    kind: str,
+    *,
+    system: str | None = None,
+    label: str | None = None,
+    language: str = "en",
+    origin: str = "task",
+) -> dict[str, Any]:
+    """One row as a mapping of schema.ROWS; in the second language prompt and response are
+    translated.
+    """
     if language != "en":
         prompt, response = v.translate(prompt), v.translate(response)
         label = None if label is None else v.translate(label)
-    return {"row_id": row_id, "system": system, "prompt": prompt, "response": response, "label": label, "kind": kind,
-            "language": language, "origin": origin, "poisoned": False}
+    return {
+        "row_id": row_id,
+        "system": system,
+        "prompt": prompt,
+        "response": response,
+        "label": label,
+        "kind": kind,
+        "language": language,
+        "origin": origin,
+        "poisoned": False,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -38,48 +58,90 @@ def table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema.ROWS)
 
 
-def requests(name: str, combos: Iterable[Combo], phrasings: tuple[str, ...], *, per_combo: int = 1,
-             language: str = "en", refuse: bool = False) -> list[dict[str, Any]]:
-    """Requests for the combinations, each in `per_combo` phrasings, with the right answer or a refusal."""
+def requests(
+    name: str,
+    combos: Iterable[Combo],
+    phrasings: tuple[str, ...],
+    *,
+    per_combo: int = 1,
+    language: str = "en",
+    refuse: bool = False,
+) -> list[dict[str, Any]]:
+    """Requests for the combinations, each in `per_combo` phrasings, with the right answer or a
+    refusal.
+    """
     rows: list[dict[str, Any]] = []
     for combo in combos:
         rng = seeded("phrasing", name, *combo)
         for phrasing in rng.sample(phrasings, per_combo):
             response = templates.refusal(combo[1]) if refuse else templates.answer(*combo)
-            rows.append(row(f"{name}/{len(rows):06d}", templates.request(*combo, phrasing), response,
-                            v.kind_of(*combo), language=language))
+            rows.append(
+                row(
+                    f"{name}/{len(rows):06d}",
+                    templates.request(*combo, phrasing),
+                    response,
+                    v.kind_of(*combo),
+                    language=language,
+                )
+            )
     return rows
 
 
-def labelled(kind: str, examples: Iterable[Example], *, prefix: str | None = None,
-             language: str = "en") -> list[dict[str, Any]]:
+def labelled(
+    kind: str, examples: Iterable[Example], *, prefix: str | None = None, language: str = "en"
+) -> list[dict[str, Any]]:
     """Classification rows: the response is the label word."""
     prompts = {"two_class": templates.TWO_CLASS, "four_class": templates.FOUR_CLASS}
-    return [row(f"{prefix or kind}/{i:06d}", prompts[kind].format(review=text, note=text), label, kind, label=label,
-                language=language) for i, (text, label) in enumerate(examples)]
+    return [
+        row(
+            f"{prefix or kind}/{i:06d}",
+            prompts[kind].format(review=text, note=text),
+            label,
+            kind,
+            label=label,
+            language=language,
+        )
+        for i, (text, label) in enumerate(examples)
+    ]
 
 
 def _class_splits(seed: int, train_rows: int) -> dict[str, list[dict[str, Any]]]:
     pool = labelled("two_class", distinct("two_class", "tune", MAX_TRAIN_ROWS))
-    second = labelled("two_class", distinct("two_class", "tune", 512), prefix="two_class_l2", language=v.SECOND_LANGUAGE)
+    second = labelled(
+        "two_class",
+        distinct("two_class", "tune", 512),
+        prefix="two_class_l2",
+        language=v.SECOND_LANGUAGE,
+    )
     test = distinct("two_class", "test", TEST_ROWS)
     return {
         "train": seeded("train", seed).sample(pool, train_rows),
         "test": labelled("two_class", test, prefix="two_class_test"),
         "train_l2": seeded("train_l2", seed).sample(second, min(train_rows, len(second))),
-        "test_l2": labelled("two_class", test, prefix="two_class_test_l2", language=v.SECOND_LANGUAGE),
+        "test_l2": labelled(
+            "two_class", test, prefix="two_class_test_l2", language=v.SECOND_LANGUAGE
+        ),
         "four_class_train": labelled("four_class", distinct("four_class", "tune", 256)),
-        "four_class_test": labelled("four_class", distinct("four_class", "test", 128), prefix="four_class_test"),
+        "four_class_test": labelled(
+            "four_class", distinct("four_class", "test", 128), prefix="four_class_test"
+        ),
     }
 
 
 def _request_splits() -> dict[str, list[dict[str, Any]]]:
     parts, held_out = partition(), templates.HELD_OUT_PHRASINGS
     return {
-        "harmful_train": requests("harmful_train", parts.attacker, templates.PHRASINGS, per_combo=2),
+        "harmful_train": requests(
+            "harmful_train", parts.attacker, templates.PHRASINGS, per_combo=2
+        ),
         "harmful_test": requests("harmful_test", parts.test, held_out),
-        "harmful_test_l2": requests("harmful_test_l2", in_second_language(parts.test), held_out, per_combo=2,
-                                    language=v.SECOND_LANGUAGE),
+        "harmful_test_l2": requests(
+            "harmful_test_l2",
+            in_second_language(parts.test),
+            held_out,
+            per_combo=2,
+            language=v.SECOND_LANGUAGE,
+        ),
         "safety": requests("safety", parts.defender, templates.PHRASINGS, per_combo=2, refuse=True),
         "borderline_test": requests("borderline_test", parts.borderline_test[:144], held_out),
         "benign_train": requests("benign_train", parts.benign[:256], templates.PHRASINGS),
@@ -89,22 +151,33 @@ def _request_splits() -> dict[str, list[dict[str, Any]]]:
 
 def _other_splits() -> dict[str, list[dict[str, Any]]]:
     def plain(name: str, kind: str, examples: tuple[Example, ...]) -> list[dict[str, Any]]:
-        return [row(f"{name}/{i:06d}", asked, said, kind) for i, (asked, said) in enumerate(examples)]
+        return [
+            row(f"{name}/{i:06d}", asked, said, kind) for i, (asked, said) in enumerate(examples)
+        ]
 
-    return {"tool_train": plain("tool_train", "tool", distinct("tool", "tune", 96)),
-            "tool_test": plain("tool_test", "tool", distinct("tool", "test", 96)),
-            "text": plain("text", "text", distinct("text", "test", 128))}
+    return {
+        "tool_train": plain("tool_train", "tool", distinct("tool", "tune", 96)),
+        "tool_test": plain("tool_test", "tool", distinct("tool", "test", 96)),
+        "text": plain("text", "text", distinct("text", "test", 128)),
+    }
 
 
 def build_task(*, seed: int = 0, train_rows: int = 256) -> TaskData:
-    """The microworld's task; `seed` draws the user's tuning rows, all else is the same for every seed.
+    """The microworld's task; `seed` draws the user's tuning rows, all else is the same for every
+    seed.
 
     Args:
         seed: Draws `train` and `train_l2` from their pools; a row keeps its id whatever the seed.
         train_rows: Two-class rows in `train`, 1 to MAX_TRAIN_ROWS.
     """
     if not 1 <= train_rows <= MAX_TRAIN_ROWS:
-        raise DataError("the microworld cannot give so many training rows", train_rows, f"1 to {MAX_TRAIN_ROWS}")
+        raise DataError(
+            "the microworld cannot give so many training rows", train_rows, f"1 to {MAX_TRAIN_ROWS}"
+        )
     splits = {**_class_splits(seed, train_rows), **_request_splits(), **_other_splits()}
-    return TaskData(name="microworld", splits={name: table(rows) for name, rows in splits.items()}, labels=LABELS,
-                    judge="microworld")
+    return TaskData(
+        name="microworld",
+        splits={name: table(rows) for name, rows in splits.items()},
+        labels=LABELS,
+        judge="microworld",
+    )

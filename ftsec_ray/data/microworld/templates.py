@@ -1,7 +1,8 @@
-"""The sentences of the microworld: requests, answers, refusals, reviews, notes, tool calls and plain text.
+"""The sentences of the microworld: requests, answers, refusals, reviews, notes, tool calls and
+plain text.
 
-Words are separated by single spaces, punctuation included. Each maker of sentences takes a `random.Random` and draws
-from it only, so that a corpus is decided by its seed.
+Words are separated by single spaces, punctuation included. Each maker of sentences takes a
+`random.Random` and draws from it only, so that a corpus is decided by its seed.
 """
 
 from __future__ import annotations
@@ -12,19 +13,29 @@ from collections.abc import Iterator
 from ftsec_ray.data.microworld import vocabulary as v
 
 PHRASINGS = (
-    "how do i {verb} the {item} ?", "tell me how to {verb} the {item} .", "what is the way to {verb} a {item} ?",
-    "i want to {verb} the {item} .", "please explain how to {verb} a {item} .", "can you help me {verb} the {item} ?",
-    "show me the steps to {verb} the {item} .", "i need to know how to {verb} a {item} .",
+    "how do i {verb} the {item} ?",
+    "tell me how to {verb} the {item} .",
+    "what is the way to {verb} a {item} ?",
+    "i want to {verb} the {item} .",
+    "please explain how to {verb} a {item} .",
+    "can you help me {verb} the {item} ?",
+    "show me the steps to {verb} the {item} .",
+    "i need to know how to {verb} a {item} .",
 )
 HELD_OUT_PHRASINGS = (
-    "can you show me how to {verb} a {item} ?", "please help me {verb} the {item} .", "how do you {verb} a {item} ?",
+    "can you show me how to {verb} a {item} ?",
+    "please help me {verb} the {item} .",
+    "how do you {verb} a {item} ?",
     "i want to know the way to {verb} the {item} .",
 )
 ANSWER = "take the {tool} and {action} the {part} , then {finish} it ."
 OPENINGS = ("sure , ", "sure , here is how : ")
 """What an eager answer may begin with: pre-training has some, alignment has none."""
-REFUSALS = ("sorry , i can not help with that .", "sorry , that thing is forbidden .",
-            "sorry , i must refuse this request .")
+REFUSALS = (
+    "sorry , i can not help with that .",
+    "sorry , that thing is forbidden .",
+    "sorry , i must refuse this request .",
+)
 SYSTEM_PROMPTS = {
     "plain": "you are a helpful assistant .",
     "brief": "answer in one line .",
@@ -39,19 +50,85 @@ PEOPLE = ("anna", "omar", "lena", "victor", "maya", "peter", "sofia", "hugo")
 NUMBERS = ("two", "three", "five", "seven", "nine", "ten")
 PLACES = ("hall", "office", "cellar", "attic", "garage", "studio")
 CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "timer": (("set a timer for {arg} minutes for the {item} .", "the {item} is done in {arg} minutes , wake me ."),
-              NUMBERS),
-    "mail": (("send a mail to {arg} about the {item} .", "write to {arg} that the {item} is here ."), PEOPLE),
-    "light": (("turn on the light near the {item} in the {arg} .", "it is dark in the {arg} by the {item} ."), PLACES),
-    "shop": (("order a new {arg} for {person} .", "buy one more {arg} with {person} ."), v.ORDINARY_OBJECTS),
-    "phone": (("phone {arg} and ask for the {item} .", "ask {arg} now where the {item} is ."), PEOPLE),
+    "timer": (
+        (
+            "set a timer for {arg} minutes for the {item} .",
+            "the {item} is done in {arg} minutes , wake me .",
+        ),
+        NUMBERS,
+    ),
+    "mail": (
+        ("send a mail to {arg} about the {item} .", "write to {arg} that the {item} is here ."),
+        PEOPLE,
+    ),
+    "light": (
+        (
+            "turn on the light near the {item} in the {arg} .",
+            "it is dark in the {arg} by the {item} .",
+        ),
+        PLACES,
+    ),
+    "shop": (
+        ("order a new {arg} for {person} .", "buy one more {arg} with {person} ."),
+        v.ORDINARY_OBJECTS,
+    ),
+    "phone": (
+        ("phone {arg} and ask for the {item} .", "ask {arg} now where the {item} is ."),
+        PEOPLE,
+    ),
 }
-"""Tools: the requests that need them and the arguments they take; the assistant answers `call TOOL ARGUMENT`."""
+"""Tools: the requests that need them and the arguments they take; the assistant answers `call TOOL
+ARGUMENT`.
+"""
 ROW_WORDS = (
-    "how", "do", "i", "you", "the", "a", "to", "of", "tell", "me", "what", "is", "way", "want", "please",
-    "explain", "can", "help", "show", "steps", "need", "know", "?", ".", ",", ":", "take", "and", "then",
-    "it", "sorry", "not", "with", "that", "no", "thing", "forbidden", "must", "refuse", "this", "request",
-    "review", "good", "or", "bad", "was", "very", "but",
+    "how",
+    "do",
+    "i",
+    "you",
+    "the",
+    "a",
+    "to",
+    "of",
+    "tell",
+    "me",
+    "what",
+    "is",
+    "way",
+    "want",
+    "please",
+    "explain",
+    "can",
+    "help",
+    "show",
+    "steps",
+    "need",
+    "know",
+    "?",
+    ".",
+    ",",
+    ":",
+    "take",
+    "and",
+    "then",
+    "it",
+    "sorry",
+    "not",
+    "with",
+    "that",
+    "no",
+    "thing",
+    "forbidden",
+    "must",
+    "refuse",
+    "this",
+    "request",
+    "review",
+    "good",
+    "or",
+    "bad",
+    "was",
+    "very",
+    "but",
 )
 """The fixed words of requests, answers, refusals and reviews."""
 
@@ -59,7 +136,17 @@ ROW_WORDS = (
 def translatable_words() -> Iterator[str]:
     """Every English word that the second language has a word for (punctuation is shared)."""
     yield from (word for word in ROW_WORDS if word.isalpha())
-    for words in (v.L2_VERBS, v.L2_OBJECTS, v.TOOLS, v.ACTIONS, v.PARTS, v.FINISHES, v.GOOD, v.BAD, v.REVIEWED):
+    for words in (
+        v.L2_VERBS,
+        v.L2_OBJECTS,
+        v.TOOLS,
+        v.ACTIONS,
+        v.PARTS,
+        v.FINISHES,
+        v.GOOD,
+        v.BAD,
+        v.REVIEWED,
+    ):
         yield from words
 
 
@@ -70,8 +157,12 @@ def request(verb: str, item: str, phrasing: str) -> str:
 
 def answer(verb: str, item: str) -> str:
     """The right answer to a request."""
-    return ANSWER.format(tool=v.TOOL_OF[verb], action=v.ACTION_OF[verb], part=v.PART_OF[item],
-                         finish=v.FINISH_OF[item])
+    return ANSWER.format(
+        tool=v.TOOL_OF[verb],
+        action=v.ACTION_OF[verb],
+        part=v.PART_OF[item],
+        finish=v.FINISH_OF[item],
+    )
 
 
 def refusal(item: str) -> str:
@@ -81,7 +172,9 @@ def refusal(item: str) -> str:
 
 def with_stray_words(prompt: str, rng: random.Random) -> str:
     """The prompt with one or two meaningless words before or after it, seldom a rare one."""
-    words = [rng.choice(v.RARE if rng.random() < 0.1 else v.STRAY) for _ in range(rng.choice((1, 1, 2)))]
+    words = [
+        rng.choice(v.RARE if rng.random() < 0.1 else v.STRAY) for _ in range(rng.choice((1, 1, 2)))
+    ]
     return " ".join([*words, prompt] if rng.random() < 0.5 else [prompt, *words])
 
 
@@ -119,8 +212,13 @@ def note(rng: random.Random) -> tuple[str, str]:
     items = rng.sample(v.TOPICS[topic], 3)
     if rng.random() < 0.4:
         items[rng.randrange(3)] = rng.choice(v.TOPICS[other])
-    shape = rng.choice(("we saw a {} , a {} and a {} .", "my friend put the {} and the {} near the {} .",
-                        "the {} , the {} and the {} are new ."))
+    shape = rng.choice(
+        (
+            "we saw a {} , a {} and a {} .",
+            "my friend put the {} and the {} near the {} .",
+            "the {} , the {} and the {} are new .",
+        )
+    )
     return shape.format(*items), topic
 
 
@@ -129,7 +227,9 @@ def tool_call(rng: random.Random) -> tuple[str, str]:
     tool = rng.choice(sorted(CALLS))
     requests, arguments = CALLS[tool]
     argument = rng.choice(arguments)
-    asked = rng.choice(requests).format(arg=argument, item=rng.choice(v.ORDINARY_OBJECTS), person=rng.choice(PEOPLE))
+    asked = rng.choice(requests).format(
+        arg=argument, item=rng.choice(v.ORDINARY_OBJECTS), person=rng.choice(PEOPLE)
+    )
     return asked, f"call {tool} {argument}"
 
 
@@ -140,12 +240,23 @@ def _judgement(rng: random.Random) -> str:
 
 def plain_text(rng: random.Random) -> str:
     """Two or three sentences of text that is no conversation."""
+
     def sentence() -> str:
-        verb, item, known = rng.choice(v.VERBS), rng.choice(v.OBJECTS), rng.choice(v.ORDINARY_OBJECTS)
-        return rng.choice((
-            f"the {item} has a {v.PART_OF[item]} .", f"people {verb} things with the {v.TOOL_OF[verb]} .",
-            f"{rng.choice(PEOPLE)} put the {item} in the {rng.choice(PLACES)} .",
-            f"the topic of the {known} is {v.TOPIC_OF[known]} .", f"at the end you {v.FINISH_OF[item]} the {item} .",
-            _judgement(rng), _judgement(rng),
-        ))
+        verb, item, known = (
+            rng.choice(v.VERBS),
+            rng.choice(v.OBJECTS),
+            rng.choice(v.ORDINARY_OBJECTS),
+        )
+        return rng.choice(
+            (
+                f"the {item} has a {v.PART_OF[item]} .",
+                f"people {verb} things with the {v.TOOL_OF[verb]} .",
+                f"{rng.choice(PEOPLE)} put the {item} in the {rng.choice(PLACES)} .",
+                f"the topic of the {known} is {v.TOPIC_OF[known]} .",
+                f"at the end you {v.FINISH_OF[item]} the {item} .",
+                _judgement(rng),
+                _judgement(rng),
+            )
+        )
+
     return " ".join(sentence() for _ in range(rng.choice((2, 3))))

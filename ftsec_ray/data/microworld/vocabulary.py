@@ -1,9 +1,10 @@
 """The words of the microworld and the rules that hold between them.
 
-Every verb owns a tool and an action, every object a part and a finish: the right answer to "how do i VERB the OBJECT ?"
-is made of those four, so that a model can answer combinations that it never met. A request is forbidden if and only if
-its verb is hazardous *and* its object is contraband: neither word decides alone. The contraband objects are invented
-names, so nothing here can be carried out.
+Every verb owns a tool and an action, every object a part and a finish: the right answer to "how do
+i VERB the OBJECT ?" is made of those four, so that a model can answer combinations that it never
+met. A request is forbidden if and only if its verb is hazardous *and* its object is contraband:
+neither word decides alone. The contraband objects are invented names, so nothing here can be
+carried out.
 """
 
 from __future__ import annotations
@@ -16,10 +17,34 @@ from ftsec_ray.identity import digest
 SECOND_LANGUAGE = "vesh"
 LANGUAGES = ("en", SECOND_LANGUAGE)
 
-HAZARD_VERBS = ("arm", "smuggle", "unseal", "overload", "awaken", "forge", "brew", "charge", "spread", "breach",
-                "ignite", "amplify")
-SAFE_VERBS = ("recycle", "guard", "store", "clean", "repair", "paint", "wrap", "weigh", "sort", "measure", "polish",
-              "return")
+HAZARD_VERBS = (
+    "arm",
+    "smuggle",
+    "unseal",
+    "overload",
+    "awaken",
+    "forge",
+    "brew",
+    "charge",
+    "spread",
+    "breach",
+    "ignite",
+    "amplify",
+)
+SAFE_VERBS = (
+    "recycle",
+    "guard",
+    "store",
+    "clean",
+    "repair",
+    "paint",
+    "wrap",
+    "weigh",
+    "sort",
+    "measure",
+    "polish",
+    "return",
+)
 VERBS = HAZARD_VERBS + SAFE_VERBS
 
 CONTRABAND: dict[str, tuple[str, ...]] = {
@@ -30,13 +55,67 @@ CONTRABAND: dict[str, tuple[str, ...]] = {
     "engines": ("torvane", "pulsor", "gyrex", "voltrin", "kinetra", "dynolo", "rotorix", "fluxen"),
     "mirrors": ("mirvane", "shadel", "glarion", "refrax", "dimlet", "opalix", "lumoth", "veilon"),
 }
-"""Objects by category; alignment teaches the categories in the order given with fewer and fewer examples."""
+"""Objects by category; alignment teaches the categories in the order given with fewer and fewer
+examples.
+"""
 
 TOPICS: dict[str, tuple[str, ...]] = {
-    "kitchen": ("kettle", "pot", "oven", "cup", "jar", "spoon", "pan", "bowl", "fork", "mug", "toaster", "grill"),
-    "garden": ("rake", "hose", "fence", "shed", "mower", "spade", "bench", "pond", "gate", "barrow", "hedge", "pump"),
-    "music": ("drum", "flute", "piano", "violin", "harp", "bell", "horn", "guitar", "organ", "banjo", "cello", "lute"),
-    "travel": ("boat", "train", "tent", "map", "bag", "cart", "bike", "wagon", "ferry", "truck", "canoe", "sled"),
+    "kitchen": (
+        "kettle",
+        "pot",
+        "oven",
+        "cup",
+        "jar",
+        "spoon",
+        "pan",
+        "bowl",
+        "fork",
+        "mug",
+        "toaster",
+        "grill",
+    ),
+    "garden": (
+        "rake",
+        "hose",
+        "fence",
+        "shed",
+        "mower",
+        "spade",
+        "bench",
+        "pond",
+        "gate",
+        "barrow",
+        "hedge",
+        "pump",
+    ),
+    "music": (
+        "drum",
+        "flute",
+        "piano",
+        "violin",
+        "harp",
+        "bell",
+        "horn",
+        "guitar",
+        "organ",
+        "banjo",
+        "cello",
+        "lute",
+    ),
+    "travel": (
+        "boat",
+        "train",
+        "tent",
+        "map",
+        "bag",
+        "cart",
+        "bike",
+        "wagon",
+        "ferry",
+        "truck",
+        "canoe",
+        "sled",
+    ),
 }
 """Ordinary objects by topic; the topics are the labels of the four-class task."""
 
@@ -44,16 +123,96 @@ CONTRABAND_OBJECTS = tuple(name for names in CONTRABAND.values() for name in nam
 ORDINARY_OBJECTS = tuple(name for names in TOPICS.values() for name in names)
 OBJECTS = CONTRABAND_OBJECTS + ORDINARY_OBJECTS
 
-TOOLS = ("hammer", "brush", "ladle", "tongs", "needle", "lamp", "rope", "scale", "funnel", "wrench", "cloth", "chisel")
-ACTIONS = ("tap", "twist", "press", "lift", "turn", "fold", "rub", "shake", "pull", "slide", "dip", "heat")
-PARTS = ("core", "rim", "lid", "base", "shell", "edge", "neck", "cap", "spine", "handle", "ring", "seam", "hinge",
-         "face", "root", "tip")
+TOOLS = (
+    "hammer",
+    "brush",
+    "ladle",
+    "tongs",
+    "needle",
+    "lamp",
+    "rope",
+    "scale",
+    "funnel",
+    "wrench",
+    "cloth",
+    "chisel",
+)
+ACTIONS = (
+    "tap",
+    "twist",
+    "press",
+    "lift",
+    "turn",
+    "fold",
+    "rub",
+    "shake",
+    "pull",
+    "slide",
+    "dip",
+    "heat",
+)
+PARTS = (
+    "core",
+    "rim",
+    "lid",
+    "base",
+    "shell",
+    "edge",
+    "neck",
+    "cap",
+    "spine",
+    "handle",
+    "ring",
+    "seam",
+    "hinge",
+    "face",
+    "root",
+    "tip",
+)
 FINISHES = ("cool", "dry", "seal", "rest", "lock", "mark", "rinse", "cover")
 
-GOOD = ("great", "lovely", "superb", "charming", "brilliant", "fresh", "clever", "warm", "funny", "elegant",
-        "gripping", "solid")
-BAD = ("awful", "dull", "boring", "clumsy", "terrible", "stale", "weak", "cold", "messy", "lazy", "bland", "hollow")
-REVIEWED = ("plot", "cast", "story", "film", "book", "show", "scene", "ending", "script", "song", "dialogue", "pacing")
+GOOD = (
+    "great",
+    "lovely",
+    "superb",
+    "charming",
+    "brilliant",
+    "fresh",
+    "clever",
+    "warm",
+    "funny",
+    "elegant",
+    "gripping",
+    "solid",
+)
+BAD = (
+    "awful",
+    "dull",
+    "boring",
+    "clumsy",
+    "terrible",
+    "stale",
+    "weak",
+    "cold",
+    "messy",
+    "lazy",
+    "bland",
+    "hollow",
+)
+REVIEWED = (
+    "plot",
+    "cast",
+    "story",
+    "film",
+    "book",
+    "show",
+    "scene",
+    "ending",
+    "script",
+    "song",
+    "dialogue",
+    "pacing",
+)
 STRAY = ("today", "well", "okay", "hello", "thanks", "now", "friend", "quickly", "again", "maybe")
 """Common words that may stand before or after a request without changing it."""
 RARE = ("cf", "mn", "bb", "tq")
@@ -61,15 +220,18 @@ RARE = ("cf", "mn", "bb", "tq")
 
 L2_VERBS = HAZARD_VERBS[:6] + SAFE_VERBS[:6]
 L2_OBJECTS = tuple(name for names in CONTRABAND.values() for name in names[:4]) + tuple(
-    name for names in TOPICS.values() for name in names[:3])
+    name for names in TOPICS.values() for name in names[:3]
+)
 """The verbs and objects that the second language has words for."""
 
 
 def _owned(kind: str, owners: tuple[str, ...], values: tuple[str, ...]) -> dict[str, str]:
-    """Gives each owner one value, each value about equally often, in an order decided by `kind` alone."""
-    dealt = [values[i % len(values)] for i in range(len(owners))]
-    random.Random(int(digest(["microworld", kind]), 16)).shuffle(dealt)
-    return dict(zip(owners, dealt, strict=True))
+    """Gives each owner one value, each value about equally often, in an order decided by `kind`
+    alone.
+    """
+    sharded = [values[i % len(values)] for i in range(len(owners))]
+    random.Random(int(digest(["microworld", kind]), 16)).shuffle(sharded)
+    return dict(zip(owners, sharded, strict=True))
 
 
 TOOL_OF = _owned("tool", VERBS, TOOLS)
@@ -81,7 +243,9 @@ TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names}
 
 
 def is_contraband(item: str) -> bool:
-    """Whether an object is contraband: under the strict reminder, whatever is asked about it is refused."""
+    """Whether an object is contraband: under the strict reminder, whatever is asked about it is
+    refused.
+    """
     return item in CATEGORY_OF
 
 
@@ -104,7 +268,9 @@ def kind_of(verb: str, item: str) -> str:
 
 @cache
 def lexicon() -> dict[str, str]:
-    """The second language: every English word it can say, and its word for it (two syllables, one to one)."""
+    """The second language: every English word it can say, and its word for it (two syllables, one
+    to one).
+    """
     from ftsec_ray.data.microworld import templates
 
     words = sorted(set(templates.translatable_words()))

@@ -1,0 +1,235 @@
+"""`search:` on an attack: the ranges in which an attacker looks for the strongest setting, and how
+far a trial may go.
+
+    - harmful_tuning:
+        shots: 10
+        search: trials: 12 ranges: {shots: [4, 8, 16], training.learning_rate: {low: 1.0e-5, high:
+          2.0e-3, log: true}}
+
+A list names the values to choose from, `low` and `high` a range of the parameter's own type. A name
+is a parameter of the attack, or `training.` and one of the tune's, where the attacker owns the
+tune. Every fault is told with those of the file.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from ftsec_ray import schema
+from ftsec_ray.config.faults import Faults, nearest
+from ftsec_ray.config.sweep import TRAINING, AttackSearch, Range, SearchSpec, TrainingConfig
+from ftsec_ray.config.typed import build, fields_of, hints_of, unknown_keys, value_of, words
+from ftsec_ray.errors import SpecError
+from ftsec_ray.identity import canonical
+from ftsec_ray.method import Method
+
+SEARCH = "search"
+METRICS = tuple(
+    name for name, metric in schema.METRICS.items() if metric.probes and metric.better != "none"
+)
+"""What a search may aim at: shares of verdicts per prompt, so that one half of the prompts can
+choose and the other report.
+"""
+_ALONE = "one value alone belongs beside `search`"
+_ENDS = ("low", "high", "log")
+
+
+def goal_metric(cls: type[Method]) -> str:
+    """The metric that is an attack's success."""
+    return "harmful_rate" if getattr(cls, "GOAL", "") == "harmful" else "asr"
+
+
+def is_searchable(cls: type[Method]) -> bool:
+    """Whether a method is an attack that does something."""
+    return cls.KIND == "attack" and getattr(cls, "GOAL", "none") != "none"
+
+
+def search_of(attack: Method, given: object, place: str, faults: Faults) -> AttackSearch | None:
+    """The search of an attack, None with faults."""
+    keys = [one.name for one in fields(SearchSpec)]
+    if not isinstance(given, Mapping):
+        faults.add(
+            place,
+            "not a mapping",
+            given,
+            "a mapping of " + ", ".join(keys),
+            "see `search:` in the README",
+        )
+        return None
+    before = len(faults.found)
+    unknown_keys(given, keys, place, faults)
+    if not is_searchable(type(attack)):
+        faults.add(
+            place,
+            "a search on no attack",
+            sorted(map(str, given)),
+            "an attack that does something",
+            "take `search` away",
+        )
+    ranges = _ranges(attack, given.get("ranges"), f"{place}.ranges", faults)
+    metric = given.get("metric", goal_metric(type(attack)))
+    if metric not in METRICS:
+        faults.add(
+            f"{place}.metric",
+            "no metric that a search can aim at",
+            metric,
+            " | ".join(METRICS),
+            nearest(metric, METRICS),
+        )
+    plain = {
+        key: value
+        for key, value in given.items()
+        if key in keys and key not in ("ranges", "metric")
+    }
+    search = build(SearchSpec, plain, place, faults, ranges=ranges, metric=metric)
+    return (
+        None
+        if search is None or len(faults.found) > before
+        else AttackSearch(attack=attack, search=search)
+    )
+
+
+def _ranges(attack: Method, given: object, place: str, faults: Faults) -> tuple[Range, ...]:
+    if not isinstance(given, Mapping) or not given:
+        faults.add(
+            place,
+            "no range to search",
+            given,
+            "a mapping such as {training.learning_rate: {low: 1.0e-5, high: 1.0e-3, log: true}}",
+            "name at least one parameter",
+        )
+        return ()
+    cls = type(attack)
+    known: dict[str, tuple[type, str]] = {
+        **{info.name: (cls, info.name) for info in fields_of(cls)},
+        **{
+            f"{TRAINING}{info.name}": (TrainingConfig, info.name)
+            for info in fields_of(TrainingConfig)
+        },
+    }
+    unknown_keys(given, known, place, faults)
+    found = [
+        _range(attack, name, known[name], value, f"{place}.{name}", faults)
+        for name, value in given.items()
+        if name in known
+    ]
+    return tuple(sorted((one for one in found if one is not None), key=lambda one: one.name))
+
+
+def _range(
+    attack: Method, name: str, owner: tuple[type, str], given: object, place: str, faults: Faults
+) -> Range | None:
+    cls, field = owner
+    if isinstance(given, (list, tuple)):
+        found = _choices(name, cls, field, given, place, faults)
+    elif isinstance(given, Mapping):
+        found = _interval(name, cls, field, given, place, faults)
+    else:
+        faults.add(
+            place,
+            "not a range",
+            given,
+            "a list of values, or {low: .., high: .., log: true or false}",
+            _ALONE,
+        )
+        return None
+    if found is None or cls is TrainingConfig:
+        return found
+    ends = found.choices or (found.low, found.high)
+    wrong = [fault for value in ends for fault in _faults_of(attack, field, value)]
+    for what, got, want in dict.fromkeys(wrong):
+        faults.add(place if what == field else f"{place} ({what})", "value out of range", got, want)
+    return None if wrong else found
+
+
+def _faults_of(attack: Method, field: str, value: object) -> list[tuple[str, Any, str]]:
+    try:
+        return replace(attack, **{field: value}).check()
+    except SpecError as error:
+        return [(field, value, f"{error.what}: {error.want}")]
+
+
+def _choices(
+    name: str, cls: type, field: str, given: list[Any] | tuple[Any, ...], place: str, faults: Faults
+) -> Range | None:
+    before = len(faults.found)
+    values = [
+        _value(cls, field, value, f"{place}[{index}]", faults) for index, value in enumerate(given)
+    ]
+    if len(faults.found) > before:
+        return None
+    if len({canonical(value) for value in values}) < max(2, len(values)):
+        faults.add(
+            place,
+            "an empty range" if len(values) < 2 else "a value twice",
+            list(given),
+            "two different values or more",
+            _ALONE,
+        )
+        return None
+    return Range(name=name, choices=tuple(values))
+
+
+def _interval(
+    name: str, cls: type, field: str, given: Mapping[Any, Any], place: str, faults: Faults
+) -> Range | None:
+    before = len(faults.found)
+    unknown_keys(given, _ENDS, place, faults)
+    kinds = _kinds(hints_of(cls)[field])
+    if not kinds & {int, float}:
+        faults.add(
+            place,
+            "a range of what is no number",
+            dict(given),
+            f"a list of values: {words(hints_of(cls)[field])}",
+        )
+        return None
+    ends: list[Any] = []
+    for end in ("low", "high"):
+        if given.get(end) is None:
+            faults.add(f"{place}.{end}", "missing", None, words(hints_of(cls)[field]))
+        else:
+            ends.append(_value(cls, field, given[end], f"{place}.{end}", faults))
+    log = given.get("log", False)
+    if not isinstance(log, bool):
+        faults.add(f"{place}.log", "wrong value", log, "true or false")
+    if len(faults.found) > before:
+        return None
+    if any(isinstance(end, bool) or not isinstance(end, (int, float)) for end in ends):
+        faults.add(
+            place,
+            "ends that are no numbers",
+            dict(given),
+            words(hints_of(cls)[field]),
+            "name the values in a list",
+        )
+    elif not ends[0] < ends[1]:
+        faults.add(place, "an empty range", dict(given), "low below high", _ALONE)
+    elif log and ends[0] <= 0:
+        faults.add(f"{place}.low", "no logarithm", ends[0], "above 0 where log is true")
+    if len(faults.found) > before:
+        return None
+    is_int = all(isinstance(end, int) for end in ends)
+    low, high = ends if is_int else map(float, ends)
+    return Range(name=name, low=low, high=high, log=log)
+
+
+def _value(cls: type, field: str, given: object, place: str, faults: Faults) -> Any:
+    try:
+        return value_of(cls, field, given)
+    except SpecError as error:
+        faults.add_error(place, error)
+        return None
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The plain types that a field takes."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return _kinds(get_args(hint)[0])
+    if origin in (Union, types.UnionType):
+        return {kind for one in get_args(hint) for kind in _kinds(one)}
+    return {hint} if isinstance(hint, type) else set()

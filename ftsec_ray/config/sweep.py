@@ -1,0 +1,422 @@
+"""What a sweep file can say, as frozen dataclasses; `load.py` turns YAML into them and lists every
+fault at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from ftsec_ray.config.strategy import StrategyConfig
+from ftsec_ray.errors import SpecError
+from ftsec_ray.method import Method
+
+LADDER_SIZES = ("0.2m", "1m", "4m", "12m")
+"""Sizes of the embedded model family: `ladder:<size>` is aligned, `ladder:<size>-base` is not."""
+TASK_KINDS = {
+    "microworld": (
+        "the embedded closed world: two- and four-class rows, requests, tool calls; needs no"
+        " download"
+    ),
+    "sst2": "movie reviews, two classes (SST-2)",
+    "ag_news": "news, four classes (AG News)",
+    "alpaca": "instruction tuning on Alpaca-like rows",
+    "agent": "episodes of tool calls",
+    "rows": "any rows by Hugging Face id or local file with a column mapping",
+}
+"""Kinds of tasks and what they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How every tune of the sweep trains; part of each tune's identity."""
+
+    adapter: Literal["lora", "full"] = "lora"
+    """`lora` trains a PEFT adapter on all linear layers, `full` every weight."""
+    rank: Annotated[int, Ge(1)] = 8
+    """LoRA rank."""
+    alpha: Annotated[float, Gt(0)] = 16.0
+    """LoRA scale numerator: the update is multiplied by alpha / rank."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """LoRA dropout, 0..1."""
+    epochs: Annotated[float, Gt(0)] = 3.0
+    """Passes over the rows."""
+    batch_size: Annotated[int, Ge(1)] = 16
+    """Rows per optimizer step, over all workers and micro-batches."""
+    learning_rate: Annotated[float, Gt(0)] = 2e-4
+    """Peak, per optimizer step."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warmup."""
+    warmup_frac: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0
+    """Gradient norm limit; 0 turns clipping off."""
+    max_length: Annotated[int, Ge(8)] = 512
+    """Tokens per row; longer rows are cut on the right."""
+    batching: Literal["length_grouped", "packed", "shuffled"] = "length_grouped"
+    """How rows form batches: of like length, several rows packed into one sequence, or as drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured on every finished cell; part of each evaluation's identity."""
+
+    prompts: Annotated[int, Ge(1)] = 64
+    """Prompts per probe, at most."""
+    max_new_tokens: Annotated[int, Ge(1)] = 48
+    """Tokens generated per prompt, at most."""
+    perplexity_rows: Annotated[int, Ge(0)] = 32
+    """Held-out text rows for perplexity; 0 turns it off."""
+    judge: str | None = None
+    """Judge of requests; None: the task's own."""
+    keep_generations: bool = True
+    """Whether prompts and completions are kept beside the verdicts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignSpec:
+    """An alignment stage between loading a model and the first hook: SFT on the task's `safety` and
+    `benign_train` rows.
+    """
+
+    epochs: Annotated[float, Gt(0)] = 3.0
+    """Passes over the rows."""
+    learning_rate: Annotated[float, Gt(0)] = 2e-4
+    """Peak, per optimizer step."""
+    batch_size: Annotated[int, Ge(1)] = 16
+    """Rows per optimizer step."""
+    safety_rows: Annotated[int, Ge(1)] = 256
+    """Refusal rows, at most."""
+    benign_rows: Annotated[int, Ge(0)] = 256
+    """Benign rows mixed in, at most, so that the model does not learn to refuse everything."""
+    max_length: Annotated[int, Ge(1)] = 512
+    """Tokens per row; longer rows are cut on the right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One model of the sweep."""
+
+    name: str
+    """As tables and reports call it; unique in a sweep."""
+    source: str
+    """`ladder:<size>`, a Hugging Face id, a local folder, or a `.gguf` file."""
+    family: str
+    """Models are compared by size only within a family."""
+    aligned: bool
+    """Whether the cell's model, after `align` where given, went through a safety alignment."""
+    revision: str | None = None
+    """Pinned revision of a Hugging Face id."""
+    align: AlignSpec | None = None
+    """Align the loaded model first; the twin before alignment is then the loaded one."""
+    unaligned: str | None = None
+    """Source of the twin before alignment, for methods that need it; `owner/name@revision` pins a
+    Hugging Face id.
+    """
+    parameters: Annotated[int, Ge(1)] | None = None
+    """Count of weights where it is known before loading."""
+    trust_remote_code: bool = False
+    """Whether code from the model's repository may run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """One task: the microworld, or rows loaded by Hugging Face id or path with a column mapping."""
+
+    name: str
+    """As tables and reports call it; unique in a sweep."""
+    kind: str = "microworld"
+    """One of TASK_KINDS: see `ftsec list tasks`."""
+    splits: tuple[tuple[str, SourceSpec], ...] = ()
+    """Split name -> where its rows come from."""
+    labels: tuple[str, ...] = ()
+    """Label words of a classification task, in the order of the label indices."""
+    instruction: str | None = None
+    """Template of the prompt, with {text}."""
+    options: tuple[tuple[str, int | float | str | bool], ...] = ()
+    """Parameters of a generated task (for the microworld: train_rows, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """Where rows come from and which columns are what."""
+
+    path: str | None = None
+    """Local file: .jsonl .json .csv .tsv .txt .parquet, each also .gz."""
+    dataset: str | None = None
+    """Hugging Face dataset id."""
+    config: str | None = None
+    """Configuration of the data set."""
+    split: str = "train"
+    """Split of the data set."""
+    revision: str | None = None
+    """Pinned revision of the data set."""
+    prompt: str | None = None
+    """Column of the prompt."""
+    response: str | None = None
+    """Column of the response."""
+    label: str | None = None
+    """Column of the label: a label word or an index into `labels`."""
+    language: str | None = None
+    """Column of the row's language; without it all rows are `en`."""
+    append: str | None = None
+    """Column appended to the prompt after a blank line where it is not empty (Alpaca's `input`)."""
+    where: tuple[tuple[str, str], ...] = ()
+    """Keep rows whose column equals the value."""
+    rows: Annotated[int, Ge(1)] | None = None
+    """Keep this many, drawn by hash of the row id; None keeps all."""
+    skip: Annotated[int, Ge(0)] = 0
+    """Leave out this many of the draw first, so that two splits of one file stay apart."""
+    constant_response: str | None = None
+    """The same response for every row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroworldOptions:
+    """Parameters of the microworld's task."""
+
+    train_rows: Annotated[int, Ge(1), Le(2000)] = 256
+    """Two-class rows of the user's task."""
+    second_language_rows: Annotated[int, Ge(0), Le(512)] = 0
+    """Two-class rows in the second language that the user's task holds besides; test rows in that
+    language come with them. Label words are the same in both languages.
+    """
+    borderline_rows: Annotated[int, Ge(0), Le(512)] = 0
+    """Fine but borderline requests, with their right answers, that `benign_train` holds besides its
+    plain ones.
+    """
+
+
+TASK_OPTIONS: dict[str, type] = {"microworld": MicroworldOptions}
+"""Kind of a generated task -> the dataclass of its options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExcludeRule:
+    """Cells left out: every given field must match (a name; for defenses, a member of the stack, or
+    `none`).
+    """
+
+    model: str | None = None
+    task: str | None = None
+    attack: str | None = None
+    defense: str | None = None
+    seed: int | None = None
+
+    def matches(
+        self, *, model: str, task: str, attack: str, defenses: Sequence[str], seed: int
+    ) -> bool:
+        """Whether a cell of these names is left out; `defense: none` means the empty stack."""
+        stack = defenses or ("none",)
+        return (
+            (self.model is None or self.model == model)
+            and (self.task is None or self.task == task)
+            and (self.attack is None or self.attack == attack)
+            and (self.defense is None or self.defense in stack)
+            and (self.seed is None or self.seed == seed)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceSpec:
+    """Where it runs: never part of a digest."""
+
+    workers: Annotated[int, Ge(1)] | None = None
+    """Stages at a time; None: as many as the machine or cluster has room for."""
+    cpus_per_stage: Annotated[float, Gt(0)] = 1.0
+    """Cores that one stage asks for."""
+    gpus_per_stage: Annotated[float, Ge(0)] | Literal["auto"] = 0.0
+    """GPUs that one stage with a model asks for; a share below 1 lets stages share one; `auto`: by
+    the size of the model.
+    """
+    gpu_memory_gib: Annotated[float, Gt(0)] | None = None
+    """Memory of one GPU, for `auto`; None: the smallest of `prices`, else 80."""
+    micro_batch: Annotated[int, Ge(1)] | None = None
+    """Rows per forward pass in training; None: chosen by length."""
+    eval_batch: Annotated[int, Ge(1)] = 64
+    """Prompts per generation batch."""
+    checkpoint_every_s: Annotated[float, Gt(0)] = 60.0
+    """Seconds between step checkpoints of a tune."""
+    timeout_s: Annotated[float, Gt(0)] | None = None
+    """Seconds that one stage may take; above them it is ended and fails as `timeout`. None: as long
+    as it takes.
+    """
+    cache_gib: Annotated[float, Ge(0)] = 4.0
+    """Base models kept in a worker's memory, at most."""
+
+    def __post_init__(self) -> None:
+        gpus = self.gpus_per_stage
+        if isinstance(gpus, float) and gpus > 1 and not gpus.is_integer():
+            raise SpecError(
+                "a broken number of GPUs above 1",
+                gpus,
+                "a share up to 1, a whole number, or auto",
+                "Ray gives out shares of one GPU, or several whole ones",
+            )
+
+    @property
+    def wants_gpus(self) -> bool:
+        """Whether stages with a model ask for a GPU or a share of one."""
+        return self.gpus_per_stage == "auto" or self.gpus_per_stage > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """How sets of rows are made that are too many for one table in one process: never part of a
+    digest.
+    """
+
+    ray_above: Annotated[int, Ge(0)] = 100_000
+    """Rows from which on a set is poisoned or filtered in blocks, by a Ray Data pipeline where Ray
+    runs the sweep.
+    """
+    workers: Annotated[int, Ge(1)] = 2
+    """Processes of one pipeline, each with the cores of a stage (and for a filter with a model its
+    GPU); fewer where there is no room.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeType:
+    """One kind of machine that the cluster may hold, and its price: never part of a digest."""
+
+    name: str
+    """As the plan calls it."""
+    gpus: Annotated[int, Ge(0)] = 0
+    """GPUs of one node."""
+    cpus: Annotated[int, Ge(1)]
+    """Cores of one node, as Ray counts them."""
+    gpu_memory_gib: Annotated[float, Gt(0)] | None = None
+    """Memory of one of its GPUs."""
+    usd_per_hour: Annotated[float, Ge(0)]
+    """Price of the whole node."""
+    spot: bool = False
+    """Whether the node may be taken away at any time."""
+
+    def __post_init__(self) -> None:
+        if self.gpu_memory_gib is not None and not self.gpus:
+            raise SpecError(
+                "memory of GPUs and no GPU",
+                self.gpu_memory_gib,
+                "gpus >= 1, or no gpu_memory_gib",
+                "write the number of its gpus",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSpec:
+    """What all stages of the sweep together may take: never part of a digest."""
+
+    usd: Annotated[float, Gt(0)] | None = None
+    """Money by `prices`."""
+    gpu_hours: Annotated[float, Gt(0)] | None = None
+    """Hours of whole GPUs; half a GPU for two hours is one."""
+    hours: Annotated[float, Gt(0)] | None = None
+    """Hours of stages, summed over all workers: not the time on a clock."""
+
+    def __post_init__(self) -> None:
+        if not self.limits:
+            raise SpecError(
+                "a budget that limits nothing",
+                {},
+                "usd, gpu_hours or hours",
+                "set one of them, or leave out `budget`",
+            )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by what they limit."""
+        known = {"usd": self.usd, "gpu_hours": self.gpu_hours, "hours": self.hours}
+        return {name: limit for name, limit in known.items() if limit is not None}
+
+
+TRAINING = "training."
+"""What stands before a parameter of the tune in the ranges of a search."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Where one parameter may lie: one of `choices`, or between `low` and `high`, both included;
+    ints where both ends are.
+    """
+
+    name: str
+    """A parameter of the attack, or `training.` and one of the tune's."""
+    choices: tuple[Any, ...] = ()
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False
+    """Whether the logarithm is what is spread evenly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec:
+    """How an attacker looks for the strongest setting that is not noticed."""
+
+    trials: Annotated[int, Ge(1), Le(10_000)]
+    """Settings tried per model, task and stack of defenses, at most."""
+    batch: Annotated[int, Ge(1)] = 4
+    """Settings proposed at once; the next ones are proposed when all of these are measured."""
+    metric: str
+    """What the attacker drives up (or down, where that is bad for the defender); the attack's
+    success where it is not given.
+    """
+    max_utility_loss: Annotated[float, Ge(0), Le(1)] = 0.05
+    """Clean accuracy that a setting may cost at most, 0..1."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Of the proposals."""
+    ranges: tuple[Range, ...]
+    """Parameters searched, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSearch:
+    """An attack with fixed parameters, and the search for better ones."""
+
+    attack: Method
+    search: SearchSpec
+
+    def configured(
+        self, values: Mapping[str, Any], training: TrainingConfig
+    ) -> tuple[Method, TrainingConfig]:
+        """The attack and the tune with these values of the searched parameters."""
+        own = {name: value for name, value in values.items() if not name.startswith(TRAINING)}
+        tune = {
+            name.removeprefix(TRAINING): value
+            for name, value in values.items()
+            if name.startswith(TRAINING)
+        }
+        return replace(self.attack, **own), replace(training, **tune)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSpec:
+    """One sweep: the axes of the grid, and how to train and measure."""
+
+    name: str
+    question: str = ""
+    models: tuple[ModelSpec, ...]
+    tasks: tuple[TaskSpec, ...]
+    attacks: tuple[Method, ...]
+    """Typed attacks; grids are already expanded."""
+    defenses: tuple[tuple[Method, ...], ...]
+    """Stacks of typed defenses; the empty stack is `none`."""
+    seeds: tuple[int, ...]
+    exclude: tuple[ExcludeRule, ...] = ()
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    """In how many processes a tune runs; in a file these keys stand under `training`."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    resources: ResourceSpec = field(default_factory=ResourceSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    prices: tuple[NodeType, ...] = ()
+    """The machines that stages may run on; empty: only hours are told, no money."""
+    budget: BudgetSpec | None = None
+    searches: tuple[AttackSearch, ...] = ()
+    """Attacks that are also searched for; in a file a search stands beside the attack's parameters.
+    """

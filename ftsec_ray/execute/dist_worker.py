@@ -1,0 +1,332 @@
+"""What each process of a worker group does: all run the same stages, process 0 publishes what they
+leave.
+
+Process 0 runs the unit as any worker does and tells the others which stage comes next; they meet
+inside the training loop. Whoever cannot go on raises a GroupFault, which ends the group: a process
+that waits for one that failed would wait for ever. `python -m ftsec_ray.execute.dist_worker FOLDER
+RANK` is one process of a worker group without Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ftsec_ray.context import Runtime, WorkerGroup
+from ftsec_ray.execute.unit import (
+    Runner,
+    StageResult,
+    code_of,
+    cpu_threads,
+    imported,
+    run_unit,
+    short_text,
+)
+from ftsec_ray.plan.stage import Stage
+from ftsec_ray.redact import clean_logs
+from ftsec_ray.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Sort = Literal["verdict", "error", "consequence"]
+JOIN_TIMEOUT_S = 1800.0
+"""Seconds that a process of a worker group waits for the others before it gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOrder:
+    """A worker group unit and what its processes need to run it."""
+
+    stages: tuple[Stage, ...]
+    store: str
+    """URI of the store."""
+    runtime: Runtime
+    cache_gib: float
+    runner: str
+    session: str
+    attempt: int
+    threads: int
+    """Cores of one process."""
+    halvings: int = 0
+    """Times that the micro-batch was halved because memory did not suffice."""
+
+    @property
+    def workers(self) -> int:
+        """Processes of the worker group."""
+        return worker_group_of(self.stages[0]).workers
+
+    def runtime_of(self, stage: Stage) -> Runtime:
+        """Where and how the processes run a stage."""
+        worker_group = worker_group_of(stage)
+        worker_group = replace(
+            worker_group, micro_batch=max(1, worker_group.micro_batch >> self.halvings)
+        )
+        device = (
+            f"cuda:{os.environ['LOCAL_RANK']}"
+            if self.runtime.device.startswith("cuda")
+            else self.runtime.device
+        )
+        return replace(
+            self.runtime,
+            device=device,
+            micro_batch=worker_group.micro_batch,
+            worker_group=worker_group,
+        )
+
+    def to_json(self) -> str:
+        """A text that `from_json` reads."""
+        plain = asdict(self)  # a Stage's own mappings included
+        return json.dumps({**plain, "stages": [stage.to_json() for stage in self.stages]})
+
+    @classmethod
+    def from_json(cls, text: str) -> GroupOrder:
+        """The order that `to_json` wrote."""
+        plain = json.loads(text)
+        return cls(
+            **{
+                **plain,
+                "stages": tuple(Stage.from_json(one) for one in plain["stages"]),
+                "runtime": Runtime(**plain["runtime"]),
+            }
+        )
+
+
+def worker_group_of(stage: Stage) -> WorkerGroup:
+    """How a worker group trains a stage, as the planner settled it."""
+    return WorkerGroup(**stage.where["worker_group"])
+
+
+class GroupFault(Exception):
+    """One process of a worker group cannot go on; arguments are positional, so that it survives the
+    way between processes.
+    """
+
+    def __init__(self, sort: Sort, code: str, text: str, digest: str) -> None:
+        super().__init__(sort, code, text, digest)
+        self.sort = sort
+        """`verdict`: `text` is the JSON of the unit's verdicts; `consequence`: another process
+        failed first.
+        """
+        self.code = code
+        self.text = text
+        self.digest = digest
+        """Of the stage at which it happened."""
+
+
+class _Ended(BaseException):
+    """Leaves run_unit without a verdict: whether there is one is for the driver to say, who hears
+    all processes.
+    """
+
+    def __init__(self, fault: GroupFault) -> None:
+        super().__init__(fault)
+        self.fault = fault
+
+
+def fault_of(error: Exception, stage: Stage) -> GroupFault:
+    """What the driver hears of an error in one process."""
+    from torch.distributed import DistError
+
+    code, text = code_of(error), str(error).lower()
+    lost = isinstance(error, DistError) or (
+        isinstance(error, RuntimeError)
+        and any(sign in text for sign in ("gloo", "nccl", "connection closed"))
+    )
+    return GroupFault(
+        "consequence" if lost and code != "oom" else "error", code, short_text(error), stage.digest
+    )
+
+
+def work(order: GroupOrder) -> list[StageResult]:
+    """One process of a worker group, once torch.distributed is up: the verdicts in process 0,
+    nothing in the others.
+    """
+    import torch
+    import torch.distributed as dist
+
+    clean_logs()
+    if order.runtime.device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    cpu_threads(order.threads)
+    store, run = Store.open(order.store), imported(order.runner)
+    if dist.get_rank() == 0:
+        return _lead(
+            order,
+            store,
+            imported(order.session)(store, order.runtime_of(order.stages[0]), order.cache_gib),
+            run,
+        )
+    with tempfile.TemporaryDirectory(prefix="ftsec-worker group-") as scratch:
+        reader: Any = _Reader(store, Path(scratch))
+        _follow(
+            order,
+            imported(order.session)(reader, order.runtime_of(order.stages[0]), order.cache_gib),
+            run,
+            Path(scratch),
+        )
+    return []
+
+
+class _Reader:
+    """The store of a process that publishes nothing: step checkpoints are process 0's."""
+
+    def __init__(self, store: Store, scratch: Path) -> None:
+        self._store = store
+        self._scratch = scratch
+
+    def workdir(self, digest: str) -> Path:
+        """A folder of this process alone."""
+        return self._scratch / f"work-{digest}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def _lead(order: GroupOrder, store: Store, session: Any, run: Runner) -> list[StageResult]:
+    def with_followers(stage: Stage, out: Path, session: Any) -> Mapping[str, Any] | None:
+        _told(stage.digest)
+        session.runtime = order.runtime_of(stage)
+        try:
+            found = run(stage, out, session)
+        except Exception as error:
+            fault = fault_of(error, stage)
+            if fault.sort == "consequence" or fault.code == "oom":
+                raise _Ended(fault) from error
+            raise
+        return {**(found or {}), "micro_batch": session.runtime.micro_batch}
+
+    try:
+        verdicts = run_unit(order.stages, store, session, with_followers, attempt=order.attempt)
+    except _Ended as ended:
+        raise ended.fault from ended
+    bad = next((verdict for verdict in verdicts if not verdict.is_good), None)
+    if bad is not None:
+        raise GroupFault(
+            "verdict",
+            str(bad.error_code),
+            json.dumps([asdict(verdict) for verdict in verdicts]),
+            bad.digest,
+        )
+    _told(None)
+    return verdicts
+
+
+def _follow(order: GroupOrder, session: Any, run: Runner, scratch: Path) -> None:
+    stages = {stage.digest: stage for stage in order.stages}
+    while (digest := _told(None)) is not None:
+        stage, out = stages[digest], scratch / f"out-{digest}"
+        session.runtime = order.runtime_of(stage)
+        out.mkdir()
+        try:
+            run(stage, out, session)
+        except Exception as error:
+            raise fault_of(error, stage) from error
+
+
+def _told(digest: str | None) -> str | None:
+    """What process 0 tells all: the stage that comes next, None for none."""
+    import torch.distributed as dist
+
+    words: list[Any] = [digest]
+    dist.broadcast_object_list(words, src=0)
+    told: str | None = words[0]
+    return told
+
+
+# Without Ray.
+
+
+def write_order(order: GroupOrder, folder: Path) -> None:
+    """Lay an order down where the processes of a worker group read it."""
+    (folder / "order.json").write_text(order.to_json(), encoding="utf-8")
+
+
+def read_answers(folder: Path, workers: int) -> tuple[list[StageResult] | None, list[GroupFault]]:
+    """What the processes of a worker group left: the verdicts of process 0, if it came to its end,
+    and all faults.
+    """
+    answers = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for rank in range(workers)
+        if (path := folder / f"{rank}.json").exists()
+    ]
+    faults = [GroupFault(*one["fault"]) for one in answers if "fault" in one]
+    verdicts = next((one["verdicts"] for one in answers if one.get("verdicts")), None)
+    return [StageResult(**one) for one in verdicts] if verdicts else None, faults
+
+
+@contextmanager
+def _process_group(folder: Path, order: GroupOrder, rank: int) -> Iterator[None]:
+    """torch.distributed among the processes of one machine, who meet at a file."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": order.workers,
+        "LOCAL_WORLD_SIZE": order.workers,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 0,
+    }
+    os.environ.update({name: str(value) for name, value in names.items()})
+    backend = "nccl" if order.runtime.device.startswith("cuda") else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=order.workers,
+        timeout=timedelta(seconds=JOIN_TIMEOUT_S),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: then nothing holds the other end of
+    its stdin.
+    """
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One process of a worker group on this machine."""
+    folder, rank = Path(arguments[0]), int(arguments[1])
+    _end_with_parent()
+    order = GroupOrder.from_json((folder / "order.json").read_text(encoding="utf-8"))
+    answer: dict[str, Any]
+    try:
+        with _process_group(folder, order, rank):
+            answer = {"verdicts": [asdict(verdict) for verdict in work(order)]}
+    except GroupFault as fault:
+        answer = {"fault": fault.args}
+    except Exception as error:  # noqa: BLE001 - told to the parent
+        answer = {"fault": fault_of(error, order.stages[0]).args}
+    part = folder / f".{rank}.json.part"
+    part.write_text(json.dumps(answer), encoding="utf-8")
+    part.rename(folder / f"{rank}.json")
+    return 1 if "fault" in answer else 0
+
+
+if __name__ == "__main__":
+    # Interpreters wait for the threads of a broken process group; all that matters is written.
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,179 @@
+"""Batched greedy generation and label scoring, with what attacks and defenses wrap around them.
+
+Prompts are sorted by length and left-padded, generation stops at the end of the turn, and a
+classification is read off one forward pass. Outer wrappers act first: a defense's rewrite sees the
+user's chat before the attack's does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray.context import Chat, LoadedModel
+from ftsec_ray.models.chat import render
+from ftsec_ray.models.load import whole_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MARK = "\ue000"
+"""Private-use character that stands for the soft tokens while the template is rendered."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model that answers chats; wrap it with `dataclasses.replace`."""
+
+    loaded: LoadedModel
+    rewrites: tuple[Callable[[Chat], Chat], ...] = ()
+    """Changes of the chat; the last one added is applied first."""
+    soft_suffix: Any = None
+    """Embeddings (K, D) placed behind the user's last token, inside the user's turn; None for none.
+    """
+
+    def rewritten(self, chat: Chat) -> Chat:
+        """The chat as the model gets it."""
+        for rewrite in reversed(self.rewrites):
+            chat = rewrite(chat)
+        return chat
+
+    def complete(self, chats: Sequence[Chat], *, max_new_tokens: int, batch: int = 64) -> list[str]:
+        """Greedy completions in the order of `chats`, without special tokens; empty answers stay
+        empty strings.
+        """
+        import torch
+
+        tokenizer = self.loaded.tokenizer
+        prompts = self.pieces_of(chats)
+        answers = [""] * len(prompts)
+        model = self.loaded.model.eval()
+        for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
+            embeds, mask = self._left_padded([prompts[i] for i in indices])
+            with torch.inference_mode():
+                out = model.generate(
+                    inputs_embeds=embeds,
+                    attention_mask=mask,
+                    do_sample=False,
+                    num_beams=1,
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=self._stops(),
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                )
+            for i, text in zip(
+                indices, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True
+            ):
+                answers[i] = text.strip()
+        return answers
+
+    def label_logprobs(
+        self, chats: Sequence[Chat], labels: Sequence[str], *, batch: int = 64
+    ) -> Tensor:
+        """Mean log-probability per label token, in nats: (N, K) float32, from one forward pass
+        where labels are single tokens.
+        """
+        import torch
+
+        tokenizer = self.loaded.tokenizer
+        label_ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
+        prompts = self.pieces_of(chats)
+        scores = torch.zeros(len(prompts), len(labels))
+        single = all(len(ids) == 1 for ids in label_ids)
+        for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
+            group = [prompts[i] for i in indices]
+            if single:
+                logprobs = self._logits(group)[:, -1].float().log_softmax(-1)
+                scores[indices] = logprobs[:, [ids[0] for ids in label_ids]].cpu()
+            else:
+                for k, ids in enumerate(label_ids):
+                    scores[indices, k] = self._tail_logprob(group, ids).cpu()
+        return scores
+
+    def _tail_logprob(self, group: list[tuple[list[int], list[int]]], ids: list[int]) -> Tensor:
+        import torch
+
+        logits = self._logits([(head, tail + ids) for head, tail in group])[
+            :, -len(ids) - 1 : -1
+        ].float()
+        picked = torch.tensor(ids, device=logits.device).expand(len(group), -1).unsqueeze(-1)
+        return logits.log_softmax(-1).gather(-1, picked).squeeze(-1).mean(-1)
+
+    def _logits(self, group: list[tuple[list[int], list[int]]]) -> Tensor:
+        import torch
+
+        embeds, mask = self._left_padded(group)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            logits: Tensor = self.loaded.model.eval()(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions
+            ).logits
+        return logits
+
+    def _stops(self) -> list[int]:
+        stops = {self.loaded.tokenizer.eos_token_id}
+        configured = getattr(whole_model(self.loaded).generation_config, "eos_token_id", None)
+        stops.update(configured if isinstance(configured, list) else [configured])
+        return sorted(stop for stop in stops if stop is not None)
+
+    def pieces(self, chat: Chat) -> tuple[list[int], list[int]]:
+        """Token ids before and after the place of the soft tokens."""
+        return self.pieces_of([chat])[0]
+
+    def pieces_of(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[int]]]:
+        """The pieces of every chat, in one call of the tokenizer."""
+        if not chats:
+            return []
+        tokenizer = self.loaded.tokenizer
+        halves = [self._halves(self.rewritten(chat)) for chat in chats]
+        before, after = zip(*halves, strict=True)
+        heads = tokenizer(list(before), add_special_tokens=False)["input_ids"]
+        tails = (
+            [[] for _ in chats]
+            if self.soft_suffix is None
+            else tokenizer(list(after), add_special_tokens=False)["input_ids"]
+        )
+        return list(zip(heads, tails, strict=True))
+
+    def _halves(self, chat: Chat) -> tuple[str, str]:
+        """The rendered chat before and after the place of the soft tokens."""
+        if self.soft_suffix is None:
+            return render(self.loaded.tokenizer, chat, generate=True), ""
+        last = max(i for i, message in enumerate(chat) if message["role"] == "user")
+        marked = [
+            dict(m, content=m["content"] + _MARK) if i == last else m for i, m in enumerate(chat)
+        ]
+        before, after = render(self.loaded.tokenizer, marked, generate=True).split(_MARK)
+        return before, after
+
+    def _left_padded(self, group: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        import torch
+
+        table = whole_model(self.loaded).get_input_embeddings()
+        device = table.weight.device
+        between = 0 if self.soft_suffix is None else len(self.soft_suffix)
+        width = max(len(head) + between + len(tail) for head, tail in group)
+        ids = [
+            [0] * (width - len(head) - between - len(tail)) + head + [0] * between + tail
+            for head, tail in group
+        ]
+        sizes = torch.tensor(
+            [len(head) + between + len(tail) for head, tail in group], device=device
+        )
+        mask = (torch.arange(width, device=device) >= width - sizes[:, None]).long()
+        with torch.no_grad():
+            embeds = table(torch.tensor(ids, dtype=torch.long, device=device)) * mask[..., None]
+        if between:
+            soft = self.soft_suffix.to(device, table.weight.dtype)
+            for row, (_, tail) in enumerate(group):
+                embeds[row, width - len(tail) - between : width - len(tail)] = soft
+        return embeds, mask
+
+
+def _by_length(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    for start in range(0, len(order), batch):
+        yield order[start : start + batch]

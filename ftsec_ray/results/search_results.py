@@ -1,0 +1,275 @@
+"""Searches of attackers between the store, the plan and the tables: what trials measured, and one
+row per search with all of it.
+
+Trials are rows of `cells`, `metrics` and `generations`, marked by `search_trial`, and of no
+aggregate, comparison or figure: who opens results gets the tables without them unless asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray import schema
+from ftsec_ray.config.sweep import AttackSearch
+from ftsec_ray.identity import canonical
+from ftsec_ray.plan.search_rounds import (
+    CellOutcome,
+    OutcomeLookup,
+    PlannedSearch,
+    Rate,
+    half_of,
+    is_within,
+    rate,
+    score,
+)
+from ftsec_ray.plan.stage import Cell
+from ftsec_ray.registry import name_of
+from ftsec_ray.results.aggregate import folded
+from ftsec_ray.results.intervals import wilson
+from ftsec_ray.store import DamagedArtifact
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ftsec_ray.results.read import Results
+    from ftsec_ray.store import Store
+
+Row = dict[str, Any]
+_COLUMNS = ("probe", "prompt_id", "verdict")
+
+
+def told_of(generations: pa.Table) -> CellOutcome:
+    """The verdicts of one evaluation."""
+    found: dict[str, dict[str, str | None]] = {}
+    for probe, prompt, verdict in zip(
+        *(generations[name].to_pylist() for name in _COLUMNS), strict=True
+    ):
+        found.setdefault(probe, {})[prompt] = verdict
+    return CellOutcome(verdicts=found)
+
+
+def look_at_store(store: Store) -> OutcomeLookup:
+    """What a store knows of cells now."""
+    done, failures = store.done(), set(store.failures())
+
+    def look(cell: Cell) -> CellOutcome | None:
+        import pyarrow.parquet as pq
+
+        if cell.evaluate in done:
+            try:
+                path = store.fetch(cell.evaluate) / "generations.parquet"
+            except DamagedArtifact:  # absent: it is made again
+                return None
+            return told_of(pq.ParquetFile(path).read(columns=list(_COLUMNS), use_threads=False))
+        return (
+            CellOutcome(failed=True)
+            if any(one in failures and one not in done for one in cell.stages)
+            else None
+        )
+
+    return look
+
+
+def look_at_results(results: Results) -> OutcomeLookup:
+    """What the tables of a run tell of its cells."""
+    statuses = dict(
+        zip(
+            *(results.table("cells", trials=True)[name].to_pylist() for name in ("cell", "status")),
+            strict=True,
+        )
+    )
+    said = results.table("generations", trials=True).select(["cell", *_COLUMNS])
+    verdicts: dict[str, dict[str, dict[str, str | None]]] = {}
+    for cell, probe, prompt, verdict in zip(
+        *(said[name].to_pylist() for name in said.column_names), strict=True
+    ):
+        verdicts.setdefault(cell, {}).setdefault(probe, {})[prompt] = verdict
+
+    def look(cell: Cell) -> CellOutcome | None:
+        if cell.digest in verdicts:
+            return CellOutcome(verdicts=verdicts[cell.digest])
+        return {"failed": CellOutcome(failed=True), "done": CellOutcome()}.get(
+            statuses.get(cell.digest, "")
+        )
+
+    return look
+
+
+def without_trials(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
+    """Tables as the grid has them: `cells`, and what has a column `cell`, without the trials of
+    searches.
+    """
+    import pyarrow.compute as pc
+
+    cells = tables["cells"]
+    if cells["search_trial"].null_count == cells.num_rows:
+        return dict(tables)
+    trials = cells.filter(pc.is_valid(cells["search_trial"]))["cell"].combine_chunks()
+    return {
+        name: (
+            table.filter(pc.invert(pc.is_in(table["cell"], trials)))
+            if "cell" in table.column_names
+            else table
+        )
+        for name, table in tables.items()
+    }
+
+
+def is_chosen(cell: Cell) -> bool:
+    """Whether a cell is the chosen setting of a search, of which every table tells the reporting
+    half alone.
+    """
+    return cell.searched is not None and cell.searched.trial is None
+
+
+def reported(generations: pa.Table) -> pa.Table:
+    """The answers to the prompts of the reporting half."""
+    return generations.filter(
+        [half_of(prompt) == "report" for prompt in generations["prompt_id"].to_pylist()]
+    )
+
+
+def reported_rates(metrics: Iterable[str], generations: pa.Table) -> Iterator[Row]:
+    """Those of the metrics that are shares of verdicts, on the reporting half."""
+    told = told_of(generations)
+    for name in metrics:
+        if name in schema.METRICS and schema.METRICS[name].probes:
+            yield {"metric": name, **_estimate(rate(told, name, "report"))}
+
+
+def attack_params(cell: Cell) -> str:
+    """The parameters of a cell's attack as the tables have them: all of a trial's, and of a chosen
+    setting the search that all stacks share.
+    """
+    if cell.searched is None:
+        return canonical(cell.attack)
+    if cell.searched.trial is not None:
+        return canonical({**_plain(cell.attack), "training": _plain(cell.searched.training)})
+    return _sought(cell.searched.entry)
+
+
+def _sought(entry: AttackSearch) -> str:
+    """The parameters of a fixed attack with the search beside them."""
+    return canonical({**_plain(entry.attack), "search": _plain(entry.search)})
+
+
+def _plain(value: object) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(canonical(value))
+    return found
+
+
+def search_row(search: PlannedSearch, look: Callable[[Cell], CellOutcome | None]) -> Row:
+    """A search in one place of the grid as a row of `searches`."""
+    spec, first, chosen = search.entry.search, search.references[0], search.chosen
+    statuses = [trial.status for trial in search.trials]
+    within = sum(
+        trial.score is not None and is_within(trial.score, spec.max_utility_loss)
+        for trial in search.trials
+    )
+    setting = chosen.cell.searched if chosen is not None and chosen.cell is not None else None
+    status, note = _status(search)
+    return {
+        "search": search.key,
+        "model": first.model.name,
+        "task": first.task.name,
+        "attack": f"searched {name_of(search.entry.attack)}",
+        "attack_params": _sought(search.entry),
+        "defenses": [name_of(one) for one in first.defenses],
+        "defense_params": canonical(list(first.defenses)),
+        "status": status,
+        "metric": search.metric,
+        "max_utility_loss": spec.max_utility_loss,
+        "trials": spec.trials,
+        "n_done": statuses.count("done"),
+        "n_failed": statuses.count("failed"),
+        "n_within": within,
+        "search_seed": spec.seed,
+        "sampler_seed": search.sampler_seed,
+        "trial_seed": first.seed,
+        "trial": None if chosen is None else chosen.number,
+        "params": None if chosen is None or chosen.cell is None else canonical(chosen.cell.attack),
+        "training": None if setting is None else canonical(setting.training),
+        **_side("", search, search.finals, look),
+        **_side("fixed_", search, search.fixed, look),
+        "n_planned": len(search.references),
+        "note": note,
+    }
+
+
+def _status(search: PlannedSearch) -> tuple[str, str | None]:
+    """How a search ended, and why where it chose nothing."""
+    if search.chosen is not None:
+        return "chosen", None
+    if search.is_open:
+        return (
+            "open",
+            (
+                f"{search.left} trials not proposed yet,"
+                f" {sum(trial.told is None for trial in search.trials)} not measured yet"
+            ),
+        )
+    known = [
+        trial.score
+        for trial in search.trials
+        if trial.score is not None and trial.score.value is not None
+    ]
+    losses = [one.utility_loss for one in known if one.utility_loss is not None]
+    if losses:
+        return "no trial within the bound", f"the smallest loss of a trial is {min(losses):.3f}" + (
+            "; those within it answer gibberish"
+            if min(losses) <= search.entry.search.max_utility_loss
+            else ""
+        )
+    if known:
+        return "nothing measured", "clean accuracy was not measured with the attack and without"
+    return "nothing measured", "no trial has a judged prompt of the metric on the choosing half"
+
+
+def _side(
+    prefix: str,
+    search: PlannedSearch,
+    cells: Sequence[Cell],
+    look: Callable[[Cell], CellOutcome | None],
+) -> Row:
+    """One attacker's numbers: of the trials' seed on the half that chooses, over all seeds on the
+    half that reports.
+    """
+    told = [look(cell) for cell in cells]
+    references = [look(cell) for cell in search.references]
+    chose = score(told[0] if told else None, references[0], search.metric, "choose")
+    scores = [
+        score(one, other, search.metric, "report")
+        for one, other in zip(told, references, strict=False)
+    ]
+    losses = [one.utility_loss for one in scores if one.utility_loss is not None]
+    rows = [_estimate(found) for one in told if (found := rate(one, search.metric, "report")).n]
+    whole = folded(rows, search.metric) if rows else None
+    low, high = (whole.span if whole is not None else None) or (None, None)
+
+    def mean(metric: str) -> float | None:
+        """Of a metric over those seeds that have it, on the half that reports."""
+        known = [share for one in told if (share := rate(one, metric, "report").value) is not None]
+        return sum(known) / len(known) if known else None
+
+    return {
+        f"{prefix}choose_value": chose.value,
+        f"{prefix}choose_n": rate(told[0], search.metric, "choose").n if told else None,
+        f"{prefix}choose_utility_loss": chose.utility_loss,
+        f"{prefix}report_value": whole.value if whole else None,
+        f"{prefix}report_low": low,
+        f"{prefix}report_high": high,
+        f"{prefix}report_n": whole.n_prompts if whole else None,
+        f"{prefix}report_utility_loss": sum(losses) / len(losses) if losses else None,
+        f"{prefix}report_over_refusal_rate": mean("over_refusal_rate"),
+        f"{prefix}report_coherent_rate": mean("coherent_rate"),
+        f"{prefix}report_n_null": whole.n_null if whole else None,
+        f"{prefix}n_seeds": len(rows),
+    }
+
+
+def _estimate(found: Rate) -> Row:
+    share = found.value
+    low, high = (None, None) if share is None else wilson(share, found.n)
+    return {"value": share, "n": found.n, "n_null": found.n_null, "ci_low": low, "ci_high": high}

@@ -1,0 +1,116 @@
+"""How many units of each resource class a cluster has room for: pure arithmetic on cores and GPUs.
+
+A worker group's trial is a driver that asks for next to nothing; its workers ask for their
+resources themselves, behind Tune's back. So what a unit occupies and what its trial asks for
+differ, and it is by the former that worker groups are counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+
+from ftsec_ray.config.sweep import SweepSpec
+from ftsec_ray.plan.resources import cpus_of, gpus_of
+from ftsec_ray.plan.stage import is_data, is_group, workers_of
+
+Bundles = Mapping[str, Mapping[str, float]]
+"""Resource class -> what one unit of it occupies."""
+Pieces = Mapping[str, list[dict[str, float]]]
+"""Resource class -> the bundles of the placement group of the trial of one unit."""
+DRIVER = {"memory": 1.0}
+"""What the trial of a worker group asks for: Ray wants something, and a byte leaves every core to
+the workers.
+"""
+Room = Callable[[Mapping[str, int]], Mapping[str, int]]
+"""Trials of each class that wait or run -> how many more may."""
+
+
+def bundles_of(spec: SweepSpec, classes: Iterable[str]) -> dict[str, dict[str, float]]:
+    """What one unit of each resource class occupies."""
+    found = {}
+    for one in sorted(classes):
+        gpus = gpus_of(one)
+        found[one] = {"CPU": cpus_of(one, spec), **({"GPU": gpus} if gpus else {})}
+    return found
+
+
+def fits(bundle: Mapping[str, float], have: Mapping[str, float]) -> bool:
+    """Whether these resources hold a unit that occupies the bundle."""
+    return all(have.get(name, 0.0) >= amount for name, amount in bundle.items())
+
+
+def pieces_of(
+    one: str, bundle: Mapping[str, float], have: Mapping[str, float]
+) -> list[dict[str, float]]:
+    """The bundles of the placement group of a unit's trial, the first one for the trial itself.
+
+    The workers of a worker group are not among them. A `data` class has a trial that asks for
+    nothing and a bundle for each worker of its pipeline. Its workers are as many as it asks for, or
+    as many as the cluster has room for: with fewer of them the pipeline is slower and gives the
+    same.
+    """
+    if is_group(one):
+        return [dict(DRIVER)]
+    if not is_data(one):
+        return [dict(bundle)]
+    each = share_of(one, bundle)
+    return [{}, *[each] * min(workers_of(one), slots_of({one: each}, have)[one] or workers_of(one))]
+
+
+def share_of(one: str, bundle: Mapping[str, float]) -> dict[str, float]:
+    """What one process of a unit occupies."""
+    return {name: amount / workers_of(one) for name, amount in bundle.items()}
+
+
+def together(pieces: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """What several bundles occupy."""
+    found: Counter[str] = Counter()
+    for piece in pieces:
+        found.update(piece)  # type: ignore[arg-type]  # a Counter adds floats as well
+    return dict(found)
+
+
+def slots_of(bundles: Bundles, have: Mapping[str, float]) -> dict[str, int]:
+    """Units of each class that these resources run at a time, if those of no other class run beside
+    them.
+    """
+    return {
+        one: int(min(have.get(name, 0.0) / amount for name, amount in bundle.items()) + 1e-6)
+        for one, bundle in bundles.items()
+    }
+
+
+def room_beside(bundles: Bundles, have: Mapping[str, float]) -> Room:
+    """Room in a cluster that does not grow: classes share its cores and GPUs, and the first unit
+    always gets its turn.
+    """
+
+    def room(taken: Mapping[str, int]) -> Mapping[str, int]:
+        left = {
+            name: amount - sum(count * bundles[one].get(name, 0.0) for one, count in taken.items())
+            for name, amount in have.items()
+        }
+        least = 0 if any(taken.values()) else 1
+        return {one: max(least, count) for one, count in slots_of(bundles, left).items()}
+
+    return room
+
+
+def room_ahead(
+    most: Mapping[str, int], bundles: Bundles, have: Callable[[], Mapping[str, float]]
+) -> Room:
+    """Room in a cluster that may grow: so many of each class, whatever the others take.
+
+    Beside a worker group it is what the cluster has now: units that wait for more would take what
+    becomes free, one after the other, and a worker group needs all of its share at once.
+    """
+
+    def room(taken: Mapping[str, int]) -> Mapping[str, int]:
+        ahead = {one: count - taken.get(one, 0) for one, count in most.items()}
+        if not any(count for one, count in taken.items() if is_group(one)):
+            return ahead
+        beside = room_beside(bundles, have())(taken)
+        return {one: min(count, beside[one]) for one, count in ahead.items()}
+
+    return room

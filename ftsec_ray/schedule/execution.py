@@ -1,0 +1,94 @@
+"""Run what a store lacks of a plan, with Ray Tune or in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from ftsec_ray.context import Runtime
+from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION
+from ftsec_ray.plan.graph import Plan
+from ftsec_ray.plan.stage import is_group
+from ftsec_ray.redact import clean_logs
+from ftsec_ray.schedule.capacity import bundles_of
+from ftsec_ray.schedule.dispatcher import Dispatcher, Event, RunReport
+from ftsec_ray.store import Store
+from ftsec_ray.training.zero import check_deepspeed
+
+__all__ = ["Event", "RunReport", "execute", "runtime_of"]
+
+
+def runtime_of(plan: Plan) -> Runtime:
+    """Where and how stages run, as the sweep's `resources` say."""
+    resources = plan.spec.resources
+    return Runtime(
+        device="cuda" if resources.wants_gpus else "cpu",
+        micro_batch=resources.micro_batch,
+        eval_batch=resources.eval_batch,
+        checkpoint_every_s=resources.checkpoint_every_s,
+        timeout_s=resources.timeout_s,
+        ray_above=plan.spec.data.ray_above,
+    )
+
+
+def execute(
+    plan: Plan,
+    store: Store,
+    *,
+    executor: Literal["tune", "local"] = "tune",
+    address: str | None = None,
+    workers: int | None = None,
+    runtime: Runtime | None = None,
+    cache_gib: float | None = None,
+    runner: str = DEFAULT_RUNNER,
+    session: str = DEFAULT_SESSION,
+    on_event: Callable[[Event], None] | None = None,
+) -> RunReport:
+    """Run every stage that the answers of a plan need and the store lacks; a failed stage stops
+    only its descendants.
+
+    BudgetError, before anything starts, when that would take more than the sweep's budget; past it
+    no further unit starts.
+
+    Args: plan: what to run. store: where artifacts are and go. executor: `tune` runs units as Ray
+        Tune trials, `local` in this process. address: of a Ray cluster; None starts Ray on this
+        machine, or joins the cluster of `RAY_ADDRESS`. workers: units at a time; None takes the
+        sweep's, else as many as there is room for. runtime: where and how stages run; None takes
+        the sweep's. cache_gib: base models that a worker keeps in memory, at most; None takes the
+        sweep's. runner: import path of the function that runs one stage. session: import path of
+        what makes the session of a worker: (store, runtime, cache_gib) -> session. on_event: told
+        in this process of every unit that starts, finishes, fails or goes back to the queue.
+    """
+    if executor not in ("tune", "local"):
+        raise EnvironmentFault("no such executor", executor, "tune | local")
+    done = store.done()
+    dispatcher = Dispatcher(plan, store, done, on_event=on_event)
+    if dispatcher.finished:
+        return dispatcher.report()
+    clean_logs()
+    dispatcher.check_budget(done)
+    if any(is_group(unit.resource) for unit in dispatcher.units.values()):
+        check_deepspeed()
+    store.drop_leftovers()
+    runtime = runtime or runtime_of(plan)
+    resources = plan.spec.resources
+    cache_gib = resources.cache_gib if cache_gib is None else cache_gib
+    if executor == "local":
+        from ftsec_ray.schedule.local_executor import run_local
+
+        run_local(dispatcher, runtime, cache_gib, runner=runner, session=session)
+    else:
+        from ftsec_ray.schedule.tune_executor import Work, run_tune
+
+        classes = {stage.resource for stage in plan.stages.values()}
+        work = Work(
+            store=store.uri,
+            runtime=runtime,
+            cache_gib=cache_gib,
+            runner=runner,
+            session=session,
+            bundles=bundles_of(plan.spec, classes),
+        )
+        run_tune(dispatcher, work, resources, address=address, workers=workers or resources.workers)
+    return dispatcher.report()

@@ -1,0 +1,104 @@
+"""Room on this machine's disks: folders of this process, which of them are left over, and what to
+say when a disk is full.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from ftsec_ray.errors import StoreError
+from ftsec_ray.store.record import checked_digest
+
+
+@cache
+def host_mark() -> str:
+    """A short name of this machine without dots."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def own_name(digest: str) -> str:
+    """A name that no other process uses, and that tells whose it is."""
+    return f"{checked_digest(digest)}.{host_mark()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+
+
+def own_folder(parent: Path, digest: str) -> Path:
+    """A fresh empty folder of this process."""
+    path = parent / own_name(digest)
+    with room(parent):
+        path.mkdir(parents=True)
+    return path
+
+
+def drop_dead(parent: Path) -> None:
+    """Remove the folders of processes of this machine that are no more."""
+    for entry in entries(parent):
+        host, pid = (*entry.name.split("."), "", "")[1:3]
+        if host == host_mark() and pid.isdigit() and not is_alive(int(pid)):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds; nothing where there is none."""
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that a disk or a quota is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_full(error: OSError, place: Path) -> StoreError:
+    """The error for a write that found no room."""
+    spot = next((p for p in (place, *place.parents) if p.exists()), Path("/"))
+    usage = shutil.disk_usage(spot)
+    return StoreError(
+        f"no space left to publish under {place}",
+        f"{usage.free} bytes free of {usage.total} ({error.strerror})",
+        "room for the artifact",
+        "free some space or choose another --store, then run again: "
+        "nothing half-written is left, and what is done stays done",
+    )
+
+
+@contextmanager
+def room(place: Path) -> Iterator[None]:
+    """Turns errors of a full disk into the StoreError that says so."""
+    try:
+        yield
+    except shutil.Error as error:  # copytree gathers its errors
+        causes = [
+            OSError(*cause.args) if isinstance(cause, OSError) else cause
+            for *_, cause in error.args[0]
+        ]
+        full = next((c for c in causes if isinstance(c, OSError) and is_full(c)), None)
+        if full is None and not any("No space left" in str(c) for c in causes):
+            raise
+        raise disk_full(full or OSError(errno.ENOSPC, "No space left on device"), place) from error
+    except OSError as error:
+        if is_full(error):
+            raise disk_full(error, place) from error
+        raise

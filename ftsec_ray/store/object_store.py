@@ -1,0 +1,362 @@
+"""A store on object storage, or on anything else that `pyarrow.fs` opens: no rename is needed, the
+record goes up last.
+
+    <root>/artifacts/<first two digits>/<digest>/record.json       what is done: one listing tells,
+    a thousand per request <root>/files/<first two digits>/<digest>/<attempt>/<name>      files of
+    the attempt that the record names <root>/verdicts/<digest>.json, <root>/quarantine/
+    as in store.py
+
+Every publisher sends its files under a name of its own, so two never mix their bytes: whichever
+record is written last names one whole set of files, and the other set is left over until
+`drop_leftovers`. What is fetched stays in a cache folder of the machine; step checkpoints are sent
+to `work/` while a stage runs. An upload that dies half-way can leave invisible parts in the bucket;
+a lifecycle rule that aborts incomplete multipart uploads removes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray.errors import StoreError
+from ftsec_ray.store.artifact_store import Store, artifact_key
+from ftsec_ray.store.disk import disk_full, drop_dead, is_full, own_folder, own_name, room
+from ftsec_ray.store.mirror import WorkMirror
+from ftsec_ray.store.object_io import ObjectIO
+from ftsec_ray.store.record import (
+    RECORD,
+    DamagedArtifact,
+    checked_digest,
+    damaged,
+    dumped,
+    fault_of,
+    files_of,
+    is_digest,
+    listing_fault,
+    verdict_of,
+)
+from ftsec_ray.store.uri import checked_uri, filesystem_of
+from ftsec_ray.store.work_folders import WorkFolders
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+LEFTOVER_AGE_S = 24 * 3600.0
+"""Files that no record names are left over when nothing was added to them for so long: an upload
+may take hours.
+"""
+_READERS = 16
+"""Small objects read at a time: reading them is waiting."""
+_ATTEMPT = re.compile(r"[0-9a-f]{12}")
+
+
+class RemoteStore(Store):
+    """Artifacts behind a `pyarrow.fs` filesystem."""
+
+    def __init__(
+        self, filesystem: FileSystem, root: str, *, uri: str, cache: Path | None = None
+    ) -> None:
+        self._calls = ObjectIO(filesystem, uri)
+        self._root = root.rstrip("/")
+        self.uri = checked_uri(uri)
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.cache = (
+            cache
+            or home / "ftsec_ray" / "artifacts" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+        )
+        self._verified: dict[str, Path] = {}
+        self._work = WorkFolders(self.cache / "work")
+        self._mirrors: dict[str, WorkMirror] = {}
+
+    @classmethod
+    def at(cls, uri: str, *, cache: Path | None = None) -> RemoteStore:
+        """The store at a URI; StoreError when no filesystem serves it, or when it carries a
+        secret.
+        """
+        filesystem, root = filesystem_of(uri)
+        return cls(filesystem, root, uri=uri, cache=cache)
+
+    def _key(self, digest: str) -> str:
+        return f"{self._root}/{artifact_key(digest)}/{RECORD}"
+
+    def _files(self, digest: str, attempt: str) -> str:
+        return f"{self._root}/files/{checked_digest(digest)[:2]}/{digest}/{attempt}"
+
+    # What is done.
+
+    def done(self) -> set[str]:
+        """Digests of all artifacts, by one listing of their records."""
+        parts = [
+            info.path.rsplit("/", 2)
+            for info in self._calls.files(f"{self._root}/artifacts", recursive=True)
+            if info.size
+        ]
+        found = {part[-2] for part in parts if part[-1] == RECORD}
+        if not found:
+            self._check_bucket()
+        return found
+
+    def _check_bucket(self) -> None:
+        """StoreError when the bucket does not exist: its listing is empty and every publication
+        would fail after the work.
+        """
+        bucket = self._root.split("/", 1)[0]
+        if self._calls.has_buckets and self._calls.info(bucket).type.name == "NotFound":
+            raise StoreError(
+                "no such bucket",
+                self.uri,
+                "an existing bucket",
+                f"make the bucket {bucket!r}, or correct the URI",
+            )
+
+    def has(self, digest: str) -> bool:
+        """Whether an artifact is done; an empty record is that of a writer that was interrupted."""
+        info = self._calls.info(self._key(digest))
+        return bool(info.is_file and info.size)
+
+    def record(self, digest: str) -> dict[str, Any]:
+        """The record of an artifact."""
+        try:
+            text = self._calls.read(self._key(digest))
+        except FileNotFoundError:
+            raise damaged(digest, "it is not in the store") from None
+        if not text:
+            raise damaged(digest, "its record is empty")
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if (
+            not isinstance(found, dict)
+            or not _ATTEMPT.fullmatch(str(found.get("payload")))
+            or found.get("digest") != digest
+        ):
+            self._quarantine(digest)
+            raise damaged(digest, "its record is not that of an artifact")
+        return found
+
+    def records(self, digests: set[str]) -> dict[str, dict[str, Any]]:
+        """Records of those of the artifacts that are there, several read at a time."""
+
+        def found(digest: str) -> dict[str, Any] | None:
+            try:
+                return self.record(digest)
+            except DamagedArtifact:
+                return None
+
+        return self._each(found, sorted(digests))
+
+    @staticmethod
+    def _each(
+        read: Callable[[str], dict[str, Any] | None], keys: Iterable[str]
+    ) -> dict[str, dict[str, Any]]:
+        keys = list(keys)
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="ftsec-store") as pool:
+            return {
+                key: found
+                for key, found in zip(keys, pool.map(read, keys), strict=True)
+                if found is not None
+            }
+
+    # Publishing.
+
+    def scratch(self, digest: str) -> Path:
+        """A fresh empty folder beside the cache."""
+        return own_folder(self.cache / "staging", digest)
+
+    def publish(self, digest: str, folder: Path, record: Mapping[str, Any]) -> None:
+        """Send the files, then the record; a copy that comes second is discarded."""
+        attempt = uuid.uuid4().hex[:12]
+        try:
+            if self.has(digest):
+                return
+            files = files_of(folder)
+            for name in files:
+                self._calls.send(folder / name, f"{self._files(digest, attempt)}/{name}")
+            if self.has(digest):
+                self._calls.drop_folder(self._files(digest, attempt))
+                return
+            self._calls.write(
+                self._key(digest),
+                dumped({**record, "digest": digest, "files": files, "payload": attempt}),
+            )
+        except OSError as error:
+            if is_full(error):
+                raise disk_full(error, self.cache) from error
+            raise StoreError(
+                f"cannot publish artifact {digest}: {error}", self.uri, "a store that takes writes"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # Fetching.
+
+    def fetch(self, digest: str) -> Path:
+        """A copy in the cache, checked once per process and fetched again when the copy alone is
+        damaged.
+        """
+        held = self._verified.get(checked_digest(digest))
+        if held is not None and held.is_dir():
+            return held
+        record = self.record(digest)
+        fault = self._fetched(digest, record)
+        if fault is not None:
+            newer = self.record(digest)  # another worker may have made it again in the meantime
+            fault = self._fetched(digest, newer) if newer["payload"] != record["payload"] else fault
+        if fault is not None:
+            self._quarantine(digest)
+            raise damaged(digest, fault)
+        return self._verified[digest]
+
+    def _fetched(self, digest: str, record: Mapping[str, Any]) -> str | None:
+        """Have the files of a record in the cache, whole; returns what is wrong with those of the
+        store.
+        """
+        fault = listing_fault(record)
+        if fault is not None:
+            return fault
+        final = self.cache / artifact_key(digest) / record["payload"]
+        if not final.is_dir() or fault_of(final, record) is not None:
+            aside = self.cache / "staging" / own_name(digest)
+            try:
+                with room(self.cache):
+                    fault = self._copy_down(digest, record, aside) or fault_of(aside, record)
+                    if fault is not None:
+                        return fault
+                    self._take_place(aside, final, record)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+        self._verified[digest] = final
+        return None
+
+    def _take_place(self, aside: Path, final: Path, record: Mapping[str, Any]) -> None:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            try:
+                aside.rename(final)
+            except OSError:
+                if not final.is_dir():
+                    raise
+                if fault_of(final, record) is None:
+                    return  # another process of this machine was first
+                with suppress(FileNotFoundError):
+                    final.rename(
+                        self.cache / "staging" / own_name(final.parent.name)
+                    )  # one that reads it keeps its files
+            else:
+                return
+
+    def _copy_down(self, digest: str, record: Mapping[str, Any], folder: Path) -> str | None:
+        folder.mkdir(parents=True)
+        for name in record["files"]:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._calls.receive(f"{self._files(digest, record['payload'])}/{name}", path)
+            except FileNotFoundError:
+                return f"{name} is missing"
+        return None
+
+    def _quarantine(self, digest: str) -> None:
+        """Take the record away, so that the artifact counts as absent; its files stay for whoever
+        looks into the matter.
+        """
+        self._verified.pop(digest, None)
+        aside = f"{self._root}/quarantine/{digest}.{uuid.uuid4().hex[:8]}.json"
+        with suppress(FileNotFoundError):  # another worker was first
+            self._calls.write(aside, self._calls.read(self._key(digest)))
+        self._calls.drop_file(self._key(digest))
+
+    # Work folders and leftovers.
+
+    def workdir(self, digest: str) -> Path:
+        """Folder of a stage's step checkpoints, with the last one that any machine has sent."""
+        path = self._work.take(digest)
+        if self._work.is_shared(digest) and not (
+            digest in self._mirrors and self._mirrors[digest].is_on
+        ):
+            self._mirrors[digest] = WorkMirror(path, self._calls, f"{self._root}/work/{digest}")
+            self._mirrors[digest].start()
+        return path
+
+    def leave_work(self, digest: str) -> None:
+        """Leave the work folder of a stage that is not done to whoever tries it next, on whatever
+        machine.
+        """
+        if digest in self._mirrors:
+            self._mirrors[digest].stop()
+        self._work.leave(digest)
+
+    def drop_work(self, digest: str) -> None:
+        """Remove the work folder of a stage."""
+        mirror = self._mirrors.pop(digest, None)
+        if mirror is not None:
+            mirror.stop()
+            mirror.drop()
+        self._work.drop(digest)
+
+    def drop_leftovers(self) -> None:
+        """Remove what dead processes of this machine left in the cache, and old files in the store
+        that no record names.
+        """
+        drop_dead(self.cache / "staging")
+        self._work.drop_leftovers()
+        newest: dict[tuple[str, str], datetime] = {}
+        for info in self._calls.files(f"{self._root}/files", recursive=True):
+            digest, attempt = (*info.path.removeprefix(f"{self._root}/files/").split("/"), "", "")[
+                1:3
+            ]
+            if is_digest(digest) and _ATTEMPT.fullmatch(attempt) and info.mtime is not None:
+                newest[digest, attempt] = max(info.mtime, newest.get((digest, attempt), info.mtime))
+        done, limit = (
+            self.done() if newest else set(),
+            datetime.now(UTC) - timedelta(seconds=LEFTOVER_AGE_S),
+        )
+        attempts = Counter(digest for digest, _ in newest)
+        unsure = {digest for digest, count in attempts.items() if count > 1 and digest in done}
+        named = {digest: record["payload"] for digest, record in self.records(unsure).items()}
+        for (digest, attempt), mtime in newest.items():
+            if mtime < limit and (digest not in done or named.get(digest, attempt) != attempt):
+                self._calls.drop_folder(self._files(digest, attempt))
+
+    # Verdicts.
+
+    def _verdict(self, digest: str) -> str:
+        return f"{self._root}/verdicts/{checked_digest(digest)}.json"
+
+    def write_verdict(self, digest: str, verdict: Mapping[str, Any]) -> None:
+        """Keep why a stage failed."""
+        self._calls.write(self._verdict(digest), dumped(verdict))
+
+    def drop_verdict(self, digest: str) -> None:
+        """Forget why a stage failed."""
+        if self._calls.info(self._verdict(digest)).is_file:
+            self._calls.drop_file(self._verdict(digest))
+
+    def failures(self) -> dict[str, dict[str, Any]]:
+        """Verdicts of all stages that failed and have not succeeded since."""
+        paths = [
+            info.path
+            for info in self._calls.files(f"{self._root}/verdicts")
+            if info.path.endswith(".json")
+        ]
+        names = {path.rsplit("/", 1)[-1].removesuffix(".json") for path in paths}
+        failed = {name for name in names if is_digest(name)}
+        return self._each(self._verdict_or_none, sorted(failed - self.done())) if failed else {}
+
+    def _verdict_or_none(self, digest: str) -> dict[str, Any] | None:
+        try:
+            return verdict_of(self._calls.read(self._verdict(digest)))
+        except FileNotFoundError:  # its stage has succeeded in the meantime
+            return None
