@@ -38,7 +38,7 @@ SHORT = {
     "over_refusal_rate": "over",
     "coherent_rate": "coh",
 }
-"""UtilityMark as it stands beside every safety metric: clean accuracy (or right answers to benign
+"""Utility as it stands beside every safety metric: clean accuracy (or right answers to benign
 requests), over-refusal, coherence.
 """
 

@@ -41,7 +41,7 @@ LONG = {
     "over_refusal_rate": "over-refusal",
     "coherent_rate": "coherence",
 }
-"""UtilityMark in sentences."""
+"""Utility in sentences."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def _lead(effects: Sequence[Effect], grid: Grid) -> list[Sentence]:
             "lead",
             Markup(
                 "{} lowers attack success most: from <b>{:.2f}</b> to <b>{:.2f}</b> on average {}. "
-                '<span class="ci">UtilityMark there: {} · {}</span>'
+                '<span class="ci">Utility there: {} · {}</span>'
             ).format(
                 code(name),
                 before,
@@ -321,7 +321,7 @@ def _pairs(best: Sequence[tuple[MethodLabel, Effect | None]]) -> list[Sentence]:
             "good",
             Markup(
                 "The largest single effect: {} against {}, {:.2f} → {:.2f}, clear on {} of {} {}. "
-                '<span class="ci">UtilityMark there: {} · {}</span>'
+                '<span class="ci">Utility there: {} · {}</span>'
             ).format(
                 code(top.defense),
                 code(top.attack),
@@ -370,7 +370,7 @@ def _failures(grid: Grid, effects: Sequence[Effect], working: frozenset[str]) ->
             Sentence(
                 "bad",
                 Markup(
-                    '{} makes {} worse: {:.2f} → {:.2f}. <span class="ci">UtilityMark there: {} ·'
+                    '{} makes {} worse: {:.2f} → {:.2f}. <span class="ci">Utility there: {} ·'
                     " {}</span>"
                 ).format(
                     code(bad.defense),
