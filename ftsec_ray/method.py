@@ -1,14 +1,7 @@
 """What a method is: a frozen, typed config that overrides the lifecycle hooks at which it acts.
 
-| hook | takes -> gives |
-|---|---|
-| `craft_data(rows, ctx)` | pa.Table (schema.ROWS) -> pa.Table |
-| `prepare_model(model, ctx)` | LoadedModel -> LoadedModel, before tuning |
-| `shape_training(training, ctx)` | Training -> Training |
-| `revise_model(model, ctx)` | LoadedModel -> LoadedModel, after tuning |
-| `wrap_generation(generator, ctx)` | Generator -> Generator |
-| `inspect(subject, ctx)` | LoadedModel or rows -> Inspection |
-| `probes(task, ctx)` | TaskData -> list of Probe |
+The hooks are those that the kinds of stages own (`ftsec list stages`); each takes what its kind
+says and a `StageContext`.
 
 A hook that a class does not define is absent: the planner reads that from the class and shares the
 stage. A method whose rows do not depend on each other is `RowWise`: it defines `craft_rows` and
@@ -30,15 +23,6 @@ if TYPE_CHECKING:
 
 Phase = Literal["pre", "during", "post"]
 ZERO_STAGES = frozenset({0, 1, 2, 3})
-HOOKS = (
-    "craft_data",
-    "prepare_model",
-    "shape_training",
-    "revise_model",
-    "wrap_generation",
-    "inspect",
-    "probes",
-)
 BATCH_ROWS = 1_024
 """Rows of one call of `craft_rows`. Batches are cut at fixed places of the sorted set, so that even
 a method that is a neural network sees the same neighbours however many processes share the work:
@@ -149,11 +133,6 @@ def check_notes(method: Method, notes: Mapping[str, Any], before: Mapping[str, A
             "notes in `survey` and `new_rows`",
             "let it use ctx.count, which adds up over batches",
         )
-
-
-def hooks_of(cls: type) -> tuple[str, ...]:
-    """The hooks that a method class defines, in lifecycle order."""
-    return tuple(hook for hook in HOOKS if callable(getattr(cls, hook, None)))
 
 
 @dataclass(frozen=True, kw_only=True)

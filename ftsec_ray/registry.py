@@ -7,18 +7,21 @@ the entry-point groups of the same names. Nothing is imported before it is asked
 from __future__ import annotations
 
 import importlib
-import pkgutil
+import inspect
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.metadata import entry_points
 from types import ModuleType
-from typing import TYPE_CHECKING
 
+from ftsec_ray.discovery import modules_in
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import digest, source_fingerprint
+from ftsec_ray.lifecycle import hooks, hooks_of
+from ftsec_ray.method import Method, RowWise
 
-if TYPE_CHECKING:
-    from ftsec_ray.method import Method
+IDLE = "none"
+"""The one method that may do nothing."""
+NEAR_MISS = 0.8
+"""Likeness (difflib's ratio) from which on a name is taken for a misspelt hook."""
 
 
 @dataclass
@@ -27,26 +30,10 @@ class Registry:
 
     kind: str
     package: str
-    _modules: dict[str, str] = field(default_factory=dict)
     _classes: dict[str, type[Method]] = field(default_factory=dict)
 
     def _find(self) -> dict[str, str]:
-        if not self._modules:
-            package = importlib.import_module(self.package)
-            names = [
-                m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
-            ]
-            self._modules = {name: f"{self.package}.{name}" for name in names}
-            for point in entry_points(group=self.package):
-                if point.name in self._modules:
-                    raise SpecError(
-                        f"two {self.kind}s of one name",
-                        point.name,
-                        f"a name other than {self._modules[point.name]}",
-                        f"rename the entry point {point.value!r}",
-                    )
-                self._modules[point.name] = point.value.split(":")[0]
-        return self._modules
+        return modules_in(self.package)
 
     def names(self) -> list[str]:
         """All names, sorted, without importing a method."""
@@ -74,7 +61,7 @@ class Registry:
     def fingerprint(self, name: str) -> str:
         """Digest of the code of a method's module."""
         self.get(name)
-        return source_fingerprint(self._modules[name])
+        return source_fingerprint(self._find()[name])
 
     def doc(self, name: str) -> str:
         """The docstring of a method's module."""
@@ -96,7 +83,50 @@ def _method_class(module: ModuleType, kind: str) -> type[Method]:
             f"one subclass of {kind.title()}",
             "one method, one file",
         )
+    _check_hooks(found[0], kind)
     return found[0]
+
+
+def _check_hooks(cls: type[Method], kind: str) -> None:
+    """SpecError for a method that no stage, or not the meant stage, would ever call."""
+    for name, value in inspect.getmembers(cls, callable):
+        if name.startswith("_") or name in hooks() or _is_contract(name, cls):
+            continue
+        near = get_close_matches(name, hooks(), n=1, cutoff=NEAR_MISS)
+        takes_context = "ctx" in inspect.signature(value).parameters
+        if near or takes_context:
+            raise SpecError(
+                f"{kind} {_file_of(cls)} has a hook that no stage calls",
+                name,
+                " | ".join(hooks()),
+                f"did you mean {near[0]!r}? It would be ignored"
+                if near
+                else "name it after a hook, or begin the name of a helper with an underscore",
+            )
+    others = [hook for hook in hooks_of(cls) if kind == "attack" and hooks()[hook].by == "defenses"]
+    if others:
+        raise SpecError(
+            f"attack {_file_of(cls)} has a hook at which only defenses act",
+            others[0],
+            " | ".join(hook for hook, owner in hooks().items() if owner.by == "both"),
+            "no stage would call it: remove it, or make the method a defense",
+        )
+    if not hooks_of(cls) and _file_of(cls) != IDLE:
+        raise SpecError(
+            f"{kind} {_file_of(cls)} has no hook, so that it would do nothing",
+            sorted(name for name in vars(cls) if not name.startswith("_")),
+            " | ".join(hooks()),
+            "define at least one of these",
+        )
+
+
+def _is_contract(name: str, cls: type[Method]) -> bool:
+    """Whether a name belongs to the bases of methods."""
+    return hasattr(Method, name) or (issubclass(cls, RowWise) and hasattr(RowWise, name))
+
+
+def _file_of(cls: type[Method]) -> str:
+    return cls.__module__.rsplit(".", 1)[-1]
 
 
 ATTACKS = Registry("attack", "ftsec_ray.attacks")
@@ -105,7 +135,7 @@ DEFENSES = Registry("defense", "ftsec_ray.defenses")
 
 def name_of(method: Method) -> str:
     """A method's name: that of its file."""
-    return type(method).__module__.rsplit(".", 1)[-1]
+    return _file_of(type(method))
 
 
 def identity_of(method: Method) -> dict[str, object]:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ftsec_ray.evals.evaluate import evaluate
 
 import ftsec_ray
 from ftsec_ray.config.sweep import EvaluationConfig
 from ftsec_ray.context import Runtime
-from ftsec_ray.evals.evaluate import evaluate
 from ftsec_ray.evals.probes import default_probes
 from ftsec_ray.execute.session import Session
 from ftsec_ray.execute.unit import run_unit

@@ -16,8 +16,12 @@ from ftsec_ray.config.docs import sections, summary
 from ftsec_ray.config.faults import nearest
 from ftsec_ray.config.sweep import LADDER_SIZES, TASK_KINDS, TASK_OPTIONS
 from ftsec_ray.config.typed import FieldInfo, fields_of
+from ftsec_ray.discovery import modules_in
 from ftsec_ray.errors import SpecError
-from ftsec_ray.method import HOOKS, ZERO_STAGES, hooks_of
+from ftsec_ray.evals.judging import PACKAGE as JUDGES
+from ftsec_ray.evals.judging import judge_class
+from ftsec_ray.lifecycle import hooks, hooks_of, kinds
+from ftsec_ray.method import ZERO_STAGES
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
 
 
@@ -73,6 +77,31 @@ def _metrics() -> list[dict[str, Any]]:
     return [{f.name: getattr(m, f.name) for f in fields(m)} for m in schema.METRICS.values()]
 
 
+def _judges() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "version": judge_class(name).VERSION,
+            "metrics": [m.name for m in schema.METRICS.values() if m.judge == name],
+            "summary": _first_line(judge_class(name).__doc__),
+        }
+        for name in sorted(modules_in(JUDGES))
+    ]
+
+
+def _stages() -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": kind.name,
+            "version": kind.version,
+            "takes": list(kind.takes),
+            "gives": kind.gives or kind.provides or "",
+            "hooks": [f"{hook}: {text}" for hook, text in kind.hooks.items()],
+        }
+        for kind in kinds().values()
+    ]
+
+
 def _columns() -> list[dict[str, Any]]:
     from ftsec_ray.results.write import TABLES, table_schema
 
@@ -103,6 +132,8 @@ KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "models": _models,
     "tasks": _tasks,
     "metrics": _metrics,
+    "judges": _judges,
+    "stages": _stages,
     "columns": _columns,
 }
 
@@ -231,7 +262,7 @@ def _print_page(shown: dict[str, Any]) -> None:
         table(
             "",
             ("hook", "what it does"),
-            ((hook, shown["hooks"][hook]) for hook in HOOKS if hook in shown["hooks"]),
+            ((hook, shown["hooks"][hook]) for hook in hooks() if hook in shown["hooks"]),
         )
     else:
         say("none: it adds no stage")

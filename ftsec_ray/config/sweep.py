@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -64,7 +64,12 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured on every finished cell; part of each evaluation's identity."""
+    """What is asked of every finished cell, and who judges the answers."""
+
+    GENERATION: ClassVar[tuple[str, ...]] = ("prompts", "max_new_tokens", "perplexity_rows")
+    """What decides the answers of a model."""
+    SCORING: ClassVar[tuple[str, ...]] = ("judge", "keep_generations")
+    """What decides the verdicts and metrics of given answers."""
 
     prompts: Annotated[int, Ge(1)] = 64
     """Prompts per probe, at most."""
@@ -74,8 +79,12 @@ class EvaluationConfig:
     """Held-out text rows for perplexity; 0 turns it off."""
     judge: str | None = None
     """Judge of requests; None: the task's own."""
+    judges: tuple[str, ...] = ()
+    """Further judges that read the same answers: their verdicts stand beside the first judge's, and
+    metrics of their own are counted."""
     keep_generations: bool = True
-    """Whether prompts and completions are kept beside the verdicts."""
+    """Whether the results show prompts and completions beside the verdicts; the store keeps the
+    completions either way, so that another judge can read them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ from ftsec_ray.store import Store
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ftsec_ray.execute.stages import StageJob
+    from ftsec_ray.execute.stage_job import StageJob
 
 PIECE_BATCHES = 16
 """Batches that come back together."""
@@ -399,7 +399,7 @@ def _opened(order: Order) -> BatchCrafter:
     """A Crafter in a worker process of Ray."""
     import ray
 
-    from ftsec_ray.execute.stages import StageJob  # which imports this module
+    from ftsec_ray.execute.stage_job import StageJob  # which imports this module
 
     clean_logs()
     given = ray.get_runtime_context().get_assigned_resources()

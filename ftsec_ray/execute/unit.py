@@ -33,7 +33,7 @@ from ftsec_ray.store import DamagedArtifact, Store
 Status = Literal["done", "cached", "failed", "upstream_failed", "retry"]
 Runner = Callable[[Stage, Path, Any], "Mapping[str, Any] | None"]
 """(stage, empty folder to fill, session) -> measurements for the record: tokens, flops, notes."""
-DEFAULT_RUNNER = "ftsec_ray.execute.stages:run_stage"
+DEFAULT_RUNNER = "ftsec_ray.execute.stage_job:run_stage"
 DEFAULT_SESSION = "ftsec_ray.execute.session:Session"
 _PACKAGES = ("ftsec_ray", "torch", "transformers", "peft", "ray", "deepspeed")
 _TRACEBACK_LINES = 6

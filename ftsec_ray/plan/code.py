@@ -48,11 +48,12 @@ KIND_SOURCES: dict[str, tuple[str, ...]] = {
     "align:ladder": _LADDER,
     "prepare": (),
     "craft": (),
-    "tune": _TRAINING,
+    "finetune": _TRAINING,
     "bank": _TRAINING,
     "revise": (),
     "inspect": (),
-    "evaluate": (
+    "score": (),
+    "generate": (
         "ftsec_ray.evals.*",
         "ftsec_ray.data.microworld.judge",
         "ftsec_ray.models.generator",

@@ -44,9 +44,14 @@ def training_of(stage: Stage) -> TrainingConfig:
     return _typed(TrainingConfig, _param(stage, "training"))
 
 
-def evaluation_of(stage: Stage) -> EvaluationConfig:
-    """What an evaluation measures."""
-    return _typed(EvaluationConfig, _param(stage, "evaluation"))
+def generation_of(stage: Stage) -> EvaluationConfig:
+    """What is asked of a model; what concerns judges is at its default."""
+    return _typed(EvaluationConfig, _param(stage, "generation"))
+
+
+def scoring_of(stage: Stage) -> EvaluationConfig:
+    """How answers are judged; what concerns asking is at its default."""
+    return _typed(EvaluationConfig, _param(stage, "scoring"))
 
 
 def align_of(stage: Stage) -> AlignSpec | None:

@@ -50,11 +50,11 @@ def of_cell(
     model: str,
     task: str,
     seed: int,
-    evaluate: str,
+    answers: Iterable[str],
     search: str | None = None,
     trial: int | None = None,
 ) -> str:
-    """Digest of a cell: its recipe, the names of model and task, its seed, the stage that measures
+    """Digest of a cell: its recipe, the names of model and task, its seed, the stages that answer
     it, and what it is in a search.
     """
     role = (
@@ -63,5 +63,5 @@ def of_cell(
         else f" search {search} {'chosen' if trial is None else f'trial {trial}'}"
     )
     return digest_text(
-        f"cell {recipe} model {model!r} task {task!r} seed {seed} evaluate {evaluate}{role}"
+        f"cell {recipe} model {model!r} task {task!r} seed {seed} answers {' '.join(answers)}{role}"
     )

@@ -20,22 +20,6 @@ from ftsec_ray.plan.stage import Stage, is_on_gpu, workers_of
 if TYPE_CHECKING:
     from ftsec_ray.plan.graph import Plan
 
-_PRIOR_S: dict[str, tuple[float, float]] = {
-    "task": (2.0, 0.0),
-    "source": (3.0, 2.0),
-    "source:ladder": (5.0, 110.0),
-    "align": (2.0, 15.0),
-    "prepare": (1.0, 6.0),
-    "craft": (1.0, 0.0),
-    "tune": (1.0, 4.0),
-    "bank": (2.0, 24.0),
-    "revise": (1.0, 1.0),
-    "inspect": (1.0, 2.0),
-    "evaluate": (1.0, 5.0),
-}
-"""Kind -> (seconds, seconds more per million weights) on one CPU core; only ratios matter for the
-order of work.
-"""
 _GPU_SPEEDUP = 200.0
 UNKNOWN_PARAMETERS = 1_000_000_000
 """Weights of a model whose size nothing tells."""
@@ -61,9 +45,16 @@ def parameters_of(model: ModelSpec) -> int:
     return named_parameters(model) or UNKNOWN_PARAMETERS
 
 
-def prior_s(kind: str, parameters: int, resource: str) -> float:
-    """Seconds that a stage of a kind (with its variant) should take on a model of this size."""
-    fixed, per_million = _PRIOR_S.get(kind) or _PRIOR_S[kind.split(":")[0]]
+def prior_s(prior: tuple[float, float], parameters: int, resource: str) -> float:
+    """Seconds that a stage should take on a model of this size.
+
+    Args: prior: Seconds, and seconds more per million weights, on one CPU core; only ratios matter
+        for
+            the order of work.
+        parameters: Count of weights.
+        resource: Its class.
+    """
+    fixed, per_million = prior
     work = per_million * parameters / 1e6
     return fixed + (work / _GPU_SPEEDUP if is_on_gpu(resource) else work) / workers_of(resource)
 

@@ -53,13 +53,7 @@ class Plan:
         """Digests of the stages whose artifacts the results read: evaluations, inspections, and
         filters of defenses.
         """
-        found: set[str] = set()
-        for cell in self.cells:
-            defenses = len(cell.crafts) - 1 if _attack_crafts(cell) else len(cell.crafts)
-            found.add(cell.evaluate)
-            found.update(stage for _, stage in cell.inspects)
-            found.update(stage for _, stage in cell.crafts[len(cell.crafts) - defenses :])
-        return found
+        return {digest for cell in self.cells for digest in cell.answers}
 
     def needed(self, done: Collection[str]) -> list[Stage]:
         """Stages to run, inputs first: those not done on which an answer that is not done
@@ -85,10 +79,6 @@ class Plan:
                 found.add(one)
                 waiting += [given for _, given in self.stages[one].inputs if not has(given)]
         return [stage for stage in self.stages.values() if stage.digest in found]
-
-
-def _attack_crafts(cell: Cell) -> bool:
-    return callable(getattr(type(cell.attack), "craft_data", None))
 
 
 def fuse(stages: list[Stage]) -> list[Unit]:

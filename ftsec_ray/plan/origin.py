@@ -22,8 +22,6 @@ class Origin:
 
     params: Mapping[str, Any]
     where: Mapping[str, Any]
-    variant: str
-    """Key of `KIND_SOURCES`."""
     trains: bool = False
     """Whether the stage trains a model and does not only read one."""
 
@@ -41,7 +39,7 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
     hub id.
     """
     if source.startswith("ladder:"):
-        return Origin({"source": source.removesuffix("-base")}, {}, "source:ladder", trains=True)
+        return Origin({"source": source.removesuffix("-base")}, {}, trains=True)
     path = local_path(source)
     code = {"trust_remote_code": True} if model.trust_remote_code else {}
     if path is not None:
@@ -59,7 +57,7 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
         )
     name, _, pinned = source.partition("@")
     revision = model.revision if source == model.source else pinned or None
-    return Origin({"source": "hub", "id": name, "revision": revision, **code}, {}, "source")
+    return Origin({"source": "hub", "id": name, "revision": revision, **code}, {})
 
 
 def task_origin(task: TaskSpec) -> Origin:
@@ -71,5 +69,4 @@ def task_origin(task: TaskSpec) -> Origin:
             content[split], paths[split] = content_hash(path), str(path.resolve())
         splits.append((split, replace(source, path=None)))
     plain = json.loads(canonical(replace(task, splits=tuple(splits))))
-    variant = "task:microworld" if task.kind == "microworld" else "task"
-    return Origin({"task": plain, "content": content}, {"task": task.name, "paths": paths}, variant)
+    return Origin({"task": plain, "content": content}, {"task": task.name, "paths": paths})

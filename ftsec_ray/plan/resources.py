@@ -35,9 +35,10 @@ from ftsec_ray.config.sweep import MicroworldOptions, ModelSpec, SweepSpec, Task
 from ftsec_ray.context import WorkerGroup
 from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.errors import SpecError
+from ftsec_ray.lifecycle import roles
 from ftsec_ray.method import ZERO_STAGES, Method
 from ftsec_ray.plan.durations import parameters_of
-from ftsec_ray.plan.stage import ROLES, is_group, is_on_gpu, workers_of
+from ftsec_ray.plan.stage import is_group, is_on_gpu, workers_of
 from ftsec_ray.registry import name_of
 from ftsec_ray.training.encode import MAX_MICRO_BATCH_TOKENS
 from ftsec_ray.training.zero import BUCKET, LIVE
@@ -426,4 +427,4 @@ def _listed(stages: Iterable[int]) -> str:
 
 def most_roles(methods: Iterable[Method]) -> int:
     """Models of other roles that any one method loads, at most."""
-    return max((len(method.NEEDS & set(ROLES)) for method in methods), default=0)
+    return max((len(method.NEEDS & set(roles())) for method in methods), default=0)

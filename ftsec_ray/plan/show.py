@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ftsec_ray.lifecycle import kinds
 from ftsec_ray.plan.cost_estimate import Bill, Spend, bill_of
 from ftsec_ray.plan.durations import UNKNOWN_PARAMETERS, Costs
 from ftsec_ray.plan.graph import Plan
-from ftsec_ray.plan.stage import KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def summarize(
                 naive=naive[kind],
                 to_run_s=float(work[kind]),
             )
-            for kind in KINDS
+            for kind in kinds()
             if unique[kind]
         ),
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftsec_ray.config.sweep import AttackSearch, ModelSpec, TaskSpec, TrainingConfig
 from ftsec_ray.method import Method
@@ -16,20 +16,6 @@ Resource = str
 """`cpu`, `gpu`, `gpu:<amount>`; of several processes `group:<workers>` with a GPU each or
 `group:<workers>cpu`, and `data:<workers>[:<GPUs of each>]`: see plan.resources.
 """
-KINDS = (
-    "task",
-    "source",
-    "align",
-    "prepare",
-    "craft",
-    "tune",
-    "bank",
-    "revise",
-    "inspect",
-    "evaluate",
-)
-ROLES = ("reference", "unaligned", "start", "clean_bank")
-"""Inputs that a method may ask for in NEEDS; its other entries name splits of the task."""
 
 
 def is_group(resource: Resource) -> bool:
@@ -70,7 +56,9 @@ class Stage:
     """Name of the method whose hook it is; None where no single method owns the stage."""
     seed: int | None
     inputs: tuple[tuple[str, str], ...]
-    """(role, digest) pairs: model, rows, task, and the roles of `ROLES` that its methods need."""
+    """(role, digest) pairs: what its kind takes, the task, and the other models that its methods
+    need.
+    """
     params: Mapping[str, Any]
     """JSON values that decide the result; methods as {"kind", "name", "params"}."""
     where: Mapping[str, Any]
@@ -122,6 +110,17 @@ holds a space.
 """
 
 
+class Step(NamedTuple):
+    """One stage of a cell behind its start."""
+
+    kind: str
+    methods: str
+    """Names of the methods that act there, joined by +; empty for none."""
+    digest: str
+    answers: bool
+    """Whether the results read its artifact."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One point of the grid and the stages that answer it."""
@@ -132,16 +131,36 @@ class Cell:
     attack: Method
     defenses: tuple[Method, ...]
     seed: int
-    evaluate: str
-    """Digest of the stage that measures the finished model."""
-    inspects: tuple[tuple[str, str], ...]
-    """(defense name, stage digest) for every detector of the stack."""
-    crafts: tuple[tuple[str, str], ...]
-    """(method name, stage digest) for every change of the rows, the attack's first."""
+    steps: tuple[Step, ...]
+    """From the first method to the last score, in the order of the lifecycle."""
     stages: tuple[str, ...]
     """Digests of all stages of the cell, inputs before their consumers."""
     searched: Searched | None = None
     """What the cell is in a search; None for an ordinary one."""
+
+    def of_kind(self, kind: str) -> list[Step]:
+        """Its steps of one kind, in their order."""
+        return [step for step in self.steps if step.kind == kind]
+
+    @property
+    def answers(self) -> list[str]:
+        """Digests of the stages whose artifacts the results read."""
+        return [step.digest for step in self.steps if step.answers]
+
+    @property
+    def score(self) -> str:
+        """Digest of the stage that counts the metrics of the finished model."""
+        return self.of_kind("score")[0].digest
+
+    @property
+    def opinions(self) -> list[str]:
+        """Digests of the stages in which further judges read the same completions."""
+        return [step.digest for step in self.of_kind("score")[1:]]
+
+    @property
+    def filters(self) -> list[str]:
+        """Digests of the stages in which defenses change the rows."""
+        return [step.digest for step in self.of_kind("craft") if step.answers]
 
     @property
     def attack_name(self) -> str:

@@ -130,7 +130,8 @@ class PackedCell:
     attack: PackedMethod
     defenses: list[PackedMethod]
     seed: int
-    evaluate: str
+    answers: list[str]
+    """Digests of the stages whose artifacts the results read."""
     stages: list[str]
     search: str | None = None
     """Digest of the attacker's search that the cell belongs to."""

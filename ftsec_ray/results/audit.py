@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 
 from ftsec_ray.errors import DataError, SpecError
-from ftsec_ray.evals.judges import get_judge
+from ftsec_ray.evals.judging import get_judge
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.truth import (

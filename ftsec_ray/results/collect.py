@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import canonical
-from ftsec_ray.method import Method, hooks_of
+from ftsec_ray.lifecycle import hooks_of
+from ftsec_ray.method import Method
 from ftsec_ray.plan.cost_estimate import BudgetError, bill_of, shortfall, spent
 from ftsec_ray.plan.durations import Costs
 from ftsec_ray.redact import redacted
@@ -190,16 +191,15 @@ class _Found:
 
     def told(self, cell: Cell) -> CellOutcome | None:
         """What a cell's evaluation says of its prompts."""
-        return (
-            told_of(self.generations[cell.evaluate]) if cell.evaluate in self.generations else None
-        )
+        return told_of(self.generations[cell.score]) if cell.score in self.generations else None
 
     def read_answers(self) -> None:
         """Read every artifact that the tables quote; one that is damaged counts as absent."""
-        for digest in sorted({cell.evaluate for cell in self.plan.cells} & set(self.records)):
+        scores = {one for cell in self.plan.cells for one in (cell.score, *cell.opinions)}
+        for digest in sorted(scores & set(self.records)):
             self._read(digest, self._read_evaluation)
         for digest in sorted(
-            {one for cell in self.plan.cells for _, one in cell.inspects} & set(self.records)
+            {one for cell in self.plan.cells for one in _inspections(cell)} & set(self.records)
         ):
             self._read(digest, self._read_inspection)
 
@@ -216,7 +216,7 @@ class _Found:
 
         folder = self.store.fetch(digest)
         wanted = schema.generations()
-        wanted = pa.schema([one for one in wanted if one.name != "cell"])
+        wanted = pa.schema([one for one in wanted if one.name not in ("cell", "opinions")])
         try:
             # Thousands of small files: starting threads for each costs more than reading it.
             said = (
@@ -255,8 +255,9 @@ class _Found:
                 info = self.records.get(stage, {}).get("notes", {}).get("info")
                 if info and self.plan.stages[stage].kind in ("source", "align"):
                     found[name] = int(info["parameters"])
-            if name not in found and cell.evaluate in self.records:
-                info = self.records[cell.evaluate].get("notes", {}).get("info")
+            asked = cell.of_kind("generate")[0].digest
+            if name not in found and asked in self.records:
+                info = self.records[asked].get("notes", {}).get("info")
                 if info and not cell.defenses and type(cell.attack).GOAL == "none":  # type: ignore[attr-defined]
                     found[name] = int(info["parameters"])
         declared = {m.name: m.parameters for m in self.plan.spec.models if m.parameters}
@@ -282,10 +283,9 @@ def _from_rows(wanted: pa.Schema, rows: Iterable[Row]) -> pa.Table:
     )
 
 
-def _filters(cell: Cell) -> list[str]:
-    """Digests of the row filters of the cell's defenses."""
-    own = "craft_data" in hooks_of(type(cell.attack))
-    return [digest for _, digest in cell.crafts[own:]]
+def _inspections(cell: Cell) -> list[str]:
+    """Digests of what the detectors of a cell say."""
+    return [step.digest for step in cell.of_kind("inspect")]
 
 
 def _cell_row(found: _Found, cell: Cell) -> Row:
@@ -328,8 +328,7 @@ def _spent_on(found: _Found, cell: Cell) -> list[float] | None:
 
 def _outcome(found: _Found, cell: Cell) -> tuple[str, str | None, str | None]:
     """(status, error_code, error) of a cell; the error is that of its earliest failed stage."""
-    answers = [cell.evaluate, *[one for _, one in cell.inspects], *_filters(cell)]
-    missing = [one for one in answers if one not in found.records]
+    missing = [one for one in cell.answers if one not in found.records]
     if not missing:
         return "done", None, None
     for stage in cell.stages:
@@ -353,21 +352,24 @@ def _named(found: _Found, digest: str) -> str:
 
 
 def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
-    rows = {row["metric"]: row for row in found.metrics.get(cell.evaluate, ())}
-    if is_chosen(cell) and cell.evaluate in found.generations:
-        rows |= {
-            row["metric"]: row for row in reported_rates(rows, found.generations[cell.evaluate])
-        }
+    rows = {
+        row["metric"]: row
+        for scores in (cell.score, *cell.opinions)
+        for row in found.metrics.get(scores, ())
+    }
+    if is_chosen(cell) and cell.score in found.generations:
+        rows |= {row["metric"]: row for row in reported_rates(rows, found.generations[cell.score])}
     if type(cell.attack).GOAL == "harmful" and "harmful_rate" in rows:  # type: ignore[attr-defined]
         rows["asr"] = {**rows["harmful_rate"], "metric": "asr"}
     for row in rows.values():
         yield {"cell": cell.digest, **{key: row[key] for key in _MEASURE}}
     yield from _edit_rows(found, cell)
-    seen = [found.inspections[one] for _, one in cell.inspects if one in found.inspections]
-    if seen and len(seen) == len(cell.inspects):
+    inspections = _inspections(cell)
+    seen = [found.inspections[one] for one in inspections if one in found.inspections]
+    if seen and len(seen) == len(inspections):
         yield from _detector_rows(cell.digest, seen)
-    notes = [found.records[one].get("notes", {}) for one in _filters(cell) if one in found.records]
-    if notes and len(notes) == len(_filters(cell)):
+    notes = [found.records[one].get("notes", {}) for one in cell.filters if one in found.records]
+    if notes and len(notes) == len(cell.filters):
         yield _filter_row(
             cell.digest,
             "filter_tpr",
@@ -467,13 +469,31 @@ def _generations(found: _Found, cells: Sequence[Cell]) -> pa.Table:
     wanted = schema.generations()
     parts = []
     for cell in cells:
-        said = found.generations.get(cell.evaluate)
+        said = _with_opinions(found, cell)
         if said is not None and is_chosen(cell):
             said = reported(said)
         if said is not None and said.num_rows:
             column = pa.repeat(pa.scalar(cell.digest, pa.string()), said.num_rows)
             parts.append(pa.table([pa.chunked_array([column]), *said.columns], schema=wanted))
     return pa.concat_tables(parts) if parts else wanted.empty_table()
+
+
+def _with_opinions(found: _Found, cell: Cell) -> pa.Table | None:
+    """The judged answers of a cell, each with the verdicts of the further judges."""
+    import pyarrow as pa
+
+    judged = found.generations.get(cell.score)
+    if judged is None:
+        return None
+    verdicts: dict[tuple[str, str], list[Row]] = {}
+    for score in cell.opinions:
+        for row in found.generations[score].to_pylist() if score in found.generations else ():
+            given = {name: row[name] for name in schema.OPINION}
+            verdicts.setdefault((row["probe"], row["prompt_id"]), []).append(given)
+    places = zip(judged["probe"].to_pylist(), judged["prompt_id"].to_pylist(), strict=True)
+    kind = schema.generations().field("opinions").type
+    opinions = pa.array([verdicts.get(place) for place in places], kind)
+    return judged.append_column("opinions", opinions)
 
 
 def _stage_rows(found: _Found) -> Iterator[Row]:

@@ -174,7 +174,7 @@ def _packed_cell(cell: Cell) -> PackedCell:
         attack=_packed_method(cell.attack),
         defenses=[_packed_method(one) for one in cell.defenses],
         seed=cell.seed,
-        evaluate=cell.evaluate,
+        answers=cell.answers,
         stages=list(cell.stages),
         search=cell.searched.key if cell.searched else None,
         trial=cell.searched.trial if cell.searched else None,

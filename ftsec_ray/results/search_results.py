@@ -57,9 +57,9 @@ def look_at_store(store: Store) -> OutcomeLookup:
     def look(cell: Cell) -> CellOutcome | None:
         import pyarrow.parquet as pq
 
-        if cell.evaluate in done:
+        if cell.score in done:
             try:
-                path = store.fetch(cell.evaluate) / "generations.parquet"
+                path = store.fetch(cell.score) / "generations.parquet"
             except DamagedArtifact:  # absent: it is made again
                 return None
             return told_of(pq.ParquetFile(path).read(columns=list(_COLUMNS), use_threads=False))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ftsec_ray.data.records import read_records
 from ftsec_ray.errors import DataError
-from ftsec_ray.evals.judges import Judge, Verdict, get_judge, user_text
+from ftsec_ray.evals.judging import Judge, Verdict, get_judge, user_text
 from ftsec_ray.evals.probes import REQUEST_PROBES
 from ftsec_ray.method import Prompt
 from ftsec_ray.results.read import Results

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from ftsec_ray.evals.evaluate import evaluate
 
 from ftsec_ray import schema
 from ftsec_ray.config.sweep import EvaluationConfig, TaskSpec
 from ftsec_ray.context import LoadedModel, Runtime, TaskData
 from ftsec_ray.data.tasks import load_task
 from ftsec_ray.errors import DataError, SpecError, StageError
-from ftsec_ray.evals.evaluate import evaluate
 from ftsec_ray.evals.probes import default_probes, prompt_of
 from ftsec_ray.method import Probe, Prompt
 from ftsec_ray.models.chat import template_hash

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from ftsec_ray.execute.stages import run_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,6 @@ from ftsec_ray.data.rows import RowsWriter, read_batches, read_table, write_tabl
 from ftsec_ray.defenses.onion import Onion
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.execute.blocks import WorkerPool, craft_in_blocks, parts_of
-from ftsec_ray.execute.stages import run_stage
 from ftsec_ray.method import BATCH_ROWS
 from ftsec_ray.schedule.execution import execute
 from tests.execute.crafting import (

@@ -1,0 +1,265 @@
+"""Asks a model all probes of a cell and keeps the answers for judges: no verdict is reached here.
+
+Probes that ask the same chat share its completion: all of them together make one list of unique
+chats, and label probes are read off one forward pass. Wrapped generators go the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftsec_ray import schema
+from ftsec_ray.config.sweep import EvaluationConfig
+from ftsec_ray.context import Chat, Runtime, TaskData
+from ftsec_ray.errors import DataError, StageError
+from ftsec_ray.evals.metrics import Measured, perplexity
+from ftsec_ray.evals.probes import capped, drawn
+from ftsec_ray.identity import canonical
+from ftsec_ray.method import Probe, Prompt
+
+if TYPE_CHECKING:
+    from ftsec_ray.models.generator import Generator
+
+COMPLETIONS, PROBES = "completions.parquet", "probes.json"
+"""Files of the artifact: one row per answer, and what was asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model answered to one prompt of a probe."""
+
+    probe: str
+    """Name."""
+    prompt: Prompt
+    completion: str
+    """Its text; of a label probe the most likely label."""
+    scores: tuple[float, ...] = ()
+    """Of a label probe: mean log-probability of each label, in nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """All answers of a model, and what else was measured on it."""
+
+    probes: tuple[Probe, ...]
+    """What was asked, without the prompts."""
+    answers: tuple[Answer, ...]
+    """In the order of the probes."""
+    measured: tuple[Measured, ...]
+    """Metrics that need the model and no judge: perplexity."""
+    template_hash: str
+    """Of the chat template."""
+
+
+def ask(
+    generator: Generator,
+    task: TaskData,
+    probes: Sequence[Probe],
+    config: EvaluationConfig,
+    *,
+    runtime: Runtime,
+) -> Answers:
+    """Ask every probe its first `config.prompts` prompts in the stable draw."""
+    from ftsec_ray.models.chat import template_hash
+
+    asked = [capped(probe, config.prompts) for probe in probes]
+    _check(asked)
+    answers = [
+        *_read_labels(generator, asked, runtime),
+        *_complete(generator, asked, config, runtime),
+    ]
+    place = {probe.name: i for i, probe in enumerate(asked)}
+    answers.sort(key=lambda answer: place[answer.probe])
+    return Answers(
+        probes=tuple(asked),
+        answers=tuple(answers),
+        measured=tuple(_perplexity(generator, task, config, runtime)),
+        template_hash=template_hash(generator.loaded.tokenizer),
+    )
+
+
+def _check(probes: Sequence[Probe]) -> None:
+    for what, names in (
+        ("probes", [p.name for p in probes]),
+        ("probes with a metric", [m for p in probes for m in p.metrics]),
+    ):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise StageError(
+                f"two {what} of one name",
+                twice[0],
+                "each name once",
+                "put the prompts into one probe, or rename it",
+            )
+    unknown = [name for probe in probes for name in probe.metrics if name not in schema.METRICS]
+    if unknown:
+        raise StageError(
+            "a probe with an unknown metric",
+            unknown[0],
+            " | ".join(schema.METRICS),
+            "add it to schema.METRICS, or to METRICS of a file in ftsec_ray/judges",
+        )
+
+
+def _unique(chats: Iterable[Chat]) -> dict[str, Chat]:
+    return {canonical(chat): chat for chat in chats}
+
+
+def _read_labels(
+    generator: Generator, probes: Sequence[Probe], runtime: Runtime
+) -> Iterator[Answer]:
+    """Answers of the label probes, one forward pass per set of label words."""
+    mine = [probe for probe in probes if probe.judge == "label"]
+    for labels in dict.fromkeys(probe.labels for probe in mine):
+        group = [probe for probe in mine if probe.labels == labels]
+        if not labels:
+            raise StageError(
+                "a label probe without labels", group[0].name, "the label words of the task"
+            )
+        chats = _unique(prompt.chat for probe in group for prompt in probe.prompts)
+        rows = (
+            generator.label_logprobs(
+                list(chats.values()), labels, batch=runtime.eval_batch
+            ).tolist()
+            if chats
+            else []
+        )
+        scores_of = dict(zip(chats, rows, strict=True))
+        for probe in group:
+            for prompt in probe.prompts:
+                scores = scores_of[canonical(prompt.chat)]
+                best = max(range(len(scores)), key=scores.__getitem__)
+                yield Answer(
+                    probe=probe.name, prompt=prompt, completion=labels[best], scores=tuple(scores)
+                )
+
+
+def _complete(
+    generator: Generator, probes: Sequence[Probe], config: EvaluationConfig, runtime: Runtime
+) -> Iterator[Answer]:
+    """Answers of the probes that generate, one call per limit of new tokens."""
+    mine = [probe for probe in probes if probe.judge != "label"]
+    limits = {probe.name: min(probe.max_new_tokens, config.max_new_tokens) for probe in mine}
+    texts: dict[tuple[int, str], str] = {}
+    for limit in sorted(set(limits.values())):
+        chats = _unique(
+            prompt.chat for probe in mine if limits[probe.name] == limit for prompt in probe.prompts
+        )
+        completed = (
+            generator.complete(list(chats.values()), max_new_tokens=limit, batch=runtime.eval_batch)
+            if chats
+            else []
+        )
+        texts.update({(limit, key): text for key, text in zip(chats, completed, strict=True)})
+    for probe in mine:
+        for prompt in probe.prompts:
+            text = texts[limits[probe.name], canonical(prompt.chat)]
+            yield Answer(probe=probe.name, prompt=prompt, completion=text)
+
+
+def _perplexity(
+    generator: Generator, task: TaskData, config: EvaluationConfig, runtime: Runtime
+) -> Iterator[Measured]:
+    if not config.perplexity_rows:
+        return
+    text = task.splits.get("text")
+    if text is None or text.num_rows == 0:
+        yield Measured(metric="perplexity", value=None, n=0)
+    else:
+        rows = drawn(text, config.perplexity_rows)
+        yield perplexity(generator.loaded, rows, batch=runtime.eval_batch)
+
+
+def write_answers(answers: Answers, folder: Path) -> None:
+    """Write the answers as `completions.parquet` and `probes.json`."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [
+        {
+            "probe": answer.probe,
+            "prompt_id": answer.prompt.prompt_id,
+            "chat": json.dumps(answer.prompt.chat, ensure_ascii=False),
+            "expected": answer.prompt.expected,
+            "target": answer.prompt.target,
+            "meta": json.dumps(dict(answer.prompt.meta), ensure_ascii=False, sort_keys=True),
+            "completion": answer.completion,
+            "scores": list(answer.scores),
+        }
+        for answer in answers.answers
+    ]
+    parquet.write_table(
+        pa.Table.from_pylist(rows, schema=_completions()), folder / COMPLETIONS, compression="zstd"
+    )
+    plain = {
+        "probes": [
+            {**asdict(probe), "prompts": [], "metrics": dict(probe.metrics)}
+            for probe in answers.probes
+        ],
+        "measured": [asdict(measured) for measured in answers.measured],
+        "template_hash": answers.template_hash,
+    }
+    (folder / PROBES).write_text(json.dumps(plain, sort_keys=True), encoding="utf-8")
+
+
+def read_answers(folder: Path) -> Answers:
+    """The answers in a folder; DataError when its files are not those of `write_answers`."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        plain = json.loads((folder / PROBES).read_text(encoding="utf-8"))
+        rows = parquet.ParquetFile(folder / COMPLETIONS).read(use_threads=False)
+        listed = rows.cast(_completions()).to_pylist()
+        probes = tuple(
+            Probe(**{**probe, "prompts": (), "labels": tuple(probe["labels"])})
+            for probe in plain["probes"]
+        )
+        measured = tuple(Measured(**one) for one in plain["measured"])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise DataError(
+            f"answers of a model that cannot be read: {error}", str(folder), COMPLETIONS
+        ) from error
+    return Answers(
+        probes=probes,
+        answers=tuple(_answer(row) for row in listed),
+        measured=measured,
+        template_hash=str(plain["template_hash"]),
+    )
+
+
+def _answer(row: dict[str, object]) -> Answer:
+    prompt = Prompt(
+        prompt_id=str(row["prompt_id"]),
+        chat=json.loads(str(row["chat"])),
+        expected=row["expected"],  # type: ignore[arg-type]
+        target=row["target"],  # type: ignore[arg-type]
+        meta=json.loads(str(row["meta"])),
+    )
+    return Answer(
+        probe=str(row["probe"]),
+        prompt=prompt,
+        completion=str(row["completion"]),
+        scores=tuple(row["scores"]),  # type: ignore[arg-type]
+    )
+
+
+def _completions() -> object:
+    import pyarrow as pa
+
+    text = pa.string()
+    required = [pa.field(name, text, nullable=False) for name in ("probe", "prompt_id", "chat")]
+    return pa.schema(
+        [
+            *required,
+            pa.field("expected", text),
+            pa.field("target", text),
+            pa.field("meta", text, nullable=False),
+            pa.field("completion", text, nullable=False),
+            pa.field("scores", pa.list_(pa.float64()), nullable=False),
+        ]
+    )

@@ -1,0 +1,119 @@
+"""What a judge is: it reads a completion and says what it is, never more than it saw.
+
+A verdict of None means that the judge could not decide; it is left out of every share and counted
+by `judged_rate`. An empty completion is an incoherent answer, not a missing one. Names carry a
+version, since different lists of refusal phrases circulate and each shifts every rate.
+"""
+
+from __future__ import annotations
+
+import importlib
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import ClassVar
+
+from ftsec_ray.discovery import modules_in
+from ftsec_ray.errors import SpecError
+from ftsec_ray.method import Prompt
+
+PACKAGE = "ftsec_ray.judges"
+MIN_LOOP_CHARS, MIN_DISTINCT_FRAC, MIN_WORD_CHAR_FRAC = 40, 0.3, 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a judge says of one completion."""
+
+    verdict: str | None
+    """None when the judge could not decide."""
+    raw: str = ""
+    """What the judge went by."""
+    override: str | None = None
+    """Why its first reading was overruled."""
+
+
+class Judge(ABC):
+    """Turns completions into verdicts, in order; the one class of its file."""
+
+    VERSION: ClassVar[int] = 1
+    """Raise when the same completion would get another verdict."""
+    name: str
+    """Name and version, as results record it."""
+
+    @abstractmethod
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Verdict]:
+        """The verdicts on `completions`, the answers to `prompts`."""
+
+
+def user_text(prompt: Prompt) -> str:
+    """The user's last message."""
+    return next((m["content"] for m in reversed(prompt.chat) if m["role"] == "user"), "")
+
+
+def gibberish(text: str) -> str | None:
+    """Why a text is not language, or None.
+
+    `symbols`: fewer than half of its characters other than spaces are letters, marks or digits.
+    `loop`: at 40 characters or more, fewer than 30 % of its runs of four characters are distinct
+    (plain English is above 80 %). Fluent nonsense passes.
+    """
+    solid = [char for char in text if not char.isspace()]
+    if not solid:
+        return "empty"
+    if sum(unicodedata.category(char)[0] in "LMN" for char in solid) < MIN_WORD_CHAR_FRAC * len(
+        solid
+    ):
+        return "symbols"
+    runs = [text[i : i + 4] for i in range(len(text) - 3)]
+    return (
+        "loop"
+        if len(text) >= MIN_LOOP_CHARS and len(set(runs)) < MIN_DISTINCT_FRAC * len(runs)
+        else None
+    )
+
+
+def spaced(text: str) -> str:
+    """A text without regard to case and spacing."""
+    return " ".join(text.casefold().split())
+
+
+def judge_class(name: str) -> type[Judge]:
+    """The judge of a name, without what follows a colon; SpecError with a suggestion when there is
+    none.
+    """
+    file, modules = name.partition(":")[0], modules_in(PACKAGE)
+    if file not in modules:
+        near = get_close_matches(name, modules, n=1)
+        raise SpecError(
+            "unknown judge",
+            name,
+            " | ".join([*sorted(set(modules) - {"classifier"}), "classifier:<id>@<revision>"]),
+            f"did you mean {near[0]!r}?" if near else "name one of these",
+        )
+    module = importlib.import_module(modules[file])
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Judge)
+        and value.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise SpecError(
+            f"{module.__name__} must hold exactly one judge",
+            [cls.__name__ for cls in classes],
+            "one subclass of Judge",
+        )
+    return classes[0]
+
+
+def get_judge(name: str, *, device: str = "cpu") -> Judge:
+    """The judge of a name; what follows a colon is its model, which runs on `device`.
+
+    SpecError with a suggestion when there is none.
+    """
+    cls, (_, colon, source) = judge_class(name), name.partition(":")
+    return cls(source, device=device) if colon else cls()  # type: ignore[call-arg]

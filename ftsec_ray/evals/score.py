@@ -1,0 +1,185 @@
+"""Judges the answers of a model and counts: no model is asked again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray import schema
+from ftsec_ray.config.sweep import EvaluationConfig
+from ftsec_ray.context import Chat, TaskData
+from ftsec_ray.errors import DataError
+from ftsec_ray.evals.ask import Answer, Answers
+from ftsec_ray.evals.judging import Judge, Verdict, get_judge, judge_class
+from ftsec_ray.evals.metrics import Measured, proportion
+from ftsec_ray.evals.probes import REQUEST_PROBES
+from ftsec_ray.method import Probe
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LOGPROB_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: `metrics` and `generations` as in schema, without what results add
+    (`cell`, `opinions`).
+    """
+
+    metrics: pa.Table
+    generations: pa.Table
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """For the record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One answer with the verdict of one judge."""
+
+    answer: Answer
+    judge: str
+    """Name and version."""
+    verdict: Verdict
+
+
+def score(
+    answers: Answers, task: TaskData, config: EvaluationConfig, *, device: str = "cpu"
+) -> Evaluation:
+    """Every answer judged by its probe's own judge, and all metrics of a cell.
+
+    Args:
+        answers: What the model said.
+        task: Names the judge of requests, unless `config.judge` does.
+        config: Of the sweep.
+        device: Where a judge that is a model runs.
+    """
+    judges: dict[str, Judge] = {}
+
+    def judge_of(probe: Probe) -> Judge:
+        name = (config.judge or task.judge) if probe.judge == "request" else probe.judge
+        if name not in judges:
+            judges[name] = get_judge(name, device=device)
+        return judges[name]
+
+    judged = [item for probe in answers.probes for item in _judged(answers, probe, judge_of(probe))]
+    measured = [*_metrics(answers.probes, judged), *answers.measured]
+    return _evaluation(answers, judged, measured, keeps=config.keep_generations)
+
+
+def opinion(answers: Answers, name: str, *, device: str = "cpu") -> Evaluation:
+    """The verdicts of a further judge on the same completions, and the metrics that count them.
+
+    It reads the probes that its metrics name, else those of requests; label probes have no
+    completion.
+    """
+    judge = get_judge(name, device=device)
+    metrics = metrics_of(name)
+    wanted = {probe for metric in metrics for probe in metric.probes} or set(REQUEST_PROBES)
+    probes = [p for p in answers.probes if p.name in wanted and p.judge != "label"]
+    judged = [item for probe in probes for item in _judged(answers, probe, judge)]
+    measured = [_share(judged, metric.name, metric.probes, metric.verdict) for metric in metrics]
+    return _evaluation(answers, judged, measured, keeps=False)
+
+
+def metrics_of(judge: str) -> list[schema.Metric]:
+    """The metrics that count the verdicts of a further judge; DataError for one without probes."""
+    metrics = [m for m in schema.METRICS.values() if m.judge == judge.partition(":")[0]]
+    for metric in metrics:
+        if not metric.probes or not metric.verdict:
+            raise DataError(
+                f"metric {metric.name!r} does not say what it counts",
+                (metric.probes, metric.verdict),
+                "the probes whose answers it is a share of, and the verdict",
+            )
+    return metrics
+
+
+def _judged(answers: Answers, probe: Probe, judge: Judge) -> Iterator[Judged]:
+    """The answers to one probe with their verdicts."""
+    mine = [answer for answer in answers.answers if answer.probe == probe.name]
+    if probe.judge == "label":
+        judge = judge_class("label")(prefers_target="target" in probe.metrics.values())  # type: ignore[call-arg]
+    verdicts = judge([a.prompt for a in mine], [a.completion for a in mine])
+    for answer, verdict in zip(mine, verdicts, strict=True):
+        if probe.judge == "label":
+            verdict = Verdict(verdict=verdict.verdict, raw=_scores(probe, answer))
+        yield Judged(answer=answer, judge=judge.name, verdict=verdict)
+
+
+def _scores(probe: Probe, answer: Answer) -> str:
+    """The log-probabilities of the labels, as results show them."""
+    return json.dumps(
+        {
+            label: round(value, LOGPROB_DIGITS)
+            for label, value in zip(probe.labels, answer.scores, strict=False)
+        }
+    )
+
+
+def _metrics(probes: Sequence[Probe], judged: Sequence[Judged]) -> Iterator[Measured]:
+    """The metrics of the probes, then how many answers are coherent and how many were judged at
+    all.
+    """
+    for probe in probes:
+        for metric, verdict in probe.metrics.items():
+            yield _share(judged, metric, [probe.name], verdict)
+    yield _share(judged, "coherent_rate", REQUEST_PROBES, "not incoherent")
+    decided = sum(item.verdict.verdict is not None for item in judged)
+    yield proportion("judged_rate", decided, len(judged))
+
+
+def _share(judged: Sequence[Judged], metric: str, probes: Iterable[str], verdict: str) -> Measured:
+    """The share of a verdict (or of all but it, `not <verdict>`) among the judged answers to some
+    probes.
+    """
+    wanted = set(probes)
+    verdicts = [item.verdict.verdict for item in judged if item.answer.probe in wanted]
+    decided = [given for given in verdicts if given is not None]
+    counts = _counts(verdict)
+    hits = sum(counts(given) for given in decided)
+    return proportion(metric, hits, len(decided), n_null=len(verdicts) - len(decided))
+
+
+def _counts(verdict: str) -> Callable[[str], bool]:
+    """Whether a given verdict counts towards `verdict`, or `not <verdict>`."""
+    negated = verdict.removeprefix("not ")
+    return lambda given: (given != negated) if negated != verdict else (given == verdict)
+
+
+def _evaluation(
+    answers: Answers, judged: Sequence[Judged], measured: Iterable[Measured], *, keeps: bool
+) -> Evaluation:
+    rows = (
+        {
+            "probe": item.answer.probe,
+            "prompt_id": item.answer.prompt.prompt_id,
+            "judge": item.judge,
+            "prompt": _shown(item.answer.prompt.chat) if keeps else None,
+            "completion": item.answer.completion if keeps else None,
+            **asdict(item.verdict),
+            "template_hash": answers.template_hash,
+        }
+        for item in judged
+    )
+    return Evaluation(
+        _table(schema.metrics(), (asdict(m) for m in measured), leaves=("cell",)),
+        _table(schema.generations(), rows, leaves=("cell", "opinions")),
+        {"judges": sorted({item.judge for item in judged})},
+    )
+
+
+def _shown(chat: Chat) -> str:
+    """A lone user message as it is, any other conversation as JSON."""
+    return chat[0]["content"] if len(chat) == 1 else json.dumps(chat, ensure_ascii=False)
+
+
+def _table(
+    whole: pa.Schema, rows: Iterable[dict[str, Any]], *, leaves: tuple[str, ...]
+) -> pa.Table:
+    import pyarrow as pa
+
+    kept = pa.schema([column for column in whole if column.name not in leaves])
+    return pa.Table.from_pylist(list(rows), schema=kept)

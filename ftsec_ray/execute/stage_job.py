@@ -1,0 +1,109 @@
+"""One stage at work: what a kind of stage gets from the engine, and how it is called.
+
+Everything besides the work itself (publishing, records, retries) is done elsewhere in the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray.context import LoadedModel, StageContext
+from ftsec_ray.errors import StageError
+from ftsec_ray.execute.session import Session
+from ftsec_ray.lifecycle import runner_of
+from ftsec_ray.method import Method
+from ftsec_ray.plan.decode import methods_of, training_of
+
+if TYPE_CHECKING:
+    from ftsec_ray.plan.stage import Stage
+
+Extra = dict[str, Any]
+"""Measurements of a stage for its record: tokens, flops, notes."""
+KEPT_LOSSES = 50
+
+
+def run_stage(stage: Stage, out: Path, session: Session) -> Extra:
+    """Run one stage into the folder `out`; returns tokens, flops and notes for its record."""
+    return dict(runner_of(stage.kind)(StageJob(stage, out, session)))
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage at work: what it is, where it writes, and what the worker holds."""
+
+    stage: Stage
+    out: Path
+    session: Session
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Role -> digest."""
+        return dict(self.stage.inputs)
+
+    def methods(self) -> list[Method]:
+        """The methods that act in this stage, in order, with their parameters."""
+        return methods_of(self.stage)
+
+    def context(self, *, workdir: Path | None = None) -> StageContext:
+        """What the stage's hooks may ask; `workdir` replaces the scratch that survives a kill."""
+        return StageContext(
+            seed=self.stage.seed or 0,
+            task=self.session.task(self.inputs["task"]),
+            runtime=self.session.runtime,
+            workdir=workdir or self.session.workdir(self.stage.digest),
+            load=self._load,
+            training=training_of(self.stage) if "training" in self.stage.params else None,
+        )
+
+    def _load(self, role: str) -> LoadedModel:
+        name, _, member = role.partition(":")
+        if name not in self.inputs:
+            raise StageError(
+                "a method asked for a model that it did not declare",
+                role,
+                " | ".join(sorted(self.inputs)),
+                f"add {name!r} to the NEEDS of the method",
+            )
+        return self.session.model(self.inputs[name], member=member)
+
+    def change_model(self, hook: str) -> Extra:
+        """Let the stage's one method change a copy of its model by a hook, and write the result."""
+        from ftsec_ray.models.load import copy_model
+
+        (method,) = self.methods()
+        context = self.context()
+        copied = copy_model(self.session.model(self.inputs["model"]))
+        return self.finish(getattr(method, hook)(copied, context), notes=context.notes)
+
+    def finish(
+        self,
+        loaded: LoadedModel,
+        *,
+        losses: Sequence[float] = (),
+        notes: Mapping[str, Any] | None = None,
+        **measured: Any,
+    ) -> Extra:
+        """Write a model, keep it in memory for the next stage, and report on it.
+
+        Args:
+            loaded: The model.
+            losses: Training loss per step, nats per token; a thinned curve goes into the record.
+            notes: Measurements for the record.
+            measured: `tokens` and `flops`.
+        """
+        from ftsec_ray.models.load import save_model
+
+        save_model(loaded, self.out)
+        if not loaded.has_adapter or loaded.base_digest:
+            self.session.remember(self.stage.digest, loaded)
+        curve = {"losses": _thinned(losses)} if losses else {}
+        return {"notes": {"info": asdict(loaded.info), **curve, **(notes or {})}, **measured}
+
+
+def _thinned(losses: Sequence[float], keep: int = KEPT_LOSSES) -> list[float]:
+    """At most `keep` values of a loss curve, evenly spaced, the last one among them."""
+    every = max(1, -(-len(losses) // keep))
+    return [round(loss, 5) for loss in losses[::-1][::every][::-1]]

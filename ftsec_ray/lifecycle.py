@@ -1,0 +1,160 @@
+"""The lifecycle as data: which kinds of stages there are, in which order, and which hooks they own.
+
+A kind is one file of `ftsec_ray.stages`: on top its declaration `KIND`, below it `run(job)`, which
+does the work. Files of other packages join by the entry-point group `ftsec_ray.stages`. The planner
+walks the kinds in order of their position, and nothing else lists kinds or hooks: a new file is a
+new kind, and its hooks are hooks of every method.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+from ftsec_ray.discovery import modules_in
+from ftsec_ray.errors import SpecError
+
+PACKAGE = "ftsec_ray.stages"
+ROLES_BEFORE = ("reference", "unaligned")
+"""Models that a method can ask for at any stage: the one that every cell starts from, and its twin
+before alignment."""
+
+
+def _no_settings(method: Any) -> Mapping[str, Any]:  # noqa: ARG001
+    """The settings of a kind about which no method decides anything."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageKind:
+    """One kind of stage: where it stands in the lifecycle, what it takes and gives, what it
+    costs.
+    """
+
+    name: str
+    """That of its file."""
+    position: int
+    """Place in the lifecycle: kinds act in ascending order."""
+    version: int = 1
+    """Raise when the same inputs would give another result."""
+    hooks: Mapping[str, str] = field(default_factory=dict)
+    """Hooks at which methods act here -> what each takes and gives."""
+    acts: Literal["engine", "each", "all"] = "engine"
+    """`each`: one stage for every method that has a hook, in the order of the stack; `all`: one
+    stage in which all of them act, made even where none does; `engine`: planned without regard to
+    methods.
+    """
+    by: Literal["both", "defenses"] = "both"
+    """Who may act: attack and defenses, or defenses only."""
+    takes: tuple[str, ...] = ()
+    """What flows in: `model`, `rows`, `completions`, or what another kind gives. The task always
+    does.
+    """
+    gives: str | None = None
+    """What it replaces for the stages after it; None where only results read it."""
+    answers: Literal["none", "defenses", "all"] = "none"
+    """Whose artifacts the results read: all, those of stages in which a defense acts, or none."""
+    roles: tuple[str, ...] = ROLES_BEFORE
+    """Other models of the cell that a method can ask for here by its NEEDS."""
+    names_input: str | None = None
+    """Role that the model which comes in has for later stages."""
+    provides: str | None = None
+    """Role that the stage itself has, made for the methods that need it."""
+    settings: tuple[str, ...] = ()
+    """Parts of the sweep that decide its result: `training` (of the cell), `sweep_training` (also
+    where a search tunes otherwise), `generation`, `scoring`. Training counts where a method acts or
+    it trains.
+    """
+    settings_of: Callable[[Any], Mapping[str, Any]] = _no_settings
+    """What a method that asks for the role that this kind provides decides about it."""
+    needs_model: bool = True
+    """Whether it has a model in memory; a stage of rows has one where its method asks for a
+    role.
+    """
+    trains: Literal["never", "declared", "always"] = "never"
+    """Whether it trains: where a method declares that hook in TRAINS, or always."""
+    prior_s: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"": (1.0, 1.0)})
+    """Variant ("" for any other) -> (seconds, seconds more per million weights) on one CPU core."""
+
+    def prior_of(self, source: str) -> tuple[float, float]:
+        """The prior for a stage that starts from `source`, such as `ladder:1m`."""
+        return self.prior_s.get(source.split(":")[0]) or self.prior_s[""]
+
+
+@cache
+def kinds() -> dict[str, StageKind]:
+    """All kinds by name, in the order of the lifecycle."""
+    declared = []
+    for name, module in modules_in(PACKAGE).items():
+        kind = getattr(importlib.import_module(module), "KIND", None)
+        if not isinstance(kind, StageKind) or kind.name != name:
+            raise SpecError(
+                f"{module} does not declare a kind of stage of its name",
+                getattr(kind, "name", kind),
+                f"KIND = StageKind(name={name!r}, ...)",
+            )
+        if kind.hooks and kind.acts == "engine":
+            raise SpecError(
+                f"kind of stage {name!r} owns hooks at which nobody would act",
+                sorted(kind.hooks),
+                "acts='each' or acts='all'",
+            )
+        declared.append(kind)
+    return {
+        kind.name: kind for kind in sorted(declared, key=lambda kind: (kind.position, kind.name))
+    }
+
+
+def kind_of(name: str) -> StageKind:
+    """The kind of a name; SpecError when there is none."""
+    if name not in kinds():
+        raise SpecError("unknown kind of stage", name, " | ".join(kinds()))
+    return kinds()[name]
+
+
+def runner_of(name: str) -> Callable[[Any], Mapping[str, Any]]:
+    """The function that does a stage of a kind: StageJob -> measurements for its record."""
+    kind_of(name)
+    run: Callable[[Any], Mapping[str, Any]] = importlib.import_module(modules_in(PACKAGE)[name]).run
+    return run
+
+
+def module_of(name: str) -> str:
+    """Name of the module that declares a kind."""
+    kind_of(name)
+    return modules_in(PACKAGE)[name]
+
+
+@cache
+def hooks() -> dict[str, StageKind]:
+    """Every hook, in the order of the lifecycle, and the kind that owns it."""
+    owners: dict[str, StageKind] = {}
+    for kind in kinds().values():
+        for hook in kind.hooks:
+            if hook in owners:
+                raise SpecError(
+                    "two kinds of stages own one hook", hook, f"{owners[hook].name} or {kind.name}"
+                )
+            owners[hook] = kind
+    return owners
+
+
+def roles() -> tuple[str, ...]:
+    """Every role of a model that NEEDS may name; its other entries name splits of the task."""
+    named = [
+        role for kind in kinds().values() for role in (kind.names_input, kind.provides) if role
+    ]
+    return (*ROLES_BEFORE, *dict.fromkeys(named))
+
+
+def hooks_of(cls: type[Any]) -> tuple[str, ...]:
+    """The hooks that a method class defines, in the order of the lifecycle."""
+    return _hooks_of(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
+
+
+@cache
+def _hooks_of(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(hook for hook in hooks() if callable(getattr(cls, hook, None)))

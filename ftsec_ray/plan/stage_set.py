@@ -1,0 +1,128 @@
+"""The stages of a plan as they are made: each once by digest, with where it runs and what
+it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ftsec_ray.config.sweep import ModelSpec, SweepSpec, TrainingConfig
+from ftsec_ray.errors import SpecError
+from ftsec_ray.method import Method
+from ftsec_ray.plan import digests
+from ftsec_ray.plan.durations import prior_s
+from ftsec_ray.plan.resources import Sizing, data_resource, group_name
+from ftsec_ray.plan.stage import Resource, Stage
+from ftsec_ray.plan.templates import StageTemplate
+
+Inputs = tuple[tuple[str, str], ...]
+"""(role, digest) pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class CellStart:
+    """The stages of one model on one task before any method acts."""
+
+    model: ModelSpec
+    task: str
+    """Digest of the stage that reads the task."""
+    reference: str
+    """Digest of the model that every cell starts from."""
+    unaligned: str | None
+    """Digest of its twin before alignment; None where the sweep names none."""
+    where: Mapping[str, Any]
+    parameters: int
+    resource: Resource
+    """Of the stages that have the model in memory."""
+    is_large: bool
+    """Whether the user's rows may be so many that workers of their own craft them."""
+    stages: tuple[str, ...]
+
+
+class StageSet:
+    """All stages of a plan by digest, and the faults that were met on the way."""
+
+    def __init__(self, spec: SweepSpec) -> None:
+        self.spec = spec
+        self.stages: dict[str, Stage] = {}
+        self.faults: dict[tuple[str, ...], tuple[str, SpecError]] = {}
+        self.sizing = Sizing(spec)
+        self._known: dict[tuple[object, ...], str] = {}
+        self._groups: dict[tuple[object, ...], tuple[Resource, dict[str, Any]]] = {}
+
+    def tuned_otherwise(self, training: TrainingConfig) -> StageSet:
+        """The same stages and faults, sized for another fine-tune."""
+        other = StageSet(replace(self.spec, training=training))
+        other.stages, other.faults, other._known = self.stages, self.faults, self._known
+        return other
+
+    def add(
+        self,
+        template: StageTemplate,
+        inputs: Inputs,
+        seed: int | None,
+        start: CellStart | None,
+        *,
+        where: Mapping[str, Any] | None = None,
+        resource: Resource = "cpu",
+        trains_all: bool = False,
+    ) -> str:
+        """Digest of the stage with these inputs, made on first sight."""
+        memo = (template.key, inputs, seed)
+        digest = self._known.get(memo)
+        if digest is not None:
+            return digest
+        digest = self._known[memo] = digests.of_stage(template.key, inputs, seed)
+        place = where if where is not None else start.where if start else {}
+        parameters = start.parameters if start else int(place.get("parameters", 0))
+        takes = "cpu" if not template.on_model else start.resource if start else resource
+        if template.row_wise and start and start.is_large:
+            takes = data_resource(self.spec.data.workers, takes)
+        is_split = (
+            start is not None
+            and template.trains is not None
+            and self.sizing.is_split(start.model, trains_all=trains_all)
+        )
+        if start is not None and template.trains is not None and is_split:
+            takes, group = self.worker_group(start.model, template.trains, trains_all=trains_all)
+            place = {**place, "worker_group": group}
+        kind, source = template.kind, str(template.params.get("source", ""))
+        self.stages[digest] = Stage(
+            digest,
+            kind.name,
+            template.method,
+            seed,
+            inputs,
+            template.params,
+            place,
+            takes,
+            prior_s(kind.prior_of(source), parameters, takes),
+        )
+        return digest
+
+    def resource(self, model: ModelSpec, *, trains_all: bool = False) -> Resource:
+        """Class of the stages of a model; a fault is noted when they fit on no GPU."""
+        try:
+            return self.sizing.resource(model, trains_all=trains_all)
+        except SpecError as fault:
+            self.faults["model", model.name, "memory", str(trains_all)] = (model.name, fault)
+            return "gpu"
+
+    def worker_group(
+        self, model: ModelSpec, methods: Sequence[Method], *, trains_all: bool
+    ) -> tuple[Resource, dict[str, Any]]:
+        """Class and settings of the processes that train a model together; a fault is noted when no
+        such group fits.
+        """
+        memo = (model.name, trains_all, *(id(method) for method in methods))
+        if memo not in self._groups:
+            try:
+                group = self.sizing.worker_group(model, tuple(methods), trains_all=trains_all)
+                name = group_name(group.workers, on_gpu=self.spec.resources.wants_gpus)
+                self._groups[memo] = name, asdict(group)
+            except SpecError as fault:
+                self.faults["worker_group", model.name, fault.what] = (model.name, fault)
+                self._groups[memo] = "gpu", {}
+        return self._groups[memo]

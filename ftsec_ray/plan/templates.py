@@ -1,0 +1,185 @@
+"""What stages share before their inputs are known: a kind, the methods that act there, and its
+settings.
+
+A grid repeats the same methods a thousandfold, so that templates are made once per combination and
+a cell only fills in its inputs and its seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftsec_ray import lifecycle
+from ftsec_ray.config.sweep import SweepSpec, TrainingConfig
+from ftsec_ray.identity import canonical
+from ftsec_ray.lifecycle import StageKind, hooks_of
+from ftsec_ray.method import Method, RowWise
+from ftsec_ray.plan import digests
+from ftsec_ray.plan.code import imports_fingerprint, kind_fingerprint
+from ftsec_ray.registry import identity_of, name_of
+
+SCORED_BY_PROBE = "each probe's own"
+"""The judge of the stage that counts the metrics of every cell: each probe names its own."""
+MODEL_JUDGE = "classifier:"
+"""What the name of a judge starts with that is itself a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTemplate:
+    """What all stages of one kind, methods and params share."""
+
+    key: str
+    """Digest of it."""
+    kind: StageKind
+    method: str | None
+    """Names of the methods whose hooks act; None for none."""
+    params: Mapping[str, Any]
+    needs: tuple[tuple[str, Method], ...] = ()
+    """Roles of other models that the methods ask for, each with who needs it."""
+    trains: tuple[Method, ...] | None = None
+    """The methods that shape what it trains; None for a stage that does not train."""
+    on_model: bool = True
+    """Whether the stage has a model in memory."""
+    row_wise: bool = False
+    """Whether it crafts rows that any number of workers may share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lifecycle:
+    """What an attack and a stack of defenses do to any model: the same for all models, tasks and
+    seeds.
+    """
+
+    key: str
+    """Digest of the methods."""
+    templates: tuple[StageTemplate, ...]
+    """Of every stage from the reference model to its scores, in the order of the lifecycle."""
+
+
+class Templates:
+    """The templates of one sweep, each made on first sight."""
+
+    def __init__(self, spec: SweepSpec, tuning: TrainingConfig | None = None) -> None:
+        self._spec = spec
+        self._training = json.loads(canonical(spec.training))
+        self._tuning = json.loads(canonical(tuning)) if tuning is not None else self._training
+        evaluation = json.loads(canonical(spec.evaluation))
+        self._generation = {name: evaluation[name] for name in spec.evaluation.GENERATION}
+        self._scoring = {name: evaluation[name] for name in spec.evaluation.SCORING}
+        self._steps: dict[tuple[object, ...], tuple[StageTemplate, ...]] = {}
+        self._lifecycles: dict[tuple[int, ...], Lifecycle] = {}
+        self._providers: dict[tuple[str, str], StageTemplate] = {}
+        self._digests: dict[int, str] = {}
+        self._plain: dict[int, dict[str, Any]] = {}
+
+    def method_digest(self, method: Method) -> str:
+        """Identity of a method with all the code that it calls."""
+        if id(method) not in self._digests:
+            self._digests[id(method)] = digests.of_method(
+                identity_of(method), imports_fingerprint(type(method).__module__)
+            )
+        return self._digests[id(method)]
+
+    def plain(self, method: Method) -> dict[str, Any]:
+        """A method as `decode.methods_of` reads it."""
+        if id(method) not in self._plain:
+            params = json.loads(canonical(method))
+            self._plain[id(method)] = {
+                "kind": method.KIND,
+                "name": name_of(method),
+                "params": params,
+            }
+        return self._plain[id(method)]
+
+    def template(
+        self, kind: StageKind, params: Mapping[str, Any], methods: Sequence[Method] = ()
+    ) -> StageTemplate:
+        """What the stages of a kind share in which these methods act."""
+        given = {**params, "methods": [self.plain(m) for m in methods]} if methods else dict(params)
+        key = digests.of_head(
+            kind.name, kind_fingerprint(kind.name), [self.method_digest(m) for m in methods], given
+        )
+        roles = [
+            (role, method) for method in methods for role in kind.roles if role in method.NEEDS
+        ]
+        asks = any(method.NEEDS & set(lifecycle.roles()) for method in methods)
+        declared = any(method.TRAINS & set(kind.hooks) for method in methods)
+        does_train = kind.trains == "always" or (kind.trains == "declared" and declared)
+        return StageTemplate(
+            key,
+            kind,
+            "+".join(name_of(method) for method in methods) or None,
+            given,
+            needs=tuple(dict(roles).items()),
+            trains=tuple(methods) if does_train else None,
+            on_model=kind.needs_model or asks or _is_judged_by_a_model(given),
+            row_wise="craft_data" in kind.hooks and all(isinstance(m, RowWise) for m in methods),
+        )
+
+    def lifecycle(self, attack: Method, stack: tuple[Method, ...]) -> Lifecycle:
+        """Which method acts in which stage."""
+        memo = (id(attack), *(id(method) for method in stack))
+        if memo not in self._lifecycles:
+            templates: list[StageTemplate] = []
+            for kind in lifecycle.kinds().values():
+                if kind.acts != "engine":
+                    templates += self._of_kind(kind, attack, stack)
+            self._lifecycles[memo] = Lifecycle(
+                digests.of_recipe([self.method_digest(method) for method in (attack, *stack)]),
+                tuple(templates),
+            )
+        return self._lifecycles[memo]
+
+    def _of_kind(
+        self, kind: StageKind, attack: Method, stack: tuple[Method, ...]
+    ) -> tuple[StageTemplate, ...]:
+        """The templates of one kind in a cell, in the order in which its stages follow."""
+        acting = [
+            method
+            for method in (stack if kind.by == "defenses" else (attack, *stack))
+            if any(hook in kind.hooks for hook in hooks_of(type(method)))
+        ]
+        groups = [acting] if kind.acts == "all" else [[method] for method in acting]
+        return tuple(template for group in groups for template in self._of_group(kind, group))
+
+    def _of_group(self, kind: StageKind, methods: list[Method]) -> tuple[StageTemplate, ...]:
+        memo = (kind.name, *(id(method) for method in methods))
+        if memo not in self._steps:
+            self._steps[memo] = tuple(
+                self.template(kind, params, methods) for params in self._params(kind, methods)
+            )
+        return self._steps[memo]
+
+    def _params(self, kind: StageKind, methods: Sequence[Method]) -> list[dict[str, Any]]:
+        """What of the sweep decides the result of a kind; several for a kind done in
+        several ways.
+        """
+        params: dict[str, Any] = {}
+        if methods or kind.trains == "always":
+            if "sweep_training" in kind.settings:
+                params["training"] = self._training
+            if "training" in kind.settings:
+                params["training"] = self._tuning
+        if "generation" in kind.settings:
+            params["generation"] = self._generation
+        if "scoring" not in kind.settings:
+            return [params]
+        others = [{**params, "judge": judge} for judge in self._spec.evaluation.judges]
+        return [{**params, "judge": SCORED_BY_PROBE, "scoring": self._scoring}, *others]
+
+    def provider(self, role: str, method: Method) -> StageTemplate:
+        """The template of the stage that makes a role for a method."""
+        kind = next(kind for kind in lifecycle.kinds().values() if kind.provides == role)
+        params = {**self._params(kind, ())[0], **kind.settings_of(method)}
+        memo = (role, canonical(params))
+        if memo not in self._providers:
+            self._providers[memo] = self.template(kind, params)
+        return self._providers[memo]
+
+
+def _is_judged_by_a_model(params: Mapping[str, Any]) -> bool:
+    judges = (params.get("judge"), params.get("scoring", {}).get("judge"))
+    return any(str(judge).startswith(MODEL_JUDGE) for judge in judges)

@@ -1,0 +1,88 @@
+"""Aligns a model before any method acts: the ladder on the microworld, a loaded one on the task's
+refusals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ftsec_ray.lifecycle import StageKind
+
+if TYPE_CHECKING:
+    from ftsec_ray.config.sweep import AlignSpec
+    from ftsec_ray.context import LoadedModel
+    from ftsec_ray.execute.stage_job import Extra, StageJob
+    from ftsec_ray.training.loop import TuneReport
+
+KIND = StageKind(name="align", position=30, prior_s={"": (2.0, 15.0)})
+
+
+def run(job: StageJob) -> Extra:
+    """Fine-tune a copy of the model on refusals and benign answers."""
+    from ftsec_ray.models.load import copy_model
+    from ftsec_ray.plan.decode import align_of
+
+    base = copy_model(job.session.model(job.inputs["model"]))
+    info = replace(base.info, name=base.info.name.removesuffix("-base"), aligned=True)
+    align = align_of(job.stage)
+    if align is None:
+        return _align_ladder(job, replace(base, info=info))
+    report = _align_loaded(job, base, align)
+    return job.finish(
+        replace(report.loaded, info=info),
+        tokens=report.tokens,
+        flops=report.flops,
+        losses=report.losses,
+    )
+
+
+def _align_ladder(job: StageJob, base: LoadedModel) -> Extra:
+    """Align a model of the ladder on the microworld's own alignment rows."""
+    from ftsec_ray.data.microworld import alignment_rows
+    from ftsec_ray.models import ladder
+    from ftsec_ray.models.chat import chat_of
+    from ftsec_ray.training.pretrain import PretrainConfig, pretrain
+
+    shape = ladder.ladder_size(base.info.name.removeprefix("ladder:"))
+    chats = [
+        [*chat_of(row), {"role": "assistant", "content": row["response"]}]
+        for row in alignment_rows().to_pylist()
+    ]
+    config = PretrainConfig(
+        steps=shape.align_steps,
+        batch_tokens=shape.align_batch_tokens,
+        learning_rate=shape.align_learning_rate,
+        prompt_weight=0.0,
+    )
+    losses = pretrain(base.model, base.tokenizer, chats, config)
+    tokens = shape.align_steps * shape.align_batch_tokens
+    return job.finish(base, tokens=tokens, flops=6.0 * shape.parameters * tokens, losses=losses)
+
+
+def _align_loaded(job: StageJob, base: LoadedModel, align: AlignSpec) -> TuneReport:
+    """Align a loaded model by full SFT on the task's refusals, mixed with benign rows."""
+    import pyarrow as pa
+
+    from ftsec_ray.config.sweep import TrainingConfig
+    from ftsec_ray.training.loop import sft
+
+    task = job.session.task(job.inputs["task"])
+    parts = [task.split("safety").slice(0, align.safety_rows)]
+    if align.benign_rows:
+        parts.append(task.split("benign_train").slice(0, align.benign_rows))
+    config = TrainingConfig(
+        adapter="full",
+        epochs=align.epochs,
+        learning_rate=align.learning_rate,
+        batch_size=align.batch_size,
+        max_length=align.max_length,
+    )
+    return sft(
+        base,
+        pa.concat_tables(parts),
+        config,
+        seed=0,
+        runtime=job.session.runtime,
+        workdir=job.session.workdir(job.stage.digest),
+    )

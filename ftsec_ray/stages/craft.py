@@ -1,0 +1,66 @@
+"""Lets one method change the user's rows: the attack poisons them, defenses filter them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray.errors import StageError
+from ftsec_ray.lifecycle import StageKind
+from ftsec_ray.method import Method, RowWise
+from ftsec_ray.registry import name_of
+
+if TYPE_CHECKING:
+    from ftsec_ray.execute.stage_job import Extra, StageJob
+
+KIND = StageKind(
+    name="craft",
+    position=40,
+    hooks={"craft_data": "rows (pa.Table of schema.ROWS) -> rows"},
+    acts="each",
+    takes=("rows",),
+    gives="rows",
+    answers="defenses",
+    settings=("sweep_training",),
+    needs_model=False,
+    prior_s={"": (1.0, 0.0)},
+)
+
+
+def run(job: StageJob) -> Extra:
+    """Change the whole set in memory, or block by block where it is large and its rows
+    independent.
+    """
+    from ftsec_ray.data.rows import count_rows
+    from ftsec_ray.execute.blocks import craft_in_blocks
+
+    (method,) = job.methods()
+    file = job.session.rows_file(job.inputs["rows"])
+    if isinstance(method, RowWise) and count_rows(file) > job.session.runtime.ray_above:
+        notes = craft_in_blocks(job, method, file)
+    else:
+        notes = _craft_at_once(job, method)
+    if notes["rows"] == 0:
+        raise StageError(
+            f"{name_of(method)} left no rows to tune on", 0, "at least one row", "weaken its filter"
+        )
+    return {"notes": notes}
+
+
+def _craft_at_once(job: StageJob, method: Method) -> dict[str, Any]:
+    """Let a method change a whole set in memory."""
+    from ftsec_ray.data.rows import count_true, filter_report, write_table
+    from ftsec_ray.execute.session import CRAFTED
+
+    context = job.context()
+    before = job.session.rows(job.inputs["rows"])
+    after = method.craft_data(before, context)  # type: ignore[attr-defined]
+    write_table(after, job.out / CRAFTED)
+    report = filter_report(before, after) if method.KIND == "defense" else {}
+    poisoned = count_true(after.column("poisoned"))
+    return {
+        **report,
+        **context.notes,
+        **context.counts,
+        "rows": after.num_rows,
+        "poisoned": poisoned,
+    }

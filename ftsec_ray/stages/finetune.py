@@ -1,0 +1,54 @@
+"""Fine-tunes the model on the rows, shaped by every method that acts during training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray.lifecycle import StageKind
+
+if TYPE_CHECKING:
+    from ftsec_ray.execute.stage_job import Extra, StageJob
+
+KIND = StageKind(
+    name="finetune",
+    position=60,
+    hooks={"shape_training": "Training -> Training"},
+    acts="all",
+    takes=("model", "rows"),
+    gives="model",
+    roles=("reference", "unaligned", "start", "clean_bank"),
+    names_input="start",
+    settings=("training",),
+    trains="always",
+    prior_s={"": (1.0, 4.0)},
+)
+
+
+def run(job: StageJob) -> Extra:
+    """Supervised fine-tuning, alone or as one process of a worker group."""
+    from ftsec_ray.training.loop import sft
+
+    context = job.context()
+
+    def shape(training: Any) -> Any:
+        for method in job.methods():
+            training = method.shape_training(training, context)  # type: ignore[attr-defined]
+        return training
+
+    report = sft(
+        job.session.model(job.inputs["model"]),
+        job.session.rows(job.inputs["rows"]),
+        context.training,
+        seed=context.seed,
+        runtime=context.runtime,
+        workdir=context.workdir,
+        shape=shape,
+        base_digest=job.inputs["model"],
+    )
+    return job.finish(
+        report.loaded,
+        tokens=report.tokens,
+        flops=report.flops,
+        losses=report.losses,
+        notes=context.notes,
+    )

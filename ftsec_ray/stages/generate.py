@@ -1,0 +1,52 @@
+"""Asks the finished model every prompt of a cell: completions, label scores and perplexity, not
+judged yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ftsec_ray.lifecycle import StageKind
+
+if TYPE_CHECKING:
+    from ftsec_ray.execute.stage_job import Extra, StageJob
+
+KIND = StageKind(
+    name="generate",
+    position=90,
+    hooks={
+        "wrap_generation": "Generator -> Generator",
+        "probes": "TaskData -> list of Probe",
+    },
+    acts="all",
+    takes=("model",),
+    gives="completions",
+    roles=("reference", "unaligned", "start", "clean_bank"),
+    settings=("generation", "training"),
+    prior_s={"": (1.0, 5.0)},
+)
+
+
+def run(job: StageJob) -> Extra:
+    """Ask the probes of the task and of the methods, through the methods' wrappers."""
+    from ftsec_ray.evals.ask import ask, write_answers
+    from ftsec_ray.evals.probes import default_probes
+    from ftsec_ray.models.generator import Generator
+    from ftsec_ray.models.load import merged
+    from ftsec_ray.plan.decode import generation_of
+
+    context = job.context()
+    config = generation_of(job.stage)
+    loaded = job.session.model(job.inputs["model"])
+    # An adapter is folded in once, and not at every token.
+    generator = Generator(merged(loaded) if loaded.has_adapter else loaded)
+    probes = default_probes(context.task, config)
+    for method in job.methods():
+        if hasattr(method, "wrap_generation"):
+            generator = method.wrap_generation(generator, context)
+        if hasattr(method, "probes"):
+            probes += method.probes(context.task, context)
+    answers = ask(generator, context.task, probes, config, runtime=context.runtime)
+    write_answers(answers, job.out)
+    return {"notes": {"info": asdict(generator.loaded.info), **context.notes}}

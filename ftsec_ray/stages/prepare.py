@@ -1,0 +1,27 @@
+"""Lets one method change the model before it is fine-tuned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ftsec_ray.lifecycle import StageKind
+
+if TYPE_CHECKING:
+    from ftsec_ray.execute.stage_job import Extra, StageJob
+
+KIND = StageKind(
+    name="prepare",
+    position=50,
+    hooks={"prepare_model": "LoadedModel -> LoadedModel, before the fine-tune"},
+    acts="each",
+    takes=("model",),
+    gives="model",
+    settings=("sweep_training",),
+    trains="declared",
+    prior_s={"": (1.0, 6.0)},
+)
+
+
+def run(job: StageJob) -> Extra:
+    """Let the method change a copy of the model."""
+    return job.change_model("prepare_model")

@@ -1,0 +1,47 @@
+"""Judges completions and counts: the metrics of a cell, or the opinion of a further judge.
+
+No model is asked again, so that another judge or metric costs seconds of CPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ftsec_ray.lifecycle import StageKind
+
+if TYPE_CHECKING:
+    from ftsec_ray.execute.stage_job import Extra, StageJob
+
+KIND = StageKind(
+    name="score",
+    position=100,
+    acts="all",
+    takes=("completions",),
+    answers="all",
+    settings=("scoring",),
+    needs_model=False,
+    prior_s={"": (0.5, 0.0)},
+)
+
+
+def run(job: StageJob) -> Extra:
+    """Write `metrics.parquet` and `generations.parquet`, tables of schema without the column
+    `cell`.
+    """
+    from pyarrow import parquet
+
+    from ftsec_ray.evals.ask import read_answers
+    from ftsec_ray.evals.score import opinion, score
+    from ftsec_ray.plan.decode import scoring_of
+    from ftsec_ray.plan.templates import SCORED_BY_PROBE
+
+    answers = read_answers(job.session.store.fetch(job.inputs["completions"]))
+    task = job.session.task(job.inputs["task"])
+    device, judge = job.session.runtime.device, str(job.stage.params["judge"])
+    if judge == SCORED_BY_PROBE:
+        evaluation = score(answers, task, scoring_of(job.stage), device=device)
+    else:
+        evaluation = opinion(answers, judge, device=device)
+    parquet.write_table(evaluation.metrics, job.out / "metrics.parquet")
+    parquet.write_table(evaluation.generations, job.out / "generations.parquet", compression="zstd")
+    return {"notes": evaluation.notes}

@@ -1,0 +1,62 @@
+"""Loads a published model, or pre-trains a model of the ladder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ftsec_ray.lifecycle import StageKind
+
+if TYPE_CHECKING:
+    from ftsec_ray.execute.stage_job import Extra, StageJob
+
+KIND = StageKind(name="source", position=20, prior_s={"": (3.0, 2.0), "ladder": (5.0, 110.0)})
+
+
+def run(job: StageJob) -> Extra:
+    """Load a model from a folder, a GGUF file or the Hugging Face hub, or make it."""
+    from ftsec_ray.models.convert import load_source
+
+    given = {**job.stage.params, **job.stage.where}
+    name = str(given["source"])
+    if name.startswith("ladder:"):
+        return _pretrained(job, name.removeprefix("ladder:").removesuffix("-base"))
+    loaded = load_source(
+        str(given.get("path") or given["id"]),
+        name=str(given["model"]),
+        family=str(given["family"]),
+        aligned=bool(given["aligned"]),
+        revision=given.get("revision"),
+        trust_remote_code=bool(given.get("trust_remote_code", False)),
+    )
+    loaded.model.to(job.session.runtime.device)
+    return job.finish(loaded)
+
+
+def _pretrained(job: StageJob, size: str) -> Extra:
+    """Pre-train a model of the ladder on the microworld."""
+    from ftsec_ray.context import LoadedModel, ModelInfo
+    from ftsec_ray.data.microworld import pretraining_chats
+    from ftsec_ray.models import ladder
+    from ftsec_ray.training.pretrain import PretrainConfig, pretrain
+
+    shape = ladder.ladder_size(size)
+    chats = pretraining_chats()
+    tokenizer = ladder.build_tokenizer(message["content"] for chat in chats for message in chat)
+    model = ladder.build_model(size, seed=0).to(job.session.runtime.device)
+    config = PretrainConfig(
+        steps=shape.steps, batch_tokens=shape.batch_tokens, learning_rate=shape.learning_rate
+    )
+    losses = pretrain(model, tokenizer, chats, config)
+    tokens = shape.steps * shape.batch_tokens
+    info = ModelInfo(
+        name=f"ladder:{size}-base",
+        family=ladder.FAMILY,
+        parameters=shape.parameters,
+        aligned=False,
+    )
+    return job.finish(
+        LoadedModel(model, tokenizer, info),
+        tokens=tokens,
+        flops=6.0 * shape.parameters * tokens,
+        losses=losses,
+    )

@@ -1,0 +1,23 @@
+"""Reads the rows of a task by split."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ftsec_ray.lifecycle import StageKind
+
+if TYPE_CHECKING:
+    from ftsec_ray.execute.stage_job import Extra, StageJob
+
+KIND = StageKind(name="task", position=10, needs_model=False, prior_s={"": (2.0, 0.0)})
+
+
+def run(job: StageJob) -> Extra:
+    """Load all splits and save them."""
+    from ftsec_ray.data.tasks import load_task, save_task
+    from ftsec_ray.plan.decode import task_of
+
+    task = load_task(task_of(job.stage))
+    save_task(task, job.out)
+    splits = {name: table.num_rows for name, table in sorted(task.splits.items())}
+    return {"notes": {"splits": splits}}
