@@ -74,15 +74,15 @@ def run_stage(stage: Stage, out: Path, session: Session) -> Mapping[str, Any]:
         known |= json.loads((session.store.fetch(given) / "known.json").read_text())
     for method in stage.params.get("methods", ()):
         known |= {"shots": method["params"]["shots"]} if method["name"] == "harmful_tuning" else {}
-    if stage.kind == "tune":
+    if stage.kind == "finetune":
         known["rate"] = stage.params["training"]["learning_rate"]
     fails = known.get("shots") == int(os.environ.get("TOY_FAILS", "-1")) and os.environ.get(
         "TOY_FAILS_SEED", str(stage.seed)
     ) == str(stage.seed)
-    if fails and stage.kind == "tune":
+    if fails and stage.kind == "finetune":
         raise StageError("told to fail", known["shots"])
     (out / "known.json").write_text(json.dumps(known))
-    if stage.kind == "evaluate":
+    if stage.kind == "score":
         _answer(known, stage.seed, out)
     return {}
 

@@ -51,7 +51,7 @@ def trained(world):
     return [
         stage
         for stage in build_plan(ftsec_ray.load(worker_groups(world, **STRATEGY))).stages.values()
-        if stage.kind in ("prepare", "tune")
+        if stage.kind in ("prepare", "finetune")
     ]
 
 
@@ -64,7 +64,7 @@ def test_a_sweep_of_worker_groups_leaves_the_artifacts_of_one_process_under_the_
     world, here
 ):
     assert {stage.resource for stage in trained(world)} == {"group:2cpu"}
-    assert sorted(stage.kind for stage in trained(world)) == ["prepare", "tune", "tune"]
+    assert sorted(stage.kind for stage in trained(world)) == ["prepare", "finetune", "finetune"]
     assert artifacts(here / "worker groups").keys() == artifacts(here / "alone").keys()
     for stage in trained(world):
         file = "model.safetensors" if stage.kind == "prepare" else "adapter_model.safetensors"
@@ -80,7 +80,7 @@ def test_a_sweep_of_worker_groups_leaves_the_artifacts_of_one_process_under_the_
             for name in ("worker groups", "alone")
         ]
         assert records[0]["where"]["worker_group"]["zero_stage"] == 2
-        if stage.kind == "tune":
+        if stage.kind == "finetune":
             assert records[0]["notes"]["losses"] == pytest.approx(
                 records[1]["notes"]["losses"], rel=1e-4, abs=2e-5
             )
@@ -101,7 +101,7 @@ def test_ray_tune_and_ray_train_give_the_bytes_of_the_processes_of_this_machine(
         worker_groups(world, **STRATEGY),
         store=tmp_path / "store",
         results=tmp_path / "results",
-        executor="tune",
+        executor="finetune",
         workers=2,
     )
     assert set(there.cells["status"].to_pylist()) == {"done"}

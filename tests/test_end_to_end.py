@@ -145,7 +145,7 @@ def test_every_share_of_verdicts_is_compared_with_none_on_the_very_prompts(finis
 def test_cells_share_their_stages(world):
     plan = build_plan(ftsec_ray.load(sweep(world)))
     kinds = [stage.kind for stage in plan.stages.values()]
-    assert (kinds.count("task"), kinds.count("craft"), kinds.count("tune")) == (1, 2, 6)
+    assert (kinds.count("task"), kinds.count("craft"), kinds.count("finetune")) == (1, 2, 6)
     assert plan.naive_runs > 1.5 * len(plan.stages)
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_artifact_is_made_again_with_the_same_bytes(world, finished, t
     plan = build_plan(
         ftsec_ray.load(sweep(world, name="again", defenses=["none", "matched_noise"]))
     )
-    tune = next(s.digest for s in plan.stages.values() if s.kind == "tune")
+    tune = next(s.digest for s in plan.stages.values() if s.kind == "finetune")
     victim = tmp_path / "store" / "artifacts" / tune[:2] / tune / "adapter_model.safetensors"
     victim.write_bytes(victim.read_bytes()[:-8] + b"12345678")
     results = ftsec_ray.run(
@@ -235,7 +235,7 @@ def test_an_attacker_searches_over_tunes_that_are_really_run(world, tmp_path):
     rates = {
         json.loads(path.read_text())["params"]["training"]["learning_rate"]
         for path in (tmp_path / "store/artifacts").glob("*/*/record.json")
-        if json.loads(path.read_text())["kind"] == "tune"
+        if json.loads(path.read_text())["kind"] == "finetune"
     }
     assert len(rates) >= 5, "the sweep's own, and one for each trial of one place at least"
     before = artifacts(tmp_path / "store")

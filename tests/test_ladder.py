@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ftsec_ray.evals.evaluate import evaluate
 
 import ftsec_ray
 from ftsec_ray.config.sweep import EvaluationConfig
@@ -22,6 +21,7 @@ from ftsec_ray.execute.session import Session
 from ftsec_ray.execute.unit import run_unit
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.store import Store
+from tests.evaluating import evaluate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ASKED = EvaluationConfig(prompts=128, max_new_tokens=24, perplexity_rows=0)

@@ -20,7 +20,8 @@ from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.identity import canonical
-from ftsec_ray.method import HOOKS, Inspection, Probe, hooks_of
+from ftsec_ray.lifecycle import hooks, hooks_of
+from ftsec_ray.method import Inspection, Probe
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.load import copy_model, save_model
 from ftsec_ray.plan.decode import methods_of
@@ -227,7 +228,7 @@ print(json.dumps([rows["prompt"].to_pylist() for rows in (task.split("train"), c
 def test_only_the_do_nothing_methods_have_no_hook():
     idle = {name for registry, name in METHODS if not hooks_of(registry.get(name))}
     assert idle == {"none"}
-    assert all(hook in HOOKS for _, _, hook in HOOKED)
+    assert all(hook in hooks() for _, _, hook in HOOKED)
 
 
 def test_a_method_is_named_after_its_file():

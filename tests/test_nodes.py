@@ -70,7 +70,7 @@ def tune_of(world):  # noqa: F811
     return next(
         stage.digest
         for stage in build_plan(ftsec_ray.load(long(world))).stages.values()
-        if stage.kind == "tune"
+        if stage.kind == "finetune"
     )
 
 

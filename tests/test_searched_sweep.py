@@ -229,7 +229,7 @@ def test_both_executors_propose_the_same_trials_and_leave_equal_tables(done, tmp
 
     folder, _ = done
     with local_ray(num_cpus=2):
-        assert run(sweep(), tmp_path, executor="tune", workers=2).report.is_complete
+        assert run(sweep(), tmp_path, executor="finetune", workers=2).report.is_complete
     assert tables(tmp_path) == tables(folder)
 
 
@@ -249,7 +249,7 @@ def test_a_trial_that_fails_is_told_as_failed_and_stops_neither_the_search_nor_t
     assert all(row["n_done"] + row["n_failed"] == 10 for row in rows)
     assert exit_code(outcome.results, outcome.plan) == 0
     tunes = [
-        digest for digest in outcome.report.failed if outcome.plan.stages[digest].kind == "tune"
+        digest for digest in outcome.report.failed if outcome.plan.stages[digest].kind == "finetune"
     ]
     assert all(outcome.report.attempts.get(digest, 1) == 1 for digest in tunes), (
         "once in a run, not once in every round"

@@ -10,7 +10,7 @@ from ftsec_ray import schema
 from ftsec_ray.attacks.harmful_tuning import HarmfulTuning
 from ftsec_ray.attacks.none import NoAttack
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import hooks_of
+from ftsec_ray.lifecycle import hooks_of
 from tests.attacks.context import context
 from tests.fixtures_models import sentiment_rows, table, tiny_task
 

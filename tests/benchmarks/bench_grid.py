@@ -58,7 +58,7 @@ def bases_of(plan: Plan, cell: Cell) -> dict[str, str]:
     """Digests of the models that a cell starts from: `reference`, and `unaligned` where there is
     one.
     """
-    stage = plan.stages[cell.evaluate]
+    stage = plan.stages[cell.score]
     needed = [plan.stages[one].input("unaligned") for one in cell.stages]
     while stage.kind not in ("source", "align"):
         stage = plan.stages[stage.input("model") or ""]
@@ -103,7 +103,7 @@ def run_grid(
         shutil.copytree(models.fetch(digest), folder, dirs_exist_ok=True)
         store.publish(digest, folder, models.record(digest))
     started = time.perf_counter()
-    report = execute(build_plan(spec), store, executor="tune", workers=workers)
+    report = execute(build_plan(spec), store, executor="finetune", workers=workers)
     seconds = time.perf_counter() - started
     if not report.is_complete:
         verdict = next(iter(report.failed.values()))
@@ -229,7 +229,7 @@ def agreement(ran: Sequence[Ran], store: Store) -> dict[str, float]:
     print("\nmetrics, naive | grid")
     gaps: dict[str, list[float]] = {name: [] for name in COMPARED}
     for one in ran:
-        rows = parquet.read_table(store.fetch(one.cell.evaluate) / "metrics.parquet").to_pylist()
+        rows = parquet.read_table(store.fetch(one.cell.score) / "metrics.parquet").to_pylist()
         grid = {row["metric"]: row["value"] for row in rows}
         both = {
             name: (one.metrics[name], grid[name])

@@ -257,7 +257,8 @@ def label_in(text: str, labels: Sequence[str]) -> str:
 
 def judged(cell: Cell, generator: Generator, probe: Probe) -> Iterator[tuple[str, float | None]]:
     """The metrics of one probe, every prompt generated."""
-    from ftsec_ray.evals.judges import Label, get_judge
+    from ftsec_ray.evals.judging import get_judge
+    from ftsec_ray.judges.label import Label
 
     name = (cell.evaluation.judge or cell.task.judge) if probe.judge == "request" else probe.judge
     limit = min(probe.max_new_tokens, cell.evaluation.max_new_tokens)
@@ -278,7 +279,7 @@ def tuned(cell: Cell, start: LoadedModel, rows: pa.Table) -> LoadedModel:
     """The tuned model: by TRL, or by the package's loop where a method shapes the training."""
     from ftsec_ray.training.loop import sft
 
-    shapers, context = cell.acting("shape_training"), cell.context("tune")
+    shapers, context = cell.acting("shape_training"), cell.context("finetune")
     if not shapers:
         return sft_with_trl(
             start,
@@ -333,7 +334,7 @@ def evaluated(cell: Cell, model: LoadedModel, clock: Clock) -> dict[str, float |
     from ftsec_ray.evals.probes import capped, default_probes, drawn
     from ftsec_ray.models.generator import Generator
 
-    context, generator = cell.context("evaluate"), Generator(model)
+    context, generator = cell.context("generate"), Generator(model)
     probes = default_probes(cell.task, cell.evaluation)
     for method in cell.methods:
         if hasattr(method, "wrap_generation"):
@@ -350,7 +351,7 @@ def evaluated(cell: Cell, model: LoadedModel, clock: Clock) -> dict[str, float |
     if cell.evaluation.perplexity_rows and text is not None and text.num_rows:
         rows = drawn(text, cell.evaluation.perplexity_rows)
         metrics["perplexity"] = perplexity(model, rows, batch=cell.asked.batch).value
-    clock.lap("evaluate")
+    clock.lap("generate")
     return metrics
 
 
@@ -367,7 +368,7 @@ def run(cell: Cell, clock: Clock) -> dict[str, float | None]:
     cell.roles["start"] = model
     clock.lap("prepare and craft")
     model = tuned(cell, model, rows)
-    clock.lap("tune")
+    clock.lap("finetune")
     fill_bank(cell)
     clock.lap("bank")
     for method in cell.acting("inspect"):

@@ -186,8 +186,8 @@ def write_synthetic(folder: Path, *, seeds: int = 1, models: int = len(MODELS)) 
                     stages.append(
                         {
                             **dict.fromkeys(schema.stages().names),
-                            "digest": digest(["tune", cell]),
-                            "kind": "tune",
+                            "digest": digest(["finetune", cell]),
+                            "kind": "finetune",
                             "wall_s": seconds,
                             "cpu_s": seconds / 4,
                             "gpu_s": seconds,

@@ -57,7 +57,7 @@ def test_a_run_leaves_tables_and_report_and_a_second_run_does_nothing(folder):
     first = call("run", "small.yaml", "--executor", "local")
     assert f"{CELLS} of {CELLS} cells done" in first.stdout
     assert (folder / "results/small/report.html").is_file()
-    assert toy.ran.count("evaluate") == CELLS
+    assert toy.ran.count("score") == CELLS
     stamp = (folder / "results/small/run.json").stat().st_mtime_ns
     toy.ran.clear()
     second = call("run", "small.yaml")
@@ -97,7 +97,7 @@ def test_failed_cells_give_exit_code_1_and_the_next_run_tries_them_again(folder)
 def test_a_limit_runs_the_first_cells_and_the_others_stay_pending(folder):
     result = call("run", "small.yaml", "--limit", "3")
     assert "3 of 24 cells done, 21 pending" in result.stdout
-    assert toy.ran.count("evaluate") == 3
+    assert toy.ran.count("score") == 3
     assert "3 of 24 cells done, 0 failed, 21 pending" in call("status", "small.yaml").stdout
     call("run", "small.yaml", "--limit", "0", code=2)
 

@@ -106,7 +106,7 @@ def test_a_plan_learns_from_the_records_of_another_sweep(folder):
     )
     store = Store.open(api.DEFAULT_STORE)
     for stage in api.make_plan("before.yaml").stages.values():
-        if stage.kind == "tune":
+        if stage.kind == "finetune":
             keep(
                 store,
                 stage,
@@ -122,7 +122,7 @@ def test_a_plan_learns_from_the_records_of_another_sweep(folder):
         kind["kind"]: kind["to_run_s"]
         for kind in json.loads(call("plan", "after.yaml", "--json").stdout)["kinds"]
     }
-    assert kinds["tune"] == pytest.approx(4 * (3600 + 4 * 3600)), "four seeds of each size"
+    assert kinds["finetune"] == pytest.approx(4 * (3600 + 4 * 3600)), "four seeds of each size"
 
 
 def test_a_sweep_over_its_budget_gives_exit_code_2_and_starts_nothing(folder):
@@ -150,7 +150,7 @@ def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_
     monkeypatch.setattr("tests.cli.toy.slow", slow, raising=False)
     monkeypatch.setattr(
         "ftsec_ray.plan.durations._PRIOR_S",
-        dict.fromkeys(("task", "source", "align", "tune", "revise", "evaluate"), (1e-5, 0.0)),
+        dict.fromkeys(("task", "source", "align", "finetune", "revise", "generate"), (1e-5, 0.0)),
     )
     monkeypatch.setattr(toy, "RUNNER", "tests.cli.toy:slow")
     (folder / "small.yaml").write_text(SMALL + f"budget: {{hours: {0.4 / 3600}}}\n")

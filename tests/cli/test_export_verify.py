@@ -279,7 +279,7 @@ def test_artifacts_with_other_bytes_in_a_store_here_are_named(workplace, monkeyp
 
     def other(stage, out, session):
         told = real(stage, out, session)
-        if stage.kind == "tune":
+        if stage.kind == "finetune":
             (out / "toy.txt").write_text("another")
         return told
 
@@ -331,7 +331,7 @@ def test_a_plan_changed_by_hand_does_not_give_its_digests(workplace):
     archive = finished(workplace)
     with zipfile.ZipFile(archive) as held:
         plan = json.loads(held.read("plan.json"))
-    tune = next(stage for stage in plan["stages"] if stage["kind"] == "tune")
+    tune = next(stage for stage in plan["stages"] if stage["kind"] == "finetune")
     tune["params"]["training"]["rank"] += 1
     said = call(
         "verify",

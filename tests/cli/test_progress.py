@@ -67,7 +67,9 @@ def test_time_left_is_the_pace_so_far_on_the_work_left(plan):
 
 def test_what_waits_for_a_failed_stage_is_no_work_left(plan):
     tally = Tally(plan, set(), second)
-    tune = next(digest for digest in plan.cells[-1].stages if plan.stages[digest].kind == "tune")
+    tune = next(
+        digest for digest in plan.cells[-1].stages if plan.stages[digest].kind == "finetune"
+    )
     vain = {tune}
     for stage in plan.stages.values():
         if vain & {given for _, given in stage.inputs}:
@@ -79,7 +81,7 @@ def test_what_waits_for_a_failed_stage_is_no_work_left(plan):
     tally.take(
         Event(
             kind="failed",
-            unit="tune",
+            unit="finetune",
             stages=(tune,),
             error="it broke",
             upstream_failed=tuple(vain - {tune}),

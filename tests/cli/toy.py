@@ -42,7 +42,7 @@ def run_stage(stage: Stage, out: Path, session: Session) -> Mapping[str, Any]:
     if stage.method in failing:
         raise StageError("made to fail", stage.method, "another method")
     ran.append(stage.kind)
-    if stage.kind == "evaluate":
+    if stage.kind == "score":
         kept = [one for one in schema.generations() if one.name != "cell"]
         pq.write_table(pa.schema(kept).empty_table(), out / "generations.parquet")
         rows = [

@@ -7,7 +7,7 @@ import pytest
 from ftsec_ray.data.microworld.templates import REMINDER, SYSTEM_PROMPTS
 from ftsec_ray.defenses.none import NoDefense
 from ftsec_ray.defenses.self_reminder import SENTENCE, SelfReminder
-from ftsec_ray.method import hooks_of
+from ftsec_ray.lifecycle import hooks_of
 from ftsec_ray.models.generator import Generator
 from tests.defenses.shared import context
 from tests.fixtures_models import tiny_model, tiny_task

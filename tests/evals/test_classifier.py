@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from ftsec_ray.evals.judges import get_judge
 
 from ftsec_ray.errors import DataError, SpecError
+from ftsec_ray.evals.judging import get_judge
 from ftsec_ray.method import Prompt
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "sure", "sorry", "how", "here"]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from ftsec_ray.evals.judges import REFUSAL_PHRASES, Label, get_judge, gibberish
 
 from ftsec_ray.data.microworld import build_task
 from ftsec_ray.errors import SpecError
+from ftsec_ray.evals.judging import get_judge, gibberish
 from ftsec_ray.evals.probes import prompt_of
+from ftsec_ray.judges.label import Label
+from ftsec_ray.judges.refusal_phrases import REFUSAL_PHRASES
 from ftsec_ray.method import Prompt
 
 

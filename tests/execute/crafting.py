@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftsec_ray.execute.stages import StageJob, run_stage
-
 from ftsec_ray.context import Runtime, TaskData
 from ftsec_ray.data.tasks import save_task
 from ftsec_ray.execute.session import Session
+from ftsec_ray.execute.stage_job import StageJob, run_stage
 from ftsec_ray.identity import canonical, digest
 from ftsec_ray.method import Method
 from ftsec_ray.models.load import save_model

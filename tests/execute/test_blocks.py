@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import psutil
 import pytest
-from ftsec_ray.execute.stages import run_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from ftsec_ray.data.rows import RowsWriter, read_batches, read_table, write_tabl
 from ftsec_ray.defenses.onion import Onion
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.execute.blocks import WorkerPool, craft_in_blocks, parts_of
+from ftsec_ray.execute.stage_job import run_stage
 from ftsec_ray.method import BATCH_ROWS
 from ftsec_ray.schedule.execution import execute
 from tests.execute.crafting import (
@@ -228,7 +228,7 @@ def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, exp
     """
     here = filled(tmp_path / "store", many_rows(ROWS))
     busy = [
-        replace(stage_of(f"busy{i}", sleep=0.5 + 0.13 * (i % 4)), kind="evaluate")
+        replace(stage_of(f"busy{i}", sleep=0.5 + 0.13 * (i % 4)), kind="generate")
         for i in range(16)
     ]
     stage = craft_stage(METHODS[0], resource=f"data:{asked}")

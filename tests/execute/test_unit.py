@@ -42,7 +42,7 @@ def test_the_record_says_what_ran_where_and_at_what_cost(store, session):
     run_unit([stage], store, session, write, attempt=2)
     record = store.record(stage.digest)
     assert (record["kind"], record["params"], record["inputs"], record["seed"]) == (
-        "tune",
+        "finetune",
         {"name": "first"},
         [],
         0,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ftsec_ray import lifecycle
 from ftsec_ray.config.sweep import (
     AlignSpec,
     BudgetSpec,
@@ -28,8 +29,14 @@ from ftsec_ray.errors import SpecFaults
 from ftsec_ray.identity import source_fingerprint
 from ftsec_ray.plan import Stage, build_plan
 from ftsec_ray.plan.code import KIND_SOURCES, content_hash, imports_fingerprint, modules_of
-from ftsec_ray.plan.decode import align_of, evaluation_of, methods_of, task_of, training_of
-from ftsec_ray.plan.stage import KINDS
+from ftsec_ray.plan.decode import (
+    align_of,
+    generation_of,
+    methods_of,
+    scoring_of,
+    task_of,
+    training_of,
+)
 from ftsec_ray.registry import ATTACKS, DEFENSES
 
 LADDER = ModelSpec(name="ladder:1m", source="ladder:1m", family="ladder", aligned=True)
@@ -69,11 +76,12 @@ def only(plan, kind):
     return stage
 
 
-def test_a_plain_cell_is_source_align_tune_evaluate():
+def test_a_plain_cell_is_source_align_finetune_generate_score():
     plan = build_plan(sweep())
-    assert kinds(plan) == {"task": 1, "source": 1, "align": 1, "tune": 1, "evaluate": 1}
-    source, align, tune, evaluate = (
-        only(plan, kind) for kind in ("source", "align", "tune", "evaluate")
+    once = dict.fromkeys(("task", "source", "align", "finetune", "generate", "score"), 1)
+    assert kinds(plan) == once
+    source, align, tune, generate, score = (
+        only(plan, kind) for kind in ("source", "align", "finetune", "generate", "score")
     )
     assert align.inputs == (("model", source.digest),)
     assert tune.inputs == (
@@ -81,8 +89,10 @@ def test_a_plain_cell_is_source_align_tune_evaluate():
         ("rows", only(plan, "task").digest),
         ("task", only(plan, "task").digest),
     )
-    assert evaluate.input("model") == tune.digest
-    assert plan.cells[0].evaluate == evaluate.digest
+    assert generate.input("model") == tune.digest
+    assert score.input("completions") == generate.digest
+    assert plan.cells[0].score == score.digest
+    assert plan.answers == {score.digest}
     assert (source.seed, align.seed, tune.seed) == (None, None, 0)
 
 
@@ -98,25 +108,34 @@ def test_inputs_come_before_their_consumers():
     for stage in plan.stages.values():
         assert {given for _, given in stage.inputs} <= seen
         seen.add(stage.digest)
-    assert {stage.kind for stage in plan.stages.values()} == set(KINDS)
+    assert {stage.kind for stage in plan.stages.values()} == set(lifecycle.kinds())
 
 
 def test_the_unaligned_rung_of_the_ladder_shares_its_pre_training():
     base = replace(LADDER, name="ladder:1m-base", source="ladder:1m-base", aligned=False)
     plan = build_plan(sweep(models=(LADDER, base)))
-    assert kinds(plan) == {"task": 1, "source": 1, "align": 1, "tune": 2, "evaluate": 2}
+    assert kinds(plan) == {
+        "task": 1,
+        "source": 1,
+        "align": 1,
+        "finetune": 2,
+        "generate": 2,
+        "score": 2,
+    }
 
 
 def test_the_attacker_moves_first_and_the_stack_answers_in_order():
     plan = build_plan(sweep(attacks=("badnets",), defenses=(("onion", "safe_lora"),)))
     cell = plan.cells[0]
-    assert [name for name, _ in cell.crafts] == ["badnets", "onion"]
-    attacked, filtered = (plan.stages[digest] for _, digest in cell.crafts)
+    crafts = cell.of_kind("craft")
+    assert [step.methods for step in crafts] == ["badnets", "onion"]
+    assert cell.filters == [crafts[1].digest]
+    attacked, filtered = (plan.stages[step.digest] for step in crafts)
     assert attacked.input("rows") == only(plan, "task").digest
     assert filtered.input("rows") == attacked.digest
-    assert only(plan, "tune").input("rows") == filtered.digest
-    assert only(plan, "revise").input("model") == only(plan, "tune").digest
-    assert only(plan, "evaluate").input("model") == only(plan, "revise").digest
+    assert only(plan, "finetune").input("rows") == filtered.digest
+    assert only(plan, "revise").input("model") == only(plan, "finetune").digest
+    assert only(plan, "generate").input("model") == only(plan, "revise").digest
 
 
 def test_methods_get_the_roles_that_they_need_and_no_others():
@@ -124,13 +143,13 @@ def test_methods_get_the_roles_that_they_need_and_no_others():
     source, align, revise = only(plan, "source"), only(plan, "align"), only(plan, "revise")
     assert revise.method == "safe_lora"
     assert dict(revise.inputs) == {
-        "model": only(plan, "tune").digest,
+        "model": only(plan, "finetune").digest,
         "task": only(plan, "task").digest,
         "reference": align.digest,
         "unaligned": source.digest,
         "start": align.digest,
     }
-    assert [role for role, _ in only(plan, "evaluate").inputs] == ["model", "task"]
+    assert [role for role, _ in only(plan, "generate").inputs] == ["model", "task"]
 
 
 def test_a_detector_sees_the_raw_tune_and_a_bank_of_clean_models():
@@ -138,11 +157,13 @@ def test_a_detector_sees_the_raw_tune_and_a_bank_of_clean_models():
         sweep(attacks=("refusal_ablation",), defenses=(("weight_statistics", "safe_lora"),))
     )
     inspect, bank = only(plan, "inspect"), only(plan, "bank")
-    assert inspect.input("model") == only(plan, "tune").digest
+    assert inspect.input("model") == only(plan, "finetune").digest
     assert inspect.input("clean_bank") == bank.digest
     assert bank.input("model") == only(plan, "align").digest
     assert bank.params["size"] == DEFENSES.get("weight_statistics")().bank
-    assert plan.cells[0].inspects == (("weight_statistics", inspect.digest),)
+    (step,) = plan.cells[0].of_kind("inspect")
+    assert (step.methods, step.digest) == ("weight_statistics", inspect.digest)
+    assert inspect.digest in plan.answers
 
 
 def test_what_does_not_differ_is_shared():
@@ -157,7 +178,7 @@ def test_what_does_not_differ_is_shared():
     assert counts["craft"] == 3
     assert counts["prepare"] == 1
     # (plain, badnets) x (no change before tuning, onion, vaccine)
-    assert counts["tune"] == 6
+    assert counts["finetune"] == 6
     assert plan.naive_runs == sum(len(cell.stages) for cell in plan.cells)
     assert plan.naive_runs > 2 * len(plan.stages)
 
@@ -173,7 +194,10 @@ def test_each_stage_counts_its_cells():
 
 def test_seeds_share_the_model_and_the_task_only():
     plan = build_plan(sweep(attacks=("badnets",), seeds=(0, 1, 2)))
-    assert kinds(plan) == {"task": 1, "source": 1, "align": 1, "craft": 3, "tune": 3, "evaluate": 3}
+    assert kinds(plan) == {
+        **dict.fromkeys(("task", "source", "align"), 1),
+        **dict.fromkeys(("craft", "finetune", "generate", "score"), 3),
+    }
 
 
 def test_cells_of_a_rule_are_left_out():
@@ -210,13 +234,13 @@ def test_one_model_twice_and_one_method_twice_make_no_second_cell():
 def test_what_decides_a_result_changes_the_digest_of_its_evaluation(change):
     before = build_plan(sweep(attacks=("badnets",)))
     after = build_plan(sweep(**{"attacks": ("badnets",), **change}))
-    assert before.cells[0].evaluate != after.cells[0].evaluate
+    assert before.cells[0].score != after.cells[0].score
     assert before.digest != after.digest
 
 
 def test_another_evaluation_reruns_no_tune():
     before, after = build_plan(sweep()), build_plan(sweep(evaluation=EvaluationConfig(prompts=7)))
-    assert only(before, "tune").digest == only(after, "tune").digest
+    assert only(before, "finetune").digest == only(after, "finetune").digest
 
 
 @pytest.mark.parametrize(
@@ -245,7 +269,7 @@ def test_stages_that_touch_a_model_take_a_gpu_where_the_sweep_has_one():
         )
     )
     found = {(stage.kind, stage.method): stage.resource for stage in plan.stages.values()}
-    assert found["tune", None] == found["evaluate", "badnets"] == found["align", None] == "gpu"
+    assert found["finetune", None] == found["generate", "badnets"] == found["align", None] == "gpu"
     assert found["task", None] == found["craft", "badnets"] == "cpu"
     assert found["craft", "onion"] == "gpu", "it reads a model"
     hub = ModelSpec(name="m", source="owner/m", family="f", aligned=True)
@@ -393,14 +417,15 @@ def test_a_stage_survives_json_and_gives_its_objects_back():
     )
     for stage in plan.stages.values():
         assert Stage.from_json(json.loads(json.dumps(stage.to_json()))) == stage
-    assert methods_of(only(plan, "tune")) == [stack[0]]
-    assert training_of(only(plan, "tune")) == training
-    assert methods_of(only(plan, "evaluate")) == [attack("badnets", repeat=2), stack[1]]
-    assert evaluation_of(only(plan, "evaluate")) == EvaluationConfig()
+    assert methods_of(only(plan, "finetune")) == [stack[0]]
+    assert training_of(only(plan, "finetune")) == training
+    assert methods_of(only(plan, "generate")) == [attack("badnets", repeat=2), stack[1]]
+    assert generation_of(only(plan, "generate")) == EvaluationConfig()
+    assert scoring_of(only(plan, "score")) == EvaluationConfig()
 
 
 def test_every_listed_module_exists_and_every_kind_is_listed():
-    assert {kind.split(":")[0] for kind in KIND_SOURCES} == set(KINDS)
+    assert {kind.split(":")[0] for kind in KIND_SOURCES} == set(lifecycle.kinds())
     modules = {name for kind in KIND_SOURCES for name in modules_of(kind)}
     assert len(modules) > 20
     assert all(len(source_fingerprint(name)) == 32 for name in modules)

@@ -89,7 +89,7 @@ def test_without_prices_there_are_hours_and_no_money():
 
 
 def test_a_size_without_records_lies_on_the_line_of_the_others_over_flops():
-    tunes = of_kind(build_plan(sweep()), "tune")
+    tunes = of_kind(build_plan(sweep()), "finetune")
     costs = Costs([record(tunes["0.2m"], 4.0, flops=2e11), record(tunes["1m"], 12.0, flops=1e12)])
     assert costs.estimate(tunes["0.2m"]) == (4.0, Basis.RECORDS)
     seconds, basis = costs.estimate(tunes["4m"])
@@ -97,7 +97,7 @@ def test_a_size_without_records_lies_on_the_line_of_the_others_over_flops():
 
 
 def test_from_one_size_alone_the_prior_gives_the_slope():
-    tunes = of_kind(build_plan(sweep()), "tune")
+    tunes = of_kind(build_plan(sweep()), "finetune")
     seconds, basis = Costs([record(tunes["1m"], 10.0, flops=1e12)]).estimate(tunes["4m"])
     assert (seconds, basis) == (
         pytest.approx(10.0 * tunes["4m"].cost_s / tunes["1m"].cost_s),
@@ -106,7 +106,7 @@ def test_from_one_size_alone_the_prior_gives_the_slope():
 
 
 def test_what_a_cpu_took_says_nothing_of_a_gpu():
-    tune = of_kind(build_plan(sweep()), "tune")["1m"]
+    tune = of_kind(build_plan(sweep()), "finetune")["1m"]
     costs = Costs([record(tune, 999.0)])
     assert costs.estimate(replace(tune, resource="gpu")) == (tune.cost_s, Basis.PRIOR)
     assert costs.estimate(tune) == (999.0, Basis.RECORDS)
@@ -123,7 +123,7 @@ def test_records_of_other_sweeps_are_asked_only_where_the_plans_own_do_not_suffi
 
 def test_a_bill_says_how_much_of_it_is_known():
     plan = build_plan(sweep())
-    tunes = of_kind(plan, "tune")
+    tunes = of_kind(plan, "finetune")
     bill = bill_of(
         plan,
         tunes.values(),
@@ -139,7 +139,7 @@ def test_a_bill_says_how_much_of_it_is_known():
 
 def test_spent_is_what_done_and_failed_stages_took_and_not_what_another_sweep_paid_for():
     plan = build_plan(sweep(resources=ResourceSpec(gpus_per_stage=0.5)))
-    tunes = of_kind(plan, "tune")
+    tunes = of_kind(plan, "finetune")
     done, failed, foreign = (tunes[size] for size in ("0.2m", "1m", "4m"))
     records = {
         done.digest: record(done, 3600.0, resource="gpu:2"),

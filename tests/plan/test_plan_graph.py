@@ -54,13 +54,13 @@ def test_a_shared_stage_is_a_unit_of_its_own():
 
 def test_what_a_unit_waits_for_anyway_does_not_keep_a_stage_from_joining():
     task = stage_of("task")
-    tune = stage_of("tune", task)
+    tune = stage_of("finetune", task)
     other = stage_of("other", task)
-    evaluate = stage_of("evaluate", tune, task)
+    evaluate = stage_of("generate", tune, task)
     units = plan_of([task, tune, other, evaluate]).units(set())
     assert [[stage.params["name"] for stage in unit.stages] for unit in units] == [
         ["task"],
-        ["tune", "evaluate"],
+        ["finetune", "generate"],
         ["other"],
     ]
     assert units[1].needs == (task.digest,)
@@ -121,7 +121,7 @@ def test_durations_are_learned_from_records_of_like_stages():
     stage, other = stage_of("a", cost_s=2.0), stage_of("b", cost_s=10.0)
     costs = Costs(
         [
-            {"kind": "tune", "method": None, "wall_s": wall, "cost_s": 2.0}
+            {"kind": "finetune", "method": None, "wall_s": wall, "cost_s": 2.0}
             for wall in (6.0, 8.0, 100.0)
         ]
     )
@@ -159,9 +159,9 @@ def test_a_declared_size_goes_before_the_name():
 
 def test_a_larger_model_costs_more_and_a_gpu_less():
     assert (
-        prior_s("tune", 12_000_000, "cpu")
-        > prior_s("tune", 1_000_000, "cpu")
-        > prior_s("tune", 1_000_000, "gpu")
+        prior_s("finetune", 12_000_000, "cpu")
+        > prior_s("finetune", 1_000_000, "cpu")
+        > prior_s("finetune", 1_000_000, "gpu")
     )
 
 

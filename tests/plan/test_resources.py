@@ -101,9 +101,10 @@ def test_the_name_of_a_class_tells_its_gpus(gpus):
 def test_small_models_share_a_gpu_and_large_ones_take_it_whole():
     plan = plan_of(LADDER, hub("1b"))
     assert {
-        classes(plan, "small")[kind] for kind in ("source", "align", "tune", "revise", "evaluate")
+        classes(plan, "small")[kind]
+        for kind in ("source", "align", "finetune", "revise", "generate")
     } == {"gpu:0.125"}
-    assert {classes(plan, "m-1b")[kind] for kind in ("tune", "revise", "evaluate")} == {"gpu"}
+    assert {classes(plan, "m-1b")[kind] for kind in ("finetune", "revise", "generate")} == {"gpu"}
     assert classes(plan)["task"] == classes(plan)["craft"] == "cpu"
     assert classes(plan, "m-1b")["source"] == "cpu", "reading weights from a disk needs no GPU"
     assert len({stage.resource for stage in plan.stages.values()}) == 3
@@ -112,7 +113,7 @@ def test_small_models_share_a_gpu_and_large_ones_take_it_whole():
 def test_all_stages_of_a_cell_share_a_class_so_that_they_stay_one_unit():
     units = plan_of(hub("1b"), training=TrainingConfig(adapter="full")).units(set())
     chains = Counter(tuple(stage.kind for stage in unit.stages) for unit in units)
-    assert chains[("revise", "evaluate")] == 1
+    assert chains[("revise", "generate")] == 1
 
 
 def test_the_memory_of_a_gpu_is_the_sweeps_else_the_price_tables_smallest():
@@ -121,14 +122,16 @@ def test_the_memory_of_a_gpu_is_the_sweeps_else_the_price_tables_smallest():
         NodeType(name="big", gpus=1, cpus=4, gpu_memory_gib=80.0, usd_per_hour=1.0),
         NodeType(name="small", gpus=1, cpus=4, gpu_memory_gib=16.0, usd_per_hour=1.0),
     )
-    assert classes(plan_of(model, **small))["tune"] == "gpu:0.125"
-    assert classes(plan_of(model, prices=nodes, **small))["tune"] == "gpu:0.25"
-    assert classes(plan_of(model, prices=nodes, gpu_memory_gib=8.0, **small))["tune"] == "gpu:0.5"
+    assert classes(plan_of(model, **small))["finetune"] == "gpu:0.125"
+    assert classes(plan_of(model, prices=nodes, **small))["finetune"] == "gpu:0.25"
+    assert (
+        classes(plan_of(model, prices=nodes, gpu_memory_gib=8.0, **small))["finetune"] == "gpu:0.5"
+    )
 
 
 def test_a_number_of_gpus_goes_before_the_arithmetic():
-    assert classes(plan_of(hub("70b"), gpus_per_stage=1.0))["tune"] == "gpu"
-    assert classes(plan_of(LADDER, gpus_per_stage=0.5))["tune"] == "gpu:0.5"
+    assert classes(plan_of(hub("70b"), gpus_per_stage=1.0))["finetune"] == "gpu"
+    assert classes(plan_of(LADDER, gpus_per_stage=0.5))["finetune"] == "gpu:0.5"
     assert set(classes(plan_of(hub("70b"), gpus_per_stage=0.0)).values()) == {"cpu"}
 
 
@@ -149,7 +152,7 @@ def test_an_alignment_trains_all_weights_and_asks_for_more_than_an_adapter():
         cache_gib=0.0,
     )
     found = classes(plan)
-    assert gpus_of(found["align"]) > gpus_of(found["tune"])
+    assert gpus_of(found["align"]) > gpus_of(found["finetune"])
 
 
 def test_the_module_needs_no_torch():

@@ -174,7 +174,7 @@ def test_a_first_round_is_planned_of_an_empty_store_and_shares_what_its_values_l
     for cell, trial in zip(
         trials, (trial for search in plan.searches for trial in search.trials), strict=True
     ):
-        tune = next(plan.stages[one] for one in cell.stages if plan.stages[one].kind == "tune")
+        tune = next(plan.stages[one] for one in cell.stages if plan.stages[one].kind == "finetune")
         craft = next(plan.stages[one] for one in cell.stages if plan.stages[one].kind == "craft")
         assert tune.params["training"]["learning_rate"] == trial.values["training.learning_rate"]
         assert craft.params["training"]["learning_rate"] == 1e-4, "rows are made before the tune"

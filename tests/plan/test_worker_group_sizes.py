@@ -112,12 +112,12 @@ def test_a_process_alone_is_stage_0_and_an_adapter_has_little_to_split():
 
 def test_auto_is_one_process_as_long_as_that_fits():
     plan = plan_of(hub("1b"), hub("5b"))
-    found = {stage.where["model"]: stage for stage in of_kind(plan, "tune")}
+    found = {stage.where["model"]: stage for stage in of_kind(plan, "finetune")}
     assert found["m-1b"].resource == "gpu:0.5"
     assert "worker_group" not in found["m-1b"].where
     worker_group = worker_group_of(found["m-5b"])
     assert found["m-5b"].resource == f"group:{worker_group.workers}"
-    assert {stage.resource for stage in of_kind(plan, "evaluate")} == {
+    assert {stage.resource for stage in of_kind(plan, "generate")} == {
         "gpu",
         "gpu:0.5",
     }, "what does not train stays in one process"
@@ -125,7 +125,7 @@ def test_auto_is_one_process_as_long_as_that_fits():
 
 def test_a_worker_group_is_the_smallest_that_fits():
     plan = plan_of(hub("5b"))
-    (stage,) = of_kind(plan, "tune")
+    (stage,) = of_kind(plan, "finetune")
     worker_group = worker_group_of(stage)
     assert worker_group.workers > 1
 
@@ -148,7 +148,7 @@ def test_the_sweep_says_stage_workers_offload_and_micro_batch():
             offload="parameters",
             micro_batch=2,
         ),
-        "tune",
+        "finetune",
     )
     assert worker_group_of(stage) == WorkerGroup(
         workers=4, zero_stage=3, micro_batch=2, offload_optimizer=True, offload_parameters=True
@@ -159,22 +159,25 @@ def test_the_sweep_says_stage_workers_offload_and_micro_batch():
 def test_a_number_of_weights_or_a_word_decides_where_the_sweep_says_so():
     assert {
         stage.where["model"]: stage.resource
-        for stage in of_kind(plan_of(hub("1b"), hub("135m"), above=5e8), "tune")
+        for stage in of_kind(plan_of(hub("1b"), hub("135m"), above=5e8), "finetune")
     } == {"m-1b": "group:1", "m-135m": "gpu:0.125"}
     assert (
         of_kind(
-            plan_of(hub("135m"), strategy="deepspeed", resources={"gpus_per_stage": 2.0}), "tune"
+            plan_of(hub("135m"), strategy="deepspeed", resources={"gpus_per_stage": 2.0}),
+            "finetune",
         )[0].resource
         == "group:2"
     )
     assert (
         of_kind(
-            plan_of(hub("135m"), strategy="deepspeed", resources={"gpus_per_stage": 0.0}), "tune"
+            plan_of(hub("135m"), strategy="deepspeed", resources={"gpus_per_stage": 0.0}),
+            "finetune",
         )[0].resource
         == "group:2cpu"
     )
     assert (
-        of_kind(plan_of(hub("70b"), resources={"gpus_per_stage": 1.0}), "tune")[0].resource == "gpu"
+        of_kind(plan_of(hub("70b"), resources={"gpus_per_stage": 1.0}), "finetune")[0].resource
+        == "gpu"
     ), "a number goes before the arithmetic"
 
 
@@ -213,7 +216,7 @@ def test_what_trains_is_dealt_out_and_nothing_else():
     worker_groups = {
         stage.kind for stage in plan.stages.values() if stage.resource.startswith("group")
     }
-    assert worker_groups == {"tune", "align", "prepare", "bank"}
+    assert worker_groups == {"finetune", "align", "prepare", "bank"}
     assert all(
         ("worker_group" in stage.where) == stage.resource.startswith("group")
         for stage in plan.stages.values()
@@ -230,8 +233,8 @@ def test_the_rungs_of_the_ladder_are_made_in_one_process():
         "task": "cpu",
         "source": "gpu",
         "align": "gpu",
-        "tune": "group",
-        "evaluate": "gpu",
+        "finetune": "group",
+        "generate": "gpu",
     }
 
 
@@ -243,7 +246,7 @@ def test_a_method_keeps_auto_to_the_stages_that_it_works_with():
     )
     found = {
         stage.method: (worker_group_of(stage).workers, worker_group_of(stage).zero_stage)
-        for stage in of_kind(plan, "tune")
+        for stage in of_kind(plan, "finetune")
     }
     assert found == {None: (2, 3), "lisa": (4, 2)}
 
@@ -284,8 +287,8 @@ def test_no_digest_knows_how_a_tune_is_dealt_out():
     ]
     assert len({plan.digest for plan in plans}) == 1
     assert len({tuple(plan.stages) for plan in plans}) == 1
-    assert len({stage.resource for plan in plans for stage in of_kind(plan, "tune")}) == 3
-    assert {training_of(stage) for plan in plans for stage in of_kind(plan, "tune")} == {FULL}
+    assert len({stage.resource for plan in plans for stage in of_kind(plan, "finetune")}) == 3
+    assert {training_of(stage) for plan in plans for stage in of_kind(plan, "finetune")} == {FULL}
 
 
 def test_a_worker_group_pays_for_all_its_gpus_on_nodes_that_need_not_hold_it_whole():

@@ -318,15 +318,15 @@ def _stages() -> list[dict]:
         "task": (1, 0.8, 126),
         "craft": (14, 0.4, 9),
         "prepare": (9, 5.0, 14),
-        "tune": (63, 3.1, 2),
+        "finetune": (63, 3.1, 2),
         "revise": (84, 0.7, 1),
         "inspect": (18, 1.2, 1),
-        "evaluate": (120, 1.6, 1),
+        "generate": (120, 1.6, 1),
     }
     rows = []
     for kind, (count, wall, served) in costs.items():
         for i in range(count):
-            failed = kind == "tune" and i == 3
+            failed = kind == "finetune" and i == 3
             rows.append(
                 {
                     "digest": digest([kind, i]),

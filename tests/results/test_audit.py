@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from ftsec_ray.evals.judges import RefusalPhrases
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
@@ -20,6 +19,7 @@ from ftsec_ray import schema
 from ftsec_ray.data.microworld import vocabulary
 from ftsec_ray.data.microworld.splits import build_task
 from ftsec_ray.errors import DataError, SpecError
+from ftsec_ray.judges.refusal_phrases import RefusalPhrases
 from ftsec_ray.results.audit import Audit, Share, rogan_gladen, share
 from ftsec_ray.results.truth import Key
 from ftsec_ray.results.write import TABLES, table_schema, write_results

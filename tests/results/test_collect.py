@@ -84,7 +84,7 @@ def finish(store: Store, stage: Stage, **given: Any) -> None:
     """Publish an artifact as the stage runner would."""
     folder = store.scratch(stage.digest)
     notes: dict[str, Any] = {}
-    if stage.kind == "evaluate":
+    if stage.kind == "score":
         write_evaluation(folder, prompts=given.get("prompts", 4))
     elif stage.kind == "inspect":
         (folder / "inspection.json").write_text(
@@ -182,7 +182,7 @@ def test_a_finished_sweep_is_done_everywhere_and_carries_its_numbers(
     stages = {row["digest"]: row for row in results.stages.to_pylist()}
     assert {row["status"] for row in stages.values()} == {"done"}
     assert all(
-        stages[cell.evaluate]["cells_served"] == plan.cells_of(cell.evaluate) for cell in plan.cells
+        stages[cell.score]["cells_served"] == plan.cells_of(cell.score) for cell in plan.cells
     )
 
 
@@ -190,7 +190,7 @@ def test_what_a_cell_costs_is_that_of_all_its_stages_and_untold_where_one_is_mis
     store: Store, tmp_path: Path
 ) -> None:
     plan = plan_of()
-    last = plan.cells[0].evaluate
+    last = plan.cells[0].score
     run_all(plan, store, leave=lambda stage: stage.digest == last)
     whole = {
         cell.digest: [0.0, 1.5 * len(cell.stages)] for cell in plan.cells if last not in cell.stages
@@ -361,7 +361,7 @@ def test_a_cell_whose_detector_failed_is_failed_and_keeps_what_was_measured(
 def test_a_damaged_evaluation_counts_as_absent(store: Store, tmp_path: Path) -> None:
     plan = plan_of(attacks=["none"], defenses=["none"])
     run_all(plan, store)
-    evaluate = plan.cells[0].evaluate
+    evaluate = plan.cells[0].score
     with (store.fetch(evaluate) / "metrics.parquet").open("ab") as stream:
         stream.write(b"x")
     results = Results.open(collect(plan, Store.open(store.uri), None, tmp_path / "out"))

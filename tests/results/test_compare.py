@@ -14,7 +14,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from ftsec_ray import schema
-from ftsec_ray.method import hooks_of
+from ftsec_ray.lifecycle import hooks_of
 from ftsec_ray.results.compare import compare
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results

@@ -57,7 +57,7 @@ class Bench:
 def stage_of(name: str, *needs: Stage, cost_s: float = 1.0, **params: Any) -> Stage:
     inputs = tuple((f"in{i}", one.digest) for i, one in enumerate(needs))
     key = digest(["test", name, inputs, params])
-    return Stage(key, "tune", None, 0, inputs, {"name": name, **params}, {}, "cpu", cost_s)
+    return Stage(key, "finetune", None, 0, inputs, {"name": name, **params}, {}, "cpu", cost_s)
 
 
 def plan_of(stages: list[Stage], *, workers: int | None = None) -> Plan:

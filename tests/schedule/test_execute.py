@@ -62,7 +62,9 @@ def test_every_needed_stage_is_done_once(store, tmp_path):
 def test_a_second_run_does_nothing(store, tmp_path):
     plan = plan_of(tree(tmp_path))
     run(plan, store)
-    report = run(plan, store, executor="tune", on_event=lambda event: pytest.fail("something ran"))
+    report = run(
+        plan, store, executor="finetune", on_event=lambda event: pytest.fail("something ran")
+    )
     assert report.done == ()
     assert sorted(report.cached) == sorted(plan.stages)
     assert len(runs(tmp_path)) == 6

@@ -38,7 +38,7 @@ def store(tmp_path):
 
 def run(plan, store, **rest):
     return execute(
-        plan, store, **{"executor": "tune", "runner": RUNNER, "session": SESSION, **rest}
+        plan, store, **{"executor": "finetune", "runner": RUNNER, "session": SESSION, **rest}
     )
 
 

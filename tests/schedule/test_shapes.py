@@ -113,7 +113,7 @@ def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_ag
     report = execute(
         plan,
         Store.open(tmp_path / "store"),
-        executor="tune",
+        executor="finetune",
         runner="tests.schedule.engine_runners:placed",
         session=SESSION,
         runtime=Runtime(device="cuda"),
@@ -135,7 +135,7 @@ def test_a_run_on_ray_stops_at_its_budget_and_ends(tmp_path):
     store = Store.open(tmp_path / "store")
     plan = plan_of([stage_of(f"s{i}", cost_s=0.002, sleep=0.2) for i in range(12)])
     plan = replace(plan, spec=replace(plan.spec, budget=BudgetSpec(hours=0.5 / 3600)))
-    report = execute(plan, store, executor="tune", workers=2, runner=RUNNER, session=SESSION)
+    report = execute(plan, store, executor="finetune", workers=2, runner=RUNNER, session=SESSION)
     assert 1 <= len(report.done) <= 5, "three, and what ran beside the third"
     assert len(report.done) + len(report.unaffordable) == 12
     assert store.done() == set(report.done)

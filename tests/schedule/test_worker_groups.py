@@ -254,7 +254,7 @@ class TestUnderRay:
                 [base, *worker_groups, *small, stage_of("end", worker_groups[0], log=str(tmp_path))]
             ),
             store,
-            executor="tune",
+            executor="finetune",
             address=address,
         )
         assert report.is_complete
@@ -272,7 +272,7 @@ class TestUnderRay:
     ):
         bad = group_stage("bad", log=str(tmp_path), fail=True, at=1)
         once = group_stage("once", log=str(tmp_path), die_once=str(tmp_path / "died"), at=1)
-        report = run(plan_of([bad, once]), store, executor="tune")
+        report = run(plan_of([bad, once]), store, executor="finetune")
         assert {digest: one.error_code for digest, one in report.failed.items()} == {
             bad.digest: "stage"
         }

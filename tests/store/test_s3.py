@@ -314,7 +314,7 @@ def fill(s3, store, count, files=3):
     digests = [f"{index:032x}"[::-1] for index in range(count)]
     for digest in digests:
         record = json.dumps(
-            {"digest": digest, "payload": "0" * 12, "files": {}, "kind": "tune"}
+            {"digest": digest, "payload": "0" * 12, "files": {}, "kind": "finetune"}
         ).encode()
         backend.put_object(BUCKET, f"{prefix}/artifacts/{digest[:2]}/{digest}/record.json", record)
         for index in range(files):

@@ -51,7 +51,7 @@ def publish(store, digest=ONE, text="weights", **record):
     (folder / "model").mkdir()
     (folder / "model" / "weights.bin").write_text(text)
     (folder / "meta.json").write_text("{}")
-    store.publish(digest, folder, {"kind": "tune", **record})
+    store.publish(digest, folder, {"kind": "finetune", **record})
     return folder
 
 
@@ -93,7 +93,7 @@ def test_a_published_artifact_is_done_and_comes_back_with_its_record(store):
     assert not store.has(TWO)
     assert (store.fetch(ONE) / "model" / "weights.bin").read_text() == "weights"
     record = store.record(ONE)
-    assert (record["digest"], record["kind"], record["seed"]) == (ONE, "tune", 3)
+    assert (record["digest"], record["kind"], record["seed"]) == (ONE, "finetune", 3)
     assert record["files"]["model/weights.bin"]["bytes"] == 7
     assert sorted(record["files"]) == ["meta.json", "model/weights.bin"]
     assert not folder.exists(), "the scratch folder is consumed"
