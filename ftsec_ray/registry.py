@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ftsec_ray.errors import SpecError
-from ftsec_ray.identity import digest, source_fingerprint
+from ftsec_ray.errors import IdentityError, SpecError
+from ftsec_ray.identity.tokens import file_token_hash
 
 if TYPE_CHECKING:
     from ftsec_ray.method import Method
@@ -71,11 +74,6 @@ class Registry:
             self._classes[name] = _method_class(importlib.import_module(modules[name]), self.kind)
         return self._classes[name]
 
-    def fingerprint(self, name: str) -> str:
-        """Digest of the code of a method's module."""
-        self.get(name)
-        return source_fingerprint(self._modules[name])
-
     def doc(self, name: str) -> str:
         """The docstring of a method's module."""
         return (importlib.import_module(self.get(name).__module__).__doc__ or "").strip()
@@ -108,19 +106,19 @@ def name_of(method: Method) -> str:
     return type(method).__module__.rsplit(".", 1)[-1]
 
 
-def identity_of(method: Method) -> dict[str, object]:
-    """What of a method decides a result: name, version, code and parameters."""
-    registry = ATTACKS if method.KIND == "attack" else DEFENSES
-    name = name_of(method)
-    return {
-        "kind": method.KIND,
-        "name": name,
-        "version": method.VERSION,
-        "source": registry.fingerprint(name),
-        "params": method,
-    }
+def outside_hash(cls: type[Method]) -> str | None:
+    """Token hash of the file of a method from outside of this package, whose code no lock holds to
+    a VERSION; None for one of the package. IdentityError when it has no file.
+    """
+    is_inside = cls.__module__.startswith(f"{__package__}.")
+    return None if is_inside else _module_hash(cls.__module__)
 
 
-def method_digest(method: Method) -> str:
-    """Digest of `identity_of`."""
-    return digest(identity_of(method))
+@cache
+def _module_hash(module: str) -> str:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or not file.endswith(".py"):
+        raise IdentityError(
+            "the code of a method has no file", module, "a method in an importable .py module"
+        )
+    return file_token_hash(Path(file))

@@ -31,6 +31,7 @@ LAYERS = [
     "attacks",
     "defenses",
     "evals",
+    "stages",
     "plan",
     "store",
     "execute",

@@ -19,10 +19,8 @@ from typing import Any
 from ftsec_ray.config.method_entries import NONE
 from ftsec_ray.config.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
 from ftsec_ray.errors import SpecError, SpecFaults
-from ftsec_ray.identity import canonical
+from ftsec_ray.identity import canonical, digests
 from ftsec_ray.method import Method, RowWise, hooks_of
-from ftsec_ray.plan import digests
-from ftsec_ray.plan.code import imports_fingerprint, kind_fingerprint
 from ftsec_ray.plan.cost_estimate import Tariff
 from ftsec_ray.plan.durations import parameters_of, prior_s
 from ftsec_ray.plan.graph import Plan
@@ -36,7 +34,8 @@ from ftsec_ray.plan.search_rounds import (
     walk,
 )
 from ftsec_ray.plan.stage import ROLES, Cell, Resource, Searched, Stage
-from ftsec_ray.registry import ATTACKS, identity_of, name_of
+from ftsec_ray.registry import ATTACKS, name_of, outside_hash
+from ftsec_ray.stages.versions import stage_versions
 
 Inputs = tuple[tuple[str, str], ...]
 _DEFAULT_BANK = 8
@@ -142,13 +141,17 @@ class _PlanBuilder:
     # thousandfold.
 
     def method_digest(self, method: Method) -> str:
-        """Identity of a method with all the code that it calls."""
-        found = self._digests.get(id(method))
-        if found is None:
-            found = self._digests[id(method)] = digests.of_method(
-                identity_of(method), imports_fingerprint(type(method).__module__)
+        """Identity of a method: its name, its VERSION and its parameters."""
+        made = self._digests.get(id(method))
+        if made is None:
+            made = self._digests[id(method)] = digests.of_method(
+                method.KIND,
+                name_of(method),
+                method,
+                version=method.VERSION,
+                file=outside_hash(type(method)),
             )
-        return found
+        return made
 
     def plain(self, method: Method) -> dict[str, Any]:
         """A method as `decode.methods_of` reads it."""
@@ -172,12 +175,13 @@ class _PlanBuilder:
         owner: str | None = None,
         on_model: bool = True,
     ) -> _StageTemplate:
-        """What stages of a kind share; `variant` names the code where it differs within a kind."""
+        """What stages of a kind share; `variant` names its prior of duration where that differs
+        within a kind.
+        """
         given = {**params, "methods": [self.plain(m) for m in methods]} if methods else dict(params)
         row_wise = kind == "craft" and all(isinstance(method, RowWise) for method in methods)
-        key = digests.of_head(
-            kind, kind_fingerprint(variant or kind), [self.method_digest(m) for m in methods], given
-        )
+        version, _ = stage_versions()[kind]
+        key = digests.of_head(kind, version, [self.method_digest(m) for m in methods], given)
         return _StageTemplate(key, kind, variant or kind, owner, given, on_model, row_wise)
 
     def act(

@@ -12,8 +12,7 @@ from typing import Any
 
 from ftsec_ray.config.sweep import ModelSpec, TaskSpec
 from ftsec_ray.errors import SpecError
-from ftsec_ray.identity import canonical
-from ftsec_ray.plan.code import content_hash
+from ftsec_ray.identity import canonical, content_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class Origin:
     params: Mapping[str, Any]
     where: Mapping[str, Any]
     variant: str
-    """Key of `KIND_SOURCES`."""
+    """Key of the prior of its duration: see plan.durations."""
     trains: bool = False
     """Whether the stage trains a model and does not only read one."""
 

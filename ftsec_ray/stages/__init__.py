@@ -1,0 +1,1 @@
+"""The kinds of stages, and the lock of their code."""
