@@ -1,6 +1,7 @@
 # make quickstart   environment, then sweeps/quickstart.yaml, then where the report is
 # make test         environment, then all tests but the slow ones; the Ray tests run whatever the others say
 # make check        ruff (lint and format), mypy
+# make lock         ftsec_ray/stages/versions.lock anew: the code changed, the results did not
 # make bench        the figures of tests/benchmarks
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-slow check bench clean
+.PHONY: quickstart test test-slow check lock bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ftsec run sweeps/quickstart.yaml
@@ -26,6 +27,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lock: $(VENV)/.installed
+	$(BIN)/python -m ftsec_ray.code_versions
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install -q -e ".[bench]"

@@ -70,6 +70,8 @@ class StageKind:
     """
     settings_of: Callable[[Any], Mapping[str, Any]] = _no_settings
     """What a method that asks for the role that this kind provides decides about it."""
+    loads: tuple[str, ...] = ()
+    """Packages whose files it finds by name, so that an edit of them is an edit of it."""
     needs_model: bool = True
     """Whether it has a model in memory; a stage of rows has one where its method asks for a
     role.
@@ -78,6 +80,10 @@ class StageKind:
     """Whether it trains: where a method declares that hook in TRAINS, or always."""
     prior_s: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"": (1.0, 1.0)})
     """Variant ("" for any other) -> (seconds, seconds more per million weights) on one CPU core."""
+
+    def uses(self) -> tuple[str, ...]:
+        """Modules that it runs besides what its own file imports."""
+        return tuple(module for package in self.loads for module in modules_in(package).values())
 
     def prior_of(self, source: str) -> tuple[float, float]:
         """The prior for a stage that starts from `source`, such as `ladder:1m`."""

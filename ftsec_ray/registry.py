@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 from ftsec_ray.discovery import modules_in
-from ftsec_ray.errors import SpecError
-from ftsec_ray.identity import digest, source_fingerprint
+from ftsec_ray.errors import IdentityError, SpecError
+from ftsec_ray.identity.tokens import file_token_hash
 from ftsec_ray.lifecycle import hooks, hooks_of
 from ftsec_ray.method import Method, RowWise
 
@@ -57,11 +60,6 @@ class Registry:
         if name not in self._classes:
             self._classes[name] = _method_class(importlib.import_module(modules[name]), self.kind)
         return self._classes[name]
-
-    def fingerprint(self, name: str) -> str:
-        """Digest of the code of a method's module."""
-        self.get(name)
-        return source_fingerprint(self._find()[name])
 
     def doc(self, name: str) -> str:
         """The docstring of a method's module."""
@@ -138,19 +136,16 @@ def name_of(method: Method) -> str:
     return _file_of(type(method))
 
 
-def identity_of(method: Method) -> dict[str, object]:
-    """What of a method decides a result: name, version, code and parameters."""
-    registry = ATTACKS if method.KIND == "attack" else DEFENSES
-    name = name_of(method)
-    return {
-        "kind": method.KIND,
-        "name": name,
-        "version": method.VERSION,
-        "source": registry.fingerprint(name),
-        "params": method,
-    }
+def outside_hash(module: str) -> str | None:
+    """Token hash of a module from outside of this package, whose code no lock holds to a VERSION;
+    None for one of the package. IdentityError when it has no file.
+    """
+    return None if module.startswith(f"{__package__}.") else _module_hash(module)
 
 
-def method_digest(method: Method) -> str:
-    """Digest of `identity_of`."""
-    return digest(identity_of(method))
+@cache
+def _module_hash(module: str) -> str:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or not file.endswith(".py"):
+        raise IdentityError("the code of a plug-in has no file", module, "an importable .py module")
+    return file_token_hash(Path(file))

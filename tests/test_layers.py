@@ -34,6 +34,7 @@ LAYERS = [
     "defenses",
     "evals",
     "judges",
+    "code_versions",
     "plan",
     "store",
     "execute",

@@ -141,7 +141,7 @@ def test_a_planted_pickle_is_never_loaded_even_with_a_record_that_names_it(tmp_p
     (folder / "model.safetensors").unlink()
     del files["model.safetensors"]
     (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
-    from ftsec_ray.store.record import sha256
+    from ftsec_ray.identity import sha256
 
     with_matching_record(
         folder,

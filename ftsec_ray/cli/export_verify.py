@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say
+from ftsec_ray.identity import sha256
 from ftsec_ray.schedule.job_paths import is_uri
-from ftsec_ray.store.record import sha256
 
 
 def export_sweep(sweep: Path, *, store: str, results: str, out: Path | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
+from ftsec_ray.code_versions import stage_code
 from ftsec_ray.plan.cost_estimate import shortfall, spent_of
 from ftsec_ray.plan.durations import Costs, learned_from
 from ftsec_ray.plan.graph import Plan
@@ -27,6 +28,30 @@ def costs_of(plan: Plan, store: Store, done: set[str]) -> Costs:
     return Costs(store.records(learned_from(plan, done)).values())
 
 
+def made_by_other_code(plan: Plan, store: Store, done: set[str]) -> Counter[str]:
+    """Kind -> stages of a plan that the store holds, and that other code of the same VERSION
+    made.
+    """
+    records = store.records(done & set(plan.stages))
+    return Counter(
+        stage.kind
+        for stage in plan.stages.values()
+        if stage.digest in records
+        and records[stage.digest].get("code")
+        != stage_code(stage.kind, stage.params.get("methods", ()))
+    )
+
+
+def other_code_line(other: Counter[str], held: int) -> str:
+    """What to say of the stages of `made_by_other_code`, of so many that the store holds."""
+    are = "was" if held == 1 else "were"
+    return (
+        f"{other.total()} of {held} stages in the store {are} made by other code"
+        f" ({', '.join(sorted(other))}): their VERSION is unchanged, so they are reused; see `ftsec"
+        " verify`"
+    )
+
+
 def print_plan(sweep: Path, *, store: str, as_json: bool, gpu_price: float | None) -> None:
     """Print what a plan holds, what of it is done, and what the rest takes."""
     held = Store.open(store)
@@ -36,6 +61,7 @@ def print_plan(sweep: Path, *, store: str, as_json: bool, gpu_price: float | Non
     summary = summarize(plan, done, costs=costs_of(plan, held, done), spent=spent)
     gpu_hours = summary.bill.total.gpu_hours
     cost = None if gpu_price is None else gpu_hours * gpu_price
+    other = made_by_other_code(plan, held, done)
     if as_json:
         say(
             json.dumps(
@@ -44,12 +70,15 @@ def print_plan(sweep: Path, *, store: str, as_json: bool, gpu_price: float | Non
                     "total": asdict(summary.bill.total),
                     "gpu_hours": gpu_hours,
                     "cost": cost,
+                    "made_by_other_code": dict(sorted(other.items())),
                 },
                 indent=1,
             )
         )
         return
     say(render(summary))
+    if other:
+        say(other_code_line(other, summary.done))
     if cost is not None:
         say(f"GPU hours: {gpu_hours:.2f}, at {gpu_price:g} per hour: {cost:.2f}")
 

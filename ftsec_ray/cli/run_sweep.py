@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
-from ftsec_ray.cli.overview import costs_of
+from ftsec_ray.cli.overview import costs_of, made_by_other_code, other_code_line
 from ftsec_ray.cli.progress import LiveProgress, Tally
 from ftsec_ray.plan.cost_estimate import spent_of
 from ftsec_ray.plan.graph import Plan
@@ -51,6 +51,9 @@ def run_sweep(
     costs = costs_of(part, held, done)
     folder = api.results_folder(local_results(results), whole.spec.name)
     kind = cast(Literal["tune", "local"], executor)
+    other = made_by_other_code(part, held, done)
+    if other:
+        say(other_code_line(other, len(done & set(part.stages))), err=True)
     if part.needed(done):
         spent = spent_of(part, held, done) if part.spec.budget else None
         say(render(summarize(part, done, costs=costs, spent=spent)), err=True)

@@ -19,16 +19,17 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from ftsec_ray.code_versions import stage_code
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.watchdog import watched
 from ftsec_ray.plan.stage import Stage, workers_of
 from ftsec_ray.redact import redacted, without_secrets
 from ftsec_ray.store import DamagedArtifact, Store
+from ftsec_ray.version import version_of
 
 Status = Literal["done", "cached", "failed", "upstream_failed", "retry"]
 Runner = Callable[[Stage, Path, Any], "Mapping[str, Any] | None"]
@@ -186,9 +187,10 @@ def _release(session: Any) -> None:
 
 def _identity(stage: Stage) -> dict[str, Any]:
     plain = stage.to_json()
+    kept = ("kind", "method", "seed", "params", "inputs", "where", "resource", "cost_s")
     return {
-        key: plain[key]
-        for key in ("kind", "method", "seed", "params", "inputs", "where", "resource", "cost_s")
+        **{key: plain[key] for key in kept},
+        "code": stage_code(stage.kind, stage.params.get("methods", ())),
     }
 
 
@@ -242,13 +244,7 @@ def short_text(error: Exception) -> str:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "source" if name == "ftsec_ray" else ""
-    return found
+    return {name: version_of(name) for name in ("python", *_PACKAGES)}
 
 
 class _Meter:

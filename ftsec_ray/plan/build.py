@@ -16,9 +16,9 @@ from typing import Any
 from ftsec_ray.config.method_entries import NONE
 from ftsec_ray.config.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
 from ftsec_ray.errors import SpecError, SpecFaults
+from ftsec_ray.identity import digests
 from ftsec_ray.lifecycle import ROLES_BEFORE
 from ftsec_ray.method import Method
-from ftsec_ray.plan import digests
 from ftsec_ray.plan.cost_estimate import Tariff
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.search_rounds import (

@@ -13,7 +13,7 @@ from typing import Any
 from ftsec_ray.config.sweep import ModelSpec, TaskSpec
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import canonical
-from ftsec_ray.plan.code import content_hash
+from ftsec_ray.identity.content import content_hash
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from ftsec_ray.config.sweep import ModelSpec, SweepSpec, TrainingConfig
 from ftsec_ray.errors import SpecError
+from ftsec_ray.identity import digests
 from ftsec_ray.method import Method
-from ftsec_ray.plan import digests
 from ftsec_ray.plan.durations import prior_s
 from ftsec_ray.plan.resources import Sizing, data_resource, group_name
 from ftsec_ray.plan.stage import Resource, Stage

@@ -14,12 +14,11 @@ from typing import Any
 
 from ftsec_ray import lifecycle
 from ftsec_ray.config.sweep import SweepSpec, TrainingConfig
-from ftsec_ray.identity import canonical
+from ftsec_ray.evals.judging import judge_class
+from ftsec_ray.identity import canonical, digests
 from ftsec_ray.lifecycle import StageKind, hooks_of
 from ftsec_ray.method import Method, RowWise
-from ftsec_ray.plan import digests
-from ftsec_ray.plan.code import imports_fingerprint, kind_fingerprint
-from ftsec_ray.registry import identity_of, name_of
+from ftsec_ray.registry import name_of, outside_hash
 
 SCORED_BY_PROBE = "each probe's own"
 """The judge of the stage that counts the metrics of every cell: each probe names its own."""
@@ -76,10 +75,14 @@ class Templates:
         self._plain: dict[int, dict[str, Any]] = {}
 
     def method_digest(self, method: Method) -> str:
-        """Identity of a method with all the code that it calls."""
+        """Identity of a method: its name, its VERSION and its parameters."""
         if id(method) not in self._digests:
             self._digests[id(method)] = digests.of_method(
-                identity_of(method), imports_fingerprint(type(method).__module__)
+                method.KIND,
+                name_of(method),
+                method,
+                version=method.VERSION,
+                file=outside_hash(type(method).__module__),
             )
         return self._digests[id(method)]
 
@@ -99,8 +102,11 @@ class Templates:
     ) -> StageTemplate:
         """What the stages of a kind share in which these methods act."""
         given = {**params, "methods": [self.plain(m) for m in methods]} if methods else dict(params)
+        outside = outside_hash(lifecycle.module_of(kind.name))
+        if outside is not None:
+            given["kind_code"] = outside
         key = digests.of_head(
-            kind.name, kind_fingerprint(kind.name), [self.method_digest(m) for m in methods], given
+            kind.name, kind.version, [self.method_digest(m) for m in methods], given
         )
         roles = [
             (role, method) for method in methods for role in kind.roles if role in method.NEEDS
@@ -167,7 +173,10 @@ class Templates:
             params["generation"] = self._generation
         if "scoring" not in kind.settings:
             return [params]
-        others = [{**params, "judge": judge} for judge in self._spec.evaluation.judges]
+        others = [
+            {**params, "judge": judge, "judge_version": judge_version(judge)}
+            for judge in self._spec.evaluation.judges
+        ]
         return [{**params, "judge": SCORED_BY_PROBE, "scoring": self._scoring}, *others]
 
     def provider(self, role: str, method: Method) -> StageTemplate:
@@ -178,6 +187,16 @@ class Templates:
         if memo not in self._providers:
             self._providers[memo] = self.template(kind, params)
         return self._providers[memo]
+
+
+def judge_version(name: str) -> str:
+    """The VERSION of a judge, with the hash of its file where that is not of this package.
+
+    SpecError when there is no judge of this name.
+    """
+    cls = judge_class(name)
+    outside = outside_hash(cls.__module__)
+    return str(cls.VERSION) if outside is None else f"{cls.VERSION} {outside}"
 
 
 def _is_judged_by_a_model(params: Mapping[str, Any]) -> bool:

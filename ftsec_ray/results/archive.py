@@ -14,7 +14,6 @@ SHA-256 beside a number. `pack` writes them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import stat
@@ -23,14 +22,17 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from ftsec_ray.errors import DataError
+from ftsec_ray.identity.content import stream_sha256
 from ftsec_ray.store.record import listing_fault, member_fault
 
 T = TypeVar("T")
-FORMAT = 1
-"""Raise when an older package could not read the archive any more."""
+FORMAT = 2
+"""Raise when an older package could not read the archive any more. 2: VERSIONs and hashes of the
+lock in place of hashed source.
+"""
 MANIFEST, PLAN, ARTIFACTS = "manifest.json", "plan.json", "artifacts.json"
 CHUNK = 1 << 20
 """Bytes copied at a time."""
@@ -46,14 +48,16 @@ class ArchiveError(DataError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodCode:
-    """What of a method's code enters a digest."""
+class CodeVersion:
+    """The code of a stage kind or a method."""
 
     version: int
-    source: str
-    """Fingerprint of its module."""
-    imports: dict[str, str]
-    """Module that it calls -> fingerprint."""
+    code: str | None
+    """Its hash in versions.lock; of a method from outside of the package the token hash of its
+    file.
+    """
+    is_outside: bool = False
+    """Whether it is of no lock: then the hash is part of its digests, besides the version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,22 @@ class Code:
 
     format: int
     """Of stages: see identity.FORMAT_VERSION."""
-    kinds: dict[str, list[tuple[str, str]]]
-    """Kind of stage, with its variant -> (module, fingerprint)."""
-    methods: dict[str, MethodCode]
+    kinds: dict[str, CodeVersion]
+    """Kind of stage -> its code."""
+    methods: dict[str, CodeVersion]
     """`attack badnets` -> its code."""
+    edited: list[str]
+    """Files of the exporting package that were not as its versions.lock says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedArtifact:
+    """What the record of an artifact says of it."""
+
+    files: dict[str, dict[str, Any]]
+    """Name -> size and checksum."""
+    code: str | None
+    """Hash of the code that made it: see code_versions.stage_code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +271,13 @@ def _manifest(content: bytes) -> Manifest:
             f"up to {FORMAT}",
             "read it with a newer ftsec_ray",
         )
+    if form < FORMAT:
+        raise ArchiveError(
+            "an archive of an older format, which tells of code what no plan holds any more",
+            form,
+            f"format {FORMAT}",
+            "verify it with the ftsec_ray that its manifest names",
+        )
     fault = listing_fault(plain)
     found = _parsed(content.decode(errors="replace"), Manifest)
     if found is None or fault is not None or found.file not in found.files:
@@ -301,17 +324,10 @@ def _fault(
         return f"{entry.file_size} bytes instead of {expected['bytes']}"
     try:
         with archive.open(entry) as stream:
-            same = _digest(stream) == expected["sha256"]
+            same = stream_sha256(stream) == expected["sha256"]
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as broken:
         return f"it cannot be read back: {broken}"
     return None if same else "its bytes have changed"
-
-
-def _digest(stream: IO[bytes]) -> str:
-    seen = hashlib.sha256()
-    while part := stream.read(CHUNK):
-        seen.update(part)
-    return seen.hexdigest()
 
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> bytes:

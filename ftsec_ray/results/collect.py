@@ -14,9 +14,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
@@ -41,6 +39,7 @@ from ftsec_ray.results.search_results import (
 )
 from ftsec_ray.results.write import write_results
 from ftsec_ray.store import DamagedArtifact
+from ftsec_ray.version import version_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -530,13 +529,8 @@ _MEASURED = ("cpu_s", "gpu_s", "peak_bytes", "tokens", "flops")
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    told = {name: version_of(name) for name in ("python", *_PACKAGES)}
+    return {name: version for name, version in told.items() if version}
 
 
 def _sweep_text(plan: Plan) -> str:

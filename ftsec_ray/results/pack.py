@@ -14,18 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ftsec_ray.code_versions import method_code, stage_entry
 from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.sweep import SweepSpec
 from ftsec_ray.config.yaml_text import read_yaml
 from ftsec_ray.errors import SpecError
-from ftsec_ray.identity import FORMAT_VERSION, canonical, source_fingerprint
+from ftsec_ray.identity import FORMAT_VERSION, canonical, content_hash, sha256
+from ftsec_ray.identity.lock import edited_files, read_lock
+from ftsec_ray.lifecycle import kind_of
 from ftsec_ray.method import Method
-from ftsec_ray.plan.code import content_hash, imports_code, kind_code, variant_of
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.origin import local_path
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.redact import environment_secrets, redacted
-from ftsec_ray.registry import name_of
+from ftsec_ray.registry import name_of, outside_hash
 from ftsec_ray.results.archive import (
     ARTIFACTS,
     CHUNK,
@@ -34,9 +36,10 @@ from ftsec_ray.results.archive import (
     PLAN,
     ArchiveError,
     Code,
+    CodeVersion,
     Input,
     Manifest,
-    MethodCode,
+    PackedArtifact,
     PackedCell,
     PackedMethod,
     PackedPlan,
@@ -45,7 +48,7 @@ from ftsec_ray.results.archive import (
 from ftsec_ray.results.read import Results, held_tables
 from ftsec_ray.results.write import PART, RUN_FILE
 from ftsec_ray.schedule.upload import texts_in
-from ftsec_ray.store.record import dumped, member_fault, sha256
+from ftsec_ray.store.record import dumped, member_fault
 
 _NO_DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -116,7 +119,12 @@ def pack(
     members: dict[str, bytes | Path] = {
         f"sweep/{sweep.name}": sweep.text.encode(),
         PLAN: _json(asdict(packed_plan(plan))),
-        ARTIFACTS: _json({digest: record["files"] for digest, record in sorted(records.items())}),
+        ARTIFACTS: _json(
+            {
+                digest: asdict(PackedArtifact(files=record["files"], code=record.get("code")))
+                for digest, record in sorted(records.items())
+            }
+        ),
         f"results/{page.name}": page,
         **{
             f"results/{name}": results.folder / name
@@ -188,8 +196,8 @@ def _packed_method(method: Method) -> PackedMethod:
 
 
 def code_of(plan: Plan) -> Code:
-    """The code that the digests of a plan cover."""
-    kinds = sorted({variant_of(stage.kind, stage.params) for stage in plan.stages.values()})
+    """The code behind the digests of a plan."""
+    kinds = sorted({stage.kind for stage in plan.stages.values()})
     methods = {
         f"{one.KIND} {name_of(one)}": type(one)
         for cell in plan.cells
@@ -197,17 +205,26 @@ def code_of(plan: Plan) -> Code:
     }
     return Code(
         format=FORMAT_VERSION,
-        kinds={kind: kind_code(kind) for kind in kinds},
-        methods={name: method_code(cls) for name, cls in sorted(methods.items())},
+        kinds={kind: code_of_kind(kind) for kind in kinds},
+        methods={name: code_of_method(name, cls) for name, cls in sorted(methods.items())},
+        edited=edited_files(read_lock()),
     )
 
 
-def method_code(cls: type[Method]) -> MethodCode:
-    """The code of a method."""
-    return MethodCode(
+def code_of_kind(kind: str) -> CodeVersion:
+    """The code of a stage kind."""
+    entry = stage_entry(kind)
+    return CodeVersion(version=kind_of(kind).version, code=entry.code if entry else None)
+
+
+def code_of_method(name: str, cls: type[Method]) -> CodeVersion:
+    """The code of a method, by its kind and name, as in `attack badnets`."""
+    kind, _, short = name.partition(" ")
+    outside = outside_hash(cls)
+    return CodeVersion(
         version=cls.VERSION,
-        source=source_fingerprint(cls.__module__),
-        imports=imports_code(cls.__module__),
+        code=outside or method_code(kind, short),
+        is_outside=outside is not None,
     )
 
 

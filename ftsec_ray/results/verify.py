@@ -9,45 +9,42 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from platform import python_version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ftsec_ray.config.sweep_file import load_sweep
 from ftsec_ray.errors import DataError, SpecError, SpecFaults
-from ftsec_ray.identity import FORMAT_VERSION, digest
-from ftsec_ray.plan import digests
+from ftsec_ray.identity import content_hash
 from ftsec_ray.plan.build import build_plan
-from ftsec_ray.plan.code import KIND_SOURCES, content_hash, kind_code, variant_of
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.search_rounds import OutcomeLookup, nothing_known
-from ftsec_ray.registry import ATTACKS, DEFENSES
 from ftsec_ray.results.archive import (
     ARTIFACTS,
     PLAN,
     Archive,
-    Code,
     Manifest,
-    MethodCode,
+    PackedArtifact,
     PackedCell,
-    PackedMethod,
     PackedPlan,
-    PackedStage,
 )
-from ftsec_ray.results.pack import located, method_code, packed_plan
+from ftsec_ray.results.pack import located, packed_plan
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.search_results import look_at_results
+from ftsec_ray.results.verify_code import (
+    code_words,
+    digest_words,
+    listed,
+    maker_words,
+    version_words,
+)
 
 if TYPE_CHECKING:
     from ftsec_ray.store.artifact_store import Store
 
-_SHOWN = 8
-"""Names in one sentence, at most."""
 Topic = str
 """archive | tables | versions | code | inputs | plan | artifacts"""
 
@@ -84,8 +81,8 @@ def verify_archive(path: Path, *, base: Path, store: Store | None) -> Verificati
         ("archive" if not name.startswith("results/") else "tables", f"{name}: {why}")
         for name, why in archive.damage.items()
     ]
-    found += [("versions", one) for one in _version_words(manifest.versions)]
-    found += [("code", one) for one in _code_words(manifest.code)]
+    found += [("versions", one) for one in version_words(manifest.versions)]
+    found += [("code", one) for one in code_words(manifest.code)]
     found += [("inputs", one) for one in _input_words(manifest, base)]
     notes: list[str] = []
     if packed is None:
@@ -93,7 +90,8 @@ def verify_archive(path: Path, *, base: Path, store: Store | None) -> Verificati
             found.append(("archive", f"{PLAN}: not a plan as ftsec writes it"))
         notes.append("the plan is damaged: digests and tables were not compared")
     else:
-        found += [("archive", one) for one in _digest_words(manifest, packed)]
+        found += [("archive", one) for one in digest_words(manifest, packed)]
+        found += [("code", one) for one in maker_words(archive, packed)]
         found += [("tables", one) for one in _table_words(archive, packed)]
         found += [("plan", one) for one in _plan_words(archive, packed, base)]
         notes += list(_unpinned(packed))
@@ -110,69 +108,6 @@ def verify_archive(path: Path, *, base: Path, store: Store | None) -> Verificati
 def _clean(text: str) -> str:
     """A text of the archive without what would steer a terminal."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
-def _listed(names: Iterable[object]) -> str:
-    shown = [str(name) for name in names]
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return ", ".join(shown[:_SHOWN]) + more
-
-
-def _version_words(there: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    for name, known in sorted(there.items()):
-        try:
-            here = python_version() if name == "python" else version(name)
-        except PackageNotFoundError:
-            yield f"{name} {', '.join(known)} there, not installed here"
-            continue
-        if list(known) != [here]:
-            yield f"{name} {', '.join(known)} there, {here} here"
-
-
-# Code.
-
-
-def _code_words(code: Code) -> Iterator[str]:
-    if code.format != FORMAT_VERSION:
-        yield (
-            f"stages have format {code.format} there and {FORMAT_VERSION} here: every stage would"
-            " run anew"
-        )
-    for kind, there in sorted(code.kinds.items()):
-        if kind not in KIND_SOURCES:
-            yield f"there are no {kind} stages here"
-        elif digest(there) != digest(kind_code(kind)):
-            yield (
-                f"the code of {kind} stages has changed:"
-                f" {_listed(_changed(dict(there), dict(kind_code(kind))))}"
-            )
-    for name, method in sorted(code.methods.items()):
-        here = _method_here(name)
-        if here is None:
-            yield f"{name} is not installed here"
-        elif here.version != method.version:
-            yield f"{name} has version {method.version} there and {here.version} here"
-        elif here != method:
-            own = ["its own module"] if here.source != method.source else []
-            yield (
-                f"the code of {name} has changed:"
-                f" {_listed([*own, *_changed(method.imports, here.imports)])}"
-            )
-
-
-def _changed(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """Names whose fingerprints differ; where none does, their order has."""
-    return sorted(name for name in {*there, *here} if there.get(name) != here.get(name)) or [
-        "their order"
-    ]
-
-
-def _method_here(name: str) -> MethodCode | None:
-    kind, _, short = name.partition(" ")
-    registry = {"attack": ATTACKS, "defense": DEFENSES}.get(kind)
-    if registry is None or short not in registry.names():
-        return None
-    return method_code(registry.get(short))
 
 
 def _input_words(manifest: Manifest, base: Path) -> Iterator[str]:
@@ -193,61 +128,6 @@ def _input_words(manifest: Manifest, base: Path) -> Iterator[str]:
 
 
 # The plan.
-
-
-def _digest_words(manifest: Manifest, packed: PackedPlan) -> Iterator[str]:
-    """Whether every digest in the archive follows from what is packed beside it."""
-    code = manifest.code
-    methods = {name: digest(one.imports) for name, one in code.methods.items()}
-
-    def of_method(one: PackedMethod) -> str:
-        name = f"{one.kind} {one.name}"
-        own = code.methods[name]
-        return digests.of_method(
-            {**asdict(one), "version": own.version, "source": own.source}, methods[name]
-        )
-
-    def of_stage(stage: PackedStage) -> str:
-        acting = [of_method(PackedMethod(**one)) for one in stage.params.get("methods", ())]
-        head = digests.of_head(
-            stage.kind,
-            digest(code.kinds[variant_of(stage.kind, stage.params)]),
-            acting,
-            stage.params,
-            form=code.format,
-        )
-        return digests.of_stage(head, stage.inputs, stage.seed)
-
-    def of_cell(cell: PackedCell) -> str:
-        recipe = digests.of_recipe([of_method(one) for one in (cell.attack, *cell.defenses)])
-        return digests.of_cell(
-            recipe,
-            model=cell.model,
-            task=cell.task,
-            seed=cell.seed,
-            answers=cell.answers,
-            search=cell.search,
-            trial=cell.trial,
-        )
-
-    wrong = [
-        f"{stage.name} {stage.digest}"
-        for stage in packed.stages
-        if _or_none(of_stage, stage) != stage.digest
-    ]
-    wrong += [f"cell {cell.cell}" for cell in packed.cells if _or_none(of_cell, cell) != cell.cell]
-    if wrong:
-        yield f"{len(wrong)} digests do not follow from what is packed: {_listed(wrong)}"
-    if digest(sorted(cell.cell for cell in packed.cells)) != manifest.plan:
-        yield "the cells packed are not those of the plan that the manifest names"
-
-
-def _or_none(make: Any, one: object) -> str | None:
-    """What `make` gives, or None where the archive lacks what that takes."""
-    try:
-        return str(make(one))
-    except (KeyError, TypeError, AttributeError):
-        return None
 
 
 def _plan_words(archive: Archive, packed: PackedPlan, base: Path) -> Iterator[str]:
@@ -296,7 +176,7 @@ def _plans_differ(packed: PackedPlan, plan: Plan) -> Iterator[str]:
     if anew:
         yield (
             f"{sum(anew.values())} of {len(packed.stages)} stages have another digest here and"
-            f" would run anew: {_listed(f'{name} ({count})' for name, count in anew.most_common())}"
+            f" would run anew: {listed(f'{name} ({count})' for name, count in anew.most_common())}"
         )
     elif not other and here != packed:
         yield "the plan here has the same digests in another order, or further stages"
@@ -306,7 +186,7 @@ def _plans_differ(packed: PackedPlan, plan: Plan) -> Iterator[str]:
         for one in _cells_differ(*pair, packed, here)
     )
     if changes:
-        yield f"parameters: {_listed(changes)}"
+        yield f"parameters: {listed(changes)}"
 
 
 def _cells_differ(
@@ -375,7 +255,7 @@ def _unpinned(packed: PackedPlan) -> Iterator[str]:
                     }
                 )
     if found:
-        yield f"not pinned to a revision, so they may be others here: {_listed(found)}"
+        yield f"not pinned to a revision, so they may be others here: {listed(found)}"
 
 
 # Tables and artifacts.
@@ -404,7 +284,8 @@ def _artifact_words(
     archive: Archive, packed: PackedPlan, store: Store | None, notes: list[str]
 ) -> Iterator[str]:
     """Artifacts that the store here holds with other bytes; what is not compared is noted."""
-    there = archive.read(ARTIFACTS, dict[str, dict[str, dict[str, Any]]]) or {}
+    artifacts = archive.read(ARTIFACTS, dict[str, PackedArtifact]) or {}
+    there = {one: artifact.files for one, artifact in artifacts.items()}
     named = {stage.digest: stage.name for stage in packed.stages}
     both = set() if store is None else store.done() & set(named) & set(there)
     if store is None or not both:
@@ -431,5 +312,5 @@ def _artifact_words(
         )
         yield (
             f"{len(other)} of {len(records)} artifacts have other bytes in the store here:"
-            f" {_listed(files)}"
+            f" {listed(files)}"
         )

@@ -19,6 +19,7 @@ KIND = StageKind(
     takes=("completions",),
     answers="all",
     settings=("scoring",),
+    loads=("ftsec_ray.judges",),
     needs_model=False,
     prior_s={"": (0.5, 0.0)},
 )

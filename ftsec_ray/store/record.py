@@ -4,7 +4,6 @@ it names.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ftsec_ray.errors import StoreError
-from ftsec_ray.identity import DIGEST_CHARS
+from ftsec_ray.identity import DIGEST_CHARS, sha256
 
 RECORD = "record.json"
 _PICKLES = re.compile(
@@ -69,12 +68,6 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
         if path.is_file() and name != RECORD:
             found[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return found
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def dumped(record: Mapping[str, Any]) -> str:

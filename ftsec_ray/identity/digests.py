@@ -1,5 +1,9 @@
 """How the digests of a plan are made from what decides them: the builder makes them so, and who
 checks a plan makes them again.
+
+No source code is in a digest. What a stage or a method of the package does is named by its VERSION,
+which `stages/versions.lock` holds the code to; a method from elsewhere has no lock, and enters with
+the hash of its own file.
 """
 
 from __future__ import annotations
@@ -7,35 +11,55 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ftsec_ray.identity import FORMAT_VERSION, canonical, digest, digest_text
+from ftsec_ray.identity.canonical import FORMAT_VERSION, canonical, digest, digest_text
+
+METHODS = "methods"
+"""Key of a stage's params under which its methods stand, as {"kind", "name", "params"}."""
 
 
-def of_method(identity: Mapping[str, object], imports: str) -> str:
-    """Digest of a method (see registry.identity_of) with the fingerprint of the code that it
-    imports.
+def of_method(
+    kind: str, name: str, params: object, *, version: int, file: str | None = None
+) -> str:
+    """Digest of a method.
+
+    Args:
+        kind: `attack` or `defense`.
+        name: Its name in the registry.
+        params: Its parameters: the method itself, or their JSON values.
+        version: Its VERSION.
+        file: Token hash of its file where it is not of this package.
     """
-    return digest([digest(identity), imports])
+    return digest([kind, name, version, file, params])
 
 
 def of_head(
     kind: str,
-    code: str,
+    version: int,
     methods: Sequence[str],
     params: Mapping[str, Any],
     *,
     form: int = FORMAT_VERSION,
 ) -> str:
-    """Digest of what all stages of one kind, code, methods (by digest) and params share."""
+    """Digest of what all stages of one kind, VERSION, methods (by digest) and params share; the
+    methods in `params` are left out, since their digests hold them.
+    """
+    own = {name: value for name, value in params.items() if name != METHODS}
     return digest_text(
         canonical(
-            {"kind": kind, "code": code, "format": form, "methods": list(methods), "params": params}
+            {
+                "kind": kind,
+                "version": version,
+                "format": form,
+                "methods": list(methods),
+                "params": own,
+            }
         )
     )
 
 
 def of_stage(head: str, inputs: Iterable[tuple[str, str]], seed: int | None) -> str:
     """Digest of a stage: its head, its inputs as (role, digest) in their order, and its seed."""
-    given = " ".join(f"{role}={found}" for role, found in inputs)
+    given = " ".join(f"{role}={made_by}" for role, made_by in inputs)
     return digest_text(f"stage {head} inputs {given} seed {seed}")
 
 

@@ -1,4 +1,4 @@
-"""Canonical JSON, digests and source fingerprints: what decides a result gets one name, everywhere.
+"""Canonical JSON and digests: what decides a result gets one name, everywhere.
 
 The encoder refuses what it cannot write the same way in every process (callables, NaN, sets,
 arbitrary objects) instead of guessing. A digest is the first 32 hex digits of the SHA-256 of
@@ -7,21 +7,19 @@ canonical JSON.
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
 import json
 import math
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import cache
-from pathlib import Path
 
 from ftsec_ray.errors import IdentityError
 
 DIGEST_CHARS = 32
-FORMAT_VERSION = 1
-"""Raise when artifacts written by an older package may no longer be reused."""
+FORMAT_VERSION = 2
+"""Part of every digest: raise when no artifact of an older package may be reused. 2: digests hold
+VERSIONs in place of hashed source.
+"""
 
 
 def _plain(value: object) -> object:
@@ -74,37 +72,3 @@ def unit_interval(*parts: object) -> float:
     """
     raw = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(raw[:8], "big") / 2**64
-
-
-class _DropDocstrings(ast.NodeTransformer):
-    def _strip(self, node: ast.AST) -> ast.AST:
-        self.generic_visit(node)
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            kept = [
-                n
-                for n in body
-                if not (
-                    isinstance(n, ast.Expr)
-                    and isinstance(n.value, ast.Constant)
-                    and isinstance(n.value.value, str)
-                )
-            ]
-            node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
-        return node
-
-    visit_Module = visit_ClassDef = visit_FunctionDef = visit_AsyncFunctionDef = _strip  # noqa: N815
-
-
-@cache
-def source_fingerprint(module_name: str) -> str:
-    """Digest of a module's code without comments, docstrings and layout, so that a reworded text
-    reruns nothing.
-    """
-    spec = importlib.util.find_spec(module_name)
-    if spec is None or spec.origin is None:
-        raise IdentityError(
-            "a module without a source file", module_name, "an importable .py module"
-        )
-    tree = _DropDocstrings().visit(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
-    return digest_text(ast.dump(tree))

@@ -1,0 +1,24 @@
+"""What decides a result, by name: canonical JSON and digests, files by their bytes, and the lock
+that holds code to its VERSION.
+"""
+
+from ftsec_ray.identity.canonical import (
+    DIGEST_CHARS,
+    FORMAT_VERSION,
+    canonical,
+    digest,
+    digest_text,
+    unit_interval,
+)
+from ftsec_ray.identity.content import content_hash, sha256
+
+__all__ = [
+    "DIGEST_CHARS",
+    "FORMAT_VERSION",
+    "canonical",
+    "content_hash",
+    "digest",
+    "digest_text",
+    "sha256",
+    "unit_interval",
+]
