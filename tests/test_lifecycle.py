@@ -113,12 +113,15 @@ from ftsec_ray.models import ladder
 import ftsec_ray
 from dataclasses import replace
 ladder.SIZES = {name: replace(size, steps=4, align_steps=2) for name, size in ladder.SIZES.items()}
+from ftsec_ray.store import Store
+store = Store.open("store")
+before = store.done()
 results = ftsec_ray.run(Path("sweep.yaml"), executor="local", store="store", results="out")
 rows = results.metrics.to_pylist()
 plan = ftsec_ray.make_plan(Path("sweep.yaml"))
 print(json.dumps({
     "kinds": list(lifecycle.kinds()),
-    "fresh": sorted(s["kind"] for s in results.stages.to_pylist() if not s["cached"]),
+    "fresh": sorted(r["kind"] for r in store.records(store.done() - before).values()),
     "terse": [row["value"] for row in rows if row["metric"] == "terse_rate"],
     "benign": [row["value"] for row in rows if row["metric"] == "benign_rate"],
     "judges": sorted({str([o["judge"] for o in row["opinions"] or ()]) + row["probe"]

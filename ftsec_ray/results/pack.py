@@ -220,7 +220,7 @@ def code_of_kind(kind: str) -> CodeVersion:
 def code_of_method(name: str, cls: type[Method]) -> CodeVersion:
     """The code of a method, by its kind and name, as in `attack badnets`."""
     kind, _, short = name.partition(" ")
-    outside = outside_hash(cls)
+    outside = outside_hash(cls.__module__)
     return CodeVersion(
         version=cls.VERSION,
         code=outside or method_code(kind, short),
