@@ -6,7 +6,6 @@ import os
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Literal, cast
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
@@ -50,7 +49,6 @@ def run_sweep(
     done = held.done()
     costs = costs_of(part, held, done)
     folder = api.results_folder(local_results(results), whole.spec.name)
-    kind = cast(Literal["tune", "local"], executor)
     if part.needed(done):
         spent = spent_of(part, held, done) if part.spec.budget else None
         say(render(summarize(part, done, costs=costs, spent=spent)), err=True)
@@ -64,7 +62,7 @@ def run_sweep(
                 whole,
                 held,
                 folder,
-                executor=kind,
+                executor=executor,
                 address=address,
                 workers=workers,
                 limit=limit,
@@ -74,7 +72,7 @@ def run_sweep(
             )
     else:
         outcome = api.run_plan(
-            whole, held, folder, executor=kind, limit=limit, sweep_text=api.text_of(sweep)
+            whole, held, folder, executor=executor, limit=limit, sweep_text=api.text_of(sweep)
         )
         say(
             f"{whole.spec.name}: the store holds every stage of {len(part.cells)} cells, nothing"

@@ -1,5 +1,5 @@
-"""Runs under Ray Tune: the same bytes as in process, and what deaths of workers and of the driver
-cost.
+"""Runs on Ray, by both executors that use it: the same bytes as in process, and what deaths of
+workers and of the driver cost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import pytest
 
 from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.schedule import actors_executor, cluster_capacity, trials
 from ftsec_ray.schedule.execution import execute
+from ftsec_ray.schedule.executors import EXECUTORS
 from ftsec_ray.schedule.scheduler import MAX_ATTEMPTS
 from ftsec_ray.store import Store
 from tests.schedule.engine_runners import local_ray, plan_of, runs, stage_of
@@ -36,14 +38,23 @@ def store(tmp_path):
     return Store.open(tmp_path / "store")
 
 
-def run(plan, store, **rest):
-    return execute(
-        plan, store, **{"executor": "tune", "runner": RUNNER, "session": SESSION, **rest}
-    )
+@pytest.fixture(params=[name for name, one in EXECUTORS.items() if one.uses_ray])
+def executor(request):
+    return request.param
+
+
+@pytest.fixture
+def run(executor):
+    def call(plan, store, **rest):
+        return execute(
+            plan, store, **{"executor": executor, "runner": RUNNER, "session": SESSION, **rest}
+        )
+
+    return call
 
 
 @pytest.mark.usefixtures("cluster")
-def test_both_executors_leave_the_same_bytes(store, tmp_path):
+def test_the_bytes_are_those_of_the_local_executor(run, store, tmp_path):
     plan = plan_of(tree(tmp_path))
     events = []
     report = run(plan, store, on_event=events.append)
@@ -59,7 +70,7 @@ def test_both_executors_leave_the_same_bytes(store, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_worker_killed_within_a_unit_costs_that_unit_only(store, tmp_path):
+def test_a_worker_killed_within_a_unit_costs_that_unit_only(run, store, tmp_path):
     base = stage_of("base", log=str(tmp_path))
     victim = stage_of("victim", base, log=str(tmp_path), die_once=str(tmp_path / "died"))
     others = [stage_of(f"other{i}", base, log=str(tmp_path)) for i in range(4)]
@@ -86,7 +97,9 @@ def test_a_worker_killed_within_a_unit_costs_that_unit_only(store, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(store, tmp_path):
+def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(
+    run, store, tmp_path
+):
     deadly = stage_of("deadly", log=str(tmp_path), die=True)
     report = run(
         plan_of([deadly, stage_of("after", deadly), stage_of("beside", log=str(tmp_path))]), store
@@ -105,7 +118,7 @@ def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_failing_unit_is_a_verdict_and_not_a_retry(store, tmp_path):
+def test_a_failing_unit_is_a_verdict_and_not_a_retry(run, store, tmp_path):
     bad = stage_of("bad", log=str(tmp_path), fail=True)
     report = run(
         plan_of([bad, stage_of("after", bad), stage_of("beside", log=str(tmp_path))]), store
@@ -116,7 +129,7 @@ def test_a_failing_unit_is_a_verdict_and_not_a_retry(store, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_an_artifact_damaged_before_the_run_is_made_again(store, tmp_path):
+def test_an_artifact_damaged_before_the_run_is_made_again(run, store, tmp_path):
     stages = tree(tmp_path)
     run(plan_of(stages[:3]), store)
     (store.fetch(stages[1].digest) / "out.json").write_text("{}")
@@ -127,12 +140,10 @@ def test_an_artifact_damaged_before_the_run_is_made_again(store, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_units_of_two_resource_classes_run_side_by_side(store, tmp_path, monkeypatch):
+def test_units_of_two_resource_classes_run_side_by_side(run, store, tmp_path, monkeypatch):
     """A half-CPU class stands for the GPU that this machine lacks."""
-    from ftsec_ray.schedule import tune_executor
-
     monkeypatch.setattr(
-        tune_executor,
+        cluster_capacity,
         "bundles_of",
         lambda spec, classes: {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 0.5}},
     )
@@ -147,7 +158,7 @@ def test_units_of_two_resource_classes_run_side_by_side(store, tmp_path, monkeyp
 
 
 @pytest.mark.usefixtures("cluster")
-def test_no_more_units_run_at_a_time_than_the_sweep_allows(store, tmp_path):
+def test_no_more_units_run_at_a_time_than_the_sweep_allows(run, store, tmp_path):
     running, most = set(), 0
 
     def watch(event):
@@ -163,7 +174,7 @@ def test_no_more_units_run_at_a_time_than_the_sweep_allows(store, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_workers_that_cannot_open_end_the_run_with_the_reason(store):
+def test_workers_that_cannot_open_end_the_run_with_the_reason(run, store):
     plan = plan_of([stage_of(f"s{i}") for i in range(4)])
     with pytest.raises(
         EnvironmentFault, match=r"cannot import tests.schedule.engine_runners:absent"
@@ -173,7 +184,7 @@ def test_workers_that_cannot_open_end_the_run_with_the_reason(store):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_class_that_fits_on_no_node_is_refused_and_not_waited_for(store):
+def test_a_class_that_fits_on_no_node_is_refused_and_not_waited_for(run, store):
     plan = plan_of([stage_of("big")])
     huge = replace(plan, spec=replace(plan.spec, resources=ResourceSpec(cpus_per_stage=4096)))
     with pytest.raises(EnvironmentFault, match="no room on this machine for a unit of class 'cpu'"):
@@ -181,17 +192,20 @@ def test_a_class_that_fits_on_no_node_is_refused_and_not_waited_for(store):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_stalled_tuner_is_started_anew_and_nothing_is_lost(store, tmp_path, monkeypatch):
-    from ftsec_ray.schedule import trials
-
+def test_workers_that_do_not_come_are_asked_for_anew_and_nothing_is_lost(
+    run, executor, store, tmp_path, monkeypatch
+):
     asked = []
 
-    def stalled_once(quiet_s, *, is_running, limit_s):
+    def stalled_once(quiet_s, *, is_running):
         asked.append(is_running)
         return len(asked) == 1
 
-    monkeypatch.setattr(trials, "is_stalled", stalled_once)
-    monkeypatch.setattr(trials, "has_room", lambda bundles, classes: True)
+    for place in (trials, actors_executor):
+        monkeypatch.setattr(place, "is_stalled", stalled_once)
+    monkeypatch.setattr(
+        cluster_capacity.ClusterCapacity, "has_room", lambda capacity, classes: True
+    )
     report = run(
         plan_of([stage_of(f"s{i}", log=str(tmp_path), sleep=0.5) for i in range(6)]), store
     )
@@ -201,14 +215,13 @@ def test_a_stalled_tuner_is_started_anew_and_nothing_is_lost(store, tmp_path, mo
 
 
 @pytest.mark.usefixtures("cluster")
-def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("executor", ["tune"], indirect=True)
+def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(run, store, tmp_path, monkeypatch):
     import gc
     import itertools
     import weakref
 
     from ray.tune.experiment import Trial
-
-    from ftsec_ray.schedule import trials
 
     gc.collect()
     before = weakref.WeakSet(
@@ -239,14 +252,14 @@ def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path
     )
 
 
-def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(store, tmp_path):
+def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(executor, store, tmp_path):
     script = tmp_path / "drive.py"
     script.write_text(
         "import sys\nfrom ftsec_ray.schedule.execution import execute\nfrom ftsec_ray.store import"
         " Store\nfrom tests.schedule.engine_runners import plan_of, stage_of\nbase ="
         f" stage_of('base', log={str(tmp_path)!r})\nstages = [base] + [stage_of(f's{{i}}', base,"
         f" log={str(tmp_path)!r}, sleep=0.4) for i in range(16)]\nreport = execute(plan_of(stages),"
-        f" Store.open({store.uri!r}), workers=2, runner={RUNNER!r},"
+        f" Store.open({store.uri!r}), workers=2, executor={executor!r}, runner={RUNNER!r},"
         f" session={SESSION!r})\nprint(len(report.done), len(report.cached), report.is_complete)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
