@@ -1,8 +1,8 @@
 """What Ray Tune asks while a run is on: which unit a trial gets, which trial a free worker gets,
 and what became of both.
 
-With `tune` the only module that imports `ray.tune`. It reads Tune's controller where Tune offers no
-other way.
+With `tune_executor` and `tune_internals` the only module that imports `ray.tune`. Where Tune offers
+no other way it reads Tune's controller, through `tune_internals`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ from ray.tune.search import Searcher  # noqa: TID253
 
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.schedule.cluster_capacity import ClusterCapacity, GrowthMonitor, is_stalled
+from ftsec_ray.schedule.tune_internals import (
+    controller_of,
+    count_trials,
+    forget_trials,
+    has_idle_worker,
+    release_idle_workers,
+    trials_without_start,
+)
 from ftsec_ray.schedule.unit_leases import UnitLeases, death_text
 
 KEPT_TRIALS = 256
@@ -128,57 +136,23 @@ class OldestFirst(FIFOScheduler):  # type: ignore[misc]
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """The oldest trial that waits for room, or for a worker that has not been asked for."""
-        controller = tune_controller._tune_controller  # of the wrapper, without its warning
+        controller = controller_of(tune_controller)
         self._forget(controller)
-        started, asked = (
-            controller._actor_manager._live_actors_to_ray_actors_resources,
-            controller._trial_to_actor,
-        )
-        waiting = [
-            one
-            for one in controller._trials
-            if one.status == "PENDING" and asked.get(one) not in started
-        ]
-        free = controller._actor_cache
-        reusing = (
-            one
-            for one in waiting
-            if free.num_cached_objects and free.has_cached_object(one.placement_group_factory)
-        )
+        waiting = trials_without_start(controller)
+        reusing = (trial for trial in waiting if has_idle_worker(controller, trial))
         return self._or_release(next(reusing, waiting[0] if waiting else None), controller)
 
     def _or_release(self, chosen: Any, controller: Any) -> Any:
         """The chosen trial; where there is none and a worker group lives, idle workers go."""
         if chosen is None and self._searcher.leases.has_group:
-            controller._cleanup_cached_actors(force_all=True)
+            release_idle_workers(controller)
         return chosen
 
     def _forget(self, controller: Any) -> None:
-        """Now and then, drop the trials whose end the searcher knows and whose worker has been let
-        go.
-        """
-        trials = controller._trials
-        if len(trials) < self._live_trials + KEPT_TRIALS:
-            return
-        ended = {
-            one
-            for one in trials
-            if one.is_finished()
-            and one.trial_id not in self._searcher.live
-            and one not in controller._trial_to_actor
-        }
-        for kept in (trials, controller._pending_trials_list):
-            kept[:] = [one for one in kept if one not in ended]
-        self._live_trials = len(trials)
-        for kept in (
-            controller._stopped_trials,
-            controller._failed_trials,
-            controller._live_trials,
-            controller._trials_to_cache,
-        ):
-            kept -= ended
-        for one in ended:
-            controller._trial_metadata.pop(one.trial_id, None)
+        """Now and then, drop the trials whose end the searcher knows."""
+        if count_trials(controller) >= self._live_trials + KEPT_TRIALS:
+            forget_trials(controller, lambda trial: trial.trial_id not in self._searcher.live)
+            self._live_trials = count_trials(controller)
 
 
 class NewestFirst(OldestFirst):
@@ -201,7 +175,8 @@ class NewestFirst(OldestFirst):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """A trial that Tune has not yet asked a worker for, else the oldest that waits."""
-        self._forget(tune_controller._tune_controller)
+        controller = controller_of(tune_controller)
+        self._forget(controller)
         chosen = next((trial for trial in self._fresh if trial.status == "PENDING"), None)
         self._older += self._fresh
         self._fresh.clear()
@@ -211,9 +186,7 @@ class NewestFirst(OldestFirst):
             self._older = deque(one for one in self._older if one.status == "PENDING")
         while self._older and self._older[0].status != "PENDING":
             self._older.popleft()
-        return self._or_release(
-            chosen or (self._older[0] if self._older else None), tune_controller._tune_controller
-        )
+        return self._or_release(chosen or (self._older[0] if self._older else None), controller)
 
 
 class TrialMonitor(tune.Callback):

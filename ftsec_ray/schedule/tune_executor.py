@@ -1,5 +1,4 @@
-"""Run units as Ray Tune trials; imported on demand only, and with `trials` the only module that
-imports `ray.tune`.
+"""Run units as Ray Tune trials; imported on demand only.
 
 A trial carries the id of a unit and nothing else; what the units are travels once per worker
 through the object store. A worker that reached a verdict returns it as an ordinary result, so a
@@ -29,7 +28,6 @@ from ftsec_ray.schedule.cluster_capacity import (
     connected_capacity,
     stall_fault,
 )
-from ftsec_ray.schedule.credentials import no_keys_for_workers
 from ftsec_ray.schedule.dispatcher import Dispatcher
 from ftsec_ray.schedule.ray_session import setting
 from ftsec_ray.schedule.ray_worker import RayWorker
@@ -41,6 +39,7 @@ from ftsec_ray.schedule.trials import (
     StopWhenStalled,
     TrialMonitor,
 )
+from ftsec_ray.schedule.tune_internals import check_tune, no_keys_for_workers
 from ftsec_ray.schedule.unit_leases import UnitLeases
 
 WINDOW = 4096
@@ -95,6 +94,7 @@ def run_tune(
     workers: int | None,
 ) -> None:
     """Run the units of a dispatcher as trials, until none is left."""
+    check_tune()
     with (
         no_keys_for_workers(),
         connected_capacity(

@@ -221,8 +221,10 @@ def plan_with(*others, stage, workers=2):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("asked", [2, 16])
-def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, expected, tmp_path):
+@pytest.mark.parametrize(("asked", "executor"), [(2, "tune"), (16, "tune"), (16, "actors")])
+def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(
+    asked, executor, expected, tmp_path
+):
     """Two cores, never free together, and a set whose blocks need both once another unit is done:
     it gets its turn before the rest.
     """
@@ -237,6 +239,7 @@ def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, exp
     report = execute(
         plan_with(*busy, stage=stage, workers=asked),
         here,
+        executor=executor,
         runner=BUSY,
         on_event=lambda e: events.append((e.kind, e.unit)),
     )
@@ -255,11 +258,12 @@ def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, exp
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_a_chain_of_pipelines_under_tune_has_the_bytes_of_the_local_executor(tmp_path):
-    stores = [filled(tmp_path / name, many_rows(ROWS)) for name in ("tune", "local")]
+@pytest.mark.parametrize("on_ray", ["tune", "actors"])
+def test_a_chain_of_pipelines_on_ray_has_the_bytes_of_the_local_executor(tmp_path, on_ray):
+    stores = [filled(tmp_path / name, many_rows(ROWS)) for name in ("ray", "local")]
     poison = craft_stage(METHODS[0], resource="data:2")
     clean = craft_stage(METHODS[4], rows=poison.digest, resource="data:2")
-    for where, executor in zip(stores, ("tune", "local"), strict=True):
+    for where, executor in zip(stores, (on_ray, "local"), strict=True):
         assert execute(
             plan_with(poison, stage=clean), where, executor=executor, runner=BUSY
         ).is_complete

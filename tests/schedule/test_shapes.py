@@ -1,4 +1,4 @@
-"""Shares of a GPU and a budget under Ray Tune, on a cluster that only claims to have a GPU."""
+"""Shares of a GPU and a budget on Ray, on a cluster that only claims to have a GPU."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def test_a_pipeline_gets_as_many_workers_as_there_is_room_for_and_its_trial_noth
 def test_while_a_pipeline_waits_for_its_cores_nothing_is_handed_out_that_would_take_one(tmp_path):
     from ftsec_ray.schedule.dispatcher import Dispatcher
     from ftsec_ray.schedule.trials import StageSearcher
+    from ftsec_ray.schedule.unit_leases import UnitLeases
 
     first = stage_of("first", cost_s=2.0)
     stages = [
@@ -68,7 +69,8 @@ def test_while_a_pipeline_waits_for_its_cores_nothing_is_handed_out_that_would_t
     ]
     dispatcher = Dispatcher(plan_of(stages), Store.open(tmp_path), set())
     room = room_beside({"cpu": {"CPU": 1.0}, "data:2": {"CPU": 2.0}}, {"CPU": 2.0})
-    searcher = StageSearcher(dispatcher, room=room, limit=4, given=frozenset(dispatcher.units))
+    leases = UnitLeases(dispatcher, room=room, limit=4)
+    searcher = StageSearcher(leases, given=frozenset(dispatcher.units))
 
     def ask(trial):
         given = searcher.suggest(trial)
@@ -97,7 +99,10 @@ def test_while_a_pipeline_waits_for_its_cores_nothing_is_handed_out_that_would_t
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_again(tmp_path):
+@pytest.mark.parametrize("executor", ["tune", "actors"])
+def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_again(
+    tmp_path, executor
+):
     kinds = ["cpu", "gpu:0.125", "gpu:0.5", "gpu"]
     base = stage_of("base", log=str(tmp_path))
     stages = [
@@ -113,7 +118,7 @@ def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_ag
     report = execute(
         plan,
         Store.open(tmp_path / "store"),
-        executor="tune",
+        executor=executor,
         runner="tests.schedule.engine_runners:placed",
         session=SESSION,
         runtime=Runtime(device="cuda"),
@@ -131,11 +136,12 @@ def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_ag
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_a_run_on_ray_stops_at_its_budget_and_ends(tmp_path):
+@pytest.mark.parametrize("executor", ["tune", "actors"])
+def test_a_run_on_ray_stops_at_its_budget_and_ends(tmp_path, executor):
     store = Store.open(tmp_path / "store")
     plan = plan_of([stage_of(f"s{i}", cost_s=0.002, sleep=0.2) for i in range(12)])
     plan = replace(plan, spec=replace(plan.spec, budget=BudgetSpec(hours=0.5 / 3600)))
-    report = execute(plan, store, executor="tune", workers=2, runner=RUNNER, session=SESSION)
+    report = execute(plan, store, executor=executor, workers=2, runner=RUNNER, session=SESSION)
     assert 1 <= len(report.done) <= 5, "three, and what ran beside the third"
     assert len(report.done) + len(report.unaffordable) == 12
     assert store.done() == set(report.done)

@@ -241,24 +241,32 @@ class TestUnderRay:
     @pytest.mark.usefixtures("cluster")
     @pytest.mark.timeout(600)
     @pytest.mark.parametrize(
-        "address", [None, pytest.param("of a cluster that may grow", marks=pytest.mark.slow)]
+        ("executor", "address"),
+        [
+            ("tune", None),
+            ("actors", None),
+            *(
+                pytest.param(name, "of a cluster that may grow", marks=pytest.mark.slow)
+                for name in ("tune", "actors")
+            ),
+        ],
     )
     def test_worker_groups_and_small_units_share_a_cluster_with_room_for_one_worker_group(
-        self, store, tmp_path, address
+        self, store, tmp_path, executor, address
     ):
         base = stage_of("base", log=str(tmp_path))
-        worker_groups = [group_stage(f"worker group{i}", base, log=str(tmp_path)) for i in range(2)]
+        worker_groups = [group_stage(f"wide{i}", base, log=str(tmp_path)) for i in range(2)]
         small = [stage_of(f"small{i}", base, log=str(tmp_path), sleep=0.2) for i in range(4)]
         report = run(
             plan_of(
                 [base, *worker_groups, *small, stage_of("end", worker_groups[0], log=str(tmp_path))]
             ),
             store,
-            executor="tune",
+            executor=executor,
             address=address,
         )
         assert report.is_complete
-        assert sorted(runs(tmp_path, "ran-1")) == ["gang0", "gang1"]
+        assert sorted(runs(tmp_path, "ran-1")) == ["wide0", "wide1"]
         assert sorted(runs(tmp_path, "alone")) == ["base", "end", *(f"small{i}" for i in range(4))]
         assert {
             json.loads((store.fetch(worker_group.digest) / "out.json").read_text())["sum"]
@@ -267,12 +275,13 @@ class TestUnderRay:
 
     @pytest.mark.usefixtures("cluster")
     @pytest.mark.timeout(600)
+    @pytest.mark.parametrize("executor", ["tune", pytest.param("actors", marks=pytest.mark.slow)])
     def test_failures_and_deaths_of_a_worker_group_are_what_they_are_without_ray(
-        self, store, tmp_path
+        self, store, tmp_path, executor
     ):
         bad = group_stage("bad", log=str(tmp_path), fail=True, at=1)
         once = group_stage("once", log=str(tmp_path), die_once=str(tmp_path / "died"), at=1)
-        report = run(plan_of([bad, once]), store, executor="tune")
+        report = run(plan_of([bad, once]), store, executor=executor)
         assert {digest: one.error_code for digest, one in report.failed.items()} == {
             bad.digest: "stage"
         }
