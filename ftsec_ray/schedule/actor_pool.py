@@ -21,8 +21,8 @@ from ftsec_ray.schedule.ray_worker import RayWorker
 IDLE_S = 60.0
 """Seconds that an actor may be idle in a cluster that may grow, and so shrink."""
 PATIENCE_S = 2.0
-"""Seconds that an actor may take to start before idle ones make way, even where the sum of the
-cluster's resources would hold them all: those of its node may not.
+"""Seconds that an actor may take to start on a cluster of several nodes before idle ones make way,
+even where the sum of all nodes would hold them all: the node that it needs may not.
 """
 
 
@@ -53,9 +53,13 @@ class ActorPool:
     """All actors of a run."""
 
     def __init__(self, spec: WorkerSpec, capacity: ClusterCapacity) -> None:
+        import ray
+
         self._spec = spec
         self._capacity = capacity
+        self._actor_class = ray.remote(RayWorker)
         self._have: Mapping[str, float] = {}
+        self._nodes = 1
         self.actors: list[PooledActor] = []
         self.measure()
 
@@ -64,6 +68,7 @@ class ActorPool:
         import ray
 
         self._have = ray.cluster_resources()
+        self._nodes = sum(node["Alive"] for node in ray.nodes())
 
     # Units.
 
@@ -118,7 +123,7 @@ class ActorPool:
             "memory": own.get("memory"),
             **place,
         }
-        handle = ray.remote(RayWorker).options(**options).remote(self._spec, self._capacity.bundles)
+        handle = self._actor_class.options(**options).remote(self._spec, self._capacity.bundles)
         return PooledActor(
             resource=resource,
             handle=handle,
@@ -148,7 +153,7 @@ class ActorPool:
             self.discard(actor for actor in spare if not is_group(actor.resource))
             return
         needed = [actor for actor in self.actors if actor.is_starting and actor not in spare]
-        if any(now - actor.since > PATIENCE_S for actor in needed):
+        if self._nodes > 1 and any(now - actor.since > PATIENCE_S for actor in needed):
             self.discard(spare)
         elif needed:
             while spare and self._is_short():
