@@ -30,6 +30,7 @@ from ftsec_ray.execute.unit import (
     run_unit,
     short_text,
 )
+from ftsec_ray.execute.worker_spec import WorkerSpec
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.store import Store
@@ -47,12 +48,7 @@ class GroupOrder:
     """A worker group unit and what its processes need to run it."""
 
     stages: tuple[Stage, ...]
-    store: str
-    """URI of the store."""
-    runtime: Runtime
-    cache_gib: float
-    runner: str
-    session: str
+    worker: WorkerSpec
     attempt: int
     threads: int
     """Cores of one process."""
@@ -64,6 +60,11 @@ class GroupOrder:
         """Processes of the worker group."""
         return worker_group_of(self.stages[0]).workers
 
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether each process has a GPU."""
+        return self.worker.runtime.device.startswith("cuda")
+
     def runtime_of(self, stage: Stage) -> Runtime:
         """Where and how the processes run a stage."""
         worker_group = worker_group_of(stage)
@@ -71,12 +72,10 @@ class GroupOrder:
             worker_group, micro_batch=max(1, worker_group.micro_batch >> self.halvings)
         )
         device = (
-            f"cuda:{os.environ['LOCAL_RANK']}"
-            if self.runtime.device.startswith("cuda")
-            else self.runtime.device
+            f"cuda:{os.environ['LOCAL_RANK']}" if self.is_on_cuda else self.worker.runtime.device
         )
         return replace(
-            self.runtime,
+            self.worker.runtime,
             device=device,
             micro_batch=worker_group.micro_batch,
             worker_group=worker_group,
@@ -95,7 +94,7 @@ class GroupOrder:
             **{
                 **plain,
                 "stages": tuple(Stage.from_json(one) for one in plain["stages"]),
-                "runtime": Runtime(**plain["runtime"]),
+                "worker": WorkerSpec.from_json(plain["worker"]),
             }
         )
 
@@ -154,25 +153,18 @@ def work(order: GroupOrder) -> list[StageResult]:
     import torch.distributed as dist
 
     clean_logs()
-    if order.runtime.device.startswith("cuda"):
+    order.worker.set_environment()
+    if order.is_on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     cpu_threads(order.threads)
-    store, run = Store.open(order.store), imported(order.runner)
+    store, run = Store.open(order.worker.store), imported(order.worker.runner)
+    open_session, runtime = imported(order.worker.session), order.runtime_of(order.stages[0])
     if dist.get_rank() == 0:
-        return _lead(
-            order,
-            store,
-            imported(order.session)(store, order.runtime_of(order.stages[0]), order.cache_gib),
-            run,
-        )
+        return _lead(order, store, open_session(store, runtime, order.worker.cache_gib), run)
     with tempfile.TemporaryDirectory(prefix="ftsec-worker group-") as scratch:
         reader: Any = _Reader(store, Path(scratch))
-        _follow(
-            order,
-            imported(order.session)(reader, order.runtime_of(order.stages[0]), order.cache_gib),
-            run,
-            Path(scratch),
-        )
+        session = open_session(reader, runtime, order.worker.cache_gib)
+        _follow(order, session, run, Path(scratch))
     return []
 
 
@@ -280,7 +272,7 @@ def _process_group(folder: Path, order: GroupOrder, rank: int) -> Iterator[None]
         "MASTER_PORT": 0,
     }
     os.environ.update({name: str(value) for name, value in names.items()})
-    backend = "nccl" if order.runtime.device.startswith("cuda") else "gloo"
+    backend = "nccl" if order.is_on_cuda else "gloo"
     dist.init_process_group(
         backend,
         init_method=f"file://{folder}/meeting",

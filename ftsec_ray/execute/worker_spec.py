@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ftsec_ray.context import Runtime
 
@@ -24,6 +25,15 @@ class WorkerSpec:
     """Import path of what makes its session: (store, runtime, cache_gib) -> session."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables that it has, where its node does not set them otherwise."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A mapping that JSON can hold and `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> WorkerSpec:
+        """The spec that `to_json` gave."""
+        return cls(**{**plain, "runtime": Runtime(**plain["runtime"])})
 
     def set_environment(self) -> None:
         """Give this process its variables; before the libraries that read them are imported."""

@@ -155,7 +155,7 @@ def launch_on_ray(order: GroupOrder, asks: Mapping[str, float]) -> list[StageRes
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    is_cuda = order.runtime.device.startswith("cuda")
+    is_cuda = order.is_on_cuda
     with tempfile.TemporaryDirectory(prefix="ftsec-train-") as scratch:
         trainer = TorchTrainer(
             _on_ray,

@@ -56,13 +56,7 @@ def _place(dispatcher: Dispatcher, spec: WorkerSpec) -> Iterator[RunUnit]:
             stages, dispatcher.store, here, spec.runner, attempt=attempt
         )
         return
-    worker = Worker(
-        store=spec.store,
-        runtime=spec.runtime,
-        cache_gib=spec.cache_gib,
-        runner=spec.runner,
-        session=spec.session,
-    )
+    worker = Worker(spec)
     try:
         yield worker.run
     finally:
@@ -73,11 +67,7 @@ def _worker_group(dispatcher: Dispatcher, unit: Unit, spec: WorkerSpec) -> list[
     cores = cpus_of(unit.resource, dispatcher.plan.spec) / workers_of(unit.resource)
     order = GroupOrder(
         stages=unit.stages,
-        store=spec.store,
-        runtime=spec.runtime,
-        cache_gib=spec.cache_gib,
-        runner=spec.runner,
-        session=spec.session,
+        worker=spec,
         attempt=dispatcher.attempt(unit.id),
         threads=max(1, int(cores)),
     )

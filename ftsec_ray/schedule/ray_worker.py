@@ -63,11 +63,7 @@ class RayWorker:
         spec, share = self._spec, share_of(resource, self._bundles[resource])
         order = GroupOrder(
             stages=tuple(stages),
-            store=spec.store,
-            runtime=spec.runtime,
-            cache_gib=spec.cache_gib,
-            runner=spec.runner,
-            session=spec.session,
+            worker=spec,
             attempt=attempt,
             threads=max(1, int(share.get("CPU", 1))),
         )

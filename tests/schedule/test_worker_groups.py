@@ -16,6 +16,7 @@ import pytest
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.execute.dist_worker import GroupOrder
+from ftsec_ray.execute.worker_spec import WorkerSpec
 from ftsec_ray.schedule.capacity import pieces_of, room_ahead, room_beside, share_of
 from ftsec_ray.schedule.execution import execute
 from ftsec_ray.schedule.scheduler import Node, Scheduler
@@ -105,11 +106,14 @@ def test_while_a_worker_group_runs_small_units_use_what_is_left():
 def test_an_order_survives_the_way_to_another_process():
     order = GroupOrder(
         stages=(group_stage("a", fail=True),),
-        store="file:///s",
-        runtime=Runtime(micro_batch=3),
-        cache_gib=1.0,
-        runner=RUNNER,
-        session=SESSION,
+        worker=WorkerSpec(
+            store="file:///s",
+            runtime=Runtime(micro_batch=3),
+            cache_gib=1.0,
+            runner=RUNNER,
+            session=SESSION,
+            environment={"NAME": "value"},
+        ),
         attempt=2,
         threads=1,
         halvings=1,
