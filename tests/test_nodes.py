@@ -274,7 +274,7 @@ def test_stages_spread_over_the_nodes_and_come_to_a_kind_of_node_by_resources_al
 def test_a_class_without_a_node_ends_the_run_with_what_it_lacks_once_everything_else_is_done(
     nodes, tmp_path, monkeypatch, executor
 ):
-    monkeypatch.setattr(cluster_capacity, "NO_ROOM_S", 2.0)
+    monkeypatch.setattr(cluster_capacity, "NO_NODE_S", 2.0)
     monkeypatch.setattr(cluster_capacity, "GROWTH_S", 0.5)
     nodes.add(2 - len(nodes.nodes))
     plain, card = (

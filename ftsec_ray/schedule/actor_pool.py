@@ -110,7 +110,7 @@ class ActorPool:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        (own, *others) = self._capacity.pieces[resource]
+        (own, *others) = self._capacity.requests[resource]
         group, place = None, {}
         if is_data(resource):  # the bundles are for the actors of its pipelines, and all at once
             group = ray.util.placement_group(others)

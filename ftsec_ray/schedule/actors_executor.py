@@ -55,8 +55,8 @@ class _ActorRun:
         self._dispatcher = dispatcher
         self._spec = spec
         self._capacity = capacity
-        room, limit = capacity.room_and_limit()
-        self._leases = UnitLeases(dispatcher, room=room, limit=limit)
+        free_slots, limit = capacity.free_slots_and_limit()
+        self._leases = UnitLeases(dispatcher, free_slots=free_slots, limit=limit)
         self._growth = GrowthMonitor(capacity)
         self._pool = ActorPool(spec, capacity)
         self._waiting: dict[str, deque[Unit]] = {}
@@ -142,7 +142,7 @@ class _ActorRun:
         last_event = max(self._dispatcher.last_event, self._asked_at)
         if self._growth.is_due:
             self._pool.measure()
-            leases.room, leases.limit = self._capacity.room_and_limit()
+            leases.free_slots, leases.limit = self._capacity.free_slots_and_limit()
             fault = self._growth.look(leases.classes, running, last_event)
             if fault is not None:
                 raise fault
@@ -150,7 +150,7 @@ class _ActorRun:
         if (
             +waiting
             and is_stalled(time.monotonic() - last_event, is_running=bool(running))
-            and self._capacity.has_room(+waiting)
+            and self._capacity.has_capacity(+waiting)
         ):
             if self._restarts == MAX_RESTARTS:
                 raise stall_fault(waiting.total(), self._capacity.bundles)

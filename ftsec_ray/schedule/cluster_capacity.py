@@ -14,15 +14,15 @@ from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.plan.stage import is_data, is_group, workers_of
 from ftsec_ray.schedule.capacity import (
     Bundles,
-    Room,
+    FreeSlots,
     bundles_of,
     fits,
-    pieces_of,
-    room_ahead,
-    room_beside,
+    fixed_capacity,
+    growing_capacity,
+    request_of,
     share_of,
     slots_of,
-    together,
+    total_of,
 )
 from ftsec_ray.schedule.dispatcher import Dispatcher
 from ftsec_ray.schedule.ray_session import ray_session
@@ -37,7 +37,7 @@ for anew.
 """
 MAX_RESTARTS = 3
 """Times that they are."""
-NO_ROOM_S = 600.0
+NO_NODE_S = 600.0
 """Seconds for which units wait without any other at work, where no node can hold them and none is
 on its way, until the run is given up.
 """
@@ -57,10 +57,10 @@ class ClusterCapacity:
         self.can_grow = can_grow
         self.used = {unit.resource for unit in dispatcher.units.values()}
         """Resource classes of the units that are left."""
-        self.pieces = {one: pieces_of(one, bundle, have) for one, bundle in bundles.items()}
+        self.requests = {one: request_of(one, bundle, have) for one, bundle in bundles.items()}
         """Resource class -> the bundles that one unit asks for."""
         self.bundles: Bundles = bundles | {
-            one: together(group) for one, group in self.pieces.items() if is_data(one)
+            one: total_of(group) for one, group in self.requests.items() if is_data(one)
         }
         """Resource class -> what one unit occupies."""
         self._workers = workers
@@ -74,7 +74,7 @@ class ClusterCapacity:
         import ray
 
         for one in self.used:
-            least = self.bundles[one] if is_group(one) else self.pieces[one][-1]
+            least = self.bundles[one] if is_group(one) else self.requests[one][-1]
             if not any(fits(least, node["Resources"]) for node in ray.nodes() if node["Alive"]):
                 raise EnvironmentFault(
                     f"no room on this machine for a unit of class {one!r}",
@@ -83,7 +83,7 @@ class ClusterCapacity:
                     "lower `resources` in the sweep, or give --address of a cluster",
                 )
 
-    def room_and_limit(self, *, least: int = 1) -> tuple[Room, int]:
+    def free_slots_and_limit(self, *, least: int = 1) -> tuple[FreeSlots, int]:
         """Units of each class that may wait or run, and of all classes together.
 
         Args: least: the latter is at least so many, whatever the sweep's `workers`.
@@ -101,14 +101,14 @@ class ClusterCapacity:
                 for one, count in slots.items()
             }
         limit = min(sum(slots.values()), max(self._workers or 2**31, least))
-        room = (
-            room_ahead(slots, self.bundles, ray.cluster_resources)
+        free_slots = (
+            growing_capacity(slots, self.bundles, ray.cluster_resources)
             if self.can_grow
-            else room_beside(self.bundles, have)
+            else fixed_capacity(self.bundles, have)
         )
-        return room, limit
+        return free_slots, limit
 
-    def has_room(self, classes: Collection[str]) -> bool:
+    def has_capacity(self, classes: Collection[str]) -> bool:
         """Whether the cluster could start a unit of one of the classes right now."""
         import ray
 
@@ -149,7 +149,7 @@ class GrowthMonitor:
 
     def __init__(self, capacity: ClusterCapacity) -> None:
         self._capacity = capacity
-        self._looked = self._had_room = time.monotonic()
+        self._looked = self._had_node = time.monotonic()
 
     @property
     def is_due(self) -> bool:
@@ -174,9 +174,9 @@ class GrowthMonitor:
         # The driver of a worker group runs while its workers wait.
         is_running = any(not (is_group(one) and one in homeless) for one in running)
         if is_running or not waiting or waiting != homeless or is_growing():
-            self._had_room = now
+            self._had_node = now
             return None
-        if now - max(self._had_room, last_event) <= NO_ROOM_S:
+        if now - max(self._had_node, last_event) <= NO_NODE_S:
             return None
         return EnvironmentFault(
             "no node of the cluster has room for a unit of class"

@@ -160,8 +160,8 @@ class NewestFirst(OldestFirst):
 
     First in, first out would give it to the oldest, whose own worker may be about to start, and
     throw that one away: where starting takes longer than a unit, no worker would ever be added. All
-    waiting trials have room (see `room` of the searcher), so nothing is overtaken by more than the
-    start of a worker.
+    waiting trials have a free slot (see `free_slots` of the leases), so nothing is overtaken by
+    more than the start of a worker.
     """
 
     def __init__(self, searcher: StageSearcher) -> None:
@@ -226,11 +226,11 @@ class TrialMonitor(tune.Callback):
         if (
             live
             and is_stalled(now - last_event, is_running=bool(running))
-            and self._capacity.has_room(classes)
+            and self._capacity.has_capacity(classes)
         ):
             self._searcher.is_stopped = True
         if self._growth.is_due:
-            leases.room, leases.limit = self._capacity.room_and_limit(
+            leases.free_slots, leases.limit = self._capacity.free_slots_and_limit(
                 least=len(self._capacity.used)
             )
             self._searcher.fault = self._growth.look(classes, running, last_event)

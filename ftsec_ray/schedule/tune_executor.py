@@ -118,10 +118,12 @@ def _run_tuner(
     answer.
     """
     units = {unit.id: unit.stages for unit in dispatcher.units.values()}
-    room, limit = capacity.room_and_limit(least=len(capacity.used))
-    leases = UnitLeases(dispatcher, room=room, limit=limit)
+    free_slots, limit = capacity.free_slots_and_limit(least=len(capacity.used))
+    leases = UnitLeases(dispatcher, free_slots=free_slots, limit=limit)
     searcher = StageSearcher(leases, given=frozenset(units))
-    factories = {name: tune.PlacementGroupFactory(group) for name, group in capacity.pieces.items()}
+    factories = {
+        name: tune.PlacementGroupFactory(group) for name, group in capacity.requests.items()
+    }
     host = tune.with_resources(
         tune.with_parameters(UnitTrainable, spec=spec, bundles=capacity.bundles, units=units),
         lambda config: factories[config["on"]],

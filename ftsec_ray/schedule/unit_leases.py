@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.execute.unit import StageResult
 from ftsec_ray.plan.stage import Unit, is_data, is_group
-from ftsec_ray.schedule.capacity import Room
+from ftsec_ray.schedule.capacity import FreeSlots
 from ftsec_ray.schedule.dispatcher import Dispatcher
 from ftsec_ray.schedule.ray_worker import Answer
 
@@ -27,9 +27,9 @@ _ABOUT_THE_ACTOR = re.compile(r"Failure # |\s*(class_name|actor_id|pid|name|name
 class UnitLeases:
     """Units that wait for a worker or run on one."""
 
-    def __init__(self, dispatcher: Dispatcher, *, room: Room, limit: int) -> None:
+    def __init__(self, dispatcher: Dispatcher, *, free_slots: FreeSlots, limit: int) -> None:
         self.dispatcher = dispatcher
-        self.room = room
+        self.free_slots = free_slots
         """Units of each resource class that may wait or run beside those that do."""
         self.limit = limit
         """The same of all classes together."""
@@ -67,7 +67,7 @@ class UnitLeases:
             return None
         free = {
             one: max(1, count) if is_data(one) else count
-            for one, count in self.room(self.classes).items()
+            for one, count in self.free_slots(self.classes).items()
         }
         unit = self.dispatcher.next(free=free, warm=warm)
         if unit is not None:

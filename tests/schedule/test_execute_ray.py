@@ -204,7 +204,7 @@ def test_workers_that_do_not_come_are_asked_for_anew_and_nothing_is_lost(
     for place in (trials, actors_executor):
         monkeypatch.setattr(place, "is_stalled", stalled_once)
     monkeypatch.setattr(
-        cluster_capacity.ClusterCapacity, "has_room", lambda capacity, classes: True
+        cluster_capacity.ClusterCapacity, "has_capacity", lambda capacity, classes: True
     )
     report = run(
         plan_of([stage_of(f"s{i}", log=str(tmp_path), sleep=0.5) for i in range(6)]), store
