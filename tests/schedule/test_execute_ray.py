@@ -252,26 +252,58 @@ def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(run, store, tmp
     )
 
 
-def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(executor, store, tmp_path):
-    script = tmp_path / "drive.py"
+def drive(executor, store, folder, script):
+    """Write a script that runs a stage and 16 more that need it, two at a time."""
     script.write_text(
         "import sys\nfrom ftsec_ray.schedule.execution import execute\nfrom ftsec_ray.store import"
         " Store\nfrom tests.schedule.engine_runners import plan_of, stage_of\nbase ="
-        f" stage_of('base', log={str(tmp_path)!r})\nstages = [base] + [stage_of(f's{{i}}', base,"
-        f" log={str(tmp_path)!r}, sleep=0.4) for i in range(16)]\nreport = execute(plan_of(stages),"
+        f" stage_of('base', log={str(folder)!r})\nstages = [base] + [stage_of(f's{{i}}', base,"
+        f" log={str(folder)!r}, sleep=0.4) for i in range(16)]\nreport = execute(plan_of(stages),"
         f" Store.open({store.uri!r}), workers=2, executor={executor!r}, runner={RUNNER!r},"
         f" session={SESSION!r})\nprint(len(report.done), len(report.cached), report.is_complete)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    first = subprocess.Popen(
-        [sys.executable, str(script)],
+    return [sys.executable, str(script)], {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+
+
+def wait_for_units(folder, count, driver):
+    deadline = time.monotonic() + 200
+    while len(runs(folder)) < count and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.05)
+    assert len(runs(folder)) >= count
+
+
+def test_an_interrupt_ends_the_run_and_all_of_its_workers(store, tmp_path):
+    command, environment = drive("actors", store, tmp_path, tmp_path / "drive.py")
+    driver = subprocess.Popen(
+        command,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 200
-    while len(runs(tmp_path)) < 5 and time.monotonic() < deadline and first.poll() is None:
-        time.sleep(0.05)
+    wait_for_units(tmp_path, 3, driver)
+    driver.send_signal(signal.SIGINT)
+    said, _ = driver.communicate(timeout=60)
+    assert said.strip().endswith("KeyboardInterrupt"), said
+    assert driver.returncode != 0
+    workers = {line.split()[2] for line in (tmp_path / "log.txt").read_text().splitlines()}
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert 3 <= len(store.done()) < 17
+
+
+def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(executor, store, tmp_path):
+    command, environment = drive(executor, store, tmp_path, tmp_path / "drive.py")
+    first = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_for_units(tmp_path, 5, first)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     finished = set(runs(tmp_path))
@@ -279,9 +311,7 @@ def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(executor, sto
     (tmp_path / "log.txt").rename(
         tmp_path / "first.txt"
     )  # its workers may end what they began before they notice
-    again = subprocess.run(
-        [sys.executable, str(script)], env=environment, check=True, capture_output=True, text=True
-    )
+    again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     ran, cached, is_complete = again.stdout.split()
     assert is_complete == "True"
     assert int(ran) + int(cached) == len(store.done()) == 17
