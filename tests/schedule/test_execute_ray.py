@@ -298,7 +298,9 @@ def test_an_interrupt_ends_the_run_and_all_of_its_workers(store, tmp_path):
     assert 3 <= len(store.done()) < 17
 
 
-def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(executor, store, tmp_path):
+def test_a_killed_driver_loses_what_was_in_flight_and_the_resumed_run_has_the_bytes_of_one_in_one_go(
+    executor, store, tmp_path, monkeypatch
+):
     command, environment = drive(executor, store, tmp_path, tmp_path / "drive.py")
     first = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -319,3 +321,9 @@ def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(executor, sto
     began_again = [name for name in runs(tmp_path, "began") if name in finished]
     assert len(began_again) <= 2, "what was done is not done again"
     assert int(ran) <= 17 - len(finished) + 2
+    base = stage_of("base", log=str(tmp_path))
+    stages = [base, *(stage_of(f"s{i}", base, log=str(tmp_path), sleep=0.4) for i in range(16))]
+    whole = Store.open(tmp_path / "local")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    execute(plan_of(stages), whole, executor="local", runner=RUNNER, session=SESSION)
+    assert contents(store) == contents(whole), "those of a run in one go"
