@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.config.sweep import SweepSpec
 from ftsec_ray.errors import DataError, EnvironmentFault, SpecError
 from ftsec_ray.plan.graph import Plan
+from ftsec_ray.schedule.executors import DEFAULT as DEFAULT_EXECUTOR
+from ftsec_ray.schedule.executors import executor_of
 from ftsec_ray.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from ftsec_ray.store.artifact_store import Store
 
 Sweep = str | Path | Mapping[str, Any] | SweepSpec | Plan
-Executor = Literal["tune", "local"]
 DEFAULT_STORE = ".ftsec/store"
 DEFAULT_RESULTS = "results"
 CONNECT_S = 5.0
@@ -92,7 +93,7 @@ def run(
     *,
     store: str | Path = DEFAULT_STORE,
     results: str | Path = DEFAULT_RESULTS,
-    executor: Executor = "tune",
+    executor: str = DEFAULT_EXECUTOR,
     address: str | None = None,
     workers: int | None = None,
     limit: int | None = None,
@@ -103,11 +104,11 @@ def run(
 
     Args: sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan. store: Folder or URI where
         artifacts are kept and found again. results: Tables and report go to the folder of the
-        sweep's name below this one, or below this URI. executor: `tune` (Ray Tune) or `local` (this
-        process, one stage at a time). address: A running Ray cluster; None starts Ray on this
-        machine. workers: Stages at a time; None: the sweep's `resources.workers`, else as many as
-        fit. limit: Run the first so many cells only; the others stay `pending`. on_event: Called
-        with every start, end and failure of a unit.
+        sweep's name below this one, or below this URI. executor: `tune` (Ray Tune), or another
+        name in `ftsec_ray.schedule.executors.EXECUTORS`. address: A running Ray cluster; None
+        starts Ray on this machine. workers: Stages at a time; None: the sweep's
+        `resources.workers`, else as many as fit. limit: Run the first so many cells only; the
+        others stay `pending`. on_event: Called with every start, end and failure of a unit.
     """
     from ftsec_ray.results.remote_results import local_results, send_results
     from ftsec_ray.schedule.job_paths import is_uri
@@ -235,7 +236,7 @@ def run_plan(
     store: Store,
     folder: Path,
     *,
-    executor: Executor = "tune",
+    executor: str = DEFAULT_EXECUTOR,
     address: str | None = None,
     workers: int | None = None,
     limit: int | None = None,
@@ -250,8 +251,7 @@ def run_plan(
     """
     from ftsec_ray.report.page import REPORT_FILE, write_report
 
-    if executor not in ("tune", "local"):
-        raise SpecError("unknown executor", executor, "tune | local")
+    uses_ray = executor_of(executor).uses_ray
     whole = make_plan(whole, store)
     part = limited(whole, limit)
     report = None
@@ -262,7 +262,7 @@ def run_plan(
     else:
         if address is None:
             check_gpus(whole.spec)
-        elif executor == "tune":
+        elif uses_ray:
             check_address(address)
         whole, report = _run_rounds(
             whole,

@@ -101,7 +101,7 @@ def test_ray_tune_and_ray_train_give_the_bytes_of_the_processes_of_this_machine(
         worker_groups(world, **STRATEGY),
         store=tmp_path / "store",
         results=tmp_path / "results",
-        executor="finetune",
+        executor="tune",
         workers=2,
     )
     assert set(there.cells["status"].to_pylist()) == {"done"}

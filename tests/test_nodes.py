@@ -21,7 +21,7 @@ import ftsec_ray
 from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.plan.build import build_plan
-from ftsec_ray.schedule import trials, tune_executor
+from ftsec_ray.schedule import cluster_capacity
 from ftsec_ray.schedule.execution import execute
 from ftsec_ray.store import Store
 from tests.clusters import cluster
@@ -128,15 +128,25 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.parametrize(
-    ("what", "kind"),
+    ("what", "kind", "executor"),
     [
-        ("worker", "disk"),
-        ("node", "s3"),
-        *(pytest.param(what, "disk", marks=pytest.mark.slow) for what in ("raylet", "node")),
+        ("worker", "disk", "tune"),
+        ("node", "s3", "tune"),
+        ("node", "disk", "actors"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("raylet", "disk", "tune"),
+                ("node", "disk", "tune"),
+                ("worker", "disk", "actors"),
+                ("raylet", "disk", "actors"),
+                ("node", "s3", "actors"),
+            )
+        ),
     ],
 )
 def test_a_tune_whose_worker_or_node_is_killed_goes_on_elsewhere_from_its_checkpoint(
-    world, undisturbed, nodes, tmp_path, what, kind
+    world, undisturbed, nodes, tmp_path, what, kind, executor
 ):  # noqa: F811
     nodes.add(2 - len(nodes.nodes))
     digest = tune_of(world)
@@ -166,7 +176,12 @@ def test_a_tune_whose_worker_or_node_is_killed_goes_on_elsewhere_from_its_checkp
         print(f"{time.monotonic() - began:6.1f}", event.kind, event.unit[:8], event.error)
 
     results = ftsec_ray.run(
-        long(world), store=store, results=tmp_path / "results", address=nodes.address, on_event=told
+        long(world),
+        store=store,
+        results=tmp_path / "results",
+        executor=executor,
+        address=nodes.address,
+        on_event=told,
     )
     killer.done.set()
     killer.join()
@@ -229,8 +244,9 @@ def small(stages, **resources):
     return replace(plan, spec=replace(plan.spec, resources=ResourceSpec(**resources)))
 
 
+@pytest.mark.parametrize("executor", ["tune", "actors"])
 def test_stages_spread_over_the_nodes_and_come_to_a_kind_of_node_by_resources_alone(
-    nodes, tmp_path
+    nodes, tmp_path, executor
 ):
     nodes.add(2 - len(nodes.nodes))
     nodes.add(num_gpus=1)
@@ -243,6 +259,7 @@ def test_stages_spread_over_the_nodes_and_come_to_a_kind_of_node_by_resources_al
     report = execute(
         small([*plain, *cards], gpus_per_stage=1.0),
         Store.open(tmp_path / "store"),
+        executor=executor,
         address=nodes.address,
         runner="tests.schedule.engine_runners:where",
         session=SESSION,
@@ -253,11 +270,12 @@ def test_stages_spread_over_the_nodes_and_come_to_a_kind_of_node_by_resources_al
     nodes.remove(card)
 
 
+@pytest.mark.parametrize("executor", ["tune", "actors"])
 def test_a_class_without_a_node_ends_the_run_with_what_it_lacks_once_everything_else_is_done(
-    nodes, tmp_path, monkeypatch
+    nodes, tmp_path, monkeypatch, executor
 ):
-    monkeypatch.setattr(trials, "NO_ROOM_S", 2.0)
-    monkeypatch.setattr(trials, "GROWTH_S", 0.5)
+    monkeypatch.setattr(cluster_capacity, "NO_NODE_S", 2.0)
+    monkeypatch.setattr(cluster_capacity, "GROWTH_S", 0.5)
     nodes.add(2 - len(nodes.nodes))
     plain, card = (
         stage_of("plain", log=str(tmp_path)),
@@ -270,6 +288,7 @@ def test_a_class_without_a_node_ends_the_run_with_what_it_lacks_once_everything_
         execute(
             small([plain, card], gpus_per_stage=1.0),
             store,
+            executor=executor,
             address=nodes.address,
             runner="tests.schedule.engine_runners:write",
             session=SESSION,
@@ -279,9 +298,12 @@ def test_a_class_without_a_node_ends_the_run_with_what_it_lacks_once_everything_
     assert store.done() == {plain.digest}
 
 
-def test_a_run_takes_the_room_of_nodes_that_come_while_it_is_on(nodes, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune_executor, "SURPLUS", 1)
-    monkeypatch.setattr(trials, "GROWTH_S", 0.5)
+@pytest.mark.parametrize("executor", ["tune", pytest.param("actors", marks=pytest.mark.slow)])
+def test_a_run_takes_the_room_of_nodes_that_come_while_it_is_on(
+    nodes, tmp_path, monkeypatch, executor
+):
+    monkeypatch.setattr(cluster_capacity, "SURPLUS", 1)
+    monkeypatch.setattr(cluster_capacity, "GROWTH_S", 0.5)
     nodes.add(1 - len(nodes.nodes))
     for node in nodes.nodes[1:]:
         nodes.remove(node)
@@ -298,6 +320,7 @@ def test_a_run_takes_the_room_of_nodes_that_come_while_it_is_on(nodes, tmp_path,
     report = execute(
         plan,
         Store.open(tmp_path / "store"),
+        executor=executor,
         address=nodes.address,
         runner="tests.schedule.engine_runners:write",
         session=SESSION,

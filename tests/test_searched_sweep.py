@@ -229,7 +229,7 @@ def test_both_executors_propose_the_same_trials_and_leave_equal_tables(done, tmp
 
     folder, _ = done
     with local_ray(num_cpus=2):
-        assert run(sweep(), tmp_path, executor="finetune", workers=2).report.is_complete
+        assert run(sweep(), tmp_path, executor="tune", workers=2).report.is_complete
     assert tables(tmp_path) == tables(folder)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ftsec_ray.cli.console import guarded, say
+from ftsec_ray.schedule.executors import DEFAULT, EXECUTORS, help_text
 
 app = typer.Typer(
     name="ftsec",
@@ -27,11 +28,8 @@ app = typer.Typer(
 )
 
 
-class Executor(StrEnum):
-    """Who runs the units of a plan."""
-
-    tune = "tune"
-    local = "local"
+Executor = StrEnum("Executor", {name: name for name in EXECUTORS})  # type: ignore[misc]
+_DEFAULT_EXECUTOR = Executor(DEFAULT)
 
 
 class Correction(StrEnum):
@@ -104,8 +102,8 @@ def run(
     store: Store = DEFAULT_STORE,
     results: ResultsPlace = str(DEFAULT_RESULTS),
     executor: Annotated[
-        Executor, typer.Option(help="tune: Ray Tune; local: in this process, one stage at a time.")
-    ] = Executor.tune,
+        Executor, typer.Option(help=f"How stages run. {help_text()}.")
+    ] = _DEFAULT_EXECUTOR,
     address: Address = None,
     workers: Annotated[
         int | None,

@@ -21,6 +21,7 @@ from typing import Literal
 from ftsec_ray.api import check_address
 from ftsec_ray.errors import EnvironmentFault, StoreError
 from ftsec_ray.redact import redacted
+from ftsec_ray.schedule.executors import EXECUTORS
 from ftsec_ray.store.artifact_store import Store
 
 State = Literal["ok", "note", "missing"]
@@ -34,7 +35,7 @@ REQUIRED = {
     "peft": "adapters",
     "safetensors": "the store",
     "pyarrow": "tables and rows",
-    "ray": "the executor `tune`",
+    "ray": "the executors " + " and ".join(name for name, one in EXECUTORS.items() if one.uses_ray),
     "pydantic": "sweep files",
     "PyYAML": "sweep files",
     "jinja2": "chat templates and the report",

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Literal, cast
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
@@ -50,7 +49,6 @@ def run_sweep(
     done = held.done()
     costs = costs_of(part, held, done)
     folder = api.results_folder(local_results(results), whole.spec.name)
-    kind = cast(Literal["tune", "local"], executor)
     other = made_by_other_code(part, held, done)
     if other:
         say(other_code_line(other, len(done & set(part.stages))), err=True)
@@ -67,7 +65,7 @@ def run_sweep(
                 whole,
                 held,
                 folder,
-                executor=kind,
+                executor=executor,
                 address=address,
                 workers=workers,
                 limit=limit,
@@ -77,7 +75,7 @@ def run_sweep(
             )
     else:
         outcome = api.run_plan(
-            whole, held, folder, executor=kind, limit=limit, sweep_text=api.text_of(sweep)
+            whole, held, folder, executor=executor, limit=limit, sweep_text=api.text_of(sweep)
         )
         say(
             f"{whole.spec.name}: the store holds every stage of {len(part.cells)} cells, nothing"

@@ -19,7 +19,6 @@ import json
 import logging
 import shutil
 import tempfile
-import traceback
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
@@ -28,7 +27,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray import errors
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.data.external_sort import ExternalSort
 from ftsec_ray.data.rows import (
@@ -40,12 +38,12 @@ from ftsec_ray.data.rows import (
     plain_rows,
     read_batches,
 )
-from ftsec_ray.errors import FtsecError, StageError
+from ftsec_ray.execute.error_json import error_from_json, error_to_json
 from ftsec_ray.execute.session import CRAFTED, Session
-from ftsec_ray.execute.unit import code_of, cpu_threads, gpu_share
+from ftsec_ray.execute.unit import cpu_threads, gpu_share
 from ftsec_ray.method import BATCH_ROWS, RowWise, check_notes
 from ftsec_ray.plan.stage import Stage, is_data
-from ftsec_ray.redact import clean_logs, redacted
+from ftsec_ray.redact import clean_logs
 from ftsec_ray.store import Store
 
 if TYPE_CHECKING:
@@ -85,7 +83,8 @@ class Chunk:
         with pa.ipc.new_stream(sink, self.rows.schema) as writer:
             writer.write_table(self.rows)
         return _packed(
-            sink.getvalue().to_pybytes(), told=[self.seen, dict(self.counts), astuple(self.tally)]
+            sink.getvalue().to_pybytes(),
+            summary=[self.seen, dict(self.counts), astuple(self.tally)],
         )
 
     @classmethod
@@ -94,68 +93,21 @@ class Chunk:
         import pyarrow as pa
 
         if row["error"]:
-            raise _error_of(json.loads(row["error"]))
-        seen, counts, tally = json.loads(row["told"])
+            raise error_from_json(json.loads(row["error"]))
+        seen, counts, tally = json.loads(row["summary"])
         return cls(pa.ipc.open_stream(row["rows"]).read_all(), seen, counts, FilterTally(*tally))
 
 
-def _packed(rows: bytes = b"", *, told: object = None, error: object = None) -> pa.Table:
+def _packed(rows: bytes = b"", *, summary: object = None, error: object = None) -> pa.Table:
     import pyarrow as pa
 
     return pa.table(
         {
             "rows": pa.array([rows], pa.large_binary()),
-            "told": [json.dumps(told)],
+            "summary": [json.dumps(summary)],
             "error": ["" if error is None else json.dumps(error)],
         }
     )
-
-
-class _Got(str):
-    """The value of an error as a worker printed it, without quotes around."""
-
-    __repr__ = str.__str__
-
-
-def _told(error: Exception) -> dict[str, str]:
-    """An error as text; `_error_of` makes one again that says the same."""
-    trace = redacted("".join(traceback.format_exception(error)))
-    if not isinstance(error, FtsecError):
-        code = code_of(error)
-        return {
-            "class": "MemoryError" if code == "oom" else code,
-            "what": redacted(str(error)),
-            "trace": trace,
-        }
-    got = {} if error.got is None else {"got": redacted(repr(error.got))}
-    return {
-        "class": type(error).__name__,
-        "what": redacted(error.what),
-        **got,
-        "want": error.want,
-        "fix": error.fix,
-        "trace": trace,
-    }
-
-
-def _error_of(told: Mapping[str, str]) -> Exception:
-    cls = getattr(errors, told["class"], None)
-    error: Exception
-    if isinstance(cls, type) and issubclass(cls, FtsecError):
-        error = cls(
-            told["what"], _Got(told["got"]) if "got" in told else None, told["want"], told["fix"]
-        )
-    elif told["class"] == "MemoryError":
-        error = MemoryError(told["what"])
-    else:
-        error = StageError(
-            f"{told['class']}: {told['what']}",
-            None,
-            "a method that crafts every block",
-            "see the traceback of the worker below",
-        )
-    error.add_note(told["trace"])
-    return error
 
 
 @dataclass(frozen=True)
@@ -207,8 +159,8 @@ class BatchCrafter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """What a worker needs to become a Crafter."""
+class CrafterSpec:
+    """What a worker needs to make a `BatchCrafter`."""
 
     store: str
     """URI of the store."""
@@ -249,26 +201,26 @@ def craft_in_blocks(
     method: RowWise,
     file: Path,
     *,
-    crew: WorkerPool | None = None,
+    pool: WorkerPool | None = None,
     blocks: int | None = None,
 ) -> dict[str, Any]:
     """Write the crafted set into the folder of a job; returns the notes for its record."""
-    crew = crew or _crew_of(job.stage)
+    pool = pool or _pool_of(job.stage)
     total = count_rows(file)
-    parts = parts_of(total, blocks or max(2 * (crew.size if crew else 1), -(-total // BLOCK_ROWS)))
-    if crew is None:
+    parts = parts_of(total, blocks or max(2 * (pool.size if pool else 1), -(-total // BLOCK_ROWS)))
+    if pool is None:
         crafter = BatchCrafter(method, job.context(), file)
         survey = crafter.survey()
         pieces = (made for part in parts for made in crafter.craft(part, survey.known))
     else:
-        order = Order(
+        spec = CrafterSpec(
             store=job.session.store.uri,
             runtime=job.session.runtime,
             cache_gib=job.session.cache_gib,
             stage=job.stage,
         )
-        survey = _surveyed(order, crew)
-        pieces = _crafted(order, crew, parts, survey.known)
+        survey = _surveyed(spec, pool)
+        pieces = _crafted(spec, pool, parts, survey.known)
     runs, counts, tally, poisoned = (
         ExternalSort(job.out / ".runs"),
         Counter(survey.counts),
@@ -305,7 +257,7 @@ def parts_of(total: int, blocks: int) -> list[range]:
     return [range(start, min(start + step, total)) for start in range(0, total, step)]
 
 
-def _crew_of(stage: Stage) -> WorkerPool | None:
+def _pool_of(stage: Stage) -> WorkerPool | None:
     """The workers that the trial of this process has for the stage; None where there are none."""
     if not is_data(stage.resource):
         return None
@@ -316,25 +268,25 @@ def _crew_of(stage: Stage) -> WorkerPool | None:
     return WorkerPool(size=len(bundles), each=bundles[0], group=group) if bundles else None
 
 
-def _surveyed(order: Order, crew: WorkerPool) -> Survey:
+def _surveyed(spec: CrafterSpec, pool: WorkerPool) -> Survey:
     import ray
 
     task = ray.remote(_survey_task).options(
-        **crew.asks(), scheduling_strategy=crew.place(), max_retries=MAX_DEATHS
+        **pool.asks(), scheduling_strategy=pool.place(), max_retries=MAX_DEATHS
     )
     try:
-        found: Survey = ray.get(task.remote(order))
+        found: Survey = ray.get(task.remote(spec))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     return found
 
 
-def _survey_task(order: Order) -> Survey:
-    return _opened(order).survey()
+def _survey_task(spec: CrafterSpec) -> Survey:
+    return _opened(spec).survey()
 
 
 def _crafted(
-    order: Order, crew: WorkerPool, parts: list[range], known: Any
+    spec: CrafterSpec, pool: WorkerPool, parts: list[range], known: Any
 ) -> Generator[Chunk, None, None]:
     """The pieces of all blocks as Ray Data's workers finish them.
 
@@ -352,23 +304,23 @@ def _crafted(
     # Only here, and not as `scheduling_strategy_large_args` too: with both, Ray Data (2.60) takes
     # the group's bundles for all that there is,
     # and since these hold no object store, it runs one block at a time.
-    context.scheduling_strategy = crew.place()
+    context.scheduling_strategy = pool.place()
     context.scheduling_strategy_large_args = "DEFAULT"
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
     context.execution_options = ExecutionOptions(
         resource_limits=ExecutionResources(
-            cpu=crew.size * crew.each["CPU"],
-            gpu=crew.size * crew.each.get("GPU", 0.0),
+            cpu=pool.size * pool.each["CPU"],
+            gpu=pool.size * pool.each.get("GPU", 0.0),
             object_store_memory=STORE_BYTES,
         )
     )
     items = [{"start": part.start, "stop": part.stop} for part in parts]
     data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _Worker,
-        fn_constructor_args=(order, known),
-        compute=ActorPoolStrategy(size=min(crew.size, len(items))),
+        fn_constructor_args=(spec, known),
+        compute=ActorPoolStrategy(size=min(pool.size, len(items))),
         batch_size=None,
-        **crew.asks(),
+        **pool.asks(),
     )
     batches = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     with closing(batches):
@@ -379,24 +331,24 @@ def _crafted(
 class _Worker:
     """An actor of the pipeline: it opens the session once, and the model of a filter with it."""
 
-    def __init__(self, order: Order, known: Any) -> None:
-        self._order = order
+    def __init__(self, spec: CrafterSpec, known: Any) -> None:
+        self._spec = spec
         self._known = known
         self._crafter: BatchCrafter | None = None
 
     def __call__(self, blocks: Mapping[str, Any]) -> Iterator[pa.Table]:
         """The pieces of some blocks, packed."""
         try:
-            self._crafter = self._crafter or _opened(self._order)
+            self._crafter = self._crafter or _opened(self._spec)
             for start, stop in zip(blocks["start"], blocks["stop"], strict=True):
                 for made in self._crafter.craft(range(int(start), int(stop)), self._known):
                     yield made.packed()
         except Exception as error:  # noqa: BLE001 - raised again on the driver, which ends the pipeline first
-            yield _packed(error=_told(error))
+            yield _packed(error=error_to_json(error))
 
 
-def _opened(order: Order) -> BatchCrafter:
-    """A Crafter in a worker process of Ray."""
+def _opened(spec: CrafterSpec) -> BatchCrafter:
+    """A `BatchCrafter` in a worker process of Ray."""
     import ray
 
     from ftsec_ray.execute.stage_job import StageJob  # which imports this module
@@ -404,13 +356,13 @@ def _opened(order: Order) -> BatchCrafter:
     clean_logs()
     given = ray.get_runtime_context().get_assigned_resources()
     threads, gpus = max(1, int(given.get("CPU", 1))), float(given.get("GPU", 0.0))
-    runtime = order.runtime if gpus else replace(order.runtime, device="cpu")
+    runtime = spec.runtime if gpus else replace(spec.runtime, device="cpu")
     cpu_threads(threads)
-    session = Session(Store.open(order.store), runtime, order.cache_gib)
+    session = Session(Store.open(spec.store), runtime, spec.cache_gib)
     gpu_share(gpus)
     # The stage's own folder is the driver's; batches need none that survives.
     folder = Path(tempfile.gettempdir())
-    job = StageJob(order.stage, folder, session)
+    job = StageJob(spec.stage, folder, session)
     method = job.methods()[0]
     assert isinstance(method, RowWise), "only these are crafted in blocks"
     return BatchCrafter(method, job.context(workdir=folder), session.rows_file(job.inputs["rows"]))

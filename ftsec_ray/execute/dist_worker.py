@@ -30,6 +30,7 @@ from ftsec_ray.execute.unit import (
     run_unit,
     short_text,
 )
+from ftsec_ray.execute.worker_spec import WorkerSpec
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.store import Store
@@ -37,7 +38,7 @@ from ftsec_ray.store import Store
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Sort = Literal["verdict", "error", "consequence"]
+FaultKind = Literal["verdict", "error", "consequence"]
 JOIN_TIMEOUT_S = 1800.0
 """Seconds that a process of a worker group waits for the others before it gives up."""
 
@@ -47,12 +48,7 @@ class GroupOrder:
     """A worker group unit and what its processes need to run it."""
 
     stages: tuple[Stage, ...]
-    store: str
-    """URI of the store."""
-    runtime: Runtime
-    cache_gib: float
-    runner: str
-    session: str
+    worker: WorkerSpec
     attempt: int
     threads: int
     """Cores of one process."""
@@ -64,6 +60,11 @@ class GroupOrder:
         """Processes of the worker group."""
         return worker_group_of(self.stages[0]).workers
 
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether each process has a GPU."""
+        return self.worker.runtime.device.startswith("cuda")
+
     def runtime_of(self, stage: Stage) -> Runtime:
         """Where and how the processes run a stage."""
         worker_group = worker_group_of(stage)
@@ -71,12 +72,10 @@ class GroupOrder:
             worker_group, micro_batch=max(1, worker_group.micro_batch >> self.halvings)
         )
         device = (
-            f"cuda:{os.environ['LOCAL_RANK']}"
-            if self.runtime.device.startswith("cuda")
-            else self.runtime.device
+            f"cuda:{os.environ['LOCAL_RANK']}" if self.is_on_cuda else self.worker.runtime.device
         )
         return replace(
-            self.runtime,
+            self.worker.runtime,
             device=device,
             micro_batch=worker_group.micro_batch,
             worker_group=worker_group,
@@ -95,7 +94,7 @@ class GroupOrder:
             **{
                 **plain,
                 "stages": tuple(Stage.from_json(one) for one in plain["stages"]),
-                "runtime": Runtime(**plain["runtime"]),
+                "worker": WorkerSpec.from_json(plain["worker"]),
             }
         )
 
@@ -110,7 +109,7 @@ class GroupFault(Exception):
     way between processes.
     """
 
-    def __init__(self, sort: Sort, code: str, text: str, digest: str) -> None:
+    def __init__(self, sort: FaultKind, code: str, text: str, digest: str) -> None:
         super().__init__(sort, code, text, digest)
         self.sort = sort
         """`verdict`: `text` is the JSON of the unit's verdicts; `consequence`: another process
@@ -122,7 +121,7 @@ class GroupFault(Exception):
         """Of the stage at which it happened."""
 
 
-class _Ended(BaseException):
+class _GroupEnds(BaseException):
     """Leaves run_unit without a verdict: whether there is one is for the driver to say, who hears
     all processes.
     """
@@ -154,29 +153,22 @@ def work(order: GroupOrder) -> list[StageResult]:
     import torch.distributed as dist
 
     clean_logs()
-    if order.runtime.device.startswith("cuda"):
+    order.worker.set_environment()
+    if order.is_on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     cpu_threads(order.threads)
-    store, run = Store.open(order.store), imported(order.runner)
+    store, run = Store.open(order.worker.store), imported(order.worker.runner)
+    open_session, runtime = imported(order.worker.session), order.runtime_of(order.stages[0])
     if dist.get_rank() == 0:
-        return _lead(
-            order,
-            store,
-            imported(order.session)(store, order.runtime_of(order.stages[0]), order.cache_gib),
-            run,
-        )
+        return _lead(order, store, open_session(store, runtime, order.worker.cache_gib), run)
     with tempfile.TemporaryDirectory(prefix="ftsec-worker group-") as scratch:
-        reader: Any = _Reader(store, Path(scratch))
-        _follow(
-            order,
-            imported(order.session)(reader, order.runtime_of(order.stages[0]), order.cache_gib),
-            run,
-            Path(scratch),
-        )
+        read_only: Any = _ReadOnlyStore(store, Path(scratch))
+        session = open_session(read_only, runtime, order.worker.cache_gib)
+        _follow(order, session, run, Path(scratch))
     return []
 
 
-class _Reader:
+class _ReadOnlyStore:
     """The store of a process that publishes nothing: step checkpoints are process 0's."""
 
     def __init__(self, store: Store, scratch: Path) -> None:
@@ -193,20 +185,20 @@ class _Reader:
 
 def _lead(order: GroupOrder, store: Store, session: Any, run: Runner) -> list[StageResult]:
     def with_followers(stage: Stage, out: Path, session: Any) -> Mapping[str, Any] | None:
-        _told(stage.digest)
+        _next_stage(stage.digest)
         session.runtime = order.runtime_of(stage)
         try:
             found = run(stage, out, session)
         except Exception as error:
             fault = fault_of(error, stage)
             if fault.sort == "consequence" or fault.code == "oom":
-                raise _Ended(fault) from error
+                raise _GroupEnds(fault) from error
             raise
         return {**(found or {}), "micro_batch": session.runtime.micro_batch}
 
     try:
         verdicts = run_unit(order.stages, store, session, with_followers, attempt=order.attempt)
-    except _Ended as ended:
+    except _GroupEnds as ended:
         raise ended.fault from ended
     bad = next((verdict for verdict in verdicts if not verdict.is_good), None)
     if bad is not None:
@@ -216,13 +208,13 @@ def _lead(order: GroupOrder, store: Store, session: Any, run: Runner) -> list[St
             json.dumps([asdict(verdict) for verdict in verdicts]),
             bad.digest,
         )
-    _told(None)
+    _next_stage(None)
     return verdicts
 
 
 def _follow(order: GroupOrder, session: Any, run: Runner, scratch: Path) -> None:
     stages = {stage.digest: stage for stage in order.stages}
-    while (digest := _told(None)) is not None:
+    while (digest := _next_stage(None)) is not None:
         stage, out = stages[digest], scratch / f"out-{digest}"
         session.runtime = order.runtime_of(stage)
         out.mkdir()
@@ -232,14 +224,14 @@ def _follow(order: GroupOrder, session: Any, run: Runner, scratch: Path) -> None
             raise fault_of(error, stage) from error
 
 
-def _told(digest: str | None) -> str | None:
+def _next_stage(digest: str | None) -> str | None:
     """What process 0 tells all: the stage that comes next, None for none."""
     import torch.distributed as dist
 
-    words: list[Any] = [digest]
-    dist.broadcast_object_list(words, src=0)
-    told: str | None = words[0]
-    return told
+    stages: list[Any] = [digest]
+    dist.broadcast_object_list(stages, src=0)
+    next_digest: str | None = stages[0]
+    return next_digest
 
 
 # Without Ray.
@@ -280,7 +272,7 @@ def _process_group(folder: Path, order: GroupOrder, rank: int) -> Iterator[None]
         "MASTER_PORT": 0,
     }
     os.environ.update({name: str(value) for name, value in names.items()})
-    backend = "nccl" if order.runtime.device.startswith("cuda") else "gloo"
+    backend = "nccl" if order.is_on_cuda else "gloo"
     dist.init_process_group(
         backend,
         init_method=f"file://{folder}/meeting",

@@ -17,10 +17,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.unit import StageResult, imported, run_unit, short_text
 from ftsec_ray.execute.watchdog import child_environment
+from ftsec_ray.execute.worker_spec import WorkerSpec
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.store import Store
@@ -33,16 +33,8 @@ class WorkerLost(Exception):
 class Worker:
     """A process that is started when a unit comes, and again after it was lost."""
 
-    def __init__(
-        self, *, store: str, runtime: Runtime, cache_gib: float, runner: str, session: str
-    ) -> None:
-        self._given = {
-            "store": store,
-            "runtime": asdict(runtime),
-            "cache_gib": cache_gib,
-            "runner": runner,
-            "session": session,
-        }
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, stages: Sequence[Stage], attempt: int) -> list[StageResult]:
@@ -55,7 +47,7 @@ class Worker:
                 text=True,
                 env=child_environment(),
             )
-            self._ask(self._given)
+            self._ask(self._spec.to_json())
         told = self._ask({"stages": [stage.to_json() for stage in stages], "attempt": attempt})
         return [StageResult(**one) for one in told]
 
@@ -82,7 +74,7 @@ class Worker:
         if isinstance(found, dict) and "broken" in found:
             raise EnvironmentFault(
                 f"a worker cannot open: {found['broken']}",
-                self._given["runner"],
+                self._spec.runner,
                 "see the text above",
             )
         return found
@@ -104,11 +96,12 @@ def main() -> None:
         print(json.dumps(what), file=answers, flush=True)  # noqa: T201 - the pipe to the parent
 
     clean_logs()
-    given = json.loads(sys.stdin.readline())
+    spec = WorkerSpec.from_json(json.loads(sys.stdin.readline()))
+    spec.set_environment()
     try:
-        store = Store.open(given["store"])
-        runner = imported(given["runner"])
-        session = imported(given["session"])(store, Runtime(**given["runtime"]), given["cache_gib"])
+        store = Store.open(spec.store)
+        runner = imported(spec.runner)
+        session = imported(spec.session)(store, spec.runtime, spec.cache_gib)
     except (FtsecError, OSError) as error:
         answer({"broken": short_text(error)})
         return

@@ -1,7 +1,7 @@
-"""How many units of each resource class a cluster has room for: pure arithmetic on cores and GPUs.
+"""How many units of each resource class a cluster can run: pure arithmetic on cores and GPUs.
 
-A worker group's trial is a driver that asks for next to nothing; its workers ask for their
-resources themselves, behind Tune's back. So what a unit occupies and what its trial asks for
+The worker of a worker group unit is a driver that asks for next to nothing; the processes of the
+group ask for their resources themselves. So what a unit occupies and what its worker asks for
 differ, and it is by the former that worker groups are counted.
 """
 
@@ -16,14 +16,14 @@ from ftsec_ray.plan.stage import is_data, is_group, workers_of
 
 Bundles = Mapping[str, Mapping[str, float]]
 """Resource class -> what one unit of it occupies."""
-Pieces = Mapping[str, list[dict[str, float]]]
-"""Resource class -> the bundles of the placement group of the trial of one unit."""
+Requests = Mapping[str, list[dict[str, float]]]
+"""Resource class -> the bundles that the worker of one unit asks for, the first one for itself."""
 DRIVER = {"memory": 1.0}
-"""What the trial of a worker group asks for: Ray wants something, and a byte leaves every core to
-the workers.
+"""What the driver of a worker group asks for: Ray wants something, and a byte leaves every core to
+the group.
 """
-Room = Callable[[Mapping[str, int]], Mapping[str, int]]
-"""Trials of each class that wait or run -> how many more may."""
+FreeSlots = Callable[[Mapping[str, int]], Mapping[str, int]]
+"""Units of each class that wait or run -> how many more may."""
 
 
 def bundles_of(spec: SweepSpec, classes: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -40,15 +40,14 @@ def fits(bundle: Mapping[str, float], have: Mapping[str, float]) -> bool:
     return all(have.get(name, 0.0) >= amount for name, amount in bundle.items())
 
 
-def pieces_of(
+def request_of(
     one: str, bundle: Mapping[str, float], have: Mapping[str, float]
 ) -> list[dict[str, float]]:
-    """The bundles of the placement group of a unit's trial, the first one for the trial itself.
+    """The bundles that the worker of a unit asks for, the first one for itself.
 
-    The workers of a worker group are not among them. A `data` class has a trial that asks for
-    nothing and a bundle for each worker of its pipeline. Its workers are as many as it asks for, or
-    as many as the cluster has room for: with fewer of them the pipeline is slower and gives the
-    same.
+    The processes of a worker group are not among them. A `data` class has a worker that asks for
+    nothing and a bundle for each worker of its pipeline. These are as many as it asks for, or as
+    many as the cluster can run: with fewer of them the pipeline is slower and gives the same.
     """
     if is_group(one):
         return [dict(DRIVER)]
@@ -63,11 +62,11 @@ def share_of(one: str, bundle: Mapping[str, float]) -> dict[str, float]:
     return {name: amount / workers_of(one) for name, amount in bundle.items()}
 
 
-def together(pieces: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def total_of(bundles: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """What several bundles occupy."""
     found: Counter[str] = Counter()
-    for piece in pieces:
-        found.update(piece)  # type: ignore[arg-type]  # a Counter adds floats as well
+    for bundle in bundles:
+        found.update(bundle)  # type: ignore[arg-type]  # a Counter adds floats as well
     return dict(found)
 
 
@@ -81,12 +80,12 @@ def slots_of(bundles: Bundles, have: Mapping[str, float]) -> dict[str, int]:
     }
 
 
-def room_beside(bundles: Bundles, have: Mapping[str, float]) -> Room:
-    """Room in a cluster that does not grow: classes share its cores and GPUs, and the first unit
-    always gets its turn.
+def fixed_capacity(bundles: Bundles, have: Mapping[str, float]) -> FreeSlots:
+    """Free slots of a cluster that does not grow: classes share its cores and GPUs, and the first
+    unit always gets its turn.
     """
 
-    def room(taken: Mapping[str, int]) -> Mapping[str, int]:
+    def free_slots(taken: Mapping[str, int]) -> Mapping[str, int]:
         left = {
             name: amount - sum(count * bundles[one].get(name, 0.0) for one, count in taken.items())
             for name, amount in have.items()
@@ -94,23 +93,23 @@ def room_beside(bundles: Bundles, have: Mapping[str, float]) -> Room:
         least = 0 if any(taken.values()) else 1
         return {one: max(least, count) for one, count in slots_of(bundles, left).items()}
 
-    return room
+    return free_slots
 
 
-def room_ahead(
+def growing_capacity(
     most: Mapping[str, int], bundles: Bundles, have: Callable[[], Mapping[str, float]]
-) -> Room:
-    """Room in a cluster that may grow: so many of each class, whatever the others take.
+) -> FreeSlots:
+    """Free slots of a cluster that may grow: so many of each class, whatever the others take.
 
     Beside a worker group it is what the cluster has now: units that wait for more would take what
     becomes free, one after the other, and a worker group needs all of its share at once.
     """
 
-    def room(taken: Mapping[str, int]) -> Mapping[str, int]:
+    def free_slots(taken: Mapping[str, int]) -> Mapping[str, int]:
         ahead = {one: count - taken.get(one, 0) for one, count in most.items()}
         if not any(count for one, count in taken.items() if is_group(one)):
             return ahead
-        beside = room_beside(bundles, have())(taken)
+        beside = fixed_capacity(bundles, have())(taken)
         return {one: min(count, beside[one]) for one, count in ahead.items()}
 
-    return room
+    return free_slots

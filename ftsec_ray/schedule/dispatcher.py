@@ -1,4 +1,4 @@
-"""What both executors share: units and verdicts on one side, the pure scheduler on the other.
+"""What all executors share: units and verdicts on one side, the pure scheduler on the other.
 
 An executor asks for the next unit, runs it somewhere, and tells its verdicts or that its worker was
 lost. The dispatcher keeps the states, tells the listener, and has damaged artifacts made again.
@@ -195,16 +195,20 @@ class Dispatcher:
         else:
             self._fail(unit, bad)
 
-    def lost(self, unit: str, error: str, *, code: str = "worker_lost") -> None:
-        """A worker died, or came back without a verdict; `code` says why, should it be the last
-        time.
+    def lost(
+        self, unit: str, error: str, *, code: str = "worker_lost", counted: bool = True
+    ) -> None:
+        """A worker died, or came back without a verdict.
+
+        Args: code: why, should it be the last time. counted: whether it is one of the times that a
+            unit may lose its worker.
         """
         error = redacted(error)
         began = self._began.pop(unit, None)
         if began is not None:
             self.scheduler.ledger.charge(self._takes(self._units[unit], time.monotonic() - began))
         verdict = self._late(unit)
-        if verdict is None and self.scheduler.requeue(unit):
+        if verdict is None and self.scheduler.requeue(unit, counted=counted):
             self._tell("requeued", unit, error)
             return
         stages = self._units[unit].stages

@@ -155,10 +155,7 @@ def launch_on_ray(order: GroupOrder, asks: Mapping[str, float]) -> list[StageRes
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    # Ray would give a group up after a minute and try anew without end; a node may take longer to
-    # boot than that.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
-    is_cuda = order.runtime.device.startswith("cuda")
+    is_cuda = order.is_on_cuda
     with tempfile.TemporaryDirectory(prefix="ftsec-train-") as scratch:
         trainer = TorchTrainer(
             _on_ray,

@@ -1,18 +1,18 @@
-"""Run what a store lacks of a plan, with Ray Tune or in this process."""
+"""Run what a store lacks of a plan, by one of the executors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from ftsec_ray.context import Runtime
-from ftsec_ray.errors import EnvironmentFault
-from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION
+from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION, imported
+from ftsec_ray.execute.worker_spec import WorkerSpec
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import is_group
 from ftsec_ray.redact import clean_logs
-from ftsec_ray.schedule.capacity import bundles_of
 from ftsec_ray.schedule.dispatcher import Dispatcher, Event, RunReport
+from ftsec_ray.schedule.executors import DEFAULT, executor_of
+from ftsec_ray.schedule.ray_session import worker_environment
 from ftsec_ray.store import Store
 from ftsec_ray.training.zero import check_deepspeed
 
@@ -36,7 +36,7 @@ def execute(
     plan: Plan,
     store: Store,
     *,
-    executor: Literal["tune", "local"] = "tune",
+    executor: str = DEFAULT,
     address: str | None = None,
     workers: int | None = None,
     runtime: Runtime | None = None,
@@ -51,17 +51,16 @@ def execute(
     BudgetError, before anything starts, when that would take more than the sweep's budget; past it
     no further unit starts.
 
-    Args: plan: what to run. store: where artifacts are and go. executor: `tune` runs units as Ray
-        Tune trials, `local` in this process. address: of a Ray cluster; None starts Ray on this
-        machine, or joins the cluster of `RAY_ADDRESS`. workers: units at a time; None takes the
-        sweep's, else as many as there is room for. runtime: where and how stages run; None takes
-        the sweep's. cache_gib: base models that a worker keeps in memory, at most; None takes the
-        sweep's. runner: import path of the function that runs one stage. session: import path of
-        what makes the session of a worker: (store, runtime, cache_gib) -> session. on_event: told
-        in this process of every unit that starts, finishes, fails or goes back to the queue.
+    Args: plan: what to run. store: where artifacts are and go. executor: a name in `EXECUTORS`.
+        address: of a Ray cluster; None starts Ray on this machine, or joins the cluster of
+        `RAY_ADDRESS`. workers: units at a time; None takes the sweep's, else as many as there is
+        room for. runtime: where and how stages run; None takes the sweep's. cache_gib: base models
+        that a worker keeps in memory, at most; None takes the sweep's. runner: import path of the
+        function that runs one stage. session: import path of what makes the session of a worker:
+        (store, runtime, cache_gib) -> session. on_event: told in this process of every unit that
+        starts, finishes, fails or goes back to the queue.
     """
-    if executor not in ("tune", "local"):
-        raise EnvironmentFault("no such executor", executor, "tune | local")
+    chosen = executor_of(executor)
     done = store.done()
     dispatcher = Dispatcher(plan, store, done, on_event=on_event)
     if dispatcher.finished:
@@ -71,24 +70,15 @@ def execute(
     if any(is_group(unit.resource) for unit in dispatcher.units.values()):
         check_deepspeed()
     store.drop_leftovers()
-    runtime = runtime or runtime_of(plan)
     resources = plan.spec.resources
-    cache_gib = resources.cache_gib if cache_gib is None else cache_gib
-    if executor == "local":
-        from ftsec_ray.schedule.local_executor import run_local
-
-        run_local(dispatcher, runtime, cache_gib, runner=runner, session=session)
-    else:
-        from ftsec_ray.schedule.tune_executor import Work, run_tune
-
-        classes = {stage.resource for stage in plan.stages.values()}
-        work = Work(
-            store=store.uri,
-            runtime=runtime,
-            cache_gib=cache_gib,
-            runner=runner,
-            session=session,
-            bundles=bundles_of(plan.spec, classes),
-        )
-        run_tune(dispatcher, work, resources, address=address, workers=workers or resources.workers)
+    spec = WorkerSpec(
+        store=store.uri,
+        runtime=runtime or runtime_of(plan),
+        cache_gib=resources.cache_gib if cache_gib is None else cache_gib,
+        runner=runner,
+        session=session,
+        environment=worker_environment() if chosen.uses_ray else {},
+    )
+    run = imported(chosen.function)
+    run(dispatcher, spec, resources, address=address, workers=workers or resources.workers)
     return dispatcher.report()

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ftsec_ray.context import Runtime
+from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.execute.dist_worker import GroupOrder
-from ftsec_ray.execute.unit import Runner, StageResult, imported, run_unit
+from ftsec_ray.execute.unit import StageResult, imported, run_unit
 from ftsec_ray.execute.worker import Worker, WorkerLost
+from ftsec_ray.execute.worker_spec import WorkerSpec
 from ftsec_ray.plan.resources import cpus_of
 from ftsec_ray.plan.stage import Stage, Unit, is_group, workers_of
 from ftsec_ray.schedule.dispatcher import Dispatcher
@@ -24,30 +25,20 @@ RunUnit = Callable[[Sequence[Stage], int], list[StageResult]]
 
 def run_local(
     dispatcher: Dispatcher,
-    runtime: Runtime,
-    cache_gib: float,
+    spec: WorkerSpec,
+    resources: ResourceSpec,  # noqa: ARG001 - one unit at a time takes what this machine has
     *,
-    runner: Runner | str,
-    session: str,
+    address: str | None,  # noqa: ARG001
+    workers: int | None,  # noqa: ARG001
 ) -> None:
     """Run units until none is left, those of one base model together where priorities allow."""
     warm: str | None = None
-    with _place(dispatcher, runtime, cache_gib, runner=runner, session=session) as run:
+    with _place(dispatcher, spec) as run:
         while (unit := dispatcher.next(warm=warm)) is not None:
             dispatcher.started(unit.id)
             try:
                 if is_group(unit.resource):
-                    dispatcher.settle(
-                        unit.id,
-                        _worker_group(
-                            dispatcher,
-                            unit,
-                            runtime,
-                            cache_gib,
-                            runner=str(runner),
-                            session=session,
-                        ),
-                    )
+                    dispatcher.settle(unit.id, _worker_group(dispatcher, unit, spec))
                 else:
                     dispatcher.settle(unit.id, run(unit.stages, dispatcher.attempt(unit.id)))
                     warm = unit.affinity
@@ -57,51 +48,26 @@ def run_local(
 
 
 @contextmanager
-def _place(
-    dispatcher: Dispatcher,
-    runtime: Runtime,
-    cache_gib: float,
-    *,
-    runner: Runner | str,
-    session: str,
-) -> Iterator[RunUnit]:
+def _place(dispatcher: Dispatcher, spec: WorkerSpec) -> Iterator[RunUnit]:
     """What runs the units that are no worker groups."""
-    if runtime.timeout_s is None:
-        here = imported(session)(dispatcher.store, runtime, cache_gib)
+    if spec.runtime.timeout_s is None:
+        here = imported(spec.session)(dispatcher.store, spec.runtime, spec.cache_gib)
         yield lambda stages, attempt: run_unit(
-            stages, dispatcher.store, here, runner, attempt=attempt
+            stages, dispatcher.store, here, spec.runner, attempt=attempt
         )
         return
-    worker = Worker(
-        store=dispatcher.store.uri,
-        runtime=runtime,
-        cache_gib=cache_gib,
-        runner=str(runner),
-        session=session,
-    )
+    worker = Worker(spec)
     try:
         yield worker.run
     finally:
         worker.close()
 
 
-def _worker_group(
-    dispatcher: Dispatcher,
-    unit: Unit,
-    runtime: Runtime,
-    cache_gib: float,
-    *,
-    runner: str,
-    session: str,
-) -> list[StageResult]:
+def _worker_group(dispatcher: Dispatcher, unit: Unit, spec: WorkerSpec) -> list[StageResult]:
     cores = cpus_of(unit.resource, dispatcher.plan.spec) / workers_of(unit.resource)
     order = GroupOrder(
         stages=unit.stages,
-        store=dispatcher.store.uri,
-        runtime=runtime,
-        cache_gib=cache_gib,
-        runner=runner,
-        session=session,
+        worker=spec,
         attempt=dispatcher.attempt(unit.id),
         threads=max(1, int(cores)),
     )

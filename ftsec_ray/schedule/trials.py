@@ -1,111 +1,74 @@
 """What Ray Tune asks while a run is on: which unit a trial gets, which trial a free worker gets,
 and what became of both.
 
-With `tune` the only module that imports `ray.tune`. It reads Tune's controller where Tune offers no
-other way.
+With `tune_executor` and `tune_internals` the only module that imports `ray.tune`. Where Tune offers
+no other way it reads Tune's controller, through `tune_internals`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-import ray  # noqa: TID253 - this module is the place for it
-from ray import tune  # noqa: TID253
+from ray import tune  # noqa: TID253 - this module is the place for it
 from ray.tune.progress_reporter import TrialProgressCallback  # noqa: TID253
 from ray.tune.schedulers import FIFOScheduler  # noqa: TID253
 from ray.tune.search import Searcher  # noqa: TID253
 
 from ftsec_ray.errors import EnvironmentFault
-from ftsec_ray.execute.unit import StageResult
-from ftsec_ray.plan.stage import is_data, is_group, workers_of
-from ftsec_ray.schedule.capacity import Bundles, Room, fits, share_of, slots_of
-from ftsec_ray.schedule.dispatcher import Dispatcher
+from ftsec_ray.schedule.cluster_capacity import ClusterCapacity, GrowthMonitor, is_stalled
+from ftsec_ray.schedule.tune_internals import (
+    controller_of,
+    count_trials,
+    forget_trials,
+    has_idle_worker,
+    release_idle_workers,
+    trials_without_start,
+)
+from ftsec_ray.schedule.unit_leases import UnitLeases, death_text
 
-BROKEN_LIMIT = 3
-"""Workers that may fail to open before any unit ended, until the run is given up."""
-STALL_S = 300.0
-"""Seconds without an event, with room for a unit and none running, after which the tuner is started
-anew.
-"""
-NO_ROOM_S = 600.0
-"""Seconds for which units wait without any other at work, where no node can hold them and none is
-on its way, until the run is given up.
-"""
-GROWTH_S = 5.0
-"""Between two looks at how large a cluster is that may grow."""
 KEPT_TRIALS = 256
 """Trials that have ended and that Tune may remember."""
-_OUT_OF_MEMORY = re.compile("low on memory|memory usage threshold")
-"""What Ray says of a worker that it killed itself, before the kernel would."""
 
 
 class StageSearcher(Searcher):
     """Hands units to Tune as the dispatcher says, and tells it what became of them."""
 
-    def __init__(
-        self, dispatcher: Dispatcher, *, room: Room, limit: int, given: frozenset[str]
-    ) -> None:
+    def __init__(self, leases: UnitLeases, *, given: frozenset[str]) -> None:
         super().__init__()
-        self.dispatcher = dispatcher
-        self.room = room
-        """Trials of each resource class that may wait or run beside those that do."""
-        self.limit = limit
-        """The same of all classes together."""
+        self.leases = leases
         self.live: dict[str, str] = {}
         """Trial id -> unit."""
         self.is_stopped = False
-        self.broken: list[str] = []
-        """What workers said that could not open."""
         self.fault: EnvironmentFault | None = None
         """Why the run cannot go on."""
         self._given = given
-        self._warm: str | None = None
-        self._wide: set[str] = set()
-        """Trials of pipelines that wait for all of their cores."""
-
-    @property
-    def has_group(self) -> bool:
-        """Whether a worker group waits or runs."""
-        return any(is_group(self.dispatcher.units[unit].resource) for unit in self.live.values())
+        """Units whose stages the workers have."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """A unit for a new trial; None only while a trial is live, FINISHED when no unit is
         left.
         """
-        if self.is_stopped or self.dispatcher.finished:
+        dispatcher = self.leases.dispatcher
+        if self.is_stopped or dispatcher.finished:
             return str(Searcher.FINISHED)
-        if len(self.live) >= self.limit or self._wide:
-            # what would take one of the cores for which a pipeline waits, one by one, waits as well
-            return None
-        taken: Counter[str] = Counter(
-            self.dispatcher.units[unit].resource for unit in self.live.values()
-        )
-        free = {
-            one: max(1, count) if is_data(one) else count for one, count in self.room(taken).items()
-        }
-        unit = self.dispatcher.next(free=free, warm=self._warm)
+        unit = self.leases.take(self.leases.warm)
         if unit is None:
             # With nothing live only a budget can be the reason; the dispatcher has then finished.
-            return str(Searcher.FINISHED) if self.dispatcher.finished else None
+            return str(Searcher.FINISHED) if dispatcher.finished else None
         self.live[trial_id] = unit.id
-        if is_data(unit.resource):
-            self._wide.add(trial_id)
-        config = {"unit": unit.id, "on": unit.resource, "attempt": self.dispatcher.attempt(unit.id)}
+        config = {"unit": unit.id, "on": unit.resource, "attempt": dispatcher.attempt(unit.id)}
         if unit.id not in self._given:  # it was not foreseen when the workers got their units
             config["rebuilt"] = json.dumps([stage.to_json() for stage in unit.stages])
         return config
 
     def on_trial_start(self, trial_id: str) -> None:
         """A worker took the unit of a trial."""
-        self._wide.discard(trial_id)
         if trial_id in self.live:
-            self.dispatcher.started(self.live[trial_id])
+            self.leases.started(self.live[trial_id])
 
     def on_trial_complete(
         self,
@@ -118,38 +81,23 @@ class StageSearcher(Searcher):
         """
         if error or trial_id not in self.live:
             return
-        told = result or {}
-        verdicts = told.get("verdicts")
-        if verdicts is None:
-            if "broken" in told:
-                self.broken.append(str(told["broken"]))
-                self.is_stopped = self.is_stopped or (
-                    self._warm is None and len(self.broken) >= BROKEN_LIMIT
-                )
-            self.lost(
-                trial_id,
-                str(told.get("broken") or told.get("lost") or "the trial ended without a verdict"),
-            )
-        else:
-            self._wide.discard(trial_id)
-            unit = self.live.pop(trial_id)
-            self._warm = self.dispatcher.units[unit].affinity
-            self.dispatcher.settle(unit, [StageResult(**one) for one in json.loads(verdicts)])
+        self.leases.answered(self.live.pop(trial_id), result or {})
+        self.is_stopped = self.is_stopped or self.leases.is_broken
 
     def lost(self, trial_id: str, why: str) -> None:
         """The worker of a trial is gone."""
-        self._wide.discard(trial_id)
         unit = self.live.pop(trial_id, None)
         if unit is not None:
-            self.dispatcher.lost(
-                unit, why, code="oom" if _OUT_OF_MEMORY.search(why) else "worker_lost"
-            )
+            self.leases.lost(unit, why)
 
     def save(self, checkpoint_path: str) -> None:
         """States of the units, for people; nothing reads them back."""
         with open(checkpoint_path, "w", encoding="utf-8") as stream:  # noqa: PTH123 - the path is Tune's
             json.dump(
-                {unit: state.value for unit, state in self.dispatcher.scheduler.states().items()},
+                {
+                    unit: state.value
+                    for unit, state in self.leases.dispatcher.scheduler.states().items()
+                },
                 stream,
             )
 
@@ -188,57 +136,23 @@ class OldestFirst(FIFOScheduler):  # type: ignore[misc]
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """The oldest trial that waits for room, or for a worker that has not been asked for."""
-        controller = tune_controller._tune_controller  # of the wrapper, without its warning
+        controller = controller_of(tune_controller)
         self._forget(controller)
-        started, asked = (
-            controller._actor_manager._live_actors_to_ray_actors_resources,
-            controller._trial_to_actor,
-        )
-        waiting = [
-            one
-            for one in controller._trials
-            if one.status == "PENDING" and asked.get(one) not in started
-        ]
-        free = controller._actor_cache
-        reusing = (
-            one
-            for one in waiting
-            if free.num_cached_objects and free.has_cached_object(one.placement_group_factory)
-        )
+        waiting = trials_without_start(controller)
+        reusing = (trial for trial in waiting if has_idle_worker(controller, trial))
         return self._or_release(next(reusing, waiting[0] if waiting else None), controller)
 
     def _or_release(self, chosen: Any, controller: Any) -> Any:
         """The chosen trial; where there is none and a worker group lives, idle workers go."""
-        if chosen is None and self._searcher.has_group:
-            controller._cleanup_cached_actors(force_all=True)
+        if chosen is None and self._searcher.leases.has_group:
+            release_idle_workers(controller)
         return chosen
 
     def _forget(self, controller: Any) -> None:
-        """Now and then, drop the trials whose end the searcher knows and whose worker has been let
-        go.
-        """
-        trials = controller._trials
-        if len(trials) < self._live_trials + KEPT_TRIALS:
-            return
-        ended = {
-            one
-            for one in trials
-            if one.is_finished()
-            and one.trial_id not in self._searcher.live
-            and one not in controller._trial_to_actor
-        }
-        for kept in (trials, controller._pending_trials_list):
-            kept[:] = [one for one in kept if one not in ended]
-        self._live_trials = len(trials)
-        for kept in (
-            controller._stopped_trials,
-            controller._failed_trials,
-            controller._live_trials,
-            controller._trials_to_cache,
-        ):
-            kept -= ended
-        for one in ended:
-            controller._trial_metadata.pop(one.trial_id, None)
+        """Now and then, drop the trials whose end the searcher knows."""
+        if count_trials(controller) >= self._live_trials + KEPT_TRIALS:
+            forget_trials(controller, lambda trial: trial.trial_id not in self._searcher.live)
+            self._live_trials = count_trials(controller)
 
 
 class NewestFirst(OldestFirst):
@@ -246,8 +160,8 @@ class NewestFirst(OldestFirst):
 
     First in, first out would give it to the oldest, whose own worker may be about to start, and
     throw that one away: where starting takes longer than a unit, no worker would ever be added. All
-    waiting trials have room (see `room` of the searcher), so nothing is overtaken by more than the
-    start of a worker.
+    waiting trials have a free slot (see `free_slots` of the leases), so nothing is overtaken by
+    more than the start of a worker.
     """
 
     def __init__(self, searcher: StageSearcher) -> None:
@@ -261,7 +175,8 @@ class NewestFirst(OldestFirst):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """A trial that Tune has not yet asked a worker for, else the oldest that waits."""
-        self._forget(tune_controller._tune_controller)
+        controller = controller_of(tune_controller)
+        self._forget(controller)
         chosen = next((trial for trial in self._fresh if trial.status == "PENDING"), None)
         self._older += self._fresh
         self._fresh.clear()
@@ -271,9 +186,7 @@ class NewestFirst(OldestFirst):
             self._older = deque(one for one in self._older if one.status == "PENDING")
         while self._older and self._older[0].status != "PENDING":
             self._older.popleft()
-        return self._or_release(
-            chosen or (self._older[0] if self._older else None), tune_controller._tune_controller
-        )
+        return self._or_release(chosen or (self._older[0] if self._older else None), controller)
 
 
 class TrialMonitor(tune.Callback):
@@ -281,20 +194,11 @@ class TrialMonitor(tune.Callback):
     cluster's growth, and notices a stall.
     """
 
-    def __init__(
-        self,
-        searcher: StageSearcher,
-        bundles: Bundles,
-        *,
-        grown: Callable[[], tuple[Room, int]] | None = None,
-        stall_s: float = STALL_S,
-    ) -> None:
+    def __init__(self, searcher: StageSearcher, capacity: ClusterCapacity) -> None:
         self._searcher = searcher
-        self._bundles = bundles
-        self._grown = grown
-        """Room and limit of a cluster that may grow."""
-        self._stall_s = stall_s
-        self._checked = self._looked = self._had_room = time.monotonic()
+        self._capacity = capacity
+        self._growth = GrowthMonitor(capacity)
+        self._began = self._checked = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """A worker took the unit of a trial."""
@@ -316,59 +220,23 @@ class TrialMonitor(tune.Callback):
                 self._searcher.on_trial_complete(trial.trial_id, trial.last_result)
             elif trial.status == "ERROR":
                 self._searcher.lost(trial.trial_id, _last_words(trial))
-        running = any(trial.status == "RUNNING" for trial in live)
+        running = {trial.config["on"] for trial in live if trial.status == "RUNNING"}
+        leases, classes = self._searcher.leases, {trial.config["on"] for trial in live}
+        last_event = max(leases.dispatcher.last_event, self._began)
         if (
             live
-            and is_stalled(
-                now - self._searcher.dispatcher.last_event,
-                is_running=running,
-                limit_s=self._stall_s,
-            )
-            and has_room(self._bundles, {trial.config["on"] for trial in live})
+            and is_stalled(now - last_event, is_running=bool(running))
+            and self._capacity.has_capacity(classes)
         ):
             self._searcher.is_stopped = True
-        if self._grown is not None and now - self._looked >= GROWTH_S:
-            self._looked = now
-            self._searcher.room, self._searcher.limit = self._grown()
-            self._look_for_nodes(now, live)
-
-    def _look_for_nodes(self, now: float, live: Sequence[Any]) -> None:
-        """Give up when all that is left waits for nodes of which there are none and none are
-        coming.
-        """
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        waiting = {trial.config["on"] for trial in live}
-        # The trial of a worker group runs while its workers wait.
-        homeless = {one for one in waiting if not self._has_nodes(one, nodes)}
-        is_running = any(
-            trial.status == "RUNNING"
-            and not (is_group(trial.config["on"]) and trial.config["on"] in homeless)
-            for trial in live
-        )
-        if is_running or not waiting or waiting != homeless or is_growing():
-            self._had_room = now
-        elif now - max(self._had_room, self._searcher.dispatcher.last_event) > NO_ROOM_S:
-            self._searcher.fault = EnvironmentFault(
-                "no node of the cluster has room for a unit of class"
-                f" {' or '.join(map(repr, sorted(waiting)))}, and none is on its way",
-                sorted({_shape(node) for node in nodes}),
-                " or ".join(self._asked(one) for one in sorted(waiting)),
-                "lower `resources` in the sweep, or add a node type with room for it to the"
-                " cluster, then run again: what is done stays done",
+        if self._growth.is_due:
+            leases.free_slots, leases.limit = self._capacity.free_slots_and_limit(
+                least=len(self._capacity.used)
             )
-            self._searcher.is_stopped = True
-
-    def _has_nodes(self, one: str, nodes: Sequence[Mapping[str, float]]) -> bool:
-        """Whether the nodes, were nothing else at work, could run a unit of a class: workers of one
-        unit may be on several.
-        """
-        return sum(
-            slots_of({one: share_of(one, self._bundles[one])}, node)[one] for node in nodes
-        ) >= (workers_of(one) if is_group(one) else 1)
-
-    def _asked(self, one: str) -> str:
-        each = _shape(share_of(one, self._bundles[one])) + " on one node"
-        return f"{workers_of(one)} x {each}" if is_group(one) else each
+            self._searcher.fault = self._growth.look(classes, running, last_event)
+            self._searcher.is_stopped = (
+                self._searcher.is_stopped or self._searcher.fault is not None
+            )
 
 
 class NoProgress(TrialProgressCallback):  # type: ignore[misc]
@@ -383,46 +251,13 @@ class NoProgress(TrialProgressCallback):  # type: ignore[misc]
         """Say nothing."""
 
 
-def is_stalled(quiet_s: float, *, is_running: bool, limit_s: float = STALL_S) -> bool:
-    """Whether units wait for workers that do not come."""
-    return not is_running and quiet_s > limit_s
-
-
-def has_room(bundles: Bundles, classes: set[str]) -> bool:
-    """Whether the cluster could start a unit of one of the classes right now."""
-    free = ray.available_resources()
-    return any(fits(bundles[one], free) for one in classes)
-
-
-def is_growing() -> bool:
-    """Whether an autoscaler has nodes on their way."""
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    return bool(status.pending_launches or status.pending_nodes)
-
-
-def _shape(resources: Mapping[str, float]) -> str:
-    """Cores and GPUs in words."""
-    return " + ".join(
-        f"{resources.get(name, 0.0):g} {name}"
-        for name in ("CPU", "GPU")
-        if name == "CPU" or name in resources
-    )
-
-
 def _last_words(trial: Any) -> str:
     """What Ray says of the death of a trial's worker."""
     path = trial.error_file
     lines = (
         Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).is_file() else []
     )
-    told = " ".join(
-        line.strip()
-        for line in lines
-        if not re.match(r"Failure # |\s*(class_name|actor_id|pid|name|namespace|ip): ", line)
-    )
-    return told or "the trial ended without a verdict"
+    return death_text(lines)
 
 
 class StopWhenStalled(tune.Stopper):

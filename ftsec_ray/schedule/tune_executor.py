@@ -1,5 +1,4 @@
-"""Run units as Ray Tune trials; imported on demand only, and with `trials` the only module that
-imports `ray.tune`.
+"""Run units as Ray Tune trials; imported on demand only.
 
 A trial carries the id of a unit and nothing else; what the units are travels once per worker
 through the object store. A worker that reached a verdict returns it as an ordinary result, so a
@@ -13,49 +12,26 @@ planning again.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
-import ray  # noqa: TID253 - this module is the place for it
-from ray import tune  # noqa: TID253
+from ray import tune  # noqa: TID253 - this module is the place for it
 
 from ftsec_ray.config.sweep import ResourceSpec
-from ftsec_ray.context import Runtime
-from ftsec_ray.errors import EnvironmentFault, FtsecError
-from ftsec_ray.execute.dist_worker import GroupOrder
-from ftsec_ray.execute.unit import (
-    StageResult,
-    cpu_threads,
-    gpu_share,
-    imported,
-    run_unit,
-    short_text,
+from ftsec_ray.execute.worker_spec import WorkerSpec
+from ftsec_ray.plan.stage import Stage
+from ftsec_ray.schedule.capacity import Bundles
+from ftsec_ray.schedule.cluster_capacity import (
+    MAX_RESTARTS,
+    ClusterCapacity,
+    connected_capacity,
+    stall_fault,
 )
-from ftsec_ray.plan.stage import Stage, is_data, is_group
-from ftsec_ray.redact import clean_logs
-from ftsec_ray.schedule.capacity import (
-    Bundles,
-    Pieces,
-    Room,
-    bundles_of,
-    fits,
-    pieces_of,
-    room_ahead,
-    room_beside,
-    share_of,
-    slots_of,
-    together,
-)
-from ftsec_ray.schedule.credentials import no_keys_for_workers
 from ftsec_ray.schedule.dispatcher import Dispatcher
-from ftsec_ray.schedule.dist_launch import GroupEnded, launch_on_ray, run_worker_group
+from ftsec_ray.schedule.ray_session import setting
+from ftsec_ray.schedule.ray_worker import RayWorker
 from ftsec_ray.schedule.trials import (
-    BROKEN_LIMIT,
     NewestFirst,
     NoProgress,
     OldestFirst,
@@ -63,39 +39,19 @@ from ftsec_ray.schedule.trials import (
     StopWhenStalled,
     TrialMonitor,
 )
-from ftsec_ray.store import Store
+from ftsec_ray.schedule.tune_internals import check_tune, no_keys_for_workers
+from ftsec_ray.schedule.unit_leases import UnitLeases
 
-SURPLUS = 16
-"""Trials that wait beyond the slots of a given cluster: an autoscaler sees them. A Ray of our own
-cannot grow and has none.
-"""
-MAX_RESTARTS = 3
 WINDOW = 4096
-"""Pending trials that Tune may have in such a cluster; how many it gets is the searcher's to say.
+"""Pending trials that Tune may have in a cluster that may grow; how many it gets is the searcher's
+to say.
 """
-_ENVIRONMENT = {
+_SWITCHES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What every worker needs besides its units."""
-
-    store: str
-    """URI of the store."""
-    runtime: Runtime
-    cache_gib: float
-    runner: str
-    session: str
-    bundles: Bundles
-    """Resource class -> what one unit of it occupies."""
 
 
 class UnitTrainable(tune.Trainable):
@@ -104,18 +60,15 @@ class UnitTrainable(tune.Trainable):
     def setup(
         self,
         config: dict[str, Any],
-        work: Work | None = None,
+        spec: WorkerSpec | None = None,
+        bundles: Bundles | None = None,
         units: Mapping[str, tuple[Stage, ...]] | None = None,
     ) -> None:
-        """Take what all units need; a worker that cannot open says so in `step`, where it
-        is heard.
-        """
-        assert work is not None, "given by tune.with_parameters"
+        """Take what all units need."""
+        assert spec is not None, "given by tune.with_parameters"
+        assert bundles is not None, "given by tune.with_parameters"
         assert units is not None, "given by tune.with_parameters"
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        clean_logs()
-        self._work, self._units, self._config = work, units, config
-        self._session: Any = None
+        self._worker, self._units, self._config = RayWorker(spec, bundles), units, config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next unit; a refusal would never reach the searcher."""
@@ -124,161 +77,59 @@ class UnitTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Run the unit to its verdicts."""
-        rebuilt, unit, on = self._config.get("rebuilt"), self._config["unit"], self._config["on"]
+        rebuilt, unit = self._config.get("rebuilt"), self._config["unit"]
         stages = (
             [Stage.from_json(one) for one in json.loads(rebuilt)] if rebuilt else self._units[unit]
         )
-        try:
-            if is_group(on):
-                return {
-                    "done": True,
-                    "verdicts": json.dumps(
-                        [asdict(verdict) for verdict in self._worker_group(stages, on)]
-                    ),
-                }
-            self._open()
-        except GroupEnded as ended:
-            return {"done": True, "lost": short_text(ended)}
-        except (ImportError, FtsecError, OSError) as error:
-            return {"done": True, "broken": short_text(error)}
-        verdicts = run_unit(
-            stages, self._store, self._session, self._runner, attempt=self._config["attempt"]
-        )
-        return {"done": True, "verdicts": json.dumps([asdict(verdict) for verdict in verdicts])}
-
-    def _worker_group(self, stages: Sequence[Stage], on: str) -> list[StageResult]:
-        """Have a worker group run the unit: this process only waits for it."""
-        work, share = self._work, share_of(on, self._work.bundles[on])
-        order = GroupOrder(
-            stages=tuple(stages),
-            store=work.store,
-            runtime=work.runtime,
-            cache_gib=work.cache_gib,
-            runner=work.runner,
-            session=work.session,
-            attempt=self._config["attempt"],
-            threads=max(1, int(share.get("CPU", 1))),
-        )
-        return run_worker_group(
-            order, lambda order: launch_on_ray(order, share), Store.open(work.store)
-        )
-
-    def _open(self) -> None:
-        """Import and open what outlives a unit, once."""
-        if self._session is None:
-            assigned = ray.get_runtime_context().get_assigned_resources()
-            threads, gpus = max(1, int(assigned.get("CPU", 1))), float(assigned.get("GPU", 0.0))
-            # A worker without a GPU sees none, whatever the rest of the sweep runs on.
-            runtime = (
-                self._work.runtime
-                if gpus or not self._work.runtime.device.startswith("cuda")
-                else replace(self._work.runtime, device="cpu")
-            )
-            cpu_threads(threads)
-            self._store = Store.open(self._work.store)
-            self._runner = imported(self._work.runner)
-            session = imported(self._work.session)(self._store, runtime, self._work.cache_gib)
-            cpu_threads(threads)  # again, for what the imports have brought
-            gpu_share(gpus)
-            self._session = session
+        answer = self._worker.run(stages, self._config["on"], self._config["attempt"])
+        return {"done": True, **answer}
 
 
 def run_tune(
     dispatcher: Dispatcher,
-    work: Work,
+    spec: WorkerSpec,
     resources: ResourceSpec,
     *,
     address: str | None,
     workers: int | None,
 ) -> None:
     """Run the units of a dispatcher as trials, until none is left."""
-    used = {unit.resource for unit in dispatcher.units.values()}
-    bundles = bundles_of(
-        dispatcher.plan.spec, {stage.resource for stage in dispatcher.plan.stages.values()}
-    )
-    address = address or os.environ.get("RAY_ADDRESS")
-    need = max((bundles[one].get("CPU", 0.0) for one in used if is_group(one)), default=0.0)
+    check_tune()
     with (
-        _environment(),
         no_keys_for_workers(),
-        _ray(address, workers, resources, need),
+        connected_capacity(
+            dispatcher, resources, address=address, workers=workers, switches=_SWITCHES
+        ) as capacity,
         tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch,
     ):
-        pieces = {
-            one: pieces_of(one, bundle, ray.cluster_resources()) for one, bundle in bundles.items()
-        }
-        bundles |= {one: together(group) for one, group in pieces.items() if is_data(one)}
-        if address is None:
-            _check_room(pieces, bundles, used)
         for restart in range(MAX_RESTARTS + 1):
-            stuck = _run_tuner(
-                dispatcher,
-                work,
-                pieces,
-                bundles,
-                used,
-                workers,
-                f"{scratch}/{restart}",
-                can_grow=address is not None,
-            )
-            for unit in stuck:
-                dispatcher.abandon(unit)
+            leases = _run_tuner(dispatcher, spec, capacity, f"{scratch}/{restart}")
+            stuck = len(leases.live)
+            leases.abandon()
             if dispatcher.finished:
                 return
-        raise EnvironmentFault(
-            f"Ray started none of {len(stuck)} waiting units, {MAX_RESTARTS + 1} times over",
-            ray.available_resources(),
-            f"room for one of {bundles}",
-            "look at `ray status` and at the cluster's log, then run again",
-        )
+        raise stall_fault(stuck, capacity.bundles)
 
 
 def _run_tuner(
-    dispatcher: Dispatcher,
-    work: Work,
-    pieces: Pieces,
-    bundles: Bundles,
-    used: Collection[str],
-    workers: int | None,
-    scratch: str,
-    *,
-    can_grow: bool,
-) -> list[str]:
-    """One tuner over what is left; returns the units that it left without an answer."""
-    given = {unit.id: unit.stages for unit in dispatcher.units.values()}
-
-    def room_and_limit() -> tuple[Room, int]:
-        have = ray.cluster_resources()
-        slots = {
-            one: max(1, count)
-            for one, count in slots_of({one: bundles[one] for one in used}, have).items()
-        }
-        if can_grow:
-            slots = {
-                one: count if is_group(one) else max(count, workers or 0) + SURPLUS
-                for one, count in slots.items()
-            }
-        limit = min(sum(slots.values()), max(workers or 2**31, len(slots)))
-        return (
-            room_ahead(slots, bundles, ray.cluster_resources)
-            if can_grow
-            else room_beside(bundles, have)
-        ), limit
-
-    room, limit = room_and_limit()
-    searcher = StageSearcher(dispatcher, room=room, limit=limit, given=frozenset(given))
-    factories = {name: tune.PlacementGroupFactory(group) for name, group in pieces.items()}
+    dispatcher: Dispatcher, spec: WorkerSpec, capacity: ClusterCapacity, scratch: str
+) -> UnitLeases:
+    """One tuner over what is left; returns the leases, with the units that it left without an
+    answer.
+    """
+    units = {unit.id: unit.stages for unit in dispatcher.units.values()}
+    free_slots, limit = capacity.free_slots_and_limit(least=len(capacity.used))
+    leases = UnitLeases(dispatcher, free_slots=free_slots, limit=limit)
+    searcher = StageSearcher(leases, given=frozenset(units))
+    factories = {
+        name: tune.PlacementGroupFactory(group) for name, group in capacity.requests.items()
+    }
     host = tune.with_resources(
-        tune.with_parameters(UnitTrainable, work=work, units=given),
+        tune.with_parameters(UnitTrainable, spec=spec, bundles=capacity.bundles, units=units),
         lambda config: factories[config["on"]],
     )
-    callbacks = [
-        TrialMonitor(searcher, bundles, grown=room_and_limit if can_grow else None),
-        NoProgress(),
-    ]
-    window = (
-        WINDOW if can_grow else max(2, limit)
-    )  # a window of 1 hangs where there is more than one resource class
+    # A window of 1 hangs where there is more than one resource class.
+    window = WINDOW if capacity.can_grow else max(2, limit)
     tuner = tune.Tuner(
         host,
         tune_config=tune.TuneConfig(
@@ -286,7 +137,7 @@ def _run_tuner(
             num_samples=-1,
             max_concurrent_trials=window,
             reuse_actors=True,
-            scheduler=(OldestFirst if can_grow else NewestFirst)(searcher),
+            scheduler=(OldestFirst if capacity.can_grow else NewestFirst)(searcher),
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -294,108 +145,17 @@ def _run_tuner(
             storage_path=scratch,
             stop=StopWhenStalled(searcher),
             verbose=0,
-            callbacks=callbacks,
+            callbacks=[TrialMonitor(searcher, capacity), NoProgress()],
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(
                 checkpoint_at_end=False, checkpoint_frequency=0
             ),
         ),
     )
-    with _setting("TUNE_MAX_PENDING_TRIALS_PG", str(window)):
+    with setting("TUNE_MAX_PENDING_TRIALS_PG", str(window)):
         tuner.fit()
     if searcher.fault is not None:
         raise searcher.fault
-    if searcher.is_stopped and len(searcher.broken) >= BROKEN_LIMIT:
-        raise EnvironmentFault(
-            f"workers cannot open: {searcher.broken[-1]}",
-            work.runner,
-            "workers that have ftsec_ray installed and can reach the store",
-            "install the same version on all nodes, or look at the text above",
-        )
-    return list(searcher.live.values())
-
-
-def _check_room(pieces: Pieces, bundles: Bundles, used: Collection[str]) -> None:
-    """EnvironmentFault when a class fits on no node: a Ray of our own will not grow, and Tune would
-    wait for ever.
-    """
-    for one in used:
-        least = bundles[one] if is_group(one) else pieces[one][-1]
-        if not any(fits(least, node["Resources"]) for node in ray.nodes() if node["Alive"]):
-            raise EnvironmentFault(
-                f"no room on this machine for a unit of class {one!r}",
-                ray.cluster_resources(),
-                f"at least {least}",
-                "lower `resources` in the sweep, or give --address of a cluster",
-            )
-
-
-@contextmanager
-def _ray(
-    address: str | None, workers: int | None, resources: ResourceSpec, need: float
-) -> Iterator[None]:
-    """A Ray cluster: the one at hand, the one at an address, or one of this process, with so many
-    cores as a worker group needs.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            count = (workers or 0) * resources.cpus_per_stage or os.cpu_count() or 1
-            ray.init(
-                address="local",
-                num_cpus=max(1, round(max(count, need) + 0.499)),
-                include_dashboard=False,
-                **quiet,
-            )
-    except Exception as error:  # Ray has no class of its own for a start that takes too long
-        raise EnvironmentFault(
-            f"cannot reach or start Ray: {error}",
-            address or "this machine",
-            "a running cluster",
-            "--address HOST:6379 of a Ray head, or --executor local",
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _setting(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
-    """Tune's own switches, and its loggers kept to errors, for the time of a run."""
-    loggers = {
-        name: logging.getLogger(name) for name in ("ray", "ray.tune", "ray.data", "ray.train")
-    }
-    levels = {name: logger.level for name, logger in loggers.items()}
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
-    for logger in loggers.values():
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    if leases.is_broken:
+        raise leases.broken_fault(spec.runner)
+    return leases

@@ -127,7 +127,7 @@ def by_ray(store: Store, out: Path, workers: int, memory: Memory) -> float:
     memory.begin()
     began = time.perf_counter()
     job, method, file = job_of(store, craft_stage(METHOD), out)
-    craft_in_blocks(job, method, file, crew=WorkerPool(size=workers, each={"CPU": 1.0}))
+    craft_in_blocks(job, method, file, pool=WorkerPool(size=workers, each={"CPU": 1.0}))
     taken = time.perf_counter() - began
     ray.shutdown()
     return taken

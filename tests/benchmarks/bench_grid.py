@@ -103,7 +103,7 @@ def run_grid(
         shutil.copytree(models.fetch(digest), folder, dirs_exist_ok=True)
         store.publish(digest, folder, models.record(digest))
     started = time.perf_counter()
-    report = execute(build_plan(spec), store, executor="finetune", workers=workers)
+    report = execute(build_plan(spec), store, executor="tune", workers=workers)
     seconds = time.perf_counter() - started
     if not report.is_complete:
         verdict = next(iter(report.failed.values()))

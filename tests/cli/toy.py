@@ -18,6 +18,7 @@ from ftsec_ray.cli.app import app
 from ftsec_ray.errors import StageError
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.schedule import execution as schedule_run
+from ftsec_ray.schedule.executors import EXECUTORS
 
 _real_execute = schedule_run.execute
 RUNNER = "tests.cli.toy:run_stage"
@@ -70,7 +71,7 @@ def execute(
     on_event: object,
 ) -> object:
     """The engine's `execute` in this process with the runner above."""
-    assert executor in ("tune", "local")
+    assert executor in EXECUTORS
     return _real_execute(
         plan,
         store,

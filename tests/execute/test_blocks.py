@@ -103,10 +103,10 @@ def test_blocks_in_one_process_give_the_bytes_and_notes_of_the_whole_set(
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("which", ["badnets", "harmful_tuning-share", "onion"])
 def test_ray_data_gives_the_bytes_and_notes_of_the_whole_set(which, store, expected, tmp_path):
-    method, crew = METHODS[IDS.index(which)], WorkerPool(size=2, each={"CPU": 1.0})
+    method, pool = METHODS[IDS.index(which)], WorkerPool(size=2, each={"CPU": 1.0})
     for blocks, seed in ((1, 0), (2, 7), (8, 0)):
         assert in_blocks(
-            store, method, seed, tmp_path / str(blocks), crew=crew, blocks=blocks
+            store, method, seed, tmp_path / str(blocks), pool=pool, blocks=blocks
         ) == expected(method, seed)
 
 
@@ -167,15 +167,15 @@ def test_a_filter_that_leaves_nothing_fails_the_same_either_way(limit, tmp_path)
 def test_an_error_of_a_method_in_a_worker_is_the_error_of_the_stage(store, tmp_path):
     import ray
 
-    crew = WorkerPool(size=1, each={"CPU": 1.0})
+    pool = WorkerPool(size=1, each={"CPU": 1.0})
     with pytest.raises(DataError, match=r"got:  8\n  want: 100 rows in harmful_train"):
-        in_blocks(store, HarmfulTuning(), 0, tmp_path / "survey", crew=crew)
+        in_blocks(store, HarmfulTuning(), 0, tmp_path / "survey", pool=pool)
     job, made, file = job_of(store, craft_stage(Onion(threshold=1.0)), tmp_path / "craft")
     job = replace(job, stage=replace(job.stage, inputs=job.stage.inputs[:2]))
     with pytest.raises(
         StageError, match="a method asked for a model that it did not declare"
     ) as held:
-        craft_in_blocks(job, made, file, crew=crew)
+        craft_in_blocks(job, made, file, pool=pool)
     deadline = time.monotonic() + 30
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -207,7 +207,7 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(tmp_path):
     thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
     assert (
-        in_blocks(store, method, 0, out, crew=WorkerPool(size=2, each={"CPU": 1.0}), blocks=20)
+        in_blocks(store, method, 0, out, pool=WorkerPool(size=2, each={"CPU": 1.0}), blocks=20)
         == whole
     )
     thread.join(10)
@@ -221,8 +221,10 @@ def plan_with(*others, stage, workers=2):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("asked", [2, 16])
-def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, expected, tmp_path):
+@pytest.mark.parametrize(("asked", "executor"), [(2, "tune"), (16, "tune"), (16, "actors")])
+def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(
+    asked, executor, expected, tmp_path
+):
     """Two cores, never free together, and a set whose blocks need both once another unit is done:
     it gets its turn before the rest.
     """
@@ -237,6 +239,7 @@ def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, exp
     report = execute(
         plan_with(*busy, stage=stage, workers=asked),
         here,
+        executor=executor,
         runner=BUSY,
         on_event=lambda e: events.append((e.kind, e.unit)),
     )
@@ -255,11 +258,12 @@ def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(asked, exp
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_a_chain_of_pipelines_under_tune_has_the_bytes_of_the_local_executor(tmp_path):
-    stores = [filled(tmp_path / name, many_rows(ROWS)) for name in ("tune", "local")]
+@pytest.mark.parametrize("on_ray", ["tune", "actors"])
+def test_a_chain_of_pipelines_on_ray_has_the_bytes_of_the_local_executor(tmp_path, on_ray):
+    stores = [filled(tmp_path / name, many_rows(ROWS)) for name in ("ray", "local")]
     poison = craft_stage(METHODS[0], resource="data:2")
     clean = craft_stage(METHODS[4], rows=poison.digest, resource="data:2")
-    for where, executor in zip(stores, ("tune", "local"), strict=True):
+    for where, executor in zip(stores, (on_ray, "local"), strict=True):
         assert execute(
             plan_with(poison, stage=clean), where, executor=executor, runner=BUSY
         ).is_complete

@@ -13,7 +13,7 @@ import ray
 
 from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.errors import EnvironmentFault
-from ftsec_ray.schedule import trials
+from ftsec_ray.schedule import cluster_capacity
 from ftsec_ray.schedule.execution import execute
 from ftsec_ray.store import Store
 from tests.clusters import autoscaling_cluster
@@ -90,8 +90,8 @@ def test_nodes_come_when_the_plan_needs_them_and_leave_when_idle(address, tmp_pa
 def test_a_unit_that_no_node_type_holds_ends_the_run_after_a_while_with_what_was_asked_and_what_there_is(
     address, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trials, "NO_ROOM_S", 4.0)
-    monkeypatch.setattr(trials, "GROWTH_S", 0.5)
+    monkeypatch.setattr(cluster_capacity, "NO_NODE_S", 4.0)
+    monkeypatch.setattr(cluster_capacity, "GROWTH_S", 0.5)
     began = time.monotonic()
     with pytest.raises(
         EnvironmentFault,

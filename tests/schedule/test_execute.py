@@ -1,17 +1,21 @@
-"""Whole runs without Ray: what is done, what failed, what is done again; and both executors' bytes
-against each other.
+"""Whole runs without Ray: what is done, what failed, what is done again; and the
+executors by name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
 
 import pytest
 
+import ftsec_ray
 from ftsec_ray.config.sweep import ResourceSpec
-from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.errors import SpecError
+from ftsec_ray.execute.unit import imported
 from ftsec_ray.schedule.execution import execute, runtime_of
+from ftsec_ray.schedule.executors import EXECUTORS
 from ftsec_ray.store import Store
 from tests.schedule.engine_runners import plan_of, runs, stage_of
 
@@ -62,11 +66,12 @@ def test_every_needed_stage_is_done_once(store, tmp_path):
 def test_a_second_run_does_nothing(store, tmp_path):
     plan = plan_of(tree(tmp_path))
     run(plan, store)
-    report = run(
-        plan, store, executor="finetune", on_event=lambda event: pytest.fail("something ran")
-    )
-    assert report.done == ()
-    assert sorted(report.cached) == sorted(plan.stages)
+    for executor in EXECUTORS:
+        report = run(
+            plan, store, executor=executor, on_event=lambda event: pytest.fail("something ran")
+        )
+        assert report.done == ()
+        assert sorted(report.cached) == sorted(plan.stages)
     assert len(runs(tmp_path)) == 6
 
 
@@ -167,9 +172,30 @@ def test_an_artifact_damaged_within_the_run_is_made_again(store, tmp_path):
     assert runs(tmp_path) == ["base", "first", "base", "second"]
 
 
-def test_an_unknown_executor_is_refused(store):
-    with pytest.raises(EnvironmentFault, match="'slurm'"):
-        run(plan_of([stage_of("one")]), store, executor="slurm")
+def test_an_unknown_executor_is_refused_with_the_names_of_those_there_are(store, tmp_path):
+    for refused in (
+        lambda: run(plan_of([stage_of("one")]), store, executor="slurm"),
+        lambda: ftsec_ray.run(
+            "sweeps/quickstart.yaml",
+            store=store.uri,
+            results=tmp_path / "results",
+            executor="slurm",
+        ),
+    ):
+        with pytest.raises(SpecError, match="'slurm'") as caught:
+            refused()
+        assert caught.value.want == "tune | actors | local"
+
+
+def test_every_executor_of_the_table_is_a_function_of_the_same_arguments():
+    arguments = {
+        name: list(inspect.signature(imported(one.function)).parameters)
+        for name, one in EXECUTORS.items()
+    }
+    assert set(map(tuple, arguments.values())) == {
+        ("dispatcher", "spec", "resources", "address", "workers")
+    }
+    assert list(arguments) == ["tune", "actors", "local"]
 
 
 def test_the_runtime_comes_from_the_sweep(tmp_path):

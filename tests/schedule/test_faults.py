@@ -1,5 +1,5 @@
 """A stage that hangs, one that does not fit, workers killed for their memory, a full disk: under
-both executors, through `execute`.
+every executor, through `execute`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.config.sweep_file import load_sweep
 from ftsec_ray.plan.build import build_plan
 from ftsec_ray.schedule.execution import execute
+from ftsec_ray.schedule.executors import EXECUTORS
 from ftsec_ray.store import Store
 from tests.schedule.engine_runners import local_ray, plan_of, runs, stage_of
 from tests.schedule.test_execute import RUNNER, SESSION, contents
 
-EXECUTORS = ["local", pytest.param("tune", marks=pytest.mark.ray)]
+ALL = [
+    pytest.param(name, marks=[pytest.mark.ray] if one.uses_ray else [])
+    for name, one in EXECUTORS.items()
+]
+ON_RAY = [name for name, one in EXECUTORS.items() if one.uses_ray]
 LIMIT_S = 4.0
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +47,7 @@ def run(request, store):
     """Runs stages under an executor with resources, on a Ray that serves all tests of this file."""
 
     def call(stages, executor, on_event=None, **resources):
-        if executor == "tune":
+        if EXECUTORS[executor].uses_ray:
             request.getfixturevalue("cluster")
         plan = plan_of(stages)
         plan = replace(plan, spec=replace(plan.spec, resources=ResourceSpec(**resources)))
@@ -67,7 +72,7 @@ def hanging(folder):
     ]
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", ALL)
 def test_a_stage_over_its_time_fails_as_timeout_stops_nothing_else_and_may_be_tried_again(
     run, store, tmp_path, executor
 ):
@@ -93,7 +98,7 @@ def test_a_stage_over_its_time_fails_as_timeout_stops_nothing_else_and_may_be_tr
     assert store.failures() == {}
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", ALL)
 def test_a_worker_that_dies_under_a_time_limit_is_no_timeout_and_an_earlier_one_is_not_taken_for_it(
     run, store, tmp_path, executor
 ):
@@ -154,7 +159,7 @@ def test_a_time_limit_is_no_part_of_any_digest():
     assert plain.digest == limited.digest
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", ALL)
 def test_a_stage_that_does_not_fit_is_tried_once_with_half_the_rows_and_fails_as_oom_if_it_never_fits(
     run, store, tmp_path, executor
 ):
@@ -178,7 +183,10 @@ def test_a_stage_that_does_not_fit_is_tried_once_with_half_the_rows_and_fails_as
 
 
 @pytest.mark.ray
-def test_a_worker_that_ray_kills_for_its_memory_ends_as_oom_after_three_attempts(tmp_path):
+@pytest.mark.parametrize("executor", ON_RAY)
+def test_a_worker_that_ray_kills_for_its_memory_ends_as_oom_after_three_attempts(
+    tmp_path, executor
+):
     """In a process of its own: on that Ray every worker is above the threshold, and none would
     outlive it.
     """
@@ -189,7 +197,7 @@ from ftsec_ray.store import Store
 from tests.schedule.engine_runners import local_ray, plan_of, stage_of
 with local_ray(num_cpus=1, _system_config={{"memory_usage_threshold": 0.001, "memory_monitor_refresh_ms": 200}}):
     stage = stage_of("large", log={str(tmp_path)!r}, sleep=60.0)
-    report = execute(plan_of([stage]), Store.open({str(tmp_path / "store")!r}), runner={RUNNER!r}, session={SESSION!r})
+    report = execute(plan_of([stage]), Store.open({str(tmp_path / "store")!r}), executor={executor!r}, runner={RUNNER!r}, session={SESSION!r})
     verdict = report.failed[stage.digest]
     print(verdict.error_code, verdict.attempt, verdict.error.replace(chr(10), " "))
 """

@@ -1,4 +1,4 @@
-"""Shares of a GPU and a budget under Ray Tune, on a cluster that only claims to have a GPU."""
+"""Shares of a GPU and a budget on Ray, on a cluster that only claims to have a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftsec_ray.config.sweep import BudgetSpec, ResourceSpec
 from ftsec_ray.context import Runtime
 from ftsec_ray.execute.unit import StageResult
 from ftsec_ray.plan.resources import cpus_of, gpus_of
-from ftsec_ray.schedule.capacity import pieces_of, room_beside, together
+from ftsec_ray.schedule.capacity import fixed_capacity, request_of, total_of
 from ftsec_ray.schedule.execution import execute
 from ftsec_ray.store import Store
 from tests.schedule.engine_runners import local_ray, plan_of, runs, stage_of
@@ -30,18 +30,18 @@ def test_classes_take_room_from_each_other():
         one: {"CPU": 1.0, **({"GPU": gpus_of(one)} if gpus_of(one) else {})}
         for one in ("cpu", "gpu:0.125", "gpu:0.5", "gpu")
     }
-    room = room_beside(bundles, {"CPU": 16.0, "GPU": 1.0})
-    assert room({}) == {"cpu": 16, "gpu:0.125": 8, "gpu:0.5": 2, "gpu": 1}
-    assert room({"gpu:0.5": 1}) == {"cpu": 15, "gpu:0.125": 4, "gpu:0.5": 1, "gpu": 0}
-    assert room({"gpu": 1, "cpu": 15}) == {"cpu": 0, "gpu:0.125": 0, "gpu:0.5": 0, "gpu": 0}
-    assert room_beside(bundles, {"CPU": 1.0})({}) == dict.fromkeys(bundles, 1), (
+    free_slots = fixed_capacity(bundles, {"CPU": 16.0, "GPU": 1.0})
+    assert free_slots({}) == {"cpu": 16, "gpu:0.125": 8, "gpu:0.5": 2, "gpu": 1}
+    assert free_slots({"gpu:0.5": 1}) == {"cpu": 15, "gpu:0.125": 4, "gpu:0.5": 1, "gpu": 0}
+    assert free_slots({"gpu": 1, "cpu": 15}) == {"cpu": 0, "gpu:0.125": 0, "gpu:0.5": 0, "gpu": 0}
+    assert fixed_capacity(bundles, {"CPU": 1.0})({}) == dict.fromkeys(bundles, 1), (
         "the first is asked for, so that its lack is told"
     )
 
 
 def test_a_pipeline_gets_as_many_workers_as_there_is_room_for_and_its_trial_nothing():
     asked = {"CPU": 8.0, "GPU": 2.0}
-    assert pieces_of("gpu", {"CPU": 1.0, "GPU": 1.0}, {}) == [{"CPU": 1.0, "GPU": 1.0}]
+    assert request_of("gpu", {"CPU": 1.0, "GPU": 1.0}, {}) == [{"CPU": 1.0, "GPU": 1.0}]
     each = {"CPU": 2.0, "GPU": 0.5}
     rooms = [
         {"CPU": 64.0, "GPU": 8.0},
@@ -49,16 +49,17 @@ def test_a_pipeline_gets_as_many_workers_as_there_is_room_for_and_its_trial_noth
         {"CPU": 64.0, "GPU": 0.5},
         {"CPU": 0.0},
     ]
-    found = [pieces_of("data:4:0.5", asked, have) for have in rooms]
+    found = [request_of("data:4:0.5", asked, have) for have in rooms]
     assert found == [[{}, *[each] * count] for count in (4, 2, 1, 4)], (
         "a cluster without any room may grow"
     )
-    assert together(found[1]) == {"CPU": 4.0, "GPU": 1.0}
+    assert total_of(found[1]) == {"CPU": 4.0, "GPU": 1.0}
 
 
 def test_while_a_pipeline_waits_for_its_cores_nothing_is_handed_out_that_would_take_one(tmp_path):
     from ftsec_ray.schedule.dispatcher import Dispatcher
     from ftsec_ray.schedule.trials import StageSearcher
+    from ftsec_ray.schedule.unit_leases import UnitLeases
 
     first = stage_of("first", cost_s=2.0)
     stages = [
@@ -67,8 +68,9 @@ def test_while_a_pipeline_waits_for_its_cores_nothing_is_handed_out_that_would_t
         *(stage_of(f"s{i}") for i in range(4)),
     ]
     dispatcher = Dispatcher(plan_of(stages), Store.open(tmp_path), set())
-    room = room_beside({"cpu": {"CPU": 1.0}, "data:2": {"CPU": 2.0}}, {"CPU": 2.0})
-    searcher = StageSearcher(dispatcher, room=room, limit=4, given=frozenset(dispatcher.units))
+    free_slots = fixed_capacity({"cpu": {"CPU": 1.0}, "data:2": {"CPU": 2.0}}, {"CPU": 2.0})
+    leases = UnitLeases(dispatcher, free_slots=free_slots, limit=4)
+    searcher = StageSearcher(leases, given=frozenset(dispatcher.units))
 
     def ask(trial):
         given = searcher.suggest(trial)
@@ -97,7 +99,10 @@ def test_while_a_pipeline_waits_for_its_cores_nothing_is_handed_out_that_would_t
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_again(tmp_path):
+@pytest.mark.parametrize("executor", ["tune", "actors"])
+def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_again(
+    tmp_path, executor
+):
     kinds = ["cpu", "gpu:0.125", "gpu:0.5", "gpu"]
     base = stage_of("base", log=str(tmp_path))
     stages = [
@@ -113,7 +118,7 @@ def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_ag
     report = execute(
         plan,
         Store.open(tmp_path / "store"),
-        executor="finetune",
+        executor=executor,
         runner="tests.schedule.engine_runners:placed",
         session=SESSION,
         runtime=Runtime(device="cuda"),
@@ -131,11 +136,12 @@ def test_stages_of_four_classes_run_in_what_they_ask_for_and_workers_are_used_ag
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_a_run_on_ray_stops_at_its_budget_and_ends(tmp_path):
+@pytest.mark.parametrize("executor", ["tune", "actors"])
+def test_a_run_on_ray_stops_at_its_budget_and_ends(tmp_path, executor):
     store = Store.open(tmp_path / "store")
     plan = plan_of([stage_of(f"s{i}", cost_s=0.002, sleep=0.2) for i in range(12)])
     plan = replace(plan, spec=replace(plan.spec, budget=BudgetSpec(hours=0.5 / 3600)))
-    report = execute(plan, store, executor="finetune", workers=2, runner=RUNNER, session=SESSION)
+    report = execute(plan, store, executor=executor, workers=2, runner=RUNNER, session=SESSION)
     assert 1 <= len(report.done) <= 5, "three, and what ran beside the third"
     assert len(report.done) + len(report.unaffordable) == 12
     assert store.done() == set(report.done)

@@ -16,7 +16,8 @@ import pytest
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.execute.dist_worker import GroupOrder
-from ftsec_ray.schedule.capacity import pieces_of, room_ahead, room_beside, share_of
+from ftsec_ray.execute.worker_spec import WorkerSpec
+from ftsec_ray.schedule.capacity import fixed_capacity, growing_capacity, request_of, share_of
 from ftsec_ray.schedule.execution import execute
 from ftsec_ray.schedule.scheduler import Node, Scheduler
 from ftsec_ray.store import Store
@@ -46,24 +47,24 @@ def store(tmp_path):
 
 
 def test_worker_groups_are_counted_by_what_their_workers_occupy():
-    room = room_beside(BUNDLES, {"CPU": 16.0, "GPU": 8.0})
-    assert room({}) == {"cpu": 16, "gpu": 8, "group:4": 2}
-    assert room({"group:4": 1}) == {"cpu": 12, "gpu": 4, "group:4": 1}
-    assert room({"group:4": 1, "gpu": 1}) == {"cpu": 11, "gpu": 3, "group:4": 0}
-    assert room({"group:4": 2}) == {"cpu": 8, "gpu": 0, "group:4": 0}
-    (trial,) = pieces_of("group:4", BUNDLES["group:4"], {"CPU": 16.0, "GPU": 8.0})
+    free_slots = fixed_capacity(BUNDLES, {"CPU": 16.0, "GPU": 8.0})
+    assert free_slots({}) == {"cpu": 16, "gpu": 8, "group:4": 2}
+    assert free_slots({"group:4": 1}) == {"cpu": 12, "gpu": 4, "group:4": 1}
+    assert free_slots({"group:4": 1, "gpu": 1}) == {"cpu": 11, "gpu": 3, "group:4": 0}
+    assert free_slots({"group:4": 2}) == {"cpu": 8, "gpu": 0, "group:4": 0}
+    (trial,) = request_of("group:4", BUNDLES["group:4"], {"CPU": 16.0, "GPU": 8.0})
     assert trial.keys().isdisjoint({"CPU", "GPU"}), "it leaves all cores to the workers"
     assert share_of("group:4", BUNDLES["group:4"]) == {"CPU": 1.0, "GPU": 1.0}
 
 
 def test_beside_a_worker_group_nothing_waits_for_more_than_a_growing_cluster_has():
     have = {"CPU": 8.0, "GPU": 8.0}
-    room = room_ahead({"cpu": 24, "gpu": 24, "group:4": 2}, BUNDLES, lambda: have)
-    assert room({"gpu": 8}) == {"cpu": 24, "gpu": 16, "group:4": 2}
-    assert room({"gpu": 8, "group:4": 1}) == {"cpu": 0, "gpu": 0, "group:4": 0}
-    assert room({"gpu": 2, "group:4": 1})["gpu"] == 2
+    free_slots = growing_capacity({"cpu": 24, "gpu": 24, "group:4": 2}, BUNDLES, lambda: have)
+    assert free_slots({"gpu": 8}) == {"cpu": 24, "gpu": 16, "group:4": 2}
+    assert free_slots({"gpu": 8, "group:4": 1}) == {"cpu": 0, "gpu": 0, "group:4": 0}
+    assert free_slots({"gpu": 2, "group:4": 1})["gpu"] == 2
     have.update(CPU=16.0, GPU=16.0)
-    assert room({"gpu": 8, "group:4": 1})["gpu"] == 4, "what the cluster has now"
+    assert free_slots({"gpu": 8, "group:4": 1})["gpu"] == 4, "what the cluster has now"
 
 
 def test_small_units_do_not_keep_a_worker_group_from_its_turn():
@@ -73,14 +74,14 @@ def test_small_units_do_not_keep_a_worker_group_from_its_turn():
         Node(id="first", cost_s=20.0, resource="cpu"),
     ]
     scheduler = Scheduler(nodes)
-    room = room_beside({"cpu": {"CPU": 1.0}, "group:2cpu": {"CPU": 2.0}}, {"CPU": 2.0})
+    free_slots = fixed_capacity({"cpu": {"CPU": 1.0}, "group:2cpu": {"CPU": 2.0}}, {"CPU": 2.0})
 
     def ask():
         taken: dict[str, int] = {}
         for node in nodes:
             if scheduler.state(node.id).value == "running":
                 taken[node.resource] = taken.get(node.resource, 0) + 1
-        return scheduler.next_ready(room(taken))
+        return scheduler.next_ready(free_slots(taken))
 
     assert ask() == "first"
     assert ask() is None, "a core is free, but the worker group is next and needs two"
@@ -105,11 +106,14 @@ def test_while_a_worker_group_runs_small_units_use_what_is_left():
 def test_an_order_survives_the_way_to_another_process():
     order = GroupOrder(
         stages=(group_stage("a", fail=True),),
-        store="file:///s",
-        runtime=Runtime(micro_batch=3),
-        cache_gib=1.0,
-        runner=RUNNER,
-        session=SESSION,
+        worker=WorkerSpec(
+            store="file:///s",
+            runtime=Runtime(micro_batch=3),
+            cache_gib=1.0,
+            runner=RUNNER,
+            session=SESSION,
+            environment={"NAME": "value"},
+        ),
         attempt=2,
         threads=1,
         halvings=1,
@@ -241,24 +245,32 @@ class TestUnderRay:
     @pytest.mark.usefixtures("cluster")
     @pytest.mark.timeout(600)
     @pytest.mark.parametrize(
-        "address", [None, pytest.param("of a cluster that may grow", marks=pytest.mark.slow)]
+        ("executor", "address"),
+        [
+            ("tune", None),
+            ("actors", None),
+            *(
+                pytest.param(name, "of a cluster that may grow", marks=pytest.mark.slow)
+                for name in ("tune", "actors")
+            ),
+        ],
     )
     def test_worker_groups_and_small_units_share_a_cluster_with_room_for_one_worker_group(
-        self, store, tmp_path, address
+        self, store, tmp_path, executor, address
     ):
         base = stage_of("base", log=str(tmp_path))
-        worker_groups = [group_stage(f"worker group{i}", base, log=str(tmp_path)) for i in range(2)]
+        worker_groups = [group_stage(f"wide{i}", base, log=str(tmp_path)) for i in range(2)]
         small = [stage_of(f"small{i}", base, log=str(tmp_path), sleep=0.2) for i in range(4)]
         report = run(
             plan_of(
                 [base, *worker_groups, *small, stage_of("end", worker_groups[0], log=str(tmp_path))]
             ),
             store,
-            executor="finetune",
+            executor=executor,
             address=address,
         )
         assert report.is_complete
-        assert sorted(runs(tmp_path, "ran-1")) == ["gang0", "gang1"]
+        assert sorted(runs(tmp_path, "ran-1")) == ["wide0", "wide1"]
         assert sorted(runs(tmp_path, "alone")) == ["base", "end", *(f"small{i}" for i in range(4))]
         assert {
             json.loads((store.fetch(worker_group.digest) / "out.json").read_text())["sum"]
@@ -267,12 +279,13 @@ class TestUnderRay:
 
     @pytest.mark.usefixtures("cluster")
     @pytest.mark.timeout(600)
+    @pytest.mark.parametrize("executor", ["tune", pytest.param("actors", marks=pytest.mark.slow)])
     def test_failures_and_deaths_of_a_worker_group_are_what_they_are_without_ray(
-        self, store, tmp_path
+        self, store, tmp_path, executor
     ):
         bad = group_stage("bad", log=str(tmp_path), fail=True, at=1)
         once = group_stage("once", log=str(tmp_path), die_once=str(tmp_path / "died"), at=1)
-        report = run(plan_of([bad, once]), store, executor="finetune")
+        report = run(plan_of([bad, once]), store, executor=executor)
         assert {digest: one.error_code for digest, one in report.failed.items()} == {
             bad.digest: "stage"
         }

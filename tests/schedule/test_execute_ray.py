@@ -1,5 +1,5 @@
-"""Runs under Ray Tune: the same bytes as in process, and what deaths of workers and of the driver
-cost.
+"""Runs on Ray, by both executors that use it: the same bytes as in process, and what deaths of
+workers and of the driver cost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import pytest
 
 from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.schedule import actors_executor, cluster_capacity, trials
 from ftsec_ray.schedule.execution import execute
+from ftsec_ray.schedule.executors import EXECUTORS
 from ftsec_ray.schedule.scheduler import MAX_ATTEMPTS
 from ftsec_ray.store import Store
 from tests.schedule.engine_runners import local_ray, plan_of, runs, stage_of
@@ -36,14 +38,23 @@ def store(tmp_path):
     return Store.open(tmp_path / "store")
 
 
-def run(plan, store, **rest):
-    return execute(
-        plan, store, **{"executor": "finetune", "runner": RUNNER, "session": SESSION, **rest}
-    )
+@pytest.fixture(params=[name for name, one in EXECUTORS.items() if one.uses_ray])
+def executor(request):
+    return request.param
+
+
+@pytest.fixture
+def run(executor):
+    def call(plan, store, **rest):
+        return execute(
+            plan, store, **{"executor": executor, "runner": RUNNER, "session": SESSION, **rest}
+        )
+
+    return call
 
 
 @pytest.mark.usefixtures("cluster")
-def test_both_executors_leave_the_same_bytes(store, tmp_path):
+def test_the_bytes_are_those_of_the_local_executor(run, store, tmp_path):
     plan = plan_of(tree(tmp_path))
     events = []
     report = run(plan, store, on_event=events.append)
@@ -59,7 +70,7 @@ def test_both_executors_leave_the_same_bytes(store, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_worker_killed_within_a_unit_costs_that_unit_only(store, tmp_path):
+def test_a_worker_killed_within_a_unit_costs_that_unit_only(run, store, tmp_path):
     base = stage_of("base", log=str(tmp_path))
     victim = stage_of("victim", base, log=str(tmp_path), die_once=str(tmp_path / "died"))
     others = [stage_of(f"other{i}", base, log=str(tmp_path)) for i in range(4)]
@@ -86,7 +97,9 @@ def test_a_worker_killed_within_a_unit_costs_that_unit_only(store, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(store, tmp_path):
+def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(
+    run, store, tmp_path
+):
     deadly = stage_of("deadly", log=str(tmp_path), die=True)
     report = run(
         plan_of([deadly, stage_of("after", deadly), stage_of("beside", log=str(tmp_path))]), store
@@ -105,7 +118,7 @@ def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_failing_unit_is_a_verdict_and_not_a_retry(store, tmp_path):
+def test_a_failing_unit_is_a_verdict_and_not_a_retry(run, store, tmp_path):
     bad = stage_of("bad", log=str(tmp_path), fail=True)
     report = run(
         plan_of([bad, stage_of("after", bad), stage_of("beside", log=str(tmp_path))]), store
@@ -116,7 +129,7 @@ def test_a_failing_unit_is_a_verdict_and_not_a_retry(store, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_an_artifact_damaged_before_the_run_is_made_again(store, tmp_path):
+def test_an_artifact_damaged_before_the_run_is_made_again(run, store, tmp_path):
     stages = tree(tmp_path)
     run(plan_of(stages[:3]), store)
     (store.fetch(stages[1].digest) / "out.json").write_text("{}")
@@ -127,12 +140,10 @@ def test_an_artifact_damaged_before_the_run_is_made_again(store, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_units_of_two_resource_classes_run_side_by_side(store, tmp_path, monkeypatch):
+def test_units_of_two_resource_classes_run_side_by_side(run, store, tmp_path, monkeypatch):
     """A half-CPU class stands for the GPU that this machine lacks."""
-    from ftsec_ray.schedule import tune_executor
-
     monkeypatch.setattr(
-        tune_executor,
+        cluster_capacity,
         "bundles_of",
         lambda spec, classes: {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 0.5}},
     )
@@ -147,7 +158,7 @@ def test_units_of_two_resource_classes_run_side_by_side(store, tmp_path, monkeyp
 
 
 @pytest.mark.usefixtures("cluster")
-def test_no_more_units_run_at_a_time_than_the_sweep_allows(store, tmp_path):
+def test_no_more_units_run_at_a_time_than_the_sweep_allows(run, store, tmp_path):
     running, most = set(), 0
 
     def watch(event):
@@ -163,7 +174,7 @@ def test_no_more_units_run_at_a_time_than_the_sweep_allows(store, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_workers_that_cannot_open_end_the_run_with_the_reason(store):
+def test_workers_that_cannot_open_end_the_run_with_the_reason(run, store):
     plan = plan_of([stage_of(f"s{i}") for i in range(4)])
     with pytest.raises(
         EnvironmentFault, match=r"cannot import tests.schedule.engine_runners:absent"
@@ -173,7 +184,7 @@ def test_workers_that_cannot_open_end_the_run_with_the_reason(store):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_class_that_fits_on_no_node_is_refused_and_not_waited_for(store):
+def test_a_class_that_fits_on_no_node_is_refused_and_not_waited_for(run, store):
     plan = plan_of([stage_of("big")])
     huge = replace(plan, spec=replace(plan.spec, resources=ResourceSpec(cpus_per_stage=4096)))
     with pytest.raises(EnvironmentFault, match="no room on this machine for a unit of class 'cpu'"):
@@ -181,17 +192,20 @@ def test_a_class_that_fits_on_no_node_is_refused_and_not_waited_for(store):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_stalled_tuner_is_started_anew_and_nothing_is_lost(store, tmp_path, monkeypatch):
-    from ftsec_ray.schedule import trials
-
+def test_workers_that_do_not_come_are_asked_for_anew_and_nothing_is_lost(
+    run, executor, store, tmp_path, monkeypatch
+):
     asked = []
 
-    def stalled_once(quiet_s, *, is_running, limit_s):
+    def stalled_once(quiet_s, *, is_running):
         asked.append(is_running)
         return len(asked) == 1
 
-    monkeypatch.setattr(trials, "is_stalled", stalled_once)
-    monkeypatch.setattr(trials, "has_room", lambda bundles, classes: True)
+    for place in (trials, actors_executor):
+        monkeypatch.setattr(place, "is_stalled", stalled_once)
+    monkeypatch.setattr(
+        cluster_capacity.ClusterCapacity, "has_capacity", lambda capacity, classes: True
+    )
     report = run(
         plan_of([stage_of(f"s{i}", log=str(tmp_path), sleep=0.5) for i in range(6)]), store
     )
@@ -201,14 +215,13 @@ def test_a_stalled_tuner_is_started_anew_and_nothing_is_lost(store, tmp_path, mo
 
 
 @pytest.mark.usefixtures("cluster")
-def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("executor", ["tune"], indirect=True)
+def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(run, store, tmp_path, monkeypatch):
     import gc
     import itertools
     import weakref
 
     from ray.tune.experiment import Trial
-
-    from ftsec_ray.schedule import trials
 
     gc.collect()
     before = weakref.WeakSet(
@@ -239,26 +252,60 @@ def test_tune_forgets_trials_that_have_ended_and_nothing_is_lost(store, tmp_path
     )
 
 
-def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(store, tmp_path):
-    script = tmp_path / "drive.py"
+def drive(executor, store, folder, script):
+    """Write a script that runs a stage and 16 more that need it, two at a time."""
     script.write_text(
         "import sys\nfrom ftsec_ray.schedule.execution import execute\nfrom ftsec_ray.store import"
         " Store\nfrom tests.schedule.engine_runners import plan_of, stage_of\nbase ="
-        f" stage_of('base', log={str(tmp_path)!r})\nstages = [base] + [stage_of(f's{{i}}', base,"
-        f" log={str(tmp_path)!r}, sleep=0.4) for i in range(16)]\nreport = execute(plan_of(stages),"
-        f" Store.open({store.uri!r}), workers=2, runner={RUNNER!r},"
+        f" stage_of('base', log={str(folder)!r})\nstages = [base] + [stage_of(f's{{i}}', base,"
+        f" log={str(folder)!r}, sleep=0.4) for i in range(16)]\nreport = execute(plan_of(stages),"
+        f" Store.open({store.uri!r}), workers=2, executor={executor!r}, runner={RUNNER!r},"
         f" session={SESSION!r})\nprint(len(report.done), len(report.cached), report.is_complete)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    first = subprocess.Popen(
-        [sys.executable, str(script)],
+    return [sys.executable, str(script)], {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+
+
+def wait_for_units(folder, count, driver):
+    deadline = time.monotonic() + 200
+    while len(runs(folder)) < count and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.05)
+    assert len(runs(folder)) >= count
+
+
+def test_an_interrupt_ends_the_run_and_all_of_its_workers(store, tmp_path):
+    command, environment = drive("actors", store, tmp_path, tmp_path / "drive.py")
+    driver = subprocess.Popen(
+        command,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 200
-    while len(runs(tmp_path)) < 5 and time.monotonic() < deadline and first.poll() is None:
-        time.sleep(0.05)
+    wait_for_units(tmp_path, 3, driver)
+    driver.send_signal(signal.SIGINT)
+    said, _ = driver.communicate(timeout=60)
+    assert said.strip().endswith("KeyboardInterrupt"), said
+    assert driver.returncode != 0
+    workers = {line.split()[2] for line in (tmp_path / "log.txt").read_text().splitlines()}
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert 3 <= len(store.done()) < 17
+
+
+def test_a_killed_driver_loses_what_was_in_flight_and_the_resumed_run_has_the_bytes_of_one_in_one_go(
+    executor, store, tmp_path, monkeypatch
+):
+    command, environment = drive(executor, store, tmp_path, tmp_path / "drive.py")
+    first = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_for_units(tmp_path, 5, first)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     finished = set(runs(tmp_path))
@@ -266,9 +313,7 @@ def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(store, tmp_pa
     (tmp_path / "log.txt").rename(
         tmp_path / "first.txt"
     )  # its workers may end what they began before they notice
-    again = subprocess.run(
-        [sys.executable, str(script)], env=environment, check=True, capture_output=True, text=True
-    )
+    again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     ran, cached, is_complete = again.stdout.split()
     assert is_complete == "True"
     assert int(ran) + int(cached) == len(store.done()) == 17
@@ -276,3 +321,9 @@ def test_a_killed_driver_loses_what_was_in_flight_and_nothing_else(store, tmp_pa
     began_again = [name for name in runs(tmp_path, "began") if name in finished]
     assert len(began_again) <= 2, "what was done is not done again"
     assert int(ran) <= 17 - len(finished) + 2
+    base = stage_of("base", log=str(tmp_path))
+    stages = [base, *(stage_of(f"s{i}", base, log=str(tmp_path), sleep=0.4) for i in range(16))]
+    whole = Store.open(tmp_path / "local")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    execute(plan_of(stages), whole, executor="local", runner=RUNNER, session=SESSION)
+    assert contents(store) == contents(whole), "those of a run in one go"

@@ -1,0 +1,55 @@
+"""The executors by name: the one list that the command line, the Python API and the checks read.
+
+Another executor is a module with a function of the same arguments and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ftsec_ray.errors import SpecError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executor:
+    """One way to run the units of a plan."""
+
+    function: str
+    """Import path of a function (dispatcher, worker spec, resources, *, address, workers)."""
+    about: str
+    """What it does, in a few words."""
+    uses_ray: bool
+    """Whether it starts Ray or joins the cluster at an address."""
+
+
+DEFAULT = "tune"
+EXECUTORS: Mapping[str, Executor] = {
+    "tune": Executor(
+        function="ftsec_ray.schedule.tune_executor:run_tune",
+        about="as trials of Ray Tune",
+        uses_ray=True,
+    ),
+    "actors": Executor(
+        function="ftsec_ray.schedule.actors_executor:run_actors",
+        about="on plain Ray actors, without Ray Tune",
+        uses_ray=True,
+    ),
+    "local": Executor(
+        function="ftsec_ray.schedule.local_executor:run_local",
+        about="in this process, one stage at a time",
+        uses_ray=False,
+    ),
+}
+
+
+def executor_of(name: str) -> Executor:
+    """The executor of a name; SpecError when there is none."""
+    if name not in EXECUTORS:
+        raise SpecError("no such executor", name, " | ".join(EXECUTORS), help_text())
+    return EXECUTORS[name]
+
+
+def help_text() -> str:
+    """All executors in one line."""
+    return "; ".join(f"{name}: {one.about}" for name, one in EXECUTORS.items())

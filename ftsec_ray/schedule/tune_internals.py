@@ -1,0 +1,160 @@
+"""Everything that this package uses of Ray and that Ray does not offer: attributes of Tune's
+controller, and one variable of a module. Nothing else reads a private name of Ray.
+
+Where the installed Ray lacks one of them, the executor `tune` says so before it starts anything;
+the others need none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ftsec_ray.errors import EnvironmentFault
+
+_CONTROLLER = "ray.tune.execution.tune_controller"
+PRIVATE: Mapping[str, tuple[str, ...]] = {
+    f"{_CONTROLLER}:TrialRunnerWrapper": ("_tune_controller",),
+    f"{_CONTROLLER}:TuneController": (
+        "_actor_manager",
+        "_trial_to_actor",
+        "_trials",
+        "_actor_cache",
+        "_cleanup_cached_actors",
+        "_pending_trials_list",
+        "_stopped_trials",
+        "_failed_trials",
+        "_live_trials",
+        "_trials_to_cache",
+        "_trial_metadata",
+    ),
+    "ray.air.execution._internal.actor_manager:RayActorManager": (
+        "_live_actors_to_ray_actors_resources",
+    ),
+    "ray.tune.utils.object_cache:_ObjectCache": ("num_cached_objects", "has_cached_object"),
+    "ray.tune.execution.class_cache:": ("ENV_VARS_TO_PROPAGATE",),
+}
+"""Import path of a class, or of a module with nothing behind the colon -> its names in use."""
+
+
+def check_tune() -> None:
+    """EnvironmentFault when the installed Ray lacks a name in use."""
+    missing = [
+        name for path, names in PRIVATE.items() for name in names if not has_private(path, name)
+    ]
+    if missing:
+        raise _lacks(", ".join(missing))
+
+
+def has_private(path: str, name: str) -> bool:
+    """Whether a class or a module of Ray has a name, as an attribute or as one that methods set."""
+    module_name, _, class_name = path.partition(":")
+    try:
+        owner: Any = importlib.import_module(module_name)
+        if not class_name:
+            return hasattr(owner, name)
+        owner = getattr(owner, class_name)
+    except (ImportError, AttributeError):
+        return False
+    return hasattr(owner, name) or bool(
+        re.search(rf"\bself\.{name}\b\s*(:[^=\n]|=[^=])", inspect.getsource(owner))
+    )
+
+
+def _lacks(names: str, owner: str = "Tune") -> EnvironmentFault:
+    import ray
+
+    return EnvironmentFault(
+        f"Ray {ray.__version__} has no {owner} {names}",
+        ray.__version__,
+        "a Ray for which the executor `tune` was made",
+        "run with --executor actors, install an older Ray, or mend schedule/tune_internals.py",
+    )
+
+
+def _of(owner: Any, name: str) -> Any:
+    """A private attribute; EnvironmentFault when there is none."""
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        raise _lacks(name, f"{type(owner).__name__}.") from error
+
+
+# What Tune's schedulers are given.
+
+
+def controller_of(wrapper: Any) -> Any:
+    """Tune's controller behind what a scheduler is given, without that one's warnings."""
+    return _of(wrapper, "_tune_controller")
+
+
+def trials_without_start(controller: Any) -> list[Any]:
+    """Trials that wait and whose own worker is not about to start, oldest first."""
+    starting = _of(_of(controller, "_actor_manager"), "_live_actors_to_ray_actors_resources")
+    actors = _of(controller, "_trial_to_actor")
+    return [
+        trial
+        for trial in _of(controller, "_trials")
+        if trial.status == "PENDING" and actors.get(trial) not in starting
+    ]
+
+
+def has_idle_worker(controller: Any, trial: Any) -> bool:
+    """Whether a worker of a trial's resource class is idle."""
+    idle = _of(controller, "_actor_cache")
+    return bool(
+        _of(idle, "num_cached_objects")
+        and _of(idle, "has_cached_object")(trial.placement_group_factory)
+    )
+
+
+def release_idle_workers(controller: Any) -> None:
+    """Let go of all idle workers."""
+    _of(controller, "_cleanup_cached_actors")(force_all=True)
+
+
+def count_trials(controller: Any) -> int:
+    """Trials that Tune keeps, those that have ended included."""
+    return len(_of(controller, "_trials"))
+
+
+def forget_trials(controller: Any, is_settled: Callable[[Any], bool]) -> None:
+    """Drop the trials that have ended, that are settled and whose worker has been let go."""
+    trials, actors = _of(controller, "_trials"), _of(controller, "_trial_to_actor")
+    ended = {
+        trial
+        for trial in trials
+        if trial.is_finished() and is_settled(trial) and trial not in actors
+    }
+    for kept in (trials, _of(controller, "_pending_trials_list")):
+        kept[:] = [trial for trial in kept if trial not in ended]
+    for name in ("_stopped_trials", "_failed_trials", "_live_trials", "_trials_to_cache"):
+        _of(controller, name).difference_update(ended)
+    metadata = _of(controller, "_trial_metadata")
+    for trial in ended:
+        metadata.pop(trial.trial_id, None)
+
+
+# Credentials.
+
+
+@contextmanager
+def no_keys_for_workers() -> Iterator[None]:
+    """Keep Tune from copying cloud keys to its workers, for the time of a run.
+
+    Tune copies the AWS keys of the driver into the runtime environment of every worker. Ray writes
+    that into the logs of each node and shows it to everybody who may ask the cluster for its
+    actors. Workers have the credentials of their node.
+    """
+    from ray.tune.execution import class_cache
+
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
+    try:
+        yield
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE = names
