@@ -212,7 +212,7 @@ def _expand(cls: type[Method], given: object, place: str, faults: Faults) -> lis
     # The points of a grid share values, and with them faults; what is no grid is not missing.
     told = {(where, fault.what): (where, fault) for where, fault in met.found}
     faults.found += [one for one in told.values() if one[0] not in no_grid.values()]
-    return [method for method in found if method is not None]
+    return [method for method in found if method is not None and not no_grid]
 
 
 def _is_no_grid(value: object) -> bool:

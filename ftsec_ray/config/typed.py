@@ -9,7 +9,7 @@ field means.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, replace
 from functools import cache
 from types import MappingProxyType
@@ -169,49 +169,48 @@ def parse(
         return None
     before = len(faults.found)
     unknown_keys(given, names, place, faults)
-    wrong: list[tuple[str, str, object]] = []
+    wrong: dict[str, tuple[str, object]] = {}
     texts: list[str] = []
     for name, value in {**{name: given[name] for name in names if name in given}, **fixed}.items():
         try:
-            texts.append(f"{json.dumps(name)}:{canonical(value)}")
+            _adapter(object).validate_json(text := canonical(value))
+            texts.append(f"{json.dumps(name)}:{text}")
         except (IdentityError, RecursionError, ValueError) as error:
-            got = getattr(error, "got", str(error))
-            wrong.append((name, "not a plain, finite value", got))
+            wrong[name] = ("not a plain, finite value", getattr(error, "got", value))
     parsed: T | None = None
     try:
         parsed = _adapter(key).validate_json("{" + ",".join(texts) + "}")
         parsed = replace(parsed, **fixed) if fixed else parsed  # type: ignore[type-var]
     except ValidationError as error:
-        wrong += _wrong_values(error, given)
+        wrong = _wrong_values(error, given) | wrong
     except SpecError as error:
-        faults.add_error(place, error)
-    infos = {info.name: info for info in fields_of(key)} if wrong else {}
-    told = set(fixed)
-    for name, what, got in wrong:
-        if name in infos and name not in told:
-            info = infos[name]
-            faults.add(places.get(name, f"{place}.{name}"), what, got, info.type, info.doc)
-        elif name not in told:
-            faults.add(place, what, got)
-        told.add(name)
+        if len(faults.found) == before and not wrong:  # else it may be of the values left out
+            faults.add_error(place, error)
+    for info in fields_of(key) if wrong else ():
+        if info.name in wrong and info.name not in fixed:
+            where = places.get(info.name, f"{place}.{info.name}")
+            faults.add(where, *wrong[info.name], info.type, info.doc)
+    if "" in wrong:
+        faults.add(place, *wrong[""])
     return parsed if len(faults.found) == before else None
 
 
 def _wrong_values(
     error: ValidationError, given: Mapping[str, object]
-) -> Iterator[tuple[str, str, object]]:
-    """(field, what is wrong, value got), more than once for a field of several types; without a
-    field for text that is no Unicode, or a ValueError of the class itself.
-    """
+) -> dict[str, tuple[str, object]]:
+    """Field -> what is wrong and the value got; `""` is a ValueError of the class itself."""
+    wrong: dict[str, tuple[str, object]] = {}
     for fault in error.errors(include_url=False):
-        name, *inner = map(str, fault["loc"]) if fault["loc"] else [""]
-        where = "".join(f"[{part}]" for part in fault["loc"][1:] if isinstance(part, int))
+        name, *inner = fault["loc"] or ("",)
+        where = "".join(f"[{part}]" for part in inner if isinstance(part, int))
         if not name:
-            yield "", f"wrong value: {fault['msg']}", dict(given)
+            found: tuple[str, object] = (f"wrong value: {fault['msg']}", dict(given))
         elif fault["type"] == "missing" and not inner:
-            yield name, "missing", None
+            found = ("missing", None)
         else:
-            yield name, "wrong value" + (f" at {where}" if where else ""), given.get(name)
+            found = ("wrong value" + (f" at {where}" if where else ""), given.get(str(name)))
+        wrong.setdefault(str(name), found)  # a field of several types has a fault for each
+    return wrong
 
 
 def build(

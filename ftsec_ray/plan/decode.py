@@ -20,11 +20,12 @@ def _typed(cls: type[T], plain: object, what: str) -> T:
     faults = Faults(f"{what} of a stage")
     value = build(cls, plain, what, faults)
     if value is None:
+        wrong = "; ".join(f"{place}: {fault.what}" for place, fault in faults.found)
         raise StageError(
-            f"a stage carries no {cls.__name__} that this version takes",
+            f"a stage carries no {cls.__name__} of this version: {wrong}",
             plain,
-            "; ".join(f"{place}: {fault.what}" for place, fault in faults.found),
-            "plan again with the version that runs it",
+            "; ".join(fault.want for _, fault in faults.found if fault.want),
+            "plan the sweep again with the version that runs it",
         )
     return value
 
