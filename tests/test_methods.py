@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ftsec_ray.config.docs import field_docs
 from ftsec_ray.config.sweep import TrainingConfig
+from ftsec_ray.config.typed import fields_of
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.identity import canonical
@@ -66,7 +66,7 @@ def test_a_method_says_where_it_comes_from_and_what_it_costs(registry, name):
     assert all(f"{word}:" in doc for word in ("Paper", "Differs", "Cost", "Needs"))
     cls = registry.get(name)
     assert cls.PHASE in ("pre", "during", "post")
-    assert set(field_docs(cls)) >= {f.name for f in fields(cls)}
+    assert all(info.doc for info in fields_of(cls))
     assert is_dataclass(cls)
     assert cls.__dataclass_params__.frozen
 

@@ -13,16 +13,14 @@ tune. Every fault is told with those of the file.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 from ftsec_ray import schema
 from ftsec_ray.config.faults import Faults, nearest
 from ftsec_ray.config.sweep import TRAINING, AttackSearch, Range, SearchSpec, TrainingConfig
-from ftsec_ray.config.typed import build, fields_of, hints_of, unknown_keys, value_of, words
-from ftsec_ray.errors import SpecError
+from ftsec_ray.config.typed import build, fields_of, parse, unknown_keys
 from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method
 
@@ -104,11 +102,8 @@ def _ranges(attack: Method, given: object, place: str, faults: Faults) -> tuple[
         return ()
     cls = type(attack)
     known: dict[str, tuple[type, str]] = {
-        **{info.name: (cls, info.name) for info in fields_of(cls)},
-        **{
-            f"{TRAINING}{info.name}": (TrainingConfig, info.name)
-            for info in fields_of(TrainingConfig)
-        },
+        **{f.name: (cls, f.name) for f in fields(cls) if f.init},
+        **{f"{TRAINING}{f.name}": (TrainingConfig, f.name) for f in fields(TrainingConfig)},
     }
     unknown_keys(given, known, place, faults)
     found = [
@@ -122,11 +117,10 @@ def _ranges(attack: Method, given: object, place: str, faults: Faults) -> tuple[
 def _range(
     attack: Method, name: str, owner: tuple[type, str], given: object, place: str, faults: Faults
 ) -> Range | None:
-    cls, field = owner
     if isinstance(given, (list, tuple)):
-        found = _choices(name, cls, field, given, place, faults)
+        found = _choices(name, attack, owner, given, place, faults)
     elif isinstance(given, Mapping):
-        found = _interval(name, cls, field, given, place, faults)
+        found = _interval(name, attack, owner, given, place, faults)
     else:
         faults.add(
             place,
@@ -136,28 +130,28 @@ def _range(
             _ALONE,
         )
         return None
+    cls, field = owner
     if found is None or cls is TrainingConfig:
         return found
     ends = found.choices or (found.low, found.high)
-    wrong = [fault for value in ends for fault in _faults_of(attack, field, value)]
+    wrong = [fault for value in ends for fault in replace(attack, **{field: value}).check()]
     for what, got, want in dict.fromkeys(wrong):
         faults.add(place if what == field else f"{place} ({what})", "value out of range", got, want)
     return None if wrong else found
 
 
-def _faults_of(attack: Method, field: str, value: object) -> list[tuple[str, Any, str]]:
-    try:
-        return replace(attack, **{field: value}).check()
-    except SpecError as error:
-        return [(field, value, f"{error.what}: {error.want}")]
-
-
 def _choices(
-    name: str, cls: type, field: str, given: list[Any] | tuple[Any, ...], place: str, faults: Faults
+    name: str,
+    attack: Method,
+    owner: tuple[type, str],
+    given: list[Any] | tuple[Any, ...],
+    place: str,
+    faults: Faults,
 ) -> Range | None:
     before = len(faults.found)
     values = [
-        _value(cls, field, value, f"{place}[{index}]", faults) for index, value in enumerate(given)
+        _value(attack, owner, value, f"{place}[{index}]", faults)
+        for index, value in enumerate(given)
     ]
     if len(faults.found) > before:
         return None
@@ -174,25 +168,29 @@ def _choices(
 
 
 def _interval(
-    name: str, cls: type, field: str, given: Mapping[Any, Any], place: str, faults: Faults
+    name: str,
+    attack: Method,
+    owner: tuple[type, str],
+    given: Mapping[Any, Any],
+    place: str,
+    faults: Faults,
 ) -> Range | None:
     before = len(faults.found)
     unknown_keys(given, _ENDS, place, faults)
-    kinds = _kinds(hints_of(cls)[field])
-    if not kinds & {int, float}:
+    info = next(info for info in fields_of(owner[0]) if info.name == owner[1])
+    if not any(
+        one.get("type") in ("integer", "number") for one in info.schema.get("anyOf", [info.schema])
+    ):
         faults.add(
-            place,
-            "a range of what is no number",
-            dict(given),
-            f"a list of values: {words(hints_of(cls)[field])}",
+            place, "a range of what is no number", dict(given), f"a list of values: {info.type}"
         )
         return None
     ends: list[Any] = []
     for end in ("low", "high"):
         if given.get(end) is None:
-            faults.add(f"{place}.{end}", "missing", None, words(hints_of(cls)[field]))
+            faults.add(f"{place}.{end}", "missing", None, info.type)
         else:
-            ends.append(_value(cls, field, given[end], f"{place}.{end}", faults))
+            ends.append(_value(attack, owner, given[end], f"{place}.{end}", faults))
     log = given.get("log", False)
     if not isinstance(log, bool):
         faults.add(f"{place}.log", "wrong value", log, "true or false")
@@ -200,11 +198,7 @@ def _interval(
         return None
     if any(isinstance(end, bool) or not isinstance(end, (int, float)) for end in ends):
         faults.add(
-            place,
-            "ends that are no numbers",
-            dict(given),
-            words(hints_of(cls)[field]),
-            "name the values in a list",
+            place, "ends that are no numbers", dict(given), info.type, "name the values in a list"
         )
     elif not ends[0] < ends[1]:
         faults.add(place, "an empty range", dict(given), "low below high", _ALONE)
@@ -217,19 +211,15 @@ def _interval(
     return Range(name=name, low=low, high=high, log=log)
 
 
-def _value(cls: type, field: str, given: object, place: str, faults: Faults) -> Any:
-    try:
-        return value_of(cls, field, given)
-    except SpecError as error:
-        faults.add_error(place, error)
-        return None
-
-
-def _kinds(hint: Any) -> set[type]:
-    """The plain types that a field takes."""
-    origin = get_origin(hint)
-    if origin is Annotated:
-        return _kinds(get_args(hint)[0])
-    if origin in (Union, types.UnionType):
-        return {kind for one in get_args(hint) for kind in _kinds(one)}
-    return {hint} if isinstance(hint, type) else set()
+def _value(
+    attack: Method, owner: tuple[type, str], given: object, place: str, faults: Faults
+) -> Any:
+    """One value of a searched parameter in its own type, everything else as the attack has it."""
+    cls, field = owner
+    others = {}
+    if cls is not TrainingConfig:
+        own = [f.name for f in fields(attack) if f.init and f.name != field]
+        others = {name: getattr(attack, name) for name in own}
+    # Whether the attack accepts it is told of the range, not of each value.
+    parsed = parse(cls, {field: given}, place, faults, {field: place}, **others)
+    return None if parsed is None else getattr(parsed, field)

@@ -8,13 +8,14 @@ It says what a file may hold; what JSON schema cannot say (files that exist, nam
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import fields
 from typing import Any
 
 from ftsec_ray.config.attack_search import METRICS, SEARCH, goal_metric, is_searchable
 from ftsec_ray.config.docs import sections, summary
 from ftsec_ray.config.faults import NAME_PATTERN
 from ftsec_ray.config.method_entries import NONE
-from ftsec_ray.config.strategy import DeepSpeedConfig, StrategyConfig
+from ftsec_ray.config.strategy import StrategyConfig
 from ftsec_ray.config.sweep import (
     LADDER_SIZES,
     TASK_KINDS,
@@ -34,134 +35,92 @@ from ftsec_ray.config.sweep import (
     TrainingConfig,
 )
 from ftsec_ray.config.task_entries import COLUMNS, SPLITS
-from ftsec_ray.config.typed import adapter_schema, fields_of
+from ftsec_ray.config.typed import Schema, class_schema
 from ftsec_ray.method import Method
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
 
-Schema = dict[str, Any]
 _TEXT: Schema = {"type": "string"}
+_NAME: Schema = {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
+_SEED: Schema = {"type": "integer", "minimum": 0}
 _WHERE: Schema = {
     "type": "object",
     "additionalProperties": {"type": ["string", "number", "boolean"]},
 }
-_NAME: Schema = {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
+_ATTACK: Schema = {"$ref": "#/$defs/attack"}
+_DEFENSE: Schema = {"$ref": "#/$defs/defense"}
+_SOURCE: Schema = {"$ref": "#/$defs/source"}
 
 
 def sweep_schema() -> Schema:
     """JSON schema (draft 2020-12) of a sweep file."""
-    seed = {"type": "integer", "minimum": 0}
+    rule = {f.name: _one_or_list(_SEED if f.name == "seed" else _TEXT) for f in fields(ExcludeRule)}
+    seeds = _any({"type": "integer", "minimum": 1}, _list(_SEED, uniqueItems=True))
     properties = {
         "name": _NAME,
-        "question": {"type": "string", "description": "The question that the sweep answers."},
-        "models": _one_or_list({"anyOf": [_ladder(), _TEXT, _model()]}),
-        "task": _one_or_list({"anyOf": [{"enum": list(TASK_KINDS)}, _task()]}),
-        "attacks": {
-            "anyOf": [
-                {"const": "all"},
-                {"type": "array", "minItems": 1, "items": _ref("attack")},
-                _ref("attack"),
-            ]
-        },
-        "defenses": {
-            "anyOf": [
-                {"const": "all"},
-                {"type": "array", "minItems": 1, "items": _stack()},
-                _ref("defense"),
-            ]
-        },
-        "seeds": {
-            "anyOf": [
-                {"type": "integer", "minimum": 1},
-                {"type": "array", "minItems": 1, "items": seed, "uniqueItems": True},
-            ],
-            "default": 1,
-            "description": "A count, or a list of seeds.",
-        },
-        "exclude": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "additionalProperties": False,
-                "minProperties": 1,
-                "properties": {
-                    info.name: _one_or_list(seed if info.name == "seed" else _TEXT)
-                    for info in fields_of(ExcludeRule)
-                },
-            },
-        },
+        "question": _TEXT | {"description": "The question that the sweep answers."},
+        "models": _one_or_list(_any(_ladder(), _TEXT, _model())),
+        "task": _one_or_list(_any({"enum": list(TASK_KINDS)}, _task())),
+        "attacks": _any({"const": "all"}, _list(_ATTACK), _ATTACK),
+        "defenses": _any({"const": "all"}, _list(_stack()), _DEFENSE),
+        "seeds": seeds | {"default": 1, "description": "A count, or a list of seeds."},
+        "exclude": {"type": "array", "items": _mapping(rule, minProperties=1)},
         "training": _training(),
-        "evaluation": _object(EvaluationConfig),
-        "resources": _object(ResourceSpec),
-        "data": _object(DataSpec),
+        "evaluation": _mapping_of(EvaluationConfig),
+        "resources": _mapping_of(ResourceSpec),
+        "data": _mapping_of(DataSpec),
         "prices": {
             "type": "object",
             "minProperties": 1,
             "propertyNames": _NAME,
-            "additionalProperties": _node(),
+            "additionalProperties": _mapping_of(NodeType, without=("name",)),
         },
-        "budget": {**_object(BudgetSpec), "minProperties": 1},
+        "budget": _mapping_of(BudgetSpec) | {"minProperties": 1},
     }
+    sources = _any(_TEXT, _mapping_of(SourceSpec, where=_WHERE))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "ftsec_ray sweep",
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["models", "task", "attacks", "defenses"],
-        "properties": properties,
-        "$defs": {"attack": _methods(ATTACKS), "defense": _methods(DEFENSES), "source": _source()},
+        **_mapping(properties, "models", "task", "attacks", "defenses"),
+        "$defs": {"attack": _methods(ATTACKS), "defense": _methods(DEFENSES), "source": sources},
     }
 
 
-def _ref(name: str) -> Schema:
-    return {"$ref": f"#/$defs/{name}"}
+def _any(*choices: Schema) -> Schema:
+    return {"anyOf": [*choices]}
+
+
+def _list(item: Schema, *, least: int = 1, **more: object) -> Schema:
+    return {"type": "array", "minItems": least, "items": item, **more}
 
 
 def _one_or_list(item: Schema) -> Schema:
-    return {"anyOf": [item, {"type": "array", "minItems": 1, "items": item}]}
+    return _any(item, _list(item))
 
 
-def _properties(
-    cls: type, *, grid: bool = False, without: Collection[str] = ()
-) -> dict[str, Schema]:
-    found = {}
-    for info in fields_of(cls):
-        if info.name in without:
-            continue
-        schema = adapter_schema(cls, info.name)
-        if grid:
-            values = {"type": "array", "minItems": 1, "items": schema}
-            schema = {
-                "anyOf": [
-                    schema,
-                    {
-                        "type": "object",
-                        "additionalProperties": False,
-                        "required": ["grid"],
-                        "properties": {"grid": values},
-                    },
-                ]
-            }
-        if not info.required:
-            schema = {
-                **schema,
-                "default": (
-                    list(info.default)
-                    if isinstance(info.default, (tuple, frozenset))
-                    else info.default
-                ),
-            }
-        found[info.name] = {**schema, "description": info.doc} if info.doc else schema
-    return found
+def _mapping(properties: Schema, *required: str, **more: object) -> Schema:
+    closed = {"type": "object", "additionalProperties": False, "properties": properties}
+    return closed | ({"required": list(required)} if required else {}) | more
 
 
-def _object(cls: type, *, grid: bool = False) -> Schema:
-    required = [info.name for info in fields_of(cls) if info.required]
-    found = {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": _properties(cls, grid=grid),
+def _mapping_of(
+    cls: type, *, grid: bool = False, without: Collection[str] = (), **changed: Schema
+) -> Schema:
+    """A dataclass as a file writes it, but for the fields that a file writes in another way."""
+    schema = class_schema(cls)
+    properties = {
+        name: _or_grid(value) if grid else value
+        for name, value in schema["properties"].items()
+        if name not in without and name not in changed
     }
-    return {**found, "required": required} if required else found
+    required = [name for name in schema.get("required", ()) if name in properties]
+    text = {key: schema[key] for key in ("description",) if key in schema}
+    return text | _mapping(properties | changed, *required)
+
+
+def _or_grid(value: Schema) -> Schema:
+    about = {key: value[key] for key in ("description", "default") if key in value}
+    plain = {key: part for key, part in value.items() if key not in about}
+    return _any(plain, _mapping({"grid": _list(plain)}, "grid")) | about
 
 
 def _ladder() -> Schema:
@@ -169,148 +128,70 @@ def _ladder() -> Schema:
 
 
 def _model() -> Schema:
-    properties = {
-        info.name: (
-            adapter_schema(ModelSpec, info.name) | ({"description": info.doc} if info.doc else {})
-        )
-        for info in fields_of(ModelSpec)
-        if info.name != "align"
-    }
-    sources = {
-        "path": {**_TEXT, "description": "A local folder or .gguf file."},
-        "id": {**_TEXT, "description": "A Hugging Face id."},
-    }
-    align = {
-        "anyOf": [{"type": "boolean"}, _object(AlignSpec)],
-        "description": "Align the loaded model first.",
-    }
-    one = [{"required": [key]} for key in ("path", "id", "source")]
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {**properties, **sources, "align": align},
-        "oneOf": one,
-    }
+    model = _mapping_of(
+        ModelSpec,
+        path=_TEXT | {"description": "A local folder or .gguf file."},
+        id=_TEXT | {"description": "A Hugging Face id."},
+        align=_any({"type": "boolean"}, _mapping_of(AlignSpec))
+        | {"description": "Align the loaded model first."},
+    )
+    # A source tells most of what a model must have by itself.
+    del model["required"]
+    return model | {"oneOf": [{"required": [key]} for key in ("path", "id", "source")]}
 
 
 def _training() -> Schema:
-    strategy = {
-        name: schema for name, schema in _properties(StrategyConfig).items() if name != "deepspeed"
-    }
-    found = _object(TrainingConfig)
-    return {
-        **found,
-        "properties": {**found["properties"], **strategy, "deepspeed": _object(DeepSpeedConfig)},
-    }
-
-
-def _node() -> Schema:
-    node = _object(NodeType)
-    return {
-        **node,
-        "properties": {
-            name: schema for name, schema in node["properties"].items() if name != "name"
-        },
-        "required": [name for name in node["required"] if name != "name"],
-    }
-
-
-def _source() -> Schema:
-    source = _object(SourceSpec)
-    source["properties"]["where"] = _WHERE
-    return {"anyOf": [_TEXT, source]}
+    training = _mapping_of(TrainingConfig)
+    strategy = class_schema(StrategyConfig)["properties"]
+    return training | {"properties": training["properties"] | strategy}
 
 
 def _task() -> Schema:
-    splits = {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {split: _ref("source") for split in SPLITS},
-    }
-    columns = {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {**{column: _TEXT for column in COLUMNS}, "where": _WHERE},
-        "description": "Column mapping of all splits.",
-    }
-    options = {"anyOf": [_object(cls) for cls in TASK_OPTIONS.values()]}
-    known = {
-        name: schema
-        for name, schema in _properties(TaskSpec).items()
-        if name in ("labels", "instruction")
-    }
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {
-            **known,
-            "kind": {"enum": list(TASK_KINDS)},
-            "name": _NAME,
-            "splits": splits,
-            "source": {"anyOf": [_TEXT, splits]},
-            "columns": columns,
-            "options": options,
-        },
-    }
+    splits = _mapping(dict.fromkeys(SPLITS, _SOURCE))
+    columns = _mapping(dict.fromkeys(COLUMNS, _TEXT) | {"where": _WHERE})
+    task = _mapping_of(
+        TaskSpec,
+        name=_NAME,
+        kind={"enum": list(TASK_KINDS)},
+        splits=splits,
+        source=_any(_TEXT, splits),
+        columns=columns | {"description": "Column mapping of all splits."},
+        options=_any(*map(_mapping_of, TASK_OPTIONS.values())),
+    )
+    return task
 
 
 def _methods(registry: Registry) -> Schema:
     choices: list[Schema] = [{"enum": registry.names()}]
     for name in registry.names():
         cls = registry.get(name)
-        parameters = {
-            **_object(cls, grid=True),
-            "description": summary(sections(registry.doc(name))[""]),
-        }
+        parameters = _mapping_of(cls, grid=True)
+        parameters["description"] = summary(sections(registry.doc(name))[""])
         if is_searchable(cls):
             parameters["properties"][SEARCH] = _search(cls)
-        choices.append(
-            {
-                "type": "object",
-                "additionalProperties": False,
-                "required": [name],
-                "properties": {name: {"anyOf": [parameters, {"type": "null"}]}},
-            }
-        )
-    return {"anyOf": choices}
+        choices.append(_mapping({name: _any(parameters, {"type": "null"})}, name))
+    return _any(*choices)
 
 
 def _search(cls: type[Method]) -> Schema:
-    owned: list[tuple[str, type, str]] = [(info.name, cls, info.name) for info in fields_of(cls)]
-    owned += [
-        (TRAINING + info.name, TrainingConfig, info.name) for info in fields_of(TrainingConfig)
-    ]
-    ranges: dict[str, Schema] = {}
-    for name, owner, field in owned:
-        one = adapter_schema(owner, field)
-        ends = {
-            "type": "object",
-            "additionalProperties": False,
-            "required": ["low", "high"],
-            "properties": {"low": one, "high": one, "log": {"type": "boolean", "default": False}},
-        }
-        ranges[name] = {
-            "anyOf": [{"type": "array", "minItems": 2, "uniqueItems": True, "items": one}, ends]
-        }
-    found = _properties(SearchSpec, without=("ranges", "metric"))
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["trials", "ranges"],
-        "description": "How an attacker looks for the strongest setting that is not noticed.",
-        "properties": {
-            **found,
-            "metric": {"enum": list(METRICS), "default": goal_metric(cls)},
-            "ranges": {
-                "type": "object",
-                "minProperties": 1,
-                "additionalProperties": False,
-                "properties": ranges,
-            },
-        },
+    own: Any = cls
+    known = class_schema(own)["properties"] | {
+        TRAINING + name: value for name, value in class_schema(TrainingConfig)["properties"].items()
     }
+    ranges = {}
+    for name, value in known.items():
+        end = {key: part for key, part in value.items() if key not in ("description", "default")}
+        log = {"type": "boolean", "default": False}
+        interval = _mapping({"low": end, "high": end, "log": log}, "low", "high")
+        ranges[name] = _any(_list(end, least=2, uniqueItems=True), interval)
+    search = _mapping_of(
+        SearchSpec,
+        metric={"enum": list(METRICS), "default": goal_metric(cls)},
+        ranges=_mapping(ranges, minProperties=1),
+    )
+    return search | {"required": ["trials", "ranges"]}
 
 
 def _stack() -> Schema:
-    inside = {"allOf": [_ref("defense"), {"not": {"const": NONE}}]}
-    return {"anyOf": [_ref("defense"), {"type": "array", "minItems": 1, "items": inside}]}
+    inside = {"allOf": [_DEFENSE, {"not": {"const": NONE}}]}
+    return _any(_DEFENSE, _list(inside))

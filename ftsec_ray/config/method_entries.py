@@ -9,13 +9,14 @@ a surprise.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from itertools import product
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ftsec_ray.config.attack_search import SEARCH, search_of
 from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.sweep import AttackSearch
-from ftsec_ray.config.typed import fields_of, unknown_keys, value_of
+from ftsec_ray.config.typed import build
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method
@@ -183,72 +184,51 @@ def _methods(entry: object, place: str, registry: Registry, faults: Faults) -> l
 
 
 def _expand(cls: type[Method], given: object, place: str, faults: Faults) -> list[Method]:
-    infos = {info.name: info for info in fields_of(cls)}
+    names = [f.name for f in fields(cls) if f.init]
     if not isinstance(given, Mapping):
         faults.add(
             place,
             "parameters are not a mapping",
             given,
-            "{" + ", ".join(infos) + "}" if infos else "no parameters",
+            "{" + ", ".join(names) + "}" if names else "no parameters",
             f"write {place.rsplit('.', 1)[-1]}: {{parameter: value}}",
         )
         return []
-    before = len(faults.found)
-    unknown_keys(given, infos, place, faults)
-    axes: list[list[tuple[str, Any, str]]] = []
-    for name, value in given.items():
-        if name in infos:
-            axes.append(_values(cls, name, value, f"{place}.{name}", faults))
-    for name, info in infos.items():
-        if info.required and name not in given:
-            faults.add(f"{place}.{name}", "missing", None, info.type, info.doc)
-    if len(faults.found) > before:
-        return []
-    found = [_checked(cls, point, place, faults) for point in product(*axes)]
-    return [method for method in found if method is not None]
-
-
-def _values(
-    cls: type[Method], name: str, given: object, place: str, faults: Faults
-) -> list[tuple[str, Any, str]]:
-    """Each value of a parameter as (name, typed value, place)."""
-    points = [(place, given)]
-    if isinstance(given, Mapping) and "grid" in given:
-        values = given["grid"]
-        if len(given) > 1 or not isinstance(values, (list, tuple)) or not values:
-            faults.add(
-                place, "not a grid", given, "{grid: [value, value, ...]} and nothing beside it"
-            )
-            return []
-        points = [(f"{place}.grid[{index}]", value) for index, value in enumerate(values)]
+    no_grid = {
+        key: f"{place}.{key}" for key, value in given.items() if key in names and _is_no_grid(value)
+    }
+    for key, where in no_grid.items():
+        want = "{grid: [value, value, ...]} and nothing beside it"
+        faults.add(where, "not a grid", given[key], want)
+    axes = [
+        _points(key, value, f"{place}.{key}") for key, value in given.items() if key not in no_grid
+    ]
+    met = Faults(faults.source, faults.lines)
     found = []
-    for where, value in points:
-        try:
-            found.append((name, value_of(cls, name, value), where))
-        except SpecError as error:
-            faults.add_error(where, error)
-    return found
+    for point in product(*axes):
+        values = {name: value for name, value, _ in point}
+        places = {name: where for name, _, where in point}
+        found.append(build(cls, values, place, met, places))
+    # The points of a grid share values, and with them faults; what is no grid is not missing.
+    told = {(where, fault.what): (where, fault) for where, fault in met.found}
+    faults.found += [one for one in told.values() if one[0] not in no_grid.values()]
+    return [method for method in found if method is not None and not no_grid]
 
 
-def _checked(
-    cls: type[Method], point: tuple[tuple[str, Any, str], ...], place: str, faults: Faults
-) -> Method | None:
-    places = {name: where for name, _, where in point}
-    try:
-        method = cls(**{name: value for name, value, _ in point})
-    except SpecError as error:
-        faults.add_error(place, error)
-        return None
-    wrong = method.check()
-    for name, got, want in wrong:
-        faults.add(
-            places.get(name, f"{place}.{name}"),
-            "value out of range",
-            got,
-            want,
-            next((info.doc for info in fields_of(cls) if info.name == name), ""),
-        )
-    return None if wrong else method
+def _is_no_grid(value: object) -> bool:
+    """Whether a value is written as a grid and is none."""
+    if not isinstance(value, Mapping) or "grid" not in value:
+        return False
+    values = value["grid"]
+    return len(value) > 1 or not isinstance(values, (list, tuple)) or not values
+
+
+def _points(name: str, given: object, place: str) -> list[tuple[str, object, str]]:
+    """Each value of a parameter as (name, value, place)."""
+    if isinstance(given, Mapping) and "grid" in given and not _is_no_grid(given):
+        values = enumerate(given["grid"])
+        return [(name, value, f"{place}.grid[{index}]") for index, value in values]
+    return [(name, given, place)]
 
 
 def _unique(found: list[tuple[str, T]], stack_of: Callable[[T], Stack], faults: Faults) -> list[T]:

@@ -8,13 +8,13 @@ offload: optimizer, workers: 4}}`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
 from ftsec_ray.config.faults import Faults
-from ftsec_ray.config.typed import build, fields_of, unknown_keys
+from ftsec_ray.config.typed import build, unknown_keys
 from ftsec_ray.errors import SpecError
 
 
@@ -74,8 +74,8 @@ def split_training(
     """
     if not isinstance(given, Mapping):
         return given, StrategyConfig()
-    own = {info.name for info in fields_of(StrategyConfig)}
-    all_keys = {info.name for info in fields_of(known)} | own
+    own = {f.name for f in fields(StrategyConfig)}
+    all_keys = {f.name for f in fields(known)} | own
     unknown_keys(given, all_keys, "training", faults)
     before = len(faults.found)
     deepspeed = build(DeepSpeedConfig, given.get("deepspeed"), "training.deepspeed", faults)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
 from ftsec_ray.config.sweep import TASK_KINDS, TASK_OPTIONS, SourceSpec, TaskSpec
-from ftsec_ray.config.typed import build, fields_of, unknown_keys
+from ftsec_ray.config.typed import build, unknown_keys
 
 _KEYS = ("kind", "name", "source", "splits", "columns", "labels", "instruction", "options")
 COLUMNS = ("prompt", "response", "label", "language", "append", "where", "constant_response")
@@ -139,9 +140,9 @@ def _options(
         return ()
     # A default written out is the same task as the default left out.
     return tuple(
-        (info.name, getattr(options, info.name))
-        for info in fields_of(cls)
-        if getattr(options, info.name) != info.default
+        (f.name, getattr(options, f.name))
+        for f in fields(cls)
+        if getattr(options, f.name) != f.default
     )
 
 

@@ -1,39 +1,45 @@
-"""Plain values -> typed dataclasses, strictly: an int may serve as a float, nothing else changes
-its type.
+"""Plain values -> typed dataclasses, by pydantic and the rules of JSON: an int may serve as a
+float, a list as a tuple, and nothing else changes its type.
 
-The types and bounds are those of the dataclass fields, checked by pydantic; every fault keeps its
-place, the value got, the type wanted and what the field means.
+Configs and methods are standard dataclasses; a sweep file and a worker that reads a stage come
+through the same function. Every fault keeps its place, the value got, the type wanted and what the
+field means.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import types
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields, replace
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from annotated_types import Ge, Gt, Le, Lt
-
-from ftsec_ray.config.docs import field_docs
 from ftsec_ray.config.faults import Faults, nearest
-from ftsec_ray.errors import SpecError
+from ftsec_ray.errors import IdentityError, SpecError
+from ftsec_ray.identity import canonical
+from ftsec_ray.method import Method
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 T = TypeVar("T")
-MAX_DEPTH = 20
+Schema = dict[str, Any]
+STRICT: ConfigDict = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+_AS_WRITTEN: Mapping[str, str] = MappingProxyType({})
 _WORDS = {
-    int: ("an int", "ints"),
-    float: ("a number", "numbers"),
-    str: ("a text", "texts"),
-    bool: ("true or false", "true or false"),
-    type(None): ("null", "null"),
+    "integer": ("an int", "ints"),
+    "number": ("a number", "numbers"),
+    "string": ("a text", "texts"),
+    "boolean": ("true or false", "true or false"),
+    "null": ("null", "null"),
+    "object": ("a mapping", "mappings"),
+    "any": ("any value", "values"),
 }
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class FieldInfo:
+class FieldInfo(NamedTuple):
     """One parameter of a dataclass: what a catalogue, a schema and a message say about it."""
 
     name: str
@@ -42,6 +48,8 @@ class FieldInfo:
     default: object
     """The default value; MISSING where it is required."""
     doc: str
+    schema: Schema
+    """JSON schema of its values."""
 
     @property
     def required(self) -> bool:
@@ -50,118 +58,69 @@ class FieldInfo:
 
 
 @cache
-def hints_of(cls: Any) -> dict[str, Any]:
-    """Field name -> resolved type, with bounds, of a dataclass."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {f.name: hints[f.name] for f in fields(cls) if f.init}
-
-
-def fields_of(cls: type) -> tuple[FieldInfo, ...]:
-    """What is known of each field of a dataclass."""
-    key: Any = cls  # mypy holds that a dataclass type cannot be hashed
-    return _fields_of(key)
-
-
-@cache
-def _fields_of(cls: Any) -> tuple[FieldInfo, ...]:
-    docs = field_docs(cls)
-    found = []
-    for f in fields(cls):
-        if f.init:
-            default = f.default_factory() if f.default_factory is not MISSING else f.default
-            found.append(
-                FieldInfo(
-                    name=f.name,
-                    type=words(hints_of(cls)[f.name]),
-                    default=default,
-                    doc=docs.get(f.name, ""),
-                )
-            )
-    return tuple(found)
-
-
-def words(hint: Any, *, plural: bool = False) -> str:
-    """A type in words: `an int, >= 1`, `lora | full`, `a list of texts`."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        bounds = [
-            f"{sign} {getattr(mark, name)}"
-            for mark in args[1:]
-            for kind, name, sign in (
-                (Ge, "ge", ">="),
-                (Gt, "gt", ">"),
-                (Le, "le", "<="),
-                (Lt, "lt", "<"),
-            )
-            if isinstance(mark, kind)
-        ]
-        return ", ".join([words(args[0], plural=plural), *bounds])
-    if origin is Literal:
-        return " | ".join(map(str, args))
-    if origin in (Union, types.UnionType):
-        return " or ".join(words(arg, plural=plural) for arg in args)
-    if origin in (tuple, list, set, frozenset):
-        inner = [arg for arg in args if arg is not Ellipsis]
-        if origin is tuple and Ellipsis not in args:
-            return f"a list of {len(inner)}: " + ", ".join(words(arg) for arg in inner)
-        return "a list of " + " or ".join(words(arg, plural=True) for arg in inner)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        return "a mapping"
-    singular, several = _WORDS.get(hint, (str(getattr(hint, "__name__", hint)),) * 2)
-    return several if plural else singular
-
-
-@cache
-def _adapter(cls: Any, name: str) -> Any:
+def _adapter(cls: Any, *, docs: bool = False) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(hints_of(cls)[name])
+    # `None` is beside it because pydantic takes no configuration for a dataclass alone.
+    return TypeAdapter(cls | None, config=STRICT | {"use_attribute_docstrings": docs})
 
 
-def adapter_schema(cls: type, name: str) -> dict[str, Any]:
-    """JSON schema of one field."""
-    schema: dict[str, Any] = _adapter(cls, name).json_schema()
+@cache
+def class_schema(cls: Any) -> Schema:
+    """JSON schema of the mappings that `build` reads; descriptions are the docstrings."""
+    whole = _adapter(cls, docs=True).json_schema()
+    schema: Schema = _tidy(whole["anyOf"][0], whole["$defs"])
+    for base in cls.__mro__[1:]:  # pydantic reads the docstrings of the class itself alone
+        if hasattr(base, "__dataclass_fields__") and fields(base):
+            for name, known in class_schema(base)["properties"].items():
+                if "description" in known:
+                    schema["properties"][name].setdefault("description", known["description"])
     return schema
 
 
-def _unplain(value: object, depth: int = 0) -> object | None:
-    """The first part of a value that JSON cannot carry; None when there is none."""
-    if depth > MAX_DEPTH:
-        return value
-    if isinstance(value, Mapping):
-        odd = [key for key in value if not isinstance(key, str)]
-        return (
-            odd[0]
-            if odd
-            else next(
-                (bad for item in value.values() if (bad := _unplain(item, depth + 1)) is not None),
-                None,
-            )
-        )
-    if isinstance(value, (list, tuple)):
-        return next((bad for item in value if (bad := _unplain(item, depth + 1)) is not None), None)
-    if isinstance(value, float) and not math.isfinite(value):
-        return value
-    return None if value is None or isinstance(value, (str, bool, int, float)) else value
+def _tidy(node: Any, parts: Mapping[str, Any]) -> Any:
+    """A schema with its references filled in, without titles, and descriptions on one line."""
+    if isinstance(node, list):
+        return [_tidy(item, parts) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        node = {**parts[node["$ref"].rsplit("/", 1)[-1]], **node}
+    tidy = {}
+    for key, value in node.items():
+        if key == "description" and isinstance(value, str):
+            tidy[key] = " ".join(value.split())
+        elif key not in ("$ref", "$defs") and not (key == "title" and isinstance(value, str)):
+            tidy[key] = value if key == "default" else _tidy(value, parts)
+    return tidy
 
 
-def value_of(cls: type, name: str, value: object) -> Any:
-    """A field's value in the field's own type; SpecError when it has another."""
-    from pydantic import ValidationError
+def fields_of(cls: Any) -> tuple[FieldInfo, ...]:
+    """What is known of each field of a dataclass."""
+    properties = class_schema(cls)["properties"]
+    found = []
+    for f in fields(cls):
+        if f.init:
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            schema = properties[f.name]
+            doc = schema.get("description", "")
+            found.append(FieldInfo(f.name, words(schema), default, doc, schema))
+    return tuple(found)
 
-    doc = field_docs(cls).get(name, "")
-    want = words(hints_of(cls)[name])
-    bad = _unplain(value)
-    if bad is not None:
-        raise SpecError("not a plain, finite value", bad, want, doc)
-    try:
-        return _adapter(cls, name).validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
-        raise SpecError(
-            "wrong value" + (f" at {where}" if where else ""), value, want, doc
-        ) from None
+
+def words(schema: Schema, *, plural: bool = False) -> str:
+    """A JSON schema in words: `an int, >= 1`, `lora | full`, `a list of texts`."""
+    if "anyOf" in schema:
+        return " or ".join(words(one, plural=plural) for one in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
+    if "prefixItems" in schema:
+        inner = [words(item) for item in schema["prefixItems"]]
+        return f"a list of {len(inner)}: " + ", ".join(inner)
+    if schema.get("type") == "array":
+        return "a list of " + words(schema["items"], plural=True)
+    bounds = [f"{sign} {schema[key]}" for key, sign in _BOUNDS.items() if key in schema]
+    return ", ".join([_WORDS[schema.get("type", "any")][plural], *bounds])
 
 
 def unknown_keys(
@@ -179,37 +138,94 @@ def unknown_keys(
             )
 
 
-def build(cls: type[T], given: object, place: str, faults: Faults, **fixed: object) -> T | None:
-    """A dataclass from a mapping, None with faults; `fixed` values are taken as they are and are
-    not keys of the mapping.
+def parse(
+    cls: type[T],
+    given: object,
+    place: str,
+    faults: Faults,
+    places: Mapping[str, str] = _AS_WRITTEN,
+    /,
+    **fixed: object,
+) -> T | None:
+    """A dataclass from a mapping, None with faults; a method is not asked whether it accepts the
+    values together.
+
+    Args:
+        cls: The dataclass.
+        given: Values as YAML or JSON has them; None is the empty mapping.
+        place: Of the mapping in the file.
+        faults: Where faults go.
+        places: Field -> its place, where that is not `place.field`.
+        **fixed: Values of fields that are taken as they are and are not keys of the mapping.
     """
-    if given is None:
-        given = {}
-    infos = {info.name: info for info in fields_of(cls) if info.name not in fixed}
+    from pydantic import ValidationError
+
+    key: Any = cls  # mypy holds that a dataclass type cannot be hashed
+    given = {} if given is None else given
+    names = [f.name for f in fields(key) if f.init and f.name not in fixed]
     if not isinstance(given, Mapping):
-        faults.add(
-            place,
-            "not a mapping",
-            given,
-            "a mapping of " + ", ".join(infos),
-            f"write {place.rsplit('.', 1)[-1]}: {{...}}",
-        )
+        want, fix = "a mapping of " + ", ".join(names), f"write {place.rsplit('.', 1)[-1]}: {{...}}"
+        faults.add(place, "not a mapping", given, want, fix)
         return None
     before = len(faults.found)
-    unknown_keys(given, infos, place, faults)
-    values: dict[str, object] = dict(fixed)
-    for name, info in infos.items():
-        if name in given:
-            try:
-                values[name] = value_of(cls, name, given[name])
-            except SpecError as error:
-                faults.add_error(f"{place}.{name}", error)
-        elif info.required:
-            faults.add(f"{place}.{name}", "missing", None, info.type, info.doc)
-    if len(faults.found) > before:
-        return None
+    unknown_keys(given, names, place, faults)
+    wrong: dict[str, tuple[str, object]] = {}
+    texts: list[str] = []
+    for name, value in {**{name: given[name] for name in names if name in given}, **fixed}.items():
+        try:
+            _adapter(object).validate_json(text := canonical(value))
+            texts.append(f"{json.dumps(name)}:{text}")
+        except (IdentityError, RecursionError, ValueError) as error:
+            wrong[name] = ("not a plain, finite value", getattr(error, "got", value))
+    parsed: T | None = None
     try:
-        return cls(**values)
+        parsed = _adapter(key).validate_json("{" + ",".join(texts) + "}")
+        parsed = replace(parsed, **fixed) if fixed else parsed  # type: ignore[type-var]
+    except ValidationError as error:
+        wrong = _wrong_values(error, given) | wrong
     except SpecError as error:
-        faults.add_error(place, error)
-        return None
+        if len(faults.found) == before and not wrong:  # else it may be of the values left out
+            faults.add_error(place, error)
+    for info in fields_of(key) if wrong else ():
+        if info.name in wrong and info.name not in fixed:
+            where = places.get(info.name, f"{place}.{info.name}")
+            faults.add(where, *wrong[info.name], info.type, info.doc)
+    if "" in wrong:
+        faults.add(place, *wrong[""])
+    return parsed if len(faults.found) == before else None
+
+
+def _wrong_values(
+    error: ValidationError, given: Mapping[str, object]
+) -> dict[str, tuple[str, object]]:
+    """Field -> what is wrong and the value got; `""` is a ValueError of the class itself."""
+    wrong: dict[str, tuple[str, object]] = {}
+    for fault in error.errors(include_url=False):
+        name, *inner = fault["loc"] or ("",)
+        where = "".join(f"[{part}]" for part in inner if isinstance(part, int))
+        if not name:
+            found: tuple[str, object] = (f"wrong value: {fault['msg']}", dict(given))
+        elif fault["type"] == "missing" and not inner:
+            found = ("missing", None)
+        else:
+            found = ("wrong value" + (f" at {where}" if where else ""), given.get(str(name)))
+        wrong.setdefault(str(name), found)  # a field of several types has a fault for each
+    return wrong
+
+
+def build(
+    cls: type[T],
+    given: object,
+    place: str,
+    faults: Faults,
+    places: Mapping[str, str] = _AS_WRITTEN,
+    /,
+    **fixed: object,
+) -> T | None:
+    """What `parse` gives; of a method only one whose parameters pass its own `check`."""
+    parsed = parse(cls, given, place, faults, places, **fixed)
+    wrong = parsed.check() if isinstance(parsed, Method) else []
+    for name, got, want in wrong:
+        doc = next((info.doc for info in fields_of(cls) if info.name == name), "")
+        faults.add(places.get(name, f"{place}.{name}"), "value out of range", got, want, doc)
+    return None if wrong else parsed

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.sweep import AlignSpec, EvaluationConfig, TaskSpec, TrainingConfig
+from ftsec_ray.config.typed import build
 from ftsec_ray.errors import StageError
 from ftsec_ray.method import Method
 from ftsec_ray.plan.stage import Stage
@@ -14,10 +15,19 @@ from ftsec_ray.plan.stage import Stage
 T = TypeVar("T")
 
 
-def _typed(cls: type[T], plain: Mapping[str, Any]) -> T:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(cls).validate_python(dict(plain))
+def _typed(cls: type[T], plain: object, what: str) -> T:
+    """A typed object, by the function and the checks that read it in a sweep file."""
+    faults = Faults(f"{what} of a stage")
+    value = build(cls, plain, what, faults)
+    if value is None:
+        wrong = "; ".join(f"{place}: {fault.what}" for place, fault in faults.found)
+        raise StageError(
+            f"a stage carries no {cls.__name__} of this version: {wrong}",
+            plain,
+            "; ".join(fault.want for _, fault in faults.found if fault.want),
+            "plan the sweep again with the version that runs it",
+        )
+    return value
 
 
 def _param(stage: Stage, name: str) -> Any:
@@ -34,34 +44,34 @@ def methods_of(stage: Stage) -> list[Method]:
 
     registries = {"attack": ATTACKS, "defense": DEFENSES}
     return [
-        _typed(registries[m["kind"]].get(m["name"]), m["params"])
+        _typed(registries[m["kind"]].get(m["name"]), m["params"], m["name"])
         for m in stage.params.get("methods", ())
     ]
 
 
 def training_of(stage: Stage) -> TrainingConfig:
     """How a stage tunes."""
-    return _typed(TrainingConfig, _param(stage, "training"))
+    return _typed(TrainingConfig, _param(stage, "training"), "training")
 
 
 def generation_of(stage: Stage) -> EvaluationConfig:
     """What is asked of a model; what concerns judges is at its default."""
-    return _typed(EvaluationConfig, _param(stage, "generation"))
+    return _typed(EvaluationConfig, _param(stage, "generation"), "generation")
 
 
 def scoring_of(stage: Stage) -> EvaluationConfig:
     """How answers are judged; what concerns asking is at its default."""
-    return _typed(EvaluationConfig, _param(stage, "scoring"))
+    return _typed(EvaluationConfig, _param(stage, "scoring"), "scoring")
 
 
 def align_of(stage: Stage) -> AlignSpec | None:
     """How a model is aligned; None for a rung of the ladder, which has its own way."""
-    return _typed(AlignSpec, stage.params["align"]) if "align" in stage.params else None
+    return _typed(AlignSpec, stage.params["align"], "align") if "align" in stage.params else None
 
 
 def task_of(stage: Stage) -> TaskSpec:
     """The task of a `task` stage, with the paths of its files put back."""
-    task = _typed(TaskSpec, _param(stage, "task"))
+    task = _typed(TaskSpec, _param(stage, "task"), "task")
     paths = stage.where.get("paths", {})
     splits = tuple((split, replace(source, path=paths.get(split))) for split, source in task.splits)
     return replace(task, splits=splits)
