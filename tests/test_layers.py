@@ -20,6 +20,7 @@ LAYERS = [
     "errors",
     "redact",
     "identity",
+    "numerics",
     "schema",
     "context",
     "method",

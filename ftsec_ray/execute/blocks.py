@@ -42,8 +42,9 @@ from ftsec_ray.data.rows import (
 )
 from ftsec_ray.errors import FtsecError, StageError
 from ftsec_ray.execute.session import CRAFTED, Session
-from ftsec_ray.execute.unit import code_of, cpu_threads, gpu_share
+from ftsec_ray.execute.unit import code_of, gpu_share, set_up_numerics
 from ftsec_ray.method import BATCH_ROWS, RowWise, check_notes
+from ftsec_ray.numerics import environment_of
 from ftsec_ray.plan.stage import Stage, is_data
 from ftsec_ray.redact import clean_logs, redacted
 from ftsec_ray.store import Store
@@ -320,13 +321,21 @@ def _surveyed(order: Order, crew: WorkerPool) -> Survey:
     import ray
 
     task = ray.remote(_survey_task).options(
-        **crew.asks(), scheduling_strategy=crew.place(), max_retries=MAX_DEATHS
+        **crew.asks(),
+        scheduling_strategy=crew.place(),
+        max_retries=MAX_DEATHS,
+        runtime_env=_environment(order),
     )
     try:
         found: Survey = ray.get(task.remote(order))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     return found
+
+
+def _environment(order: Order) -> dict[str, Any]:
+    """What Ray starts a worker with: one that it has at hand may have imported torch."""
+    return {"env_vars": environment_of(order.runtime.numerics)}
 
 
 def _survey_task(order: Order) -> Survey:
@@ -368,6 +377,7 @@ def _crafted(
         fn_constructor_args=(order, known),
         compute=ActorPoolStrategy(size=min(crew.size, len(items))),
         batch_size=None,
+        runtime_env=_environment(order),
         **crew.asks(),
     )
     batches = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
@@ -405,7 +415,7 @@ def _opened(order: Order) -> BatchCrafter:
     given = ray.get_runtime_context().get_assigned_resources()
     threads, gpus = max(1, int(given.get("CPU", 1))), float(given.get("GPU", 0.0))
     runtime = order.runtime if gpus else replace(order.runtime, device="cpu")
-    cpu_threads(threads)
+    set_up_numerics(order.runtime.numerics, threads)
     session = Session(Store.open(order.store), runtime, order.cache_gib)
     gpu_share(gpus)
     # The stage's own folder is the driver's; batches need none that survives.

@@ -25,9 +25,9 @@ from ftsec_ray.execute.unit import (
     Runner,
     StageResult,
     code_of,
-    cpu_threads,
     imported,
     run_unit,
+    set_up_numerics,
     short_text,
 )
 from ftsec_ray.plan.stage import Stage
@@ -156,7 +156,7 @@ def work(order: GroupOrder) -> list[StageResult]:
     clean_logs()
     if order.runtime.device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    cpu_threads(order.threads)
+    set_up_numerics(order.runtime.numerics, order.threads)
     store, run = Store.open(order.store), imported(order.runner)
     if dist.get_rank() == 0:
         return _lead(

@@ -1,7 +1,8 @@
 """A process that runs units for the one that started it: orders come by stdin, verdicts go by
 stdout, one JSON line each.
 
-For runs without Ray whose stages may have to be killed. It lives on from unit to unit with the
+For runs without Ray whose stages may have to be killed, or that need other numerics than the
+process that starts them. It lives on from unit to unit with the
 models of its session in memory. What a stage prints goes to stderr.
 """
 
@@ -21,6 +22,7 @@ from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.unit import StageResult, imported, run_unit, short_text
 from ftsec_ray.execute.watchdog import child_environment
+from ftsec_ray.numerics import environment_of, put_in_force
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.store import Store
@@ -43,6 +45,7 @@ class Worker:
             "runner": runner,
             "session": session,
         }
+        self._variables = environment_of(runtime.numerics)
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, stages: Sequence[Stage], attempt: int) -> list[StageResult]:
@@ -53,7 +56,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=child_environment(),
+                env={**child_environment(), **self._variables},
             )
             self._ask(self._given)
         told = self._ask({"stages": [stage.to_json() for stage in stages], "attempt": attempt})
@@ -106,9 +109,11 @@ def main() -> None:
     clean_logs()
     given = json.loads(sys.stdin.readline())
     try:
+        runtime = Runtime(**given["runtime"])
+        put_in_force(runtime.numerics)
         store = Store.open(given["store"])
         runner = imported(given["runner"])
-        session = imported(given["session"])(store, Runtime(**given["runtime"]), given["cache_gib"])
+        session = imported(given["session"])(store, runtime, given["cache_gib"])
     except (FtsecError, OSError) as error:
         answer({"broken": short_text(error)})
         return

@@ -173,7 +173,9 @@ class _PlanBuilder:
         on_model: bool = True,
     ) -> _StageTemplate:
         """What stages of a kind share; `variant` names the code where it differs within a kind."""
-        given = {**params, "methods": [self.plain(m) for m in methods]} if methods else dict(params)
+        given = {**params, **digests.numerics_params(kind, self.spec.numerics, on_model=on_model)}
+        if methods:
+            given["methods"] = [self.plain(m) for m in methods]
         row_wise = kind == "craft" and all(isinstance(method, RowWise) for method in methods)
         key = digests.of_head(
             kind, kind_fingerprint(variant or kind), [self.method_digest(m) for m in methods], given

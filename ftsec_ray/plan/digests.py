@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ftsec_ray.identity import FORMAT_VERSION, canonical, digest, digest_text
+from ftsec_ray.numerics import NumericsMode
 
 
 def of_method(identity: Mapping[str, object], imports: str) -> str:
@@ -15,6 +16,14 @@ def of_method(identity: Mapping[str, object], imports: str) -> str:
     imports.
     """
     return digest([digest(identity), imports])
+
+
+def numerics_params(kind: str, mode: NumericsMode, *, on_model: bool) -> dict[str, NumericsMode]:
+    """What the numerics of a sweep add to the params of a stage: nothing where it only reads a task
+    or loads a model (`on_model` is False for a source that does not train).
+    """
+    is_computed = on_model if kind == "source" else kind != "task"
+    return {"numerics": mode} if is_computed else {}
 
 
 def of_head(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION
+from ftsec_ray.numerics import check_cpu
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import is_group
 from ftsec_ray.redact import clean_logs
@@ -24,6 +27,7 @@ def runtime_of(plan: Plan) -> Runtime:
     resources = plan.spec.resources
     return Runtime(
         device="cuda" if resources.wants_gpus else "cpu",
+        numerics=plan.spec.numerics,
         micro_batch=resources.micro_batch,
         eval_batch=resources.eval_batch,
         checkpoint_every_s=resources.checkpoint_every_s,
@@ -70,8 +74,11 @@ def execute(
     dispatcher.check_budget(done)
     if any(is_group(unit.resource) for unit in dispatcher.units.values()):
         check_deepspeed()
+    runtime = replace(runtime or runtime_of(plan), numerics=plan.spec.numerics)
+    is_here = executor == "local" or not (address or os.environ.get("RAY_ADDRESS"))
+    if runtime.numerics == "portable" and is_here:
+        check_cpu()
     store.drop_leftovers()
-    runtime = runtime or runtime_of(plan)
     resources = plan.spec.resources
     cache_gib = resources.cache_gib if cache_gib is None else cache_gib
     if executor == "local":

@@ -1,7 +1,9 @@
 """Run units one after the other, without Ray.
 
-They run in this process, or where stages have a time limit in one beside it, since a stage that is
-over its time takes its process along. A worker group unit starts its processes on this machine.
+They run in this process, or in one beside it: where stages have a time limit, since a stage that is
+over its time takes its process along, and where the sweep's numerics are portable and this process
+has already imported torch with other settings. A worker group unit starts its processes on this
+machine.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ftsec_ray.context import Runtime
+from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.execute.dist_worker import GroupOrder
 from ftsec_ray.execute.unit import Runner, StageResult, imported, run_unit
 from ftsec_ray.execute.worker import Worker, WorkerLost
+from ftsec_ray.numerics import put_in_force
 from ftsec_ray.plan.resources import cpus_of
 from ftsec_ray.plan.stage import Stage, Unit, is_group, workers_of
 from ftsec_ray.schedule.dispatcher import Dispatcher
@@ -66,7 +70,7 @@ def _place(
     session: str,
 ) -> Iterator[RunUnit]:
     """What runs the units that are no worker groups."""
-    if runtime.timeout_s is None:
+    if runtime.timeout_s is None and _can_compute(runtime):
         here = imported(session)(dispatcher.store, runtime, cache_gib)
         yield lambda stages, attempt: run_unit(
             stages, dispatcher.store, here, runner, attempt=attempt
@@ -83,6 +87,15 @@ def _place(
         yield worker.run
     finally:
         worker.close()
+
+
+def _can_compute(runtime: Runtime) -> bool:
+    """Whether this process computes as the sweep wants; where it still can, from now on it does."""
+    try:
+        put_in_force(runtime.numerics)
+    except EnvironmentFault:  # torch is imported already; the process beside this one checks again
+        return False
+    return True
 
 
 def _worker_group(

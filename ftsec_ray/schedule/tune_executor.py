@@ -30,12 +30,13 @@ from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.dist_worker import GroupOrder
 from ftsec_ray.execute.unit import (
     StageResult,
-    cpu_threads,
     gpu_share,
     imported,
     run_unit,
+    set_up_numerics,
     short_text,
 )
+from ftsec_ray.numerics import environment_of
 from ftsec_ray.plan.stage import Stage, is_data, is_group
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.capacity import (
@@ -51,7 +52,6 @@ from ftsec_ray.schedule.capacity import (
     slots_of,
     together,
 )
-from ftsec_ray.schedule.credentials import no_keys_for_workers
 from ftsec_ray.schedule.dispatcher import Dispatcher
 from ftsec_ray.schedule.dist_launch import GroupEnded, launch_on_ray, run_worker_group
 from ftsec_ray.schedule.trials import (
@@ -63,6 +63,7 @@ from ftsec_ray.schedule.trials import (
     StopWhenStalled,
     TrialMonitor,
 )
+from ftsec_ray.schedule.tune_environment import worker_environment
 from ftsec_ray.store import Store
 
 SURPLUS = 16
@@ -174,11 +175,11 @@ class UnitTrainable(tune.Trainable):
                 if gpus or not self._work.runtime.device.startswith("cuda")
                 else replace(self._work.runtime, device="cpu")
             )
-            cpu_threads(threads)
+            set_up_numerics(runtime.numerics, threads)
             self._store = Store.open(self._work.store)
             self._runner = imported(self._work.runner)
             session = imported(self._work.session)(self._store, runtime, self._work.cache_gib)
-            cpu_threads(threads)  # again, for what the imports have brought
+            set_up_numerics(runtime.numerics, threads)  # again, for what the imports brought
             gpu_share(gpus)
             self._session = session
 
@@ -200,7 +201,7 @@ def run_tune(
     need = max((bundles[one].get("CPU", 0.0) for one in used if is_group(one)), default=0.0)
     with (
         _environment(),
-        no_keys_for_workers(),
+        worker_environment(environment_of(work.runtime.numerics)),
         _ray(address, workers, resources, need),
         tempfile.TemporaryDirectory(prefix="ftsec-tune-") as scratch,
     ):
