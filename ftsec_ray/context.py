@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import digest, unit_interval
+from ftsec_ray.numerics import NumericsMode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,9 +111,11 @@ class WorkerGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where and how a stage runs: never part of a digest."""
+    """Where and how a stage runs; of this only `numerics` is part of a digest."""
 
     device: str = "cpu"
+    numerics: NumericsMode = "fast"
+    """Which CPU kernels the processes of the sweep are started with."""
     micro_batch: int | None = None
     """Rows per forward pass in training; None: chosen by length."""
     eval_batch: int = 64

@@ -72,6 +72,8 @@ class StageKind:
     """What a method that asks for the role that this kind provides decides about it."""
     loads: tuple[str, ...] = ()
     """Packages whose files it finds by name, so that an edit of them is an edit of it."""
+    computes: bool = True
+    """Whether CPU kernels decide its bytes, so that `resources.numerics` is in its identity."""
     needs_model: bool = True
     """Whether it has a model in memory; a stage of rows has one where its method asks for a
     role.

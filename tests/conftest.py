@@ -1,10 +1,13 @@
-"""Settings of all tests: no network, one thread, no window, no Ray from outside."""
+"""Settings of all tests: portable numerics, no network, one thread, no window, no Ray from outside."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from ftsec_ray.numerics import environment_of
+
+# Stages of the ladder, which most sweeps of the tests hold, then run in the process of the tests.
+os.environ.update(environment_of("portable"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -21,6 +21,7 @@ LAYERS = [
     "redact",
     "identity",
     "discovery",
+    "numerics",
     "schema",
     "context",
     "method",

@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from ftsec_ray.config.strategy import StrategyConfig
 from ftsec_ray.errors import SpecError
 from ftsec_ray.method import Method
+from ftsec_ray.numerics import NumericsMode
 
 LADDER_SIZES = ("0.2m", "1m", "4m", "12m")
 """Sizes of the embedded model family: `ladder:<size>` is aligned, `ladder:<size>-base` is not."""
@@ -233,7 +234,7 @@ class ExcludeRule:
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceSpec:
-    """Where it runs: never part of a digest."""
+    """Where it runs; of this only `numerics` is part of a digest."""
 
     workers: Annotated[int, Ge(1)] | None = None
     """Stages at a time; None: as many as the machine or cluster has room for."""
@@ -257,6 +258,12 @@ class ResourceSpec:
     """
     cache_gib: Annotated[float, Ge(0)] = 4.0
     """Base models kept in a worker's memory, at most."""
+    numerics: NumericsMode | None = None
+    """`portable`: CPU kernels that give the same bytes on every x86 CPU with AVX2, and one thread
+    per stage whatever `cpus_per_stage` says; GPUs are not covered. `fast`: the kernels that each
+    library chooses for its CPU. Part of the digest of every stage that computes. None: `portable`
+    where all models are of the ladder, else `fast`.
+    """
 
     def __post_init__(self) -> None:
         gpus = self.gpus_per_stage
@@ -429,3 +436,9 @@ class SweepSpec:
     searches: tuple[AttackSearch, ...] = ()
     """Attacks that are also searched for; in a file a search stands beside the attack's parameters.
     """
+
+    @property
+    def numerics(self) -> NumericsMode:
+        """Which CPU kernels all stages take: as `resources` says, else by the models."""
+        is_ladder = all(model.source.startswith("ladder:") for model in self.models)
+        return self.resources.numerics or ("portable" if is_ladder else "fast")

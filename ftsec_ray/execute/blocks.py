@@ -40,8 +40,9 @@ from ftsec_ray.data.rows import (
 )
 from ftsec_ray.execute.error_json import error_from_json, error_to_json
 from ftsec_ray.execute.session import CRAFTED, Session
-from ftsec_ray.execute.unit import cpu_threads, gpu_share
+from ftsec_ray.execute.unit import gpu_share, set_up_numerics
 from ftsec_ray.method import BATCH_ROWS, RowWise, check_notes
+from ftsec_ray.numerics import environment_of
 from ftsec_ray.plan.stage import Stage, is_data
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.store import Store
@@ -272,13 +273,21 @@ def _surveyed(spec: CrafterSpec, pool: WorkerPool) -> Survey:
     import ray
 
     task = ray.remote(_survey_task).options(
-        **pool.asks(), scheduling_strategy=pool.place(), max_retries=MAX_DEATHS
+        **pool.asks(),
+        scheduling_strategy=pool.place(),
+        max_retries=MAX_DEATHS,
+        runtime_env=_environment(spec),
     )
     try:
         found: Survey = ray.get(task.remote(spec))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     return found
+
+
+def _environment(spec: CrafterSpec) -> dict[str, Any]:
+    """What Ray starts a worker with: one that it has at hand may have imported torch."""
+    return {"env_vars": environment_of(spec.runtime.numerics)}
 
 
 def _survey_task(spec: CrafterSpec) -> Survey:
@@ -320,6 +329,7 @@ def _crafted(
         fn_constructor_args=(spec, known),
         compute=ActorPoolStrategy(size=min(pool.size, len(items))),
         batch_size=None,
+        runtime_env=_environment(spec),
         **pool.asks(),
     )
     batches = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
@@ -357,7 +367,7 @@ def _opened(spec: CrafterSpec) -> BatchCrafter:
     given = ray.get_runtime_context().get_assigned_resources()
     threads, gpus = max(1, int(given.get("CPU", 1))), float(given.get("GPU", 0.0))
     runtime = spec.runtime if gpus else replace(spec.runtime, device="cpu")
-    cpu_threads(threads)
+    set_up_numerics(spec.runtime.numerics, threads)
     session = Session(Store.open(spec.store), runtime, spec.cache_gib)
     gpu_share(gpus)
     # The stage's own folder is the driver's; batches need none that survives.

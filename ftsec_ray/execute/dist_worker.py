@@ -25,9 +25,9 @@ from ftsec_ray.execute.unit import (
     Runner,
     StageResult,
     code_of,
-    cpu_threads,
     imported,
     run_unit,
+    set_up_numerics,
     short_text,
 )
 from ftsec_ray.execute.worker_spec import WorkerSpec
@@ -156,7 +156,7 @@ def work(order: GroupOrder) -> list[StageResult]:
     order.worker.set_environment()
     if order.is_on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    cpu_threads(order.threads)
+    set_up_numerics(order.worker.runtime.numerics, order.threads)
     store, run = Store.open(order.worker.store), imported(order.worker.runner)
     open_session, runtime = imported(order.worker.session), order.runtime_of(order.stages[0])
     if dist.get_rank() == 0:

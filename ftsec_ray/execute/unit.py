@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from ftsec_ray import numerics
 from ftsec_ray.code_versions import stage_code
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, FtsecError
@@ -118,9 +119,15 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
         return StageResult(digest=stage.digest, status="cached", attempt=attempt, host=host)
     meter = _Meter()
     folder: Path | None = None
+    mode = stage.params.get("numerics")
     try:
         folder = store.scratch(stage.digest)
+        if mode is not None:
+            numerics.check(mode)
         extra = _run_fitting(run, stage, folder, session)
+        if mode is not None:
+            numerics.check(mode)  # again: only now have the libraries that it needs been loaded
+            extra["numerics"] = numerics.record_of(mode)
         measured = meter.read(gpus=workers_of(stage.resource))
         record = {
             **_identity(stage),
@@ -306,6 +313,14 @@ def _peak_bytes() -> int:
             return int(line.split()[1]) * 1024
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def set_up_numerics(mode: numerics.NumericsMode, threads: int) -> None:
+    """Make this process compute as a sweep wants, with so many threads where it is free in that;
+    EnvironmentFault when it cannot.
+    """
+    numerics.put_in_force(mode)
+    cpu_threads(1 if mode == "portable" else threads)
 
 
 def cpu_threads(count: int) -> None:

@@ -1,7 +1,8 @@
 """A process that runs units for the one that started it: orders come by stdin, verdicts go by
 stdout, one JSON line each.
 
-For runs without Ray whose stages may have to be killed. It lives on from unit to unit with the
+For runs without Ray whose stages may have to be killed, or that need other numerics than the
+process that starts them. It lives on from unit to unit with the
 models of its session in memory. What a stage prints goes to stderr.
 """
 
@@ -21,6 +22,7 @@ from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.unit import StageResult, imported, run_unit, short_text
 from ftsec_ray.execute.watchdog import child_environment
 from ftsec_ray.execute.worker_spec import WorkerSpec
+from ftsec_ray.numerics import environment_of, put_in_force
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.store import Store
@@ -45,7 +47,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=child_environment(),
+                env={**child_environment(), **environment_of(self._spec.runtime.numerics)},
             )
             self._ask(self._spec.to_json())
         told = self._ask({"stages": [stage.to_json() for stage in stages], "attempt": attempt})
@@ -99,6 +101,7 @@ def main() -> None:
     spec = WorkerSpec.from_json(json.loads(sys.stdin.readline()))
     spec.set_environment()
     try:
+        put_in_force(spec.runtime.numerics)
         store = Store.open(spec.store)
         runner = imported(spec.runner)
         session = imported(spec.session)(store, spec.runtime, spec.cache_gib)

@@ -8,9 +8,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ftsec_ray.lifecycle import kinds
+from ftsec_ray.numerics import NumericsMode
 from ftsec_ray.plan.cost_estimate import Bill, Spend, bill_of
 from ftsec_ray.plan.durations import UNKNOWN_PARAMETERS, Costs
 from ftsec_ray.plan.graph import Plan
+
+_NUMERICS: Mapping[NumericsMode, str] = {
+    "portable": "the same bytes on every x86 CPU with AVX2; one thread per stage",
+    "fast": "the kernels of each CPU; last bits differ between CPUs",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,8 @@ class PlanSummary:
     is_learned: bool
     """Whether durations come from records; otherwise from priors, which only order the work."""
     kinds: tuple[KindSummary, ...]
+    numerics: NumericsMode
+    """Which CPU kernels all stages take."""
     bill: Bill
     """The stages to run by what they ask for, with hours and money."""
     spent: Spend | None = None
@@ -113,6 +121,7 @@ def summarize(
         bill=bill_of(plan, todo, costs),
         spent=spent,
         budget=spec.budget.limits if spec.budget else {},
+        numerics=spec.numerics,
         searches=len(plan.searches),
         trials=sum(len(one.trials) for one in plan.searches),
         trials_left=sum(one.left for one in plan.searches),
@@ -139,6 +148,7 @@ def render(summary: PlanSummary) -> str:
             f"sweep {s.sweep}: {s.cells} cells ({s.models} models, {s.attacks} attacks, {s.stacks}"
             f" defense stacks, {s.seeds} seeds)"
         ),
+        f"numerics: {s.numerics} ({_NUMERICS[s.numerics]})",
         *_search_lines(s),
         "",
         f"{'stage':<10}{'unique':>9}{'done':>9}{'to run':>9}{'if unshared':>13}{'work to do':>13}",

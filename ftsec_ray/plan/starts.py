@@ -107,7 +107,7 @@ class Starts:
             **self._sweep,
             **origin.where,
         }
-        template = self._templates.template(kind_of("source"), origin.params)
+        template = self._templates.template(kind_of("source"), origin.params, trains=origin.trains)
         takes = self._stages.resource(model, trains_all=True) if origin.trains else "cpu"
         return self._stages.add(template, (), None, None, where=where, resource=takes), where
 

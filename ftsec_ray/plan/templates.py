@@ -98,10 +98,21 @@ class Templates:
         return self._plain[id(method)]
 
     def template(
-        self, kind: StageKind, params: Mapping[str, Any], methods: Sequence[Method] = ()
+        self,
+        kind: StageKind,
+        params: Mapping[str, Any],
+        methods: Sequence[Method] = (),
+        *,
+        trains: bool = False,
     ) -> StageTemplate:
-        """What the stages of a kind share in which these methods act."""
-        given = {**params, "methods": [self.plain(m) for m in methods]} if methods else dict(params)
+        """What the stages of a kind share in which these methods act; `trains` where one of a kind
+        that only reads else trains a model.
+        """
+        given: dict[str, Any] = dict(params)
+        if methods:
+            given["methods"] = [self.plain(method) for method in methods]
+        if kind.computes or trains or _is_judged_by_a_model(given):
+            given["numerics"] = self._spec.numerics
         outside = outside_hash(lifecycle.module_of(kind.name))
         if outside is not None:
             given["kind_code"] = outside

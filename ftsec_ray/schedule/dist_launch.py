@@ -21,6 +21,7 @@ from pathlib import Path
 from ftsec_ray.errors import FtsecError
 from ftsec_ray.execute.dist_worker import GroupFault, GroupOrder, read_answers, work, write_order
 from ftsec_ray.execute.unit import StageResult
+from ftsec_ray.numerics import environment_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import redacted
 from ftsec_ray.store import Store
@@ -102,7 +103,11 @@ def launch_here(order: GroupOrder) -> list[StageResult]:
     with tempfile.TemporaryDirectory(prefix="ftsec-worker group-") as scratch:
         folder = Path(scratch)
         write_order(order, folder)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {
+            **os.environ,
+            **environment_of(order.worker.runtime.numerics),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
         command = [sys.executable, "-m", "ftsec_ray.execute.dist_worker", scratch]
         with (folder / "log.txt").open("wb") as log:
             processes = [
@@ -168,6 +173,8 @@ def launch_on_ray(order: GroupOrder, asks: Mapping[str, float]) -> list[StageRes
                 name="worker_group",
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=0),
+                # Ray Train imports torch in its workers before any code of ours runs there.
+                worker_runtime_env={"env_vars": environment_of(order.worker.runtime.numerics)},
             ),
         )
         try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from ftsec_ray.context import Runtime
 from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION, imported
 from ftsec_ray.execute.worker_spec import WorkerSpec
+from ftsec_ray.numerics import check_cpu
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import is_group
 from ftsec_ray.redact import clean_logs
@@ -24,6 +27,7 @@ def runtime_of(plan: Plan) -> Runtime:
     resources = plan.spec.resources
     return Runtime(
         device="cuda" if resources.wants_gpus else "cpu",
+        numerics=plan.spec.numerics,
         micro_batch=resources.micro_batch,
         eval_batch=resources.eval_batch,
         checkpoint_every_s=resources.checkpoint_every_s,
@@ -69,11 +73,15 @@ def execute(
     dispatcher.check_budget(done)
     if any(is_group(unit.resource) for unit in dispatcher.units.values()):
         check_deepspeed()
+    runtime = replace(runtime or runtime_of(plan), numerics=plan.spec.numerics)
+    is_here = not chosen.uses_ray or not (address or os.environ.get("RAY_ADDRESS"))
+    if runtime.numerics == "portable" and is_here:
+        check_cpu()
     store.drop_leftovers()
     resources = plan.spec.resources
     spec = WorkerSpec(
         store=store.uri,
-        runtime=runtime or runtime_of(plan),
+        runtime=runtime,
         cache_gib=resources.cache_gib if cache_gib is None else cache_gib,
         runner=runner,
         session=session,

@@ -1,7 +1,9 @@
 """Run units one after the other, without Ray.
 
-They run in this process, or where stages have a time limit in one beside it, since a stage that is
-over its time takes its process along. A worker group unit starts its processes on this machine.
+They run in this process, or in one beside it: where stages have a time limit, since a stage that is
+over its time takes its process along, and where the sweep's numerics are portable and this process
+has already imported torch with other settings. A worker group unit starts its processes on this
+machine.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ftsec_ray.config.sweep import ResourceSpec
+from ftsec_ray.context import Runtime
+from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.execute.dist_worker import GroupOrder
 from ftsec_ray.execute.unit import StageResult, imported, run_unit
 from ftsec_ray.execute.worker import Worker, WorkerLost
 from ftsec_ray.execute.worker_spec import WorkerSpec
+from ftsec_ray.numerics import put_in_force
 from ftsec_ray.plan.resources import cpus_of
 from ftsec_ray.plan.stage import Stage, Unit, is_group, workers_of
 from ftsec_ray.schedule.dispatcher import Dispatcher
@@ -50,7 +55,7 @@ def run_local(
 @contextmanager
 def _place(dispatcher: Dispatcher, spec: WorkerSpec) -> Iterator[RunUnit]:
     """What runs the units that are no worker groups."""
-    if spec.runtime.timeout_s is None:
+    if spec.runtime.timeout_s is None and _can_compute(spec.runtime):
         here = imported(spec.session)(dispatcher.store, spec.runtime, spec.cache_gib)
         yield lambda stages, attempt: run_unit(
             stages, dispatcher.store, here, spec.runner, attempt=attempt
@@ -61,6 +66,15 @@ def _place(dispatcher: Dispatcher, spec: WorkerSpec) -> Iterator[RunUnit]:
         yield worker.run
     finally:
         worker.close()
+
+
+def _can_compute(runtime: Runtime) -> bool:
+    """Whether this process computes as the sweep wants; where it still can, from now on it does."""
+    try:
+        put_in_force(runtime.numerics)
+    except EnvironmentFault:  # torch is imported already; the process beside this one checks again
+        return False
+    return True
 
 
 def _worker_group(dispatcher: Dispatcher, unit: Unit, spec: WorkerSpec) -> list[StageResult]:

@@ -12,10 +12,10 @@ from ftsec_ray.errors import FtsecError
 from ftsec_ray.execute.dist_worker import GroupOrder
 from ftsec_ray.execute.unit import (
     StageResult,
-    cpu_threads,
     gpu_share,
     imported,
     run_unit,
+    set_up_numerics,
     short_text,
 )
 from ftsec_ray.execute.worker_spec import WorkerSpec
@@ -85,11 +85,11 @@ class RayWorker:
             if gpus or not self._spec.runtime.device.startswith("cuda")
             else replace(self._spec.runtime, device="cpu")
         )
-        cpu_threads(threads)
+        set_up_numerics(runtime.numerics, threads)
         self._store = Store.open(self._spec.store)
         self._runner = imported(self._spec.runner)
         session = imported(self._spec.session)(self._store, runtime, self._spec.cache_gib)
-        cpu_threads(threads)  # again, for what the imports have brought
+        set_up_numerics(runtime.numerics, threads)  # again, for what the imports brought
         gpu_share(gpus)
         self._session = session
 

@@ -20,6 +20,7 @@ from ray import tune  # noqa: TID253 - this module is the place for it
 
 from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.execute.worker_spec import WorkerSpec
+from ftsec_ray.numerics import environment_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.schedule.capacity import Bundles
 from ftsec_ray.schedule.cluster_capacity import (
@@ -39,7 +40,7 @@ from ftsec_ray.schedule.trials import (
     StopWhenStalled,
     TrialMonitor,
 )
-from ftsec_ray.schedule.tune_internals import check_tune, no_keys_for_workers
+from ftsec_ray.schedule.tune_internals import check_tune, tune_worker_environment
 from ftsec_ray.schedule.unit_leases import UnitLeases
 
 WINDOW = 4096
@@ -96,7 +97,7 @@ def run_tune(
     """Run the units of a dispatcher as trials, until none is left."""
     check_tune()
     with (
-        no_keys_for_workers(),
+        tune_worker_environment(environment_of(spec.runtime.numerics)),
         connected_capacity(
             dispatcher, resources, address=address, workers=workers, switches=_SWITCHES
         ) as capacity,

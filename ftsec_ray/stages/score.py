@@ -20,6 +20,7 @@ KIND = StageKind(
     answers="all",
     settings=("scoring",),
     loads=("ftsec_ray.judges",),
+    computes=False,
     needs_model=False,
     prior_s={"": (0.5, 0.0)},
 )

@@ -9,7 +9,12 @@ from ftsec_ray.lifecycle import StageKind
 if TYPE_CHECKING:
     from ftsec_ray.execute.stage_job import Extra, StageJob
 
-KIND = StageKind(name="source", position=20, prior_s={"": (3.0, 2.0), "ladder": (5.0, 110.0)})
+KIND = StageKind(
+    name="source",
+    position=20,
+    computes=False,  # it does where it trains, as the planner knows
+    prior_s={"": (3.0, 2.0), "ladder": (5.0, 110.0)},
+)
 
 
 def run(job: StageJob) -> Extra:

@@ -9,7 +9,9 @@ from ftsec_ray.lifecycle import StageKind
 if TYPE_CHECKING:
     from ftsec_ray.execute.stage_job import Extra, StageJob
 
-KIND = StageKind(name="task", position=10, needs_model=False, prior_s={"": (2.0, 0.0)})
+KIND = StageKind(
+    name="task", position=10, computes=False, needs_model=False, prior_s={"": (2.0, 0.0)}
+)
 
 
 def run(job: StageJob) -> Extra:
