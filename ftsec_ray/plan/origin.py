@@ -47,7 +47,6 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
         return Origin(
             {"source": kind, "sha256": content_hash(path), **code},
             {"path": str(path.resolve())},
-            "source",
         )
     if source.count("/") > 1:
         raise SpecError(

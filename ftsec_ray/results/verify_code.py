@@ -157,7 +157,7 @@ def digest_words(manifest: Manifest, packed: PackedPlan) -> Iterator[str]:
             model=cell.model,
             task=cell.task,
             seed=cell.seed,
-            evaluate=cell.evaluate,
+            answers=cell.answers,
             search=cell.search,
             trial=cell.trial,
         )
