@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import digest, source_fingerprint
+from ftsec_ray.success import ASR, CHOICES
 
 if TYPE_CHECKING:
     from ftsec_ray.method import Method
@@ -96,7 +97,31 @@ def _method_class(module: ModuleType, kind: str) -> type[Method]:
             f"one subclass of {kind.title()}",
             "one method, one file",
         )
+    if kind == "attack":
+        _check_success(module.__name__, found[0])
     return found[0]
+
+
+def _check_success(module: str, cls: type[Method]) -> None:
+    """SpecError when an attack declares no success metric, or one that nothing can measure."""
+    declared = getattr(cls, "SUCCESS", "")
+    if declared is None and module.endswith(".none"):
+        return
+    if declared not in CHOICES:
+        near = get_close_matches(str(declared), CHOICES, n=1)
+        raise SpecError(
+            f"{module}.{cls.__name__} declares no metric as its success",
+            declared or None,
+            " | ".join(CHOICES),
+            f"did you mean {near[0]!r}?" if near else "set the class variable SUCCESS",
+        )
+    if declared == ASR and not callable(getattr(cls, "probes", None)):
+        raise SpecError(
+            f"{module}.{cls.__name__} declares {ASR!r} as its success and asks nothing for it",
+            "no method `probes`",
+            "a method `probes` with the triggered prompts",
+            "define it, or declare a metric that every cell measures, such as 'harmful_rate'",
+        )
 
 
 ATTACKS = Registry("attack", "ftsec_ray.attacks")

@@ -21,6 +21,7 @@ LAYERS = [
     "redact",
     "identity",
     "schema",
+    "success",
     "context",
     "method",
     "registry",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from ftsec_ray.config.attack_search import METRICS, SEARCH, goal_metric, is_searchable
+from ftsec_ray.config.attack_search import SEARCH, is_searchable
 from ftsec_ray.config.docs import sections, summary
 from ftsec_ray.config.faults import NAME_PATTERN
 from ftsec_ray.config.method_entries import NONE
@@ -37,6 +37,7 @@ from ftsec_ray.config.task_entries import COLUMNS, SPLITS
 from ftsec_ray.config.typed import adapter_schema, fields_of
 from ftsec_ray.method import Method
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
+from ftsec_ray.success import CHOICES, success_metric
 
 Schema = dict[str, Any]
 _TEXT: Schema = {"type": "string"}
@@ -300,7 +301,7 @@ def _search(cls: type[Method]) -> Schema:
         "description": "How an attacker looks for the strongest setting that is not noticed.",
         "properties": {
             **found,
-            "metric": {"enum": list(METRICS), "default": goal_metric(cls)},
+            "metric": {"enum": list(CHOICES), "default": success_metric(cls)},
             "ranges": {
                 "type": "object",
                 "minProperties": 1,
