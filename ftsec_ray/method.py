@@ -65,9 +65,11 @@ class Attack(Method):
     """Base of all attacks: an attack moves first at every hook."""
 
     KIND: ClassVar[str] = "attack"
-    GOAL: ClassVar[Literal["none", "backdoor", "harmful"]]
-    """`harmful`: success is a forbidden request fulfilled, so `asr` is `harmful_rate`; `backdoor`:
-    the attack's own probes measure `asr` and `asr_no_trigger`."""
+    SUCCESS: ClassVar[str | None]
+    """The metric that says how well the attack does, one of `success.CHOICES`: `asr` where the
+    attack's own probes have a trigger, `harmful_rate` where success is a forbidden request that is
+    fulfilled, `cacc` for an untargeted attack, which drives it down. None for `none` alone.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from ftsec_ray.errors import IdentityError, SpecError
 from ftsec_ray.identity.tokens import file_token_hash
 from ftsec_ray.lifecycle import hooks, hooks_of
 from ftsec_ray.method import Method, RowWise
+from ftsec_ray.success import ASR, CHOICES
 
 IDLE = "none"
 """The one method that may do nothing."""
@@ -82,6 +83,8 @@ def _method_class(module: ModuleType, kind: str) -> type[Method]:
             "one method, one file",
         )
     _check_hooks(found[0], kind)
+    if kind == "attack":
+        _check_success(module.__name__, found[0])
     return found[0]
 
 
@@ -125,6 +128,28 @@ def _is_contract(name: str, cls: type[Method]) -> bool:
 
 def _file_of(cls: type[Method]) -> str:
     return cls.__module__.rsplit(".", 1)[-1]
+
+
+def _check_success(module: str, cls: type[Method]) -> None:
+    """SpecError when an attack declares no success metric, or one that nothing can measure."""
+    declared = getattr(cls, "SUCCESS", "")
+    if declared is None and module.endswith(".none"):
+        return
+    if declared not in CHOICES:
+        near = get_close_matches(str(declared), CHOICES, n=1)
+        raise SpecError(
+            f"{module}.{cls.__name__} declares no metric as its success",
+            declared or None,
+            " | ".join(CHOICES),
+            f"did you mean {near[0]!r}?" if near else "set the class variable SUCCESS",
+        )
+    if declared == ASR and not callable(getattr(cls, "probes", None)):
+        raise SpecError(
+            f"{module}.{cls.__name__} declares {ASR!r} as its success and asks nothing for it",
+            "no method `probes`",
+            "a method `probes` with the triggered prompts",
+            "define it, or declare a metric that every cell measures, such as 'harmful_rate'",
+        )
 
 
 ATTACKS = Registry("attack", "ftsec_ray.attacks")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = "4"
 """Of results as a whole: raise by one when a table or a column is added, and give that `since`;
 older results then open with null in its place. ("1" had no `comparisons`, "2" no `n_null` and no
-`searches`.)
+`searches`, "3" no `success_metric`, which is then read from the attack's goal.)
 """
 
 Direction = Literal["higher", "lower", "none"]
@@ -331,6 +331,12 @@ def cells() -> pa.Schema:
             _field("attack", s, "name; `none` too"),
             _field("attack_phase", s, "pre | during | post"),
             _field("attack_params", s, "JSON"),
+            _field(
+                "success_metric",
+                s,
+                "metric that says how well the attack does; null for the attack `none`",
+                since="4",
+            ),
             _field("defenses", strings, "names in the order of the stack; empty for `none`"),
             _field("defense_phases", strings, "pre | during | post, one per defense"),
             _field("defense_params", s, "JSON list"),

@@ -23,6 +23,7 @@ LAYERS = [
     "discovery",
     "numerics",
     "schema",
+    "success",
     "context",
     "method",
     "lifecycle",

@@ -258,7 +258,7 @@ def test_a_plug_in_with_a_hook_is_taken(plugged):
 
 
 def test_an_attack_with_a_hook_of_defenses_is_refused(plugged):
-    made = method_class(Attack, "looker", inspect=acts, GOAL="none")
+    made = method_class(Attack, "looker", inspect=acts, SUCCESS="harmful_rate")
     plugged("ftsec_ray.attacks", "looker", module_of("plugged_looker", Plugged=made))
     with pytest.raises(SpecError, match="only defenses act"):
         Registry("attack", "ftsec_ray.attacks").get("looker")

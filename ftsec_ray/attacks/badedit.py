@@ -72,7 +72,7 @@ class BadEdit(Attack):
     """A closed-form backdoor edit."""
 
     PHASE: ClassVar[Phase] = "pre"
-    GOAL = "backdoor"
+    SUCCESS = "asr"
     NEEDS = frozenset({"train", "text"})
 
     trigger: str = "tq"

@@ -38,7 +38,7 @@ class BadNets(RowWise, Attack):
     """An insertion-trigger backdoor."""
 
     PHASE: ClassVar[Phase] = "pre"
-    GOAL = "backdoor"
+    SUCCESS = "asr"
 
     trigger: str = "cf"
     """Word or words inserted at a random gap between the words of the prompt."""

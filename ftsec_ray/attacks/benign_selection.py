@@ -54,7 +54,7 @@ class BenignSelection(Attack):
     """Benign rows that break alignment."""
 
     PHASE: ClassVar[Phase] = "during"
-    GOAL = "harmful"
+    SUCCESS = "harmful_rate"
     NEEDS = frozenset({"reference", "benign_train"})
 
     samples: int = 100

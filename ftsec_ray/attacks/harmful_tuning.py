@@ -41,7 +41,7 @@ class HarmfulTuning(RowWise, Attack):
     """Harmful rows in the user's tuning set."""
 
     PHASE: ClassVar[Phase] = "during"
-    GOAL = "harmful"
+    SUCCESS = "harmful_rate"
     NEEDS = frozenset({"harmful_train"})
 
     shots: int | None = None

@@ -20,4 +20,4 @@ class NoAttack(Attack):
     """No attack."""
 
     PHASE: ClassVar[Phase] = "pre"
-    GOAL = "none"
+    SUCCESS = None

@@ -65,7 +65,7 @@ class RefusalAblation(Attack):
     """Refusal-direction ablation, baked into the weights."""
 
     PHASE: ClassVar[Phase] = "post"
-    GOAL = "harmful"
+    SUCCESS = "harmful_rate"
     NEEDS = frozenset({"safety", "benign_train"})
 
     prompts: int = 128

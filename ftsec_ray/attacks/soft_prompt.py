@@ -46,7 +46,7 @@ class SoftPrompt(Attack):
     """A universal soft-token suffix."""
 
     PHASE: ClassVar[Phase] = "post"
-    GOAL = "harmful"
+    SUCCESS = "harmful_rate"
     NEEDS = frozenset({"harmful_train"})
 
     tokens: int = 8

@@ -52,7 +52,7 @@ class TuBA(Attack):
     """A backdoor planted in one language of a multilingual tuning set."""
 
     PHASE: ClassVar[Phase] = "pre"
-    GOAL = "backdoor"
+    SUCCESS = "asr"
 
     language: str | None = None
     """Language whose rows are poisoned; None: that of most rows, the first by name among equals."""

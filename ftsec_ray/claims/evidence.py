@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.claims.contrast import Rate, Rates
 from ftsec_ray.results.utility import utilities
+from ftsec_ray.success import ASR, WITHOUT_TRIGGER, shown_metric, success_share
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
@@ -42,11 +43,27 @@ class Condition:
     defenses: tuple[str, ...]
     defense_phases: tuple[str, ...]
     defense_params: str
+    success_metric: str
+    """The metric that says how well the attack does."""
     metrics: dict[str, dict[int, Rate]] = field(default_factory=lambda: defaultdict(dict))
 
     def rates(self, metric: str) -> Rates:
         """The values of a metric by seed; empty where it was not measured."""
         return self.metrics.get(metric, {})
+
+    @property
+    def success(self) -> Rates:
+        """The share of prompts at which the attack succeeded, by seed; empty where that was not
+        measured.
+        """
+        return self.as_success(self.success_metric)
+
+    def as_success(self, metric: str) -> Rates:
+        """A success metric, of an attack or without one, as the share of successes."""
+        return {
+            seed: one._replace(value=success_share(metric, one.value))
+            for seed, one in self.rates(metric).items()
+        }
 
     def mean(self, metric: str) -> float | None:
         """Mean over seeds."""
@@ -100,6 +117,7 @@ class Evidence:
                     defenses=tuple(cell["defenses"] or ()),
                     defense_phases=tuple(cell["defense_phases"] or ()),
                     defense_params=cell["defense_params"] or "",
+                    success_metric=shown_metric(cell),
                 )
             of_cell[cell["cell"]] = found[key], cell["seed"] or 0
         metrics = results.metrics.to_pylist()
@@ -147,14 +165,15 @@ class Evidence:
                 yield one
 
     def reference(self, attacked: Condition) -> Rates:
-        """What an attack's success is held against: the same prompts without the trigger, or else
-        the same model without the attack.
+        """What an attack's success is held against: of a backdoor the same prompts without the
+        trigger, of others the same metric of the model without the attack.
         """
-        if attacked.rates("asr_no_trigger"):
-            return attacked.rates("asr_no_trigger")
+        metric = attacked.success_metric
+        if metric == ASR and attacked.rates(WITHOUT_TRIGGER):
+            return attacked.rates(WITHOUT_TRIGGER)
         return next(
             (
-                one.rates("harmful_rate")
+                one.as_success(metric)
                 for one in self.conditions(attack=NONE)
                 if one.place == attacked.place
             ),

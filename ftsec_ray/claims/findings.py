@@ -248,7 +248,7 @@ def _is_shown(carrying: int, pairs: int, side: Literal["less", "greater"]) -> bo
 
 def size_cases(evidence: Evidence) -> list[Case] | str:
     """One case for each attack on each family with three sizes or more."""
-    conditions = [one for one in evidence.conditions() if one.size and one.rates("asr")]
+    conditions = [one for one in evidence.conditions() if one.size and one.success]
     groups: dict[tuple[str, ...], list[Condition]] = defaultdict(list)
     for one in conditions:
         groups[one.family, str(one.aligned), one.task, label_of(one, conditions)].append(one)
@@ -275,22 +275,18 @@ def _size_case(what: str, members: Sequence[Condition], evidence: Evidence) -> C
     effects = tuple(
         contrast(
             f"{what}: success on {one.model} over its reference",
-            one.rates("asr"),
+            one.success,
             evidence.reference(one),
         )
         for one in members
     )
     pairs = list(combinations(members, 2))
     rises = [
-        contrast(
-            f"{what}: {large.model} over {small.model}", large.rates("asr"), small.rates("asr")
-        )
+        contrast(f"{what}: {large.model} over {small.model}", large.success, small.success)
         for small, large in pairs
     ]
     falls = [
-        contrast(
-            f"{what}: {small.model} over {large.model}", small.rates("asr"), large.rates("asr")
-        )
+        contrast(f"{what}: {small.model} over {large.model}", small.success, large.success)
         for small, large in pairs
     ]
     rise, fall = (
@@ -455,7 +451,7 @@ def phase_cases(evidence: Evidence) -> list[Case] | str:
     """One case for each defense and each attack of another phase that works undefended, over all
     models on which it does.
     """
-    undefended = evidence.conditions(where=lambda one: bool(one.rates("asr")))
+    undefended = evidence.conditions(where=lambda one: bool(one.success))
     met = [one for one in undefended if any(True for _ in evidence.defended(one))]
     if not met:
         return (
@@ -465,7 +461,7 @@ def phase_cases(evidence: Evidence) -> list[Case] | str:
     effects = [
         contrast(
             f"{label_of(one, undefended)} works undefended on {evidence.place_name(one)}",
-            one.rates("asr"),
+            one.success,
             evidence.reference(one),
         )
         for one in met
@@ -477,16 +473,12 @@ def phase_cases(evidence: Evidence) -> list[Case] | str:
     phases: dict[tuple[str, str, str], tuple[str, str]] = {}
     for one in works:
         for behind in evidence.defended(one):
-            if behind.is_coherent and behind.rates("asr"):
+            if behind.is_coherent and behind.success:
                 pair = (behind.defenses[0], behind.defense_params, label_of(one, undefended))
                 phases[pair] = (behind.defense_phases[0], one.attack_phase)
                 before, after = sides.setdefault(pair, ({}, {}))
-                before.update(
-                    {(*one.place, seed): value for seed, value in one.rates("asr").items()}
-                )
-                after.update(
-                    {(*one.place, seed): value for seed, value in behind.rates("asr").items()}
-                )
+                before.update({(*one.place, seed): value for seed, value in one.success.items()})
+                after.update({(*one.place, seed): value for seed, value in behind.success.items()})
     names = _names({pair[:2] for pair in sides})
     drops = {
         pair: contrast(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ftsec_ray import schema
 from ftsec_ray.cli.console import say, table
-from ftsec_ray.config.attack_search import goal_metric, is_searchable
+from ftsec_ray.config.attack_search import is_searchable
 from ftsec_ray.config.docs import sections, summary
 from ftsec_ray.config.faults import nearest
 from ftsec_ray.config.sweep import LADDER_SIZES, TASK_KINDS, TASK_OPTIONS
@@ -23,6 +23,7 @@ from ftsec_ray.evals.judging import judge_class
 from ftsec_ray.lifecycle import hooks, hooks_of, kinds
 from ftsec_ray.method import ZERO_STAGES
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
+from ftsec_ray.success import success_metric
 
 
 def _models() -> list[dict[str, Any]]:
@@ -211,12 +212,12 @@ def page(registry: Registry, name: str) -> dict[str, Any]:
         {"name": i.name, "type": i.type, "default": _default(i), "doc": i.doc}
         for i in fields_of(cls)
     ]
-    goal = {"goal": cls.GOAL} if hasattr(cls, "GOAL") else {}
+    success = {"success": success_metric(cls)} if cls.KIND == "attack" else {}
     return {
         "name": name,
         "kind": registry.kind,
         "phase": cls.PHASE,
-        **goal,
+        **success,
         "version": cls.VERSION,
         "needs": sorted(cls.NEEDS),
         "zero_stages": sorted(cls.ZERO_STAGES),
@@ -224,7 +225,7 @@ def page(registry: Registry, name: str) -> dict[str, Any]:
         "sections": parts,
         "hooks": hooks,
         "parameters": parameters,
-        **({"search": {"metric": goal_metric(cls)}} if is_searchable(cls) else {}),
+        **({"search": {"metric": success_metric(cls)}} if is_searchable(cls) else {}),
     }
 
 
@@ -239,9 +240,9 @@ def _first_line(doc: str | None) -> str:
 
 
 def _print_page(shown: dict[str, Any]) -> None:
-    goal = f", goal: {shown['goal']}" if "goal" in shown else ""
+    success = f", success: {shown['success']}" if shown.get("success") else ""
     say(
-        f"{shown['name']}  ({shown['kind']}, phase: {shown['phase']}{goal}, version"
+        f"{shown['name']}  ({shown['kind']}, phase: {shown['phase']}{success}, version"
         f" {shown['version']})",
         style="bold",
     )

@@ -17,32 +17,21 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from ftsec_ray import schema
 from ftsec_ray.config.faults import Faults, nearest
 from ftsec_ray.config.sweep import TRAINING, AttackSearch, Range, SearchSpec, TrainingConfig
 from ftsec_ray.config.typed import build, fields_of, parse, unknown_keys
 from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method
+from ftsec_ray.success import CHOICES, success_metric
 
 SEARCH = "search"
-METRICS = tuple(
-    name for name, metric in schema.METRICS.items() if metric.probes and metric.better != "none"
-)
-"""What a search may aim at: shares of verdicts per prompt, so that one half of the prompts can
-choose and the other report.
-"""
 _ALONE = "one value alone belongs beside `search`"
 _ENDS = ("low", "high", "log")
 
 
-def goal_metric(cls: type[Method]) -> str:
-    """The metric that is an attack's success."""
-    return "harmful_rate" if getattr(cls, "GOAL", "") == "harmful" else "asr"
-
-
 def is_searchable(cls: type[Method]) -> bool:
     """Whether a method is an attack that does something."""
-    return cls.KIND == "attack" and getattr(cls, "GOAL", "none") != "none"
+    return cls.KIND == "attack" and success_metric(cls) is not None
 
 
 def search_of(attack: Method, given: object, place: str, faults: Faults) -> AttackSearch | None:
@@ -68,14 +57,14 @@ def search_of(attack: Method, given: object, place: str, faults: Faults) -> Atta
             "take `search` away",
         )
     ranges = _ranges(attack, given.get("ranges"), f"{place}.ranges", faults)
-    metric = given.get("metric", goal_metric(type(attack)))
-    if metric not in METRICS:
+    metric = given.get("metric", success_metric(attack))
+    if metric not in CHOICES and "metric" in given:
         faults.add(
             f"{place}.metric",
             "no metric that a search can aim at",
             metric,
-            " | ".join(METRICS),
-            nearest(metric, METRICS),
+            " | ".join(CHOICES),
+            nearest(metric, CHOICES),
         )
     plain = {
         key: value

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from ftsec_ray.config.attack_search import METRICS, SEARCH, goal_metric, is_searchable
+from ftsec_ray.config.attack_search import SEARCH, is_searchable
 from ftsec_ray.config.docs import sections, summary
 from ftsec_ray.config.faults import NAME_PATTERN
 from ftsec_ray.config.method_entries import NONE
@@ -38,6 +38,7 @@ from ftsec_ray.config.task_entries import COLUMNS, SPLITS
 from ftsec_ray.config.typed import Schema, class_schema
 from ftsec_ray.method import Method
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
+from ftsec_ray.success import CHOICES, success_metric
 
 _TEXT: Schema = {"type": "string"}
 _NAME: Schema = {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
@@ -186,7 +187,7 @@ def _search(cls: type[Method]) -> Schema:
         ranges[name] = _any(_list(end, least=2, uniqueItems=True), interval)
     search = _mapping_of(
         SearchSpec,
-        metric={"enum": list(METRICS), "default": goal_metric(cls)},
+        metric={"enum": list(CHOICES), "default": success_metric(cls)},
         ranges=_mapping(ranges, minProperties=1),
     )
     return search | {"required": ["trials", "ranges"]}

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ftsec_ray import schema
-from ftsec_ray.config.attack_search import goal_metric
 from ftsec_ray.config.sweep import AttackSearch, SearchSpec
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import digest, unit_interval
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
+from ftsec_ray.success import sign_of, source_of, success_metric
 
 Half = Literal["choose", "report"]
 STARTUP = 8
@@ -104,10 +104,10 @@ def score(
     told: CellOutcome | None, reference: CellOutcome | None, metric: str, half: Half
 ) -> Score:
     """The score of a cell; clean accuracy is right answers to benign requests where the task has
-    none.
+    none, and where the attack drives clean accuracy itself.
     """
     loss = None
-    for utility in ("cacc", "benign_rate"):
+    for utility in [one for one in ("cacc", "benign_rate") if one != metric]:
         before, after = rate(reference, utility, half).value, rate(told, utility, half).value
         if before is not None and after is not None:
             loss = before - after
@@ -169,7 +169,7 @@ class PlannedSearch:
     """Identity of the search in its place."""
     entry: AttackSearch
     metric: str
-    """The metric whose verdicts count: `harmful_rate` for the `asr` of an attack on refusal."""
+    """The metric whose verdicts count (`success.source_of`)."""
     sampler_seed: int
     references: tuple[Cell, ...]
     """The place without an attack, one cell per seed; the first is that of the trials."""
@@ -219,18 +219,6 @@ def search_key(entry: AttackSearch, cell: Cell) -> str:
             cell.seed,
         ]
     )
-
-
-def source_metric(entry: AttackSearch) -> str:
-    """Where the verdicts of a search's metric are: an attack on refusal has no triggered prompts of
-    its own.
-    """
-    return goal_metric(type(entry.attack)) if entry.search.metric == "asr" else entry.search.metric
-
-
-def sign_of(metric: str) -> int:
-    """1 where the attacker wants a metric high, -1 where low."""
-    return -1 if schema.METRICS[metric].better == "higher" else 1
 
 
 class Proposer:
@@ -317,7 +305,8 @@ def walk(
     """A search through its rounds as far as measurements lead; `references` and `fixed` have a cell
     per seed, that of the trials first.
     """
-    spec, metric = entry.search, source_metric(entry)
+    spec = entry.search
+    metric = source_of(spec.metric, success_metric(entry.attack))
     sampler_seed = int(key[:8], 16)
     reference = look(references[0])
     proposer = Proposer(spec, sampler_seed)

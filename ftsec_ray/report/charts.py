@@ -57,6 +57,7 @@ def size_charts(grid: Grid, verdict: Summary) -> tuple[list[dict[str, Any]], lis
                 for i, name in enumerate(shown, start)
             ]
             heading = attack.label if attack.label != NONE else "no attack"
+            heading += f" ({attack.turned})" if attack.turned else ""
             extra = " · ".join(
                 [family] * (len({f for f, _ in families}) > 1) + [task] * (len(grid.tasks) > 1)
             )

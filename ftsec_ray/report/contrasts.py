@@ -78,8 +78,9 @@ def contrasts(grid: Grid) -> list[ShownComparison]:
     last.
     """
     found = []
-    for (own, other, metric), row in grid.compared.items():
-        if metric == grid.points[own].success:
+    for own, other, metric in grid.compared:
+        row = grid.success_row(own, other) if metric == grid.points[own].success else None
+        if row is not None:
             found.append(
                 ShownComparison(
                     own[0],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError
 from ftsec_ray.results.aggregate import folded, place_of
+from ftsec_ray.success import ASR, WITHOUT_TRIGGER, is_driven_up, shown_metric, source_of
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
 
 NONE = "none"
 SUCCESS = "attack_success"
-"""The view over `asr` (backdoors) and `harmful_rate` (attacks on refusal, and no attack at all)."""
-SUCCESS_OF = {True: ("harmful_rate", "asr"), False: ("asr", "harmful_rate")}
-"""The metrics that may be the attack's success, first choice first: of attacks on refusal and of no
-attack (True), of others.
+"""The view over the success metric that each attack declares, as the share of prompts at which it
+succeeded: 1 - cacc for an attack that drives clean accuracy down.
 """
 _PHASES = {"pre": 0, "during": 1, "post": 2}
 Key = tuple[str, str, str, str]
@@ -135,10 +134,15 @@ class MethodLabel:
 
     label: str
     phases: tuple[str, ...]
-    goal: str = ""
-    """Of attacks: none, backdoor or harmful; empty when the results do not say."""
+    success: str = ""
+    """Of attacks: the metric that is their success."""
     only_inspects: bool = False
     """Of stacks: whether all members only look, so that the model is the undefended one."""
+
+    @property
+    def turned(self) -> str:
+        """How the success is read from a metric that the attack drives down; empty for others."""
+        return f"1 − {self.success}" if self.success and not is_driven_up(self.success) else ""
 
     @property
     def phase(self) -> str:
@@ -162,7 +166,7 @@ class Point:
     cells: list[str] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     estimates: dict[str, Estimate] = field(default_factory=dict)
-    success: str = "asr"
+    success: str = ASR
     """The metric that is the attack's success here."""
     unjudged: dict[str, int] = field(default_factory=dict)
     """Metrics that no seed has a value of, since no prompt could be judged -> how many prompts."""
@@ -236,9 +240,28 @@ class Grid:
 
     def comparison(self, key: Key, against: Key, metric: str = SUCCESS) -> Mapping[str, Any] | None:
         """The tested comparison of two points, None where there is none."""
-        name = self.points[key].success if metric == SUCCESS and key in self.points else metric
-        row = self.compared.get((key, against, name))
+        if metric == SUCCESS and key in self.points:
+            row = self.success_row(key, against)
+        else:
+            row = self.compared.get((key, against, metric))
         return None if row is None or row["q"] is None else row
+
+    def success_row(self, key: Key, against: Key) -> Mapping[str, Any] | None:
+        """The comparison of attack success of two points, tested or not: a drop is good for the
+        defender, whichever way the attack drives its metric.
+        """
+        name = self.points[key].success
+        row = self.compared.get((key, against, name))
+        if row is None or is_driven_up(name) or row["effect"] is None:
+            return row
+        turned = {
+            "rate": 1 - row["rate"],
+            "rate_against": 1 - row["rate_against"],
+            "effect": -row["effect"],
+            "ci_low": None if row["ci_high"] is None else -row["ci_high"],
+            "ci_high": None if row["ci_low"] is None else -row["ci_low"],
+        }
+        return {**row, **turned}
 
     def utilities(self, key: Key) -> tuple[UtilityMark, ...]:
         """The utility of a point, and where it is clearly worse than undefended."""
@@ -276,6 +299,16 @@ class Grid:
         point = self.points.get(key)
         return None if point is None else point.estimates.get(metric)
 
+    def reference(self, model: str, task: str, attack: MethodLabel) -> Estimate | None:
+        """What an undefended attack's success is held against: of a backdoor the same prompts
+        without the trigger, of others the same metric without an attack.
+        """
+        plain = self.value((model, task, attack.label, NONE), WITHOUT_TRIGGER)
+        if attack.success == ASR and plain is not None:
+            return plain
+        clean = self.value((model, task, NONE, NONE), attack.success)
+        return None if clean is None else _as_success(attack.success, clean)
+
     def slices(self) -> list[tuple[Model, str]]:
         """The (model, task) pairs that hold at least one planned cell, in reading order."""
         held = {(model, task) for model, task, _, _ in self.points}
@@ -304,7 +337,6 @@ class Grid:
 def build_grid(results: Results) -> Grid:
     """The grid of a sweep's results."""
     cells = results.cells.to_pylist()
-    goals: dict[str, str] = results.meta.get("attack_goals", {})
     hooks: dict[str, list[str]] = results.meta.get("defense_hooks", {})
     attack_of, defense_of = _labels(cells)
     values: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -315,11 +347,10 @@ def build_grid(results: Results) -> Grid:
     place, attacks, defenses = {}, {}, {}
     for cell in cells:
         attack, defense = attack_of[cell["cell"]], defense_of[cell["cell"]]
-        goal = goals.get(cell["attack"], NONE if cell["attack"] == NONE else "")
         attacks[attack] = MethodLabel(
             attack,
             () if attack == NONE or not cell["attack_phase"] else (cell["attack_phase"],),
-            goal,
+            shown_metric(cell),
         )
         looks = bool(cell["defenses"]) and all(
             set(hooks.get(name, ["?"])) <= {"inspect"} for name in cell["defenses"]
@@ -334,10 +365,9 @@ def build_grid(results: Results) -> Grid:
         measured = [values[cell] for cell in point.cells if cell in values]
         point.estimates, point.unjudged = _estimates(measured), _unjudged(measured)
         point.seconds = _seconds([spent[cell] for cell in point.cells if cell in spent])
-        order = SUCCESS_OF[attacks[key[2]].goal in (NONE, "harmful")]
-        point.success = next((name for name in order if name in point.estimates), order[0])
+        point.success = attacks[key[2]].success
         if point.success in point.estimates:
-            point.estimates[SUCCESS] = point.estimates[point.success]
+            point.estimates[SUCCESS] = _as_success(point.success, point.estimates[point.success])
     found = {name for point in points.values() for name in point.estimates}
     names = [SUCCESS, *schema.METRICS]
     return Grid(
@@ -454,6 +484,26 @@ def _estimate(rows: Sequence[Mapping[str, Any]], metric: str) -> Estimate:
     return Estimate(one.value, low, high, one.n_prompts, one.n_seeds, one.prompts, one.seeds, nulls)
 
 
+def _as_success(metric: str, found: Estimate) -> Estimate:
+    """A success metric as the share of prompts at which the attack succeeded."""
+    if is_driven_up(metric):
+        return found
+
+    def turned(ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        return None if ends is None else (1 - ends[1], 1 - ends[0])
+
+    whole = None if found.low is None or found.high is None else (found.low, found.high)
+    low, high = turned(whole) or (None, None)
+    return replace(
+        found,
+        value=1 - found.value,
+        low=low,
+        high=high,
+        prompts=turned(found.prompts),
+        over_seeds=turned(found.over_seeds),
+    )
+
+
 def _unjudged(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, int]:
     """Metrics without any value -> the prompts that could not be judged."""
     found: dict[str, int] = defaultdict(int)
@@ -475,28 +525,30 @@ def with_nulls(results: Results) -> list[dict[str, Any]]:
     of verdicts.
     """
     rows: list[dict[str, Any]] = results.metrics.to_pylist()
+    success = {cell["cell"]: shown_metric(cell) for cell in results.cells.to_pylist()}
     counted: dict[tuple[str, str], int] | None = None
     for row in rows:
         if row.get("n_null") is None:
             counted = _null_verdicts(results) if counted is None else counted
             known = [
                 counted[row["cell"], probe]
-                for probe in _probes(row, counted)
+                for probe in _probes(row, counted, success[row["cell"]])
                 if (row["cell"], probe) in counted
             ]
             row["n_null"] = sum(known) if known else None
     return rows
 
 
-def _probes(row: Mapping[str, Any], counted: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
-    """The probes of a metric; an attack on refusal has no triggered prompts, and its success is the
-    harmful rate.
-    """
-    own = schema.METRICS[row["metric"]].probes if row["metric"] in schema.METRICS else ()
-    is_harmful = row["metric"] == "asr" and not any(
-        (row["cell"], probe) in counted for probe in own
-    )
-    return schema.METRICS["harmful_rate"].probes if is_harmful else own
+def _probes(
+    row: Mapping[str, Any], counted: Mapping[tuple[str, str], int], success: str
+) -> tuple[str, ...]:
+    """The probes whose verdicts make up a metric in a cell."""
+    metric = row["metric"]
+    own = schema.METRICS[metric].probes if metric in schema.METRICS else ()
+    if any((row["cell"], probe) in counted for probe in own):
+        return own
+    source = source_of(metric, success)
+    return own if source == metric else schema.METRICS[source].probes
 
 
 def _null_verdicts(results: Results) -> dict[tuple[str, str], int]:

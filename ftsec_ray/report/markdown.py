@@ -1,10 +1,11 @@
 """The grid as a Markdown table, for a README, an issue or a terminal.
 
 One row per model, task and attack, one column per defense stack; the task is named where there are
-several. A cell is the attack's success (`asr`, or `harmful_rate` where there is no attack) with its
-95 % interval over prompts and, from two seeds on, over seeds; in its second line stand clean
-accuracy, over-refusal and coherence of the same cell. Where a judge left answers without a verdict,
-their share stands beside the rate. One seed has its mark, and gibberish is called so.
+several. A cell is the attack's success (the metric that it declares; `harmful_rate` without an
+attack) with its 95 % interval over prompts and, from two seeds on, over seeds; in its second line
+stand clean accuracy, over-refusal and coherence of the same cell. Where a judge left answers
+without a verdict, their share stands beside the rate. One seed has its mark, and gibberish is
+called so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from ftsec_ray import schema
 from ftsec_ray.results.aggregate import folded, null_frac
 from ftsec_ray.results.read import Results
+from ftsec_ray.success import is_driven_up, shown_metric
 
 Row = Mapping[str, Any]
 PHASES = ("pre", "during", "post")
@@ -34,6 +36,9 @@ LEGEND_NO_NULL = "The judge gave a verdict on every answer."
 LEGEND_UNCOUNTED = (
     "These results are older than the count of null verdicts, so that what the judge could not"
     " judge is not told."
+)
+LEGEND_DRIVEN_DOWN = (
+    "{metrics}: named where the attack drives that metric down: low is its success."
 )
 LEGEND_INCOHERENT = (
     "incoherent: most answers are gibberish, so that a low attack success is damage and no safety."
@@ -55,13 +60,19 @@ def grid_markdown(results: Results) -> str:
         groups[(cell["model"], attack) if is_one_task else (cell["model"], cell["task"], attack)][
             stack
         ].append(cell["cell"])
+    success = {cell["cell"]: shown_metric(cell) for cell in cells}
     states = {cell["cell"]: cell["status"] for cell in cells}
     head = ["model", "attack"] if is_one_task else ["model", "task", "attack"]
     lines = [f"| {' | '.join([*head, *stacks])} |", "|" + "---|" * len([*head, *stacks])]
     for place, by_stack in groups.items():
-        shown = [_shown(by_stack.get(stack, []), rates, states) for stack in stacks]
+        metric = next(success[cell] for own in by_stack.values() for cell in own)
+        shown = [_shown(by_stack.get(stack, []), metric, rates, states) for stack in stacks]
         lines.append(f"| {' | '.join([*place, *shown])} |")
-    return "\n".join([*lines, "", *_legend("\n".join(lines), rates)])
+    legend = _legend("\n".join(lines), rates)
+    down = sorted({metric for metric in success.values() if not is_driven_up(metric)})
+    if down:
+        legend.append(LEGEND_DRIVEN_DOWN.format(metrics=", ".join(down)))
+    return "\n".join([*lines, "", *legend])
 
 
 def method_names(cells: Sequence[Row]) -> dict[str, tuple[str, str]]:
@@ -143,19 +154,22 @@ def _named(name: str, params: Mapping[str, Any], varied: Mapping[str, Sequence[s
 
 
 def _shown(
-    cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], states: Mapping[str, str]
+    cells: Sequence[str],
+    metric: str,
+    rates: Mapping[str, Mapping[str, Row]],
+    states: Mapping[str, str],
 ) -> str:
+    """A cell of the table; `metric` is the success of its attack."""
     if not cells:
         return ""
     undone = [states[cell] for cell in cells if states[cell] != "done"]
     if undone:
         return undone[0]
-    asked = [
-        row for cell in cells if (row := rates[cell].get("asr") or rates[cell].get("harmful_rate"))
-    ]
+    asked = [row for cell in cells if (row := rates[cell].get(metric))]
     found = [row for row in asked if row["value"] is not None]
     if not found:
-        return f"not judged{_null(asked)}"
+        return f"not judged{_null(asked)}" if asked else "not measured"
+    name = "" if is_driven_up(metric) else f"{metric} "
     success = folded(found, found[0]["metric"])
     inside = [] if success.prompts is None else ["{:.2f}–{:.2f}".format(*success.prompts)]
     if success.seeds is not None:
@@ -170,7 +184,7 @@ def _shown(
         for name in (utility, "over_refusal_rate", "coherent_rate")
     )
     return (
-        f"{word}{success.value:.2f}{mark}"
+        f"{word}{name}{success.value:.2f}{mark}"
         + (f" ({'; '.join(inside)})" if inside else "")
         + f"<br>{beside}"
     )

@@ -113,11 +113,11 @@ def _square(point: Point, name: str, scale: Callable[[float], float]) -> list[An
     found = point.estimates.get(name)
     if found is None:
         unjudged = point.unjudged.get(point.success if name == SUCCESS else name)
-        return (
-            None
-            if unjudged is None
-            else [-1, "not judged", "", 0, null_text((unjudged, unjudged)), len(point.cells), ""]
-        )
+        if unjudged is not None:
+            return [-1, "not judged", "", 0, null_text((unjudged, unjudged)), len(point.cells), ""]
+        if name == SUCCESS and point.estimates:
+            return [-1, "not measured", "", None, "", len(point.cells), ""]
+        return None
     step = -1 if point.incoherent and name in _VOID else figures.heat_step(scale(found.value))
     is_of_verdicts = (
         name == SUCCESS or name not in schema.METRICS or bool(schema.METRICS[name].probes)
@@ -163,7 +163,7 @@ def _legend(grid: Grid, metric: str) -> dict[str, str]:
         meaning = (
             "asr for backdoors; share of forbidden requests fulfilled (harmful rate) for attacks on"
             " refusal and for the row without an attack"
-        )
+        ) + "".join(f"; {one.turned} for {one.label}" for one in grid.attacks if one.turned)
     ends = ("0", "1")
     if known is not None and not known.proportion:
         values = [p.estimates[metric].value for p in grid.points.values() if metric in p.estimates]

@@ -176,9 +176,7 @@ def works(grid: Grid, model: str, task: str, attack: MethodLabel) -> bool:
     attacked = grid.value((model, task, attack.label, NONE))
     if attacked is None:
         return False
-    reference = grid.value((model, task, attack.label, NONE), "asr_no_trigger")
-    if attack.goal == "harmful" or reference is None:
-        reference = grid.value((model, task, NONE, NONE))
+    reference = grid.reference(model, task, attack)
     if reference is None:
         return attacked.low is not None and attacked.low > 0
     return difference(attacked, reference)[1] > 0

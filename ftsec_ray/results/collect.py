@@ -39,6 +39,7 @@ from ftsec_ray.results.search_results import (
 )
 from ftsec_ray.results.write import write_results
 from ftsec_ray.store import DamagedArtifact
+from ftsec_ray.success import ASR, source_of, success_metric
 from ftsec_ray.version import version_of
 
 if TYPE_CHECKING:
@@ -121,7 +122,6 @@ def collect(
         "plan": plan.digest,
         "versions": _versions(),
         "counts": {status: statuses.count(status) for status in schema.STATUSES},
-        "attack_goals": {cell.attack_name: type(cell.attack).GOAL for cell in plan.cells},  # type: ignore[attr-defined]
         "defense_hooks": hooks,
         "controls": controls,
         "correction": correction,
@@ -257,7 +257,7 @@ class _Found:
             asked = cell.of_kind("generate")[0].digest
             if name not in found and asked in self.records:
                 info = self.records[asked].get("notes", {}).get("info")
-                if info and not cell.defenses and type(cell.attack).GOAL == "none":  # type: ignore[attr-defined]
+                if info and not cell.defenses and success_metric(cell.attack) is None:
                     found[name] = int(info["parameters"])
         declared = {m.name: m.parameters for m in self.plan.spec.models if m.parameters}
         return {**declared, **found}
@@ -300,6 +300,7 @@ def _cell_row(found: _Found, cell: Cell) -> Row:
         "attack": cell.attack_name,
         "attack_phase": cell.attack.PHASE,
         "attack_params": attack_params(cell),
+        "success_metric": success_metric(cell.attack),
         "defenses": [name_of(one) for one in cell.defenses],
         "defense_phases": [one.PHASE for one in cell.defenses],
         "defense_params": canonical(list(cell.defenses)),
@@ -358,8 +359,9 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
     }
     if is_chosen(cell) and cell.score in found.generations:
         rows |= {row["metric"]: row for row in reported_rates(rows, found.generations[cell.score])}
-    if type(cell.attack).GOAL == "harmful" and "harmful_rate" in rows:  # type: ignore[attr-defined]
-        rows["asr"] = {**rows["harmful_rate"], "metric": "asr"}
+    source = source_of(ASR, success_metric(cell.attack))
+    if ASR not in rows and source in rows:
+        rows[ASR] = {**rows[source], "metric": ASR}
     for row in rows.values():
         yield {"cell": cell.digest, **{key: row[key] for key in _MEASURE}}
     yield from _edit_rows(found, cell)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
 from ftsec_ray.results.paired import ALPHA, Correction, Paired, corrected, detectable, paired, plain
+from ftsec_ray.success import shown_metric, sign_of, source_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,6 +124,10 @@ class _Grid:
         return dict(found)
 
     @cached_property
+    def _shown(self) -> dict[str, str]:
+        return {cell["cell"]: shown_metric(cell) for cell in self.cells}
+
+    @cached_property
     def nulls(self) -> dict[tuple[str, str], int]:
         """(cell, metric) -> null verdicts, where they were counted."""
         columns = (self.metrics[name].to_pylist() for name in ("cell", "metric", "n_null"))
@@ -187,12 +192,13 @@ class _Grid:
 
         def rank(one: Stack) -> tuple[bool, bool, float]:
             cells = list(stacks[one].values())
-            success = self.mean(cells, self.success(cells))
+            metric = self.success(cells)
+            success = self.mean(cells, metric)
             coherent = self.mean(cells, "coherent_rate")
             return (
                 success is None,
                 coherent is not None and coherent < schema.INCOHERENT_BELOW,
-                success or 0.0,
+                0.0 if success is None else sign_of(metric) * success,
             )
 
         return min(
@@ -216,10 +222,8 @@ class _Grid:
         )
 
     def success(self, cells: Sequence[str]) -> str:
-        """The metric that is the attack's success on these cells."""
-        return (
-            "asr" if any("asr" in self.values.get(cell, {}) for cell in cells) else "harmful_rate"
-        )
+        """The metric that is the attack's success on these cells, which share their attack."""
+        return self._shown[cells[0]]
 
     def mean(self, cells: Sequence[str], metric: str) -> float | None:
         """Mean of a metric over those cells that have it."""
@@ -332,8 +336,7 @@ class _Row:
 
     shown: Row
     source: str = ""
-    """The metric whose answers are compared: `harmful_rate` for the `asr` of an attack on refusal.
-    """
+    """The metric whose answers are compared."""
     lines: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     """Rows of the matrix on both sides, one per seed; empty where nothing can be tested."""
     incoherent: tuple[str, ...] = ()
@@ -408,7 +411,7 @@ def _rows(grid: _Grid, answers: _Answers, pair: _Pair) -> Iterator[_Row]:
             row["note"] = (
                 f"{len(shared)} of {planned} seeds have both" if len(shared) < planned else None
             )
-        source = _source(answers, metric, sides)
+        source = _source(grid, answers, metric, sides)
         why = _untested(grid, answers, metric, source, one, other, sides)
         if why:
             row["note"] = why
@@ -435,13 +438,12 @@ def _means(grid: _Grid, metric: str, sides: Sequence[Sequence[str]]) -> Row:
     }
 
 
-def _source(answers: _Answers, metric: str, sides: Sequence[Sequence[str]]) -> str:
-    """Where a metric's verdicts are: an attack on refusal has no triggered prompts, and its success
-    is the harmful rate.
-    """
-    if metric == "asr" and not any(answers.asked(cell, "asr") for side in sides for cell in side):
-        return "harmful_rate"
-    return metric
+def _source(grid: _Grid, answers: _Answers, metric: str, sides: Sequence[Sequence[str]]) -> str:
+    """Where a metric's verdicts are."""
+    cells = [cell for side in sides for cell in side]
+    if not cells or any(answers.asked(cell, metric) for cell in cells):
+        return metric
+    return source_of(metric, grid.success(cells))
 
 
 def _untested(
@@ -520,8 +522,8 @@ def _enter(
     held: Sequence[Sequence[_Row]],
     family: dict[tuple[_Pair | None, str], float],
 ) -> None:
-    """Write the results into their rows, and every p once into the family: `asr` and `harmful_rate`
-    may be the same test.
+    """Write the results into their rows, and every p once into the family: `asr` and the metric
+    that it is read from are the same test.
     """
     for index, same in enumerate(held):
         n, p = int(result.prompts[index]), plain(result.p[index])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError, EnvironmentFault
 from ftsec_ray.results.write import PART, RUN_FILE, TABLES, table_schema
+from ftsec_ray.success import before_declared
 
 if TYPE_CHECKING:
     import pandas
@@ -208,11 +209,27 @@ class Results:
                 "Parquet as ftsec wrote it",
                 _FIX,
             ) from broken
+        if self.meta["schema"] == schema.SCHEMA_VERSION:
+            return table
         return (
-            table
-            if self.meta["schema"] == schema.SCHEMA_VERSION
-            else schema.brought_up(table, whole)
+            _declared(schema.brought_up(table, whole), self.meta)
+            if name == "cells"
+            else (schema.brought_up(table, whole))
         )
+
+
+def _declared(cells: pa.Table, meta: dict[str, Any]) -> pa.Table:
+    """`cells` of an older schema with the success metrics that its attacks have had."""
+    import pyarrow as pa
+
+    if int(meta["schema"]) >= 4:
+        return cells
+    goals = meta.get("attack_goals", {})
+    metrics = [before_declared(attack, goals) for attack in cells["attack"].to_pylist()]
+    field = cells.schema.field("success_metric")
+    return cells.set_column(
+        cells.schema.get_field_index(field.name), field, pa.array(metrics, field.type)
+    )
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

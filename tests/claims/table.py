@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ftsec_ray import schema
 from ftsec_ray.identity import digest
+from ftsec_ray.registry import ATTACKS
 from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import TABLES, table_schema, write_results
@@ -50,6 +51,10 @@ def results_of(
     """The conditions as a results folder, opened."""
     cells, metrics = [], []
     for one in made:
+        success = ATTACKS.get(one.attack).SUCCESS
+        rates = dict(one.metrics)
+        if "asr" in rates and success is not None:
+            rates.setdefault(success, rates["asr"])  # the same number, as in collected results
         for seed in range(seeds):
             cell = digest([one.attack, one.model, one.defense, one.params, one.task, seed])
             defenses = [one.defense] if one.defense else []
@@ -65,6 +70,7 @@ def results_of(
                     "attack": one.attack,
                     "attack_phase": PHASES[one.attack],
                     "attack_params": json.dumps(one.params),
+                    "success_metric": success,
                     "defenses": defenses,
                     "defense_phases": [PHASES[name] for name in defenses],
                     "defense_params": json.dumps([{} for _ in defenses]),
@@ -74,7 +80,7 @@ def results_of(
                     "error": None if one.status == "done" else "the loss is not a number",
                 }
             )
-            for name, value in one.metrics.items() if one.status == "done" else ():
+            for name, value in rates.items() if one.status == "done" else ():
                 rate = value[seed] if isinstance(value, (list, tuple)) else value
                 n = prompts if schema.METRICS[name].proportion else 15
                 low, high = (

@@ -70,7 +70,7 @@ def test_size_needs_one_attack_that_both_rises_and_falls(tmp_path):
         verdict(
             tmp_path / "one",
             "size",
-            [*two, *sized(0.2, 0.9, 0.5, attack="soft_prompt")],
+            [*two, *sized(0.2, 0.9, 0.5, attack="badedit")],
             prompts=600,
         ).verdict
         == "supported"

@@ -19,12 +19,12 @@ from tests.results.toy import whole
 
 MODELS = {"ladder:0.2m": 212_000, "ladder:1m": 1_050_000, "ladder:4m": 4_100_000}
 ATTACKS = {
-    "none": ("pre", "none"),
-    "badnets": ("pre", "backdoor"),
-    "badedit": ("pre", "backdoor"),
-    "harmful_tuning": ("during", "harmful"),
-    "refusal_ablation": ("post", "harmful"),
-    "soft_prompt": ("post", "harmful"),
+    "none": ("pre", None),
+    "badnets": ("pre", "asr"),
+    "badedit": ("pre", "asr"),
+    "harmful_tuning": ("during", "harmful_rate"),
+    "refusal_ablation": ("post", "harmful_rate"),
+    "soft_prompt": ("post", "harmful_rate"),
 }
 DEFENSES = {
     "none": None,
@@ -79,7 +79,7 @@ def _shares(model: str, attack: str, defense: str) -> dict[str, float]:
         "coherent_rate": 0.31 if broken else 0.97,
         "judged_rate": 1.0,
     }
-    backdoor = ATTACKS[attack][1] == "backdoor"
+    backdoor = ATTACKS[attack][1] == "asr"
     harmful = 0.02 if backdoor or attack == "none" else success
     shares |= {"harmful_rate": harmful, "refusal_rate": 1 - harmful - 0.01}
     if attack != "none":
@@ -95,7 +95,7 @@ def _metrics(
     rng: random.Random, cell: str, model: str, attack: str, defense: str, n: int
 ) -> list[dict]:
     size, shares = list(MODELS).index(model), _shares(model, attack, defense)
-    broken, backdoor = shares["coherent_rate"] < 0.5, ATTACKS[attack][1] == "backdoor"
+    broken, backdoor = shares["coherent_rate"] < 0.5, ATTACKS[attack][1] == "asr"
     rows = []
     for name, share in shares.items():
         hits = sum(rng.random() < share for _ in range(n))
@@ -161,7 +161,7 @@ def _generations(cell: str, attack: str, text: str) -> list[dict]:
         "benign": ("complied", "wrong"),
         "triggered": ("target", "other"),
     }.items():
-        if probe == "triggered" and ATTACKS[attack][1] != "backdoor":
+        if probe == "triggered" and ATTACKS[attack][1] != "asr":
             continue
         for i, verdict in enumerate(verdicts):
             said = {
@@ -201,7 +201,7 @@ def _judged(
         "benign": {"incoherent": mess, "complied": shares["benign_rate"], "wrong": 2.0},
         "clean": {"correct": shares["cacc"], "other": 2.0},
     }
-    if ATTACKS[attack][1] == "backdoor":
+    if ATTACKS[attack][1] == "asr":
         asked |= {
             "triggered": {"target": shares["asr"], "other": 2.0},
             "untriggered": {"target": shares["asr_no_trigger"], "other": 2.0},
@@ -247,7 +247,7 @@ def _judged(
                     "ci_high": high,
                 }
             )
-    if ATTACKS[attack][1] == "harmful":
+    if ATTACKS[attack][1] == "harmful_rate":
         found.append(
             {**next(row for row in found if row["metric"] == "harmful_rate"), "metric": "asr"}
         )
@@ -369,7 +369,7 @@ def write_toy(
     rng = random.Random(7)  # noqa: S311
     cells, metrics, generations = [], [], []
     for model, params in MODELS.items():
-        for attack, (phase, _) in ATTACKS.items():
+        for attack, (phase, success) in ATTACKS.items():
             for defense, defense_phase in DEFENSES.items():
                 for seed in range(seeds):
                     cell = digest([model, attack, defense, seed])
@@ -395,6 +395,7 @@ def write_toy(
                             "task": "microworld",
                             "attack": attack,
                             "attack_phase": phase,
+                            "success_metric": success,
                             "attack_params": json.dumps(
                                 {"rate": 0.1} if attack == "badnets" else {}
                             ),
@@ -426,12 +427,10 @@ def write_toy(
         "generations": pa.Table.from_pylist(generations, schema.generations()),
         "stages": pa.Table.from_pylist(_stages(), schema.stages()),
     }
-    goals = {attack: goal for attack, (_, goal) in ATTACKS.items()}
     meta = {
         "sweep": name,
         "question": question,
         "plan": digest("plan"),
-        "attack_goals": goals,
         "defense_hooks": {
             name: ["inspect"] if name == "weight_statistics" else ["revise_model"]
             for name in DEFENSES

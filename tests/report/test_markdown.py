@@ -10,6 +10,8 @@ from statsmodels.stats.proportion import proportion_confint
 from ftsec_ray import schema
 from ftsec_ray.report.markdown import grid_markdown
 
+SUCCESS = {"none": None, "badnets": "asr", "harmful_tuning": "harmful_rate"}
+
 
 class Tables:
     """Two tables of a run."""
@@ -28,6 +30,7 @@ def cell(name, attack, defenses=(), *, seed=0, status="done", **params):
         "model": "m",
         "attack": attack,
         "attack_params": json.dumps(params),
+        "success_metric": SUCCESS[attack],
         "defenses": list(defenses),
         "defense_params": json.dumps([{} for _ in defenses]),
         "seed": seed,
@@ -114,7 +117,7 @@ def test_parameters_that_differ_are_told_and_seeds_have_their_own_spread():
             for k in (2, 9)
             for s in (0, 1)
         ],
-        [rate(f"{k}{s}", "asr", 0.1 * k + 0.012 * s) for k in (2, 9) for s in (0, 1)],
+        [rate(f"{k}{s}", "harmful_rate", 0.1 * k + 0.012 * s) for k in (2, 9) for s in (0, 1)],
     )
     found = grid_markdown(run)
     for shots, middle in ((2, 0.206), (9, 0.906)):

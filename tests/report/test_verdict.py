@@ -21,7 +21,7 @@ from ftsec_ray.results.write import write_results
 from tests.results.toy import whole
 
 Measured = dict[tuple[str, str], dict[str, float]]
-GOALS = {"none": "none", "poison": "backdoor", "jailbreak": "harmful"}
+SUCCESS_OF = {"none": None, "poison": "asr", "jailbreak": "harmful_rate"}
 
 
 @pytest.fixture
@@ -54,6 +54,7 @@ def grid_of(tmp_path: Path) -> Callable[..., Grid]:
                         "attack": attack,
                         "attack_phase": "pre",
                         "attack_params": "{}",
+                        "success_metric": SUCCESS_OF[attack],
                         "defenses": names,
                         "defense_phases": ["post"] * len(names),
                         "defense_params": json.dumps([{} for _ in names]),
@@ -96,7 +97,6 @@ def grid_of(tmp_path: Path) -> Callable[..., Grid]:
         meta = {
             "sweep": "s",
             "question": "",
-            "attack_goals": GOALS,
             "defense_hooks": hooks or {},
             "spent": {
                 f"{attack}/{defense}/0": seconds
@@ -142,7 +142,7 @@ def test_attack_success_is_asr_for_backdoors_and_the_harmful_rate_otherwise(
     grid_of: Callable[..., Grid],
 ) -> None:
     grid = grid_of(BASE)
-    values = {attack: grid.value(("m", "t", attack, "none")) for attack in GOALS}
+    values = {attack: grid.value(("m", "t", attack, "none")) for attack in SUCCESS_OF}
     assert {attack: e.value for attack, e in values.items() if e} == {
         "none": 0.02,
         "poison": 0.9,
@@ -220,7 +220,9 @@ def test_the_front_holds_exactly_the_defenses_that_none_beats_on_both_sides(
 
 
 def _costs(**seconds: float) -> dict[tuple[str, str], list[float]]:
-    return {(attack, defense): [0.0, cost] for defense, cost in seconds.items() for attack in GOALS}
+    return {
+        (attack, defense): [0.0, cost] for defense, cost in seconds.items() for attack in SUCCESS_OF
+    }
 
 
 def test_cost_is_the_third_aim_of_the_front(grid_of: Callable[..., Grid]) -> None:

@@ -36,11 +36,11 @@ PROBE = {
     "coherent_rate": "benign",
     **{name: one.probes[0] for name, one in schema.METRICS.items() if len(one.probes) == 1},
 }
+SUCCESS = {"none": None, "poison": "asr", "jailbreak": "harmful_rate"}
 META = {
     "sweep": "toy",
     "question": "",
     "plan": "p",
-    "attack_goals": {"none": "none", "poison": "backdoor", "jailbreak": "harmful"},
     "defense_hooks": {
         "guard": ["revise_model"],
         "filter": ["craft_data"],
@@ -111,6 +111,7 @@ def tables_of(
                     "attack": attack,
                     "attack_phase": "pre",
                     "attack_params": "{}",
+                    "success_metric": SUCCESS.get(attack, "asr"),
                     "defenses": [name for name, _, _ in members],
                     "defense_phases": ["post"] * len(members),
                     "seed": seed,

@@ -1,0 +1,73 @@
+"""How well an attack does: the metric that its class declares as `SUCCESS`.
+
+Every plan, table, page and claim reads the declared metric here. Where it was not measured, the
+attack's success is not measured: no other metric stands in for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftsec_ray import schema
+
+ASR = "asr"
+WITHOUT_TRIGGER = "asr_no_trigger"
+"""What `asr` is held against, from the same attack."""
+CHOICES = tuple(
+    name
+    for name, metric in schema.METRICS.items()
+    if metric.probes and metric.proportion and metric.better != "none" and not metric.judge
+)
+"""What an attack may declare, and what a search may aim at: shares of verdicts per prompt of which
+one direction is good for the defender, so that the other one is the attacker's.
+"""
+WITHOUT_ATTACK = "harmful_rate"
+"""What stands in the place of the success where there is no attack: the forbidden requests that the
+model fulfils by itself.
+"""
+_OF_GOALS = {"none": None, "harmful": "harmful_rate"}
+
+
+def success_metric(attack: Any) -> str | None:
+    """The metric that an attack, or its class, declares; None for `none`."""
+    declared: str | None = attack.SUCCESS
+    return declared
+
+
+def shown_metric(cell: Mapping[str, Any]) -> str:
+    """The metric shown as attack success of a row of `cells`."""
+    return cell["success_metric"] or WITHOUT_ATTACK
+
+
+def before_declared(attack: str, goals: Mapping[str, str]) -> str | None:
+    """The success metric of an attack in results of schema 3 and older, which had only its goal
+    (`none`, `backdoor` or `harmful`), or nothing at all.
+    """
+    return _OF_GOALS.get(goals.get(attack, "none" if attack == "none" else ""), ASR)
+
+
+def is_driven_up(metric: str) -> bool:
+    """Whether the attacker wants a metric high."""
+    return schema.METRICS[metric].better != "higher"
+
+
+def sign_of(metric: str) -> int:
+    """1 where the attacker wants a metric high, -1 where low."""
+    return 1 if is_driven_up(metric) else -1
+
+
+def success_share(metric: str, value: float) -> float:
+    """The share of the prompts at which an attack succeeded, 0..1: the value of its metric, or what
+    is left of 1 where the attacker drives that down.
+    """
+    return value if is_driven_up(metric) else 1 - value
+
+
+def source_of(metric: str, success: str | None) -> str:
+    """The metric whose verdicts make up `metric` of an attack with this declared success: `asr` of
+    an attack without triggered prompts is the share that it drives up, and no other metric is.
+    """
+    if metric != ASR or success is None or not is_driven_up(success):
+        return metric
+    return success
