@@ -51,21 +51,12 @@ ENGINE = (
 rows and models a stage gets, threads, and how processes train together.
 """
 NOT_FOLLOWED: Mapping[str, str] = {
-    "ftsec_ray.config.attack_search": "reads a sweep: what it says is in params",
-    "ftsec_ray.config.docs": "reads a sweep: what it says is in params",
-    "ftsec_ray.config.faults": "reads a sweep: what it says is in params",
-    "ftsec_ray.config.method_entries": "reads a sweep: what it says is in params",
     "ftsec_ray.config.strategy": "reads a sweep: what it says is in params",
     "ftsec_ray.errors": "the texts of errors: a stage that fails leaves no artifact",
     "ftsec_ray.execute.watchdog": "ends a stage that takes too long: it leaves no artifact",
     "ftsec_ray.identity.content": "what it makes is in a digest, or a checksum",
-    "ftsec_ray.identity.digests": "what it makes is a digest",
-    "ftsec_ray.identity.import_closure": "makes the lock",
-    "ftsec_ray.identity.lock": "makes the lock",
     "ftsec_ray.identity.tokens": "makes the lock",
     "ftsec_ray.plan.build": "what it decides is in a digest: kind, methods, params, inputs, seed",
-    "ftsec_ray.plan.cost_estimate": "money",
-    "ftsec_ray.plan.durations": "the order of work",
     "ftsec_ray.plan.graph": "what waits for what",
     "ftsec_ray.redact": "takes secrets out of messages and records",
     "ftsec_ray.stages.versions": "names VERSIONs and makes the lock",

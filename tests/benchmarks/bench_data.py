@@ -31,9 +31,9 @@ from ftsec_ray.attacks.badnets import BadNets
 from ftsec_ray.context import TaskData
 from ftsec_ray.data.rows import RowsWriter, count_rows, read_batches
 from ftsec_ray.execute.blocks import WorkerPool, craft_in_blocks
+from ftsec_ray.identity import sha256
 from ftsec_ray.method import BATCH_ROWS
 from ftsec_ray.store import Store
-from ftsec_ray.identity import sha256
 from tests.execute.crafting import TASK, craft_stage, job_of
 from tests.fixtures_models import WORDS, row, table, tiny_task
 

@@ -22,11 +22,11 @@ import pytest
 import ftsec_ray
 from ftsec_ray import api
 from ftsec_ray.errors import SpecError
+from ftsec_ray.identity import sha256
 from ftsec_ray.results.archive import Manifest
 from ftsec_ray.results.pack import code_of, packed_plan
 from ftsec_ray.results.verify import _digest_words
 from ftsec_ray.results.write import TABLES
-from ftsec_ray.identity import sha256
 from tests.cli import toy
 from tests.cli.toy import call
 from tests.config.test_sweeps import FILES, beside_its_inputs
