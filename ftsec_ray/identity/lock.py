@@ -29,8 +29,6 @@ _HEADER = """\
 # VERSION of every stage kind and method, and a hash of the code that it uses from the package:
 # tokens without comments, docstrings and layout. Written by `make lock`; do not edit.
 """
-_SHOWN = 6
-"""Names in one sentence, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +133,11 @@ def lock_faults(lock: Lock, now: Lock) -> Iterator[str]:
             )
         elif locked.code != entry.code:
             files = [path for path in now.uses[name] if now.files[path] != lock.files.get(path)]
-            changed[", ".join(files)].append(_words(name))
+            changed[", ".join(files)].append(name)
     for paths, names in changed.items():
         which = f"files {paths}" if paths else "it uses other files"
         yield (
-            f"the code of {_listed(names)} changed ({which}): raise VERSION, or {again} if"
+            f"the code of {_words(*names)} changed ({which}): raise VERSION, or {again} if"
             " results are the same"
         )
     for name in lock.entries.keys() - now.entries.keys():
@@ -149,10 +147,11 @@ def lock_faults(lock: Lock, now: Lock) -> Iterator[str]:
         yield f"versions.lock holds files that nothing uses ({', '.join(stale)}): {again}"
 
 
-def _words(name: str) -> str:
-    return name.replace(":", " ")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _words(*names: str) -> str:
+    """Owners in words: `stages craft, tune; attack badnets`."""
+    by_sort: dict[str, list[str]] = defaultdict(list)
+    for sort, _, name in (name.partition(":") for name in names):
+        by_sort[sort].append(name)
+    return "; ".join(
+        f"{sort}{'s' if len(own) > 1 else ''} {', '.join(own)}" for sort, own in by_sort.items()
+    )

@@ -5,7 +5,7 @@ The `tokenize` of the standard library sees an f-string as one token up to Pytho
 from 3.12 on. String literals are therefore read here, by the same code everywhere, and `tokenize`
 gets a name in place of each. Beyond comments and layout nothing counts that `ruff format` would
 change and no program can tell apart: quotes, prefixes, implicit concatenation, trailing commas,
-parentheses around a whole value, and the case of numbers.
+parentheses around a whole value, and how a number is written.
 
 This file imports the standard library only, and can be run by its path:
 `python tokens.py FILE ...` prints a hash per file.
@@ -23,6 +23,7 @@ import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 HASH_CHARS = 32
@@ -70,6 +71,7 @@ class _Literal:
                 yield ascii(part)
 
 
+@lru_cache(maxsize=1024)
 def token_hash(source: str) -> str:
     """Hash (32 hex digits) of a Python source; SyntaxError or TokenError where it is none."""
     return hashlib.sha256("\n".join(normal_tokens(source)).encode()).hexdigest()[:HASH_CHARS]
@@ -107,7 +109,7 @@ def _append(
     literal = _LITERAL.fullmatch(token.string)
     if literal is None:
         is_number = token.type == tokenize.NUMBER
-        line.append(token.string.replace("_", "").lower() if is_number else token.string)
+        line.append(repr(ast.literal_eval(token.string)) if is_number else token.string)
     elif line and isinstance(line[-1], _Literal):
         for part in literals[int(literal[1])].parts:
             line[-1].add(part)

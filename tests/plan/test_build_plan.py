@@ -26,9 +26,8 @@ from ftsec_ray.config.sweep import (
     TrainingConfig,
 )
 from ftsec_ray.errors import SpecFaults
-from ftsec_ray.identity import source_fingerprint
+from ftsec_ray.identity import content_hash
 from ftsec_ray.plan import Stage, build_plan
-from ftsec_ray.plan.code import KIND_SOURCES, content_hash, imports_fingerprint, modules_of
 from ftsec_ray.plan.decode import (
     align_of,
     generation_of,
@@ -422,29 +421,6 @@ def test_a_stage_survives_json_and_gives_its_objects_back():
     assert methods_of(only(plan, "generate")) == [attack("badnets", repeat=2), stack[1]]
     assert generation_of(only(plan, "generate")) == EvaluationConfig()
     assert scoring_of(only(plan, "score")) == EvaluationConfig()
-
-
-def test_every_listed_module_exists_and_every_kind_is_listed():
-    assert {kind.split(":")[0] for kind in KIND_SOURCES} == set(lifecycle.kinds())
-    modules = {name for kind in KIND_SOURCES for name in modules_of(kind)}
-    assert len(modules) > 20
-    assert all(len(source_fingerprint(name)) == 32 for name in modules)
-
-
-def test_the_code_that_a_method_imports_counts_as_its_own(tmp_path, monkeypatch):
-    package = tmp_path / "ftsec_ray_probe"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "one.py").write_text(
-        "def f():\n    from ftsec_ray.models.lora import lora_modules\n    return lora_modules\n"
-    )
-    (package / "two.py").write_text(
-        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
-        "    from ftsec_ray.models.lora import lora_modules\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert imports_fingerprint("ftsec_ray_probe.one") != imports_fingerprint("ftsec_ray_probe.two")
-    assert imports_fingerprint("ftsec_ray_probe.two") == imports_fingerprint("json")
 
 
 def test_a_folder_is_known_by_names_and_bytes_and_not_by_its_notes(tmp_path):
