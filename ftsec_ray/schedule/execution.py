@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ftsec_ray.context import Runtime
-from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION, imported
+from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION
 from ftsec_ray.execute.worker_spec import WorkerSpec
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import is_group
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.dispatcher import Dispatcher, Event, RunReport
-from ftsec_ray.schedule.executors import DEFAULT, executor_of
+from ftsec_ray.schedule.executors import DEFAULT, executor_of, load_executor
 from ftsec_ray.schedule.ray_session import worker_environment
 from ftsec_ray.store import Store
 from ftsec_ray.training.zero import check_deepspeed
@@ -79,6 +79,6 @@ def execute(
         session=session,
         environment=worker_environment() if chosen.uses_ray else {},
     )
-    run = imported(chosen.function)
+    run = load_executor(executor)
     run(dispatcher, spec, resources, address=address, workers=workers or resources.workers)
     return dispatcher.report()
