@@ -45,7 +45,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=child_environment(),
+                env={**child_environment(), **self._spec.environment},
             )
             self._ask(self._spec.to_json())
         told = self._ask({"stages": [stage.to_json() for stage in stages], "attempt": attempt})
@@ -97,7 +97,6 @@ def main() -> None:
 
     clean_logs()
     spec = WorkerSpec.from_json(json.loads(sys.stdin.readline()))
-    spec.set_environment()
     try:
         store = Store.open(spec.store)
         runner = imported(spec.runner)

@@ -57,7 +57,9 @@ class ActorPool:
 
         self._spec = spec
         self._capacity = capacity
-        self._actor_class = ray.remote(RayWorker)
+        # At the start of the process: libraries read theirs when they are imported.
+        environment = {"env_vars": dict(spec.environment)}
+        self._actor_class = ray.remote(runtime_env=environment)(RayWorker)
         self._have: Mapping[str, float] = {}
         self._nodes = 1
         self.actors: list[PooledActor] = []

@@ -102,7 +102,11 @@ def launch_here(order: GroupOrder) -> list[StageResult]:
     with tempfile.TemporaryDirectory(prefix="ftsec-worker group-") as scratch:
         folder = Path(scratch)
         write_order(order, folder)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {
+            **os.environ,
+            **order.worker.environment,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
         command = [sys.executable, "-m", "ftsec_ray.execute.dist_worker", scratch]
         with (folder / "log.txt").open("wb") as log:
             processes = [

@@ -39,7 +39,7 @@ from ftsec_ray.schedule.trials import (
     StopWhenStalled,
     TrialMonitor,
 )
-from ftsec_ray.schedule.tune_internals import check_tune, no_keys_for_workers
+from ftsec_ray.schedule.tune_internals import check_tune, workers_with
 from ftsec_ray.schedule.unit_leases import UnitLeases
 
 WINDOW = 4096
@@ -96,7 +96,7 @@ def run_tune(
     """Run the units of a dispatcher as trials, until none is left."""
     check_tune()
     with (
-        no_keys_for_workers(),
+        workers_with(spec.environment),
         connected_capacity(
             dispatcher, resources, address=address, workers=workers, switches=_SWITCHES
         ) as capacity,
