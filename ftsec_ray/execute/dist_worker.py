@@ -153,7 +153,6 @@ def work(order: GroupOrder) -> list[StageResult]:
     import torch.distributed as dist
 
     clean_logs()
-    order.worker.set_environment()
     if order.is_on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     set_up_numerics(order.worker.runtime.numerics, order.threads)

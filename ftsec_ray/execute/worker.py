@@ -22,7 +22,7 @@ from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.execute.unit import StageResult, imported, run_unit, short_text
 from ftsec_ray.execute.watchdog import child_environment
 from ftsec_ray.execute.worker_spec import WorkerSpec
-from ftsec_ray.numerics import environment_of, put_in_force
+from ftsec_ray.numerics import put_in_force
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.store import Store
@@ -47,7 +47,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env={**child_environment(), **environment_of(self._spec.runtime.numerics)},
+                env={**child_environment(), **self._spec.environment},
             )
             self._ask(self._spec.to_json())
         told = self._ask({"stages": [stage.to_json() for stage in stages], "attempt": attempt})
@@ -99,7 +99,6 @@ def main() -> None:
 
     clean_logs()
     spec = WorkerSpec.from_json(json.loads(sys.stdin.readline()))
-    spec.set_environment()
     try:
         put_in_force(spec.runtime.numerics)
         store = Store.open(spec.store)

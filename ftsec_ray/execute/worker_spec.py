@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ class WorkerSpec:
     session: str
     """Import path of what makes its session: (store, runtime, cache_gib) -> session."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables that it has, where its node does not set them otherwise."""
+    """Environment variables that it is started with."""
 
     def to_json(self) -> dict[str, Any]:
         """A mapping that JSON can hold and `from_json` reads."""
@@ -34,8 +33,3 @@ class WorkerSpec:
     def from_json(cls, plain: Mapping[str, Any]) -> WorkerSpec:
         """The spec that `to_json` gave."""
         return cls(**{**plain, "runtime": Runtime(**plain["runtime"])})
-
-    def set_environment(self) -> None:
-        """Give this process its variables; before the libraries that read them are imported."""
-        for name, value in self.environment.items():
-            os.environ.setdefault(name, value)

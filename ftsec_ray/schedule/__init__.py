@@ -1,1 +1,1 @@
-"""Running a plan: `schedule.run.execute`."""
+"""Running a plan: `schedule.execution.execute`."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftsec_ray.execute.worker_spec import WorkerSpec
-from ftsec_ray.numerics import environment_of
 from ftsec_ray.plan.stage import Unit, is_data, is_group
 from ftsec_ray.schedule.cluster_capacity import ClusterCapacity
 from ftsec_ray.schedule.ray_worker import RayWorker
@@ -58,7 +57,9 @@ class ActorPool:
 
         self._spec = spec
         self._capacity = capacity
-        self._actor_class = ray.remote(RayWorker)
+        # At the start of the process: libraries read theirs when they are imported.
+        environment = {"env_vars": dict(spec.environment)}
+        self._actor_class = ray.remote(runtime_env=environment)(RayWorker)
         self._have: Mapping[str, float] = {}
         self._nodes = 1
         self.actors: list[PooledActor] = []
@@ -122,8 +123,6 @@ class ActorPool:
             "num_cpus": own.get("CPU", 0.0),
             "num_gpus": own.get("GPU", 0.0),
             "memory": own.get("memory"),
-            # A worker that Ray has at hand may have imported torch with other settings.
-            "runtime_env": {"env_vars": environment_of(self._spec.runtime.numerics)},
             **place,
         }
         handle = self._actor_class.options(**options).remote(self._spec, self._capacity.bundles)

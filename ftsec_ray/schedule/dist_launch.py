@@ -21,7 +21,6 @@ from pathlib import Path
 from ftsec_ray.errors import FtsecError
 from ftsec_ray.execute.dist_worker import GroupFault, GroupOrder, read_answers, work, write_order
 from ftsec_ray.execute.unit import StageResult
-from ftsec_ray.numerics import environment_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.redact import redacted
 from ftsec_ray.store import Store
@@ -105,7 +104,7 @@ def launch_here(order: GroupOrder) -> list[StageResult]:
         write_order(order, folder)
         environment = {
             **os.environ,
-            **environment_of(order.worker.runtime.numerics),
+            **order.worker.environment,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         command = [sys.executable, "-m", "ftsec_ray.execute.dist_worker", scratch]
@@ -174,7 +173,7 @@ def launch_on_ray(order: GroupOrder, asks: Mapping[str, float]) -> list[StageRes
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=0),
                 # Ray Train imports torch in its workers before any code of ours runs there.
-                worker_runtime_env={"env_vars": environment_of(order.worker.runtime.numerics)},
+                worker_runtime_env={"env_vars": dict(order.worker.environment)},
             ),
         )
         try:

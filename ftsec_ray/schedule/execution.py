@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ftsec_ray.context import Runtime
-from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION, imported
+from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION
 from ftsec_ray.execute.worker_spec import WorkerSpec
-from ftsec_ray.numerics import check_cpu
+from ftsec_ray.numerics import check_cpu, environment_of
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import is_group
 from ftsec_ray.redact import clean_logs
 from ftsec_ray.schedule.dispatcher import Dispatcher, Event, RunReport
-from ftsec_ray.schedule.executors import DEFAULT, executor_of
+from ftsec_ray.schedule.executors import DEFAULT, executor_of, load_executor
 from ftsec_ray.schedule.ray_session import worker_environment
 from ftsec_ray.store import Store
 from ftsec_ray.training.zero import check_deepspeed
@@ -85,8 +85,11 @@ def execute(
         cache_gib=resources.cache_gib if cache_gib is None else cache_gib,
         runner=runner,
         session=session,
-        environment=worker_environment() if chosen.uses_ray else {},
+        environment={
+            **(worker_environment() if chosen.uses_ray else {}),
+            **environment_of(runtime.numerics),
+        },
     )
-    run = imported(chosen.function)
+    run = load_executor(executor)
     run(dispatcher, spec, resources, address=address, workers=workers or resources.workers)
     return dispatcher.report()

@@ -5,10 +5,11 @@ Another executor is a module with a function of the same arguments and a line he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ftsec_ray.errors import SpecError
+from ftsec_ray.errors import EnvironmentFault, SpecError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,21 @@ def executor_of(name: str) -> Executor:
     if name not in EXECUTORS:
         raise SpecError("no such executor", name, " | ".join(EXECUTORS), help_text())
     return EXECUTORS[name]
+
+
+def load_executor(name: str) -> Callable[..., None]:
+    """The function of an executor; EnvironmentFault when what it needs cannot be imported."""
+    module, _, function = executor_of(name).function.partition(":")
+    try:
+        found: Callable[..., None] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise EnvironmentFault(
+            f"the executor {name!r} cannot be imported: {error}",
+            name,
+            "an installed Ray that it works with",
+            "run with --executor " + " or ".join(other for other in EXECUTORS if other != name),
+        ) from error
+    return found
 
 
 def help_text() -> str:

@@ -23,12 +23,13 @@ _SWITCHES = {
 
 
 def worker_environment() -> dict[str, str]:
-    """Environment variables of every worker process of a run on Ray."""
-    return {
-        # Ray Train would give a worker group up after a minute and try anew without end; a node may
-        # take longer to boot than that.
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",
-    }
+    """Environment variables with which every worker process of a run on Ray starts, and with it
+    the processes that it starts on Ray.
+    """
+    # Ray Train would give a worker group up after a minute and try anew without end; a node may
+    # take longer to boot than that.
+    name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    return {name: os.environ.get(name, "1800")}
 
 
 @contextmanager

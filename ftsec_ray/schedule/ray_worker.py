@@ -37,7 +37,6 @@ class RayWorker:
     def __init__(self, spec: WorkerSpec, bundles: Bundles) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
         clean_logs()
-        spec.set_environment()
         self._spec = spec
         self._bundles = bundles
         self._session: Any = None

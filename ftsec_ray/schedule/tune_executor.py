@@ -20,7 +20,6 @@ from ray import tune  # noqa: TID253 - this module is the place for it
 
 from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.execute.worker_spec import WorkerSpec
-from ftsec_ray.numerics import environment_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.schedule.capacity import Bundles
 from ftsec_ray.schedule.cluster_capacity import (
@@ -40,7 +39,7 @@ from ftsec_ray.schedule.trials import (
     StopWhenStalled,
     TrialMonitor,
 )
-from ftsec_ray.schedule.tune_internals import check_tune, tune_worker_environment
+from ftsec_ray.schedule.tune_internals import check_tune, workers_with
 from ftsec_ray.schedule.unit_leases import UnitLeases
 
 WINDOW = 4096
@@ -97,7 +96,7 @@ def run_tune(
     """Run the units of a dispatcher as trials, until none is left."""
     check_tune()
     with (
-        tune_worker_environment(environment_of(spec.runtime.numerics)),
+        workers_with(spec.environment),
         connected_capacity(
             dispatcher, resources, address=address, workers=workers, switches=_SWITCHES
         ) as capacity,

@@ -1,5 +1,5 @@
 """Everything that this package uses of Ray and that Ray does not offer: attributes of Tune's
-controller, and one variable of a module. Nothing else reads a private name of Ray.
+controller, and two variables of a module. Nothing else reads a private name of Ray.
 
 Where the installed Ray lacks one of them, the executor `tune` says so before it starts anything;
 the others need none.
@@ -36,7 +36,7 @@ PRIVATE: Mapping[str, tuple[str, ...]] = {
         "_live_actors_to_ray_actors_resources",
     ),
     "ray.tune.utils.object_cache:_ObjectCache": ("num_cached_objects", "has_cached_object"),
-    "ray.tune.execution.class_cache:": ("ENV_VARS_TO_PROPAGATE",),
+    "ray.tune.execution.class_cache:": ("ENV_VARS_TO_PROPAGATE", "DEFAULT_ENV_VARS"),
 }
 """Import path of a class, or of a module with nothing behind the colon -> its names in use."""
 
@@ -139,13 +139,13 @@ def forget_trials(controller: Any, is_settled: Callable[[Any], bool]) -> None:
         metadata.pop(trial.trial_id, None)
 
 
-# Credentials.
+# The environment of workers.
 
 
 @contextmanager
-def tune_worker_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have Tune start its workers with these variables and without cloud keys, for the time of a
-    run.
+def workers_with(environment: Mapping[str, str]) -> Iterator[None]:
+    """Have Tune start its workers with these variables, and without the driver's cloud keys, for
+    the time of a run.
 
     Tune copies the AWS keys of the driver into the runtime environment of every worker. Ray writes
     that into the logs of each node and shows it to everybody who may ask the cluster for its
@@ -156,7 +156,7 @@ def tune_worker_environment(variables: Mapping[str, str]) -> Iterator[None]:
 
     names, defaults = class_cache.ENV_VARS_TO_PROPAGATE, class_cache.DEFAULT_ENV_VARS
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
-    class_cache.DEFAULT_ENV_VARS = {**defaults, **variables}
+    class_cache.DEFAULT_ENV_VARS = {**defaults, **environment}
     try:
         yield
     finally:

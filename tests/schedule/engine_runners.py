@@ -184,3 +184,15 @@ def placed(stage: Stage, out: Path, session: Bench) -> None:
         stage.params["name"],
     )
     time.sleep(stage.params.get("sleep", 0.0))
+
+
+def environment(stage: Stage, out: Path, session: Bench) -> None:
+    """Write down two variables of the worker's process as it was started."""
+    started = dict(
+        entry.split("=", 1)
+        for entry in Path("/proc/self/environ").read_text().split("\0")
+        if "=" in entry
+    )
+    for name in ("FTSEC_TEST_OF_THE_ENVIRONMENT", "AWS_SESSION_TOKEN"):
+        value = os.environ.get(name) or started.get(name, "none")
+        log(replace(stage, params={**stage.params, "name": value}), name)

@@ -7,15 +7,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
+from dataclasses import replace
 
 import pytest
 
 import ftsec_ray
 from ftsec_ray.config.sweep import ResourceSpec
-from ftsec_ray.errors import SpecError
-from ftsec_ray.execute.unit import imported
+from ftsec_ray.errors import EnvironmentFault, SpecError
 from ftsec_ray.schedule.execution import execute, runtime_of
-from ftsec_ray.schedule.executors import EXECUTORS
+from ftsec_ray.schedule.executors import EXECUTORS, load_executor
 from ftsec_ray.store import Store
 from tests.schedule.engine_runners import plan_of, runs, stage_of
 
@@ -189,8 +189,7 @@ def test_an_unknown_executor_is_refused_with_the_names_of_those_there_are(store,
 
 def test_every_executor_of_the_table_is_a_function_of_the_same_arguments():
     arguments = {
-        name: list(inspect.signature(imported(one.function)).parameters)
-        for name, one in EXECUTORS.items()
+        name: list(inspect.signature(load_executor(name)).parameters) for name in EXECUTORS
     }
     assert set(map(tuple, arguments.values())) == {
         ("dispatcher", "spec", "resources", "address", "workers")
@@ -198,9 +197,15 @@ def test_every_executor_of_the_table_is_a_function_of_the_same_arguments():
     assert list(arguments) == ["tune", "actors", "local"]
 
 
-def test_the_runtime_comes_from_the_sweep(tmp_path):
-    from dataclasses import replace
+def test_an_executor_that_cannot_be_imported_says_which_are_left(store, monkeypatch):
+    gone = replace(EXECUTORS["tune"], function="ray.no_such_module:run")
+    monkeypatch.setitem(EXECUTORS, "tune", gone)
+    with pytest.raises(EnvironmentFault, match="'tune' cannot be imported") as caught:
+        run(plan_of([stage_of("one")]), store, executor="tune")
+    assert caught.value.fix == "run with --executor actors or local"
 
+
+def test_the_runtime_comes_from_the_sweep(tmp_path):
     plan = plan_of([stage_of("one")])
     resources = ResourceSpec(
         gpus_per_stage=0.5, micro_batch=4, eval_batch=8, checkpoint_every_s=5.0

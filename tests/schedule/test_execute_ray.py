@@ -260,7 +260,8 @@ def drive(executor, store, folder, script):
         f" stage_of('base', log={str(folder)!r})\nstages = [base] + [stage_of(f's{{i}}', base,"
         f" log={str(folder)!r}, sleep=0.4) for i in range(16)]\nreport = execute(plan_of(stages),"
         f" Store.open({store.uri!r}), workers=2, executor={executor!r}, runner={RUNNER!r},"
-        f" session={SESSION!r})\nprint(len(report.done), len(report.cached), report.is_complete)\n"
+        f" session={SESSION!r})\nprint(len(report.done), len(report.cached), report.is_complete,"
+        " 'ray.tune' in sys.modules)\n"
     )
     return [sys.executable, str(script)], {
         **os.environ,
@@ -314,7 +315,8 @@ def test_a_killed_driver_loses_what_was_in_flight_and_the_resumed_run_has_the_by
         tmp_path / "first.txt"
     )  # its workers may end what they began before they notice
     again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    ran, cached, is_complete = again.stdout.split()
+    ran, cached, is_complete, has_tune = again.stdout.split()
+    assert (has_tune == "True") == (executor == "tune"), "the other one does without"
     assert is_complete == "True"
     assert int(ran) + int(cached) == len(store.done()) == 17
     assert int(cached) >= len(finished) - 2, "two may have been on their way into the store"
