@@ -86,12 +86,17 @@ def _tidy(node: Any, parts: Mapping[str, Any]) -> Any:
         return node
     if "$ref" in node:
         node = {**parts[node["$ref"].rsplit("/", 1)[-1]], **node}
-    tidy = {}
-    for key, value in node.items():
-        if key == "description" and isinstance(value, str):
-            tidy[key] = " ".join(value.split())
-        elif key not in ("$ref", "$defs") and not (key == "title" and isinstance(value, str)):
-            tidy[key] = value if key == "default" else _tidy(value, parts)
+    left_out = ("$ref", "$defs", "title", "properties")
+    tidy = {
+        key: value if key == "default" else _tidy(value, parts)
+        for key, value in node.items()
+        if key not in left_out
+    }
+    if "description" in tidy:
+        tidy["description"] = " ".join(tidy["description"].split())
+    if "properties" in node:
+        inner = {name: _tidy(value, parts) for name, value in node["properties"].items()}
+        tidy |= {"properties": inner, "additionalProperties": False}
     return tidy
 
 

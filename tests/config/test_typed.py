@@ -36,6 +36,8 @@ class Guard(Defense):
     words: tuple[str, ...] = ()
     pair: tuple[int, float] = (1, 0.5)
     mode: Literal["a", "b"] | None = None
+    description: str = "d"
+    default: int = 0
     title: str = "t"
     """A name that JSON schema has too."""
     table: Mapping[str, float] = field(default_factory=dict)
@@ -135,7 +137,7 @@ def test_a_fault_says_what_is_wanted_and_what_the_field_means():
             "guard.cout",
             "unknown key",
             "cout",
-            "count | inner | mode | pair | rate | table | title | words",
+            "count | default | description | inner | mode | pair | rate | table | title | words",
             "did you mean 'count'?",
         ),
         ("guard.rate", "wrong value", 1, "a number, >= 0, < 1", "Share of the rows, 0..1."),
@@ -176,6 +178,8 @@ def test_types_are_told_in_words_and_docs_of_a_parent_are_found():
         "words": "a list of texts",
         "pair": "a list of 2: an int, a number",
         "mode": "a | b or null",
+        "description": "a text",
+        "default": "an int",
         "title": "a text",
         "table": "a mapping",
         "inner": "a mapping",
