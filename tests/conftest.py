@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,3 +15,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.pop("COLUMNS", None)
 # A Ray that is already running on the machine is not ours to use.
 os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """The test computes in float64, where rounding cannot be taken for a mistake."""
+    from tests.numeric import float64
+
+    with float64():
+        yield
