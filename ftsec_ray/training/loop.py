@@ -6,9 +6,9 @@ is re-seeded at each step, and step checkpoints hold weights, optimizer moments 
 memory as safetensors. A tune that was killed continues from its last checkpoint and ends with the
 bytes of an undisturbed one.
 
-What differs between a process that trains alone and one of a worker group is behind `SingleProcess`,
-whose twin is `zero.Member`: where the weights and the optimizer's moments lie, and how gradients become
-new weights. Both read and write the same checkpoints.
+What differs between a process that trains alone and one of a worker group is behind
+`SingleProcess`, whose twin is `zero.Member`: where the weights and the optimizer's moments lie, and
+how gradients become new weights. Both read and write the same checkpoints.
 """
 
 from __future__ import annotations

@@ -127,7 +127,9 @@ def backward(engine: Any, batches: list[Batch], objective: Objective, step: Step
 
 
 class Member:
-    """One process of a worker group; the twin of `loop.SingleProcess`. torch.distributed must be up."""
+    """One process of a worker group; the twin of `loop.SingleProcess`. torch.distributed must be
+    up.
+    """
 
     backward: Backward = staticmethod(backward)
 
