@@ -36,8 +36,8 @@ def test_shrink_is_the_straight_line_between_start_and_tuned(kind, gamma, tmp_pa
 
 @pytest.mark.parametrize("kind", TUNED)
 def test_shrink_by_one_changes_no_bit_and_by_zero_gives_the_start_bit_for_bit(kind, tmp_path):
-    for gamma, same_as in ((1.0, TUNED[kind]), (0.0, START)):
-        got, want = whole(revised(Shrink(gamma=gamma), kind, tmp_path)[0]), whole(same_as)
+    for factor, same_as in ((1.0, TUNED[kind]), (0.0, START)):
+        got, want = whole(revised(Shrink(gamma=factor), kind, tmp_path)[0]), whole(same_as)
         assert all(np.array_equal(got[name], want[name]) for name in want)
 
 
