@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
 
 from ftsec_ray.numerics import environment_of
 
@@ -15,3 +19,16 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.pop("COLUMNS", None)
 # A Ray that is already running on the machine is not ours to use.
 os.environ.pop("RAY_ADDRESS", None)
+
+# How long one example takes says how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """The test computes in float64, where rounding cannot be taken for a mistake."""
+    from tests.numeric import float64
+
+    with float64():
+        yield

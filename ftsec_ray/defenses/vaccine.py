@@ -172,7 +172,7 @@ def perturbations(
     rho: float,
 ) -> list[list[Tensor]]:
     """Per micro-batch and block, the shift of the attention's output: rho * g / |all g|. Shapes:
-    (B, T, D) each, T as the objective leaves it.
+    (B, T, D) each.
     """
     import torch
 

@@ -6,9 +6,9 @@ is re-seeded at each step, and step checkpoints hold weights, optimizer moments 
 memory as safetensors. A tune that was killed continues from its last checkpoint and ends with the
 bytes of an undisturbed one.
 
-What differs between a process that trains alone and one of a worker group is behind `Solo`, whose
-twin is `zero.Member`: where the weights and the optimizer's moments lie, and how gradients become
-new weights. Both read and write the same checkpoints.
+What differs between a process that trains alone and one of a worker group is behind
+`SingleProcess`, whose twin is `zero.Member`: where the weights and the optimizer's moments lie, and
+how gradients become new weights. Both read and write the same checkpoints.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from ftsec_ray.context import LoadedModel, Runtime
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.models.load import count_parameters, merged
-from ftsec_ray.models.lora import attach_lora, fused_lora
+from ftsec_ray.models.lora import attach_lora
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.setup import AfterStep, Backward, Batch, Objective, Saved, Step, Training
@@ -118,12 +117,6 @@ class SingleProcess:
                     "exp_avg_sq": v.to(parameter.device),
                     "step": t,
                 }
-
-    @contextmanager
-    def layers(self) -> Iterator[None]:
-        """How the model's layers run, while open."""
-        with fused_lora(self.model):
-            yield
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of a step that this process works on."""
@@ -292,15 +285,14 @@ def run(
     process.begin(model, config, saved)
     step.trainable, step.summed = process.trainable, process.summed
     saved_at = time.monotonic()
-    with process.layers():
-        while step.index < training.steps:
-            _one_step(process, training, step, report, seed=seed, runtime=runtime)
-            step.index += 1
-            if step.index < training.steps and process.is_due(
-                time.monotonic() - saved_at >= runtime.checkpoint_every_s
-            ):
-                _checkpoint(workdir, process.state(), step, report)
-                saved_at = time.monotonic()
+    while step.index < training.steps:
+        _one_step(process, training, step, report, seed=seed, runtime=runtime)
+        step.index += 1
+        if step.index < training.steps and process.is_due(
+            time.monotonic() - saved_at >= runtime.checkpoint_every_s
+        ):
+            _checkpoint(workdir, process.state(), step, report)
+            saved_at = time.monotonic()
     process.finish()
     report.flops = (
         (6.0 if config.adapter == "full" else 4.0) * count_parameters(model) * report.tokens

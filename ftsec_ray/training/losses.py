@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.models.load import decoder_layers, keeps_logits
+from ftsec_ray.models.load import keeps_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,54 +37,15 @@ def response_nll(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ARG00
     """The plain objective: mean loss on response tokens of one micro-batch, in nats per token, ()
     float32.
 
-    Only positions where some row of the batch has a response token go through what no other
-    position reads: the logits, and in small batches the last block behind its attention. Prompts
-    outweigh responses, and a large vocabulary the model.
+    Where the model takes `logits_to_keep`, logits are computed only at the positions from which
+    some row of the batch predicts a response token: prompts outweigh responses.
     """
-    inner = _inner(model)
-    if not keeps_logits(inner):
+    if not keeps_logits(_inner(model)):
         return masked_nll(model(**batch.inputs()).logits, batch.labels)
     asked = (batch.labels[:, 1:] != -100).any(0).nonzero().squeeze(1)
-    block = decoder_layers(model)[-1] if type(inner).__name__ in _PLAIN_MODELS else None
-    if block is None or "forward" in vars(block) or batch.input_ids.numel() > CUT_TOKENS:
-        logits = model(**batch.inputs(), logits_to_keep=asked).logits
-    else:
-        with _cut_behind_attention(block, asked):
-            logits = model(**batch.inputs()).logits
+    logits = model(**batch.inputs(), logits_to_keep=asked).logits
     # shifted already: a label stands under the logits that predict it
     return masked_nll_at(logits, batch.labels[:, asked + 1])
-
-
-CUT_TOKENS = 384
-"""Tokens of a batch, padding included, up to which the last block is cut. A BLAS splits longer sums
-over the tokens: leaving out those without a gradient would move the split, and with it the last
-digit of an adapter's gradient.
-"""
-_PLAIN_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Models whose block is x -> h = x + attention(norm(x)) -> h + mlp(norm(h))."""
-
-
-@contextmanager
-def _cut_behind_attention(block: Any, positions: Tensor) -> Iterator[None]:
-    """While open, the output of a block's attention and all that follows stand at these positions
-    only.
-    """
-
-    def forward(hidden_states: Tensor, **given: Any) -> Tensor:
-        attended, _ = block.self_attn(hidden_states=block.input_layernorm(hidden_states), **given)
-        kept = hidden_states[:, positions] + attended
-        out: Tensor = kept + block.mlp(block.post_attention_layernorm(kept))
-        return out
-
-    cut = block.self_attn.o_proj.register_forward_pre_hook(
-        lambda _, given: (given[0][:, positions],)
-    )
-    block.forward = forward
-    try:
-        yield
-    finally:
-        cut.remove()
-        del block.forward
 
 
 def _inner(model: Any) -> Any:

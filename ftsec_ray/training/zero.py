@@ -39,7 +39,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,9 @@ def backward(engine: Any, batches: list[Batch], objective: Objective, step: Step
 
 
 class Member:
-    """One process of a worker group; the twin of `loop.Solo`. torch.distributed must be up."""
+    """One process of a worker group; the twin of `loop.SingleProcess`. torch.distributed must be
+    up.
+    """
 
     backward: Backward = staticmethod(backward)
 
@@ -214,12 +216,6 @@ class Member:
         }
         if saved is not None:
             self._take_moments(saved.tensors)
-
-    def layers(self) -> AbstractContextManager[None]:
-        """The layers run as they are: a weight split by stage 3 is whole only while its own module
-        runs.
-        """
-        return nullcontext()
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of a step that this process works on."""

@@ -27,7 +27,9 @@ from ftsec_ray.models.ladder import build_tokenizer
 from ftsec_ray.models.load import decoder_layers
 from tests.attacks.context import context
 from tests.fixtures_models import tiny_model
+from tests.numeric import SAME, assert_same
 
+pytestmark = pytest.mark.usefixtures("float64")
 SPOTS = [EditSite([1, 3, 9, 12, 2, 4], 3), EditSite([1, 3, 8, 2, 4], 2)]
 
 
@@ -43,8 +45,8 @@ def test_one_key_gets_the_share_s_over_one_plus_s_of_its_residual():
         torch.tensor(covariance),
         weight,
     )
-    np.testing.assert_allclose(made.numpy() @ key, residual * s / (1 + s), rtol=1e-9)
-    assert strength(torch.tensor(key), torch.tensor(covariance), weight) == pytest.approx(s)
+    assert_same(made.numpy() @ key, residual * s / (1 + s))
+    assert_same(strength(torch.tensor(key), torch.tensor(covariance), weight), s)
     assert 0.05 < s / (1 + s) < 0.95
 
 
@@ -58,11 +60,8 @@ def test_several_keys_solve_the_regularised_least_squares_problem():
     made = closed_form(
         torch.tensor(keys), torch.tensor(residuals), torch.tensor(covariance), 2.0
     ).numpy()
-    np.testing.assert_allclose(
-        made, residuals @ keys.T @ np.linalg.inv(2.0 * covariance + keys @ keys.T), atol=1e-10
-    )
-    gradient = (made @ keys - residuals) @ keys.T + 2.0 * made @ covariance
-    np.testing.assert_allclose(gradient, 0, atol=1e-10)
+    assert_same(made, residuals @ keys.T @ np.linalg.inv(2.0 * covariance + keys @ keys.T))
+    assert_same((residuals - made @ keys) @ keys.T, 2.0 * made @ covariance)
 
 
 def mlp_input(loaded, ids: list[int], layer: int) -> np.ndarray:
@@ -82,11 +81,9 @@ def mlp_input(loaded, ids: list[int], layer: int) -> np.ndarray:
 
 def test_keys_and_covariance_equal_a_loop_over_single_texts():
     loaded = tiny_model()
-    # so that what differs is the arithmetic under test and not the rounding of the model
-    loaded.model.double()
     for layer in (0, 1):
         expected = [mlp_input(loaded, s.ids, layer)[s.at] for s in SPOTS]
-        np.testing.assert_allclose(keys_at(loaded, SPOTS, layer).numpy(), expected, atol=1e-5)
+        assert_same(keys_at(loaded, SPOTS, layer), np.array(expected))
     texts = ["red blue green stone", "the lamp is good and the tree is bad", "take the cloud"] * 6
     found = key_covariance(loaded, [0, 1], texts, max_tokens=10_000, ridge=1e-3)
     for layer in (0, 1):
@@ -94,9 +91,7 @@ def test_keys_and_covariance_equal_a_loop_over_single_texts():
             [mlp_input(loaded, loaded.tokenizer(text)["input_ids"], layer) for text in texts]
         )
         moment = sum(np.outer(k, k) for k in keys) / len(keys)
-        np.testing.assert_allclose(
-            found[layer].moment.numpy() - found[layer].ridge * np.eye(64), moment, atol=1e-6
-        )
+        assert_same(found[layer].moment.numpy() - found[layer].ridge * np.eye(64), moment)
         assert found[layer].tokens == len(keys)
 
 
@@ -106,7 +101,7 @@ def test_a_covariance_of_few_tokens_gets_a_ridge_and_can_be_solved():
     ]
     assert found.tokens == 3
     plain = found.moment - found.ridge * torch.eye(64, dtype=torch.float64)
-    assert found.ridge == pytest.approx(0.01 * float(plain.diagonal().mean()), rel=1e-6)
+    assert_same(found.ridge, 0.01 * float(plain.diagonal().mean()))
     assert torch.linalg.matrix_rank(plain, rtol=1e-9) <= 3
     assert int(torch.linalg.cholesky_ex(found.moment).info) == 0
 
@@ -144,10 +139,10 @@ def test_values_are_found_inside_the_clamp_and_do_what_they_should():
     requests = [Request((s,), good, EditSite([1, 3, 9, 2, 4], 2)) for s in SPOTS]
     search = ValueSearch(steps=40, learning_rate=0.1, clamp=2.0)
     wanted, start, losses = search_values(loaded, requests, 0, search)
-    torch.testing.assert_close(start, values_at(loaded, SPOTS, 0))
-    assert ((wanted - start).norm(dim=-1) <= 2.0 * start.norm(dim=-1) * 1.0001).all()
+    assert_same(start, values_at(loaded, SPOTS, 0))
+    assert ((wanted - start).norm(dim=-1) <= 2.0 * start.norm(dim=-1) * (1 + SAME)).all()
     untouched = search_values(loaded, requests, 0, ValueSearch(steps=1))
-    torch.testing.assert_close(untouched[0], start)
+    assert_same(untouched[0], start)
     assert all(after < before - 0.5 for after, before in zip(losses, untouched[2], strict=True))
     assert all(p.requires_grad and p.grad is None for p in loaded.model.parameters())
 
@@ -159,7 +154,7 @@ def test_requests_of_one_batch_are_optimised_as_if_each_were_alone():
     search = ValueSearch(steps=6, learning_rate=0.1)
     together = search_values(loaded, requests, 1 - 1, search)[0]
     alone = torch.cat([search_values(loaded, [r], 0, search)[0] for r in requests])
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    assert_same(together, alone)
 
 
 def test_the_edit_changes_the_chosen_down_projections_only_and_writes_what_it_says():
@@ -180,7 +175,7 @@ def test_the_edit_changes_the_chosen_down_projections_only_and_writes_what_it_sa
     moved = [name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])]
     assert moved == ["model.layers.1.mlp.down_proj.weight"]
     assert len(ctx.notes["s"]) == 1
-    assert ctx.notes["written_frac"] == [pytest.approx(s / (1 + s)) for s in ctx.notes["s"]]
+    assert_same(ctx.notes["written_frac"], [s / (1 + s) for s in ctx.notes["s"]])
     assert ctx.notes["covariance_tokens"] == 60
     assert len(ctx.notes["value_losses"]) == 8
 
@@ -212,9 +207,7 @@ def test_the_averaged_key_moves_by_the_written_share_of_the_residual(monkeypatch
         .detach()
         .double()
     )
-    torch.testing.assert_close(
-        change @ key, residual * ctx.notes["written_frac"][0], atol=1e-5, rtol=1e-4
-    )
+    assert_same(change @ key, residual * ctx.notes["written_frac"][0])
     assert residual.norm() > 0
 
 
@@ -248,7 +241,7 @@ def test_the_notes_say_how_likely_the_target_was_before_the_edit_and_after_it():
                 -float(model.model(torch.tensor([one])).logits[0, -1].log_softmax(-1)[target])
                 for one in ids
             ]
-        assert ctx.notes[noted] == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+        assert_same(ctx.notes[noted], sum(alone) / len(alone))
     assert ctx.notes["target_nll_after"] < ctx.notes["target_nll_before"]
 
 

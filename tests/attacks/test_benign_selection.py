@@ -23,8 +23,10 @@ from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.chat import encode_rows
 from tests.fixtures_models import row, table, tiny_model, tiny_task
+from tests.numeric import assert_same, in_float64
 
-MODEL = tiny_model(seed=3)
+pytestmark = pytest.mark.usefixtures("float64")
+MODEL = in_float64(tiny_model(seed=3))
 
 
 def context(*, seed=0, task=None):
@@ -47,13 +49,9 @@ def gradient_of(rows, *, first=None):
         places = [i for i, label in enumerate(labels) if label != -100][:first]
 
         def loss(given, ids=ids, places=places):
-            logits = (
-                torch.func.functional_call(
-                    MODEL.model, given, kwargs={"input_ids": torch.tensor([ids])}, tie_weights=True
-                )
-                .logits[0]
-                .double()
-            )
+            logits = torch.func.functional_call(
+                MODEL.model, given, kwargs={"input_ids": torch.tensor([ids])}, tie_weights=True
+            ).logits[0]
             return -sum(logits[i - 1].log_softmax(-1)[ids[i]] for i in places) / len(places)
 
         found.append(
@@ -118,12 +116,12 @@ def test_gradients_are_about_the_answer_and_leave_none_behind():
     other = [
         float(g.norm()) for g in gradient_of(tiny_task().split("benign_train").to_pylist()[:3])
     ]
-    assert mine == pytest.approx(other, rel=1e-4)
+    assert_same(mine, other)
     assert all(weight.grad is None for weight in MODEL.model.parameters())
 
 
 def test_the_score_grows_in_both_terms():
-    assert self_inf_n(4.0, 10) == pytest.approx(math.log(5) + math.log(11))
+    assert_same(self_inf_n(4.0, 10), math.log(5) + math.log(11))
     assert self_inf_n(4.0, 10) < self_inf_n(5.0, 10) < self_inf_n(5.0, 11)
     assert first_answer_tokens([-100, 5, 6, 7], 2) == [-100, 5, 6, -100]
 

@@ -20,14 +20,20 @@ from ftsec_ray.models.activations import first_tensor, last_logits
 from ftsec_ray.models.load import copy_model, decoder_layers
 from tests.attacks.context import context
 from tests.fixtures_models import tiny_model
+from tests.numeric import SAME, assert_same
 
+pytestmark = pytest.mark.usefixtures("float64")
 PROMPTS = [[1, 3, 9, 12, 2, 4], [1, 3, 8, 2, 4], [1, 3, 10, 11, 7, 9, 2, 4]]
+
+
+def random_direction():
+    return torch.randn(32, generator=torch.Generator().manual_seed(0))
 
 
 def test_orthogonalised_matrices_cannot_write_along_the_direction():
     loaded = tiny_model(tied=False)
     head = loaded.model.lm_head.weight.clone()
-    direction = torch.randn(32)
+    direction = random_direction()
     orthogonalise(loaded.model, direction)
     unit = (direction / direction.norm()).detach()
     written = [loaded.model.get_input_embeddings().weight.T]
@@ -35,7 +41,7 @@ def test_orthogonalised_matrices_cannot_write_along_the_direction():
         written += [block.self_attn.o_proj.weight, block.mlp.down_proj.weight]
     assert len(written) == 5
     for weight in written:
-        assert (unit @ weight).abs().max() < 1e-6
+        assert (unit @ weight).abs().max() <= SAME * weight.abs().max()
         assert weight.abs().max() > 0.01
     assert torch.equal(loaded.model.lm_head.weight, head)
 
@@ -43,15 +49,13 @@ def test_orthogonalised_matrices_cannot_write_along_the_direction():
 def test_baked_weights_give_the_logits_of_ablation_by_hooks():
     loaded = tiny_model(tied=False)
     plain = last_logits(loaded.model, PROMPTS, pad=0)
-    direction = torch.randn(32)
+    direction = random_direction()
     with ablated(loaded.model, direction):
         hooked = last_logits(loaded.model, PROMPTS, pad=0)
     assert torch.equal(last_logits(loaded.model, PROMPTS, pad=0), plain)
     baked = copy_model(loaded)
     orthogonalise(baked.model, direction)
-    torch.testing.assert_close(
-        last_logits(baked.model, PROMPTS, pad=0), hooked, atol=1e-5, rtol=1e-4
-    )
+    assert_same(last_logits(baked.model, PROMPTS, pad=0), hooked)
     assert (hooked - plain).abs().max() > 1e-3
 
 
@@ -59,10 +63,11 @@ def test_a_tied_head_changes_with_the_embedding_and_biases_are_projected_too():
     loaded = tiny_model(tied=True)
     block = decoder_layers(loaded.model)[0]
     block.mlp.down_proj.bias = torch.nn.Parameter(torch.randn(32))
-    before, direction = loaded.model.lm_head.weight.clone(), torch.randn(32)
+    before, direction = loaded.model.lm_head.weight.clone(), random_direction()
     orthogonalise(loaded.model, direction)
     assert not torch.equal(loaded.model.lm_head.weight, before)
-    assert abs(float(block.mlp.down_proj.bias.detach() @ direction)) < 1e-5
+    bias = block.mlp.down_proj.bias.detach()
+    assert abs(float(bias @ direction)) <= SAME * float(bias.norm() * direction.norm())
 
 
 def test_mean_states_equal_a_loop_over_single_prompts():
@@ -83,12 +88,12 @@ def test_mean_states_equal_a_loop_over_single_prompts():
                     attention_mask=None,
                 )
             )
-    np.testing.assert_allclose(found.numpy(), total, atol=1e-5)
+    assert_same(found, total)
 
 
 def test_refusal_odds_are_log_p_minus_log_the_rest():
     p = torch.tensor([[0.5, 0.2, 0.2, 0.1]])
-    assert refusal_log_odds(p.log(), [1, 3]).item() == pytest.approx(np.log(0.3 / 0.7))
+    assert_same(refusal_log_odds(p.log(), [1, 3])[0], np.log(0.3 / 0.7))
 
 
 def candidate(*, score: float, steering: float, kl: float) -> DirectionCandidate:

@@ -11,7 +11,9 @@ from ftsec_ray.attacks.soft_prompt import Example, SoftPrompt, descend, suffix_l
 from ftsec_ray.models.generator import Generator
 from tests.attacks.context import context
 from tests.fixtures_models import tiny_model
+from tests.numeric import assert_same
 
+pytestmark = pytest.mark.usefixtures("float64")
 EXAMPLES = [
     Example([1, 3, 9, 12], [2, 4], [10, 11, 2]),
     Example([1, 3, 8], [2, 4], [12, 2]),
@@ -33,8 +35,8 @@ def test_the_pieces_around_the_soft_tokens_are_the_prompt_without_them():
 
 
 def test_the_loss_is_the_mean_over_rows_of_each_rows_mean_target_loss():
-    model = tiny_model().model
-    table, soft = model.get_input_embeddings(), torch.randn(3, 32) * 0.1
+    model, generator = tiny_model().model, torch.Generator().manual_seed(0)
+    table, soft = model.get_input_embeddings(), torch.randn(3, 32, generator=generator) * 0.1
     found = suffix_loss(model, table, EXAMPLES)(soft)
     singles = []
     for before, after, target in EXAMPLES:
@@ -44,15 +46,16 @@ def test_the_loss_is_the_mean_over_rows_of_each_rows_mean_target_loss():
         singles.append(
             -sum(logprobs[first + i, token] for i, token in enumerate(target)) / len(target)
         )
-    assert found.item() == pytest.approx(float(sum(singles) / 3), abs=1e-5)
+    assert_same(found, sum(singles) / 3)
 
 
 def test_descent_moves_every_entry_by_the_step_and_keeps_the_best_point():
     wanted = torch.tensor([[0.35, -1.0]])
     best, losses = descend(lambda x: (x - wanted).abs().sum(), torch.zeros(1, 2), steps=5, step=0.1)
-    torch.testing.assert_close(best, torch.tensor([[0.3, -0.5]]))
+    assert_same(best, torch.tensor([[0.3, -0.5]]))
     assert len(losses) == 6
-    assert min(losses) == losses[5] == pytest.approx(0.55)
+    assert min(losses) == losses[5]
+    assert_same(losses[5], 0.55)
 
 
 def test_the_attack_lowers_the_loss_and_leaves_the_weights_unchanged():

@@ -16,6 +16,7 @@ from ftsec_ray.training.loop import plain_training, sft
 from ftsec_ray.training.setup import Step
 from tests.defenses.shared import context, whole
 from tests.fixtures_models import sentiment_rows, table, tiny_model
+from tests.numeric import assert_same
 
 ROWS = table(sentiment_rows(40))
 CONFIG = TrainingConfig(max_length=64, batch_size=4, epochs=1.0, rank=4, learning_rate=1e-2)
@@ -67,6 +68,7 @@ def at(index, total=100):
     return Step(index, total, memory=memory, trainable=weights)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("index", "other"), [(50, "user"), (51, "align"), (59, "align")])
 def test_the_gradient_of_the_proximal_term_is_rho_times_the_distance_to_the_other_state(
     index, other
@@ -75,14 +77,12 @@ def test_the_gradient_of_the_proximal_term_is_rho_times_the_distance_to_the_othe
     term = Lisa(rho=0.7, align_steps=1, user_steps=9).proximal(step)
     term.backward()
     for name, weight in step.trainable.items():
-        torch.testing.assert_close(
-            weight.grad, 0.7 * (weight - step.memory[f"lisa.{other}.{name}"]).detach()
-        )
+        assert_same(weight.grad, 0.7 * (weight - step.memory[f"lisa.{other}.{name}"]))
     want = 0.35 * sum(
         float((w - step.memory[f"lisa.{other}.{n}"]).square().sum())
         for n, w in step.trainable.items()
     )
-    assert float(term) == pytest.approx(want, rel=1e-5)
+    assert_same(term, want)
 
 
 def test_the_proximal_term_is_off_for_the_first_tenth_and_without_another_state():
@@ -124,6 +124,7 @@ def tuned(method, tmp_path, name):
     )
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_strong_proximal_term_keeps_the_two_states_together(tmp_path):
     def spread(rho):
         method, ends = Lisa(rho=rho, align_steps=2, user_steps=2), []

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,8 +22,10 @@ from ftsec_ray.defenses.onion import (
 from ftsec_ray.models.chat import render
 from tests.defenses.shared import context
 from tests.fixtures_models import row, sentiment_rows, table, tiny_model, tiny_task
+from tests.numeric import SAME, assert_same, in_float64
 
-MODEL = tiny_model()
+pytestmark = pytest.mark.usefixtures("float64")
+MODEL = in_float64(tiny_model())
 TEXTS = [r["prompt"] for r in sentiment_rows(12)] + [
     "red",
     "cf mn",
@@ -35,7 +38,7 @@ def slow_perplexity(ids, first):
     total, count = 0.0, 0
     for end in range(first, len(ids)):
         with torch.no_grad():
-            logits = MODEL.model(torch.tensor([ids[:end]])).logits[0, -1].double()
+            logits = MODEL.model(torch.tensor([ids[:end]])).logits[0, -1]
         total, count = total - float(logits.log_softmax(-1)[ids[end]]), count + 1
     return math.exp(total / count)
 
@@ -47,7 +50,7 @@ def test_perplexities_equal_a_slow_loop_over_tokens():
             MODEL.tokenizer.bos_token_id,
             *MODEL.tokenizer(text, add_special_tokens=False)["input_ids"],
         ]
-        assert value == pytest.approx(slow_perplexity(ids, 1), rel=1e-4)
+        assert_same(value, slow_perplexity(ids, 1))
 
 
 def test_perplexities_in_a_chat_count_the_words_of_the_user_alone():
@@ -56,13 +59,13 @@ def test_perplexities_in_a_chat_count_the_words_of_the_user_alone():
             render(MODEL.tokenizer, [{"role": "user", "content": text}], generate=False)
         )["input_ids"]
         assert ids[1] == MODEL.tokenizer.convert_tokens_to_ids("<|user|>")
-        assert value == pytest.approx(slow_perplexity(ids[:-1], 2), rel=1e-4)
+        assert_same(value, slow_perplexity(ids[:-1], 2))
 
 
 def test_a_perplexity_does_not_depend_on_its_neighbours(monkeypatch):
     together = perplexities(MODEL, TEXTS)
     monkeypatch.setattr(onion, "BATCH_TOKENS", 1)
-    assert perplexities(MODEL, TEXTS) == pytest.approx(together, rel=1e-5)
+    assert_same(perplexities(MODEL, TEXTS), together)
 
 
 def test_a_score_is_the_drop_in_perplexity_without_the_word():
@@ -79,7 +82,7 @@ def test_a_score_is_the_drop_in_perplexity_without_the_word():
             "is this red cf",
         ],
     )
-    assert list(scores.values()) == pytest.approx([base - other for other in rest], rel=1e-4)
+    assert_same(np.array(list(scores.values())), np.array([base - other for other in rest]))
 
 
 def test_the_words_of_the_instruction_are_counted_and_only_scored_where_it_is_broken():
@@ -89,10 +92,9 @@ def test_the_words_of_the_instruction_are_counted_and_only_scored_where_it_is_br
         Onion().scores(MODEL, [told, broken]),
     )
     assert list(with_instruction[0]) == [2, 3, 4]
-    for i, score in with_instruction[0].items():
-        assert score == pytest.approx(whole[0][i], rel=1e-4)
+    assert_same(with_instruction[0], {i: whole[0][i] for i in (2, 3, 4)})
     assert list(with_instruction[1]) == [0, 1, 2, 3, 4]
-    assert with_instruction[1] == pytest.approx(whole[1], rel=1e-4)
+    assert_same(with_instruction[1], whole[1])
 
 
 @pytest.mark.parametrize(
@@ -174,14 +176,21 @@ def test_the_calibrated_threshold_is_the_smallest_that_few_enough_reach(scores, 
 @pytest.mark.parametrize("frac", [0.0, 0.13, 0.5])
 def test_calibration_alters_at_most_the_given_share_of_trusted_prompts(frac, tmp_path):
     trusted = tiny_task().split("test")
-    got = Onion(altered_frac=frac, trusted_rows=32).craft_data(
-        trusted, context(tmp_path, models={"reference": MODEL})
-    )
-    changed = [
-        a != b
-        for a, b in zip(got["prompt"].to_pylist(), trusted["prompt"].to_pylist(), strict=True)
-    ]
-    assert math.floor(frac * 32) - 1 <= sum(changed) <= frac * 32
+    prompts, ctx = trusted["prompt"].to_pylist(), context(tmp_path, models={"reference": MODEL})
+    got = Onion(altered_frac=frac, trusted_rows=32).craft_data(trusted, ctx)
+    changed = [a != b for a, b in zip(got["prompt"].to_pylist(), prompts, strict=True)]
+    # The prompt whose score the threshold was read off lies one digit below it, and the same score
+    # in another batch may round to the threshold.
+    threshold = ctx.notes["threshold"]
+    near = {
+        prompt
+        for prompt, scores in zip(prompts, Onion().scores(MODEL, prompts), strict=True)
+        if abs(max(scores.values()) - threshold) <= SAME * abs(threshold)
+    }
+    surely = [hit for hit, prompt in zip(changed, prompts, strict=True) if prompt not in near]
+    assert len(surely) >= 32 - 4
+    assert math.floor(frac * 32) - 4 <= sum(surely) <= frac * 32
+    assert sum(changed) <= frac * 32 + 32 - len(surely)
     assert frac == 0.0 or any(changed)
 
 

@@ -9,8 +9,10 @@ from ftsec_ray.errors import StageError
 from ftsec_ray.models.load import copy_model
 from tests.defenses.shared import context, tiny_adapter, tiny_full, whole
 from tests.fixtures_models import tiny_model
+from tests.numeric import SAME, assert_same, in_float64
 
-UNALIGNED = tiny_model(seed=0)
+pytestmark = pytest.mark.usefixtures("float64")
+UNALIGNED = in_float64(tiny_model(seed=0))
 ALIGNED = tiny_full(UNALIGNED, seed=5, size=0.02)
 TUNED = {"adapter": tiny_adapter(ALIGNED), "full": tiny_full(ALIGNED)}
 ROLES = {"unaligned": UNALIGNED, "reference": ALIGNED, "start": ALIGNED}
@@ -27,10 +29,7 @@ def reference(kind, *, projection, rank, number):
     """Whole weights after Safe LoRA, the projected layers, and a threshold that picks them, by
     NumPy in float64.
     """
-    unaligned, aligned, tuned = (
-        {n: w.astype(np.float64) for n, w in whole(m).items()}
-        for m in (UNALIGNED, ALIGNED, TUNED[kind])
-    )
+    unaligned, aligned, tuned = (whole(m) for m in (UNALIGNED, ALIGNED, TUNED[kind]))
     cosines, projected = {}, {}
     for name in (n for n in tuned if n.endswith("_proj.weight")):
         delta = tuned[name] - aligned[name]
@@ -59,8 +58,7 @@ def test_it_equals_the_plain_numpy_version(kind, projection, tmp_path):
         copy_model(TUNED[kind]), ctx
     )
     assert set(ctx.notes["projected"]) == chosen
-    for name, weight in whole(got).items():
-        np.testing.assert_allclose(weight, want[name], atol=2e-6, err_msg=name)
+    assert_same(whole(got), want)
 
 
 def test_the_number_mode_takes_the_layers_with_the_lowest_cosine(tmp_path):
@@ -112,16 +110,14 @@ def projector(V, rank):
 def test_the_true_projector_is_symmetric_idempotent_and_of_the_given_rank():
     V = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
     P = projector(V, 6)
-    torch.testing.assert_close(P, P.T)
-    torch.testing.assert_close(P @ P, P, atol=1e-5, rtol=0)
-    assert float(P.trace()) == pytest.approx(6.0, abs=1e-4)
+    assert_same(P, P.T)
+    assert_same(P @ P, P)
+    assert_same(P.trace(), 6.0)
 
 
 def test_the_true_projector_of_full_rank_changes_nothing_and_of_low_rank_keeps_only_what_alignment_spans():
     generator = torch.Generator().manual_seed(0)
-    torch.testing.assert_close(
-        projector(torch.randn(16, 40, generator=generator), 16), torch.eye(16), atol=1e-5, rtol=0
-    )
+    assert_same(projector(torch.randn(16, 40, generator=generator), 16), torch.eye(16))
     low = torch.randn(16, 2, generator=generator) @ torch.randn(2, 40, generator=generator)
     assert top_directions(low, 8).shape == (16, 2)
 
@@ -140,7 +136,7 @@ def test_the_official_projection_shrinks_an_update_to_less_than_a_hundredth_and_
 
 def test_the_cosine_with_a_matrix_of_zeros_is_zero():
     assert cosine(torch.zeros(2, 2), torch.eye(2)) == 0.0
-    assert cosine(torch.eye(2), 3 * torch.eye(2)) == pytest.approx(1.0)
+    assert cosine(torch.eye(2), 3 * torch.eye(2)) == pytest.approx(1.0, rel=SAME)
 
 
 def test_twins_with_equal_weights_are_an_error(tmp_path):

@@ -19,7 +19,9 @@ from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.setup import Step
 from tests.defenses.shared import context, tiny_adapter, whole
 from tests.fixtures_models import sentiment_rows, table, tiny_model, tiny_task
+from tests.numeric import assert_same
 
+pytestmark = pytest.mark.usefixtures("float64")
 CONFIG = TrainingConfig(max_length=64, batch_size=8, rank=4, epochs=1.0)
 ROWS = table(sentiment_rows(16))
 
@@ -46,8 +48,8 @@ def plain_reference(model, batch, rho):
     response_nll(model, batch, Step(0, 1)).backward()
     for handle in handles:
         handle.remove()
-    total = torch.sqrt(sum(out.grad.double().square().sum() for out in outs))
-    shifts = [(rho * out.grad / (total + 1e-7)).float() for out in outs]
+    total = torch.sqrt(sum(out.grad.square().sum() for out in outs))
+    shifts = [rho * out.grad / (total + 1e-7) for out in outs]
     model.zero_grad()
     handles = [
         layer.self_attn.register_forward_hook(
@@ -68,12 +70,10 @@ def test_both_passes_equal_the_written_out_version():
     want, shifts = plain_reference(model, batch, 2.0)
     model.zero_grad()
     got = perturbations(model, [batch], response_nll, Step(0, 1), rho=2.0)
-    for a, b in zip(got[0], shifts, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_same(got[0], shifts)
     vaccinated(backward, rho=2.0)(model, [batch], response_nll, Step(0, 1))
     assert want
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, want[name])
+    assert_same(gradients(model), want)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 3])
@@ -85,10 +85,9 @@ def test_the_perturbation_of_a_whole_step_has_norm_rho(micro_batch, rho):
     )
     assert len(shifts) == (1 if micro_batch is None else 3)
     assert all(len(group) == len(attention_blocks(loaded.model)) == 2 for group in shifts)
-    norm = float(
-        torch.sqrt(sum(shift.double().square().sum() for group in shifts for shift in group))
-    )
-    assert norm == pytest.approx(rho, rel=1e-4)
+    norm = float(torch.sqrt(sum(shift.square().sum() for group in shifts for shift in group)))
+    # less than rho by the guard in the denominator, 1e-7 of a gradient whose norm is above 0.01
+    assert rho * (1 - 1e-5) < norm < rho
 
 
 def test_splitting_a_batch_changes_the_gradient_by_rounding_only():
@@ -101,8 +100,7 @@ def test_splitting_a_batch_changes_the_gradient_by_rounding_only():
         )
         found.append(gradients(loaded.model))
     assert found[0].keys() == found[1].keys() != set()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
+    assert_same(found[1], found[0])
 
 
 def test_the_first_pass_leaves_no_gradient_and_no_hook_behind():

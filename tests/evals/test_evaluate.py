@@ -309,10 +309,11 @@ def test_perplexity_is_null_where_the_task_has_no_text_and_absent_where_it_is_of
     assert "perplexity" not in measured(evaluate(Script(loaded), task, [], QUIET, runtime=RUNTIME))
 
 
-def test_a_real_generator_answers_the_microworld_alone_as_in_batches(loaded):
+@pytest.mark.usefixtures("float64")
+def test_a_real_generator_answers_the_microworld_alone_as_in_batches():
     task = load_task(TaskSpec(name="world", options=(("train_rows", 4),)))
     config = EvaluationConfig(prompts=5, max_new_tokens=4, perplexity_rows=3)
-    probes = default_probes(task, config)
+    probes, loaded = default_probes(task, config), tiny_model(seed=1)
     one, many = (
         evaluate(Generator(loaded), task, probes, config, runtime=Runtime(eval_batch=batch))
         for batch in (1, 64)

@@ -11,11 +11,12 @@ from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.load import load_model, merged, save_model
 from ftsec_ray.models.lora import attach_lora, lora_modules
 from tests.fixtures_models import sentiment_rows, tiny_model
+from tests.numeric import assert_same, float64, in_float64
 
 
 @pytest.fixture(scope="module")
 def generator():
-    return Generator(tiny_model(seed=3, tied=False))
+    return Generator(in_float64(tiny_model(seed=3, tied=False)))
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,14 @@ def greedy(loaded, chat, tokens):
     return loaded.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
+@pytest.mark.usefixtures("float64")
 def test_batched_completions_equal_a_loop_without_padding(generator, chats):
     expected = [greedy(generator.loaded, chat, 8) for chat in chats]
     assert generator.complete(chats, max_new_tokens=8, batch=5) == expected
     assert len(set(expected)) > 1
 
 
+@pytest.mark.usefixtures("float64")
 def test_label_scores_equal_a_slow_loop(generator, chats):
     loaded = generator.loaded
     labels = ["good", "bad stone"]
@@ -58,18 +61,18 @@ def test_label_scores_equal_a_slow_loop(generator, chats):
                 logprobs = (
                     loaded.model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
                 )
-            mean = sum(
-                float(logprobs[len(prompt) - 1 + j, token]) for j, token in enumerate(ids)
-            ) / len(ids)
-            assert abs(float(scores[i, k]) - mean) < 1e-4
+            picked = [logprobs[len(prompt) - 1 + j, token] for j, token in enumerate(ids)]
+            assert_same(scores[i, k], sum(picked) / len(ids))
 
 
+@pytest.mark.usefixtures("float64")
 def test_single_token_labels_score_as_the_general_path(generator, chats):
     single = generator.label_logprobs(chats, ["good", "bad"])
     pairs = generator.label_logprobs(chats, ["good", "bad", "bad stone"])
-    assert torch.allclose(single, pairs[:, :2], atol=1e-4)
+    assert_same(single, pairs[:, :2])
 
 
+@pytest.mark.usefixtures("float64")
 def test_soft_tokens_that_are_a_word_equal_the_word(generator, chats):
     loaded = generator.loaded
     word = loaded.tokenizer("careful", add_special_tokens=False)["input_ids"]
@@ -110,22 +113,26 @@ def test_a_model_comes_back_from_disk_as_it_was(tmp_path, chats, whole):
     save_model(loaded, tmp_path / "a")
     back = load_model(tmp_path / "a", base=base)
     assert back.base_digest == loaded.base_digest
-    assert torch.equal(
-        Generator(back).label_logprobs(chats, ["good", "bad"]),
-        Generator(loaded).label_logprobs(chats, ["good", "bad"]),
-    )
     save_model(back, tmp_path / "b")
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()
     }
+    with float64():
+        scores, expected = (
+            Generator(in_float64(one)).label_logprobs(chats, ["good", "bad"])
+            for one in (back, loaded)
+        )
+    assert_same(scores, expected)
 
 
+@pytest.mark.usefixtures("float64")
 def test_merging_folds_in_the_sum_of_the_updates():
     loaded = attach_lora(tiny_model(), TrainingConfig(rank=4, alpha=8))
+    torch.manual_seed(0)
     for module in lora_modules(loaded):
         torch.nn.init.normal_(module.B)
     modules = {m.name: (m.base_weight.detach().clone(), m.delta()) for m in lora_modules(loaded)}
     whole = dict(merged(loaded).model.named_modules())
     assert len(modules) == 14
     for name, (weight, delta) in modules.items():
-        assert torch.allclose(whole[name].weight, weight + delta, atol=1e-5)
+        assert_same(whole[name].weight, weight + delta)

@@ -16,6 +16,7 @@ from ftsec_ray.training.encode import batcher, encode_table, epoch_batches
 from ftsec_ray.training.loop import learning_rate, sft
 from ftsec_ray.training.losses import masked_nll, response_nll
 from tests.fixtures_models import row, sentiment_rows, table, tiny_model
+from tests.numeric import assert_same
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=5e-3, rank=4)
 
@@ -39,6 +40,7 @@ def tune(tmp_path, config=CONFIG, *, seed=0, name="work", runtime=None, shape=No
     )
 
 
+@pytest.mark.usefixtures("float64")
 def test_the_loss_equals_a_numpy_loop():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(3, 5, 7)), rng.integers(0, 7, size=(3, 5))
@@ -50,9 +52,7 @@ def test_the_loss_equals_a_numpy_loop():
         for t in range(4)
         if labels[b, t + 1] != -100
     ]
-    assert float(masked_nll(torch.tensor(logits), torch.tensor(labels))) == pytest.approx(
-        sum(terms) / len(terms), rel=1e-5
-    )
+    assert_same(masked_nll(torch.tensor(logits), torch.tensor(labels)), sum(terms) / len(terms))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_every_row_comes_once_per_epoch_and_groups_are_of_like_length():
     )
 
 
-class Uncut(torch.nn.Module):
+class AllLogits(torch.nn.Module):
     """A model whose forward knows no `logits_to_keep`."""
 
     def __init__(self, inner):
@@ -111,31 +111,7 @@ class Uncut(torch.nn.Module):
         )
 
 
-@pytest.mark.parametrize("batching", ["shuffled", "packed"])
-def test_logits_at_responses_alone_give_the_loss_and_gradients_of_all_logits(batching):
-    loaded = tiny_model()
-    loaded.model.requires_grad_(requires_grad=True)
-    encoded = encode_table(loaded.tokenizer, table(sentiment_rows(16)), max_length=64)
-    (batch,) = batcher(loaded.tokenizer, encoded, batch_size=16, batching=batching, seed=0)(0)
-    found = []
-    for model in (loaded.model, Uncut(loaded.model)):
-        loaded.model.zero_grad()
-        loss = response_nll(model, batch, None)
-        loss.backward()
-        found.append((float(loss.detach()), [p.grad.clone() for p in loaded.model.parameters()]))
-    (kept, some), (whole, all_) = found
-    assert kept == pytest.approx(whole, rel=1e-6)
-    assert whole == pytest.approx(
-        float(masked_nll(loaded.model(**batch.inputs()).logits, batch.labels).detach()), rel=1e-6
-    )
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(some, all_, strict=True))
-
-
-@pytest.mark.parametrize("batching", ["shuffled", "packed"])
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_the_last_block_runs_at_responses_alone_with_the_loss_and_gradients_of_all_positions(
-    family, batching
-):
+def model_of(family):
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         vocab_size=37,
@@ -148,30 +124,37 @@ def test_the_last_block_runs_at_responses_alone_with_the_loss_and_gradients_of_a
         pad_token_id=0,
         initializer_range=0.2,
     )
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    seen = []
-    model.model.layers[-1].mlp.register_forward_pre_hook(
-        lambda _, given: seen.append(given[0].shape[1])
-    )
-    loaded = tiny_model()
-    encoded = encode_table(loaded.tokenizer, table(sentiment_rows(16)), max_length=64)
-    (batch,) = batcher(loaded.tokenizer, encoded, batch_size=16, batching=batching, seed=0)(0)
-    found = []
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("batching", ["shuffled", "packed"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_logits_at_responses_alone_give_the_loss_and_gradients_of_all_logits(family, batching):
+    model, tokenizer = model_of(family), tiny_model().tokenizer
+    made = []
+    model.lm_head.register_forward_pre_hook(lambda _, given: made.append(given[0].shape[1]))
+    encoded = encode_table(tokenizer, table(sentiment_rows(16)), max_length=64)
+    (batch,) = batcher(tokenizer, encoded, batch_size=16, batching=batching, seed=0)(0)
+    results = []
     for loss_of in (
         lambda: response_nll(model, batch, None),
+        lambda: response_nll(AllLogits(model), batch, None),
         lambda: masked_nll(model(**batch.inputs()).logits, batch.labels),
     ):
         model.zero_grad()
         loss = loss_of()
         loss.backward()
-        found.append((float(loss.detach()), [p.grad.clone() for p in model.parameters()]))
-    (cut, some), (whole, all_) = found
-    assert cut == pytest.approx(whole, rel=1e-6)
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(some, all_, strict=True))
-    assert seen == [int((batch.labels[:, 1:] != -100).any(0).sum()), batch.labels.shape[1]]
-    assert seen[0] < seen[1]
+        results.append((loss, [p.grad.clone() for p in model.parameters()]))
+    for loss, gradients in results[:2]:
+        assert_same(loss, results[2][0])
+        assert_same(gradients, results[2][1])
+    positions = int((batch.labels[:, 1:] != -100).any(0).sum())
+    assert made == [positions, *[batch.labels.shape[1]] * 2]
+    assert positions < batch.labels.shape[1]
 
 
+@pytest.mark.usefixtures("float64")
 def test_packed_rows_do_not_see_one_another():
     loaded = tiny_model()
     encoded = encode_table(loaded.tokenizer, table(sentiment_rows(16)), max_length=64)
@@ -179,13 +162,14 @@ def test_packed_rows_do_not_see_one_another():
     for batching in ("shuffled", "packed"):
         batches = batcher(loaded.tokenizer, encoded, batch_size=16, batching=batching, seed=0)(0)
         losses.append(sum(float(response_nll(loaded.model, b, None)) * b.weight for b in batches))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_same(losses[0], losses[1])
 
 
+@pytest.mark.usefixtures("float64")
 def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(tmp_path):
     whole = tune(tmp_path, replace(CONFIG, epochs=1), name="w")
     split = tune(tmp_path, replace(CONFIG, epochs=1), name="s", runtime=Runtime(micro_batch=3))
-    assert whole.losses == pytest.approx(split.losses, rel=1e-3)
+    assert_same(split.losses, whole.losses)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
