@@ -66,8 +66,10 @@ def load(source: str | Path | Mapping[str, Any]) -> SweepSpec:
 def make_plan(sweep: Sweep, store: Store | str | Path | None = None) -> Plan:
     """The plan of a sweep: its cells and the unique stages that answer them.
 
-    Args: sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan. store: Where trials of
-        searches may be: a plan with `search:` goes as far as they lead; None plans the first round.
+    Args:
+        sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan.
+        store: Where trials of searches may be: a plan with `search:` goes as far as they lead; None
+            plans the first round.
     """
     from ftsec_ray.plan.build import build_plan
     from ftsec_ray.store.artifact_store import Store
@@ -102,13 +104,16 @@ def run(
     """Run what the store lacks of a sweep, collect its tables, write its report, and return the
     tables.
 
-    Args: sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan. store: Folder or URI where
-        artifacts are kept and found again. results: Tables and report go to the folder of the
-        sweep's name below this one, or below this URI. executor: `tune` (Ray Tune), or another
-        name in `ftsec_ray.schedule.executors.EXECUTORS`. address: A running Ray cluster; None
-        starts Ray on this machine. workers: Stages at a time; None: the sweep's
-        `resources.workers`, else as many as fit. limit: Run the first so many cells only; the
-        others stay `pending`. on_event: Called with every start, end and failure of a unit.
+    Args:
+        sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan.
+        store: Folder or URI where artifacts are kept and found again.
+        results: Tables and report go to the folder of the sweep's name below this one, or below
+            this URI.
+        executor: `tune` (Ray Tune), or another name in `ftsec_ray.schedule.executors.EXECUTORS`.
+        address: A running Ray cluster; None starts Ray on this machine.
+        workers: Stages at a time; None: the sweep's `resources.workers`, else as many as fit.
+        limit: Run the first so many cells only; the others stay `pending`.
+        on_event: Called with every start, end and failure of a unit.
     """
     from ftsec_ray.results.remote_results import local_results, send_results
     from ftsec_ray.schedule.job_paths import is_uri
@@ -148,13 +153,18 @@ def submit(
     """Have a running Ray cluster run a sweep file as a job, and return the job; nothing is sent
     when the file has a fault.
 
-    Args: sweep: A sweep file. What it names by relative path is sent along. address: The cluster's
-        dashboard; None: http://127.0.0.1:8265. store: As for `run`; a URI unless all nodes are this
-        machine. results: As for `run`; None: `results` where all nodes are this machine, else
-        `results` in the store. workers: Stages at a time. limit: Run the first so many cells only.
-        submission_id: The job's id; None makes one. package: Whether this machine's ftsec_ray is
-        sent along; None: when it is a checkout or an editable install. shared_disk: Whether all
-        nodes mount this machine's absolute paths at the same place.
+    Args:
+        sweep: A sweep file. What it names by relative path is sent along.
+        address: The cluster's dashboard; None: http://127.0.0.1:8265.
+        store: As for `run`; a URI unless all nodes are this machine.
+        results: As for `run`; None: `results` where all nodes are this machine, else `results` in
+            the store.
+        workers: Stages at a time.
+        limit: Run the first so many cells only.
+        submission_id: The job's id; None makes one.
+        package: Whether this machine's ftsec_ray is sent along; None: when it is a checkout or an
+            editable install.
+        shared_disk: Whether all nodes mount this machine's absolute paths at the same place.
     """
     from ftsec_ray.schedule import job_paths, jobs, upload
 
@@ -396,9 +406,11 @@ def verify(
     """Say what of an archive would differ here: its sweep is planned again; code, packages, inputs
     and checksums are compared.
 
-    Args: archive: What `export` wrote. base: Folder at which the relative paths of its sweep start
-        here. store: A store that may hold artifacts of the same stages, to compare their bytes;
-        None compares none.
+    Args:
+        archive: What `export` wrote.
+        base: Folder at which the relative paths of its sweep start here.
+        store: A store that may hold artifacts of the same stages, to compare their bytes; None
+            compares none.
     """
     from ftsec_ray.results.verify import verify_archive
     from ftsec_ray.store.artifact_store import Store
@@ -418,11 +430,13 @@ def judge_audit(
     """How often the judges of finished results are wrong, the rates without their errors, and how
     far two judges agree.
 
-    Args: results: A results folder, or what `open_results` gave. labels: A table (.csv .tsv .jsonl
-        .json .parquet) with `truth` and `prompt_id` or `completion_sha256`, narrowed by `cell`,
-        `probe`. exact: Take the verdicts of the microworld's exact judge for the truth instead.
+    Args:
+        results: A results folder, or what `open_results` gave.
+        labels: A table (.csv .tsv .jsonl .json .parquet) with `truth` and `prompt_id` or
+            `completion_sha256`, narrowed by `cell`, `probe`.
+        exact: Take the verdicts of the microworld's exact judge for the truth instead.
         judges: Judges that read the answers to requests again, such as `refusal_phrases`, to be
-        audited and compared too.
+            audited and compared too.
     """
     from ftsec_ray.results.audit import audit_judges
 

@@ -57,10 +57,10 @@ def read_source(
     """The rows (schema.ROWS) of one source, in its own order; DataError with row and value where
     one does not fit.
 
-    Args: spec: Where the rows are, and which columns are what. With no column named, `prompt`,
-        `response` and, where
-            there are label words, `label` are taken by their own names, a `messages` column as a
-            conversation, and a single column as the prompt.
+    Args:
+        spec: Where the rows are, and which columns are what. With no column named, `prompt`,
+            `response` and, where there are label words, `label` are taken by their own names, a
+            `messages` column as a conversation, and a single column as the prompt.
         split_name: Goes into the row ids and decides the kind of the rows.
         labels: Label words; a label column may hold a word or an index into them.
         instruction: Template of the prompt, with {text}.

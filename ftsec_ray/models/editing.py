@@ -145,12 +145,16 @@ def key_covariance(
 ) -> dict[int, Covariance]:
     """Mean k k^T over all token positions of the texts, per layer.
 
-    Args: loaded: A model with whole weights. layers: Which layers. texts: Plain texts; each is cut
-        to `max_length` tokens, and no further text is read behind `max_tokens`. max_tokens:
-        Positions, about. max_length: Tokens per text; models with very long contexts would run out
-        of memory otherwise. ridge: Share of the mean diagonal that is added to the diagonal where
-        there are fewer positions than dimensions or
-            the moment is not positive definite.
+    Args:
+        loaded: A model with whole weights.
+        layers: Which layers.
+        texts: Plain texts; each is cut to `max_length` tokens, and no further text is read behind
+            `max_tokens`.
+        max_tokens: Positions, about.
+        max_length: Tokens per text; models with very long contexts would run out of memory
+            otherwise.
+        ridge: Share of the mean diagonal that is added to the diagonal where there are fewer
+            positions than dimensions or the moment is not positive definite.
     """
     import torch
 

@@ -129,9 +129,11 @@ def updates(
     With `low_rank` and an adapter that stands on the start's weights, the model stays an adapter
     model; in all other cases an adapter is folded in first.
 
-    Args: tuned: The model after tuning and whatever followed. start: What tuning started from; it
-        is only read. low_rank: Whether the caller's change of an update keeps it inside the columns
-        of LoRA's B or the rows of A.
+    Args:
+        tuned: The model after tuning and whatever followed.
+        start: What tuning started from; it is only read.
+        low_rank: Whether the caller's change of an update keeps it inside the columns of LoRA's B
+            or the rows of A.
     """
     start = merged(start) if start.has_adapter else start
     if low_rank and tuned.has_adapter and stands_on(tuned, start):

@@ -48,9 +48,9 @@ def parameters_of(model: ModelSpec) -> int:
 def prior_s(prior: tuple[float, float], parameters: int, resource: str) -> float:
     """Seconds that a stage should take on a model of this size.
 
-    Args: prior: Seconds, and seconds more per million weights, on one CPU core; only ratios matter
-        for
-            the order of work.
+    Args:
+        prior: Seconds, and seconds more per million weights, on one CPU core; only ratios matter
+            for the order of work.
         parameters: Count of weights.
         resource: Its class.
     """

@@ -94,11 +94,16 @@ def memory_gib(
     """GiB that one process of a tune takes on its GPU, without what it keeps of other models; by
     the table above.
 
-    Args: parameters: weights of the model. adapter: `lora` trains factors beside frozen weights,
-        `full` every weight. max_length: tokens per row, at most. micro_batch: rows per forward
-        pass. zero_stage: DeepSpeed ZeRO, 0..3: what is split over the workers (1 optimizer, 2
-        gradients too, 3 weights too). workers: processes of the tune, one GPU each. rank: of the
-        LoRA factors. offload_optimizer: whether moments and master stay in host memory.
+    Args:
+        parameters: weights of the model.
+        adapter: `lora` trains factors beside frozen weights, `full` every weight.
+        max_length: tokens per row, at most.
+        micro_batch: rows per forward pass.
+        zero_stage: DeepSpeed ZeRO, 0..3: what is split over the workers (1 optimizer, 2 gradients
+            too, 3 weights too).
+        workers: processes of the tune, one GPU each.
+        rank: of the LoRA factors.
+        offload_optimizer: whether moments and master stay in host memory.
         offload_parameters: whether weights do so between their uses.
     """
     width, depth = width_and_depth(parameters)

@@ -288,9 +288,13 @@ def scatter(dots: Sequence[Dot], *, title: str, utility: str, cost: str, heading
     """Safety against utility on the left and against cost on the right, with the names and the rest
     of the numbers between them.
 
-    Args: dots: The defenses. title: What a screen reader says. utility: Name of the left axis.
+    Args:
+        dots: The defenses.
+        title: What a screen reader says.
+        utility: Name of the left axis.
         cost: Name of the right axis; empty where no cost is known, and then there is no right
-        panel. headings: What `Dot.beside` says, in order.
+            panel.
+        headings: What `Dot.beside` says, in order.
     """
     top, height = 30, max(_H - 48, _DOT_LINE * len(dots))
 

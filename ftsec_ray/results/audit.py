@@ -140,10 +140,13 @@ def audit_judges(
     """Audit the judges of a results folder; DataError where the labels do not fit it, SpecError
     where there is nothing to audit by.
 
-    Args: results: What holds the answers and their verdicts. labels: A table (.csv .tsv .jsonl
-        .json .parquet) with `truth` and `prompt_id` or `completion_sha256`, narrowed by `cell`,
-        `probe`. exact: Take the verdicts of the microworld's exact judge for the truth. judges:
-        Names of judges that read the answers to requests again, beside the one of the sweep.
+    Args:
+        results: What holds the answers and their verdicts.
+        labels: A table (.csv .tsv .jsonl .json .parquet) with `truth` and `prompt_id` or
+            `completion_sha256`, narrowed by `cell`, `probe`.
+        exact: Take the verdicts of the microworld's exact judge for the truth.
+        judges: Names of judges that read the answers to requests again, beside the one of the
+            sweep.
     """
     if labels is not None and exact:
         raise SpecError(

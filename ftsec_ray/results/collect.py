@@ -80,11 +80,15 @@ def collect(
 ) -> Path:
     """Write the results of a plan into `folder` and return it.
 
-    Args: plan: What was to be done. store: What is done. report: What this run did, to tell fresh
-        stages from earlier ones; None when nothing ran, so all done ones are earlier. folder:
-        `<results>/<sweep name>`, made when absent. sweep_text: The sweep file as its author wrote
-        it; None writes the sweep's own fields instead. correction: How the comparisons are
-        corrected for their number: Benjamini-Hochberg, or Holm.
+    Args:
+        plan: What was to be done.
+        store: What is done.
+        report: What this run did, to tell fresh stages from earlier ones; None when nothing ran, so
+            all done ones are earlier.
+        folder: `<results>/<sweep name>`, made when absent.
+        sweep_text: The sweep file as its author wrote it; None writes the sweep's own fields
+            instead.
+        correction: How the comparisons are corrected for their number: Benjamini-Hochberg, or Holm.
     """
     found = _Found(plan, store, report)
     found.read_answers()

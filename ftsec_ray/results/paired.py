@@ -132,8 +132,10 @@ def sign_flip_p(counts: tuple[int, ...], total: int) -> float:
     """Exact two-sided p of the sign-flip test: the share of all sign patterns whose absolute sum is
     at least `total`.
 
-    Args: counts: How many units have the absolute difference 1, 2, ...; units without a difference
-        play no part. total: The absolute sum that was seen.
+    Args:
+        counts: How many units have the absolute difference 1, 2, ...; units without a difference
+            play no part.
+        total: The absolute sum that was seen.
     """
     import numpy as np
     from scipy.stats import binom

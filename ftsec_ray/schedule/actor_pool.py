@@ -146,8 +146,10 @@ class ActorPool:
     def make_way(self, waiting: Mapping[str, int], *, has_group: bool) -> None:
         """Let go of actors that nobody needs now and that hold what others wait for.
 
-        Args: waiting: units of each class that wait for an actor to start. has_group: whether a
-            worker group waits or runs: its processes take their cores and GPUs by themselves.
+        Args:
+            waiting: units of each class that wait for an actor to start.
+            has_group: whether a worker group waits or runs: its processes take their cores and GPUs
+                by themselves.
         """
         now = time.monotonic()
         spare = self._spare(waiting)

@@ -86,7 +86,8 @@ class ClusterCapacity:
     def free_slots_and_limit(self, *, least: int = 1) -> tuple[FreeSlots, int]:
         """Units of each class that may wait or run, and of all classes together.
 
-        Args: least: the latter is at least so many, whatever the sweep's `workers`.
+        Args:
+            least: the latter is at least so many, whatever the sweep's `workers`.
         """
         import ray
 
@@ -162,7 +163,9 @@ class GrowthMonitor:
         """A fault when all that is left waits for nodes of which there are none and none are
         coming.
 
-        Args: live: classes of the units that wait or run. running: of those that have a worker.
+        Args:
+            live: classes of the units that wait or run.
+            running: of those that have a worker.
             last_event: monotonic time of the latest event.
         """
         import ray

@@ -200,8 +200,9 @@ class Dispatcher:
     ) -> None:
         """A worker died, or came back without a verdict.
 
-        Args: code: why, should it be the last time. counted: whether it is one of the times that a
-            unit may lose its worker.
+        Args:
+            code: why, should it be the last time.
+            counted: whether it is one of the times that a unit may lose its worker.
         """
         error = redacted(error)
         began = self._began.pop(unit, None)

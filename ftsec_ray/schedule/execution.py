@@ -55,14 +55,20 @@ def execute(
     BudgetError, before anything starts, when that would take more than the sweep's budget; past it
     no further unit starts.
 
-    Args: plan: what to run. store: where artifacts are and go. executor: a name in `EXECUTORS`.
+    Args:
+        plan: what to run.
+        store: where artifacts are and go.
+        executor: a name in `EXECUTORS`.
         address: of a Ray cluster; None starts Ray on this machine, or joins the cluster of
-        `RAY_ADDRESS`. workers: units at a time; None takes the sweep's, else as many as there is
-        room for. runtime: where and how stages run; None takes the sweep's. cache_gib: base models
-        that a worker keeps in memory, at most; None takes the sweep's. runner: import path of the
-        function that runs one stage. session: import path of what makes the session of a worker:
-        (store, runtime, cache_gib) -> session. on_event: told in this process of every unit that
-        starts, finishes, fails or goes back to the queue.
+            `RAY_ADDRESS`.
+        workers: units at a time; None takes the sweep's, else as many as there is room for.
+        runtime: where and how stages run; None takes the sweep's.
+        cache_gib: base models that a worker keeps in memory, at most; None takes the sweep's.
+        runner: import path of the function that runs one stage.
+        session: import path of what makes the session of a worker: (store, runtime, cache_gib) ->
+            session.
+        on_event: told in this process of every unit that starts, finishes, fails or goes back to
+            the queue.
     """
     chosen = executor_of(executor)
     done = store.done()

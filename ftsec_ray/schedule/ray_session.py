@@ -43,9 +43,10 @@ def ray_session(
 ) -> Iterator[None]:
     """A Ray cluster: the one at hand, the one at an address, or one of this process.
 
-    Args: workers: units at a time, for the cores of a Ray of this process. least_cpus: cores that
-        it has at least. switches: more environment variables of this process for the time of the
-        run.
+    Args:
+        workers: units at a time, for the cores of a Ray of this process.
+        least_cpus: cores that it has at least.
+        switches: more environment variables of this process for the time of the run.
     """
     with (
         _quiet({**_SWITCHES, **(switches or {})}),

@@ -60,7 +60,8 @@ class UnitLeases:
     def take(self, warm: str | None) -> Unit | None:
         """The next unit; None while there is no room for another, or when none is ready.
 
-        Args: warm: base model that the worker has in memory that is likely to get it.
+        Args:
+            warm: base model that the worker has in memory that is likely to get it.
         """
         if len(self.live) >= self.limit or self._wide:
             # what would take one of the cores for which a pipeline waits, one by one, waits as well
