@@ -16,6 +16,7 @@ from typing import Any
 from ftsec_ray.config.method_entries import NONE
 from ftsec_ray.config.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
 from ftsec_ray.errors import SpecError, SpecFaults
+from ftsec_ray.evals.judging import judge_class
 from ftsec_ray.identity import digests
 from ftsec_ray.lifecycle import ROLES_BEFORE
 from ftsec_ray.method import Method
@@ -43,6 +44,9 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
         spec: The sweep.
         look: What is known of a cell: searches of attackers go as far as it leads.
     """
+    unknown = _judge_faults(spec)
+    if unknown:
+        raise SpecFaults(f"sweep {spec.name!r}", unknown)
     builder = _PlanBuilder(spec)
     cells, searches = builder.cells(look)
     stages, faults = builder.stages.stages, builder.stages.faults
@@ -53,6 +57,20 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
     if faults:
         raise SpecFaults(f"sweep {spec.name!r}", list(faults.values()))
     return Plan(spec, cells, stages, tuple(searches))
+
+
+def _judge_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
+    """One for every judge that there is none of, or that is named twice."""
+    faults = []
+    names = [name for name in (spec.evaluation.judge, *spec.evaluation.judges) if name is not None]
+    for name in dict.fromkeys(names):
+        try:
+            judge_class(name)
+            if names.count(name) > 1:
+                raise SpecError("a judge that is named twice", name, "each judge once")
+        except SpecError as fault:
+            faults.append(("evaluation", fault))
+    return faults
 
 
 class _PlanBuilder:

@@ -201,7 +201,9 @@ class Dispatcher:
         """A worker died, or came back without a verdict.
 
         Args:
-            code: why, should it be the last time.
+            unit: its id.
+            error: why, in words.
+            code: why in a word, should it be the last time.
             counted: whether it is one of the times that a unit may lose its worker.
         """
         error = redacted(error)

@@ -44,7 +44,9 @@ def ray_session(
     """A Ray cluster: the one at hand, the one at an address, or one of this process.
 
     Args:
+        address: of a running cluster; None starts one, or joins that of `RAY_ADDRESS`.
         workers: units at a time, for the cores of a Ray of this process.
+        resources: of the sweep.
         least_cpus: cores that it has at least.
         switches: more environment variables of this process for the time of the run.
     """

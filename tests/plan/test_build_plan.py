@@ -451,3 +451,26 @@ def test_planning_imports_neither_torch_nor_ray():
         cwd=Path(__file__).parents[2],
     )
     assert ended.stdout.strip() == "[]"
+
+
+def test_a_judge_that_there_is_none_of_is_a_fault_before_anything_runs():
+    evaluation = EvaluationConfig(judge="microwrld", judges=("target", "target", "nobody"))
+    with pytest.raises(SpecFaults) as caught:
+        build_plan(sweep(evaluation=evaluation))
+    assert len(caught.value.faults) == 3
+    assert "did you mean 'microworld'" in str(caught.value)
+    assert "named twice" in str(caught.value)
+
+
+def test_a_further_judge_adds_one_stage_to_a_cell_and_changes_no_other():
+    before = build_plan(sweep(attacks=("badnets",)))
+    after = build_plan(
+        sweep(attacks=("badnets",), evaluation=EvaluationConfig(judges=("refusal_phrases",)))
+    )
+    (added,) = set(after.stages) - set(before.stages)
+    assert set(before.stages) < set(after.stages)
+    assert after.cells[0].opinions == [added]
+    assert after.cells[0].score == before.cells[0].score
+    assert after.stages[added].params["judge_version"] == "1"
+    assert after.stages[added].resource == "cpu"
+    assert after.digest != before.digest, "the results of the one are not those of the other"
