@@ -41,7 +41,7 @@ rows and models a stage gets, threads, and how processes train together.
 """
 NOT_FOLLOWED: Mapping[str, str] = {
     "ftsec_ray.code_versions": "names VERSIONs and makes the lock",
-    "ftsec_ray.config.strategy": "reads a sweep: what it says is in params",
+    "ftsec_ray.config.strategy": "over how many processes a fine-tune is spread: in no digest",
     "ftsec_ray.errors": "the texts of errors: a stage that fails leaves no artifact",
     "ftsec_ray.execute.watchdog": "ends a stage that takes too long: it leaves no artifact",
     "ftsec_ray.identity.content": "what it makes is in a digest, or a checksum",

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,10 +23,11 @@ import pytest
 import ftsec_ray
 from ftsec_ray import api
 from ftsec_ray.errors import SpecError
+from ftsec_ray.execute import unit
 from ftsec_ray.identity import sha256
 from ftsec_ray.results.archive import Manifest
 from ftsec_ray.results.pack import code_of, packed_plan
-from ftsec_ray.results.verify import _digest_words
+from ftsec_ray.results.verify_code import digest_words
 from ftsec_ray.results.write import TABLES
 from tests.cli import toy
 from tests.cli.toy import call
@@ -146,7 +148,7 @@ def test_every_digest_of_every_shipped_sweep_follows_from_what_is_packed(tmp_pat
         (tmp_path / path.stem).mkdir()
         plan = api.make_plan(beside_its_inputs(path, tmp_path / path.stem))
         manifest = Manifest(
-            format=1,
+            format=2,
             sweep=path.stem,
             file="",
             plan=plan.digest,
@@ -156,9 +158,9 @@ def test_every_digest_of_every_shipped_sweep_follows_from_what_is_packed(tmp_pat
             files={},
         )
         packed = packed_plan(plan)
-        assert list(_digest_words(manifest, packed)) == []
+        assert list(digest_words(manifest, packed)) == []
         assert "do not follow" in next(
-            _digest_words(replace(manifest, code=replace(manifest.code, format=99)), packed)
+            digest_words(replace(manifest, code=replace(manifest.code, format=99)), packed)
         )
 
 
@@ -198,32 +200,105 @@ def elsewhere(archive: Path, env: dict[str, str]) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_other_code_is_named_with_the_stages_that_would_run_anew(workplace, tmp_path):
-    archive = finished(workplace)
-    same = package_with(
-        tmp_path / "same", training__losses=("Loss functions", "Reworded loss functions")
+def locked(env: dict[str, str]) -> dict[str, str]:
+    """The environment, once `make lock` ran in it."""
+    subprocess.run(
+        [sys.executable, "-m", "ftsec_ray.code_versions"],
+        check=True,
+        capture_output=True,
+        env=env,
+        cwd=env["PYTHONPATH"],
     )
-    assert elsewhere(archive, same)[0] == 0, "a docstring decides nothing"
+    return env
+
+
+FACTOR = ("return masked_nll_at(logits[:, :-1]", "return 1 * masked_nll_at(logits[:, :-1]")
+
+
+def test_other_versions_of_code_are_named_with_the_stages_that_would_run_anew(workplace, tmp_path):
+    archive = finished(workplace)
     env = package_with(
         tmp_path / "other",
-        training__losses=(
-            "return masked_nll_at(logits[:, :-1]",
-            "return 1 * masked_nll_at(logits[:, :-1]",
-        ),
+        stages__versions=('"tune": (1,', '"tune": (2,'),
         method=("VERSION: ClassVar[int] = 1", "VERSION: ClassVar[int] = 7"),
         config__sweep=(
             "epochs: Annotated[float, Gt(0)] = 3.0",
             "epochs: Annotated[float, Gt(0)] = 5.0",
         ),
     )
-    code, said = elsewhere(archive, env)
+    code, said = elsewhere(archive, locked(env))
     assert code == 1
-    assert "code: the code of tune stages has changed: ftsec_ray.training.losses\n" in said
-    assert "code: defense shrink has version 1 there and 7 here" in said
+    assert "code: tune stages have version 1 there and 2 here\n" in said
+    assert "code: defense shrink has version 1 there and 7 here\n" in said
     assert "tune: training.epochs 3.0 there, 5.0 here" in said
     assert "plan: 4 of 4 cells have another digest here" in said
     assert "would run anew" in said
+    assert "edited" not in said
     assert "differs here: code, plan" in said
+
+
+def test_other_code_under_the_same_version_is_a_difference_and_another_docstring_is_none(
+    workplace, tmp_path
+):
+    archive = finished(workplace)
+    reworded = ("Loss functions", "Reworded loss functions")
+    same = package_with(tmp_path / "same", training__losses=reworded)
+    assert elsewhere(archive, same)[0] == 0, "a docstring decides nothing"
+    edited = package_with(tmp_path / "edited", training__losses=FACTOR)
+    code, said = elsewhere(archive, edited)
+    assert code == 1
+    assert "code: the package here is edited under its versions.lock: training/losses.py" in said
+    assert "differs here: code\n" in said
+    code, said = elsewhere(archive, locked(edited))
+    assert code == 1
+    assert "code: the code of align stages, craft stages, evaluate stages" in said
+    assert "differs under the same VERSION" in said
+    assert "edited" not in said
+    assert "differs here: code\n" in said, "the digests are equal"
+
+
+def test_an_archive_of_a_package_that_was_edited_says_so(workplace, tmp_path):
+    archive = finished(workplace)
+    manifest = manifest_of(archive)
+    assert manifest["code"]["edited"] == []
+    manifest["code"]["edited"] = ["context.py"]
+    changed = rewritten(archive, {"manifest.json": json.dumps(manifest).encode()})
+    said = call("verify", str(changed), code=1).stdout
+    assert "code: the package there was edited under its versions.lock: context.py" in said
+
+
+def made_by_other_code(store: Path, kind: str) -> int:
+    """Give the records of a kind of stages another code; returns how many."""
+    records = [
+        path for path in store.rglob("record.json") if json.loads(path.read_text())["kind"] == kind
+    ]
+    for path in records:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "code": "0" * 32}))
+    return len(records)
+
+
+def test_artifacts_of_other_code_are_told_when_they_are_planned_run_and_verified(workplace):
+    archive = finished(workplace)
+    assert "made by other code" not in call("plan", "small.yaml").output
+    assert made_by_other_code(workplace / ".ftsec/store", "tune") == 2
+    stages = ftsec_ray.make_plan("small.yaml").stages
+    line = (
+        f"2 of {len(stages)} stages in the store were made by other code (tune): their VERSION is"
+        " unchanged, so they are reused; see `ftsec verify`\n"
+    )
+    assert line in call("plan", "small.yaml").stdout
+    assert json.loads(call("plan", "small.yaml", "--json").stdout)["made_by_other_code"] == {
+        "tune": 2
+    }
+    assert line in call("run", "small.yaml", "--executor", "local").stderr
+    assert "nothing would differ here" in call("verify", str(archive)).stdout
+    call("export", "small.yaml", "--out", "again.zip")
+    said = call("verify", "again.zip", code=1).stdout
+    assert (
+        f"code: 2 of {len(stages)} artifacts were made by other code than that of the package which"
+        " exported them, under the same VERSION: tune (2)\n"
+    ) in said
+    assert "differs here: code\n" in said
 
 
 def test_a_method_that_is_not_installed_here_is_named(workplace, tmp_path):
@@ -246,6 +321,67 @@ def test_other_versions_of_packages_are_named(workplace):
     assert "versions: torch 0.0.1, 0.0.2 there, " in said
     assert "versions: no-such-package 3 there, not installed here" in said
     assert "differs here: versions\n" in said
+
+
+@pytest.fixture
+def deepspeed_is(monkeypatch):
+    """Sets the installed version of deepspeed; None for none."""
+    real = metadata.version
+
+    def set_to(installed: str | None) -> None:
+        def version(name: str) -> str:
+            if name != "deepspeed":
+                return real(name)
+            if installed is None:
+                raise metadata.PackageNotFoundError(name)
+            return installed
+
+        monkeypatch.setattr(metadata, "version", version)
+        unit._versions.cache_clear()
+
+    yield set_to
+    unit._versions.cache_clear()
+
+
+@pytest.mark.parametrize("installed", [None, "9.9.9"])
+def test_an_export_verifies_with_and_without_an_optional_package(
+    workplace, deepspeed_is, installed
+):
+    deepspeed_is(installed)
+    archive = finished(workplace)
+    assert manifest_of(archive)["versions"]["deepspeed"] == [installed or ""]
+    assert "nothing would differ here" in call("verify", str(archive)).stdout
+
+
+def test_an_optional_package_that_only_one_side_has_is_a_difference(workplace, deepspeed_is):
+    deepspeed_is(None)
+    without = finished(workplace)
+    deepspeed_is("9.9.9")
+    said = call("verify", str(without), code=1).stdout
+    assert "versions: deepspeed not installed there, 9.9.9 here\n" in said
+    assert "differs here: versions\n" in said
+    shutil.rmtree(workplace / ".ftsec")
+    shutil.rmtree(workplace / "results")
+    having = finished(workplace)
+    deepspeed_is(None)
+    said = call("verify", str(having), code=1).stdout
+    assert "versions: deepspeed 9.9.9 there, not installed here\n" in said
+
+
+def test_a_package_that_runs_from_a_checkout_is_equal_to_itself(workplace, monkeypatch):
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name in ("ftsec_ray", "ftsec-ray"):
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    unit._versions.cache_clear()
+    archive = finished(workplace)
+    unit._versions.cache_clear()
+    assert manifest_of(archive)["versions"]["ftsec_ray"] == ["source"]
+    assert "nothing would differ here" in call("verify", str(archive)).stdout
 
 
 def test_local_inputs_are_compared_by_hash_and_never_packed(workplace):
@@ -435,6 +571,11 @@ def test_what_is_no_archive_is_refused_with_exit_code_2(workplace):
         "is not an archive of a sweep"
         in call("verify", str(rewritten(archive, {"manifest.json": None})), code=2).stderr
     )
+    older = json.dumps({**manifest_of(archive), "format": 1}).encode()
+    assert (
+        "an archive of an older format"
+        in call("verify", str(rewritten(archive, {"manifest.json": older})), code=2).stderr
+    )
     newer = json.dumps({**manifest_of(archive), "format": 99}).encode()
     assert (
         "newer ftsec_ray"
@@ -442,7 +583,7 @@ def test_what_is_no_archive_is_refused_with_exit_code_2(workplace):
     )
     for broken in (
         b"{",
-        b'{"format": 1}',
+        b'{"format": 2}',
         json.dumps({**manifest_of(archive), "code": None}).encode(),
     ):
         assert (

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from ftsec_ray.code_versions import stage_code
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, StageError
 from ftsec_ray.execute.unit import code_of, run_unit, short_text
@@ -48,6 +49,7 @@ def test_the_record_says_what_ran_where_and_at_what_cost(store, session):
         0,
     )
     assert (record["tokens"], record["notes"], record["attempt"]) == (7, {"seen": 0}, 2)
+    assert record["code"] == stage_code("tune")
     assert record["wall_s"] > 0
     assert record["cpu_s"] >= 0
     assert record["peak_bytes"] > 2**20
