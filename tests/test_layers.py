@@ -22,6 +22,7 @@ LAYERS = [
     "identity",
     "schema",
     "success",
+    "measured",
     "context",
     "method",
     "registry",
