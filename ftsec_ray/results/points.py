@@ -109,6 +109,11 @@ class GridPoint:
             return "partly"
         return "failed" if self.statuses["failed"] else "pending"
 
+    @cached_property
+    def cell_of(self) -> dict[int, str]:
+        """Seed -> cell."""
+        return {seed: cell for cell, seed in self.seeds.items()}
+
     def runs(self, metric: str) -> dict[int, Measured]:
         """Seed -> the value of a metric, where there is one."""
         return {self.seeds[cell]: one for cell, one in self.values.get(metric, {}).items()}
