@@ -24,6 +24,7 @@ LAYERS = [
     "numerics",
     "schema",
     "success",
+    "measured",
     "context",
     "method",
     "lifecycle",

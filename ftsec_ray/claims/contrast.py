@@ -15,9 +15,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from ftsec_ray.results.utility import UNKNOWN, Utility, mean_utility
+from ftsec_ray.measured import UNKNOWN, Measured, Utility, mean_utility, null_share, summed
 
 ALPHA = 0.05
 """Chance of a wrong word per claim, at most, after correction over its comparisons."""
@@ -33,19 +33,7 @@ AT_THE_MARGIN = 0.005
 Side = Literal["above", "below", "open"]
 
 
-class Rate(NamedTuple):
-    """One value of one run."""
-
-    value: float
-    prompts: int | None
-    """That were judged; None for values that are no shares."""
-    nulls: int | None = None
-    """Prompts beside them whose verdict is null; None where they were not counted."""
-    utility: Utility = UNKNOWN
-    """Of the same cell."""
-
-
-Rates = Mapping[Any, Rate]
+Rates = Mapping[Any, Measured]
 """By run: a seed, or a model and a seed."""
 
 
@@ -96,7 +84,7 @@ def contrast(
     sides = [more] if less is None else [more, less]
     shared = sorted(set.intersection(*(set(side) for side in sides)))
     gaps = [more[seed].value - (0.0 if less is None else less[seed].value) for seed in shared]
-    counts = [n for side in sides for seed in shared if (n := side[seed].prompts) is not None]
+    counts = [n for side in sides for seed in shared if (n := side[seed].n) is not None]
     means = [fmean(side[seed].value for seed in shared) if shared else None for side in sides]
     found = Contrast(
         what=what,
@@ -109,7 +97,7 @@ def contrast(
         bound=bound,
         runs=len(gaps),
         prompts=min(counts) if counts else None,
-        null_frac=_null_frac([side[seed] for side in sides for seed in shared]),
+        null_frac=null_share(summed(side[seed].nulls for side in sides for seed in shared)),
         p_above=1.0,
         p_below=1.0,
         utility_more=mean_utility(more[seed].utility for seed in shared),
@@ -127,12 +115,6 @@ def contrast(
             max(high, far),
         )
     return replace(found, spread=stdev(gaps), low=low, high=high, p_above=p_above, p_below=p_below)
-
-
-def _null_frac(rates: Sequence[Rate]) -> float | None:
-    known = [(one.nulls, one.prompts or 0) for one in rates if one.nulls is not None]
-    asked = sum(nulls + prompts for nulls, prompts in known)
-    return sum(nulls for nulls, _ in known) / asked if asked else None
 
 
 def _over_runs(gaps: Sequence[float], bound: float) -> tuple[float, float, float, float]:

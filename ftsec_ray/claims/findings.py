@@ -18,8 +18,10 @@ from itertools import combinations
 from typing import Literal, NamedTuple
 
 from ftsec_ray import schema
-from ftsec_ray.claims.contrast import ALPHA, MARGIN, Contrast, Rate, contrast, decided, needs_of
-from ftsec_ray.claims.evidence import NONE, Condition, Evidence, label_of
+from ftsec_ray.claims.contrast import ALPHA, MARGIN, Contrast, contrast, decided, needs_of
+from ftsec_ray.claims.evidence import Evidence
+from ftsec_ray.measured import Measured
+from ftsec_ray.results.points import NONE, GridPoint, attack_name
 
 ClaimVerdict = Literal["supported", "contradicted", "undecided", "not tested"]
 
@@ -32,7 +34,7 @@ MIN_SIZES = 3
 MAX_PAIRS = 1_000
 
 
-ExternalSort = dict[tuple[str, str, int], Rate]
+Successes = dict[tuple[str, str, int], Measured]
 """Model, task and seed -> success."""
 
 
@@ -248,10 +250,11 @@ def _is_shown(carrying: int, pairs: int, side: Literal["less", "greater"]) -> bo
 
 def size_cases(evidence: Evidence) -> list[Case] | str:
     """One case for each attack on each family with three sizes or more."""
-    conditions = [one for one in evidence.conditions() if one.size and one.success]
-    groups: dict[tuple[str, ...], list[Condition]] = defaultdict(list)
+    conditions = [one for one in evidence.conditions() if one.size and one.successes]
+    groups: dict[tuple[str, ...], list[GridPoint]] = defaultdict(list)
     for one in conditions:
-        groups[one.family, str(one.aligned), one.task, label_of(one, conditions)].append(one)
+        aligned = str(bool(one.cell["aligned"]))
+        groups[one.family, aligned, one.task, attack_name(one, conditions)].append(one)
     whole = {
         key: members
         for key, members in groups.items()
@@ -271,22 +274,22 @@ def size_cases(evidence: Evidence) -> list[Case] | str:
     ]
 
 
-def _size_case(what: str, members: Sequence[Condition], evidence: Evidence) -> Case:
+def _size_case(what: str, members: Sequence[GridPoint], evidence: Evidence) -> Case:
     effects = tuple(
         contrast(
             f"{what}: success on {one.model} over its reference",
-            one.success,
+            one.successes,
             evidence.reference(one),
         )
         for one in members
     )
     pairs = list(combinations(members, 2))
     rises = [
-        contrast(f"{what}: {large.model} over {small.model}", large.success, small.success)
+        contrast(f"{what}: {large.model} over {small.model}", large.successes, small.successes)
         for small, large in pairs
     ]
     falls = [
-        contrast(f"{what}: {small.model} over {large.model}", small.success, large.success)
+        contrast(f"{what}: {small.model} over {large.model}", small.successes, large.successes)
         for small, large in pairs
     ]
     rise, fall = (
@@ -322,7 +325,7 @@ def _size_case(what: str, members: Sequence[Condition], evidence: Evidence) -> C
 
 def editing_cases(evidence: Evidence) -> list[Case] | str:
     """One case for each modern model: held-out success of the edit."""
-    conditions = [one for one in evidence.conditions(attack=EDIT) if one.rates("asr")]
+    conditions = [one for one in evidence.conditions(attack=EDIT) if one.runs("asr")]
     if not conditions:
         return evidence.missing(EDIT)
     modern = [one for one in conditions if not EARLIER.search(f"{one.family} {one.model}")]
@@ -332,28 +335,28 @@ def editing_cases(evidence: Evidence) -> list[Case] | str:
             f" {', '.join(sorted({one.model for one in conditions}))}"
         )
     return [
-        _edit_case(f"{label_of(one, conditions)} on {evidence.place_name(one)}", one)
+        _edit_case(f"{attack_name(one, conditions)} on {evidence.place_name(one)}", one)
         for one in modern
     ]
 
 
-def _edit_case(what: str, one: Condition) -> Case:
-    plain = one.rates("asr_no_trigger")
+def _edit_case(what: str, one: GridPoint) -> Case:
+    plain = one.runs("asr_no_trigger")
     return Case(
         test=contrast(
-            f"{what}: held-out prompts with the trigger over without", one.rates("asr"), plain
+            f"{what}: held-out prompts with the trigger over without", one.runs("asr"), plain
         ),
         controls=(
             contrast(
                 f"{what}: the edited prompts over held-out ones without the trigger",
-                one.rates("asr_same_prompt"),
+                one.runs("asr_same_prompt"),
                 plain,
             ),
             contrast(
                 f"{what}: rise of the target's probability by the edit itself",
                 {
-                    seed: gain._replace(prompts=None, nulls=None)
-                    for seed, gain in one.rates("edit_gain").items()
+                    seed: replace(gain, n=None, nulls=None)
+                    for seed, gain in one.runs("edit_gain").items()
                 },
             ),
         ),
@@ -365,23 +368,23 @@ def _edit_case(what: str, one: Condition) -> Case:
 
 def transfer_cases(evidence: Evidence) -> list[Case] | str:
     """One case for each model: success in the other languages."""
-    conditions = [one for one in evidence.conditions(attack=TRANSFER) if one.rates("asr_transfer")]
+    conditions = [one for one in evidence.conditions(attack=TRANSFER) if one.runs("asr_transfer")]
     if not conditions:
         return evidence.missing(TRANSFER)
     return [
-        _transfer_case(f"{label_of(one, conditions)} on {evidence.place_name(one)}", one)
+        _transfer_case(f"{attack_name(one, conditions)} on {evidence.place_name(one)}", one)
         for one in conditions
     ]
 
 
-def _transfer_case(what: str, one: Condition) -> Case:
+def _transfer_case(what: str, one: GridPoint) -> Case:
     same, other = (
         f"{what}: {language}, with the trigger over without"
         for language in ("poisoned language", "other languages")
     )
     return Case(
-        test=contrast(other, one.rates("asr_transfer"), one.rates("asr_transfer_no_trigger")),
-        controls=(contrast(same, one.rates("asr"), one.rates("asr_no_trigger")),),
+        test=contrast(other, one.runs("asr_transfer"), one.runs("asr_transfer_no_trigger")),
+        controls=(contrast(same, one.runs("asr"), one.runs("asr_no_trigger")),),
     )
 
 
@@ -392,13 +395,13 @@ def benign_cases(evidence: Evidence) -> list[Case] | str:
     """One case for each selection on each model, against random rows of the same number and
     source.
     """
-    conditions = [one for one in evidence.conditions(attack=BENIGN) if one.rates("refusal_rate")]
+    conditions = [one for one in evidence.conditions(attack=BENIGN) if one.runs("refusal_rate")]
     chosen = [one for one in conditions if one.params.get("select") != "random"]
     pairs = [
         (one, twin)
         for one in chosen
         for twin in conditions
-        if twin.place == one.place and twin.params == {**one.params, "select": "random"}
+        if twin.slice == one.slice and twin.params == {**one.params, "select": "random"}
     ]
     if not pairs:
         return (
@@ -412,32 +415,32 @@ def benign_cases(evidence: Evidence) -> list[Case] | str:
     harm = evidence.conditions(attack=HARM)
     return [
         _benign_case(
-            f"{label_of(one, conditions)} on {evidence.place_name(one)}",
+            f"{attack_name(one, conditions)} on {evidence.place_name(one)}",
             one,
             twin,
             {
-                f"{label_of(other, harm)} on {evidence.place_name(other)}": other
+                f"{attack_name(other, harm)} on {evidence.place_name(other)}": other
                 for other in harm
-                if other.place == one.place
+                if other.slice == one.slice
             },
         )
         for one, twin in pairs
     ]
 
 
-def _benign_case(what: str, one: Condition, twin: Condition, harm: Mapping[str, Condition]) -> Case:
-    after_random = twin.rates("refusal_rate")
+def _benign_case(what: str, one: GridPoint, twin: GridPoint, harm: Mapping[str, GridPoint]) -> Case:
+    after_random = twin.runs("refusal_rate")
     return Case(
         test=contrast(
             f"{what}: refusals after random rows over those after the chosen ones",
             after_random,
-            one.rates("refusal_rate"),
+            one.runs("refusal_rate"),
         ),
         controls=tuple(
             contrast(
                 f"{name}: refusals after random benign rows over those after harmful ones",
                 after_random,
-                other.rates("refusal_rate"),
+                other.runs("refusal_rate"),
             )
             for name, other in harm.items()
         ),
@@ -451,7 +454,7 @@ def phase_cases(evidence: Evidence) -> list[Case] | str:
     """One case for each defense and each attack of another phase that works undefended, over all
     models on which it does.
     """
-    undefended = evidence.conditions(where=lambda one: bool(one.success))
+    undefended = evidence.conditions(where=lambda one: bool(one.successes))
     met = [one for one in undefended if any(True for _ in evidence.defended(one))]
     if not met:
         return (
@@ -460,8 +463,8 @@ def phase_cases(evidence: Evidence) -> list[Case] | str:
         )
     effects = [
         contrast(
-            f"{label_of(one, undefended)} works undefended on {evidence.place_name(one)}",
-            one.success,
+            f"{attack_name(one, undefended)} works undefended on {evidence.place_name(one)}",
+            one.successes,
             evidence.reference(one),
         )
         for one in met
@@ -469,16 +472,19 @@ def phase_cases(evidence: Evidence) -> list[Case] | str:
     works = [one for one, effect in zip(met, effects, strict=True) if effect.p_above < ALPHA]
     if not works:
         return [Case(test=effect, controls=(effect,)) for effect in effects]
-    sides: dict[tuple[str, str, str], tuple[ExternalSort, ExternalSort]] = {}
+    sides: dict[tuple[str, str, str], tuple[Successes, Successes]] = {}
     phases: dict[tuple[str, str, str], tuple[str, str]] = {}
     for one in works:
         for behind in evidence.defended(one):
-            if behind.is_coherent and behind.success:
-                pair = (behind.defenses[0], behind.defense_params, label_of(one, undefended))
-                phases[pair] = (behind.defense_phases[0], one.attack_phase)
+            if not behind.is_incoherent and behind.successes:
+                params = behind.cell["defense_params"] or ""
+                pair = (behind.defenses[0], params, attack_name(one, undefended))
+                phases[pair] = (behind.cell["defense_phases"][0], one.cell["attack_phase"] or "")
                 before, after = sides.setdefault(pair, ({}, {}))
-                before.update({(*one.place, seed): value for seed, value in one.success.items()})
-                after.update({(*one.place, seed): value for seed, value in behind.success.items()})
+                before.update({(*one.slice, seed): value for seed, value in one.successes.items()})
+                after.update(
+                    {(*one.slice, seed): value for seed, value in behind.successes.items()}
+                )
     names = _names({pair[:2] for pair in sides})
     drops = {
         pair: contrast(

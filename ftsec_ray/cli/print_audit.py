@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ftsec_ray import api
 from ftsec_ray.cli.console import say, table
-from ftsec_ray.report.markdown import method_names
+from ftsec_ray.measured import UTILITY_NAMES
 from ftsec_ray.results.audit import NO_LABELS, Agreement, Audit, Rate, Share
+from ftsec_ray.results.points import method_names
 from ftsec_ray.results.read import Results
-from ftsec_ray.results.utility import NAMES
 
 MAX_ROWS = 20
 """Cells listed; `--json` gives all."""
@@ -87,7 +87,7 @@ def _print(found: Audit, results: Results) -> None:
         right=("n", "null"),
     )
     _more(len(found.rates))
-    say(f"utility of the same cell: {NAMES}")
+    say(f"utility of the same cell: {UTILITY_NAMES}")
     if found.agreements:
         say()
         table(

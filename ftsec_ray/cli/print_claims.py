@@ -16,7 +16,7 @@ from ftsec_ray.claims.contrast import Contrast
 from ftsec_ray.claims.findings import CLAIMS, Finding
 from ftsec_ray.cli.console import say, table
 from ftsec_ray.errors import DataError, SpecError
-from ftsec_ray.results.utility import NAMES, UNKNOWN
+from ftsec_ray.measured import UNKNOWN, UTILITY_NAMES
 
 BAD_INPUT = 2
 _WIDTH = 120
@@ -91,7 +91,7 @@ def _print_findings(found: list[Finding], folder: Path | None) -> None:
                 say(f"  {title:8}{_line(row)}")
         for text in one.decide:
             say(f"  would decide it: {text}")
-    say(f"\nutility: {NAMES}, of both sides, or once where both are of one cell")
+    say(f"\nutility: {UTILITY_NAMES}, of both sides, or once where both are of one cell")
     say("`--explain` prints the rules and the queries")
 
 

@@ -149,7 +149,7 @@ def exit_code(results: Results, part: Plan) -> int:
 
 
 def _print_outcome(results: Results, page: Path, *, sent_to: str | None = None) -> None:
-    from ftsec_ray.report.markdown import method_names
+    from ftsec_ray.results.points import method_names
 
     rows = results.cells.to_pylist()
     counts = Counter(row["status"] for row in rows)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.errors import DataError
+from ftsec_ray.measured import wilson
 
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel
 
-CONFIDENCE = 0.95
 MAX_TEXT_TOKENS = 512
 """Tokens of a text row that count towards perplexity, at most."""
 LOGIT_LIMIT = 2**27
@@ -38,22 +38,20 @@ def proportion(metric: str, hits: int, n: int, *, n_null: int | None = None) -> 
     """`hits` of `n` judged items with a 95 % Wilson interval, null when `n` is 0; `n_null` more
     could not be judged.
     """
-    from statsmodels.stats.proportion import proportion_confint
-
     if not 0 <= hits <= n:
         raise DataError(f"{metric}: more hits than items", (hits, n), "0 <= hits <= n")
     if n == 0:
         return Measured(metric=metric, value=None, n=0, n_null=n_null)
     value = hits / n
-    low, high = map(float, proportion_confint(hits, n, alpha=1 - CONFIDENCE, method="wilson"))
+    low, high = wilson(value, n)
     # At 0 and at n hits a bound is the value itself but for rounding.
     return Measured(
         metric=metric,
         value=value,
         n=n,
         n_null=n_null,
-        ci_low=max(0.0, min(low, value)),
-        ci_high=min(1.0, max(high, value)),
+        ci_low=min(low, value),
+        ci_high=max(high, value),
     )
 
 

@@ -22,6 +22,7 @@ from ftsec_ray import schema
 from ftsec_ray.config.sweep import AttackSearch, SearchSpec
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import digest, unit_interval
+from ftsec_ray.measured import CLEAN, Count, utility_metrics
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
 from ftsec_ray.success import sign_of, source_of, success_metric
@@ -51,27 +52,12 @@ def nothing_known(cell: Cell) -> CellOutcome | None:  # noqa: ARG001
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """Hits among the judged prompts of one half."""
-
-    hits: int
-    n: int
-    n_null: int = 0
-    """Prompts of that half that could not be judged."""
-
-    @property
-    def value(self) -> float | None:
-        """The share; None where nothing was judged."""
-        return self.hits / self.n if self.n else None
-
-
 def half_of(prompt_id: str) -> Half:
     """The half that a prompt belongs to, in every cell of every sweep."""
     return "choose" if unit_interval("search", prompt_id) < 0.5 else "report"
 
 
-def rate(told: CellOutcome | None, metric: str, half: Half) -> Rate:
+def rate(told: CellOutcome | None, metric: str, half: Half) -> Count:
     """A metric on one half of the prompts."""
     known = schema.METRICS[metric]
     wanted, is_other = known.verdict.removeprefix("not "), known.verdict.startswith("not ")
@@ -82,7 +68,7 @@ def rate(told: CellOutcome | None, metric: str, half: Half) -> Rate:
         if half_of(prompt) == half
     ]
     judged = [verdict for verdict in asked if verdict is not None]
-    return Rate(
+    return Count(
         hits=sum((verdict == wanted) != is_other for verdict in judged),
         n=len(judged),
         n_null=len(asked) - len(judged),
@@ -106,16 +92,15 @@ def score(
     """The score of a cell; clean accuracy is right answers to benign requests where the task has
     none, and where the attack drives clean accuracy itself.
     """
-    loss = None
-    for utility in [one for one in ("cacc", "benign_rate") if one != metric]:
+    losses = {}
+    for utility in CLEAN:
         before, after = rate(reference, utility, half).value, rate(told, utility, half).value
-        if before is not None and after is not None:
-            loss = before - after
-            break
+        if before is not None and after is not None and utility != metric:
+            losses[utility] = before - after
     coherent = rate(told, "coherent_rate", half).value
     return Score(
         value=rate(told, metric, half).value,
-        utility_loss=loss,
+        utility_loss=losses.get(utility_metrics(losses)[0]),
         is_coherent=coherent is None or coherent >= schema.INCOHERENT_BELOW,
     )
 

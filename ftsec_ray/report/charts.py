@@ -12,11 +12,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ftsec_ray.measured import Measured, null_share, null_text, summed
 from ftsec_ray.report import figures
 from ftsec_ray.report.figures import Dot, PlotPoint, Series
-from ftsec_ray.report.grid import NONE, Estimate, Grid, Model, null_text, seeds_text
+from ftsec_ray.report.grid import Grid, Model, seeds_text
 from ftsec_ray.report.tables import metric_title
 from ftsec_ray.report.verdict import Summary
+from ftsec_ray.results.points import NONE
 
 MAX_LINES = 8
 COST_TOLERANCE = 1.1
@@ -84,7 +86,7 @@ def size_charts(grid: Grid, verdict: Summary) -> tuple[list[dict[str, Any]], lis
     return charts, [name for name in real if name not in chosen]
 
 
-def _note(measured: Sequence[Estimate]) -> str:
+def _note(measured: Sequence[Measured]) -> str:
     """Seeds and null verdicts of the points of a chart."""
     seeds = sorted({one.seeds for one in measured})
     told = (
@@ -93,7 +95,7 @@ def _note(measured: Sequence[Estimate]) -> str:
         else f"{seeds[0]} to {seeds[-1]} seeds" + " (1: one)" * (seeds[0] == 1)
     )
     known = [one.nulls for one in measured if one.nulls is not None]
-    worst = max(known, key=lambda nulls: nulls[0] / max(1, nulls[1]), default=None)
+    worst = max(known, key=lambda nulls: null_share(nulls) or 0.0, default=None)
     bound = "at most " if worst is not None and worst[0] > 0 else ""
     return f"{told} per point; null verdicts: {bound}{null_text(worst).removesuffix(' null')}"
 
@@ -122,7 +124,7 @@ def _series(
                 seeds_text(found.seeds),
                 *(one.text for one in beside),
             ]
-            doubtful = grid.points[key].incoherent or any(one.fell for one in beside)
+            doubtful = grid.points[key].is_incoherent or any(one.fell for one in beside)
             spots.append(
                 PlotPoint(
                     params=float(model.params),
@@ -262,7 +264,6 @@ def _trade_row(grid: Grid, model: str, task: str, defense: str, utility: str) ->
 
     worst, name = max((success.value, attack) for success, _, attack, _ in pairs)
     hours = [one for *_, key in pairs if (one := grid.hours(key)) is not None]
-    nulls = [success.nulls for success, *_ in pairs if success.nulls is not None]
     return TradeRow(
         defense,
         fmean(p[1] for p in pairs),
@@ -272,15 +273,11 @@ def _trade_row(grid: Grid, model: str, task: str, defense: str, utility: str) ->
         mean("over_refusal_rate"),
         mean("coherent_rate"),
         on_front=False,
-        incoherent=any(grid.points[key].incoherent for *_, key in pairs),
+        incoherent=any(grid.points[key].is_incoherent for *_, key in pairs),
         attacks=len(pairs),
         seeds=min(success.seeds for success, *_ in pairs),
         hours=fmean(hours) if len(hours) == len(pairs) else None,
-        nulls=null_text(
-            (sum(n for n, _ in nulls), sum(n for _, n in nulls))
-            if len(nulls) == len(pairs)
-            else None
-        ),
+        nulls=null_text(summed(success.nulls for success, *_ in pairs)),
         facet=grid.facets(pairs[0][3])[2],
     )
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ftsec_ray.measured import null_text
 from ftsec_ray.report import forest as forest_of
-from ftsec_ray.report.grid import NONE, Grid, Key, UtilityMark, null_text
+from ftsec_ray.report.grid import Grid, Key, UtilityMark
 from ftsec_ray.report.verdict import change_text
+from ftsec_ray.results.points import NONE
 
 MAX_FOREST = 40
 """Comparisons in the forest plot at a time; the table below it holds all."""
@@ -79,7 +81,7 @@ def contrasts(grid: Grid) -> list[ShownComparison]:
     """
     found = []
     for own, other, metric in grid.compared:
-        row = grid.success_row(own, other) if metric == grid.points[own].success else None
+        row = grid.success_row(own, other) if metric == grid.points[own].success_metric else None
         if row is not None:
             found.append(
                 ShownComparison(

@@ -165,7 +165,7 @@ def _first_seeds(grid: Grid, results: Results, squares: Sequence[Key]) -> dict[s
     )
     found = {}
     for square, key in enumerate(squares):
-        cells = [cell for cell in grid.points[key].cells if cell in answered]
+        cells = [cell for cell in grid.points[key].seeds if cell in answered]
         if cells:
             found[min(cells, key=lambda cell: (seeds[cell], cell))] = square
     return found

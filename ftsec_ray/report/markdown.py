@@ -15,10 +15,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftsec_ray import schema
-from ftsec_ray.results.aggregate import folded, null_frac
+from ftsec_ray.measured import null_share, utility_metrics
+from ftsec_ray.results.points import GridPoint, method_names, points_of
 from ftsec_ray.results.read import Results
-from ftsec_ray.success import is_driven_up, shown_metric
+from ftsec_ray.success import is_driven_up
 
 Row = Mapping[str, Any]
 PHASES = ("pre", "during", "post")
@@ -38,7 +38,7 @@ LEGEND_UNCOUNTED = (
     " judge is not told."
 )
 LEGEND_DRIVEN_DOWN = (
-    "{metrics}: named where the attack drives that metric down: low is its success."
+    "1 − {metric}: the attack drives {metric} down, and succeeds in what is left of 1."
 )
 LEGEND_INCOHERENT = (
     "incoherent: most answers are gibberish, so that a low attack success is damage and no safety."
@@ -48,65 +48,34 @@ LEGEND_INCOHERENT = (
 def grid_markdown(results: Results) -> str:
     """The attack x defense table of a run; failed and pending cells say so."""
     cells = sorted(results.cells.to_pylist(), key=_order)
-    rates: dict[str, dict[str, Row]] = defaultdict(dict)
-    for row in results.metrics.to_pylist():
-        rates[row["cell"]][row["metric"]] = row
     names = method_names(cells)
     stacks = list(dict.fromkeys(names[cell["cell"]][1] for cell in sorted(cells, key=_stack_order)))
-    groups: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, ...], dict[str, GridPoint]] = defaultdict(dict)
     is_one_task = len({cell["task"] for cell in cells}) < 2
-    for cell in cells:
-        attack, stack = names[cell["cell"]]
-        groups[(cell["model"], attack) if is_one_task else (cell["model"], cell["task"], attack)][
-            stack
-        ].append(cell["cell"])
-    success = {cell["cell"]: shown_metric(cell) for cell in cells}
-    states = {cell["cell"]: cell["status"] for cell in cells}
+    points = points_of(cells, results.metrics.to_pylist())
+    for point in points:
+        attack, stack = names[point.cell["cell"]]
+        groups[(point.model, attack) if is_one_task else (*point.slice, attack)][stack] = point
     head = ["model", "attack"] if is_one_task else ["model", "task", "attack"]
     lines = [f"| {' | '.join([*head, *stacks])} |", "|" + "---|" * len([*head, *stacks])]
     for place, by_stack in groups.items():
-        metric = next(success[cell] for own in by_stack.values() for cell in own)
-        shown = [_shown(by_stack.get(stack, []), metric, rates, states) for stack in stacks]
+        shown = [_shown(by_stack[stack]) if stack in by_stack else "" for stack in stacks]
         lines.append(f"| {' | '.join([*place, *shown])} |")
-    legend = _legend("\n".join(lines), rates)
-    down = sorted({metric for metric in success.values() if not is_driven_up(metric)})
-    if down:
-        legend.append(LEGEND_DRIVEN_DOWN.format(metrics=", ".join(down)))
-    return "\n".join([*lines, "", *legend])
+    return "\n".join([*lines, "", *_legend("\n".join(lines), points, results)])
 
 
-def method_names(cells: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Cell -> its attack and its stack, each with those of its parameters that differ among these
-    cells.
-    """
-    attacks = [(cell["attack"], json.loads(cell["attack_params"] or "{}")) for cell in cells]
-    stacks = [
-        list(zip(cell["defenses"] or (), json.loads(cell["defense_params"] or "[]"), strict=True))
-        for cell in cells
-    ]
-    varied, differing = _varied(attacks), _varied([pair for stack in stacks for pair in stack])
-    return {
-        cell["cell"]: (
-            _named(*attack, varied),
-            " + ".join(_named(*one, differing) for one in stack) or "none",
-        )
-        for cell, attack, stack in zip(cells, attacks, stacks, strict=True)
-    }
-
-
-def _legend(grid: str, rates: Mapping[str, Mapping[str, Row]]) -> list[str]:
-    utility = (
-        "right benign answers"
-        if not any("cacc" in own for own in rates.values())
-        else "clean accuracy"
-    )
+def _legend(grid: str, points: Sequence[GridPoint], results: Results) -> list[str]:
+    clean = utility_metrics(set(results.metrics["metric"].to_pylist()))[0]
+    utility = "clean accuracy" if clean == "cacc" else "right benign answers"
     found = [LEGEND.format(seeds="; over seeds" if " seeds " in grid else "", utility=utility)]
-    counts = [row["n_null"] for own in rates.values() for row in own.values()]
+    counts = results.metrics["n_null"].to_pylist()
     if any(counts):
         found.append(LEGEND_NULL)
     elif counts:
         found.append(LEGEND_NO_NULL if 0 in counts else LEGEND_UNCOUNTED)
-    return found + [LEGEND_ONE] * (ONE_SEED in grid) + [LEGEND_INCOHERENT] * ("incoherent" in grid)
+    found += [LEGEND_ONE] * (ONE_SEED in grid) + [LEGEND_INCOHERENT] * ("incoherent" in grid)
+    down = {one.success_metric for one in points if not is_driven_up(one.success_metric)}
+    return found + [LEGEND_DRIVEN_DOWN.format(metric=metric) for metric in sorted(down)]
 
 
 def _order(cell: Row) -> tuple[Any, ...]:
@@ -135,53 +104,25 @@ def _phase(name: str | None) -> int:
     return PHASES.index(name) if name in PHASES else 0
 
 
-def _varied(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, list[str]]:
-    """Method -> its parameters that differ between cells."""
-    seen: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name, params in methods:
-        for key, value in params.items():
-            seen[name][key].add(json.dumps(value))
-    return {
-        name: [key for key, values in params.items() if len(values) > 1]
-        for name, params in seen.items()
-    }
-
-
-def _named(name: str, params: Mapping[str, Any], varied: Mapping[str, Sequence[str]]) -> str:
-    """A method with those of its parameters that differ in this sweep."""
-    told = ", ".join(f"{key} {params[key]}" for key in varied.get(name, ()))
-    return f"{name} ({told})" if told else name
-
-
-def _shown(
-    cells: Sequence[str],
-    metric: str,
-    rates: Mapping[str, Mapping[str, Row]],
-    states: Mapping[str, str],
-) -> str:
-    """A cell of the table; `metric` is the success of its attack."""
-    if not cells:
-        return ""
-    undone = [states[cell] for cell in cells if states[cell] != "done"]
+def _shown(point: GridPoint) -> str:
+    """A cell of the table: the success of its attack, and utility below it."""
+    undone = [status for status in point.statuses if status != "done"]
     if undone:
         return undone[0]
-    asked = [row for cell in cells if (row := rates[cell].get(metric))]
-    found = [row for row in asked if row["value"] is not None]
-    if not found:
-        return f"not judged{_null(asked)}" if asked else "not measured"
-    name = "" if is_driven_up(metric) else f"{metric} "
-    success = folded(found, found[0]["metric"])
+    metric = point.success_metric
+    nulls = _null(point, metric)
+    success = point.value()
+    if success is None:
+        return f"not judged{nulls}" if metric in point.unjudged else "not measured"
     inside = [] if success.prompts is None else ["{:.2f}–{:.2f}".format(*success.prompts)]
-    if success.seeds is not None:
-        inside.append("{} seeds {:.2f}–{:.2f}".format(success.n_seeds, *success.seeds))
-    coherent = _mean(cells, rates, "coherent_rate")
-    word = "incoherent: " if coherent is not None and coherent < schema.INCOHERENT_BELOW else ""
-    mark = (ONE_SEED if success.n_seeds == 1 else "") + _null(asked)
-    utility = "cacc" if any("cacc" in rates[cell] for cell in cells) else "benign_rate"
+    if success.over_seeds is not None:
+        inside.append("{} seeds {:.2f}–{:.2f}".format(success.seeds, *success.over_seeds))
+    word = "incoherent: " if point.is_incoherent else ""
+    name = "" if is_driven_up(metric) else f"1 − {metric} "
+    mark = (ONE_SEED if success.seeds == 1 else "") + nulls
     beside = " · ".join(
-        ("–" if (mean := _mean(cells, rates, name)) is None else f"{mean:.2f}")
-        + _null([row for cell in cells if (row := rates[cell].get(name))])
-        for name in (utility, "over_refusal_rate", "coherent_rate")
+        ("–" if (mean := point.value(name)) is None else f"{mean.value:.2f}") + _null(point, name)
+        for name in point.utility_metrics
     )
     return (
         f"{word}{name}{success.value:.2f}{mark}"
@@ -190,18 +131,7 @@ def _shown(
     )
 
 
-def _mean(
-    cells: Sequence[str], rates: Mapping[str, Mapping[str, Row]], metric: str
-) -> float | None:
-    values = [
-        row["value"]
-        for cell in cells
-        if (row := rates[cell].get(metric)) and row["value"] is not None
-    ]
-    return sum(values) / len(values) if values else None
-
-
-def _null(rows: Sequence[Row]) -> str:
+def _null(point: GridPoint, metric: str) -> str:
     """The share of null verdicts as it stands beside a rate; nothing where there are none."""
-    share = null_frac(rows)
+    share = null_share(point.nulls(metric))
     return f" [{f'{share:.0%}' if share >= 0.01 else '<1%'} null]" if share else ""

@@ -25,8 +25,9 @@ from ftsec_ray.report import charts, figures, tables
 from ftsec_ray.report import contrasts as contrasts_of
 from ftsec_ray.report import examples as examples_of
 from ftsec_ray.report import sections as sections_of
-from ftsec_ray.report.grid import NONE, SHORT, SUCCESS, Grid, Key, build_grid, seeds_text
+from ftsec_ray.report.grid import SHORT, Grid, Key, build_grid, seeds_text
 from ftsec_ray.report.verdict import Summary, judge, own_utility_text
+from ftsec_ray.results.points import NONE, SUCCESS
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import told_when_unwritten
 
@@ -114,9 +115,9 @@ def _data(
                 "at": grid.facets(key),
                 "task": key[1],
                 "status": point.status,
-                "seeds": len(point.cells),
-                "incoherent": point.incoherent,
-                "utility": [one.number for one in grid.utilities(key)] if point.estimates else [],
+                "seeds": len(point.seeds),
+                "incoherent": point.is_incoherent,
+                "utility": [one.number for one in grid.utilities(key)] if point.measured else [],
                 "errors": errors.get(key, []),
                 "sample": samples.cells.get(number),
             }
@@ -206,7 +207,7 @@ def _pvalue(value: float | None) -> str:
 
 def _facts(grid: Grid, results: Results) -> dict[str, Any]:
     statuses = results.cells["status"].to_pylist()
-    single = [p for p in grid.points.values() if len(p.cells) == 1]
+    single = [p for p in grid.points.values() if len(p.seeds) == 1]
     return {
         "cells": len(statuses),
         **{name: statuses.count(name) for name in ("done", "failed", "pending")},

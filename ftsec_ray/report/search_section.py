@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.identity import canonical
 from ftsec_ray.report.grid import seeds_text
-from ftsec_ray.results.aggregate import place_of
+from ftsec_ray.results.points import place_of
 
 if TYPE_CHECKING:
     from ftsec_ray.report.grid import Grid

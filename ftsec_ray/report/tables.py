@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ftsec_ray import schema
+from ftsec_ray.measured import null_text
 from ftsec_ray.report import figures
 from ftsec_ray.report.grid import (
-    SUCCESS,
     Grid,
     Key,
     MethodLabel,
     Model,
-    Point,
     UtilityMark,
-    null_text,
 )
 from ftsec_ray.report.verdict import Effect, Summary, utility_text
+from ftsec_ray.results.points import SUCCESS, GridPoint
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
@@ -86,7 +85,7 @@ def heat(grid: Grid) -> Heat:
                         len(keys),
                         point.status,
                         _notes(point),
-                        grid.utilities(key) if point.estimates else (),
+                        grid.utilities(key) if point.measured else (),
                     )
                 )
                 keys.append(key)
@@ -97,28 +96,28 @@ def heat(grid: Grid) -> Heat:
     return Heat(slices, [_legend(grid, name) for name in names], data, keys)
 
 
-def _notes(point: Point) -> tuple[str, ...]:
-    notes = ("incoherent",) * point.incoherent
+def _notes(point: GridPoint) -> tuple[str, ...]:
+    notes = ("incoherent",) * point.is_incoherent
     if point.status == "partly":
         return (*notes, f"{point.statuses['done']} of {sum(point.statuses.values())} seeds")
     if point.status != "done":
         return (*notes, point.status)
-    return notes if point.estimates else (*notes, "no metrics")
+    return notes if point.measured else (*notes, "no metrics")
 
 
-def _square(point: Point, name: str, scale: Callable[[float], float]) -> list[Any] | None:
+def _square(point: GridPoint, name: str, scale: Callable[[float], float]) -> list[Any] | None:
     """What a square shows of a metric; the colour step is -1, no colour, where gibberish would look
     safe.
     """
-    found = point.estimates.get(name)
+    found = point.value(name)
     if found is None:
-        unjudged = point.unjudged.get(point.success if name == SUCCESS else name)
+        unjudged = point.unjudged.get(point.success_metric if name == SUCCESS else name)
         if unjudged is not None:
-            return [-1, "not judged", "", 0, null_text((unjudged, unjudged)), len(point.cells), ""]
-        if name == SUCCESS and point.estimates:
-            return [-1, "not measured", "", None, "", len(point.cells), ""]
+            return [-1, "not judged", "", 0, null_text((unjudged, unjudged)), len(point.seeds), ""]
+        if name == SUCCESS and point.measured:
+            return [-1, "not measured", "", None, "", len(point.seeds), ""]
         return None
-    step = -1 if point.incoherent and name in _VOID else figures.heat_step(scale(found.value))
+    step = -1 if point.is_incoherent and name in _VOID else figures.heat_step(scale(found.value))
     is_of_verdicts = (
         name == SUCCESS or name not in schema.METRICS or bool(schema.METRICS[name].probes)
     )
@@ -148,7 +147,7 @@ def _scale(grid: Grid, metric: str) -> Callable[[float], float]:
     if metric == SUCCESS or (known is not None and known.proportion):
         higher = known is not None and known.better == "higher"
         return lambda value: 1 - value if higher else value
-    values = [p.estimates[metric].value for p in grid.points.values() if metric in p.estimates]
+    values = [p.measured[metric].value for p in grid.points.values() if metric in p.measured]
     if min(values) > 0:
         low, high = math.log(min(values)), math.log(max(values))
         return lambda value: (math.log(value) - low) / ((high - low) or 1)
@@ -166,7 +165,7 @@ def _legend(grid: Grid, metric: str) -> dict[str, str]:
         ) + "".join(f"; {one.turned} for {one.label}" for one in grid.attacks if one.turned)
     ends = ("0", "1")
     if known is not None and not known.proportion:
-        values = [p.estimates[metric].value for p in grid.points.values() if metric in p.estimates]
+        values = [p.measured[metric].value for p in grid.points.values() if metric in p.measured]
         ends = (_number(min(values)), _number(max(values)))
     if known is not None and known.better == "higher":
         ends = ends[::-1]
@@ -197,7 +196,7 @@ def _measured(grid: Grid, **metrics: str) -> list[dict[str, Any]]:
     """One row per point at which one of the metrics was measured, each under its key."""
     found = []
     for (model, task, attack, defense), point in grid.points.items():
-        values = {key: point.estimates.get(metric) for key, metric in metrics.items()}
+        values = {key: point.value(metric) for key, metric in metrics.items()}
         if any(value is not None for value in values.values()):
             found.append(
                 {

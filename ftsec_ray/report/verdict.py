@@ -21,19 +21,17 @@ from statistics import fmean
 from markupsafe import Markup
 
 from ftsec_ray import schema
+from ftsec_ray.measured import Measured, null_text, summed
 from ftsec_ray.report.grid import (
-    NONE,
     SHORT,
-    SUCCESS,
-    Estimate,
     Grid,
     Key,
     MethodLabel,
     Model,
     UtilityMark,
-    null_text,
     seeds_text,
 )
+from ftsec_ray.results.points import NONE, SUCCESS
 
 LONG = {
     "cacc": "clean accuracy",
@@ -95,7 +93,7 @@ class Summary:
     """Attacks that work undefended somewhere."""
 
 
-def difference(before: Estimate, after: Estimate) -> tuple[float, float, float]:
+def difference(before: Measured, after: Measured) -> tuple[float, float, float]:
     """(before - after, low, high) with Newcombe's interval from the two; without intervals the
     difference alone.
     """
@@ -162,12 +160,7 @@ def own_utility_text(grid: Grid, keys: Sequence[Key]) -> Markup:
 def _nulls_text(grid: Grid, keys: Sequence[Key]) -> str:
     """The share of null verdicts behind the attack success of points."""
     measured = [found for key in keys if (found := grid.value(key)) is not None]
-    known = [found.nulls for found in measured if found.nulls is not None]
-    nulls = (
-        (sum(n for n, _ in known), sum(n for _, n in known))
-        if len(known) == len(measured)
-        else None
-    )
+    nulls = summed(found.nulls for found in measured)
     return null_text(nulls).replace(" ", "\u00a0")
 
 
@@ -192,7 +185,7 @@ def effects_of(grid: Grid) -> list[Effect]:
                 ((m, t, attack.label, NONE), (m, t, attack.label, defense.label)) for m, t in places
             ]
             pairs = [pair for pair in pairs if grid.value(pair[1]) is not None]
-            kept = [pair for pair in pairs if not grid.points[pair[1]].incoherent]
+            kept = [pair for pair in pairs if not grid.points[pair[1]].is_incoherent]
             if not kept:
                 continue
             before = [_measured(grid, first) for first, _ in kept]
@@ -215,7 +208,7 @@ def effects_of(grid: Grid) -> list[Effect]:
     return sorted(found, key=lambda e: (-e.drop, e.attack, e.defense))
 
 
-def _measured(grid: Grid, key: Key, metric: str = SUCCESS) -> Estimate:
+def _measured(grid: Grid, key: Key, metric: str = SUCCESS) -> Measured:
     found = grid.value(key, metric)
     assert found is not None  # noqa: S101 (the caller kept measured points only)
     return found
@@ -385,7 +378,7 @@ def _failures(grid: Grid, effects: Sequence[Effect], working: frozenset[str]) ->
 
 def _costs(grid: Grid) -> list[Sentence]:
     found = []
-    worst: tuple[float, str, str, Model, Estimate, Estimate] | None = None
+    worst: tuple[float, str, str, Model, Measured, Measured] | None = None
     for model, task in grid.slices():
         for defense, metric in product(grid.acting, grid.utility_metrics[task]):
             before, after = (model.name, task, NONE, NONE), (model.name, task, NONE, defense.label)
@@ -426,7 +419,7 @@ def _costs(grid: Grid) -> list[Sentence]:
             )
         )
     broken = sorted(
-        {key[3] for key, point in grid.points.items() if point.incoherent and key[3] != NONE}
+        {key[3] for key, point in grid.points.items() if point.is_incoherent and key[3] != NONE}
     )
     if broken:
         found.append(

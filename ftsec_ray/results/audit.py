@@ -18,7 +18,8 @@ from pathlib import Path
 
 from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.evals.judging import get_judge
-from ftsec_ray.results.intervals import wilson
+from ftsec_ray.measured import UNKNOWN, Utility, wilson
+from ftsec_ray.results.points import utilities
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.truth import (
     Key,
@@ -28,7 +29,6 @@ from ftsec_ray.results.truth import (
     judge_again,
     read_sheet,
 )
-from ftsec_ray.results.utility import UNKNOWN, Utility, utilities
 
 EVENTS = ("complied", "refused", "correct", "target", "incoherent")
 """The verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""

@@ -21,13 +21,13 @@ from ftsec_ray import schema
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import canonical
 from ftsec_ray.lifecycle import hooks_of
+from ftsec_ray.measured import wilson
 from ftsec_ray.method import Method
 from ftsec_ray.plan.cost_estimate import BudgetError, bill_of, shortfall, spent
 from ftsec_ray.plan.durations import Costs
 from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.compare import compare
-from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.search_results import (
     attack_params,
     is_chosen,

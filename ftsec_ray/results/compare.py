@@ -16,17 +16,17 @@ attack success.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
 from ftsec_ray.results.paired import ALPHA, Correction, Paired, corrected, detectable, paired, plain
-from ftsec_ray.success import shown_metric, sign_of, source_of
+from ftsec_ray.results.points import GridPoint, points_of
+from ftsec_ray.success import source_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,8 +71,9 @@ def compare(
     """
     import pyarrow as pa
 
-    grid = _Grid(cells.to_pylist(), metrics, hooks, frozenset(controls))
-    answers = _answers(cells["cell"].to_pylist(), generations, grid.values)
+    points = points_of(cells.to_pylist(), metrics.to_pylist())
+    grid = _Grid(points, hooks, frozenset(controls))
+    answers = _answers(cells["cell"].to_pylist(), generations, points)
     rows = [row for pair in grid.pairs() for row in _rows(grid, answers, pair)]
     _test(rows, answers, correction)
     _conclude(rows)
@@ -104,61 +105,20 @@ class _Pair:
 
 @dataclass
 class _Grid:
-    """Cells by place, stack and seed, and what was measured of each."""
+    """The points of a run by place and stack."""
 
-    cells: list[Row]
-    metrics: pa.Table
+    points: Sequence[GridPoint]
     hooks: Mapping[str, Sequence[str]]
     controls: frozenset[str]
-    params: dict[Stack, str | None] = field(default_factory=dict)
-    """The parameters of a stack as the table has them."""
 
     @cached_property
-    def values(self) -> dict[str, dict[str, tuple[float, int | None]]]:
-        """Cell -> metric -> value and n, where there is a value."""
-        found: dict[str, dict[str, tuple[float, int | None]]] = defaultdict(dict)
-        columns = (self.metrics[name].to_pylist() for name in ("cell", "metric", "value", "n"))
-        for cell, metric, value, n in zip(*columns, strict=True):
-            if value is not None:
-                found[cell][metric] = value, n
-        return dict(found)
-
-    @cached_property
-    def _shown(self) -> dict[str, str]:
-        return {cell["cell"]: shown_metric(cell) for cell in self.cells}
-
-    @cached_property
-    def nulls(self) -> dict[tuple[str, str], int]:
-        """(cell, metric) -> null verdicts, where they were counted."""
-        columns = (self.metrics[name].to_pylist() for name in ("cell", "metric", "n_null"))
-        return {
-            (cell, metric): count
-            for cell, metric, count in zip(*columns, strict=True)
-            if count is not None
-        }
-
-    def null_of(self, cells: Sequence[str], metric: str) -> int | None:
-        """Null verdicts of a metric over cells; None where no cell counted them."""
-        known = [self.nulls[cell, metric] for cell in cells if (cell, metric) in self.nulls]
-        return sum(known) if known else None
-
-    @cached_property
-    def arms(self) -> dict[tuple[Any, ...], dict[Stack, dict[int, str]]]:
-        """Place -> stack -> seed -> cell."""
-        found: dict[tuple[Any, ...], dict[Stack, dict[int, str]]] = defaultdict(
-            lambda: defaultdict(dict)
-        )
-        for cell in self.cells:
-            names = cell["defenses"] or []
-            own = json.loads(cell["defense_params"] or "[]") or [{} for _ in names]
-            stack = tuple(
-                (name, json.dumps(params, sort_keys=True))
-                for name, params in zip(names, own, strict=True)
-            )
-            self.params.setdefault(stack, cell["defense_params"])
-            found[cell["model"], cell["task"], cell["attack"], cell["attack_params"]][stack][
-                cell["seed"]
-            ] = cell["cell"]
+    def arms(self) -> dict[tuple[Any, ...], dict[Stack, GridPoint]]:
+        """Place -> stack -> its point."""
+        found: dict[tuple[Any, ...], dict[Stack, GridPoint]] = defaultdict(dict)
+        for point in self.points:
+            found[point.model, point.task, point.attack, point.cell["attack_params"]][
+                point.stack
+            ] = point
         return found
 
     def pairs(self) -> Iterator[_Pair]:
@@ -191,14 +151,11 @@ class _Grid:
         stacks = self.arms[place]
 
         def rank(one: Stack) -> tuple[bool, bool, float]:
-            cells = list(stacks[one].values())
-            metric = self.success(cells)
-            success = self.mean(cells, metric)
-            coherent = self.mean(cells, "coherent_rate")
+            success = stacks[one].value()
             return (
                 success is None,
-                coherent is not None and coherent < schema.INCOHERENT_BELOW,
-                0.0 if success is None else sign_of(metric) * success,
+                stacks[one].is_incoherent,
+                0.0 if success is None else success.value,
             )
 
         return min(
@@ -220,17 +177,6 @@ class _Grid:
             and two in self.controls
             and bool(set(self.hooks.get(one, ())) & set(self.hooks.get(two, ())))
         )
-
-    def success(self, cells: Sequence[str]) -> str:
-        """The metric that is the attack's success on these cells, which share their attack."""
-        return self._shown[cells[0]]
-
-    def mean(self, cells: Sequence[str], metric: str) -> float | None:
-        """Mean of a metric over those cells that have it."""
-        known = [
-            self.values[cell][metric][0] for cell in cells if metric in self.values.get(cell, {})
-        ]
-        return fmean(known) if known else None
 
 
 @dataclass
@@ -261,11 +207,7 @@ class _Answers:
         return metric in self.hits and bool((self.hits[metric][self.line[cell]] > _NOT_ASKED).any())
 
 
-def _answers(
-    cells: Sequence[str],
-    generations: pa.Table,
-    values: Mapping[str, Mapping[str, tuple[float, int | None]]],
-) -> _Answers:
+def _answers(cells: Sequence[str], generations: pa.Table, points: Sequence[GridPoint]) -> _Answers:
     import numpy as np
 
     line = {cell: index for index, cell in enumerate(cells)}
@@ -292,7 +234,7 @@ def _answers(
         matrix = np.full((len(cells), len(keys)), _NOT_ASKED, dtype=np.int8)
         matrix[lines[rows], column] = np.where(verdict[rows] < 0, _NOT_JUDGED, counted)
         hits[name] = matrix
-    return _Answers(line, hits, set(_foreign(cells, hits, values)))
+    return _Answers(line, hits, set(_foreign(line, hits, points)))
 
 
 def codes_of(
@@ -313,21 +255,18 @@ def codes_of(
 
 
 def _foreign(
-    cells: Sequence[str],
-    hits: Mapping[str, NDArray[np.int8]],
-    values: Mapping[str, Mapping[str, tuple[float, int | None]]],
+    line: Mapping[str, int], hits: Mapping[str, NDArray[np.int8]], points: Sequence[GridPoint]
 ) -> Iterator[tuple[str, str]]:
     """Measured values that are not the share of the verdicts found: a probe of another name, or
     rows that are missing.
     """
     for metric, matrix in hits.items():
         counts, judged = (matrix == 1).sum(axis=1), (matrix >= 0).sum(axis=1)
-        for index, cell in enumerate(cells):
-            told = values.get(cell, {}).get(metric)
-            if told is not None and (
-                judged[index] == 0 or abs(counts[index] / judged[index] - told[0]) > 1e-6
-            ):
-                yield cell, metric
+        for point in points:
+            for cell, measured in point.values.get(metric, {}).items():
+                row = line[cell]
+                if not judged[row] or abs(counts[row] / judged[row] - measured.value) > 1e-6:
+                    yield cell, metric
 
 
 @dataclass
@@ -370,32 +309,26 @@ _EMPTY = dict.fromkeys(
 
 def _rows(grid: _Grid, answers: _Answers, pair: _Pair) -> Iterator[_Row]:
     """The rows of a pair, one per metric that either side has."""
-    one, other = grid.arms[pair.place][pair.stack], grid.arms[pair.place][pair.against]
-    seeds = sorted(set(one) & set(other))
-    both = [*one.values(), *other.values()]
-    names = {name for cell in both for name in grid.values.get(cell, ())} - set(
-        schema.ABOUT_DEFENSES
-    ) or {grid.success(both)}
+    points = grid.arms[pair.place][pair.stack], grid.arms[pair.place][pair.against]
+    names = {name for point in points for name in point.values} - set(schema.ABOUT_DEFENSES)
+    names = names or {points[0].success_metric}
+    planned = len({seed for point in points for seed in point.seeds.values()})
     for metric in [name for name in schema.METRICS if name in names]:
-        shared = [
-            seed
-            for seed in seeds
-            if all(metric in grid.values.get(side[seed], {}) for side in (one, other))
-        ]
-        sides = [[side[seed] for seed in shared] for side in (one, other)]
+        shared = sorted(set.intersection(*(set(point.runs(metric)) for point in points)))
+        sides = [[point.cell_of[seed] for seed in shared] for point in points]
         incoherent = tuple(
             who
-            for who, cells in zip(("the stack", "`against`"), sides, strict=True)
-            if (share := grid.mean(cells, "coherent_rate")) is not None
+            for who, point in zip(("the stack", "`against`"), points, strict=True)
+            if (share := _mean(point, "coherent_rate", shared)) is not None
             and share < schema.INCOHERENT_BELOW
         )
         head = dict(zip(("model", "task", "attack", "attack_params"), pair.place, strict=True))
         row = {
             **head,
             "defenses": [name for name, _ in pair.stack],
-            "defense_params": grid.params[pair.stack],
+            "defense_params": points[0].cell["defense_params"],
             "against": [name for name, _ in pair.against],
-            "against_params": grid.params[pair.against],
+            "against_params": points[1].cell["defense_params"],
             "kind": pair.kind,
             "metric": metric,
             "better": schema.METRICS[metric].better,
@@ -403,16 +336,15 @@ def _rows(grid: _Grid, answers: _Answers, pair: _Pair) -> Iterator[_Row]:
             "n_seeds": len(shared),
             "conclusion": "not tested",
             "utility": "not tested",
-            **{name: grid.mean(sides[0], name) for name in schema.UTILITY},
+            **{name: _mean(points[0], name, shared) for name in schema.UTILITY},
         }
-        planned = len(set(one) | set(other))
         if shared:
-            row |= _means(grid, metric, sides)
+            row |= _means(points, metric, shared)
             row["note"] = (
                 f"{len(shared)} of {planned} seeds have both" if len(shared) < planned else None
             )
-        source = _source(grid, answers, metric, sides)
-        why = _untested(grid, answers, metric, source, one, other, sides)
+        source = _source(points[0], answers, metric, sides)
+        why = _untested(points, answers, metric, source, sides)
         if why:
             row["note"] = why
         lines = (
@@ -427,58 +359,68 @@ def _rows(grid: _Grid, answers: _Answers, pair: _Pair) -> Iterator[_Row]:
         yield _Row(row, source, lines, incoherent, gibberish, pair)
 
 
-def _means(grid: _Grid, metric: str, sides: Sequence[Sequence[str]]) -> Row:
-    rate, against = (fmean(grid.values[cell][metric][0] for cell in cells) for cells in sides)
+def _mean(point: GridPoint, metric: str, seeds: Sequence[int]) -> float | None:
+    """Mean of a metric over those of the seeds that have it."""
+    runs = point.runs(metric)
+    known = [runs[seed].value for seed in seeds if seed in runs]
+    return fmean(known) if known else None
+
+
+def _means(points: Sequence[GridPoint], metric: str, seeds: Sequence[int]) -> Row:
+    runs = [[point.runs(metric)[seed] for seed in seeds] for point in points]
+    rate, against = (fmean(run.value for run in side) for side in runs)
+    nulls = [[run.n_null for run in side if run.n_null is not None] for side in runs]
     return {
         "rate": rate,
         "rate_against": against,
         "effect": rate - against,
-        "n_null": grid.null_of(sides[0], metric),
-        "n_null_against": grid.null_of(sides[1], metric),
+        "n_null": sum(nulls[0]) if nulls[0] else None,
+        "n_null_against": sum(nulls[1]) if nulls[1] else None,
     }
 
 
-def _source(grid: _Grid, answers: _Answers, metric: str, sides: Sequence[Sequence[str]]) -> str:
+def _source(
+    point: GridPoint, answers: _Answers, metric: str, sides: Sequence[Sequence[str]]
+) -> str:
     """Where a metric's verdicts are."""
-    cells = [cell for side in sides for cell in side]
-    if not cells or any(answers.asked(cell, metric) for cell in cells):
+    if any(answers.asked(cell, metric) for side in sides for cell in side):
         return metric
-    return source_of(metric, grid.success(cells))
+    return source_of(metric, point.success_metric)
 
 
 def _untested(
-    grid: _Grid,
+    points: Sequence[GridPoint],
     answers: _Answers,
     metric: str,
     source: str,
-    one: Mapping[int, str],
-    other: Mapping[int, str],
     sides: Sequence[Sequence[str]],
 ) -> str | None:
     """Why a pair cannot be tested, None where it can."""
     if not sides[0]:
-        arms = (("the stack", one), ("`against`", other))
-        lacks = [
-            who
-            for who, arm in arms
-            if not any(metric in grid.values.get(cell, {}) for cell in arm.values())
-        ]
-        unjudged = all(
-            grid.null_of(list(arm.values()), metric) for who, arm in arms if who in lacks
-        )
-        what = "no judged answer" if unjudged else "no result"
+        lacks = {
+            who: point.unjudged.get(metric)
+            for who, point in zip(("the stack", "`against`"), points, strict=True)
+            if metric not in point.values
+        }
+        what = "no judged answer" if all(lacks.values()) else "no result"
         return f"{what} of {' and of '.join(lacks)}" if lacks else "no seed has both"
     if not schema.METRICS[metric].probes:
         return "not a share of verdicts per prompt"
     cells = [cell for side in sides for cell in side]
     if not all(answers.asked(cell, source) for cell in cells):
         return "no verdicts per prompt are kept"
-    told = {cell: grid.values[cell][metric] for cell in cells}
     if any((cell, source) in answers.foreign for cell in cells) or any(
-        source != metric and grid.values[cell].get(source) != value for cell, value in told.items()
+        _value(point, metric, cell) != _value(point, source, cell)
+        for point, side in zip(points, sides, strict=True)
+        for cell in side
     ):
         return "the verdicts kept do not give this metric"
     return None
+
+
+def _value(point: GridPoint, metric: str, cell: str) -> tuple[float, int | None] | None:
+    run = point.values.get(metric, {}).get(cell)
+    return None if run is None else (run.value, run.n)
 
 
 def _test(rows: Sequence[_Row], answers: _Answers, correction: Correction) -> None:

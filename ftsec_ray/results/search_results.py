@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray import schema
 from ftsec_ray.config.sweep import AttackSearch
 from ftsec_ray.identity import canonical
+from ftsec_ray.measured import Count, Measured, pooled
 from ftsec_ray.plan.search_rounds import (
     CellOutcome,
     OutcomeLookup,
     PlannedSearch,
-    Rate,
     half_of,
     is_within,
     rate,
@@ -26,8 +26,6 @@ from ftsec_ray.plan.search_rounds import (
 )
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
-from ftsec_ray.results.aggregate import folded
-from ftsec_ray.results.intervals import wilson
 from ftsec_ray.store import DamagedArtifact
 
 if TYPE_CHECKING:
@@ -244,9 +242,13 @@ def _side(
         for one, other in zip(told, references, strict=False)
     ]
     losses = [one.utility_loss for one in scores if one.utility_loss is not None]
-    rows = [_estimate(found) for one in told if (found := rate(one, search.metric, "report")).n]
-    whole = folded(rows, search.metric) if rows else None
-    low, high = (whole.span if whole is not None else None) or (None, None)
+    counts = [rate(one, search.metric, "report") for one in told]
+    runs = [
+        Measured(value=count.value, n=count.n, n_null=count.n_null, prompts=count.interval)
+        for count in counts
+        if count.value is not None
+    ]
+    whole = pooled(runs, is_share=True) if runs else None
 
     def mean(metric: str) -> float | None:
         """Of a metric over those seeds that have it, on the half that reports."""
@@ -258,18 +260,18 @@ def _side(
         f"{prefix}choose_n": rate(told[0], search.metric, "choose").n if told else None,
         f"{prefix}choose_utility_loss": chose.utility_loss,
         f"{prefix}report_value": whole.value if whole else None,
-        f"{prefix}report_low": low,
-        f"{prefix}report_high": high,
-        f"{prefix}report_n": whole.n_prompts if whole else None,
+        f"{prefix}report_low": whole.low if whole else None,
+        f"{prefix}report_high": whole.high if whole else None,
+        f"{prefix}report_n": whole.n if whole else None,
         f"{prefix}report_utility_loss": sum(losses) / len(losses) if losses else None,
         f"{prefix}report_over_refusal_rate": mean("over_refusal_rate"),
         f"{prefix}report_coherent_rate": mean("coherent_rate"),
         f"{prefix}report_n_null": whole.n_null if whole else None,
-        f"{prefix}n_seeds": len(rows),
+        f"{prefix}n_seeds": len(runs),
     }
 
 
-def _estimate(found: Rate) -> Row:
-    share = found.value
-    low, high = (None, None) if share is None else wilson(share, found.n)
-    return {"value": share, "n": found.n, "n_null": found.n_null, "ci_low": low, "ci_high": high}
+def _estimate(found: Count) -> Row:
+    low, high = found.interval or (None, None)
+    ends = {"ci_low": low, "ci_high": high}
+    return {"value": found.value, "n": found.n, "n_null": found.n_null, **ends}

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from ftsec_ray import schema
 from ftsec_ray.identity import digest
+from ftsec_ray.measured import wilson
 from ftsec_ray.results.compare import compare
-from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.write import write_results
 
 MODELS = {
@@ -169,6 +169,7 @@ def write_synthetic(folder: Path, *, seeds: int = 1, models: int = len(MODELS)) 
                             "attack": attack,
                             "attack_phase": phase,
                             "attack_params": "{}",
+                            "success_metric": None if attack == "none" else "asr",
                             "defenses": names,
                             "defense_phases": phases,
                             "defense_params": json.dumps([{} for _ in names]),
@@ -207,7 +208,6 @@ def write_synthetic(folder: Path, *, seeds: int = 1, models: int = len(MODELS)) 
     hooks = {
         name: ["revise_model"] for one in DEFENSES for name in one.split("+") if name != "none"
     }
-    goals = {attack: "none" if attack == "none" else "backdoor" for attack in ATTACKS}
     tables["comparisons"] = compare(
         tables["cells"], tables["metrics"], tables["generations"], hooks=hooks, controls=()
     )
@@ -215,7 +215,6 @@ def write_synthetic(folder: Path, *, seeds: int = 1, models: int = len(MODELS)) 
         "sweep": "synthetic",
         "question": "How large may a sweep be?",
         "plan": digest("synthetic"),
-        "attack_goals": goals,
         "defense_hooks": hooks,
         "versions": {},
         "sweep_text": "name: synthetic\n",

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from ftsec_ray import schema
 from ftsec_ray.identity import digest
+from ftsec_ray.measured import wilson
 from ftsec_ray.registry import ATTACKS
-from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import TABLES, table_schema, write_results
 

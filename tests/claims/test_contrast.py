@@ -12,11 +12,17 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats import proportion
 
-from ftsec_ray.claims.contrast import ALPHA, MARGIN, Rate, contrast, decided, holm, needs_of
+from ftsec_ray.claims.contrast import ALPHA, MARGIN, contrast, decided, holm, needs_of
+from ftsec_ray.measured import Measured
+
+
+def run(value, n, null=None):
+    nulls = None if null is None else (null, null + n)
+    return Measured(value=value, n=n, n_null=null, nulls=nulls)
 
 
 def rates(*values, n=100):
-    return {seed: Rate(value, n) for seed, value in enumerate(values)}
+    return {seed: run(value, n) for seed, value in enumerate(values)}
 
 
 def test_the_larger_of_both_p_values_counts_and_the_wider_interval():
@@ -71,7 +77,7 @@ def test_no_judged_prompt_leaves_all_open():
 
 
 def test_values_that_are_no_shares_are_held_against_the_bound_by_runs_alone():
-    values = {seed: Rate(value, None) for seed, value in enumerate((1.4, 1.6, 1.5))}
+    values = {seed: run(value, None) for seed, value in enumerate((1.4, 1.6, 1.5))}
     one = contrast("x", values, bound=math.log(2))
     assert one.p_above == pytest.approx(
         stats.ttest_1samp([1.4, 1.6, 1.5], math.log(2), alternative="greater").pvalue
@@ -81,18 +87,18 @@ def test_values_that_are_no_shares_are_held_against_the_bound_by_runs_alone():
 
 def test_the_share_of_null_verdicts_is_that_of_all_answers_of_both_sides():
     more, less = (
-        {0: Rate(0.5, 90, 10), 1: Rate(0.5, 100, 0)},
+        {0: run(0.5, 90, 10), 1: run(0.5, 100, 0)},
         {
-            0: Rate(0.1, 70, 30),
-            1: Rate(0.1, 100, 0),
-            2: Rate(0.1, 50, 50),
+            0: run(0.1, 70, 30),
+            1: run(0.1, 100, 0),
+            2: run(0.1, 50, 50),
         },
     )
     assert contrast("x", more, less).null_frac == pytest.approx(
         40 / 400
     )  # the seed that only one side has plays no part
     assert contrast("x", rates(0.5), rates(0.5)).null_frac is None
-    assert contrast("x", {0: Rate(0.5, 0, 0)}).null_frac is None
+    assert contrast("x", {0: run(0.5, 0, 0)}).null_frac is None
 
 
 SHARES = st.lists(st.floats(0, 1), min_size=0, max_size=5)

@@ -219,7 +219,7 @@ def test_other_versions_of_code_are_named_with_the_stages_that_would_run_anew(wo
     archive = finished(workplace)
     env = package_with(
         tmp_path / "other",
-        stages__versions=('"tune": (1,', '"tune": (2,'),
+        stages__finetune=('name="finetune",', 'name="finetune", version=2,'),
         method=("VERSION: ClassVar[int] = 1", "VERSION: ClassVar[int] = 7"),
         config__sweep=(
             "epochs: Annotated[float, Gt(0)] = 3.0",
@@ -228,9 +228,9 @@ def test_other_versions_of_code_are_named_with_the_stages_that_would_run_anew(wo
     )
     code, said = elsewhere(archive, locked(env))
     assert code == 1
-    assert "code: tune stages have version 1 there and 2 here\n" in said
+    assert "code: finetune stages have version 1 there and 2 here\n" in said
     assert "code: defense shrink has version 1 there and 7 here\n" in said
-    assert "tune: training.epochs 3.0 there, 5.0 here" in said
+    assert "finetune: training.epochs 3.0 there, 5.0 here" in said
     assert "plan: 4 of 4 cells have another digest here" in said
     assert "would run anew" in said
     assert "edited" not in said
@@ -251,7 +251,7 @@ def test_other_code_under_the_same_version_is_a_difference_and_another_docstring
     assert "differs here: code\n" in said
     code, said = elsewhere(archive, locked(edited))
     assert code == 1
-    assert "code: the code of align stages, craft stages, evaluate stages" in said
+    assert "code: the code of align stages, craft stages" in said
     assert "differs under the same VERSION" in said
     assert "edited" not in said
     assert "differs here: code\n" in said, "the digests are equal"
@@ -280,15 +280,15 @@ def made_by_other_code(store: Path, kind: str) -> int:
 def test_artifacts_of_other_code_are_told_when_they_are_planned_run_and_verified(workplace):
     archive = finished(workplace)
     assert "made by other code" not in call("plan", "small.yaml").output
-    assert made_by_other_code(workplace / ".ftsec/store", "tune") == 2
+    assert made_by_other_code(workplace / ".ftsec/store", "finetune") == 2
     stages = ftsec_ray.make_plan("small.yaml").stages
     line = (
-        f"2 of {len(stages)} stages in the store were made by other code (tune): their VERSION is"
+        f"2 of {len(stages)} stages in the store were made by other code (finetune): their VERSION is"
         " unchanged, so they are reused; see `ftsec verify`\n"
     )
     assert line in call("plan", "small.yaml").stdout
     assert json.loads(call("plan", "small.yaml", "--json").stdout)["made_by_other_code"] == {
-        "tune": 2
+        "finetune": 2
     }
     assert line in call("run", "small.yaml", "--executor", "local").stderr
     assert "nothing would differ here" in call("verify", str(archive)).stdout
@@ -296,7 +296,7 @@ def test_artifacts_of_other_code_are_told_when_they_are_planned_run_and_verified
     said = call("verify", "again.zip", code=1).stdout
     assert (
         f"code: 2 of {len(stages)} artifacts were made by other code than that of the package which"
-        " exported them, under the same VERSION: tune (2)\n"
+        " exported them, under the same VERSION: finetune (2)\n"
     ) in said
     assert "differs here: code\n" in said
 

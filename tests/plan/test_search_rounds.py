@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from ftsec_ray.config.sweep import AttackSearch, Range
 from ftsec_ray.config.sweep_file import load_sweep
+from ftsec_ray.measured import Count
 from ftsec_ray.plan.build import build_plan
 from ftsec_ray.plan.search_rounds import (
     CellOutcome,
     Proposer,
-    Rate,
     Score,
     choose,
     half_of,
@@ -108,7 +108,7 @@ def test_the_rates_of_both_halves_add_up_to_that_of_all_prompts(verdicts):
     assert sum(one.hits for one in coherent) == verdicts.count("complied") + verdicts.count(
         "refused"
     )
-    assert Rate(hits=0, n=0).value is None
+    assert Count(hits=0, n=0).value is None
 
 
 def test_utility_is_right_answers_to_benign_requests_where_the_task_has_no_accuracy():

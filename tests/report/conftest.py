@@ -13,7 +13,7 @@ import pytest
 
 from ftsec_ray import schema
 from ftsec_ray.identity import digest
-from ftsec_ray.results.intervals import wilson
+from ftsec_ray.measured import wilson
 from ftsec_ray.results.write import write_results
 from tests.results.toy import whole
 

@@ -455,7 +455,7 @@ def test_a_clear_loss_of_utility_has_its_arrow_where_the_attack_success_is_shown
     grid = build_grid(judged)
     assert {defense for _, _, defense in lost} == {"self_reminder"}
     for (model, task, attack, defense), point in grid.points.items():
-        if point.estimates:
+        if point.measured:
             assert grid.utilities((model, task, attack, defense))[1].number.endswith("↑") is (
                 (model, attack, defense) in lost
             )

@@ -11,16 +11,17 @@ import pyarrow as pa
 import pytest
 
 from ftsec_ray import schema
+from ftsec_ray.measured import Measured, null_text, wilson
 from ftsec_ray.report import charts, figures, sections, tables
-from ftsec_ray.report.grid import SUCCESS, Estimate, Grid, build_grid, null_text
+from ftsec_ray.report.grid import Grid, build_grid
 from ftsec_ray.report.page import write_report
 from ftsec_ray.report.verdict import difference, effects_of, judge
-from ftsec_ray.results.intervals import wilson
+from ftsec_ray.results.points import SUCCESS
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
 from tests.results.toy import whole
 
-Measured = dict[tuple[str, str], dict[str, float]]
+Shares = dict[tuple[str, str], dict[str, float]]
 SUCCESS_OF = {"none": None, "poison": "asr", "jailbreak": "harmful_rate"}
 
 
@@ -29,11 +30,11 @@ def grid_of(tmp_path: Path) -> Callable[..., Grid]:
     """A grid of one model from {(attack, defense): metrics}, all with the same n."""
 
     def make(
-        measured: Measured,
+        measured: Shares,
         *,
         n: int = 200,
         hooks: dict[str, list[str]] | None = None,
-        seeds: list[Measured] | None = None,
+        seeds: list[Shares] | None = None,
         spent: dict[tuple[str, str], list[float]] | None = None,
         verdicts: dict[tuple[str, str], list[str | None]] | None = None,
     ) -> Grid:
@@ -114,7 +115,7 @@ def said(grid: Grid) -> str:
     return " | ".join(s.text.striptags() for s in judge(grid).sentences)
 
 
-BASE: Measured = {
+BASE: Shares = {
     ("none", "none"): {"harmful_rate": 0.02, "cacc": 0.9},
     ("none", "guard"): {"harmful_rate": 0.02, "cacc": 0.88},
     ("none", "weak"): {"harmful_rate": 0.02, "cacc": 0.9},
@@ -198,8 +199,8 @@ def test_a_drop_within_the_noise_is_not_called_clear(grid_of: Callable[..., Grid
 
 def test_the_interval_of_a_difference_is_newcombes() -> None:
     one, two = (
-        Estimate(56 / 70, *wilson(56 / 70, 70), 70, 1),
-        Estimate(48 / 80, *wilson(48 / 80, 80), 80, 1),
+        Measured(value=hits / n, n=n, prompts=wilson(hits / n, n))
+        for hits, n in ((56, 70), (48, 80))
     )
     drop, low, high = difference(one, two)
     assert drop == pytest.approx(0.2)
@@ -387,8 +388,8 @@ def test_labels_name_the_parameters_that_differ_and_no_others(
     labels = [attack.label for attack in grid.attacks]
     assert labels[0] == "none"
     assert [label for label in labels if label.startswith("badnets")] == [
-        "badnets (trigger=cf)",
-        "badnets (trigger=mn)",
+        "badnets (trigger cf)",
+        "badnets (trigger mn)",
     ]
     assert "badedit" in labels
 

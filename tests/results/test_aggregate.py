@@ -10,7 +10,7 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from ftsec_ray import schema
-from ftsec_ray.results.aggregate import folded, null_frac, t_interval
+from ftsec_ray.measured import Measured, null_share, pooled, summed, t_interval
 
 from .toy import results_of, share
 
@@ -68,12 +68,10 @@ def test_the_null_verdicts_are_those_of_the_worst_seed(tmp_path: Path) -> None:
     }
     (row,) = results_of(tmp_path, answers).aggregated.to_pylist()
     assert (row["n_seeds"], row["n_prompts"], row["n_null"]) == (3, 5, 3)
-    assert (
-        null_frac([{"n": 5, "n_null": 3}, {"n": 7, "n_null": 1}, {"n": 9, "n_null": None}])
-        == 4 / 16
-    )
-    assert null_frac([{"n": 0, "n_null": 0}]) is None
-    assert null_frac([{"n": None, "n_null": 2}]) == 1.0
+    assert null_share(summed([(3, 8), (1, 8)])) == 4 / 16
+    assert summed([(3, 8), (1, 8), None]) is None, "of one run it is not known"
+    assert null_share(summed([(0, 0)])) is null_share(summed([])) is None
+    assert null_share((2, 2)) == 1.0
 
 
 def test_stacks_and_parameters_are_points_of_their_own(tmp_path: Path) -> None:
@@ -90,15 +88,12 @@ def test_stacks_and_parameters_are_points_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_is_no_share_has_no_spread_over_prompts_and_no_bounds() -> None:
-    rows = [
-        {"value": value, "n": 32, "n_null": None, "ci_low": None, "ci_high": None}
-        for value in (3.0, 9.0)
-    ]
-    one = folded(rows, "perplexity")
+    runs = [Measured(value=value, n=32) for value in (3.0, 9.0)]
+    one = pooled(runs, is_share=False)
     assert one.prompts is None
-    assert one.seeds == one.span == pytest.approx(t_interval([3.0, 9.0]))
-    assert one.seeds[0] < 0  # type: ignore[index]  (t with two seeds, not cut at 0 or 1)
-    assert folded(rows[:1], "perplexity").span is None
+    assert one.over_seeds == one.span == pytest.approx(t_interval([3.0, 9.0]))
+    assert one.over_seeds[0] < 0  # type: ignore[index]  (t with two seeds, not cut at 0 or 1)
+    assert pooled(runs[:1], is_share=False).span is None
 
 
 def test_no_cells_give_no_rows() -> None:

@@ -16,9 +16,9 @@ import pytest
 from ftsec_ray import schema
 from ftsec_ray.config.sweep_file import load_sweep
 from ftsec_ray.execute.unit import StageResult
+from ftsec_ray.measured import wilson
 from ftsec_ray.plan import Plan, Stage, build_plan
 from ftsec_ray.results.collect import collect
-from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.schedule.dispatcher import RunReport
 from ftsec_ray.store import Store

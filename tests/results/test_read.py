@@ -13,9 +13,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 from ftsec_ray import api, schema
 from ftsec_ray.errors import DataError, StoreError
+from ftsec_ray.measured import wilson
 from ftsec_ray.report.markdown import grid_markdown
 from ftsec_ray.results import read
-from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import table_schema, write_results
 from tests.results import toy

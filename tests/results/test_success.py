@@ -20,12 +20,13 @@ from ftsec_ray.errors import SpecError
 from ftsec_ray.plan import Plan, build_plan
 from ftsec_ray.plan.search_rounds import CellOutcome, choose, half_of, score
 from ftsec_ray.registry import ATTACKS
-from ftsec_ray.report.grid import SUCCESS, build_grid
+from ftsec_ray.report.grid import build_grid
 from ftsec_ray.report.markdown import grid_markdown
 from ftsec_ray.report.page import render
 from ftsec_ray.report.tables import heat
 from ftsec_ray.report.verdict import effects_of, judge
 from ftsec_ray.results.collect import collect
+from ftsec_ray.results.points import SUCCESS
 from ftsec_ray.results.read import Results
 from ftsec_ray.store import Store
 from ftsec_ray.success import source_of
@@ -149,8 +150,8 @@ def test_an_untargeted_attack_is_told_with_the_metric_that_it_declares(results: 
     page = render(results)
     assert "1 − cacc" in page
     text = grid_markdown(results)
-    assert "| ladder:0.2m | label_flip | cacc 0.40" in text
-    assert "cacc: named where the attack drives that metric down" in text
+    assert "| ladder:0.2m | label_flip | 1 − cacc 0.60" in text
+    assert "the attack drives cacc down, and succeeds in what is left of 1" in text
 
 
 def test_a_defense_that_keeps_clean_accuracy_up_lowers_an_untargeted_attack(
@@ -176,7 +177,7 @@ def test_claims_hold_an_untargeted_attack_against_the_same_metric_without_it(
 ) -> None:
     evidence = Evidence(results)
     (attacked,) = evidence.conditions(attack="label_flip")
-    assert {seed: one.value for seed, one in attacked.success.items()} == {1: pytest.approx(0.6)}
+    assert {seed: one.value for seed, one in attacked.successes.items()} == {1: pytest.approx(0.6)}
     assert {seed: one.value for seed, one in evidence.reference(attacked).items()} == {
         1: pytest.approx(0.1)
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ftsec_ray
-from ftsec_ray.results.utility import UNKNOWN, Utility, mean_utility, utilities
+from ftsec_ray.measured import UNKNOWN, Utility, mean_utility
+from ftsec_ray.results.points import utilities
 from tests.claims.table import MeasuredCondition, results_of
 from tests.results.test_audit import PHRASES, folder_of
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ftsec_ray import schema
+from ftsec_ray.measured import wilson
 from ftsec_ray.results.compare import compare
-from ftsec_ray.results.intervals import wilson
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import TABLES, table_schema, write_results
 
