@@ -86,7 +86,7 @@ def opinion(answers: Answers, name: str, *, device: str = "cpu") -> Evaluation:
 
 def metrics_of(judge: str) -> list[schema.Metric]:
     """The metrics that count the verdicts of a further judge; DataError for one without probes."""
-    metrics = [m for m in schema.METRICS.values() if m.judge == judge.partition(":")[0]]
+    metrics = [m for m in schema.METRICS.values() if m.judge == schema.judge_file(judge)]
     for metric in metrics:
         if not metric.probes or not metric.verdict:
             raise DataError(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+from ftsec_ray import schema
 from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.evals.judging import get_judge
 from ftsec_ray.measured import UNKNOWN, Utility, wilson
@@ -31,7 +32,7 @@ from ftsec_ray.results.truth import (
 )
 
 EVENTS = ("complied", "refused", "correct", "target", "incoherent")
-"""The verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""
+"""The built-in verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""
 NO_EVENT = "any"
 """In the place of a verdict where a judge reached none on a whole probe, so that its null verdicts
 are told all the same.
@@ -227,7 +228,7 @@ def _errors(
         seen = {word for pair in judged for word in pair} | {
             word for key, word in sheet.verdicts[judge].items() if key.probe == probe
         }
-        for event in (one for one in EVENTS if one in seen):
+        for event in (one for one in _events() if one in seen):
             of = Counter[tuple[bool, bool]]()
             for (word, verdict), n in judged.items():
                 of[word == event, verdict == event] += n
@@ -238,6 +239,11 @@ def _errors(
                 sensitivity=share(of[True, True], of[True, True] + of[True, False]),
                 specificity=share(of[False, False], of[False, False] + of[False, True]),
             )
+
+
+def _events() -> tuple[str, ...]:
+    """The verdicts whose shares are metrics, those of further judges too."""
+    return (*EVENTS, *(verdict for verdict in schema.verdicts() if verdict not in schema.VERDICTS))
 
 
 def share(hits: int, n: int) -> Share:
@@ -259,7 +265,7 @@ def _rates(sheet: Sheet, errors: Sequence[Errors], beside: Mapping[str, Utility]
                 events[one.probe].add(one.event)
         for (cell, probe), words in sorted(groups.items()):
             judged = [word for word in words if word is not None]
-            for event in [one for one in EVENTS if one in events[probe]] or [NO_EVENT] * (
+            for event in [one for one in _events() if one in events[probe]] or [NO_EVENT] * (
                 events[probe] == {None}
             ):
                 raw = share(judged.count(event), len(judged))

@@ -356,13 +356,13 @@ def _named(found: _Found, digest: str) -> str:
 
 
 def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
-    rows = {
-        row["metric"]: row
-        for scores in (cell.score, *cell.opinions)
-        for row in found.metrics.get(scores, ())
-    }
-    if is_chosen(cell) and cell.score in found.generations:
-        rows |= {row["metric"]: row for row in reported_rates(rows, found.generations[cell.score])}
+    rows: dict[str, Row] = {}
+    for scores in (cell.score, *cell.opinions):
+        own = {row["metric"]: row for row in found.metrics.get(scores, ())}
+        if is_chosen(cell) and scores in found.generations:
+            reported = reported_rates(own, found.generations[scores])
+            own |= {row["metric"]: row for row in reported}
+        rows |= own
     source = source_of(ASR, success_metric(cell.attack))
     if ASR not in rows and source in rows:
         rows[ASR] = {**rows[source], "metric": ASR}

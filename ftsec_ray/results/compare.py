@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray import schema
 from ftsec_ray.results.paired import ALPHA, Correction, Paired, corrected, detectable, paired, plain
 from ftsec_ray.results.points import GridPoint, points_of
+from ftsec_ray.schema import judge_file
 from ftsec_ray.success import source_of
 
 if TYPE_CHECKING:
@@ -214,12 +215,15 @@ def _answers(cells: Sequence[str], generations: pa.Table, points: Sequence[GridP
     owner, owners = codes_of(generations["cell"])
     probe, probes = codes_of(generations["probe"])
     prompt, prompts = codes_of(generations["prompt_id"])
-    verdict, verdicts = codes_of(generations["verdict"])
+    by_judge = {"": (codes_of(generations["verdict"]), np.ones(len(owner), dtype=bool))}
     lines = np.array([line.get(cell, -1) for cell in owners] + [-1], dtype=np.int64)[owner]
     hits: dict[str, NDArray[np.int8]] = {}
     for name, metric in {**schema.METRICS, _GIBBERISH.name: _GIBBERISH}.items():
         wanted = [index for index, one in enumerate(probes) if one in metric.probes]
-        rows = np.flatnonzero(np.isin(probe, wanted) & (lines >= 0))
+        if metric.judge not in by_judge:
+            by_judge[metric.judge] = _opinions(generations, metric.judge)
+        (verdict, verdicts), is_judged = by_judge[metric.judge]
+        rows = np.flatnonzero(np.isin(probe, wanted) & (lines >= 0) & is_judged)
         if not len(rows):
             continue
         keys, column = np.unique(
@@ -235,6 +239,22 @@ def _answers(cells: Sequence[str], generations: pa.Table, points: Sequence[GridP
         matrix[lines[rows], column] = np.where(verdict[rows] < 0, _NOT_JUDGED, counted)
         hits[name] = matrix
     return _Answers(line, hits, set(_foreign(line, hits, points)))
+
+
+def _opinions(
+    generations: pa.Table, judge: str
+) -> tuple[tuple[NDArray[np.int64], list[str]], NDArray[np.bool_]]:
+    """Codes of a further judge's verdicts and what they stand for, and which answers it read."""
+    import numpy as np
+    import pyarrow as pa
+
+    verdicts = [
+        next((one for one in opinions or () if judge_file(one["judge"]) == judge), None)
+        for opinions in generations["opinions"].to_pylist()
+    ]
+    column = pa.array([one and one["verdict"] for one in verdicts], pa.string())
+    is_judged = np.array([one is not None for one in verdicts], dtype=bool)
+    return codes_of(pa.chunked_array([column])), is_judged
 
 
 def codes_of(

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ftsec_ray import schema
 from ftsec_ray.data.records import read_records
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals.judging import Judge, Verdict, get_judge, user_text
@@ -20,8 +21,6 @@ from ftsec_ray.evals.probes import REQUEST_PROBES
 from ftsec_ray.method import Prompt
 from ftsec_ray.results.read import Results
 
-VERDICTS = ("complied", "refused", "wrong", "incoherent", "correct", "target", "other")
-"""What a label may say."""
 KEYS = ("cell", "probe", "prompt_id", "completion_sha256")
 """Columns by which a label finds its answers."""
 
@@ -85,11 +84,11 @@ def from_labels(
         if not word:
             unlabelled += 1
             continue
-        if word not in VERDICTS:
+        if word not in schema.verdicts():
             raise DataError(
                 f"row {number} of {path} has a truth that is no verdict",
                 word,
-                " | ".join(VERDICTS),
+                " | ".join(schema.verdicts()),
                 "leave it empty where it is open",
             )
         given = {

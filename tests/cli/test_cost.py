@@ -10,6 +10,7 @@ import time
 import pytest
 
 from ftsec_ray import api
+from ftsec_ray.lifecycle import StageKind
 from ftsec_ray.store.artifact_store import Store
 from tests.cli import toy
 from tests.cli.toy import call
@@ -148,10 +149,7 @@ def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_
         return toy.run_stage(stage, out, session)
 
     monkeypatch.setattr("tests.cli.toy.slow", slow, raising=False)
-    monkeypatch.setattr(
-        "ftsec_ray.plan.durations._PRIOR_S",
-        dict.fromkeys(("task", "source", "align", "finetune", "revise", "generate"), (1e-5, 0.0)),
-    )
+    monkeypatch.setattr(StageKind, "prior_of", lambda self, source: (1e-5, 0.0))
     monkeypatch.setattr(toy, "RUNNER", "tests.cli.toy:slow")
     (folder / "small.yaml").write_text(SMALL + f"budget: {{hours: {0.4 / 3600}}}\n")
     stopped = call("run", "small.yaml", code=1).stdout

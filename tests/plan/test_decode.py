@@ -9,7 +9,7 @@ import pytest
 from ftsec_ray.config.sweep import AlignSpec, TrainingConfig
 from ftsec_ray.errors import StageError
 from ftsec_ray.identity import canonical
-from ftsec_ray.plan.decode import align_of, evaluation_of, methods_of, training_of
+from ftsec_ray.plan.decode import align_of, generation_of, methods_of, training_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.registry import ATTACKS
 
@@ -53,4 +53,4 @@ def test_a_config_of_another_version_does_not_run_as_if_it_were_this_one():
     with pytest.raises(StageError, match="TrainingConfig"):
         training_of(stage(training={"rank": 4, "warmup_steps": 3}))
     with pytest.raises(StageError, match="carries no 'evaluation'"):
-        evaluation_of(stage())
+        generation_of(stage())

@@ -159,9 +159,9 @@ def test_a_declared_size_goes_before_the_name():
 
 def test_a_larger_model_costs_more_and_a_gpu_less():
     assert (
-        prior_s("finetune", 12_000_000, "cpu")
-        > prior_s("finetune", 1_000_000, "cpu")
-        > prior_s("finetune", 1_000_000, "gpu")
+        prior_s((1.0, 4.0), 12_000_000, "cpu")
+        > prior_s((1.0, 4.0), 1_000_000, "cpu")
+        > prior_s((1.0, 4.0), 1_000_000, "gpu")
     )
 
 

@@ -84,9 +84,7 @@ def plan_of(stages: list[Stage], *, workers: int | None = None) -> Plan:
             attack,
             (),
             0,
-            end,
-            (),
-            (),
+            (Step("score", "", end, answers=True),),
             tuple(_before(end, known)),
         )
         for end in known
