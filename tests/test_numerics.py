@@ -165,7 +165,7 @@ def test_numerics_are_part_of_the_digest_of_what_computes_and_of_nothing_else():
     assert {portable.stages[digest].kind for digest in shared} == {"task"}
     told = {(stage.kind, stage.params.get("numerics")) for stage in portable.stages.values()}
     computing = {"source", "align", "craft", "finetune", "bank", "inspect", "generate"}
-    assert told == {("task", None), *((kind, "portable") for kind in computing)}
+    assert told == {("task", None), ("score", None), *((kind, "portable") for kind in computing)}
     assert planned(resources={"numerics": "portable"}).stages.keys() == portable.stages.keys()
 
 

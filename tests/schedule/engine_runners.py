@@ -18,7 +18,7 @@ from ftsec_ray.config.sweep import ModelSpec, ResourceSpec, SweepSpec, TaskSpec
 from ftsec_ray.errors import StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.plan.graph import Plan
-from ftsec_ray.plan.stage import Cell, Stage
+from ftsec_ray.plan.stage import Cell, Stage, Step
 from ftsec_ray.registry import ATTACKS
 from ftsec_ray.store import Store
 
