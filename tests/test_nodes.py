@@ -244,7 +244,7 @@ def small(stages, **resources):
     return replace(plan, spec=replace(plan.spec, resources=ResourceSpec(**resources)))
 
 
-@pytest.mark.parametrize("executor", ["tune", "actors"])
+@pytest.mark.parametrize("executor", ["tune", pytest.param("actors", marks=pytest.mark.slow)])
 def test_stages_spread_over_the_nodes_and_come_to_a_kind_of_node_by_resources_alone(
     nodes, tmp_path, executor
 ):

@@ -26,7 +26,6 @@ ALL = [
     pytest.param(name, marks=[pytest.mark.ray] if one.uses_ray else [])
     for name, one in EXECUTORS.items()
 ]
-ON_RAY = [name for name, one in EXECUTORS.items() if one.uses_ray]
 LIMIT_S = 4.0
 ROOT = Path(__file__).parents[2]
 
@@ -183,7 +182,7 @@ def test_a_stage_that_does_not_fit_is_tried_once_with_half_the_rows_and_fails_as
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("executor", ON_RAY)
+@pytest.mark.parametrize("executor", ["tune", pytest.param("actors", marks=pytest.mark.slow)])
 def test_a_worker_that_ray_kills_for_its_memory_ends_as_oom_after_three_attempts(
     tmp_path, executor
 ):
