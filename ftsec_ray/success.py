@@ -57,13 +57,6 @@ def sign_of(metric: str) -> int:
     return 1 if is_driven_up(metric) else -1
 
 
-def success_share(metric: str, value: float) -> float:
-    """The share of the prompts at which an attack succeeded, 0..1: the value of its metric, or what
-    is left of 1 where the attacker drives that down.
-    """
-    return value if is_driven_up(metric) else 1 - value
-
-
 def source_of(metric: str, success: str | None) -> str:
     """The metric whose verdicts make up `metric` of an attack with this declared success: `asr` of
     an attack without triggered prompts is the share that it drives up, and no other metric is.

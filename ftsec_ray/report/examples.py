@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.report.grid import Grid, Key
-from ftsec_ray.results.compare import codes_of
+from ftsec_ray.results.answers import codes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

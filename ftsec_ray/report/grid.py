@@ -262,31 +262,20 @@ def build_grid(results: Results) -> Grid:
     """The grid of a sweep's results."""
     cells = results.cells.to_pylist()
     hooks: dict[str, list[str]] = results.meta.get("defense_hooks", {})
-    names = method_names(cells)
     spent: dict[str, list[float]] = results.meta.get("spent", {})
+    names = method_names(cells)
     points: dict[Key, GridPoint] = {}
-    place: dict[str, Key] = {}
-    attacks, defenses, seconds = {}, {}, {}
     for point in points_of(cells, with_nulls(results)):
-        cell = point.cell
-        attack, defense = names[cell["cell"]]
-        attacks[attack] = MethodLabel(
-            attack,
-            () if attack == NONE or not cell["attack_phase"] else (cell["attack_phase"],),
-            point.success_metric,
-        )
-        looks = bool(point.defenses) and all(
-            set(hooks.get(name, ["?"])) <= {"inspect"} for name in point.defenses
-        )
-        defenses[defense] = MethodLabel(
-            defense, tuple(cell["defense_phases"] or ()), only_inspects=looks
-        )
-        key = (point.model, point.task, attack, defense)
+        key = (point.model, point.task, *names[point.cell["cell"]])
+        if key in points:
+            raise DataError(
+                "two points of the grid that no name tells apart",
+                ", ".join(key),
+                "parameters in `cells` that differ, or one point",
+                "collect the sweep again: ftsec report SWEEP",
+            )
         points[key] = point
-        place |= dict.fromkeys(point.seeds, key)
-        known = [spent[one] for one in point.seeds if one in spent]
-        if known:
-            seconds[key] = Seconds(*(fmean(one) for one in zip(*known, strict=True)))
+    place = {cell: key for key, point in points.items() for cell in point.seeds}
     found = {name for point in points.values() for name in point.measured}
     if any(point.value() is not None for point in points.values()):
         found.add(SUCCESS)
@@ -294,15 +283,34 @@ def build_grid(results: Results) -> Grid:
     return Grid(
         models=_models(cells),
         tasks=tuple(sorted({c["task"] for c in cells})),
-        attacks=_ordered(attacks.values()),
-        defenses=_ordered(defenses.values()),
+        attacks=_ordered({key[2]: _attack(key[2], one) for key, one in points.items()}.values()),
+        defenses=_ordered(
+            {key[3]: _stack(key[3], one, hooks) for key, one in points.items()}.values()
+        ),
         seeds=tuple(sorted({c["seed"] for c in cells})),
         points=points,
         place=place,
         metrics=tuple([m for m in order if m in found] + sorted(found - set(order))),
         compared=_compared(cells, place, results),
-        seconds=seconds,
+        seconds={
+            key: Seconds(*(fmean(one) for one in zip(*known, strict=True)))
+            for key, point in points.items()
+            if (known := [spent[cell] for cell in point.seeds if cell in spent])
+        },
     )
+
+
+def _attack(label: str, point: GridPoint) -> MethodLabel:
+    phase = point.cell["attack_phase"]
+    phases = () if label == NONE or not phase else (phase,)
+    return MethodLabel(label, phases, point.success_metric)
+
+
+def _stack(label: str, point: GridPoint, hooks: Mapping[str, Sequence[str]]) -> MethodLabel:
+    looks = bool(point.defenses) and all(
+        set(hooks.get(name, ["?"])) <= {"inspect"} for name in point.defenses
+    )
+    return MethodLabel(label, tuple(point.cell["defense_phases"] or ()), only_inspects=looks)
 
 
 def _compared(

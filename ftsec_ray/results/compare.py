@@ -24,15 +24,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
+from ftsec_ray.results.answers import GIBBERISH, Answers, answers_of
 from ftsec_ray.results.paired import ALPHA, Correction, Paired, corrected, detectable, paired, plain
 from ftsec_ray.results.points import GridPoint, points_of
-from ftsec_ray.schema import judge_file
 from ftsec_ray.success import source_of
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
-    from numpy.typing import NDArray
 
 Member = tuple[str, str]
 """Name and parameters (JSON) of one defense."""
@@ -40,15 +38,6 @@ Stack = tuple[Member, ...]
 Row = dict[str, Any]
 CHUNK = 4_000_000
 """Answers compared at a time, to bound memory."""
-_NOT_ASKED, _NOT_JUDGED = -2, -1
-_GIBBERISH = schema.Metric(
-    "gibberish",
-    "fraction 0..1",
-    "lower",
-    "forbidden requests that get gibberish",
-    probes=("harmful",),
-    verdict="incoherent",
-)
 
 
 def compare(
@@ -74,7 +63,7 @@ def compare(
 
     points = points_of(cells.to_pylist(), metrics.to_pylist())
     grid = _Grid(points, hooks, frozenset(controls))
-    answers = _answers(cells["cell"].to_pylist(), generations, points)
+    answers = answers_of(cells["cell"].to_pylist(), generations, points)
     rows = [row for pair in grid.pairs() for row in _rows(grid, answers, pair)]
     _test(rows, answers, correction)
     _conclude(rows)
@@ -181,115 +170,6 @@ class _Grid:
 
 
 @dataclass
-class _Answers:
-    """Whether each metric counts each answer, by cell and prompt."""
-
-    line: dict[str, int]
-    """Cell -> its row in every matrix."""
-    hits: dict[str, NDArray[np.int8]]
-    """Metric -> (cells, prompts): 1 counted, 0 not, -1 not judged, -2 not asked."""
-    foreign: set[tuple[str, str]]
-    """(cell, metric) whose value the verdicts do not give."""
-
-    def rise(self, metric: str, lines: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
-        """How much larger the share of counted answers is on the first side than on the second; 0
-        where nothing was asked.
-        """
-        if metric not in self.hits or not lines[0]:
-            return 0.0
-        one, other = (self.hits[metric][list(side)] for side in lines)
-        return float(
-            (one == 1).sum() / max(1, (one >= 0).sum())
-            - (other == 1).sum() / max(1, (other >= 0).sum())
-        )
-
-    def asked(self, cell: str, metric: str) -> bool:
-        """Whether the verdicts of a cell that make up a metric are here."""
-        return metric in self.hits and bool((self.hits[metric][self.line[cell]] > _NOT_ASKED).any())
-
-
-def _answers(cells: Sequence[str], generations: pa.Table, points: Sequence[GridPoint]) -> _Answers:
-    import numpy as np
-
-    line = {cell: index for index, cell in enumerate(cells)}
-    owner, owners = codes_of(generations["cell"])
-    probe, probes = codes_of(generations["probe"])
-    prompt, prompts = codes_of(generations["prompt_id"])
-    by_judge = {"": (codes_of(generations["verdict"]), np.ones(len(owner), dtype=bool))}
-    lines = np.array([line.get(cell, -1) for cell in owners] + [-1], dtype=np.int64)[owner]
-    hits: dict[str, NDArray[np.int8]] = {}
-    for name, metric in {**schema.METRICS, _GIBBERISH.name: _GIBBERISH}.items():
-        wanted = [index for index, one in enumerate(probes) if one in metric.probes]
-        if metric.judge not in by_judge:
-            by_judge[metric.judge] = _opinions(generations, metric.judge)
-        (verdict, verdicts), is_judged = by_judge[metric.judge]
-        rows = np.flatnonzero(np.isin(probe, wanted) & (lines >= 0) & is_judged)
-        if not len(rows):
-            continue
-        keys, column = np.unique(
-            probe[rows] * (len(prompts) + 1) + prompt[rows], return_inverse=True
-        )
-        code = (
-            verdicts.index(metric.verdict.removeprefix("not "))
-            if metric.verdict.removeprefix("not ") in verdicts
-            else -2
-        )
-        counted = (verdict[rows] == code) != metric.verdict.startswith("not ")
-        matrix = np.full((len(cells), len(keys)), _NOT_ASKED, dtype=np.int8)
-        matrix[lines[rows], column] = np.where(verdict[rows] < 0, _NOT_JUDGED, counted)
-        hits[name] = matrix
-    return _Answers(line, hits, set(_foreign(line, hits, points)))
-
-
-def _opinions(
-    generations: pa.Table, judge: str
-) -> tuple[tuple[NDArray[np.int64], list[str]], NDArray[np.bool_]]:
-    """Codes of a further judge's verdicts and what they stand for, and which answers it read."""
-    import numpy as np
-    import pyarrow as pa
-
-    verdicts = [
-        next((one for one in opinions or () if judge_file(one["judge"]) == judge), None)
-        for opinions in generations["opinions"].to_pylist()
-    ]
-    column = pa.array([one and one["verdict"] for one in verdicts], pa.string())
-    is_judged = np.array([one is not None for one in verdicts], dtype=bool)
-    return codes_of(pa.chunked_array([column])), is_judged
-
-
-def codes_of(
-    column: Any,
-) -> tuple[NDArray[np.int64], list[str]]:
-    """Codes of a column, -1 for null, and what they stand for."""
-    import numpy as np
-    import pyarrow as pa
-
-    whole = column.combine_chunks()
-    coded = (
-        pa.concat_arrays(whole.chunks) if isinstance(whole, pa.ChunkedArray) else whole
-    ).dictionary_encode()
-    return (
-        coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64),
-        coded.dictionary.to_pylist(),
-    )
-
-
-def _foreign(
-    line: Mapping[str, int], hits: Mapping[str, NDArray[np.int8]], points: Sequence[GridPoint]
-) -> Iterator[tuple[str, str]]:
-    """Measured values that are not the share of the verdicts found: a probe of another name, or
-    rows that are missing.
-    """
-    for metric, matrix in hits.items():
-        counts, judged = (matrix == 1).sum(axis=1), (matrix >= 0).sum(axis=1)
-        for point in points:
-            for cell, measured in point.values.get(metric, {}).items():
-                row = line[cell]
-                if not judged[row] or abs(counts[row] / judged[row] - measured.value) > 1e-6:
-                    yield cell, metric
-
-
-@dataclass
 class _Row:
     """One row in the making."""
 
@@ -327,7 +207,7 @@ _EMPTY = dict.fromkeys(
 )
 
 
-def _rows(grid: _Grid, answers: _Answers, pair: _Pair) -> Iterator[_Row]:
+def _rows(grid: _Grid, answers: Answers, pair: _Pair) -> Iterator[_Row]:
     """The rows of a pair, one per metric that either side has."""
     points = grid.arms[pair.place][pair.stack], grid.arms[pair.place][pair.against]
     names = {name for point in points for name in point.values} - set(schema.ABOUT_DEFENSES)
@@ -375,7 +255,7 @@ def _rows(grid: _Grid, answers: _Answers, pair: _Pair) -> Iterator[_Row]:
                 tuple(answers.line[cell] for cell in sides[1]),
             )
         )
-        gibberish = answers.rise(_GIBBERISH.name, lines) if source == "harmful_rate" else 0.0
+        gibberish = answers.rise(GIBBERISH.name, lines) if source == "harmful_rate" else 0.0
         yield _Row(row, source, lines, incoherent, gibberish, pair)
 
 
@@ -399,9 +279,7 @@ def _means(points: Sequence[GridPoint], metric: str, seeds: Sequence[int]) -> Ro
     }
 
 
-def _source(
-    point: GridPoint, answers: _Answers, metric: str, sides: Sequence[Sequence[str]]
-) -> str:
+def _source(point: GridPoint, answers: Answers, metric: str, sides: Sequence[Sequence[str]]) -> str:
     """Where a metric's verdicts are."""
     if any(answers.asked(cell, metric) for side in sides for cell in side):
         return metric
@@ -410,7 +288,7 @@ def _source(
 
 def _untested(
     points: Sequence[GridPoint],
-    answers: _Answers,
+    answers: Answers,
     metric: str,
     source: str,
     sides: Sequence[Sequence[str]],
@@ -443,7 +321,7 @@ def _value(point: GridPoint, metric: str, cell: str) -> tuple[float, int | None]
     return None if run is None else (run.value, run.n)
 
 
-def _test(rows: Sequence[_Row], answers: _Answers, correction: Correction) -> None:
+def _test(rows: Sequence[_Row], answers: Answers, correction: Correction) -> None:
     """Test what can be tested, each set of answers once, and correct over all of them."""
     import numpy as np
 
