@@ -146,7 +146,7 @@ def test_trials_are_rows_of_the_tables_and_of_nothing_that_is_shown(done):
         "searched harmful_tuning",
     ]
     assert {attack.success for attack in grid.real_attacks} == {"harmful_rate"}
-    assert all(len(point.cells) == 2 for point in grid.points.values())
+    assert all(len(point.seeds) == 2 for point in grid.points.values())
     assert results.aggregated.num_rows == 2 * 2 + 4 * 3
     chosen = {row["cell"]: row for row in results.cells.to_pylist() if row["search"] is not None}
     assert len(chosen) == 4

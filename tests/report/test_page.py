@@ -428,7 +428,7 @@ def test_what_defends_clearly_is_what_the_corrected_comparisons_say(judged: Resu
         (row["model"], row["attack"], row["defenses"][0]): row
         for row in judged.comparisons.to_pylist()
         if row["metric"]
-        == grid.points[row["model"], "microworld", row["attack"], row["defenses"][0]].success
+        == grid.points[row["model"], "microworld", row["attack"], row["defenses"][0]].success_metric
     }
     effects = effects_of(grid)
     assert effects
