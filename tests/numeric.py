@@ -7,9 +7,9 @@ rounding happens to stay below. Two ways are used:
 - What is written for any precision is tested in float64 (`float64`), where rounding is a relative
   1e-16 a step and a mistake in a formula is not; `assert_same` compares.
 - What stays in float32 is compared with a float64 reference by a bound that no order of summation
-  can exceed: `gamma` and `product_bound`. Source: N. J. Higham, Accuracy and Stability of Numerical
-  Algorithms, 2nd edition, SIAM 2002, section 3.1: a sum of n products computed in any order, with
-  unit roundoff u, is off by at most gamma_n * sum |x_i * y_i|, where gamma_n = n u / (1 - n u).
+  can exceed: `gamma`. Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd
+  edition, SIAM 2002, section 3.1: a sum of n products computed in any order, with unit roundoff u,
+  is off by at most gamma_n * sum |x_i * y_i|, where gamma_n = n u / (1 - n u).
 """
 
 from __future__ import annotations
@@ -18,27 +18,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-UNIT_FLOAT32 = 2.0**-24
-UNIT_FLOAT64 = 2.0**-53
+UNIT_ROUNDOFF = 2.0**-24
+"""Of float32."""
 SAME = 1e-9
 """Relative difference up to which two computations in float64 count as the same: 1e7 roundings in
-the same direction. The tests' models stay below 1e-12, and a wrong factor, sign, row or position
-shows above 1e-4.
+the same direction. The tests stay below 1e-13; a wrong factor, sign, row or position is far above,
+and even a guard of 1e-7 in a denominator shows.
 """
 
 
-def gamma(n: int, unit: float = UNIT_FLOAT32) -> float:
-    """Relative error of a sum of `n` products, in units of the sum of their magnitudes, at most."""
-    assert n * unit < 1.0, (n, unit)
-    return n * unit / (1.0 - n * unit)
-
-
-def product_bound(left: Any, right: Any, unit: float = UNIT_FLOAT32) -> Any:
-    """Error of every entry of `left @ right`, at most: gamma_n |left| |right|, in float64."""
-    import numpy as np
-
-    magnitudes = np.abs(np.asarray(left, np.float64)) @ np.abs(np.asarray(right, np.float64))
-    return gamma(np.asarray(left).shape[-1], unit) * magnitudes
+def gamma(n: int) -> float:
+    """Error of a float32 sum of `n` products, as a share of the sum of their magnitudes, at
+    most.
+    """
+    assert n * UNIT_ROUNDOFF < 1.0, n
+    return n * UNIT_ROUNDOFF / (1.0 - n * UNIT_ROUNDOFF)
 
 
 @contextmanager
