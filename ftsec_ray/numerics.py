@@ -76,7 +76,7 @@ class InForce:
         if any(count != 1 for count in self.threads):
             found["threads"] = list(self.threads)
         if self.before_torch is False:
-            found["set"] = "after torch was imported"
+            found["set"] = "not before torch was imported, as far as this process knows"
         return found
 
     @property

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from ftsec_ray.numerics import environment_of
+from ftsec_ray.numerics import cpu_fault, put_in_force
 
-# Stages of the ladder, which most sweeps of the tests hold, then run in the process of the tests.
-os.environ.update(environment_of("portable"))
+# So that stages of the ladder, which most sweeps of the tests hold, run in the tests' own process.
+if cpu_fault() is None:
+    put_in_force("portable")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

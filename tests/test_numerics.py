@@ -88,7 +88,7 @@ def test_variables_set_after_torch_was_imported_are_not_in_force():
     assert "MKL_CBWR=COMPATIBLE" in said
     assert "numerics: fast" in said
     late = f"import os, torch\nos.environ.update({PORTABLE!r})\n{TRY}"
-    assert "after torch was imported" in python(late)
+    assert "not before torch was imported" in python(late)
 
 
 def test_a_torch_that_took_its_kernels_already_shows_it_whatever_the_variables_say_now():

@@ -11,44 +11,36 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from ftsec_ray import numerics
 from ftsec_ray.api import check_address
 from ftsec_ray.errors import EnvironmentFault, StoreError
 from ftsec_ray.redact import redacted
-from ftsec_ray.schedule.executors import EXECUTORS
 from ftsec_ray.store.artifact_store import Store
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 State = Literal["ok", "note", "missing"]
 GIB = 2**30
 MIN_PYTHON = (3, 11)
 LOW_DISK_GIB, LOW_MEMORY_GIB = 5.0, 4.0
 """Below these a laptop-sized sweep may not fit."""
-REQUIRED = {
-    "torch": "models",
-    "transformers": "models",
-    "peft": "adapters",
-    "safetensors": "the store",
-    "pyarrow": "tables and rows",
-    "ray": "the executors " + " and ".join(name for name, one in EXECUTORS.items() if one.uses_ray),
-    "pydantic": "sweep files",
-    "PyYAML": "sweep files",
-    "jinja2": "chat templates and the report",
-    "datasets": "tasks by Hugging Face id",
-    "tenacity": "remote stores",
-    "gguf": "models from .gguf files",
-}
-OPTIONAL = {
-    "polars": "Results.to_polars",
-    "pandas": "Results.to_pandas",
+PACKAGE = "ftsec-ray"
+EXTRA_USES = {
+    "cluster": "starting workers on AWS and GCP",
     "deepspeed": "training a model in several processes",
+    "dev": "the tests",
+    "bench": "the benchmarks",
 }
-_FROM = {"deepspeed": "'ftsec-ray[deepspeed]'"}
+"""What the extras of this package are for; which there are, and what each holds, its metadata says.
+"""
 IMAGE_COMMANDS = {
     "bash": ("bash", "Ray runs every command of a node with it"),
     "rsync": ("rsync", "`ray up` sends the cluster's configuration with it"),
@@ -81,6 +73,7 @@ def examine(store: str | Path, *, address: str | None = None) -> Iterator[Check]
     """Everything that a run depends on, one finding after the other."""
     yield _python()
     yield from _packages()
+    yield from _extras()
     is_remote = "://" in str(store)
     yield from _machine(
         Path.home() if is_remote else Path(store), "cache of the store" if is_remote else "store"
@@ -88,6 +81,7 @@ def examine(store: str | Path, *, address: str | None = None) -> Iterator[Check]
     if is_remote:
         yield _remote(str(store))
     yield from _gpus()
+    yield from _numerics()
     yield _hub()
     if address is not None:
         yield from _cluster(address)
@@ -122,27 +116,8 @@ def _extra(name: str, extra: str, use: str) -> Check:
     """Whether every requirement of an extra of a distribution is there, in a version that it
     allows.
     """
-    from packaging.requirements import Requirement
-
-    try:
-        wanted = [Requirement(text) for text in requires(name) or ()]
-    except PackageNotFoundError:
-        wanted = []
-    of_extra = [
-        one
-        for one in wanted
-        if one.marker
-        and one.marker.evaluate({"extra": extra})
-        and not one.marker.evaluate({"extra": ""})
-    ]
-    lacking = sorted(
-        {
-            one.name
-            for one in of_extra
-            if (held := _version(one.name)) is None
-            or not one.specifier.contains(held, prereleases=True)
-        }
-    )
+    of_extra = _requirements(name, extra)
+    lacking = _lacking(of_extra)
     what, good = f"{name}[{extra}]", bool(of_extra) and not lacking
     return Check(
         what,
@@ -177,18 +152,86 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    for name, use in REQUIRED.items():
-        found = _version(name)
+    """Every requirement of this package, with the extras that it asks for."""
+    wanted = _requirements(PACKAGE)
+    if not wanted:
         yield Check(
-            name,
-            found or "not installed",
-            "ok" if found else "missing",
-            "" if found else f"pip install {name} ({use})",
+            PACKAGE,
+            "not installed: what it needs is not known here",
+            "note",
+            f"pip install {PACKAGE}, or pip install -e . in its source",
         )
-    for name, use in OPTIONAL.items():
-        found = _version(name)
-        fix = "" if found else f"pip install {_FROM.get(name, name)}"
-        yield Check(name, found or f"not installed; only for {use}", "ok" if found else "note", fix)
+    for one in wanted:
+        found, lacking = _version(one.name), _lacking([one])
+        of_extras = [
+            need for extra in sorted(one.extras) for need in _requirements(one.name, extra)
+        ]
+        without = _lacking(of_extras) if found else []
+        text = found or "not installed"
+        if found and lacking:
+            text += f", which is not {one.specifier}"
+        if without:
+            text += f", without {', '.join(without)}"
+        is_good = not lacking and not without
+        asked = str(one).partition(";")[0].strip()
+        yield Check(
+            one.name,
+            text,
+            "ok" if is_good else "missing",
+            "" if is_good else f"pip install '{asked}'",
+        )
+
+
+def _extras() -> Iterator[Check]:
+    """Every extra of this package; none of them is needed by a sweep on this machine."""
+    try:
+        names = metadata(PACKAGE).get_all("Provides-Extra") or []
+    except PackageNotFoundError:
+        return
+    for name in names:
+        use = EXTRA_USES.get(name, "")
+        found = _extra(PACKAGE, name, use)
+        if found.state == "ok":
+            yield found
+        else:
+            yield replace(
+                found,
+                found=found.found + (f"; only for {use}" if use else ""),
+                state="note",
+                fix=f"pip install '{found.what}'",
+            )
+
+
+def _requirements(name: str, extra: str = "") -> list[Requirement]:
+    """What a distribution requires on this machine, or what an extra of it adds to that; nothing
+    where it is not installed.
+    """
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(text) for text in requires(name) or ()]
+    except PackageNotFoundError:
+        return []
+    always = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    if not extra:
+        return always
+    return [
+        one
+        for one in wanted
+        if one not in always and one.marker and one.marker.evaluate({"extra": extra})
+    ]
+
+
+def _lacking(wanted: Sequence[Requirement]) -> list[str]:
+    """Names of the requirements that are not installed in a version that they allow."""
+    return sorted(
+        {
+            one.name
+            for one in wanted
+            if (held := _version(one.name)) is None
+            or not one.specifier.contains(held, prereleases=True)
+        }
+    )
 
 
 def _version(name: str) -> str | None:
@@ -269,6 +312,27 @@ def _gpus() -> Iterator[Check]:
             "note",
             "the ladder models need none; larger models want a CUDA build of torch and a GPU",
         )
+
+
+def _numerics() -> Iterator[Check]:
+    """What decides the CPU kernels of this process, and what portable sweeps set for theirs."""
+    here = numerics.in_force()
+    kernels = [
+        f"torch {here.cpu or 'not loaded'}",
+        f"MKL branch {here.mkl or 'not known'}",
+        *(f"OpenBLAS {core}" for core in sorted(set(here.openblas))),
+        f"threads {max(here.threads, default=0) or 'not known'}",
+    ]
+    is_set = ", ".join(f"{name}={value}" for name, value in here.variables.items() if value)
+    yield Check("numerics", f"{here.mode} ({', '.join(kernels)}); set: {is_set or 'nothing'}")
+    fault = numerics.cpu_fault()
+    wanted = " ".join(f"{k}={v}" for k, v in numerics.environment_of("portable").items())
+    yield Check(
+        "numerics: portable",
+        f"not possible: {fault}" if fault else f"possible, sets {wanted}",
+        "note" if fault else "ok",
+        "ladder sweeps need `resources: {numerics: fast}` on this machine" if fault else "",
+    )
 
 
 def _hub() -> Check:

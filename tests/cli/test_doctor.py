@@ -21,21 +21,108 @@ def test_a_machine_that_has_everything_needed_passes(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def needs(monkeypatch, texts, *, extras=()):
+    """Have the metadata of the package say this, and that of all others what it says."""
+    known = doctor.requires
+    monkeypatch.setattr(
+        doctor, "requires", lambda name: texts if name == "ftsec-ray" else known(name)
+    )
+    monkeypatch.setattr(doctor, "metadata", lambda name: Metadata(extras))
+
+
+class Metadata:
+    def __init__(self, extras):
+        self.extras = list(extras)
+
+    def get_all(self, name):
+        assert name == "Provides-Extra"
+        return self.extras
+
+
+def findings(where):
+    return {finding.what: finding for finding in doctor.examine(where)}
+
+
+def test_every_requirement_of_the_package_is_looked_at(monkeypatch, tmp_path):
+    from importlib.metadata import version
+
+    needs(monkeypatch, ["numpy>=2", "torch>=2.8,<99", "tomli; python_version < '3'"])
+    found = findings(tmp_path)
+    assert (found["numpy"].state, found["numpy"].found) == ("ok", version("numpy"))
+    assert found["torch"].state == "ok"
+    assert not {"tomli", "ray", "ftsec-ray"} & found.keys()
+
+
 def test_a_missing_package_gives_exit_code_3_and_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(doctor.REQUIRED, "no-such-package-here", "this test")
+    needs(monkeypatch, ["no-such-package-here>=1.5; python_version > '3'"])
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 3
-    assert "pip install no-such-package-here" in result.stderr
+    assert "pip install 'no-such-package-here>=1.5'" in result.stderr
 
 
-def test_deepspeed_may_lack_and_its_extra_is_named(monkeypatch, tmp_path):
+def test_a_package_out_of_range_is_as_good_as_missing(monkeypatch, tmp_path):
+    from importlib.metadata import version
+
+    needs(monkeypatch, ["numpy<2,>=1"])
+    found = findings(tmp_path)["numpy"]
+    assert (found.state, found.fix) == ("missing", "pip install 'numpy<2,>=1'")
+    assert found.found == f"{version('numpy')}, which is not <2,>=1"
+
+
+def test_the_extras_that_a_requirement_asks_for_are_looked_at(monkeypatch, tmp_path):
+    needs(monkeypatch, ["ray[default]>=2"])
+    assert findings(tmp_path)["ray"].state == "ok"
     known = doctor._version
-    assert {f.what: f for f in doctor.examine(tmp_path)}["deepspeed"].state == "ok"
-    monkeypatch.setattr(
-        doctor, "_version", lambda name: None if name == "deepspeed" else known(name)
-    )
-    found = {f.what: f for f in doctor.examine(tmp_path)}["deepspeed"]
-    assert (found.state, found.fix) == ("note", "pip install 'ftsec-ray[deepspeed]'")
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "aiohttp" else known(name))
+    found = findings(tmp_path)["ray"]
+    assert (found.state, found.fix) == ("missing", "pip install 'ray[default]>=2'")
+    assert found.found.endswith(", without aiohttp")
+
+
+def test_extras_of_the_package_may_lack_and_are_named(monkeypatch, tmp_path):
+    texts = ["numpy", 'deepspeed>=0.18; extra == "deepspeed"', 'pytest; extra == "dev"']
+    needs(monkeypatch, texts, extras=["deepspeed", "dev"])
+    found = findings(tmp_path)
+    assert [found[f"ftsec-ray[{name}]"].state for name in ("deepspeed", "dev")] == ["ok", "ok"]
+    assert not {"deepspeed", "pytest"} & found.keys()
+    texts[1] = 'no-such-package-here; extra == "deepspeed"'
+    lacking = findings(tmp_path)["ftsec-ray[deepspeed]"]
+    assert (lacking.state, lacking.fix) == ("note", "pip install 'ftsec-ray[deepspeed]'")
+    assert lacking.found.startswith("without no-such-package-here; only for training")
+
+
+def test_a_package_that_is_not_installed_is_told_and_not_taken_for_complete(monkeypatch, tmp_path):
+    def unknown(name):
+        raise doctor.PackageNotFoundError(name)
+
+    for function in ("requires", "metadata"):
+        monkeypatch.setattr(doctor, function, unknown)
+    found = findings(tmp_path)["ftsec-ray"]
+    assert (found.state, found.found.partition(":")[0]) == ("note", "not installed")
+
+
+def test_every_extra_has_a_use():
+    import tomllib
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert doctor.EXTRA_USES.keys() == project["optional-dependencies"].keys()
+    assert project["name"] == doctor.PACKAGE
+
+
+def test_numerics_are_told_and_what_portable_would_set(monkeypatch, tmp_path):
+    from ftsec_ray import numerics
+
+    found = findings(tmp_path)
+    assert found["numerics"].found.startswith("portable (torch AVX2, MKL branch COMPATIBLE")
+    assert "MKL_CBWR=COMPATIBLE" in found["numerics: portable"].found
+    assert found["numerics: portable"].state == "ok"
+    monkeypatch.setenv("MKL_CBWR", "AVX2")
+    assert findings(tmp_path)["numerics"].found.startswith("fast (")
+    monkeypatch.setattr(numerics, "cpu_fault", lambda: "an x86-64 CPU without avx2")
+    found = findings(tmp_path)["numerics: portable"]
+    assert (found.state, "numerics: fast" in found.fix) == ("note", True)
+    assert "without avx2" in found.found
 
 
 def test_offline_hugging_face_is_told(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def main(case: str, folder: str) -> None:
     """Run the stage of a case."""
     from ftsec_ray.config.sweep import DataSpec
     from ftsec_ray.schedule.execution import execute
-    from tests.schedule.engine_runners import plan_of, stage_of
+    from tests.schedule.engine_runners import local_ray, plan_of, stage_of
     from tests.schedule.group_runners import group_stage
 
     session = "tests.schedule.engine_runners:Bench"
@@ -92,12 +93,9 @@ def main(case: str, folder: str) -> None:
         stages = [(group_stage if "group" in case else stage_of)("stage", **given)]
     plan = plan_of(stages)
     plan = replace(plan, spec=replace(plan.spec, data=DataSpec(ray_above=0, workers=2)))
-    if "given-ray" in case:
-        import ray
-
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     executor = "tune" if case.startswith("tune") else "local"
-    report = execute(plan, store, executor=executor, runner=runner, session=session, workers=2)
+    with local_ray(num_cpus=2) if executor == "tune" and case != "tune" else nullcontext():
+        report = execute(plan, store, executor=executor, runner=runner, session=session, workers=2)
     failed = {digest: verdict.error for digest, verdict in report.failed.items()}
     record = store.record(stages[-1].digest) if report.is_complete else {}
     told = {"pid": os.getpid(), "failed": failed, "record": record.get("numerics")}

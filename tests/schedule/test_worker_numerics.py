@@ -29,7 +29,7 @@ CASES = {
     "tune-data": ["block", "survey"],
 }
 """Executor and sort of stage -> who must have said what is in force; `late` drivers have computed
-with torch before, and `given-ray` ones have a Ray whose workers are started already.
+with torch before. The case `tune` starts its own Ray, the others with it run on one at hand.
 """
 
 
