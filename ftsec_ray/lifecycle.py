@@ -9,18 +9,70 @@ new kind, and its hooks are hooks of every method.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ftsec_ray.discovery import modules_in
 from ftsec_ray.errors import SpecError
+
+if TYPE_CHECKING:
+    from ftsec_ray.context import LoadedModel, StageContext
+    from ftsec_ray.method import Method, RowWise
+    from ftsec_ray.plan.stage import Stage
 
 PACKAGE = "ftsec_ray.stages"
 ROLES_BEFORE = ("reference", "unaligned")
 """Models that a method can ask for at any stage: the one that every cell starts from, and its twin
 before alignment."""
+
+
+Extra = dict[str, Any]
+"""Measurements of a stage for its record: tokens, flops, notes."""
+
+
+class Job(Protocol):
+    """One stage at work, as `run` of its kind gets it."""
+
+    @property
+    def stage(self) -> Stage:
+        """What it is."""
+
+    @property
+    def out(self) -> Path:
+        """The empty folder that it fills."""
+
+    @property
+    def session(self) -> Any:
+        """What the worker holds (execute.session.Session): models, rows, tasks, the store."""
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Role -> digest."""
+
+    def methods(self) -> list[Method]:
+        """The methods that act in this stage, in order, with their parameters."""
+
+    def context(self, *, workdir: Path | None = None) -> StageContext:
+        """What the stage's hooks may ask."""
+
+    def change_model(self, hook: str) -> Extra:
+        """Let the stage's one method change a copy of its model by a hook, and write the result."""
+
+    def craft_in_blocks(self, method: RowWise, file: Path) -> dict[str, Any]:
+        """Let a method change the rows of a file block by block, in many processes where it may."""
+
+    def finish(
+        self,
+        loaded: LoadedModel,
+        *,
+        losses: Sequence[float] = (),
+        notes: Mapping[str, Any] | None = None,
+        **measured: Any,
+    ) -> Extra:
+        """Write a model, keep it in memory for the next stage, and report on it."""
 
 
 def _no_settings(method: Any) -> Mapping[str, Any]:  # noqa: ARG001
@@ -123,10 +175,10 @@ def kind_of(name: str) -> StageKind:
     return kinds()[name]
 
 
-def runner_of(name: str) -> Callable[[Any], Mapping[str, Any]]:
-    """The function that does a stage of a kind: StageJob -> measurements for its record."""
+def runner_of(name: str) -> Callable[[Job], Extra]:
+    """The function that does a stage of a kind."""
     kind_of(name)
-    run: Callable[[Any], Mapping[str, Any]] = importlib.import_module(modules_in(PACKAGE)[name]).run
+    run: Callable[[Job], Extra] = importlib.import_module(modules_in(PACKAGE)[name]).run
     return run
 
 

@@ -23,6 +23,8 @@ Row = dict[str, Any]
 """One row of schema.ROWS as a mapping."""
 NULLABLE = frozenset({"system", "label", "kind", "language", "origin"})
 """Columns that may be null."""
+CRAFTED = "rows.parquet"
+"""The file of a crafted set."""
 GROUP_ROWS = 65_536
 """Rows of one row group of a file."""
 

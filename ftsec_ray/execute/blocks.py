@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.data.external_sort import ExternalSort
 from ftsec_ray.data.rows import (
+    CRAFTED,
     FilterTally,
     RowsWriter,
     count_rows,
@@ -39,7 +40,7 @@ from ftsec_ray.data.rows import (
     read_batches,
 )
 from ftsec_ray.execute.error_json import error_from_json, error_to_json
-from ftsec_ray.execute.session import CRAFTED, Session
+from ftsec_ray.execute.session import Session
 from ftsec_ray.execute.unit import gpu_share, set_up_numerics
 from ftsec_ray.method import BATCH_ROWS, RowWise, check_notes
 from ftsec_ray.numerics import environment_of

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftsec_ray.context import LoadedModel, Runtime, TaskData
-from ftsec_ray.data.rows import read_table
+from ftsec_ray.data.rows import CRAFTED, read_table
 from ftsec_ray.data.tasks import read_task
 from ftsec_ray.models.load import load_model, read_meta
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from ftsec_ray.store import Store
 
-CRAFTED = "rows.parquet"
-"""The file of a crafted set."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of two parameters of `mallopt`."""
 

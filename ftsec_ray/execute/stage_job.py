@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.errors import StageError
 from ftsec_ray.execute.session import Session
-from ftsec_ray.lifecycle import runner_of
-from ftsec_ray.method import Method
+from ftsec_ray.lifecycle import Extra, runner_of
+from ftsec_ray.method import Method, RowWise
 from ftsec_ray.plan.decode import methods_of, training_of
 
 if TYPE_CHECKING:
     from ftsec_ray.plan.stage import Stage
 
-Extra = dict[str, Any]
-"""Measurements of a stage for its record: tokens, flops, notes."""
 KEPT_LOSSES = 50
 
 
@@ -77,6 +75,12 @@ class StageJob:
         context = self.context()
         copied = copy_model(self.session.model(self.inputs["model"]))
         return self.finish(getattr(method, hook)(copied, context), notes=context.notes)
+
+    def craft_in_blocks(self, method: RowWise, file: Path) -> dict[str, Any]:
+        """Let a method change the rows of a file block by block, in many processes where it may."""
+        from ftsec_ray.execute.blocks import craft_in_blocks
+
+        return craft_in_blocks(self, method, file)
 
     def finish(
         self,

@@ -12,13 +12,13 @@ from ftsec_ray.lifecycle import StageKind
 if TYPE_CHECKING:
     from ftsec_ray.config.sweep import AlignSpec
     from ftsec_ray.context import LoadedModel
-    from ftsec_ray.execute.stage_job import Extra, StageJob
+    from ftsec_ray.lifecycle import Extra, Job
     from ftsec_ray.training.loop import TuneReport
 
 KIND = StageKind(name="align", position=30, prior_s={"": (2.0, 15.0)})
 
 
-def run(job: StageJob) -> Extra:
+def run(job: Job) -> Extra:
     """Fine-tune a copy of the model on refusals and benign answers."""
     from ftsec_ray.models.load import copy_model
     from ftsec_ray.plan.decode import align_of
@@ -37,7 +37,7 @@ def run(job: StageJob) -> Extra:
     )
 
 
-def _align_ladder(job: StageJob, base: LoadedModel) -> Extra:
+def _align_ladder(job: Job, base: LoadedModel) -> Extra:
     """Align a model of the ladder on the microworld's own alignment rows."""
     from ftsec_ray.data.microworld import alignment_rows
     from ftsec_ray.models import ladder
@@ -60,7 +60,7 @@ def _align_ladder(job: StageJob, base: LoadedModel) -> Extra:
     return job.finish(base, tokens=tokens, flops=6.0 * shape.parameters * tokens, losses=losses)
 
 
-def _align_loaded(job: StageJob, base: LoadedModel, align: AlignSpec) -> TuneReport:
+def _align_loaded(job: Job, base: LoadedModel, align: AlignSpec) -> TuneReport:
     """Align a loaded model by full SFT on the task's refusals, mixed with benign rows."""
     import pyarrow as pa
 

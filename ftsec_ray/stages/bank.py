@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray.lifecycle import StageKind
 
 if TYPE_CHECKING:
-    from ftsec_ray.execute.stage_job import Extra, StageJob
+    from ftsec_ray.lifecycle import Extra, Job
 
 DEFAULT_SIZE = 8
 """Adapters, where the method does not say."""
@@ -29,7 +29,7 @@ KIND = StageKind(
 )
 
 
-def run(job: StageJob) -> Extra:
+def run(job: Job) -> Extra:
     """Tune adapters that differ by seed and by a bootstrap of the user's rows."""
     from ftsec_ray.models.load import save_model
     from ftsec_ray.training.loop import sft

@@ -10,7 +10,7 @@ from ftsec_ray.method import Method, RowWise
 from ftsec_ray.registry import name_of
 
 if TYPE_CHECKING:
-    from ftsec_ray.execute.stage_job import Extra, StageJob
+    from ftsec_ray.lifecycle import Extra, Job
 
 KIND = StageKind(
     name="craft",
@@ -26,17 +26,16 @@ KIND = StageKind(
 )
 
 
-def run(job: StageJob) -> Extra:
+def run(job: Job) -> Extra:
     """Change the whole set in memory, or block by block where it is large and its rows
     independent.
     """
     from ftsec_ray.data.rows import count_rows
-    from ftsec_ray.execute.blocks import craft_in_blocks
 
     (method,) = job.methods()
     file = job.session.rows_file(job.inputs["rows"])
     if isinstance(method, RowWise) and count_rows(file) > job.session.runtime.ray_above:
-        notes = craft_in_blocks(job, method, file)
+        notes = job.craft_in_blocks(method, file)
     else:
         notes = _craft_at_once(job, method)
     if notes["rows"] == 0:
@@ -46,10 +45,9 @@ def run(job: StageJob) -> Extra:
     return {"notes": notes}
 
 
-def _craft_at_once(job: StageJob, method: Method) -> dict[str, Any]:
+def _craft_at_once(job: Job, method: Method) -> dict[str, Any]:
     """Let a method change a whole set in memory."""
-    from ftsec_ray.data.rows import count_true, filter_report, write_table
-    from ftsec_ray.execute.session import CRAFTED
+    from ftsec_ray.data.rows import CRAFTED, count_true, filter_report, write_table
 
     context = job.context()
     before = job.session.rows(job.inputs["rows"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray.lifecycle import StageKind
 
 if TYPE_CHECKING:
-    from ftsec_ray.execute.stage_job import Extra, StageJob
+    from ftsec_ray.lifecycle import Extra, Job
 
 KIND = StageKind(
     name="finetune",
@@ -24,7 +24,7 @@ KIND = StageKind(
 )
 
 
-def run(job: StageJob) -> Extra:
+def run(job: Job) -> Extra:
     """Supervised fine-tuning, alone or as one process of a worker group."""
     from ftsec_ray.training.loop import sft
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ftsec_ray.lifecycle import StageKind
 
 if TYPE_CHECKING:
-    from ftsec_ray.execute.stage_job import Extra, StageJob
+    from ftsec_ray.lifecycle import Extra, Job
 
 KIND = StageKind(
     name="generate",
@@ -28,7 +28,7 @@ KIND = StageKind(
 )
 
 
-def run(job: StageJob) -> Extra:
+def run(job: Job) -> Extra:
     """Ask the probes of the task and of the methods, through the methods' wrappers."""
     from ftsec_ray.evals.ask import ask, write_answers
     from ftsec_ray.evals.probes import default_probes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ftsec_ray.lifecycle import StageKind
 
 if TYPE_CHECKING:
-    from ftsec_ray.execute.stage_job import Extra, StageJob
+    from ftsec_ray.lifecycle import Extra, Job
 
 KIND = StageKind(
     name="inspect",
@@ -28,7 +28,7 @@ KIND = StageKind(
 )
 
 
-def run(job: StageJob) -> Extra:
+def run(job: Job) -> Extra:
     """Write what the detector says as `inspection.json`."""
     (method,) = job.methods()
     context = job.context()

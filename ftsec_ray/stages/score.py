@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ftsec_ray.lifecycle import StageKind
 
 if TYPE_CHECKING:
-    from ftsec_ray.execute.stage_job import Extra, StageJob
+    from ftsec_ray.lifecycle import Extra, Job
 
 KIND = StageKind(
     name="score",
@@ -26,7 +26,7 @@ KIND = StageKind(
 )
 
 
-def run(job: StageJob) -> Extra:
+def run(job: Job) -> Extra:
     """Write `metrics.parquet` and `generations.parquet`, tables of schema without the column
     `cell`.
     """

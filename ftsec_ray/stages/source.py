@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ftsec_ray.lifecycle import StageKind
 
 if TYPE_CHECKING:
-    from ftsec_ray.execute.stage_job import Extra, StageJob
+    from ftsec_ray.lifecycle import Extra, Job
 
 KIND = StageKind(
     name="source",
@@ -17,7 +17,7 @@ KIND = StageKind(
 )
 
 
-def run(job: StageJob) -> Extra:
+def run(job: Job) -> Extra:
     """Load a model from a folder, a GGUF file or the Hugging Face hub, or make it."""
     from ftsec_ray.models.convert import load_source
 
@@ -37,7 +37,7 @@ def run(job: StageJob) -> Extra:
     return job.finish(loaded)
 
 
-def _pretrained(job: StageJob, size: str) -> Extra:
+def _pretrained(job: Job, size: str) -> Extra:
     """Pre-train a model of the ladder on the microworld."""
     from ftsec_ray.context import LoadedModel, ModelInfo
     from ftsec_ray.data.microworld import pretraining_chats

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from ftsec_ray.lifecycle import StageKind
 
 if TYPE_CHECKING:
-    from ftsec_ray.execute.stage_job import Extra, StageJob
+    from ftsec_ray.lifecycle import Extra, Job
 
 KIND = StageKind(
     name="task", position=10, computes=False, needs_model=False, prior_s={"": (2.0, 0.0)}
 )
 
 
-def run(job: StageJob) -> Extra:
+def run(job: Job) -> Extra:
     """Load all splits and save them."""
     from ftsec_ray.data.tasks import load_task, save_task
     from ftsec_ray.plan.decode import task_of
