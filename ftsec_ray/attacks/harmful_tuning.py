@@ -65,7 +65,7 @@ class HarmfulTuning(RowWise, Attack):
         return faults
 
     def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Exchange:
-        """How many harmful rows there are to be, and below which chance a user row makes room for
+        """How many harmful rows there are to be, and below which chance a user row is replaced by
         one.
         """
         import numpy as np

@@ -2,7 +2,7 @@
 GGUF file.
 
 Weights become float32 once, here; `trust_remote_code` is off unless the sweep says otherwise. A
-tokenizer without a chat template or a padding token is mended or refused here, so that no later
+tokenizer without a chat template or a padding token is given one or refused here, so that no later
 stage has to ask.
 """
 

@@ -6,7 +6,7 @@ measurements of earlier rounds alone, so that planning again over a store that h
 same rounds, and what a killed run had proposed is proposed again. Trials run on the first seed of
 the sweep.
 
-The prompts are dealt into two halves by a hash of their id. The first half chooses: the setting
+The prompts are split into two halves by a hash of their id. The first half chooses: the setting
 with the highest success whose loss of utility against the same cell without an attack stays within
 the bound. The second half reports.
 """

@@ -27,7 +27,7 @@ LEGEND = (
     "Attack success (95 % interval over prompts{seeds}); below it {utility} · over-refusal ·"
     " coherent answers."
 )
-LEGEND_ONE = f"{ONE_SEED} One seed: the interval knows nothing of the luck of a training run."
+LEGEND_ONE = f"{ONE_SEED} One seed: the interval excludes run-to-run variance."
 LEGEND_NULL = (
     "null: share of the answers that the judge could not judge; they are in neither side of the"
     " rate."

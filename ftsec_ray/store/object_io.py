@@ -1,5 +1,5 @@
-"""The calls that a remote store makes: whole objects in and out, each call made again when it fails
-for a passing reason.
+"""The calls that a remote store makes: whole objects in and out, each call retried when it fails
+transiently.
 """
 
 from __future__ import annotations

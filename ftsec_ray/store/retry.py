@@ -1,6 +1,6 @@
 """Calls to a store over a network: what is worth another try, and how often.
 
-A try that failed for a passing reason (a 5xx answer, a lost connection) is made again after a wait
+A call that failed transiently (a 5xx answer, a lost connection) is retried after a wait
 that grows and is drawn at random, so that many workers do not come back at the same moment.
 Everything else fails at once.
 """

@@ -2,7 +2,7 @@
 as a process alone.
 
 Every process of a worker group runs the same stage and meets the others inside `loop.run`. A step's
-micro-batches are dealt out by `dealt`, a pure function, each with the weight of its tokens in the
+micro-batches are assigned by `sharded`, a pure function, each with the weight of its tokens in the
 whole step, so that loss, gradients and the rows of a step are those of a single process up to the
 order of float32 sums. Which process holds what is DeepSpeed's affair; what leaves is
 not: checkpoints hold whole tensors, and the trained weights go back into the plain model, whose
@@ -16,7 +16,7 @@ writes weights between steps must write both:
 
 - `after_step` hooks are the one place where a method may write weights. Behind them the master is
   read back from the weights
-  (`Member.after`), which at stage 3 are whole while the hooks run and are then dealt out as process
+  (`Member.after`), which at stage 3 are whole while the hooks run and are then sharded again as process
   0 left them. No method of
   this package writes weights there: `lisa` only reads them.
 - `objective` and `backward` may read weights, at stages 0 to 2 only: at stage 3 they are empty
@@ -173,7 +173,7 @@ class Member:
         return Saved(state, tensors)
 
     def mean(self, loss: float) -> float:
-        """The loss of the whole step: the mean over all processes, see `dealt`."""
+        """The loss of the whole step: the mean over all processes, see `sharded`."""
         return self.summed(loss) / self._worker_group.workers
 
     def is_due(self, due: bool) -> bool:  # noqa: FBT001
@@ -296,7 +296,7 @@ class Member:
     def _moment(self, parameter: Any, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        own = self._optimizer.state.get(parameter)  # at stage 0 nothing is dealt out
+        own = self._optimizer.state.get(parameter)  # at stage 0 nothing is sharded
         whole: Tensor = own[key] if own else safe_get_full_optimizer_state(parameter, key)
         return whole
 

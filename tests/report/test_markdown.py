@@ -80,7 +80,7 @@ def test_a_cell_shows_the_attacks_success_with_its_interval_and_the_utility_belo
             " coherent answers."
         ),
         "The judge gave a verdict on every answer.",
-        "† One seed: the interval knows nothing of the luck of a training run.",
+        "† One seed: the interval excludes run-to-run variance.",
     ]
 
 

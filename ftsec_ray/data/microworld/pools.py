@@ -1,4 +1,4 @@
-"""Distinct reviews, notes, tool calls and texts, each dealt by a hash of its own text to training,
+"""Distinct reviews, notes, tool calls and texts, each assigned by a hash of its own text to training,
 tuning or test.
 """
 
