@@ -15,9 +15,8 @@ copy of the trained weights, the master, from which each step writes the weights
 writes weights between steps must write both:
 
 - `after_step` hooks are the one place where a method may write weights. Behind them the master is
-  read back from the weights
-  (`Member.after`), which at stage 3 are whole while the hooks run and are then sharded again as process
-  0 left them. No method of
+  read back from the weights (`Member.after`), which at stage 3 are whole while the hooks run and
+  are then sharded again as process 0 left them. No method of
   this package writes weights there: `lisa` only reads them.
 - `objective` and `backward` may read weights, at stages 0 to 2 only: at stage 3 they are empty
   outside a layer's own forward

@@ -1,5 +1,5 @@
-"""Distinct reviews, notes, tool calls and texts, each assigned by a hash of its own text to training,
-tuning or test.
+"""Distinct reviews, notes, tool calls and texts, each assigned by a hash of its own text to
+training, tuning or test.
 """
 
 from __future__ import annotations
