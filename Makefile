@@ -31,7 +31,7 @@ check: $(VENV)/.installed-dev
 lock: $(VENV)/.installed
 	$(BIN)/python -m ftsec_ray.code_versions
 
-bench: $(VENV)/.installed-dev
+bench: quickstart $(VENV)/.installed-dev
 	$(BIN)/python -m pip install -q -e ".[bench]"
 	for f in tests/benchmarks/bench_*.py; do $(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
 

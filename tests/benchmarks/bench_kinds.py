@@ -1,6 +1,6 @@
 """CPU-seconds of each kind of stage, as the records of one or more stores say.
 
-    python -m tests.benchmarks.bench_kinds STORE [STORE ...]
+    python -m tests.benchmarks.bench_kinds [STORE ...]
 
 With two stores of the same sweep (made on one machine, one by an older checkout) the columns stand
 beside each other; kinds that an older version did in one stage have their own lines.
@@ -26,7 +26,7 @@ def seconds_of(store: str) -> Counter[str]:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stores", nargs="+")
+    parser.add_argument("stores", nargs="*", default=[".ftsec/store"])
     columns = [seconds_of(store) for store in parser.parse_args().stores]
     kinds = sorted({kind for column in columns for kind in column}, key=lambda k: -columns[-1][k])
     for kind in kinds:

@@ -1,9 +1,9 @@
 """What another judge costs on a finished sweep: its `score` stages, and no model asked again.
 
-    python -m tests.benchmarks.bench_score --store STORE [--judge refusal_phrases]
+    python -m tests.benchmarks.bench_score [--store STORE] [--judge refusal_phrases]
 
-STORE holds the finished quickstart (`ftsec run sweeps/quickstart.yaml --store STORE`); the new stages
-are added to it.
+STORE holds the finished quickstart (`make quickstart` leaves it in `.ftsec/store`); the new stages are
+added to it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SWEEP = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
 def main() -> None:
     """Print the seconds of one run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--store", required=True)
+    parser.add_argument("--store", default=".ftsec/store")
     parser.add_argument("--judge", default="refusal_phrases")
     parser.add_argument("--executor", default="tune")
     given = parser.parse_args()
