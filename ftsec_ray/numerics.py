@@ -171,7 +171,9 @@ def cpu_fault() -> str | None:
 
 
 def record_of(mode: NumericsMode) -> dict[str, str | None]:
-    """What the record of a stage says of its numerics."""
+    """What the record of a stage says of its numerics; `cpu` is None where its process imported no
+    torch.
+    """
     return {"mode": mode, "cpu": in_force().cpu}
 
 

@@ -227,7 +227,7 @@ def test_other_kernels_give_other_bytes():
     """Without the settings the same training depends on the kernels: here torch's plain ones."""
     threads = {"OMP_NUM_THREADS": "1"}
     fast = trained("fast", variables=threads.items())["hashes"]
-    plain = trained("fast", variables={**threads, "ATEN_CPU_CAPABILITY": "default"}.items())
-    assert fast["start"] == plain["hashes"]["start"]
-    assert fast["base"] != plain["hashes"]["base"]
-    assert fast["tuned"] != plain["hashes"]["tuned"]
+    kernels = {**threads, "ATEN_CPU_CAPABILITY": "default"}
+    plain = trained("fast", variables=kernels.items())["hashes"]
+    same = {name for name in fast if fast[name] == plain[name]}
+    assert same == {"norm"}, "numpy's BLAS is the same, even torch's random weights are not"

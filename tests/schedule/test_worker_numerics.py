@@ -57,7 +57,9 @@ def told_by(case, folder):
 def test_stages_compute_with_portable_numerics(case, tmp_path):
     told, driver = told_by(case, tmp_path)
     assert driver["failed"] == {}
-    assert driver["record"] == {"mode": "portable", "cpu": "AVX2"}
+    # The process of a pipeline's stage hands its blocks out, and itself imports no torch.
+    cpu = None if case == "tune-data" else "AVX2"
+    assert driver["record"] == {"mode": "portable", "cpu": cpu}
     assert sorted({one["who"] for one in told}) == CASES[case]
     for one in told:
         assert one["variables"] == PORTABLE
