@@ -11,7 +11,8 @@ import pytest
 from ftsec_ray.numerics import cpu_fault, put_in_force
 
 # So that stages of the ladder, which most sweeps of the tests hold, run in the tests' own process.
-if cpu_fault() is None:
+# FTSEC_TEST_KERNELS=native leaves the choice of kernels to the machine and to its environment.
+if cpu_fault() is None and os.environ.get("FTSEC_TEST_KERNELS") != "native":
     put_in_force("portable")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
