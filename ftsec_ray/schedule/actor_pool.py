@@ -35,7 +35,7 @@ class PooledActor:
     group: Any
     """Its placement group; None: it has none of its own."""
     waits_for: Any
-    """Ray's reference to its start, then to its unit; None while it is idle."""
+    """Ray's reference to its start, to its unit, or to a sign of life; None while it is idle."""
     unit: Unit | None = None
     is_starting: bool = True
     warm: str = ""
@@ -92,8 +92,16 @@ class ActorPool:
         actor.unit = unit
         return True
 
+    def probe_idle(self) -> None:
+        """Ask idle actors for a sign of life: they may have been on a node that is lost, and a unit
+        that goes to one of them would lose an attempt for nothing.
+        """
+        for actor in self.actors:
+            if actor.is_idle:
+                actor.waits_for = actor.handle.__ray_ready__.remote()
+
     def became_idle(self, actor: PooledActor) -> None:
-        """An actor has started, or has come back from its unit."""
+        """An actor has started, has come back from its unit, or is still alive."""
         if actor.unit is not None:
             actor.warm = actor.unit.affinity
         actor.unit, actor.waits_for, actor.is_starting = None, None, False

@@ -119,10 +119,11 @@ class _ActorRun:
             self._give_up_if_broken()
 
     def _lost(self, actor: PooledActor, error: Exception) -> None:
-        """An actor died, with its unit or while it started for one."""
+        """An actor died: with its unit, while it started for one, or idle."""
         self._pool.discard([actor])
+        self._pool.probe_idle()
         unit, why = actor.unit, death_text(str(error).splitlines())
-        if unit is None:
+        if unit is None and actor.is_starting:
             if "creation task" in why:  # it could not even import this package
                 self._leases.broken.append(why)
                 self._give_up_if_broken()

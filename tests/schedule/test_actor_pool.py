@@ -30,6 +30,7 @@ class Handle:
 
     def __post_init__(self):
         self.run = SimpleNamespace(remote=lambda *given: self.asked.append(given) or object())
+        self.__ray_ready__ = SimpleNamespace(remote=object)
 
 
 class Pool(ActorPool):
@@ -78,6 +79,21 @@ def test_a_unit_goes_to_the_actor_that_has_its_base_model_in_memory():
     assert not pool.run(unit("base-a"), 1), "none of its class is idle"
     pool.became_idle(other)
     assert (other.warm, other.is_idle, other.unit) == ("base-a", True, None)
+
+
+def test_an_idle_actor_gets_no_unit_before_it_has_given_a_sign_of_life_that_it_was_asked_for():
+    alive, dead, begins = idle("cpu", warm="base-a"), idle("cpu"), starting("cpu")
+    start = begins.waits_for
+    pool = Pool(alive, dead, begins, have={"CPU": 4.0})
+    pool.probe_idle()
+    assert begins.waits_for is start, "one that starts will say so anyway"
+    assert not pool.run(unit("base-a"), 1)
+    assert not alive.is_starting
+    pool.became_idle(alive)
+    assert alive.warm == "base-a"
+    assert pool.run(unit("base-a"), 1)
+    assert alive.handle.asked
+    assert not dead.handle.asked
 
 
 def test_idle_actors_stay_while_the_cluster_holds_them_beside_those_that_start():
