@@ -40,13 +40,13 @@ node type        a stage asks for           to run      hours  GPU-hours  CPU-ho
 gpu-spot (spot)  1 GPU of 80 GiB, 1 CPU          4     0.0219     0.0219     0.0219     0.0439
 gpu-spot (spot)  1/4 GPU of 80 GiB, 1 CPU        4     0.0039     0.0010     0.0039     0.0020
 gpu-spot (spot)  1/8 GPU of 80 GiB, 1 CPU        6     0.0033     0.0004     0.0033     0.0008
-cpu              1 CPU                           3       0.63       0.00       0.63     0.0316
-all                                             17       0.66     0.0233       0.66     0.0783
+cpu              1 CPU                           9       0.63       0.00       0.63     0.0317
+all                                             23       0.66     0.0233       0.66     0.0783
 estimated from priors (rough) 100%
 assumed: full nodes (a stage pays for its share of the cheapest node type with room), no start-up or idle time, nothing lost on spot
 model gpt: size unknown, taken as 1e9 weights; give `parameters`
 budget usd 0.05: spent 0, to come 0.0783, MORE THAN ALLOWED
-budget hours 2: spent 0, to come 0.662
+budget hours 2: spent 0, to come 0.663
 """
 
 
@@ -77,8 +77,8 @@ def test_a_plan_without_gpus_and_prices_shows_cpu_hours():
         shown[shown.index("node type") :]
         == """\
 node type  a stage asks for   to run      hours  GPU-hours  CPU-hours
-any        1 CPU                  19     0.0172       0.00     0.0172
-all                               19     0.0172       0.00     0.0172
+any        1 CPU                  27     0.0183       0.00     0.0183
+all                               27     0.0183       0.00     0.0183
 estimated from priors (rough) 100%
 """
     )

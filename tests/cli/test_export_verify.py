@@ -251,7 +251,7 @@ def test_other_code_under_the_same_version_is_a_difference_and_another_docstring
     assert "differs here: code\n" in said
     code, said = elsewhere(archive, locked(edited))
     assert code == 1
-    assert "code: the code of align stages, craft stages" in said
+    assert "code: the code of align stages, finetune stages" in said
     assert "differs under the same VERSION" in said
     assert "edited" not in said
     assert "differs here: code\n" in said, "the digests are equal"
@@ -422,7 +422,7 @@ def test_artifacts_with_other_bytes_in_a_store_here_are_named(workplace, monkeyp
     monkeypatch.setattr(toy, "run_stage", other)
     call("run", "small.yaml", "--executor", "local", "--store", "second", "--results", "r2")
     said = call("verify", str(archive), "--store", "second", code=1)
-    assert "artifacts have other bytes in the store here: tune: toy.txt" in said.stdout
+    assert "artifacts have other bytes in the store here: finetune: toy.txt" in said.stdout
     assert "differs here: artifacts\n" in said.stdout
     assert "bytes were not compared" in call("verify", str(archive), "--store", "none").stderr
 
@@ -474,7 +474,9 @@ def test_a_plan_changed_by_hand_does_not_give_its_digests(workplace):
         str(rewritten(archive, {"plan.json": json.dumps(plan).encode()}, checksums=True)),
         code=1,
     ).stdout
-    assert f"archive: 1 digests do not follow from what is packed: tune {tune['digest']}" in said
+    assert (
+        f"archive: 1 digests do not follow from what is packed: finetune {tune['digest']}" in said
+    )
     said = call(
         "verify", str(rewritten(archive, {"plan.json": b"[1]"}, checksums=True)), code=1
     ).stdout

@@ -235,6 +235,7 @@ def test_the_rungs_of_the_ladder_are_made_in_one_process():
         "align": "gpu",
         "finetune": "group",
         "generate": "gpu",
+        "score": "cpu",
     }
 
 

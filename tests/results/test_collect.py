@@ -336,7 +336,7 @@ def test_a_run_tells_its_own_failures_and_which_stages_it_found_done(
     assert (cell["status"], cell["error_code"], cell["error"]) == (
         "failed",
         "worker_lost",
-        "evaluate: the worker died 3 times",
+        "score: the worker died 3 times",
     )
     cached = {row["digest"]: row["cached"] for row in results.stages.to_pylist()}
     assert [cached[digest] for digest in plan.stages] == [*[True] * (len(before) - 1), False, False]

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +15,7 @@ import pytest
 from ftsec_ray import registry, schema
 from ftsec_ray.claims.evidence import Evidence
 from ftsec_ray.config.sweep_file import load_sweep
+from ftsec_ray.discovery import modules_in
 from ftsec_ray.errors import SpecError
 from ftsec_ray.plan import Plan, build_plan
 from ftsec_ray.plan.search_rounds import CellOutcome, choose, half_of, score
@@ -74,11 +74,12 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         (folder / "label_flip.py").write_text(LABEL_FLIP.replace("{success}", success))
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.delitem(sys.modules, "label_flip", raising=False)
-        point = SimpleNamespace(name="label_flip", value="label_flip:LabelFlip")
+        known = {**modules_in(ATTACKS.package), "label_flip": "label_flip"}
         monkeypatch.setattr(
-            registry, "entry_points", lambda group: [point] * (group == ATTACKS.package)
+            registry,
+            "modules_in",
+            lambda package: known if package == ATTACKS.package else modules_in(package),
         )
-        monkeypatch.setattr(ATTACKS, "_modules", {})
         monkeypatch.setattr(ATTACKS, "_classes", {})
         return ATTACKS.get("label_flip")
 

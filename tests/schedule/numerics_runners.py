@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftsec_ray.execute.stages import run_stage
-
 from ftsec_ray import numerics
 from ftsec_ray.execute import blocks
+from ftsec_ray.execute.stage_job import run_stage
 from ftsec_ray.plan.stage import Stage
 
 HERE = "tests.schedule.numerics_runners"
