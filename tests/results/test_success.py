@@ -117,7 +117,7 @@ def results(plug_in: Callable[[str], type], tmp_path: Path) -> Results:
     plug_in('SUCCESS = "cacc"')
     plan, store = plan_of(), Store.open(tmp_path / "store")
     of = {
-        cell.evaluate: (cell.attack_name, tuple(registry.name_of(one) for one in cell.defenses))
+        cell.score: (cell.attack_name, tuple(registry.name_of(one) for one in cell.defenses))
         for cell in plan.cells
     }
     for stage in plan.stages.values():
