@@ -21,7 +21,6 @@ from ftsec_ray.errors import SpecError
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext
     from ftsec_ray.method import Method, RowWise
-    from ftsec_ray.plan.stage import Stage
 
 PACKAGE = "ftsec_ray.stages"
 ROLES_BEFORE = ("reference", "unaligned")
@@ -37,8 +36,8 @@ class Job(Protocol):
     """One stage at work, as `run` of its kind gets it."""
 
     @property
-    def stage(self) -> Stage:
-        """What it is."""
+    def stage(self) -> Any:
+        """What it is (plan.stage.Stage): kind, params, inputs, seed."""
 
     @property
     def out(self) -> Path:

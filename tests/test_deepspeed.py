@@ -25,7 +25,7 @@ def world(tmp_path_factory):
 def worker_groups(world, **deepspeed):
     return sweep(
         world,
-        name="worker groups",
+        name="worker-groups",
         attacks=["none"],
         defenses=[["lisa", "shrink"], "vaccine"],
         training={**TRAINING, **deepspeed},
@@ -35,8 +35,8 @@ def worker_groups(world, **deepspeed):
 @pytest.fixture(scope="module")
 def here(world, tmp_path_factory):
     """The store of a run in processes of this machine, and that of a run without worker groups."""
-    folder = tmp_path_factory.mktemp("worker groups")
-    for name, training in (("alone", {}), ("worker groups", STRATEGY)):
+    folder = tmp_path_factory.mktemp("worker-groups")
+    for name, training in (("alone", {}), ("worker-groups", STRATEGY)):
         results = ftsec_ray.run(
             worker_groups(world, **training),
             store=folder / name,
@@ -64,12 +64,12 @@ def test_a_sweep_of_worker_groups_leaves_the_artifacts_of_one_process_under_the_
     world, here
 ):
     assert {stage.resource for stage in trained(world)} == {"group:2cpu"}
-    assert sorted(stage.kind for stage in trained(world)) == ["prepare", "finetune", "finetune"]
-    assert artifacts(here / "worker groups").keys() == artifacts(here / "alone").keys()
+    assert sorted(stage.kind for stage in trained(world)) == ["finetune", "finetune", "prepare"]
+    assert artifacts(here / "worker-groups").keys() == artifacts(here / "alone").keys()
     for stage in trained(world):
         file = "model.safetensors" if stage.kind == "prepare" else "adapter_model.safetensors"
         ours, theirs = (
-            load_file(folder_of(here / name, stage) / file) for name in ("worker groups", "alone")
+            load_file(folder_of(here / name, stage) / file) for name in ("worker-groups", "alone")
         )
         assert all(
             float((tensor - theirs[name]).norm()) <= 1e-4 * float(theirs[name].norm())
@@ -77,7 +77,7 @@ def test_a_sweep_of_worker_groups_leaves_the_artifacts_of_one_process_under_the_
         )
         records = [
             json.loads((folder_of(here / name, stage) / "record.json").read_text())
-            for name in ("worker groups", "alone")
+            for name in ("worker-groups", "alone")
         ]
         assert records[0]["where"]["worker_group"]["zero_stage"] == 2
         if stage.kind == "finetune":
@@ -105,4 +105,4 @@ def test_ray_tune_and_ray_train_give_the_bytes_of_the_processes_of_this_machine(
         workers=2,
     )
     assert set(there.cells["status"].to_pylist()) == {"done"}
-    assert artifacts(tmp_path / "store") == artifacts(here / "worker groups")
+    assert artifacts(tmp_path / "store") == artifacts(here / "worker-groups")

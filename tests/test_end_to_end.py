@@ -177,7 +177,7 @@ def test_a_second_run_repeats_nothing_and_a_new_defense_costs_its_own_stages(wor
         on_event=events.append,
     )
     made = {digest for event in events if event.kind == "finished" for digest in event.stages}
-    assert len(made) == 6  # one revision and one evaluation for each of three attacks
+    assert len(made) == 9  # a revision, its answers and their score for each of three attacks
     assert {
         name: data for name, data in artifacts(folder / "store").items() if name in before
     } == before

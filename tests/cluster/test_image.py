@@ -86,8 +86,6 @@ def test_pip_brings_every_package_and_every_extra_that_the_doctor_asks_for(steps
     }
     for name, (extra, _) in doctor.IMAGE_EXTRAS.items():
         assert extra in extras["." if name == project["name"] else name]
-    given = {Requirement(text).name.lower() for text in project["dependencies"]}
-    assert {name.lower() for name in doctor.REQUIRED} <= given
     ray = Requirement(next(text for text in project["dependencies"] if text.startswith("ray")))
     assert version in ray.specifier
     torch = next(Requirement(one) for one in asked if one.startswith("torch"))

@@ -116,11 +116,11 @@ def test_two_seeds_give_two_sets(expected):
 
 
 def test_a_stage_takes_blocks_above_the_limit_and_the_whole_set_below(store, tmp_path, monkeypatch):
-    from ftsec_ray.execute import stages
+    from ftsec_ray.execute import blocks
 
     taken = []
     monkeypatch.setattr(
-        stages, "craft_in_blocks", lambda *given: taken.append("blocks") or craft_in_blocks(*given)
+        blocks, "craft_in_blocks", lambda *given: taken.append("blocks") or craft_in_blocks(*given)
     )
     stage, made = craft_stage(METHODS[0]), []
     for limit in (ROWS, ROWS - 1):

@@ -49,7 +49,7 @@ def test_the_record_says_what_ran_where_and_at_what_cost(store, session):
         0,
     )
     assert (record["tokens"], record["notes"], record["attempt"]) == (7, {"seen": 0}, 2)
-    assert record["code"] == stage_code("tune")
+    assert record["code"] == stage_code("finetune")
     assert record["wall_s"] > 0
     assert record["cpu_s"] >= 0
     assert record["peak_bytes"] > 2**20

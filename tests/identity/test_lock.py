@@ -104,7 +104,7 @@ def test_an_edit_of_the_engine_is_told_with_its_file(tmp_path, path, old, new, o
     new = new or old.replace("0.3", "0.4")
     faults = faults_of(copy_with(tmp_path, path, old, new))
     told = next(fault for fault in faults if owner in re.split("[ ,;]+", fault))
-    assert told.startswith("the code of stages ")
+    assert told.startswith("the code of stage")
     assert f"changed (files {path}): raise VERSION, or run `make lock` if results are" in told
     assert edited_files(read_lock(), tmp_path / "ftsec_ray") == [path]
 
@@ -148,8 +148,8 @@ def test_a_version_raised_without_a_new_lock_is_told(monkeypatch, now):
         for name, owner in code_versions.owners().items()
     }
     assert list(lock_faults(read_lock(), replace(now, entries=raised))) == [
-        "the VERSION of stage craft is 2, and 1 in code_versions.lock: run `make lock`",
-        "the VERSION of attack badnets is 5, and 1 in code_versions.lock: run `make lock`",
+        "the VERSION of stage craft is 2, and 1 in versions.lock: run `make lock`",
+        "the VERSION of attack badnets is 5, and 1 in versions.lock: run `make lock`",
     ]
 
 
@@ -157,7 +157,7 @@ def test_new_and_removed_methods_are_told(now):
     entry = Entry(version=1, code="0" * 32)
     more = replace(now, entries={**now.entries, "attack:mine": entry})
     assert list(lock_faults(read_lock(), more)) == [
-        "attack mine is not in code_versions.lock: run `make lock`"
+        "attack mine is not in versions.lock: run `make lock`"
     ]
     lock = read_lock()
     stale = replace(
@@ -166,13 +166,13 @@ def test_new_and_removed_methods_are_told(now):
         files={**lock.files, "defenses/gone.py": "0" * 32},
     )
     assert list(lock_faults(stale, now)) == [
-        "defense gone is in code_versions.lock and not in the package: run `make lock`",
-        "code_versions.lock holds files that nothing uses (defenses/gone.py): run `make lock`",
+        "defense gone is in versions.lock and not in the package: run `make lock`",
+        "versions.lock holds files that nothing uses (defenses/gone.py): run `make lock`",
     ]
 
 
 def test_make_lock_writes_what_was_read(tmp_path, now):
-    file = tmp_path / "code_versions.lock"
+    file = tmp_path / "versions.lock"
     file.write_text(now.text(), encoding="utf-8")
     lock = read_lock(file)
     assert (lock.entries, lock.files) == (now.entries, now.files)
