@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from ftsec_ray.evals.ask import ask, read_answers, write_answers
-from ftsec_ray.evals.score import Evaluation, score
+from ftsec_ray.evals.scoring import Evaluation, score
 
 
 def evaluate(generator, task, probes, config, *, runtime) -> Evaluation:

@@ -8,6 +8,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,11 @@ def edges() -> list[tuple[str, str, str]]:
 
 def test_every_module_has_its_layer():
     assert {layer_of(path) for path in modules()} <= set(LAYERS)
+
+
+def test_module_names_are_unique_but_for_the_methods_that_do_nothing():
+    names = Counter(path.stem for path in modules() if path.stem not in ("__init__", "none"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_imports_only_point_down():

@@ -20,7 +20,7 @@ import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import astuple, dataclass, field, replace
 from itertools import chain, islice
@@ -51,7 +51,7 @@ from ftsec_ray.store import Store
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ftsec_ray.execute.stage_job import StageJob
+    from ftsec_ray.lifecycle import Job
 
 PIECE_BATCHES = 16
 """Batches that come back together."""
@@ -169,6 +169,8 @@ class CrafterSpec:
     runtime: Runtime
     cache_gib: float
     stage: Stage
+    job: Callable[[Stage, Path, Session], Job]
+    """Makes the job of a stage: the class of the driver's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,7 @@ class WorkerPool:
 
 
 def craft_in_blocks(
-    job: StageJob,
+    job: Job,
     method: RowWise,
     file: Path,
     *,
@@ -220,6 +222,7 @@ def craft_in_blocks(
             runtime=job.session.runtime,
             cache_gib=job.session.cache_gib,
             stage=job.stage,
+            job=type(job),
         )
         survey = _surveyed(spec, pool)
         pieces = _crafted(spec, pool, parts, survey.known)
@@ -362,8 +365,6 @@ def _opened(spec: CrafterSpec) -> BatchCrafter:
     """A `BatchCrafter` in a worker process of Ray."""
     import ray
 
-    from ftsec_ray.execute.stage_job import StageJob  # which imports this module
-
     clean_logs()
     given = ray.get_runtime_context().get_assigned_resources()
     threads, gpus = max(1, int(given.get("CPU", 1))), float(given.get("GPU", 0.0))
@@ -373,7 +374,7 @@ def _opened(spec: CrafterSpec) -> BatchCrafter:
     gpu_share(gpus)
     # The stage's own folder is the driver's; batches need none that survives.
     folder = Path(tempfile.gettempdir())
-    job = StageJob(spec.stage, folder, session)
+    job = spec.job(spec.stage, folder, session)
     method = job.methods()[0]
     assert isinstance(method, RowWise), "only these are crafted in blocks"
     return BatchCrafter(method, job.context(workdir=folder), session.rows_file(job.inputs["rows"]))

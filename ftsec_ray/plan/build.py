@@ -31,8 +31,8 @@ from ftsec_ray.plan.search_rounds import (
 )
 from ftsec_ray.plan.stage import Cell, Searched, Step
 from ftsec_ray.plan.stage_set import CellStart, StageSet
+from ftsec_ray.plan.stage_templates import StageTemplate, Templates
 from ftsec_ray.plan.starts import Starts
-from ftsec_ray.plan.templates import StageTemplate, Templates
 from ftsec_ray.registry import ATTACKS, name_of
 
 

@@ -15,7 +15,7 @@ from ftsec_ray.method import Method
 from ftsec_ray.plan.durations import prior_s
 from ftsec_ray.plan.resources import Sizing, data_resource, group_name
 from ftsec_ray.plan.stage import Resource, Stage
-from ftsec_ray.plan.templates import StageTemplate
+from ftsec_ray.plan.stage_templates import StageTemplate
 
 Inputs = tuple[tuple[str, str], ...]
 """(role, digest) pairs."""

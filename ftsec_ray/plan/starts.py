@@ -17,7 +17,7 @@ from ftsec_ray.plan.durations import parameters_of
 from ftsec_ray.plan.origin import Origin, model_origin, task_origin
 from ftsec_ray.plan.resources import is_large
 from ftsec_ray.plan.stage_set import CellStart, StageSet
-from ftsec_ray.plan.templates import Templates
+from ftsec_ray.plan.stage_templates import Templates
 
 
 class Starts:
