@@ -47,13 +47,13 @@ class TellingWorker(blocks._Worker):
 
     def __call__(self, rows: Mapping[str, Any]) -> Iterator[Any]:
         yield from super().__call__(rows)
-        tell(self._order.stage.params["log"], "block")
+        tell(self._spec.stage.params["log"], "block")
 
 
-def telling_survey(order: blocks.Order) -> blocks.Survey:
+def telling_survey(spec: blocks.CrafterSpec) -> blocks.Survey:
     """The survey, which says with what it computed."""
-    found = blocks._opened(order).survey()
-    tell(order.stage.params["log"], "survey")
+    found = blocks._opened(spec).survey()
+    tell(spec.stage.params["log"], "survey")
     return found
 
 
