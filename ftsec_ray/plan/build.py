@@ -31,7 +31,7 @@ from ftsec_ray.plan.search_rounds import (
 )
 from ftsec_ray.plan.stage import Cell, Searched, Step
 from ftsec_ray.plan.stage_set import CellStart, StageSet
-from ftsec_ray.plan.stage_templates import StageTemplate, Templates
+from ftsec_ray.plan.stage_templates import Templates
 from ftsec_ray.plan.starts import Starts
 from ftsec_ray.registry import ATTACKS, name_of
 
@@ -84,6 +84,7 @@ class _PlanBuilder:
         self._templates = Templates(spec, tuning)
         self._starts = Starts(self.stages, self._templates)
         self._tuned: dict[TrainingConfig, _PlanBuilder] = {spec.training: self}
+        self._steps: dict[str, Step] = {}
 
     def cells(self, look: OutcomeLookup) -> tuple[list[Cell], list[PlannedSearch]]:
         """All cells that no rule leaves out, each once, and after them those of the searches."""
@@ -182,14 +183,21 @@ class _PlanBuilder:
             kind = template.kind
             if kind.names_input is not None:
                 roles[kind.names_input] = flow["model"]
-            needs = tuple(
-                (role, self._role(role, roles, method, start, seed))
-                for role, method in template.needs
-            )
+            needs: tuple[tuple[str, str], ...] = ()
+            if template.needs:
+                needs = tuple(
+                    (role, self._role(role, roles, method, start, seed))
+                    for role, method in template.needs
+                )
+                chain += [digest for _, digest in needs]
             inputs = (*((name, flow[name]) for name in kind.takes), ("task", start.task), *needs)
             digest = self.stages.add(template, inputs, seed, start)
-            chain += [*(needed for _, needed in needs), digest]
-            steps.append(Step(kind.name, template.method or "", digest, _answers(template, attack)))
+            chain.append(digest)
+            step = self._steps.get(digest)
+            if step is None:
+                step = Step(kind.name, template.method or "", digest, template.answers)
+                self._steps[digest] = step
+            steps.append(step)
             if kind.gives is not None:
                 flow[kind.gives] = digest
         key = digests.of_cell(
@@ -235,13 +243,6 @@ class _PlanBuilder:
             ),
         )
         return start.reference
-
-
-def _answers(template: StageTemplate, attack: Method) -> bool:
-    """Whether the results read the artifacts of a template's stages in a cell of this attack."""
-    kind = template.kind
-    by_attack = template.params.get("methods", [{}])[0].get("kind") == attack.KIND
-    return kind.answers == "all" or (kind.answers == "defenses" and not by_attack)
 
 
 def _is_excluded(

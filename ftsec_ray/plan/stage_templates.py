@@ -44,6 +44,8 @@ class StageTemplate:
     """Whether the stage has a model in memory."""
     row_wise: bool = False
     """Whether it crafts rows that any number of workers may share."""
+    answers: bool = False
+    """Whether the results read the artifacts of its stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,8 @@ class Templates:
             trains=tuple(methods) if does_train else None,
             on_model=kind.needs_model or asks or _is_judged_by_a_model(given),
             row_wise="craft_data" in kind.hooks and all(isinstance(m, RowWise) for m in methods),
+            answers=kind.answers == "all"
+            or (kind.answers == "defenses" and all(m.KIND == "defense" for m in methods)),
         )
 
     def lifecycle(self, attack: Method, stack: tuple[Method, ...]) -> Lifecycle:
