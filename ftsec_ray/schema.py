@@ -645,6 +645,12 @@ def verdicts() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*VERDICTS, *counted)))
 
 
+def counts(wanted: str, given: str) -> bool:
+    """Whether a verdict counts as that of a metric: itself, or any other for `not <verdict>`."""
+    verdict = wanted.removeprefix("not ")
+    return (given == verdict) == (wanted == verdict)
+
+
 def judge_file(name: str) -> str:
     """The file of a judge, from its name as a sweep or a result has it: `target` of `target@1`."""
     return name.partition("@")[0].partition(":")[0]

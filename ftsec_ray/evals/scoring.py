@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -138,15 +138,8 @@ def _share(judged: Sequence[Judged], metric: str, probes: Iterable[str], verdict
     wanted = set(probes)
     verdicts = [item.verdict.verdict for item in judged if item.answer.probe in wanted]
     decided = [given for given in verdicts if given is not None]
-    counts = _counts(verdict)
-    hits = sum(counts(given) for given in decided)
+    hits = sum(schema.counts(verdict, given) for given in decided)
     return proportion(metric, hits, len(decided), n_null=len(verdicts) - len(decided))
-
-
-def _counts(verdict: str) -> Callable[[str], bool]:
-    """Whether a given verdict counts towards `verdict`, or `not <verdict>`."""
-    negated = verdict.removeprefix("not ")
-    return lambda given: (given != negated) if negated != verdict else (given == verdict)
 
 
 def _evaluation(

@@ -60,7 +60,6 @@ def half_of(prompt_id: str) -> Half:
 def rate(told: CellOutcome | None, metric: str, half: Half) -> Count:
     """A metric on one half of the prompts."""
     known = schema.METRICS[metric]
-    wanted, is_other = known.verdict.removeprefix("not "), known.verdict.startswith("not ")
     asked = [
         verdict
         for probe in known.probes
@@ -69,7 +68,7 @@ def rate(told: CellOutcome | None, metric: str, half: Half) -> Count:
     ]
     judged = [verdict for verdict in asked if verdict is not None]
     return Count(
-        hits=sum((verdict == wanted) != is_other for verdict in judged),
+        hits=sum(schema.counts(known.verdict, verdict) for verdict in judged),
         n=len(judged),
         n_null=len(asked) - len(judged),
     )

@@ -75,12 +75,9 @@ def answers_of(cells: Sequence[str], generations: pa.Table, points: Sequence[Gri
         keys, column = np.unique(
             probe[rows] * (len(prompts) + 1) + prompt[rows], return_inverse=True
         )
-        code = (
-            verdicts.index(metric.verdict.removeprefix("not "))
-            if metric.verdict.removeprefix("not ") in verdicts
-            else -2
-        )
-        counted = (verdict[rows] == code) != metric.verdict.startswith("not ")
+        # The last one is for code -1, null, which is not judged.
+        is_counted = np.array([*(schema.counts(metric.verdict, one) for one in verdicts), False])
+        counted = is_counted[verdict[rows]]
         matrix = np.full((len(cells), len(keys)), _NOT_ASKED, dtype=np.int8)
         matrix[lines[rows], column] = np.where(verdict[rows] < 0, _NOT_JUDGED, counted)
         hits[name] = matrix
