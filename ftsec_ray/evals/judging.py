@@ -20,6 +20,8 @@ from ftsec_ray.errors import SpecError
 from ftsec_ray.method import Prompt
 
 PACKAGE = "ftsec_ray.judges"
+SCORED_BY_PROBE = "each probe's own"
+"""The judge of the stage that counts the metrics of every cell: each probe names its own."""
 MIN_LOOP_CHARS, MIN_DISTINCT_FRAC, MIN_WORD_CHAR_FRAC = 40, 0.3, 0.5
 
 

@@ -59,6 +59,8 @@ def score(
     judges: dict[str, Judge] = {}
 
     def judge_of(probe: Probe) -> Judge:
+        if probe.judge == "label":
+            return judge_class("label")(prefers_target="target" in probe.metrics.values())  # type: ignore[call-arg]
         name = (config.judge or task.judge) if probe.judge == "request" else probe.judge
         if name not in judges:
             judges[name] = get_judge(name, device=device)
@@ -100,8 +102,6 @@ def metrics_of(judge: str) -> list[schema.Metric]:
 def _judged(answers: Answers, probe: Probe, judge: Judge) -> Iterator[Judged]:
     """The answers to one probe with their verdicts."""
     mine = [answer for answer in answers.answers if answer.probe == probe.name]
-    if probe.judge == "label":
-        judge = judge_class("label")(prefers_target="target" in probe.metrics.values())  # type: ignore[call-arg]
     verdicts = judge([a.prompt for a in mine], [a.completion for a in mine])
     for answer, verdict in zip(mine, verdicts, strict=True):
         if probe.judge == "label":

@@ -14,14 +14,12 @@ from typing import Any
 
 from ftsec_ray import lifecycle
 from ftsec_ray.config.sweep import SweepSpec, TrainingConfig
-from ftsec_ray.evals.judging import judge_class
+from ftsec_ray.evals.judging import SCORED_BY_PROBE, judge_class
 from ftsec_ray.identity import canonical, digests
 from ftsec_ray.lifecycle import StageKind, hooks_of
 from ftsec_ray.method import Method, RowWise
 from ftsec_ray.registry import name_of, outside_hash
 
-SCORED_BY_PROBE = "each probe's own"
-"""The judge of the stage that counts the metrics of every cell: each probe names its own."""
 MODEL_JUDGE = "classifier:"
 """What the name of a judge starts with that is itself a model."""
 

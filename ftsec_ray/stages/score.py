@@ -33,9 +33,9 @@ def run(job: Job) -> Extra:
     from pyarrow import parquet
 
     from ftsec_ray.evals.ask import read_answers
+    from ftsec_ray.evals.judging import SCORED_BY_PROBE
     from ftsec_ray.evals.scoring import opinion, score
     from ftsec_ray.plan.decode import scoring_of
-    from ftsec_ray.plan.stage_templates import SCORED_BY_PROBE
 
     answers = read_answers(job.session.store.fetch(job.inputs["completions"]))
     task = job.session.task(job.inputs["task"])
