@@ -22,6 +22,7 @@ from ftsec_ray.models.load import save_model
 from ftsec_ray.training.loop import TuneReport, sft
 from ftsec_ray.training.setup import Training
 from tests.fixtures_models import sentiment_rows, table, tiny_model, tiny_task
+from tests.numeric import float64
 
 WORKERS = 2
 ROWS = 50
@@ -80,18 +81,23 @@ def tune(
     shape: str = "",
     worker_group: WorkerGroup | None = None,
 ) -> TuneReport:
-    """One tune; leaves losses and model in `folder/name`."""
+    """One tune; leaves losses and model in `folder/name`.
+
+    In float64, DeepSpeed's copies included, but for the shape `bf16`: AdamW's first step is the sign
+    of the gradient, so that in float32 the order of a sum can decide where a weight goes.
+    """
     runtime = Runtime(
         worker_group=worker_group,
         micro_batch=worker_group.micro_batch if worker_group else None,
         checkpoint_every_s=0.0 if shape == "cut" else 60.0,
     )
+    precision = nullcontext() if shape == "bf16" else float64()
     bf16 = (
         patch("ftsec_ray.training.loop._has_bf16", lambda device: True)
         if shape == "bf16"
         else nullcontext()
     )
-    with bf16:  # a CPU can compute in it as well, which is only never worth it
+    with precision, bf16:  # a CPU can compute in bf16 as well, which is only never worth it
         report = sft(
             tiny_model(),
             table(sentiment_rows(ROWS)),
@@ -102,8 +108,8 @@ def tune(
             shape=shape_of(shape, runtime, folder),
             base_digest="b" * 32,
         )
-    (folder / name).mkdir()
-    save_model(report.loaded, folder / name)
+        (folder / name).mkdir()
+        save_model(report.loaded, folder / name)
     (folder / name / "report.json").write_text(
         json.dumps({"losses": report.losses, "tokens": report.tokens, "flops": report.flops})
     )
@@ -141,6 +147,18 @@ def in_worker_group(folder: Path, jobs: list[dict[str, Any]], *, workers: int = 
     assert codes == [0] * workers, (folder / "log.txt").read_text()[-3000:]
 
 
+def allow_float64() -> None:
+    """Have DeepSpeed also sum gradients in float64, which its CPU backend can and does not list."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    from deepspeed.accelerator import get_accelerator
+
+    known = get_accelerator().supported_dtypes()
+    get_accelerator().supported_dtypes = lambda: [*known, torch.float64]
+
+
 def main(folder: Path, rank: int, workers: int) -> None:
     import torch.distributed as dist
 
@@ -158,6 +176,7 @@ def main(folder: Path, rank: int, workers: int) -> None:
         world_size=workers,
         timeout=timedelta(seconds=240),
     )
+    allow_float64()
     own = folder if rank == 0 else folder / f"process-{rank}"
     for job in json.loads((folder / "jobs.json").read_text()):
         worker_group = WorkerGroup(
