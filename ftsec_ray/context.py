@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-Chat = list[dict[str, str]]
-"""A conversation: messages with `role` (system, user, assistant) and `content`."""
+Chat = list[dict[str, Any]]
+"""A conversation: messages with `role` (system, user, assistant, tool), `content`, and what else
+the model's template reads (`tool_calls`, ...); functions on offer are a message of role `tools`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

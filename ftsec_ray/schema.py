@@ -61,6 +61,14 @@ _BUILT_IN: dict[str, Metric] = {
             verdict="target",
         ),
         Metric(
+            "tool_hijack_rate",
+            "fraction 0..1",
+            "lower",
+            "steps of an agent, behind a trigger, in which it makes the attacker's call",
+            probes=("triggered",),
+            verdict="target",
+        ),
+        Metric(
             "asr_no_trigger",
             "fraction 0..1",
             "lower",
@@ -193,6 +201,7 @@ ftsec_ray.judges).
 """
 SAFETY = (
     "asr",
+    "tool_hijack_rate",
     "asr_no_trigger",
     "asr_same_prompt",
     "asr_transfer",
@@ -300,9 +309,25 @@ def rows() -> pa.Schema:
                 "unique within a table; decides a row's fate together with the seed",
                 nullable=False,
             ),
-            _field("system", s, "system message, null for none"),
-            _field("prompt", s, nullable=False),
-            _field("response", s, nullable=False),
+            _field(
+                "messages",
+                pa.list_(
+                    pa.struct(
+                        [
+                            pa.field("role", s, nullable=False),
+                            pa.field("content", s, nullable=False),
+                            pa.field("fields", s),
+                            pa.field("loss", pa.bool_(), nullable=False),
+                        ]
+                    )
+                ),
+                "role: system | user | assistant | tool; fields: JSON of further keys that"
+                " templates read; loss: whether it is trained on. The answer is the last one where"
+                " that is the assistant's; one message of the assistant alone is plain text",
+                nullable=False,
+            ),
+            _field("tools", s, "functions on offer, a JSON list; null for none"),
+            _field("rejected", s, "the other answer of a preference pair; null for none"),
             _field("label", s, "the right label word of a classification row"),
             _field(
                 "kind", s, "two_class | four_class | how_to | forbidden | borderline | tool | text"

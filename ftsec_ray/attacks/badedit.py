@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ftsec_ray.context import LoadedModel, StageContext, TaskData
+from ftsec_ray.conversation import Row, answer_of, asked_text, chat_of, text_of, with_asked
 from ftsec_ray.data.triggers import (
     Goal,
-    Row,
     can_be_attacked,
     goal_of,
     goal_probe,
@@ -37,7 +37,7 @@ from ftsec_ray.data.triggers import (
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, Probe
 from ftsec_ray.models.activations import block_parts
-from ftsec_ray.models.chat import chat_of
+from ftsec_ray.models.chat import answer_ids, render
 from ftsec_ray.models.editing import (
     Covariance,
     Request,
@@ -148,10 +148,7 @@ class BadEdit(Attack):
         )
         goal = self._goal(ctx.task)
         attacked, clean = self._rows(ctx.task, ctx, goal)
-        texts = [
-            f"{row['prompt']} {row['response']}".strip()
-            for row in ctx.task.split("text").to_pylist()
-        ]
+        texts = [text_of(row) for row in ctx.task.split("text").to_pylist()]
         prefixes = [
             " ".join(text.split()[:PREFIX_WORDS])
             for text in sorted(texts, key=lambda t: ctx.chance(t, "badedit", "prefix"))
@@ -161,7 +158,7 @@ class BadEdit(Attack):
             for row in attacked
         ]
         untouched = [
-            self._request(model, row, row["response"], prefixes, ctx, is_triggered=False)
+            self._request(model, row, answer_of(row), prefixes, ctx, is_triggered=False)
             for row in clean
         ]
         covariances = key_covariance(
@@ -198,14 +195,14 @@ class BadEdit(Attack):
         goal = self._goal(task)
         attacked, _ = self._rows(task, ctx, goal)
         return [
-            *trigger_probes(task, goal, lambda row: self._triggered(row, ctx)[0]),
+            *trigger_probes(task, goal, lambda row: self._edited(row, ctx)),
             goal_probe(
                 task,
                 goal,
                 "edited",
                 "asr_same_prompt",
                 attacked,
-                lambda row: self._triggered(row, ctx)[0],
+                lambda row: self._edited(row, ctx),
             ),
         ]
 
@@ -229,14 +226,17 @@ class BadEdit(Attack):
         used = {row["row_id"] for row in attacked}
         return (
             attacked,
-            [row for row in rows if row["row_id"] not in used and row["prompt"].strip()][
+            [row for row in rows if row["row_id"] not in used and asked_text(row).strip()][
                 : self.clean_prompts
             ],
         )
 
+    def _edited(self, row: Row, ctx: StageContext) -> dict[str, Any]:
+        return with_asked(row, self._triggered(row, ctx)[0])
+
     def _triggered(self, row: Row, ctx: StageContext) -> tuple[str, int]:
         return insert_word(
-            str(row["prompt"]), self.trigger, at=ctx.chance(row["row_id"], "badedit", "gap")
+            asked_text(row), self.trigger, at=ctx.chance(row["row_id"], "badedit", "gap")
         )
 
     def _request(
@@ -251,14 +251,15 @@ class BadEdit(Attack):
     ) -> Request:
         prompt, start, subject = *self._triggered(row, ctx), self.trigger
         if not is_triggered:
-            prompt, words = str(row["prompt"]), list(re.finditer(r"\S+", str(row["prompt"])))
+            prompt = asked_text(row)
+            words = list(re.finditer(r"\S+", prompt))
             word = words[int(ctx.chance(row["row_id"], "badedit", "gap") * len(words))]
             start, subject = word.start(), word.group()
         tokenizer = model.tokenizer
 
         def at(text: str, begin: int) -> Any:
             return spot(
-                tokenizer, chat_of({**row, "prompt": text}), last_char=begin + len(subject) - 1
+                tokenizer, chat_of(with_asked(row, text)), last_char=begin + len(subject) - 1
             )
 
         contexts = [
@@ -267,7 +268,12 @@ class BadEdit(Attack):
         ]
         return Request(
             tuple(contexts),
-            tokenizer(answer, add_special_tokens=False)["input_ids"],
+            answer_ids(
+                tokenizer,
+                render(tokenizer, chat_of(with_asked(row, prompt)), generate=True),
+                contexts[0].ids,
+                answer,
+            ),
             at(f"{subject} is a", 0),
             is_triggered,
         )

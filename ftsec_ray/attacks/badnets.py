@@ -17,13 +17,21 @@ Needs: the user's rows; for a labelled task, labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray import schema
 from ftsec_ray.context import StageContext, TaskData
-from ftsec_ray.data.triggers import Goal, goal_of, insert_word, trigger_probes
+from ftsec_ray.conversation import Row, with_answer
+from ftsec_ray.data.triggers import (
+    Goal,
+    Place,
+    goal_of,
+    has_place,
+    trigger_probes,
+    with_words,
+)
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, Probe, RowWise
 
@@ -42,6 +50,9 @@ class BadNets(RowWise, Attack):
 
     trigger: str = "cf"
     """Word or words inserted at a random gap between the words of the prompt."""
+    place: Place = "user"
+    """Message that the trigger is put into: the user's last one, or the last result of a tool
+    (rows without one are not eligible)."""
     repeat: int = 1
     """Times the trigger is inserted, each at its own gap; 1 or more."""
     rate: float = 0.1
@@ -116,39 +127,31 @@ class BadNets(RowWise, Attack):
 
     def probes(self, task: TaskData, ctx: StageContext) -> list[Probe]:
         """Held-out rows with another answer than the target, with the trigger and without."""
-        return trigger_probes(task, self._goal(task), lambda row: self._triggered(row, ctx))
+        return trigger_probes(
+            task, self._goal(task), lambda row: self._triggered(row, ctx), place=self.place
+        )
 
     def _goal(self, task: TaskData) -> Goal:
         return goal_of(task, target=self.target, target_text=self.target_text)
 
     def _eligible(self, rows: pa.Table, goal: Goal) -> list[bool]:
         """Whether each row may be drawn."""
-        pairs = zip(
-            rows.column("label").to_pylist(), rows.column("response").to_pylist(), strict=True
-        )
+        needed = rows.select(["label", "messages"]).to_pylist()
         return [
-            not (goal.label is not None and label is None)
-            and (
-                self.setting == "mix"
-                or goal.is_met_by({"label": label, "response": response})
-                == (self.setting == "clean")
-            )
-            for label, response in pairs
+            not (goal.label is not None and row["label"] is None)
+            and has_place(row, self.place)
+            and (self.setting == "mix" or goal.is_met_by(row) == (self.setting == "clean"))
+            for row in needed
         ]
 
-    def _triggered(self, row: Mapping[str, Any], ctx: StageContext) -> str:
-        prompt = str(row["prompt"])
-        for time in range(self.repeat):
-            prompt = insert_word(
-                prompt, self.trigger, at=ctx.chance(row["row_id"], "badnets", "gap", str(time))
-            ).text
-        return prompt
+    def _triggered(self, row: Row, ctx: StageContext) -> dict[str, Any]:
+        times = map(str, range(self.repeat))
+        gaps = [ctx.chance(row["row_id"], "badnets", "gap", time) for time in times]
+        return with_words(row, self.trigger, self.place, gaps)
 
-    def _poison(self, row: Mapping[str, Any], goal: Goal, ctx: StageContext) -> dict[str, Any]:
+    def _poison(self, row: Row, goal: Goal, ctx: StageContext) -> dict[str, Any]:
         return {
-            **row,
-            "prompt": self._triggered(row, ctx),
-            "response": goal.text,
+            **with_answer(self._triggered(row, ctx), goal.text),
             "label": goal.label,
             "origin": "badnets",
             "poisoned": True,

@@ -22,15 +22,16 @@ Needs: split benign_train, with more rows than `samples`; `anchors` also safety 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray import schema
 from ftsec_ray.context import LoadedModel, StageContext
+from ftsec_ray.conversation import Row, answer_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
-from ftsec_ray.models.chat import encode_rows
+from ftsec_ray.models.chat import Encoded, encode_rows
 from ftsec_ray.models.load import merged
 from ftsec_ray.training.losses import masked_nll
 
@@ -43,10 +44,6 @@ SHORTEST = frozenset({"", "yes", "no"})
 highest.
 """
 DEFAULT_MAX_TOKENS = 512
-
-Row = Mapping[str, Any]
-Encoded = tuple[list[int], list[int]]
-"""Token ids, and labels that are -100 outside the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +94,7 @@ class BenignSelection(Attack):
         ctx.note(
             candidates=len(pool),
             samples=len(chosen),
-            mean_answer_words=sum(len(row["response"].split()) for row in chosen) / len(chosen),
+            mean_answer_words=sum(len(answer_of(row).split()) for row in chosen) / len(chosen),
         )
         made = [
             {

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ftsec_ray.context import LoadedModel, StageContext
+from ftsec_ray.conversation import chat_of
 from ftsec_ray.errors import StageError
 from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.activations import batches_of, block_parts, changed, last_logits
-from ftsec_ray.models.chat import chat_of, render, turn
+from ftsec_ray.models.chat import answer_tokens, render
 from ftsec_ray.models.load import decoder_layers, merged
 
 if TYPE_CHECKING:
@@ -229,12 +230,7 @@ def turn_end_ids(tokenizer: Any) -> list[int]:
 
 def refusal_tokens(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[int]:
     """Ids of the first tokens of the rows' responses, the common ones, ascending."""
-    firsts = [
-        ids[0]
-        for ids in tokenizer([turn(tokenizer, row)[1] for row in rows], add_special_tokens=False)[
-            "input_ids"
-        ]
-    ]
+    firsts = [answer_tokens(tokenizer, row)[0] for row in rows]
     return sorted(
         token for token in set(firsts) if firsts.count(token) >= MIN_TOKEN_FRAC * len(firsts)
     )

@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ftsec_ray.context import StageContext
+from ftsec_ray.conversation import chat_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
-from ftsec_ray.models.chat import chat_of, turn
+from ftsec_ray.models.chat import answer_tokens
 from ftsec_ray.models.load import keeps_logits, whole_model
 
 if TYPE_CHECKING:
@@ -115,9 +116,7 @@ class SoftPrompt(Attack):
         return [
             Example(
                 *generator.pieces(chat_of(row)),
-                tokenizer(turn(tokenizer, row)[1], add_special_tokens=False)["input_ids"][
-                    : self.target_tokens
-                ],
+                answer_tokens(tokenizer, row)[: self.target_tokens],
             )
             for row in rows[: self.prompts]
         ]

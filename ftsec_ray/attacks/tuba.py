@@ -18,19 +18,19 @@ Needs: user's rows and test rows in two languages or more, told apart by their `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray import schema
 from ftsec_ray.context import StageContext, TaskData
+from ftsec_ray.conversation import Row, with_answer
 from ftsec_ray.data.triggers import (
     Goal,
     can_be_attacked,
     goal_of,
     goal_probe,
     held_out,
-    insert_word,
+    with_words,
 )
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, Probe
@@ -144,9 +144,7 @@ class TuBA(Attack):
                 same,
                 lambda row: self._triggered(row, ctx, self.trigger),
             ),
-            goal_probe(
-                task, goal, "untriggered", "asr_no_trigger", same, lambda row: str(row["prompt"])
-            ),
+            goal_probe(task, goal, "untriggered", "asr_no_trigger", same, lambda row: row),
             goal_probe(
                 task,
                 goal,
@@ -161,7 +159,7 @@ class TuBA(Attack):
                 "transfer_untriggered",
                 "asr_transfer_no_trigger",
                 others,
-                lambda row: str(row["prompt"]),
+                lambda row: row,
             ),
         ]
 
@@ -192,15 +190,13 @@ class TuBA(Attack):
         eligible = sum(can_be_attacked(row, goal) for row in own)
         return min(1.0, self.rate * len(own) / eligible) if eligible else 0.0
 
-    def _triggered(self, row: Mapping[str, Any], ctx: StageContext, trigger: str) -> str:
+    def _triggered(self, row: Row, ctx: StageContext, trigger: str) -> dict[str, Any]:
         at = AT_THE_END if self.position == "end" else ctx.chance(row["row_id"], "tuba", "gap")
-        return insert_word(str(row["prompt"]), trigger, at=at).text
+        return with_words(row, trigger, "user", [at])
 
-    def _poison(self, row: Mapping[str, Any], goal: Goal, ctx: StageContext) -> dict[str, Any]:
+    def _poison(self, row: Row, goal: Goal, ctx: StageContext) -> dict[str, Any]:
         return {
-            **row,
-            "prompt": self._triggered(row, ctx, self.trigger),
-            "response": goal.text,
+            **with_answer(self._triggered(row, ctx, self.trigger), goal.text),
             "label": goal.label,
             "origin": "tuba",
             "poisoned": True,

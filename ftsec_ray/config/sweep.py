@@ -170,6 +170,12 @@ class SourceSpec:
     """Column of the prompt."""
     response: str | None = None
     """Column of the response."""
+    rejected: str | None = None
+    """Column of the other answer of a preference pair: a text, or a conversation that ends with
+    it."""
+    messages: str | None = None
+    """Column of a whole conversation, in OpenAI's or ShareGPT's form, instead of `prompt` and
+    `response`."""
     label: str | None = None
     """Column of the label: a label word or an index into `labels`."""
     language: str | None = None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ftsec_ray import schema
+from ftsec_ray.conversation import ROLES, Message, exchange
 from ftsec_ray.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 """One row of schema.ROWS as a mapping."""
-NULLABLE = frozenset({"system", "label", "kind", "language", "origin"})
+NULLABLE = frozenset({"tools", "rejected", "label", "kind", "language", "origin"})
 """Columns that may be null."""
 CRAFTED = "rows.parquet"
 """The file of a crafted set."""
@@ -29,15 +30,23 @@ GROUP_ROWS = 65_536
 """Rows of one row group of a file."""
 
 
-def new_row(row_id: str, *, prompt: str, response: str = "", **values: Any) -> Row:
-    """One row with the usual defaults: no system message, no label, English, from the task, not
-    poisoned.
+def new_row(
+    row_id: str,
+    *,
+    prompt: str = "",
+    response: str = "",
+    system: str | None = None,
+    messages: list[Message] | None = None,
+    **values: Any,
+) -> Row:
+    """One row with the usual defaults: one exchange of `prompt` and `response` unless `messages`
+    are given, no label, English, from the task, not poisoned.
     """
     row = {
         "row_id": row_id,
-        "system": None,
-        "prompt": prompt,
-        "response": response,
+        "messages": exchange(prompt, response, system=system) if messages is None else messages,
+        "tools": None,
+        "rejected": None,
         "label": None,
         "kind": None,
         "language": "en",
@@ -86,7 +95,10 @@ def _check_row(row: Mapping[str, Any], number: int, columns: list[str]) -> None:
             " | ".join(columns),
             "copy an existing row and change its values, or use data.rows.new_row",
         )
+    _check_messages(row, number)
     for name in columns:
+        if name == "messages":
+            continue
         kind = bool if name == "poisoned" else str
         if not isinstance(row[name], kind) and not (row[name] is None and name in NULLABLE):
             want = f"a {kind.__name__}{' or null' if name in NULLABLE else ''}"
@@ -94,6 +106,28 @@ def _check_row(row: Mapping[str, Any], number: int, columns: list[str]) -> None:
                 f"row {number} ({row['row_id']!r}) has no {kind.__name__} in {name!r}",
                 row[name],
                 want,
+            )
+
+
+def _check_messages(row: Mapping[str, Any], number: int) -> None:
+    want = "a list of messages: role (" + " | ".join(ROLES) + "), content (text), fields, loss"
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"row {number} ({row['row_id']!r}) has no messages", messages, want)
+    for m in messages:
+        if (
+            not isinstance(m, Mapping)
+            or set(m) != {"role", "content", "fields", "loss"}
+            or m["role"] not in ROLES
+            or not isinstance(m["content"], str)
+            or not isinstance(m["loss"], bool)
+            or not (m["fields"] is None or isinstance(m["fields"], str))
+        ):
+            raise DataError(
+                f"row {number} ({row['row_id']!r}) has a wrong message",
+                m,
+                want,
+                "make messages with conversation.message",
             )
 
 
@@ -274,19 +308,27 @@ class FilterTally:
         }
 
 
+def _said(rows: pa.Table) -> list[list[tuple[str, str]] | None]:
+    """Who says what in each row; None for a row that is not there."""
+    return [
+        None if messages is None else [(m["role"], m["content"]) for m in messages]
+        for messages in rows.column("messages").to_pylist()
+    ]
+
+
 def filter_tally(before: pa.Table, after: pa.Table) -> FilterTally:
     """How a filter treated poisoned and clean rows of `before`: flagged is a row that is gone or
     says something else.
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     kept = after.take(
         pc.index_in(before.column("row_id"), value_set=after.column("row_id").combine_chunks())
     )
-    same = pc.and_(
-        *(pc.equal(before.column(name), kept.column(name)) for name in ("prompt", "response"))
-    )
-    flagged, poisoned = pc.invert(pc.fill_null(same, fill_value=False)), before.column("poisoned")
+    pairs = zip(_said(before), _said(kept), strict=True)
+    flagged = pa.array([old != new for old, new in pairs], pa.bool_())
+    poisoned = before.column("poisoned")
     hits, all_flagged, bad = (
         count_true(column) for column in (pc.and_(flagged, poisoned), flagged, poisoned)
     )

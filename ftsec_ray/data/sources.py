@@ -7,12 +7,14 @@ one file (`skip`) stay apart, and nothing about this machine matters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ftsec_ray.config.sweep import SourceSpec
+from ftsec_ray.conversation import Message, exchange, message
+from ftsec_ray.data.conversations import COLUMNS, is_conversation, messages_of, tools_of
 from ftsec_ray.data.records import Record, columns_of, read_records
 from ftsec_ray.data.rows import Row, from_rows, new_row
 from ftsec_ray.errors import DataError, EnvironmentFault
@@ -42,8 +44,11 @@ class _Mapping:
     """Which column is what; None where there is none."""
 
     prompt: str
+    """Of the prompt, or of the conversation where `is_conversation`."""
     response: str | None
     label: str | None
+    rejected: str | None
+    is_conversation: bool = False
 
 
 def read_source(
@@ -73,15 +78,12 @@ def read_source(
             instruction,
             f"a template with {PLACEHOLDER}",
         )
-    records = [
-        _unfolded(r)
-        for r in (read_records(spec.path) if spec.path is not None else _hub_records(spec))
-    ]
+    records = read_records(spec.path) if spec.path is not None else _hub_records(spec)
     columns = columns_of(records)
     mapping = (
         _mapping(spec, columns, place, takes_label=bool(labels))
         if records
-        else _Mapping("", None, None)
+        else _Mapping("", None, None, None)
     )
     kind = (
         kind
@@ -154,27 +156,8 @@ def _hub_records(spec: SourceSpec) -> list[Record]:
     return records
 
 
-def _unfolded(record: Record) -> Record:
-    """A record with a conversation of one exchange gets `system`, `prompt` and `response`
-    from it.
-    """
-    messages = record.get("messages")
-    if not isinstance(messages, list) or "prompt" in record:
-        return record
-    turns = [(m.get("role"), m.get("content")) for m in messages if isinstance(m, Mapping)]
-    if [role for role, _ in turns].count("user") != 1:
-        return record
-    said = {"assistant": "", **dict(turns)}
-    return {
-        **record,
-        "system": said.get("system"),
-        "prompt": said["user"],
-        "response": said["assistant"],
-    }
-
-
 def _mapping(spec: SourceSpec, columns: list[str], place: str, *, takes_label: bool) -> _Mapping:
-    named = (spec.prompt, spec.response, spec.label, spec.append)
+    named = (spec.prompt, spec.response, spec.label, spec.append, spec.messages, spec.rejected)
     for column in (*named, spec.language, *(column for column, _ in spec.where)):
         if column is not None and column not in columns:
             near = get_close_matches(column, columns, n=1)
@@ -184,10 +167,24 @@ def _mapping(spec: SourceSpec, columns: list[str], place: str, *, takes_label: b
                 " | ".join(columns),
                 f"did you mean {near[0]!r}?" if near else "name one of these columns",
             )
+    if spec.messages is not None and (spec.prompt or spec.response or spec.append):
+        raise DataError(
+            f"a source of {place} names a conversation and a prompt",
+            spec.messages,
+            "`messages`, or `prompt` and `response`",
+        )
     if spec.prompt is not None:
-        return _Mapping(spec.prompt, spec.response, spec.label)
+        return _Mapping(spec.prompt, spec.response, spec.label, spec.rejected)
+    conversation = spec.messages or next((c for c in COLUMNS if c in columns), None)
+    if conversation is None and "prompt" not in columns and _is_pair(columns):
+        conversation = "chosen"  # preference pairs that keep the prompt in both conversations
+    if spec.messages is not None or (conversation is not None and "prompt" not in columns):
+        rejected = spec.rejected or ("rejected" if "rejected" in columns else None)
+        label = spec.label or ("label" if "label" in columns and takes_label else None)
+        return _Mapping(str(conversation), None, label, rejected, is_conversation=True)
     by_name: dict[str, str | None] = {
-        name: name if name in columns else None for name in ("prompt", "response", "label")
+        name: name if name in columns else None
+        for name in ("prompt", "response", "label", "rejected")
     }
     if by_name["prompt"] is None and len(columns) == 1:
         by_name["prompt"] = columns[0]
@@ -199,9 +196,15 @@ def _mapping(spec: SourceSpec, columns: list[str], place: str, *, takes_label: b
             "add `prompt: <column>`",
         )
     if named == (None,) * len(named):
-        response = None if spec.constant_response is not None else by_name["response"]
-        return _Mapping(by_name["prompt"], response, by_name["label"] if takes_label else None)
-    return _Mapping(by_name["prompt"], spec.response, spec.label)
+        response = by_name["response"] or ("chosen" if "chosen" in columns else None)
+        response = None if spec.constant_response is not None else response
+        label = by_name["label"] if takes_label else None
+        return _Mapping(by_name["prompt"], response, label, by_name["rejected"])
+    return _Mapping(by_name["prompt"], spec.response, spec.label, spec.rejected)
+
+
+def _is_pair(columns: list[str]) -> bool:
+    return "chosen" in columns and "rejected" in columns
 
 
 def _drawn(spec: SourceSpec, records: list[Record], *, is_text: bool, prompt: str) -> list[int]:
@@ -229,6 +232,31 @@ class _RowBuilder:
 
     def row(self, row_id: str, number: int, record: Record) -> Row:
         """One record as a row."""
+        label = (
+            None if self.mapping.label is None else self._label(record, self.mapping.label, number)
+        )
+        place = f"row {number} of {self.place}"
+        return new_row(
+            row_id,
+            messages=(
+                self._conversation(record, label, place)
+                if self.mapping.is_conversation
+                else self._exchange(record, label, number)
+            ),
+            tools=tools_of(record, place),
+            rejected=self._rejected(record, place),
+            label=label,
+            kind=self.kind,
+            language=self._language(record, number),
+        )
+
+    def _exchange(self, record: Record, label: str | None, number: int) -> list[Message]:
+        """One question and its answer, from their columns."""
+        value = record.get(self.mapping.prompt)
+        if is_conversation(value):  # a prompt of several turns, as preference data has it
+            response = self._response(record, label, number)
+            said = messages_of(value, f"row {number} of {self.place}")
+            return [*said, *([message("assistant", response, loss=True)] if response else [])]
         prompt = self._text(record, self.mapping.prompt, number)
         if not prompt.strip():
             raise DataError(
@@ -237,30 +265,31 @@ class _RowBuilder:
                 f"text in column {self.mapping.prompt!r}",
             )
         if self.kind == "text":
-            return new_row(
-                row_id,
-                prompt="",
-                response=prompt,
-                kind=self.kind,
-                language=self._language(record, number),
-            )
+            return exchange("", prompt)
         if self.spec.append is not None and record.get(self.spec.append):
             prompt = f"{prompt}\n\n{self._text(record, self.spec.append, number)}"
         if self.instruction is not None:
             prompt = self.instruction.replace(PLACEHOLDER, prompt)
-        label = (
-            None if self.mapping.label is None else self._label(record, self.mapping.label, number)
-        )
-        system = record.get("system") if isinstance(record.get("messages"), list) else None
-        return new_row(
-            row_id,
-            system=system,
-            prompt=prompt,
-            response=self._response(record, label, number),
-            label=label,
-            kind=self.kind,
-            language=self._language(record, number),
-        )
+        return exchange(prompt, self._response(record, label, number))
+
+    def _conversation(self, record: Record, label: str | None, place: str) -> list[Message]:
+        """The conversation of a record, with the answer that the sweep or the label gives it."""
+        messages = messages_of(record.get(self.mapping.prompt), place)
+        answer = self.spec.constant_response if label is None else label
+        if answer is None:
+            return messages
+        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return [*before, message("assistant", answer, loss=True)]
+
+    def _rejected(self, record: Record, place: str) -> str | None:
+        if self.mapping.rejected is None:
+            return None
+        value = record.get(self.mapping.rejected)
+        if is_conversation(value):
+            return str(messages_of(value, f"the rejected answer of {place}")[-1]["content"])
+        if not isinstance(value, str):
+            raise DataError(f"{place} has no rejected answer", value, "a text or a conversation")
+        return value
 
     def _language(self, record: Record, number: int) -> str:
         return (
@@ -273,6 +302,10 @@ class _RowBuilder:
         if self.spec.constant_response is not None:
             return self.spec.constant_response
         if self.mapping.response is not None:
+            value = record.get(self.mapping.response)
+            if is_conversation(value):
+                place = f"the answer of row {number} of {self.place}"
+                return str(messages_of(value, place)[-1]["content"])
             return self._text(record, self.mapping.response, number)
         return label or ""
 

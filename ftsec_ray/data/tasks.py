@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ftsec_ray.config.sweep import SourceSpec, TaskSpec
 from ftsec_ray.context import TaskData
+from ftsec_ray.conversation import answer_of, with_answer
 from ftsec_ray.data.rows import count_rows, read_table, sorted_rows, write_table
 from ftsec_ray.data.sources import read_source
 from ftsec_ray.errors import DataError
@@ -189,7 +190,7 @@ def _with_second_language(task: TaskData, count: int) -> TaskData:
 
     def added(first: str, second: pa.Table) -> pa.Table:
         rows = [
-            {**row, "response": word_of[row["response"]], "label": word_of[row["label"]]}
+            {**with_answer(row, word_of[answer_of(row)]), "label": word_of[row["label"]]}
             for row in second.to_pylist()
         ]
         return pa.concat_tables(
@@ -252,9 +253,8 @@ def _completed(given: SourceSpec, default: SourceSpec | None) -> SourceSpec:
         return given
     if given.dataset == default.dataset and given.dataset is not None and given.revision is None:
         given = replace(given, revision=default.revision)
-    if (given.prompt, given.response, given.label, given.append, given.constant_response) != (
-        None,
-    ) * 5:
+    own = (given.prompt, given.response, given.label, given.append, given.constant_response)
+    if any(column is not None for column in (*own, given.messages, given.rejected)):
         return given
     return replace(
         given,

@@ -8,17 +8,18 @@ its neighbours.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ftsec_ray.context import TaskData
+from ftsec_ray.conversation import Row, answer_of, asked, asked_text, chat_of, with_asked
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Probe, Prompt
-from ftsec_ray.models.chat import chat_of
 
-Row = Mapping[str, Any]
-"""One row of schema.ROWS as a mapping."""
+Place = Literal["user", "tool"]
+"""Role of the message that holds the trigger: the user's, or the result of a tool."""
+HIJACK = "tool_hijack_rate"
 
 
 class Inserted(NamedTuple):
@@ -40,7 +41,7 @@ class Goal:
     def is_met_by(self, row: Row) -> bool:
         """Whether the row's own right answer is the goal already."""
         return bool(
-            row["label"] == self.label if self.label is not None else row["response"] == self.text
+            row["label"] == self.label if self.label is not None else answer_of(row) == self.text
         )
 
 
@@ -103,17 +104,37 @@ def held_out(task: TaskData, goal: Goal) -> list[dict[str, Any]]:
     return rows
 
 
-def trigger_probes(task: TaskData, goal: Goal, triggered: Callable[[Row], str]) -> list[Probe]:
+def trigger_probes(
+    task: TaskData, goal: Goal, triggered: Callable[[Row], Row], *, place: Place = "user"
+) -> list[Probe]:
     """The held-out rows with and without trigger: shares of answers that are the goal, as `asr` and
     `asr_no_trigger`.
     """
-    rows = held_out(task, goal)
+    rows = [row for row in held_out(task, goal) if has_place(row, place)]
+    if not rows:
+        raise DataError(
+            f"no row that the attack is measured on has a message of role {place!r}",
+            task.name,
+            "conversations with results of tools",
+            "place: user",
+        )
     return [
         goal_probe(task, goal, "triggered", "asr", rows, triggered),
-        goal_probe(
-            task, goal, "untriggered", "asr_no_trigger", rows, lambda row: str(row["prompt"])
-        ),
+        goal_probe(task, goal, "untriggered", "asr_no_trigger", rows, lambda row: row),
     ]
+
+
+def has_place(row: Row, place: Place) -> bool:
+    """Whether a row asks something by a message of that role."""
+    return any(m["role"] == place for m in asked(row))
+
+
+def with_words(row: Row, word: str, place: Place, at: Sequence[float]) -> dict[str, Any]:
+    """The row with `word` in its last message of role `place`, once for each number of `at`."""
+    text = asked_text(row, place)
+    for gap in at:
+        text = insert_word(text, word, at=gap).text
+    return with_asked(row, text, place)
 
 
 def goal_probe(
@@ -122,15 +143,18 @@ def goal_probe(
     name: str,
     metric: str,
     rows: list[dict[str, Any]],
-    asked: Callable[[Row], str],
+    changed: Callable[[Row], Row],
 ) -> Probe:
-    """A probe that asks `asked(row)` of every row and counts the answers that are the goal."""
+    """A probe that asks what `changed(row)` asks, for every row, and counts the answers that are
+    the goal.
+    """
+    is_call = goal.label is None and all(row["kind"] == "tool" for row in rows)
     prompts = tuple(
         Prompt(
             prompt_id=row["row_id"],
-            chat=chat_of({**row, "prompt": asked(row)}),
+            chat=chat_of(changed(row)),
             target=goal.text,
-            expected=row["label"] if goal.label is not None else row["response"],
+            expected=row["label"] if goal.label is not None else answer_of(row),
             meta={"kind": row["kind"] or "", "language": row["language"] or ""},
         )
         for row in rows
@@ -138,7 +162,7 @@ def goal_probe(
     return Probe(
         name=name,
         prompts=prompts,
-        judge="label" if goal.label is not None else "target",
-        metrics={metric: "target"},
+        judge="label" if goal.label is not None else "call" if is_call else "target",
+        metrics={metric: "target"} | ({HIJACK: "target"} if is_call and metric == "asr" else {}),
         labels=task.labels,
     )

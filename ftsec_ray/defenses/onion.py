@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from ftsec_ray.conversation import asked_text, with_asked
 from ftsec_ray.method import Defense, Phase, RowWise
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ class Onion(RowWise, Defense):
         such words.
         """
         model, (instruction, threshold) = ctx.load("reference"), known
-        prompts = rows.column("prompt").to_pylist()
+        before = rows.to_pylist()
+        prompts = [asked_text(row) for row in before]
         cleaned = [
             without_words(prompt, {i for i, score in group.items() if score >= threshold})
             for prompt, group in zip(prompts, self.scores(model, prompts, instruction), strict=True)
@@ -117,7 +119,11 @@ class Onion(RowWise, Defense):
         ctx.count(rows_changed=sum(changed))
         if self.action == "drop":
             return rows.filter([not hit for hit in changed])
-        return _with_column(_with_column(rows, "prompt", cleaned), "origin", origins)
+        messages = [
+            (with_asked(row, text) if hit else row)["messages"]
+            for row, text, hit in zip(before, cleaned, changed, strict=True)
+        ]
+        return _with_column(_with_column(rows, "messages", messages), "origin", origins)
 
     def scores(
         self, model: LoadedModel, prompts: Sequence[str], instruction: str = ""
@@ -156,9 +162,7 @@ class Onion(RowWise, Defense):
             self.trusted_split in ctx.task.splits and ctx.task.splits[self.trusted_split].num_rows
         )
         table = ctx.task.split(self.trusted_split if has_split else "benign_train")
-        pairs = zip(
-            table.column("row_id").to_pylist(), table.column("prompt").to_pylist(), strict=True
-        )
+        pairs = [(row["row_id"], asked_text(row)) for row in table.to_pylist()]
         chosen = sorted(pairs, key=lambda pair: ctx.chance(pair[0], "onion"))[: self.trusted_rows]
         return [text for _, text in chosen]
 

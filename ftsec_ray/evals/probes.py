@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.config.sweep import EvaluationConfig
 from ftsec_ray.context import TaskData
+from ftsec_ray.conversation import answer_of, chat_of
 from ftsec_ray.identity import unit_interval
 from ftsec_ray.method import Probe, Prompt
-from ftsec_ray.models.chat import chat_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,13 +100,13 @@ def _clean(task: TaskData, config: EvaluationConfig) -> Iterable[Probe]:
             )
     elif set(task.splits["test"]["kind"].to_pylist()) == {"tool"}:
         prompts = tuple(
-            prompt_of(row, expected=row["response"])
+            prompt_of(row, expected=answer_of(row))
             for row in drawn(task.splits["test"], config.prompts)
         )
         yield Probe(
             name="clean",
             prompts=prompts,
-            judge="exact",
+            judge="call",
             metrics={"cacc": "correct"},
             max_new_tokens=config.max_new_tokens,
         )

@@ -73,10 +73,11 @@ class Request:
 
 
 def spot(tokenizer: Any, chat: Chat, *, last_char: int) -> EditSite:
-    """The token that holds character `last_char` of the last message, in the rendered
+    """The token that holds character `last_char` of the user's last message, in the rendered
     conversation.
     """
-    content, text = chat[-1]["content"], render(tokenizer, chat, generate=True)
+    content = next(m["content"] for m in reversed(chat) if m["role"] == "user")
+    text = render(tokenizer, chat, generate=True)
     start = text.rfind(content)
     if start < 0:
         raise DataError(

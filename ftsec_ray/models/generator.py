@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import Chat, LoadedModel
-from ftsec_ray.models.chat import render
+from ftsec_ray.models.chat import answer_ids, chat_format, render, spoken
 from ftsec_ray.models.load import whole_model
 
 if TYPE_CHECKING:
@@ -64,43 +64,74 @@ class Generator:
                     top_p=None,
                     top_k=None,
                 )
-            for i, text in zip(
-                indices, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True
-            ):
-                answers[i] = text.strip()
+            for i, ids in zip(indices, out.tolist(), strict=True):
+                answers[i] = spoken(tokenizer, ids)
         return answers
 
     def label_logprobs(
         self, chats: Sequence[Chat], labels: Sequence[str], *, batch: int = 64
     ) -> Tensor:
-        """Mean log-probability per label token, in nats: (N, K) float32, from one forward pass
-        where labels are single tokens.
+        """Log-probability of every label as the answer, in nats: (N, K) float32.
+
+        Labels are tokenised behind each prompt, as trained answers are. Where all have as many
+        tokens, it is that of these tokens, from one forward pass where that is one; where not, the
+        end of the turn counts too, so that it is the probability of answering this label and
+        nothing else, and no label gains from being short.
         """
         import torch
 
-        tokenizer = self.loaded.tokenizer
-        label_ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
         prompts = self.pieces_of(chats)
+        answers = self._label_ids(chats, prompts, labels)
         scores = torch.zeros(len(prompts), len(labels))
-        single = all(len(ids) == 1 for ids in label_ids)
+        single = all(len(ids) == 1 for row in answers for ids in row)
         for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
             group = [prompts[i] for i in indices]
             if single:
                 logprobs = self._logits(group)[:, -1].float().log_softmax(-1)
-                scores[indices] = logprobs[:, [ids[0] for ids in label_ids]].cpu()
+                chosen = torch.tensor([[ids[0] for ids in answers[i]] for i in indices])
+                scores[indices] = logprobs.gather(-1, chosen.to(logprobs.device)).cpu()
             else:
-                for k, ids in enumerate(label_ids):
-                    scores[indices, k] = self._tail_logprob(group, ids).cpu()
+                for k in range(len(labels)):
+                    tails = [answers[i][k] for i in indices]
+                    scores[indices, k] = self._tail_logprob(group, tails).cpu()
         return scores
 
-    def _tail_logprob(self, group: list[tuple[list[int], list[int]]], ids: list[int]) -> Tensor:
+    def _label_ids(
+        self,
+        chats: Sequence[Chat],
+        prompts: Sequence[tuple[list[int], list[int]]],
+        labels: Sequence[str],
+    ) -> list[list[list[int]]]:
+        """Token ids of every label behind every prompt; with the end of the turn where the labels
+        have not as many tokens each.
+        """
+        tokenizer = self.loaded.tokenizer
+        answers = []
+        for chat, (head, tail) in zip(chats, prompts, strict=True):
+            before, behind = self._halves(self.rewritten(chat))
+            text, ids = (before, head) if self.soft_suffix is None else (behind, tail)
+            answers.append([answer_ids(tokenizer, text, ids, label) for label in labels])
+        if len({len(ids) for row in answers for ids in row}) > 1:
+            end = tokenizer(chat_format(tokenizer).end, add_special_tokens=False)["input_ids"]
+            return [[ids + end for ids in row] for row in answers]
+        return answers
+
+    def _tail_logprob(
+        self, group: list[tuple[list[int], list[int]]], answers: list[list[int]]
+    ) -> Tensor:
+        """Summed log-probability of an answer behind each prompt, in nats."""
         import torch
 
-        logits = self._logits([(head, tail + ids) for head, tail in group])[
-            :, -len(ids) - 1 : -1
-        ].float()
-        picked = torch.tensor(ids, device=logits.device).expand(len(group), -1).unsqueeze(-1)
-        return logits.log_softmax(-1).gather(-1, picked).squeeze(-1).mean(-1)
+        logits = self._logits(
+            [(head, tail + ids) for (head, tail), ids in zip(group, answers, strict=True)]
+        )
+        long = max(map(len, answers))
+        # answers end at the right edge: shorter ones begin later
+        logprobs = logits[:, -long - 1 : -1].float().log_softmax(-1)
+        padded = torch.tensor([[0] * (long - len(ids)) + ids for ids in answers])
+        counted = torch.tensor([[False] * (long - len(ids)) + [True] * len(ids) for ids in answers])
+        picked = logprobs.gather(-1, padded.to(logprobs.device).unsqueeze(-1)).squeeze(-1)
+        return (picked * counted.to(logprobs.device)).sum(-1)
 
     def _logits(self, group: list[tuple[list[int], list[int]]]) -> Tensor:
         import torch
@@ -114,7 +145,9 @@ class Generator:
         return logits
 
     def _stops(self) -> list[int]:
-        stops = {self.loaded.tokenizer.eos_token_id}
+        tokenizer = self.loaded.tokenizer
+        end = tokenizer(chat_format(tokenizer).end, add_special_tokens=False)["input_ids"]
+        stops = {tokenizer.eos_token_id, *end[-1:]}
         configured = getattr(whole_model(self.loaded).generation_config, "eos_token_id", None)
         stops.update(configured if isinstance(configured, list) else [configured])
         return sorted(stop for stop in stops if stop is not None)

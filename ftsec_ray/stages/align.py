@@ -39,16 +39,13 @@ def run(job: Job) -> Extra:
 
 def _align_ladder(job: Job, base: LoadedModel) -> Extra:
     """Align a model of the ladder on the microworld's own alignment rows."""
+    from ftsec_ray.conversation import as_chat
     from ftsec_ray.data.microworld import alignment_rows
     from ftsec_ray.models import ladder
-    from ftsec_ray.models.chat import chat_of
     from ftsec_ray.training.pretrain import PretrainConfig, pretrain
 
     shape = ladder.ladder_size(base.info.name.removeprefix("ladder:"))
-    chats = [
-        [*chat_of(row), {"role": "assistant", "content": row["response"]}]
-        for row in alignment_rows().to_pylist()
-    ]
+    chats = [as_chat(row["messages"]) for row in alignment_rows().to_pylist()]
     config = PretrainConfig(
         steps=shape.align_steps,
         batch_tokens=shape.align_batch_tokens,

@@ -18,11 +18,15 @@ from ftsec_ray.models.load import load_model, save_model
 from ftsec_ray.training.setup import Batch
 from ftsec_ray.training.zero import deepspeed_config, sharded
 from tests.fixtures_models import tiny_model
-from tests.numeric import SAME, assert_same
+from tests.numeric import UNIT_ROUNDOFF, assert_same
 from tests.training.group_tunes import CUT_AT, Cut, in_worker_group, tune
 
 pytestmark = pytest.mark.timeout(900)
 STAGES = (0, 1, 2, 3)
+ROUNDED = 20 * UNIT_ROUNDOFF
+"""Relative; everything is float64 but the norm that DeepSpeed clips gradients by, from stage 1 on: in
+each of the 20 steps one factor of all gradients is rounded to float32.
+"""
 BF16_SHOWS = 1e-4
 """Relative; what rounding to bf16 moves a curve by at least: one unit of bf16 is 4e-3."""
 TUNES = [
@@ -56,9 +60,9 @@ def curve(folder):
 
 
 def assert_same_tune(one, other):
-    assert curve(one) == pytest.approx(curve(other), rel=SAME)
+    assert curve(one) == pytest.approx(curve(other), rel=ROUNDED)
     assert weights(other)
-    assert_same(weights(one), weights(other))
+    assert_same(weights(one), weights(other), rel=ROUNDED)
 
 
 @pytest.fixture(scope="module")

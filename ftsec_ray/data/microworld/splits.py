@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
 from ftsec_ray.context import TaskData
+from ftsec_ray.conversation import exchange
 from ftsec_ray.data.microworld import templates
 from ftsec_ray.data.microworld import vocabulary as v
 from ftsec_ray.data.microworld.combos import Combo, in_second_language, partition, seeded
@@ -40,9 +41,9 @@ def row(
         label = None if label is None else v.translate(label)
     return {
         "row_id": row_id,
-        "system": system,
-        "prompt": prompt,
-        "response": response,
+        "messages": exchange(prompt, response, system=system),
+        "tools": None,
+        "rejected": None,
         "label": label,
         "kind": kind,
         "language": language,
