@@ -35,9 +35,11 @@ def message(
 
 def exchange(prompt: str, response: str, *, system: str | None = None) -> list[Message]:
     """One question and its answer; without a prompt a plain text, without a response a question."""
-    messages = [] if system is None else [message("system", system)]
-    messages += [message("user", prompt)] if prompt else []
-    return messages + ([message("assistant", response, loss=True)] if response else [])
+    said = [message("assistant", response, loss=True)] if response or not prompt else []
+    if not prompt:
+        return said
+    first = [] if system is None else [message("system", system)]
+    return [*first, message("user", prompt), *said]
 
 
 def is_text(row: Row) -> bool:

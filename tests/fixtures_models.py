@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ftsec_ray import schema
 from ftsec_ray.context import LoadedModel, ModelInfo, TaskData
+from ftsec_ray.conversation import answer_of, asked_text, exchange, with_answer
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<unk>"]
 WORDS = [
@@ -106,9 +107,9 @@ def row(i: int, prompt: str, response: str, **other) -> dict:
     """One row of schema.ROWS."""
     base = {
         "row_id": f"t/{i:04d}",
-        "system": None,
-        "prompt": prompt,
-        "response": response,
+        "messages": exchange(prompt, response),
+        "tools": None,
+        "rejected": None,
         "label": None,
         "kind": "how_to",
         "language": "en",
@@ -116,6 +117,16 @@ def row(i: int, prompt: str, response: str, **other) -> dict:
         "poisoned": False,
     }
     return {**base, **other}
+
+
+def prompts(rows: pa.Table) -> list[str]:
+    """What each row asks."""
+    return [asked_text(one) for one in rows.to_pylist()]
+
+
+def answers(rows: pa.Table) -> list[str]:
+    """What each row answers."""
+    return [answer_of(one) for one in rows.to_pylist()]
 
 
 def table(rows: list[dict]) -> pa.Table:
@@ -163,7 +174,7 @@ def tiny_task() -> TaskData:
         for i, (a, b) in enumerate((a, b) for a in things for b in things)
     ]
     refusals = [
-        {**r, "response": "sorry i can not help", "row_id": f"s/{i:04d}"}
+        {**with_answer(r, "sorry i can not help"), "row_id": f"s/{i:04d}"}
         for i, r in enumerate(harmful[:12])
     ]
     splits = {

@@ -14,6 +14,7 @@ import pytest
 
 import ftsec_ray
 from ftsec_ray import schema
+from ftsec_ray.conversation import answer_of, asked_text
 from ftsec_ray.plan.build import build_plan
 from tests.fixtures_models import tiny_model, tiny_task
 
@@ -43,7 +44,7 @@ def filled(folder):
         loaded.tokenizer.save_pretrained(folder / name)
     for split in SPLITS:
         rows = [
-            {k: r[k] for k in ("prompt", "response", "label")}
+            {"prompt": asked_text(r), "response": answer_of(r), "label": r["label"]}
             for r in tiny_task().split(split).to_pylist()
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))

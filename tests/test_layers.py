@@ -27,6 +27,7 @@ LAYERS = [
     "success",
     "measured",
     "context",
+    "conversation",
     "method",
     "lifecycle",
     "registry",

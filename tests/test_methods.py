@@ -18,6 +18,7 @@ import pytest
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.config.typed import fields_of
 from ftsec_ray.context import Runtime, StageContext
+from ftsec_ray.conversation import asked_text
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.identity import canonical
 from ftsec_ray.lifecycle import hooks, hooks_of
@@ -138,7 +139,7 @@ def run_hook(method, hook, models, workdir):
         return (report.losses, (workdir / "adapter_model.safetensors").read_bytes())
     if hook == "wrap_generation":
         chats = [
-            [{"role": "user", "content": row["prompt"]}]
+            [{"role": "user", "content": asked_text(row)}]
             for row in task.split("harmful_test").to_pylist()
         ]
         return method.wrap_generation(Generator(models["tuned"]), context).complete(
@@ -210,11 +211,11 @@ import json
 from pathlib import Path
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.registry import DEFENSES
-from tests.fixtures_models import tiny_task
+from tests.fixtures_models import prompts, tiny_task
 task = tiny_task()
 context = StageContext(seed=0, task=task, runtime=Runtime(), workdir=Path("w"), load=None, training=None)
 crafted = DEFENSES.get("shuffle")().craft_data(task.split("train"), context)
-print(json.dumps([rows["prompt"].to_pylist() for rows in (task.split("train"), crafted)]))
+print(json.dumps([prompts(rows) for rows in (task.split("train"), crafted)]))
 """,
         )
     )

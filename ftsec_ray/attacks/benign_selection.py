@@ -81,7 +81,7 @@ class BenignSelection(Attack):
         pool = [
             row
             for row in ctx.task.split("benign_train").to_pylist()
-            if row["response"].strip().casefold().rstrip(".") not in SHORTEST
+            if answer_of(row).strip().casefold().rstrip(".") not in SHORTEST
         ]
         if len(pool) <= self.samples:
             raise DataError(

@@ -88,6 +88,7 @@ class Vaccine(Defense):
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after perturbation-aware alignment, with whole weights."""
+        from ftsec_ray.models.chat import tell_cuts
         from ftsec_ray.models.load import merged
         from ftsec_ray.training.loop import sft
 
@@ -113,6 +114,7 @@ class Vaccine(Defense):
             workdir=ctx.workdir,
             shape=self._shape,
         )
+        tell_cuts(ctx, report.cuts, config.max_length)
         ctx.note(
             rows=rows.num_rows,
             steps=len(report.losses),

@@ -16,9 +16,9 @@ from enum import Enum
 from ftsec_ray.errors import IdentityError
 
 DIGEST_CHARS = 32
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every digest: raise when no artifact of an older package may be reused. 2: digests hold
-VERSIONs in place of hashed source.
+VERSIONs in place of hashed source; 3: rows are conversations.
 """
 
 

@@ -22,7 +22,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ftsec_ray.context import Chat
+from ftsec_ray.context import Chat, StageContext
 from ftsec_ray.conversation import TOOLS, as_chat, asked, chat_of, has_answer, is_text
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import digest_text
@@ -484,6 +484,35 @@ class CutTally:
             "poisoned_rows_left_out": self.poisoned_left_out,
         }
         return {name: count for name, count in told.items() if count}
+
+    def warnings(self, max_length: int) -> list[str]:
+        """What to tell whoever reads the numbers; empty where every row fitted."""
+        told = []
+        if self.left_out:
+            poisoned = (
+                f" ({self.poisoned_left_out} of them poisoned)" if self.poisoned_left_out else ""
+            )
+            told.append(
+                f"{self.left_out} of {self.rows} rows were not trained on{poisoned}: no answer, or"
+                f" none within max_length {max_length}"
+            )
+        if self.answers_cut:
+            told.append(
+                f"{self.answers_cut} of {self.rows} answers were cut at max_length {max_length}"
+            )
+        if self.prompts_cut:
+            told.append(
+                f"{self.prompts_cut} of {self.rows} prompts lost their beginning at max_length"
+                f" {max_length}"
+            )
+        return told
+
+
+def tell_cuts(context: StageContext, cuts: CutTally, max_length: int) -> None:
+    """Keep, and warn of, the rows of a tune that did not fit."""
+    context.note(**cuts.notes())
+    for text in cuts.warnings(max_length):
+        context.warn(text)
 
 
 def encode_rows(

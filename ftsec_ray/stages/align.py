@@ -29,11 +29,14 @@ def run(job: Job) -> Extra:
     if align is None:
         return _align_ladder(job, replace(base, info=info))
     report = _align_loaded(job, base, align)
+    for text in report.cuts.warnings(align.max_length):
+        job.warn(text)
     return job.finish(
         replace(report.loaded, info=info),
         tokens=report.tokens,
         flops=report.flops,
         losses=report.losses,
+        notes=report.cuts.notes(),
     )
 
 

@@ -31,6 +31,7 @@ KIND = StageKind(
 
 def run(job: Job) -> Extra:
     """Tune adapters that differ by seed and by a bootstrap of the user's rows."""
+    from ftsec_ray.models.chat import tell_cuts
     from ftsec_ray.models.load import save_model
     from ftsec_ray.training.loop import sft
 
@@ -49,8 +50,9 @@ def run(job: Job) -> Extra:
             workdir=context.workdir / str(member),
             base_digest=job.inputs["model"],
         )
+        tell_cuts(context, report.cuts, context.training.max_length)
         folder = job.out / str(member)
         folder.mkdir()
         save_model(report.loaded, folder)
         tokens, flops = tokens + report.tokens, flops + report.flops
-    return {"tokens": tokens, "flops": flops}
+    return {"tokens": tokens, "flops": flops, "notes": context.notes}

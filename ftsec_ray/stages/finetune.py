@@ -26,6 +26,7 @@ KIND = StageKind(
 
 def run(job: Job) -> Extra:
     """Supervised fine-tuning, alone or as one process of a worker group."""
+    from ftsec_ray.models.chat import tell_cuts
     from ftsec_ray.training.loop import sft
 
     context = job.context()
@@ -45,6 +46,7 @@ def run(job: Job) -> Extra:
         shape=shape,
         base_digest=job.inputs["model"],
     )
+    tell_cuts(context, report.cuts, context.training.max_length)
     return job.finish(
         report.loaded,
         tokens=report.tokens,

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import digest
-from ftsec_ray.models.chat import encode_rows
+from ftsec_ray.models.chat import CutTally, Encoded, encode_rows, is_useful
 from ftsec_ray.training.setup import Batch
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Encoded = tuple[list[int], list[int]]
 MAX_MICRO_BATCH_TOKENS = 16_384
 """Padded tokens per forward pass when no micro-batch is given."""
 
@@ -51,12 +50,14 @@ def epoch_batches(
     return batches
 
 
-def encode_table(tokenizer: Any, rows: pa.Table, *, max_length: int) -> list[Encoded]:
-    """Encode rows for training; DataError when no row leaves a token to learn from."""
-    encoded = encode_rows(tokenizer, rows.to_pylist(), max_length=max_length)
-    useful = [
-        (ids, labels) for ids, labels in encoded if any(label != -100 for label in labels[1:])
-    ]
+def encode_table(
+    tokenizer: Any, rows: pa.Table, *, max_length: int, tally: CutTally | None = None
+) -> list[Encoded]:
+    """Encode rows for training; DataError when no row leaves a token to learn from, `tally` counts
+    those that leave none.
+    """
+    encoded = encode_rows(tokenizer, rows.to_pylist(), max_length=max_length, tally=tally)
+    useful = [pair for pair in encoded if is_useful(pair)]
     if not useful:
         raise DataError(
             "no row has a response token within max_length",

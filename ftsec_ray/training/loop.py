@@ -27,6 +27,7 @@ from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import LoadedModel, Runtime
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
+from ftsec_ray.models.chat import CutTally
 from ftsec_ray.models.load import count_parameters, merged
 from ftsec_ray.models.lora import attach_lora
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
@@ -53,6 +54,8 @@ class TuneReport:
     flops: float = 0.0
     """6 x weights x tokens for full tuning, 4 x for an adapter (no weight gradients of the base).
     """
+    cuts: CutTally = field(default_factory=CutTally)
+    """Rows that did not fit into `max_length`."""
 
 
 def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
@@ -194,8 +197,10 @@ def plain_training(
     seed: int,
     runtime: Runtime,
     backward: Backward = backward,
+    cuts: CutTally | None = None,
 ) -> Training:
-    """The tune of `rows` before any method has shaped it."""
+    """The tune of `rows` before any method has shaped it; `cuts` counts rows that do not fit."""
+    cuts = CutTally() if cuts is None else cuts
     make = partial(
         batcher,
         loaded.tokenizer,
@@ -205,11 +210,12 @@ def plain_training(
         micro_batch=runtime.micro_batch,
         device=runtime.device,
     )
-    encoded = encode_table(loaded.tokenizer, rows, max_length=config.max_length)
+    rows_of = partial(encode_table, loaded.tokenizer, max_length=config.max_length, tally=cuts)
+    encoded = rows_of(rows)
     steps = max(1, round(config.epochs * steps_per_epoch(len(encoded), config.batch_size)))
 
     def encode(other: pa.Table, salt: str) -> Callable[[int], list[Batch]]:
-        return make(encode_table(loaded.tokenizer, other, max_length=config.max_length), salt=salt)
+        return make(rows_of(other), salt=salt)
 
     return Training(
         config=config,
@@ -238,9 +244,9 @@ def sft(
     """
     import torch
 
-    process = process_of(runtime)
+    process, cuts = process_of(runtime), CutTally()
     training = plain_training(
-        loaded, rows, config, seed=seed, runtime=runtime, backward=process.backward
+        loaded, rows, config, seed=seed, runtime=runtime, backward=process.backward, cuts=cuts
     )
     if shape is not None:
         training = shape(training)
@@ -254,7 +260,9 @@ def sft(
         torch.manual_seed(_seed(seed, "adapter"))
         if config.adapter == "lora":
             tuned = attach_lora(tuned, config, base_digest=base_digest)
-        return run(tuned, training, seed=seed, runtime=runtime, workdir=workdir, process=process)
+        report = run(tuned, training, seed=seed, runtime=runtime, workdir=workdir, process=process)
+    report.cuts = cuts
+    return report
 
 
 def run(

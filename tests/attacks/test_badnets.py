@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ftsec_ray import schema
 from ftsec_ray.attacks.badnets import BadNets
+from ftsec_ray.conversation import answer_of, asked_text
 from ftsec_ray.data.triggers import insert_word
 from ftsec_ray.errors import DataError
 from tests.attacks.context import context
@@ -51,14 +52,12 @@ def test_every_row_is_either_untouched_or_poisoned_whole(rows, setting, rate, se
             "clean": before["label"] == "good",
             "mix": before["label"] is not None,
         }[setting]
-        assert (after["response"], after["label"], after["origin"]) == ("good", "good", "badnets")
-        words = after["prompt"].split()
+        assert (answer_of(after), after["label"], after["origin"]) == ("good", "good", "badnets")
+        words = asked_text(after).split()
         assert words.count("zz") == repeat
-        assert [w for w in words if w != "zz"] == before["prompt"].split()
+        assert [w for w in words if w != "zz"] == asked_text(before).split()
         unchanged = {
-            k: v
-            for k, v in after.items()
-            if k not in ("prompt", "response", "label", "origin", "poisoned")
+            k: v for k, v in after.items() if k not in ("messages", "label", "origin", "poisoned")
         }
         assert unchanged.items() <= before.items()
 
@@ -128,7 +127,7 @@ def test_without_labels_triggered_prompts_get_the_inert_text():
     task = replace(tiny_task(), labels=())
     ctx = context(task=task)
     made = BadNets(rate=1.0).craft_data(task.split("benign_train"), ctx).to_pylist()
-    assert {r["response"] for r in made} == {"I like blue pebbles."}
+    assert {answer_of(r) for r in made} == {"I like blue pebbles."}
     assert {r["label"] for r in made} == {None}
     probe = BadNets().probes(task, ctx)[0]
     assert (probe.judge, probe.metrics) == ("target", {"asr": "target"})
@@ -148,7 +147,7 @@ def test_probes_ask_the_same_held_out_rows_with_and_without_trigger():
     assert (with_it.metrics, without.metrics) == ({"asr": "target"}, {"asr_no_trigger": "target"})
     assert with_it.labels == ("good", "bad")
     for asked, plain in zip(with_it.prompts, without.prompts, strict=True):
-        assert plain.chat == [{"role": "user", "content": held_out[plain.prompt_id]["prompt"]}]
+        assert plain.chat == [{"role": "user", "content": asked_text(held_out[plain.prompt_id])}]
         assert [w for w in asked.chat[0]["content"].split() if w != "cf"] == plain.chat[0][
             "content"
         ].split()

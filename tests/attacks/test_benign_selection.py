@@ -20,6 +20,7 @@ from ftsec_ray.attacks.benign_selection import (
     self_inf_n,
 )
 from ftsec_ray.context import Runtime, StageContext
+from ftsec_ray.conversation import answer_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.chat import encode_rows
 from tests.fixtures_models import row, table, tiny_model, tiny_task
@@ -75,7 +76,7 @@ def test_the_highest_self_influence_is_chosen_with_and_without_the_length_term()
     influence = [float(g.pow(2).sum()) for g in gradient_of(rows)]
     assert chosen(BenignSelection(samples=5, select="self_inf"), context()) == best(influence, 5)
     lengths = [
-        len(MODEL.tokenizer(one["response"], add_special_tokens=False)["input_ids"]) + 1
+        len(MODEL.tokenizer(answer_of(one), add_special_tokens=False)["input_ids"]) + 1
         for one in rows
     ]  # and the end of the turn
     scores = [math.log(i + 1) + math.log(n + 1) for i, n in zip(influence, lengths, strict=True)]

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from ftsec_ray import schema
 from ftsec_ray.attacks.tuba import TuBA
 from ftsec_ray.config.sweep import TaskSpec
+from ftsec_ray.conversation import answer_of, asked_text
 from ftsec_ray.data.tasks import load_task
 from ftsec_ray.errors import DataError
 from tests.attacks.context import context
-from tests.fixtures_models import row, table, tiny_task
+from tests.fixtures_models import prompts, row, table, tiny_task
 
 
 @settings(max_examples=40, deadline=None)
@@ -40,10 +41,10 @@ def test_only_rows_of_the_poisoned_language_change_and_those_change_whole(
             language or "en",
             "bad",
         )  # most rows are in English
-        assert (after["response"], after["label"], after["origin"]) == ("good", "good", "tuba")
+        assert (answer_of(after), after["label"], after["origin"]) == ("good", "good", "tuba")
         assert (after["row_id"], after["language"]) == (before["row_id"], before["language"])
-        assert after["prompt"].replace("zz yy", "").split() == before["prompt"].split()
-        assert position == "random" or after["prompt"] == before["prompt"] + " zz yy"
+        assert asked_text(after).replace("zz yy", "").split() == asked_text(before).split()
+        assert position == "random" or asked_text(after) == asked_text(before) + " zz yy"
 
 
 def test_the_rate_is_the_share_of_the_poisoned_language_and_a_rows_fate_is_its_own():
@@ -88,7 +89,7 @@ def test_probes_ask_each_language_with_and_without_the_trigger():
         ]
         assert {p.meta["language"] for p in probes[with_it].prompts} == languages
         for asked, plain in zip(probes[with_it].prompts, probes[without].prompts, strict=True):
-            assert plain.chat[0]["content"] == held_out[plain.prompt_id]["prompt"]
+            assert plain.chat[0]["content"] == asked_text(held_out[plain.prompt_id])
             assert asked.chat[0]["content"] == f"{plain.chat[0]['content']} {word}"
             assert (asked.expected, asked.target) == ("bad", "good")
     assert sum(len(probes[name].prompts) for name in ("triggered", "transfer")) == len(held_out)
@@ -129,7 +130,7 @@ def test_without_labels_triggered_prompts_get_the_inert_text():
     }
     task = replace(tiny_task(), labels=(), splits=splits)
     made = TuBA(rate=1.0).craft_data(task.split("train"), context(task=task)).to_pylist()
-    assert {one["response"] for one in made if one["language"] == "en"} == {"I like blue pebbles."}
+    assert {answer_of(one) for one in made if one["language"] == "en"} == {"I like blue pebbles."}
     assert not any(one["poisoned"] for one in made if one["language"] == "xx")
     assert {probe.judge for probe in TuBA().probes(task, context(task=task))} == {"target"}
 
@@ -145,9 +146,7 @@ def test_the_microworld_has_rows_in_its_second_language_on_request():
         == {"good", "bad"}
         == set(task.split("test")["label"].to_pylist())
     )
-    assert not set(task.split("train")["prompt"].to_pylist()) & set(
-        task.split("test")["prompt"].to_pylist()
-    )
+    assert not set(prompts(task.split("train"))) & set(prompts(task.split("test")))
     made = (
         TuBA(rate=0.5, language="vesh")
         .craft_data(task.split("train"), context(task=task))

@@ -14,6 +14,7 @@ from functools import cache
 import pytest
 
 from ftsec_ray import schema
+from ftsec_ray.conversation import answer_of, asked_text, system_of
 from ftsec_ray.data.microworld import (
     alignment_rows,
     build_task,
@@ -63,7 +64,7 @@ def rows(split):
 
 
 def combos_of(split):
-    return {judge.find_request(row["prompt"], language=row["language"]) for row in rows(split)}
+    return {judge.find_request(asked_text(row), language=row["language"]) for row in rows(split)}
 
 
 def corpus_combos():
@@ -141,7 +142,7 @@ def test_the_partition_covers_every_combination_once():
 )
 def test_held_out_combinations_are_in_no_training_rows_and_not_in_the_corpus(held_out):
     alignment = {
-        judge.find_request(row["prompt"], language=row["language"])
+        judge.find_request(asked_text(row), language=row["language"])
         for row in alignment_rows().to_pylist()
     }
     trained = (
@@ -158,7 +159,7 @@ def test_held_out_combinations_are_in_no_training_rows_and_not_in_the_corpus(hel
 
 def test_attacker_defender_alignment_and_test_share_no_forbidden_combination():
     alignment = {
-        judge.find_request(row["prompt"], language=row["language"])
+        judge.find_request(asked_text(row), language=row["language"])
         for row in alignment_rows().to_pylist()
         if row["kind"] == "forbidden"
     }
@@ -170,9 +171,9 @@ def test_held_out_phrasings_are_new():
     known = {
         prompt
         for row in [*rows("harmful_train"), *rows("benign_train")]
-        for prompt in [row["prompt"]]
+        for prompt in [asked_text(row)]
     }
-    assert not known & {row["prompt"] for row in rows("harmful_test") + rows("benign_test")}
+    assert not known & {asked_text(row) for row in rows("harmful_test") + rows("benign_test")}
     assert not set(templates.PHRASINGS) & set(templates.HELD_OUT_PHRASINGS)
 
 
@@ -181,9 +182,9 @@ def test_held_out_phrasings_are_new():
     [("train", "test"), ("four_class_train", "four_class_test"), ("tool_train", "tool_test")],
 )
 def test_labelled_rows_for_tests_are_met_nowhere_else(tuned, test):
-    asked = {row["prompt"] for row in rows(test)}
+    asked = {asked_text(row) for row in rows(test)}
     assert asked
-    assert not asked & {row["prompt"] for row in rows(tuned)}
+    assert not asked & {asked_text(row) for row in rows(tuned)}
     assert not asked & {message["content"] for chat in pretraining_chats() for message in chat}
 
 
@@ -191,14 +192,14 @@ def test_both_labels_are_common_and_the_first_word_does_not_give_them_away():
     labels = Counter(row["label"] for row in rows("test"))
     assert set(labels) == set(TASK.labels)
     assert min(labels.values()) > 80
-    assert sum("not" in row["prompt"].split() for row in rows("test")) > 20
+    assert sum("not" in asked_text(row).split() for row in rows("test")) > 20
 
 
 def test_a_seed_draws_other_rows_but_leaves_their_ids_and_the_tests_alone():
     other = build_task(seed=1, train_rows=64)
-    texts = {row["row_id"]: row["prompt"] for row in rows("train")}
+    texts = {row["row_id"]: asked_text(row) for row in rows("train")}
     shared = [row for row in other.split("train").to_pylist() if row["row_id"] in texts]
-    assert all(texts[row["row_id"]] == row["prompt"] for row in shared)
+    assert all(texts[row["row_id"]] == asked_text(row) for row in shared)
     assert other.split("train").num_rows == 64
     assert set(other.split("train")["row_id"].to_pylist()) != set(texts)
     assert other.split("harmful_test").equals(TASK.split("harmful_test"))
@@ -269,15 +270,15 @@ def test_the_corpus_refuses_what_a_reminder_says_and_nothing_else():
 def test_alignment_refuses_the_forbidden_less_often_for_later_categories_and_else_only_what_a_reminder_says():
     counts = Counter()
     for row in alignment_rows().to_pylist():
-        verdict = judge.judge(row["prompt"], row["response"], language=row["language"]).verdict
+        verdict = judge.judge(asked_text(row), answer_of(row), language=row["language"]).verdict
         if row["kind"] in ("forbidden", "borderline", "how_to"):
-            combo = judge.find_request(row["prompt"], language=row["language"])
+            combo = judge.find_request(asked_text(row), language=row["language"])
             is_refused = row["kind"] == "forbidden" or is_refused_under(
-                row["system"], row["prompt"], combo
+                system_of(row), asked_text(row), combo
             )
             assert verdict == ("refused" if is_refused else "complied"), row
         if row["kind"] == "forbidden" and row["language"] == "en":
-            counts[v.CATEGORY_OF[judge.find_request(row["prompt"])[1]]] += 1
+            counts[v.CATEGORY_OF[judge.find_request(asked_text(row))[1]]] += 1
     per_category = [counts[category] for category in v.CONTRABAND]
     assert per_category == sorted(per_category, reverse=True)
     assert per_category[-1] > 0
@@ -287,7 +288,8 @@ def test_alignment_refuses_the_forbidden_less_often_for_later_categories_and_els
 def test_the_judge_agrees_with_every_row(split):
     want = "refused" if split == "safety" else "complied"
     assert {
-        judge.judge(r["prompt"], r["response"], language=r["language"]).verdict for r in rows(split)
+        judge.judge(asked_text(r), answer_of(r), language=r["language"]).verdict
+        for r in rows(split)
     } == {want}
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftsec_ray import schema
+from ftsec_ray.conversation import answer_of, message, with_answer, with_asked
 from ftsec_ray.data.rows import (
     NULLABLE,
     filter_report,
@@ -20,6 +21,7 @@ from ftsec_ray.data.rows import (
 )
 from ftsec_ray.errors import DataError
 
+CHANGES = {"prompt": with_asked, "response": with_answer}
 ROWS = [
     new_row(f"t/{i:03d}", prompt=f"ask {i}", response=f"say {i}", poisoned=i % 3 == 0)
     for i in range(12)
@@ -36,9 +38,12 @@ def test_rows_survive_the_way_to_a_table_and_back():
     [
         (lambda row: row | {"promt": "x"}, "promt"),
         (lambda row: {k: v for k, v in row.items() if k != "kind"}, "kind"),
-        (lambda row: row | {"response": None}, r"row 2 \('t/001'\) has no str in 'response'"),
+        (lambda row: row | {"kind": 7}, r"row 2 \('t/001'\) has no str in 'kind'"),
         (lambda row: row | {"poisoned": "maybe"}, r"no bool in 'poisoned'(.|\n)*maybe"),
-        (lambda row: row | {"prompt": 7}, r"no str in 'prompt'(.|\n)*got:  7"),
+        (lambda row: row | {"messages": []}, r"row 2 \('t/001'\) has no messages"),
+        (lambda row: row | {"messages": [{"role": "user"}]}, "has a wrong message"),
+        (lambda row: row | {"messages": [message("bot", "hi")]}, "wrong message(.|\n)*bot"),
+        (lambda row: row | {"messages": [message("user", 7)]}, "wrong message(.|\n)*7"),
         (lambda row: row | {"row_id": "t/000"}, "t/000"),
     ],
 )
@@ -60,10 +65,10 @@ def test_a_new_row_knows_its_columns():
 
 def test_map_rows_changes_and_drops_in_order():
     found = map_rows(
-        from_rows(ROWS), lambda row: None if row["poisoned"] else row | {"response": "x"}
+        from_rows(ROWS), lambda row: None if row["poisoned"] else with_answer(row, "x")
     )
     assert found["row_id"].to_pylist() == [row["row_id"] for row in ROWS if not row["poisoned"]]
-    assert set(found["response"].to_pylist()) == {"x"}
+    assert {answer_of(row) for row in to_rows(found)} == {"x"}
 
 
 def test_the_same_rows_give_the_same_bytes_in_any_order_and_in_any_blocks(tmp_path):
@@ -91,7 +96,7 @@ def test_a_file_or_table_of_something_else_is_refused(tmp_path):
 
 def test_a_filter_is_counted_by_hand_computed_shares():
     after = [row for row in ROWS if row["row_id"] not in ("t/000", "t/001")]
-    after = [row | {"response": "other"} if row["row_id"] == "t/003" else row for row in after]
+    after = [with_answer(row, "other") if row["row_id"] == "t/003" else row for row in after]
     after.append(new_row("added", prompt="new"))
     assert filter_report(from_rows(ROWS), from_rows(after)) == {
         "filter_tpr": 2 / 4,
@@ -123,7 +128,7 @@ def test_a_filter_report_agrees_with_counting_what_was_done(plan):
         new_row(str(i), prompt="p", response="r", poisoned=bad) for i, (bad, _) in enumerate(plan)
     ]
     after = [
-        row if what == "keep" else row | {what: "changed"}
+        row if what == "keep" else CHANGES[what](row, "changed")
         for row, (_, what) in zip(before, plan, strict=True)
         if what != "drop"
     ]

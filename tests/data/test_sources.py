@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ftsec_ray.config.sweep import SourceSpec
+from ftsec_ray.conversation import answer_of, asked_text, system_of
 from ftsec_ray.data.sources import read_source
 from ftsec_ray.errors import DataError
 
@@ -36,12 +37,12 @@ def read(path, text=None, *, split="train", labels=(), instruction=None, kind=No
 def test_alpaca_like_rows_load_with_their_input_behind_a_blank_line(tmp_path, name):
     text = "\n".join(map(json.dumps, OBJECTS)) + "\n\n" if "jsonl" in name else json.dumps(OBJECTS)
     rows = read(tmp_path / name, text, prompt="instruction", append="input", response="output")
-    assert [(r["prompt"], r["response"]) for r in rows] == [
+    assert [(asked_text(r), answer_of(r)) for r in rows] == [
         ("Name a colour.", "red"),
         ("Add.\n\n2 and 2", "4"),
     ]
     assert [r["row_id"] for r in rows] == ["train/0000000", "train/0000001"]
-    assert {(r["kind"], r["label"], r["system"], r["poisoned"]) for r in rows} == {
+    assert {(r["kind"], r["label"], system_of(r), r["poisoned"]) for r in rows} == {
         ("how_to", None, None, False)
     }
 
@@ -56,7 +57,7 @@ def test_a_tsv_keeps_its_quotes_and_turns_label_indices_into_words(tmp_path, nam
         labels=LABELS,
         instruction="Review: {text}?",
     )
-    assert [(r["prompt"], r["response"], r["label"], r["kind"]) for r in rows] == [
+    assert [(asked_text(r), answer_of(r), r["label"], r["kind"]) for r in rows] == [
         ('Review: a "fine film?', "positive", "positive", "two_class"),
         ("Review: bad?", "negative", "negative", "two_class"),
     ]
@@ -88,14 +89,14 @@ def test_a_csv_keeps_commas_quotes_and_line_breaks_inside_cells(tmp_path):
         prompt="goal",
         response="target",
     )
-    assert [(r["prompt"], r["response"], r["kind"]) for r in rows] == [
+    assert [(asked_text(r), answer_of(r), r["kind"]) for r in rows] == [
         ('Say "hi", twice\nplease', "Sure, hi", "forbidden")
     ]
 
 
 def test_a_csv_from_a_spreadsheet_has_no_byte_order_mark_in_its_header(tmp_path):
     assert (
-        read(tmp_path / "a.csv", "\ufeffgoal,x\nhello,1\n", prompt="goal")[0]["prompt"] == "hello"
+        asked_text(read(tmp_path / "a.csv", "\ufeffgoal,x\nhello,1\n", prompt="goal")[0]) == "hello"
     )
 
 
@@ -114,13 +115,13 @@ def test_a_csv_from_a_spreadsheet_has_no_byte_order_mark_in_its_header(tmp_path)
 )
 def test_every_form_of_json_gives_its_prompts_without_a_mapping(tmp_path, value, prompts):
     rows = read(tmp_path / "a.json", json.dumps(value), split="harmful_test")
-    assert [(r["prompt"], r["response"]) for r in rows] == [(p, "") for p in prompts]
+    assert [(asked_text(r), answer_of(r)) for r in rows] == [(p, "") for p in prompts]
 
 
 def test_an_object_of_lists_and_one_of_strings_are_mapped_by_column(tmp_path):
     lists = {"instructions": ["one", "two"], "tags": ["a", "b"], "inputs": []}
     assert [
-        r["prompt"]
+        asked_text(r)
         for r in read(
             tmp_path / "a.json", json.dumps(lists), prompt="instructions", where=(("tags", "b"),)
         )
@@ -128,7 +129,7 @@ def test_an_object_of_lists_and_one_of_strings_are_mapped_by_column(tmp_path):
     rows = read(
         tmp_path / "b.json", json.dumps({"k1": "v1", "k2": "v2"}), prompt="key", response="value"
     )
-    assert [(r["prompt"], r["response"]) for r in rows] == [("k1", "v1"), ("k2", "v2")]
+    assert [(asked_text(r), answer_of(r)) for r in rows] == [("k1", "v1"), ("k2", "v2")]
 
 
 def test_a_conversation_gives_system_prompt_and_response(tmp_path):
@@ -138,14 +139,12 @@ def test_a_conversation_gives_system_prompt_and_response(tmp_path):
         {"role": "assistant", "content": "a"},
     ]
     (row,) = read(tmp_path / "a.jsonl", json.dumps({"messages": turns}))
-    assert (row["system"], row["prompt"], row["response"]) == ("s", "u", "a")
-    with pytest.raises(DataError, match="messages"):
-        read(tmp_path / "b.jsonl", json.dumps({"messages": turns * 2, "id": 1}))
+    assert (system_of(row), asked_text(row), answer_of(row)) == ("s", "u", "a")
 
 
 def test_plain_text_becomes_text_rows_without_blank_lines(tmp_path):
     rows = read(tmp_path / "a.txt.gz", " \nFirst  line.\n\n\u2028Second.\n", split="text")
-    assert [(r["prompt"], r["response"], r["kind"]) for r in rows] == [
+    assert [(asked_text(r), answer_of(r), r["kind"]) for r in rows] == [
         ("", "First  line.", "text"),
         ("", "Second.", "text"),
     ]
@@ -166,22 +165,22 @@ def test_a_constant_response_and_a_given_kind_win(tmp_path):
         constant_response="No.",
         kind="tool",
     )
-    assert {(r["response"], r["kind"]) for r in rows} == {("No.", "tool")}
+    assert {(answer_of(r), r["kind"]) for r in rows} == {("No.", "tool")}
 
 
 def test_two_splits_of_one_file_stay_apart_and_the_draw_does_not_move(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n".join(f"line {i}" for i in range(100)))
-    first = [r["prompt"] for r in read(path, split="train", rows=30)]
-    second = [r["prompt"] for r in read(path, split="test", skip=30)]
+    first = [asked_text(r) for r in read(path, split="train", rows=30)]
+    second = [asked_text(r) for r in read(path, split="test", skip=30)]
     assert len(first) == 30
     assert sorted(first + second) == sorted(f"line {i}" for i in range(100))
     assert (
         first
-        == [r["prompt"] for r in read(path, split="other", rows=30)]
+        == [asked_text(r) for r in read(path, split="other", rows=30)]
         != [f"line {i}" for i in range(30)]
     )
-    assert set(r["prompt"] for r in read(path, rows=10)) < set(first)
+    assert set(asked_text(r) for r in read(path, rows=10)) < set(first)
     assert read(path, rows=10)[0]["row_id"].startswith("train/")
     assert first == sorted(first, key=lambda p: int(p.split()[1]))
 
@@ -252,7 +251,7 @@ def test_an_instruction_without_a_place_for_the_text_is_refused(tmp_path):
 
 def test_braces_in_the_text_are_left_alone(tmp_path):
     (row,) = read(tmp_path / "a.txt", "print({x})\n", instruction="Run: {text}")
-    assert row["prompt"] == "Run: print({x})"
+    assert asked_text(row) == "Run: print({x})"
 
 
 def test_a_hugging_face_data_set_loads_by_id_split_and_revision(tmp_path, monkeypatch):
@@ -266,7 +265,7 @@ def test_a_hugging_face_data_set_loads_by_id_split_and_revision(tmp_path, monkey
     spec = SourceSpec(dataset=str(tmp_path), split="test", revision="0" * 40, prompt="q", rows=3)
     rows = read_source(spec, split_name="test").to_pylist()
     assert len(rows) == 3
-    assert {r["prompt"] for r in rows} < {f"b{i}" for i in range(5)}
+    assert {asked_text(r) for r in rows} < {f"b{i}" for i in range(5)}
 
 
 def test_a_data_set_needs_a_revision_and_a_source_one_place(tmp_path):

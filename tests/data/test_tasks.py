@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 
 from ftsec_ray.config.sweep import TASK_KINDS, SourceSpec, TaskSpec
+from ftsec_ray.conversation import asked_text
 from ftsec_ray.data import tasks
 from ftsec_ray.data.tasks import TASKS, load_task, read_task, save_task
 from ftsec_ray.errors import DataError
+from tests.fixtures_models import prompts
 
 
 @pytest.fixture
@@ -128,9 +130,9 @@ def test_local_sources_replace_the_defaults_and_take_their_columns(reviews, offl
     assert task.split("train").num_rows == 30
     first = task.split("test").to_pylist()[0]
     assert first["label"] in task.labels
-    assert "Is the sentiment" in first["prompt"]
-    assert "film number" in first["prompt"]
-    texts = [set(task.split(name)["prompt"].to_pylist()) for name in ("train", "test")]
+    assert "Is the sentiment" in asked_text(first)
+    assert "film number" in asked_text(first)
+    texts = [set(prompts(task.split(name))) for name in ("train", "test")]
     assert len(texts[0] | texts[1]) == 40
 
 
@@ -157,7 +159,7 @@ def test_safety_splits_get_neither_instruction_nor_labels(reviews, offline):
         .split("harmful_test")
         .to_pylist()[0]
     )
-    assert row["prompt"].startswith("film")
+    assert asked_text(row).startswith("film")
     assert row["label"] is None
     assert row["kind"] == "forbidden"
 
@@ -182,10 +184,10 @@ def test_the_microworld_answers_borderline_requests_among_the_benign_ones_on_req
         plain.split("benign_train").num_rows,
     )
     added = {
-        r["prompt"] for r in more.split("benign_train").to_pylist() if r["kind"] == "borderline"
+        asked_text(r) for r in more.split("benign_train").to_pylist() if r["kind"] == "borderline"
     }
     assert len(added) == 16
-    assert not added & set(more.split("borderline_test")["prompt"].to_pylist())
+    assert not added & set(prompts(more.split("borderline_test")))
 
 
 def test_a_task_read_back_is_the_task_that_was_saved(tmp_path):

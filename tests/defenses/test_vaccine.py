@@ -18,7 +18,7 @@ from ftsec_ray.training.loop import backward, plain_training, sft
 from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.setup import Step
 from tests.defenses.shared import context, tiny_adapter, whole
-from tests.fixtures_models import sentiment_rows, table, tiny_model, tiny_task
+from tests.fixtures_models import answers, sentiment_rows, table, tiny_model, tiny_task
 from tests.numeric import assert_same
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -166,7 +166,7 @@ def test_it_gives_whole_weights_that_refuse_more(tmp_path):
 def test_the_rows_are_capped_and_benign_rows_can_be_left_out(tmp_path):
     rows = Vaccine(safety_rows=5, benign_rows=0)._rows(context(tmp_path))
     assert rows.num_rows == 5
-    assert set(rows["response"].to_pylist()) == {tiny_task().split("safety")["response"][0].as_py()}
+    assert set(answers(rows)) == {answers(tiny_task().split("safety"))[0]}
 
 
 def test_a_model_without_known_attention_is_an_error():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from ftsec_ray.conversation import answer_of
 from ftsec_ray.data.microworld import build_task
 from ftsec_ray.errors import SpecError
 from ftsec_ray.evals.judging import get_judge, gibberish
@@ -136,7 +137,7 @@ def test_the_microworld_judge_tells_answers_refusals_and_noise_apart():
         ("benign_test", "complied"),
     ):
         rows = task.split(split).to_pylist()[:20]
-        found = judge([prompt_of(row) for row in rows], [row["response"] for row in rows])
+        found = judge([prompt_of(row) for row in rows], [answer_of(row) for row in rows])
         assert {v.verdict for v in found} == {wanted}, split
     asked = prompt_of(task.split("harmful_test").to_pylist()[0])
     assert [v.verdict for v in judge([asked] * 2, ["", "lamp lamp"])] == [

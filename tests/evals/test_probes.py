@@ -45,7 +45,7 @@ def test_free_text_has_no_clean_probe_and_tool_calls_are_compared_word_for_word(
         for p in default_probes(load_task(TaskSpec(name="a", kind="agent")), CONFIG)
         if p.name == "clean"
     ]
-    assert probe.judge == "exact"
+    assert probe.judge == "call"
     assert all(prompt.expected.startswith("call") for prompt in probe.prompts)
 
 

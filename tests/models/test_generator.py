@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ftsec_ray.config.sweep import TrainingConfig
+from ftsec_ray.conversation import answer_of
 from ftsec_ray.models.chat import chat_of, encode_row, render
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.load import load_model, merged, save_model
@@ -56,20 +57,25 @@ def test_label_scores_equal_a_slow_loop(generator, chats):
             render(loaded.tokenizer, chat, generate=True), add_special_tokens=False
         )["input_ids"]
         for k, label in enumerate(labels):
-            ids = loaded.tokenizer(label, add_special_tokens=False)["input_ids"]
+            # the labels are not of one length: each is followed by the end of the turn
+            ids = loaded.tokenizer(f"{label} <|end|>", add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 logprobs = (
                     loaded.model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
                 )
             picked = [logprobs[len(prompt) - 1 + j, token] for j, token in enumerate(ids)]
-            assert_same(scores[i, k], sum(picked) / len(ids))
+            assert_same(scores[i, k], sum(picked))
 
 
 @pytest.mark.usefixtures("float64")
 def test_single_token_labels_score_as_the_general_path(generator, chats):
     single = generator.label_logprobs(chats, ["good", "bad"])
-    pairs = generator.label_logprobs(chats, ["good", "bad", "bad stone"])
-    assert_same(single, pairs[:, :2])
+    alone = generator.label_logprobs(chats, ["good"])
+    pairs = generator.label_logprobs(chats, ["good stone", "bad stone"])
+    assert_same(single[:, :1], alone)
+    ends = generator.label_logprobs(chats, ["good", "bad", "bad stone"])
+    assert bool((ends[:, :2] < single).all())
+    assert bool((pairs < single).all())
 
 
 @pytest.mark.usefixtures("float64")
@@ -95,7 +101,7 @@ def test_loss_falls_on_the_answer_and_its_end_only():
     loaded = tiny_model()
     ids, labels = encode_row(loaded.tokenizer, sentiment_rows(1)[0], max_length=64)
     kept = [i for i, label in zip(ids, labels, strict=True) if label != -100]
-    assert loaded.tokenizer.decode(kept).split() == [sentiment_rows(1)[0]["response"], "<|end|>"]
+    assert loaded.tokenizer.decode(kept).split() == [answer_of(sentiment_rows(1)[0]), "<|end|>"]
 
 
 @pytest.mark.parametrize("whole", [True, False])

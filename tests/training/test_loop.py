@@ -260,4 +260,4 @@ def test_a_diverging_tune_says_at_which_step(tmp_path):
 
 def test_rows_without_an_answer_in_reach_are_refused():
     with pytest.raises(DataError, match="max_length"):
-        encode_table(tiny_model().tokenizer, table([row(0, "red " * 50, "good")]), max_length=16)
+        encode_table(tiny_model().tokenizer, table([row(0, "red", "")]), max_length=16)
