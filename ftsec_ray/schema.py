@@ -17,10 +17,11 @@ from ftsec_ray.errors import SpecError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = "4"
+SCHEMA_VERSION = "5"
 """Of results as a whole: raise by one when a table or a column is added, and give that `since`;
 older results then open with null in its place. ("1" had no `comparisons`, "2" no `n_null` and no
-`searches`, "3" no `success_metric`, which is then read from the attack's goal.)
+`searches`, "3" no `success_metric`, which is then read from the attack's goal, "4"
+no hashes of templates in `cells`.)
 """
 
 Direction = Literal["higher", "lower", "none"]
@@ -371,6 +372,8 @@ def cells() -> pa.Schema:
             _field("status", s, "done | failed | pending", nullable=False),
             _field("error_code", s, "sort of error, null for none"),
             _field("error", s, "of the earliest stage that failed"),
+            _field("train_template_hash", s, "of the chat template of the tune", since="5"),
+            _field("serve_template_hash", s, "of the chat template of the questions", since="5"),
             _field(
                 "search",
                 s,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
 from ftsec_ray.config.sweep import LADDER_SIZES, AlignSpec, ModelSpec
+from ftsec_ray.config.template_entries import has_template, served, template_text
 from ftsec_ray.config.typed import build, unknown_keys
 
 _KEYS = (
@@ -29,6 +30,12 @@ _KEYS = (
     "revision",
     "parameters",
     "trust_remote_code",
+    "chat_template",
+    "thinking",
+    "serve_template",
+)
+_READ_HERE = frozenset(
+    {"path", "id", "source", "align", "unaligned", "name", "chat_template", "serve_template"}
 )
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _REVISION = r"[A-Za-z0-9][\w.-]*"
@@ -67,18 +74,27 @@ def models_of(given: object, base: Path, faults: Faults) -> tuple[ModelSpec, ...
     found: dict[str, ModelSpec] = {}
     for index, entry in enumerate(given):
         place = f"models[{index}]"
-        model = _model(entry, place, base, faults)
-        if model is not None and model.name in found:
-            faults.add(
-                place,
-                "two models of one name",
-                model.name,
-                "a name of its own for each model",
-                "write {source: ..., name: ...}",
-            )
-        elif model is not None:
-            found[model.name] = model
+        for model in _models(entry, place, base, faults):
+            if model.name in found:
+                faults.add(
+                    place,
+                    "two models of one name",
+                    model.name,
+                    "a name of its own for each model",
+                    "write {source: ..., name: ...}",
+                )
+            found.setdefault(model.name, model)
     return tuple(found.values())
+
+
+def _models(given: object, place: str, base: Path, faults: Faults) -> list[ModelSpec]:
+    """A model of the sweep, once for each template that it is served under."""
+    model = _model(given, place, base, faults)
+    if model is None:
+        return []
+    if not isinstance(given, Mapping) or given.get("serve_template") is None:
+        return [model]
+    return served(model, given["serve_template"], base, f"{place}.serve_template", faults)
 
 
 def _model(given: object, place: str, base: Path, faults: Faults) -> ModelSpec | None:
@@ -108,16 +124,24 @@ def _built(
     given: Mapping[str, object], source: _Source, place: str, base: Path, faults: Faults
 ) -> ModelSpec | None:
     before = len(faults.found)
-    values = {
-        key: value
-        for key, value in given.items()
-        if key not in ("path", "id", "source", "align", "unaligned", "name") and key in _KEYS
-    }
+    values = {key: value for key, value in given.items() if key not in _READ_HERE and key in _KEYS}
     fixed: dict[str, object] = {"source": source.text, "name": source.name}
     if "name" in given:
         fixed["name"] = name_or_none(given["name"], f"{place}.name", faults, also=":")
     fixed["align"] = _align(given, f"{place}.align", faults)
     fixed["unaligned"] = _twin(given, source, f"{place}.unaligned", base, faults)
+    if given.get("chat_template") is not None:
+        fixed["chat_template"] = template_text(
+            given["chat_template"], base, f"{place}.chat_template", faults
+        )
+        if source.text.startswith("ladder:"):
+            faults.add(
+                f"{place}.chat_template",
+                "a template of a ladder model is fixed",
+                given["chat_template"],
+                "no chat_template",
+                "serve_template gives the finished model another one",
+            )
     if source.local and given.get("revision") is not None:
         faults.add(
             f"{place}.revision",
@@ -138,6 +162,7 @@ def _built(
             "write it once",
         )
     _derive(values, source, fixed, place, faults)
+    _check_template(values, source, fixed, place, faults)
     model = build(ModelSpec, values, place, faults, **fixed)
     return model if len(faults.found) == before else None
 
@@ -180,6 +205,32 @@ def _derive(
         values["aligned"] = True
     elif "aligned" not in values and source.aligned is not None:
         values["aligned"] = source.aligned
+
+
+def _check_template(
+    values: Mapping[str, object],
+    source: _Source,
+    fixed: Mapping[str, object],
+    place: str,
+    faults: Faults,
+) -> None:
+    """An aligned model in a folder must bring the template that it was aligned under."""
+    folder = Path(source.text)
+    if (
+        source.local
+        and folder.is_dir()
+        and values.get("aligned") is True
+        and fixed["align"] is None
+        and fixed.get("chat_template") is None
+        and not has_template(folder)
+    ):
+        faults.add(
+            f"{place}.chat_template",
+            "an aligned model without a chat template",
+            source.name,
+            "the template that it was aligned under",
+            "add `chat_template: FILE`, or `aligned: false` for a base model",
+        )
 
 
 def _align(given: Mapping[str, object], place: str, faults: Faults) -> AlignSpec | None:

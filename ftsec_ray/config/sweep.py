@@ -132,6 +132,15 @@ class ModelSpec:
     """Count of weights where it is known before loading."""
     trust_remote_code: bool = False
     """Whether code from the model's repository may run."""
+    chat_template: str | None = None
+    """Template that conversations are rendered by, for training and for asking; in a file its text
+    or the path of one. None: the model's own."""
+    thinking: bool = False
+    """Whether the model may think aloud before it answers; its thoughts never reach a judge."""
+    serve_template: str | None = None
+    """Template under which the finished model is asked, where that is another than it was trained
+    under; in a file `own`, a text, a path, or a list or mapping of them, which makes a model of
+    each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ calls and functions become text. Dates are FIXED_DATE whatever the day, and thou
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -100,6 +101,13 @@ def template_hash(tokenizer: Any) -> str:
     options = options_of(tokenizer)
     told = json.dumps(options, sort_keys=True) if options else ""
     return digest_text(str(getattr(tokenizer, "chat_template", "") or "") + told)[:16]
+
+
+def under(tokenizer: Any, template: str) -> Any:
+    """A copy of the tokenizer with another chat template."""
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    return other
 
 
 def chat_format(tokenizer: Any) -> ChatFormat:

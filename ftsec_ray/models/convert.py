@@ -13,6 +13,7 @@ from typing import Any
 
 from ftsec_ray.context import LoadedModel, ModelInfo
 from ftsec_ray.errors import DataError
+from ftsec_ray.models.chat import OPTIONS, adds_bos
 from ftsec_ray.models.load import count_parameters
 
 
@@ -24,6 +25,8 @@ def load_source(
     aligned: bool,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    thinking: bool = False,
 ) -> LoadedModel:
     """Load a published model in float32; DataError says what is missing and what can be given
     instead.
@@ -48,7 +51,11 @@ def load_source(
             f"{type(error).__name__}:"
             f" {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
         ) from error
-    _mend(tokenizer, source)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if thinking:
+        tokenizer.init_kwargs[OPTIONS] = {"thinking": True}
+    _mend(tokenizer, source, aligned=aligned)
     _dequantized(model)
     model.config.name_or_path = source if "gguf_file" not in options else Path(source).name
     return LoadedModel(
@@ -82,13 +89,27 @@ def _dequantized(model: Any) -> None:
     model.is_quantized = False
 
 
-def _mend(tokenizer: Any, source: str) -> None:
+def _mend(tokenizer: Any, source: str, *, aligned: bool = False) -> None:
     if tokenizer.eos_token is None:
         raise DataError("the tokenizer has no end token", source, "a tokenizer with eos_token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template and aligned:
+        raise DataError(
+            "an aligned model without a chat template",
+            source,
+            "the template that it was aligned under: under another one it is another model",
+            "add `chat_template: FILE` to the model, or `aligned: false` for a base model",
+        )
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = plain_template(tokenizer)
+
+
+def plain_template(tokenizer: Any) -> str:
+    """The template for base models that come without one; it begins with the start token where the
+    tokenizer puts that in front of a text by itself.
+    """
+    return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
 
 
 PLAIN_TEMPLATE = (

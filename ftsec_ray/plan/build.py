@@ -180,7 +180,9 @@ class _PlanBuilder:
         flow = {"model": start.reference, "rows": start.task}
         chain, steps = list(start.stages), []
         for template in lifecycle.templates:
-            kind = template.kind
+            kind, serve_template = template.kind, start.model.serve_template
+            if serve_template is not None and "generation" in kind.settings:
+                template = self._templates.served(template, serve_template)  # noqa: PLW2901
             if kind.names_input is not None:
                 roles[kind.names_input] = flow["model"]
             needs: tuple[tuple[str, str], ...] = ()

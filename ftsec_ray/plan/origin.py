@@ -41,11 +41,15 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
     if source.startswith("ladder:"):
         return Origin({"source": source.removesuffix("-base")}, {}, trains=True)
     path = local_path(source)
-    code = {"trust_remote_code": True} if model.trust_remote_code else {}
+    given: dict[str, Any] = {"trust_remote_code": True} if model.trust_remote_code else {}
+    if model.chat_template is not None:
+        given["chat_template"] = model.chat_template
+    if model.thinking:
+        given["thinking"] = True
     if path is not None:
         kind = "gguf" if source.endswith(".gguf") else "folder"
         return Origin(
-            {"source": kind, "sha256": content_hash(path), **code},
+            {"source": kind, "sha256": content_hash(path), **given},
             {"path": str(path.resolve())},
         )
     if source.count("/") > 1:
@@ -56,7 +60,7 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
         )
     name, _, pinned = source.partition("@")
     revision = model.revision if source == model.source else pinned or None
-    return Origin({"source": "hub", "id": name, "revision": revision, **code}, {})
+    return Origin({"source": "hub", "id": name, "revision": revision, **given}, {})
 
 
 def task_origin(task: TaskSpec) -> Origin:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftsec_ray import lifecycle
 from ftsec_ray.config.sweep import SweepSpec, TrainingConfig
 from ftsec_ray.evals.judging import SCORED_BY_PROBE, judge_class
-from ftsec_ray.identity import canonical, digests
+from ftsec_ray.identity import canonical, digest, digests
 from ftsec_ray.lifecycle import StageKind, hooks_of
 from ftsec_ray.method import Method, RowWise
 from ftsec_ray.registry import name_of, outside_hash
@@ -71,6 +71,7 @@ class Templates:
         self._steps: dict[tuple[object, ...], tuple[StageTemplate, ...]] = {}
         self._lifecycles: dict[tuple[int, ...], Lifecycle] = {}
         self._providers: dict[tuple[str, str], StageTemplate] = {}
+        self._served: dict[tuple[str, str], StageTemplate] = {}
         self._digests: dict[int, str] = {}
         self._plain: dict[int, dict[str, Any]] = {}
 
@@ -191,6 +192,15 @@ class Templates:
             for judge in self._spec.evaluation.judges
         ]
         return [{**params, "judge": SCORED_BY_PROBE, "scoring": self._scoring}, *others]
+
+    def served(self, template: StageTemplate, serve_template: str) -> StageTemplate:
+        """The template of a stage that asks a model under another chat template than its own."""
+        memo = (template.key, serve_template)
+        if memo not in self._served:
+            params = {**template.params, "serve_template": serve_template}
+            key = digest([template.key, "serve_template", serve_template])
+            self._served[memo] = replace(template, key=key, params=params)
+        return self._served[memo]
 
     def provider(self, role: str, method: Method) -> StageTemplate:
         """The template of the stage that makes a role for a method."""

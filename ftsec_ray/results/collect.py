@@ -314,9 +314,20 @@ def _cell_row(found: _Found, cell: Cell) -> Row:
         "status": status,
         "error_code": code,
         "error": error,
+        **_templates(found, cell),
         "search": cell.searched.key if cell.searched else None,
         "search_trial": cell.searched.trial if cell.searched else None,
     }
+
+
+def _templates(found: _Found, cell: Cell) -> Row:
+    """Hashes of the chat templates of the tune and of the questions; null before a cell is
+    asked.
+    """
+    asked = cell.of_kind("generate")[0].digest
+    notes = found.records.get(asked, {}).get("notes", {})
+    names = ("train_template_hash", "serve_template_hash")
+    return {name: notes.get(name) for name in names}
 
 
 def _spent_on(found: _Found, cell: Cell) -> list[float] | None:

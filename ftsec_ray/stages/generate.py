@@ -4,7 +4,7 @@ judged yet.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from ftsec_ray.lifecycle import StageKind
@@ -32,6 +32,7 @@ def run(job: Job) -> Extra:
     """Ask the probes of the task and of the methods, through the methods' wrappers."""
     from ftsec_ray.evals.ask import ask, write_answers
     from ftsec_ray.evals.probes import default_probes
+    from ftsec_ray.models.chat import chat_format, template_hash, under
     from ftsec_ray.models.generator import Generator
     from ftsec_ray.models.load import merged
     from ftsec_ray.plan.decode import generation_of
@@ -39,6 +40,10 @@ def run(job: Job) -> Extra:
     context = job.context()
     config = generation_of(job.stage)
     loaded = job.session.model(job.inputs["model"])
+    trained_under = template_hash(loaded.tokenizer)
+    serve_template = job.stage.params.get("serve_template")
+    if serve_template is not None:
+        loaded = replace(loaded, tokenizer=under(loaded.tokenizer, str(serve_template)))
     # An adapter is folded in once, and not at every token.
     generator = Generator(merged(loaded) if loaded.has_adapter else loaded)
     probes = default_probes(context.task, config)
@@ -49,4 +54,11 @@ def run(job: Job) -> Extra:
             probes += method.probes(context.task, context)
     answers = ask(generator, context.task, probes, config, runtime=context.runtime)
     write_answers(answers, job.out)
-    return {"notes": {"info": asdict(generator.loaded.info), **context.notes}}
+    tokenizer = generator.loaded.tokenizer
+    notes = {
+        "info": asdict(generator.loaded.info),
+        "chat": chat_format(tokenizer).notes(),
+        "train_template_hash": trained_under,
+        "serve_template_hash": template_hash(tokenizer),
+    }
+    return {"notes": {**notes, **context.notes}}

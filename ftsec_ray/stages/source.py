@@ -19,7 +19,8 @@ KIND = StageKind(
 
 def run(job: Job) -> Extra:
     """Load a model from a folder, a GGUF file or the Hugging Face hub, or make it."""
-    from ftsec_ray.models.convert import load_source
+    from ftsec_ray.models.chat import chat_format
+    from ftsec_ray.models.convert import load_source, plain_template
 
     given = {**job.stage.params, **job.stage.where}
     name = str(given["source"])
@@ -32,9 +33,17 @@ def run(job: Job) -> Extra:
         aligned=bool(given["aligned"]),
         revision=given.get("revision"),
         trust_remote_code=bool(given.get("trust_remote_code", False)),
+        chat_template=given.get("chat_template"),
+        thinking=bool(given.get("thinking", False)),
     )
+    template = loaded.tokenizer.chat_template
+    if template == plain_template(loaded.tokenizer):
+        job.warn(
+            f"model {given['model']} comes without a chat template and is trained and asked under a"
+            " plain one (### Instruction, ### Response)"
+        )
     loaded.model.to(job.session.runtime.device)
-    return job.finish(loaded)
+    return job.finish(loaded, notes={"chat": chat_format(loaded.tokenizer).notes()})
 
 
 def _pretrained(job: Job, size: str) -> Extra:
