@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from ftsec_ray.context import Chat, StageContext
@@ -50,6 +50,8 @@ Encoded = tuple[list[int], list[int]]
 class ChatFormat:
     """What one template can render, and how it opens and ends an answer."""
 
+    in_parts: bool
+    """Whether the text of a message must be a list of parts, as for models that read pictures."""
     takes_system: bool
     takes_tool: bool
     """Whether messages of role `tool` are rendered."""
@@ -119,7 +121,10 @@ def chat_format(tokenizer: Any) -> ChatFormat:
 def _format(tokenizer: Any, template: str) -> ChatFormat:
     """Found by rendering small conversations and looking for their words."""
     user: Chat = [{"role": "user", "content": _USER}]
-    whole = _applied(tokenizer, [*user, {"role": "assistant", "content": _ANSWER}])
+    answer: Chat = [{"role": "assistant", "content": _ANSWER}]
+    in_parts = _USER not in (_tried(tokenizer, [*user, *answer]) or "")
+    tried = partial(_tried, tokenizer, in_parts=in_parts)
+    whole = tried([*user, *answer]) or ""
     if _USER not in whole or _ANSWER not in whole:
         raise DataError(
             "a chat template that renders no question and answer",
@@ -128,28 +133,24 @@ def _format(tokenizer: Any, template: str) -> ChatFormat:
             "give the model another template: `chat_template:`",
         )
     opened, behind = whole[: whole.index(_ANSWER)], whole[whole.index(_ANSWER) + len(_ANSWER) :]
-    own = _tried(tokenizer, user, open_turn=True) or ""
-    call = {"type": "function", "function": {"name": _CALL, "arguments": {"a": 1}}}
-    tool_turns: Chat = [
-        *user,
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "callid001", **call}]},
-    ]
-    result: Chat = [
-        {"role": "tool", "content": _RESULT, "name": _CALL, "tool_call_id": "callid001"}
-    ]
+    own = tried(user, open_turn=True) or ""
+    function = {"name": _CALL, "arguments": {"a": 1}}
+    calls = [{"id": "callid001", "type": "function", "function": function}]
+    called: Chat = [*user, {"role": "assistant", "content": "", "tool_calls": calls}]
+    result = {"role": "tool", "content": _RESULT, "name": _CALL, "tool_call_id": "callid001"}
     offer = [{"type": "function", "function": {"name": _OFFER, "parameters": {"type": "object"}}}]
-    takes_calls = _CALL in (_tried(tokenizer, tool_turns) or "")
-    shown = [*(tool_turns if takes_calls else _called_in_text(tool_turns)), *result]
+    takes_calls = _CALL in (tried([*called, result, *answer]) or "")
+    shown = called if takes_calls else _called_in_text(called)
     return ChatFormat(
-        takes_system=_SYSTEM
-        in (_tried(tokenizer, [{"role": "system", "content": _SYSTEM}, *user]) or ""),
-        takes_tool=_RESULT in (_tried(tokenizer, shown) or ""),
+        in_parts=in_parts,
+        takes_system=_SYSTEM in (tried([{"role": "system", "content": _SYSTEM}, *user]) or ""),
+        takes_tool=_RESULT in (tried([*shown, result, *answer]) or ""),
         takes_calls=takes_calls,
-        takes_offers=_OFFER in (_tried(tokenizer, user, tools=offer) or ""),
-        takes_repeats=(_tried(tokenizer, [*user, *user]) or "").count(_USER) == 2,  # noqa: PLR2004
+        takes_offers=_OFFER in (tried(user, tools=offer) or ""),
+        takes_repeats=(tried([*user, *user]) or "").count(_USER) == 2,  # noqa: PLR2004
         opens_alike=own == opened,
         glue=opened[len(opened.rstrip(" ")) :],
-        prefix=opened[len(own) :] if opened.startswith(own) else opened[_shared(opened, own) :],
+        prefix=opened[_shared(opened, own) :],
         end=_end_of_turn(tokenizer, behind),
         uses_date=_ASKS_DATE in template or "date_string" in template,
     )
@@ -170,18 +171,34 @@ def _shared(one: str, other: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _tried(tokenizer: Any, chat: Chat, *, tools: Any = None, open_turn: bool = False) -> str | None:
+def _tried(
+    tokenizer: Any,
+    chat: Chat,
+    *,
+    tools: Any = None,
+    open_turn: bool = False,
+    in_parts: bool = False,
+) -> str | None:
     """What the template renders, or None where it refuses."""
     from jinja2 import TemplateError
 
     try:
-        return _applied(tokenizer, chat, tools=tools, open_turn=open_turn)
+        return _applied(tokenizer, chat, tools=tools, open_turn=open_turn, in_parts=in_parts)
     except (TemplateError, TypeError, KeyError, AttributeError, ValueError, IndexError):
         return None  # templates index, join and compare what they do not expect
 
 
-def _applied(tokenizer: Any, chat: Chat, *, tools: Any = None, open_turn: bool = False) -> str:
+def _applied(
+    tokenizer: Any,
+    chat: Chat,
+    *,
+    tools: Any = None,
+    open_turn: bool = False,
+    in_parts: bool = False,
+) -> str:
     """The only call of the template."""
+    if in_parts:
+        chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the tokenizer has no chat template",
@@ -292,7 +309,13 @@ def _rendered(tokenizer: Any, chat: Chat, tools: Any, *, open_turn: bool = False
     from jinja2 import TemplateError
 
     try:
-        return _applied(tokenizer, chat, tools=tools, open_turn=open_turn)
+        return _applied(
+            tokenizer,
+            chat,
+            tools=tools,
+            open_turn=open_turn,
+            in_parts=chat_format(tokenizer).in_parts,
+        )
     except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise DataError(
             "the chat template refuses a conversation",
@@ -342,6 +365,10 @@ def spans_of(tokenizer: Any, row: Mapping[str, Any]) -> tuple[str, list[Span]]:
         opened = _opened(tokenizer, messages[:place], tools, messages[place + 1 :])
         start, body = _body(whole, opened, str(messages[place]["content"]))
         found = whole.find(end, body) if end else -1
+        behind = str(messages[place + 1]["content"]) if place + 1 < len(messages) else ""
+        next_turn = whole.find(behind, body) if behind else -1
+        if 0 <= next_turn < found:  # the end of another turn: this one has none
+            found = -1
         if found < 0 and place == len(messages) - 1:
             # a template that ends no turn: without an end the model would not learn to stop
             whole, found = whole[: max(body, len(whole.rstrip()))] + end, -1
