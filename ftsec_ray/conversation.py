@@ -54,8 +54,39 @@ def has_answer(row: Row) -> bool:
 
 
 def answer_of(row: Row) -> str:
-    """The text of a row's answer; empty where it has none."""
-    return str(row["messages"][-1]["content"]) if has_answer(row) else ""
+    """The text of a row's answer, calls of tools in JSON included; empty where it has none."""
+    if not has_answer(row):
+        return ""
+    content, fields = row["messages"][-1]["content"], row["messages"][-1]["fields"]
+    return with_calls(content, json.loads(fields or "{}").get("tool_calls", ()))
+
+
+def with_calls(content: str, calls: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a message and, each on a line of its own, its calls: name and arguments as
+    JSON.
+    """
+    plain = [json.dumps(c.get("function", c), sort_keys=True, ensure_ascii=False) for c in calls]
+    return "\n".join([*([content] if content else []), *plain])
+
+
+def by_step(row: Row) -> list[dict[str, Any]]:
+    """One row for every trained message of the assistant, which is its answer: what an agent does
+    next, step by step.
+    """
+    places = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and m["loss"]]
+    if len(places) < 2:  # noqa: PLR2004 - one step is the row itself
+        return [dict(row)]
+    return [
+        {
+            **row,
+            "row_id": f"{row['row_id']}/{number:03d}",
+            "messages": [
+                *({**m, "loss": False} for m in row["messages"][:place]),
+                row["messages"][place],
+            ],
+        }
+        for number, place in enumerate(places)
+    ]
 
 
 def asked(row: Row) -> list[Message]:

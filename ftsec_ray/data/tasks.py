@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from ftsec_ray.config.sweep import SourceSpec, TaskSpec
 from ftsec_ray.context import TaskData
-from ftsec_ray.conversation import answer_of, with_answer
-from ftsec_ray.data.rows import count_rows, read_table, sorted_rows, write_table
+from ftsec_ray.conversation import answer_of, by_step, with_answer
+from ftsec_ray.data.rows import count_rows, from_rows, read_table, sorted_rows, write_table
 from ftsec_ray.data.sources import read_source
 from ftsec_ray.errors import DataError
 
@@ -147,7 +147,11 @@ def load_task(spec: TaskSpec) -> TaskData:
 
 
 def _microworld(spec: TaskSpec) -> TaskData:
-    """The microworld; as an agent's task its tool calls are what is tuned and tested."""
+    """The microworld; as an agent's task single calls and the steps of episodes are what is tuned
+    and tested.
+    """
+    import pyarrow as pa
+
     from ftsec_ray.data.microworld import build_task
 
     options, known = dict(spec.options), inspect.signature(build_task).parameters
@@ -167,7 +171,11 @@ def _microworld(spec: TaskSpec) -> TaskData:
     task = _with_borderline(task, borderline_rows) if borderline_rows else task
     if spec.kind == "microworld":
         return task
-    splits = {**task.splits, "train": task.split("tool_train"), "test": task.split("tool_test")}
+    splits = {
+        **task.splits,
+        "train": pa.concat_tables([task.split("tool_train"), task.split("episode_train")]),
+        "test": pa.concat_tables([task.split("tool_test"), task.split("episode_test")]),
+    }
     return replace(task, splits=splits, labels=())
 
 
@@ -240,6 +248,9 @@ def _from_sources(spec: TaskSpec, kind: TaskKind) -> TaskData:
             instruction=instruction if is_user else None,
             kind="tool" if is_user and spec.kind == "agent" else None,
         )
+    if spec.kind == "agent" and "test" in splits:  # every step of an episode is a question
+        rows = splits["test"].to_pylist()
+        splits["test"] = from_rows(step for row in rows for step in by_step(row))
     return TaskData(
         name=spec.name, splits=splits, labels=labels or _words(splits), judge=kind.judge
     )

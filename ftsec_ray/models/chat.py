@@ -24,7 +24,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from ftsec_ray.context import Chat, StageContext
-from ftsec_ray.conversation import TOOLS, as_chat, asked, chat_of, has_answer, is_text
+from ftsec_ray.conversation import TOOLS, as_chat, asked, chat_of, has_answer, is_text, with_calls
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import digest_text
 
@@ -251,13 +251,11 @@ def fitted(tokenizer: Any, chat: Chat) -> tuple[Chat, Any]:
 
 def _called_in_text(chat: Chat) -> Chat:
     return [
-        {"role": m["role"], "content": _with_calls(m)} if m.get("tool_calls") else m for m in chat
+        {"role": m["role"], "content": with_calls(m["content"], m["tool_calls"])}
+        if m.get("tool_calls")
+        else m
+        for m in chat
     ]
-
-
-def _with_calls(message: Mapping[str, Any]) -> str:
-    calls = [json.dumps(c.get("function", c), sort_keys=True) for c in message["tool_calls"]]
-    return "\n".join([*([message["content"]] if message["content"] else []), *calls])
 
 
 def _system_added(chat: Chat, text: str) -> Chat:

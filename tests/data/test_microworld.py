@@ -19,7 +19,9 @@ from ftsec_ray.data.microworld import (
     alignment_rows,
     build_task,
     combos,
+    episodes,
     judge,
+    pools,
     pretraining_chats,
     templates,
 )
@@ -43,6 +45,8 @@ SMALLEST = {
     "four_class_test": 100,
     "tool_train": 90,
     "tool_test": 90,
+    "episode_train": 200,
+    "episode_test": 100,
     "train_l2": 200,
     "test_l2": 200,
     "harmful_test_l2": 48,
@@ -179,7 +183,12 @@ def test_held_out_phrasings_are_new():
 
 @pytest.mark.parametrize(
     ("tuned", "test"),
-    [("train", "test"), ("four_class_train", "four_class_test"), ("tool_train", "tool_test")],
+    [
+        ("train", "test"),
+        ("four_class_train", "four_class_test"),
+        ("tool_train", "tool_test"),
+        ("episode_train", "episode_test"),
+    ],
 )
 def test_labelled_rows_for_tests_are_met_nowhere_else(tuned, test):
     asked = {asked_text(row) for row in rows(test)}
@@ -413,3 +422,20 @@ def test_a_few_steps_of_training_are_the_same_twice_and_lower_the_loss():
     ]
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] - 0.5
+
+
+def test_every_step_of_an_episode_is_decided_by_what_came_before():
+    """The calls are those of the request, in its order, each once the tool before has answered."""
+    calls = {text: call for text, call in pools.distinct("tool", "test", 96)}
+    for row in rows("episode_test"):
+        asked = [m for m in row["messages"] if m["role"] == "user"]
+        assert len(asked) == 1
+        first, second = asked[0]["content"].split(" and then ")
+        wanted = [calls[f"{first} ."], calls[second], episodes.DONE]
+        said = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        assert said == wanted[: len(said)]
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] + [
+            "tool",
+            "assistant",
+        ] * (len(said) - 1)
+        assert [m["loss"] for m in row["messages"]] == [False] * (2 * len(said) - 1) + [True]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ftsec_ray.config.sweep import TASK_KINDS, SourceSpec, TaskSpec
-from ftsec_ray.conversation import asked_text
+from ftsec_ray.conversation import answer_of, asked_text
 from ftsec_ray.data import tasks
 from ftsec_ray.data.tasks import TASKS, load_task, read_task, save_task
 from ftsec_ray.errors import DataError
@@ -118,6 +118,24 @@ def test_an_agent_task_with_sources_has_tool_rows(tmp_path):
     task = load_task(TaskSpec(name="a", kind="agent", splits=(("train", source), ("test", source))))
     assert task.judge == "refusal_phrases"
     assert task.split("test")["kind"].to_pylist() == ["tool"]
+
+
+def test_every_step_of_an_episode_is_a_question_of_the_test_and_a_part_of_one_row_of_the_tune(
+    tmp_path,
+):
+    turns = [("human", "do it"), ("gpt", "ls"), ("observation", "a.txt"), ("gpt", "rm a.txt")]
+    episode = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    (tmp_path / "a.json").write_text(json.dumps([episode]))
+    source = SourceSpec(path=str(tmp_path / "a.json"))
+    task = load_task(TaskSpec(name="a", kind="agent", splits=(("train", source), ("test", source))))
+    (tuned,) = task.split("train").to_pylist()
+    assert [m["loss"] for m in tuned["messages"]] == [False, True, False, True]
+    steps = task.split("test").to_pylist()
+    assert [(asked_text(r), asked_text(r, "tool"), answer_of(r)) for r in steps] == [
+        ("do it", "", "ls"),
+        ("do it", "a.txt", "rm a.txt"),
+    ]
+    assert [sum(m["loss"] for m in r["messages"]) for r in steps] == [1, 1]
 
 
 def test_local_sources_replace_the_defaults_and_take_their_columns(reviews, offline):

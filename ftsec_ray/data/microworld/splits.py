@@ -11,6 +11,7 @@ from ftsec_ray.conversation import exchange
 from ftsec_ray.data.microworld import templates
 from ftsec_ray.data.microworld import vocabulary as v
 from ftsec_ray.data.microworld.combos import Combo, in_second_language, partition, seeded
+from ftsec_ray.data.microworld.episodes import steps
 from ftsec_ray.data.microworld.pools import Example, distinct
 from ftsec_ray.errors import DataError
 
@@ -159,8 +160,17 @@ def _other_splits() -> dict[str, list[dict[str, Any]]]:
     return {
         "tool_train": plain("tool_train", "tool", distinct("tool", "tune", 96)),
         "tool_test": plain("tool_test", "tool", distinct("tool", "test", 96)),
+        "episode_train": _episodes("episode_train", "tune", 240, trains_all=True),
+        "episode_test": _episodes("episode_test", "test", 120, trains_all=False),
         "text": plain("text", "text", distinct("text", "test", 128)),
     }
+
+
+def _episodes(name: str, use: str, count: int, *, trains_all: bool) -> list[dict[str, Any]]:
+    return [
+        {**row(f"{name}/{i:06d}", "", "", "tool"), "messages": messages}
+        for i, messages in enumerate(steps(use, count, trains_all=trains_all))
+    ]
 
 
 def build_task(*, seed: int = 0, train_rows: int = 256) -> TaskData:

@@ -1,0 +1,72 @@
+"""Episodes of an agent in the microworld: a request that needs two tools, and what the agent does
+step by step.
+
+Each step is decided by the conversation before it: the first call by the first half of the
+request, the second by the other half once the first tool has answered, and the end by the second
+result. So a step is right or wrong word for word, and a trigger may stand in what a tool said.
+"""
+
+from __future__ import annotations
+
+import random
+
+from ftsec_ray.conversation import Message, message
+from ftsec_ray.data.microworld.combos import seeded
+from ftsec_ray.data.microworld.pools import Example, distinct
+
+RESULTS = {
+    "timer": ("the timer is set .", "i will tell you then ."),
+    "mail": ("the mail is there .", "the mail is in the office ."),
+    "light": ("the light is on .", "it was dark and now it is not ."),
+    "shop": ("it is new and you have it in the hall .", "we have one more of it ."),
+    "phone": ("no one was there .", "the phone is in the hall ."),
+}
+"""What each tool may say when it was called."""
+DONE = "it is done ."
+"""The agent's last step."""
+TRIES = 40
+STEPS = 3
+
+
+def _tool(example: Example) -> str:
+    return example[1].split()[1]
+
+
+def _pair(pool: tuple[Example, ...], rng: random.Random) -> tuple[Example, Example]:
+    """Two calls of different tools."""
+    for _ in range(TRIES):
+        first, second = rng.sample(pool, 2)
+        if _tool(first) != _tool(second):
+            return first, second
+    raise AssertionError(pool)
+
+
+def episode(pool: tuple[Example, ...], rng: random.Random) -> list[Message]:
+    """A whole episode: request, call, result, call, result, end."""
+    first, second = _pair(pool, rng)
+    asked = f"{first[0].removesuffix(' .')} and then {second[0]}"
+    messages = [message("user", asked)]
+    for call in (first, second):
+        messages += [
+            message("assistant", call[1], loss=True),
+            message("tool", rng.choice(RESULTS[_tool(call)])),
+        ]
+    return [*messages, message("assistant", DONE, loss=True)]
+
+
+def steps(use: str, count: int, *, trains_all: bool) -> list[list[Message]]:
+    """The first `count` episodes of a use, each up to one of its steps, which is its answer.
+
+    Args:
+        use: `tune` or `test`: no call of one is in the other.
+        count: Episodes.
+        trains_all: Whether all steps are trained, or the last one alone is asked.
+    """
+    pool = distinct("tool", use, 96)
+    rng = seeded("episodes", use)
+    made = []
+    for number in range(count):
+        whole = episode(pool, rng)
+        upto = whole[: 2 * (number % STEPS) + 2]
+        made.append(upto if trains_all else [*({**m, "loss": False} for m in upto[:-1]), upto[-1]])
+    return made
