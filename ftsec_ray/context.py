@@ -151,6 +151,8 @@ class StageContext:
     """Measurements that the hook wants in its record.json (JSON values)."""
     counts: dict[str, int] = field(default_factory=dict)
     """Measurements that add up over the batches of a set."""
+    warnings: list[str] = field(default_factory=list)
+    """What whoever reads the results has to know: `run`, `status` and the report show it."""
 
     @cached_property
     def rng(self) -> random.Random:
@@ -171,6 +173,14 @@ class StageContext:
         """Keep measurements in the stage's record; they must be JSON values."""
         json.dumps(values)
         self.notes.update(values)
+
+    def warn(self, text: str) -> None:
+        """Have `run`, `status` and the report say something to whoever reads the results.
+
+        One sentence with its numbers, without the name of the stage. Stages that say the same are
+        told in one line.
+        """
+        self.warnings.append(text)
 
     def count(self, **values: int) -> None:
         """Add to measurements that stand in the stage's record as sums over all batches of rows."""

@@ -57,6 +57,9 @@ class Job(Protocol):
     def context(self, *, workdir: Path | None = None) -> StageContext:
         """What the stage's hooks may ask."""
 
+    def warn(self, text: str) -> None:
+        """Have `run`, `status` and the report say something to whoever reads the results."""
+
     def change_model(self, hook: str) -> Extra:
         """Let the stage's one method change a copy of its model by a hook, and write the result."""
 

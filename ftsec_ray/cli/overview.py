@@ -17,6 +17,7 @@ from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration, render, summarize
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
+from ftsec_ray.results.stage_warnings import StageWarning, lines_of, warnings_of
 from ftsec_ray.store.artifact_store import Store
 
 MAX_ROWS = 20
@@ -115,8 +116,9 @@ def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
     plan = api.make_plan(sweep, held)
     done, failures = held.done(), held.failures()
     statuses = cell_statuses(plan, done, set(failures))
+    warnings = warnings_of(plan, held.records(done & set(plan.stages)))
     if as_json:
-        say(json.dumps(_status_json(plan, statuses, failures), indent=1))
+        say(json.dumps(_status_json(plan, statuses, failures, warnings), indent=1))
         return
     counts = Counter(statuses.values())
     summary = summarize(plan, done, costs=costs_of(plan, held, done))
@@ -128,6 +130,8 @@ def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
     over = shortfall(plan, spent_of(plan, held, done), summary.bill) if plan.spec.budget else None
     if over is not None:
         say(f"pending: {over.what}; allowed: {over.want}")
+    for line in lines_of(warnings):
+        say(line)
     broken = [cell for cell in plan.cells if statuses[cell.digest] == "failed"]
     if broken:
         say()
@@ -159,7 +163,10 @@ def _failure_row(
 
 
 def _status_json(
-    plan: Plan, statuses: dict[str, str], failures: dict[str, dict[str, Any]]
+    plan: Plan,
+    statuses: dict[str, str],
+    failures: dict[str, dict[str, Any]],
+    warnings: list[StageWarning],
 ) -> dict[str, Any]:
     cells = []
     for cell in plan.cells:
@@ -176,5 +183,6 @@ def _status_json(
         "sweep": plan.spec.name,
         "plan": plan.digest,
         "counts": dict(Counter(statuses.values())),
+        "warnings": [one.as_json() for one in warnings],
         "cells": cells,
     }

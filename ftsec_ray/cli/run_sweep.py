@@ -17,6 +17,7 @@ from ftsec_ray.plan.show import render, summarize
 from ftsec_ray.results.paired import Correction
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.remote_results import local_results, send_results
+from ftsec_ray.results.stage_warnings import lines_of, warnings_in
 from ftsec_ray.schedule.job_paths import is_uri
 from ftsec_ray.store.artifact_store import Store
 
@@ -183,6 +184,8 @@ def _print_outcome(results: Results, page: Path, *, sent_to: str | None = None) 
         }
     ):
         say(f"pending: {why}; a higher `budget` lets the next run go on")
+    for line in lines_of(warnings_in(results.meta)):
+        say(line)
     say(f"tables: {sent_to or results.folder}")
     say(f"report: {f'{sent_to}/{page.name}' if sent_to else page}")
 

@@ -20,7 +20,7 @@ import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass, field, replace
 from itertools import chain, islice
@@ -76,6 +76,7 @@ class Chunk:
     """Rows of the input that it comes from."""
     counts: Mapping[str, int] = field(default_factory=dict)
     tally: FilterTally = field(default_factory=FilterTally)
+    warnings: Sequence[str] = ()
 
     def packed(self) -> pa.Table:
         """A row of bytes and text, which nothing on the way can bend."""
@@ -86,7 +87,7 @@ class Chunk:
             writer.write_table(self.rows)
         return _packed(
             sink.getvalue().to_pybytes(),
-            summary=[self.seen, dict(self.counts), astuple(self.tally)],
+            summary=[self.seen, dict(self.counts), astuple(self.tally), list(self.warnings)],
         )
 
     @classmethod
@@ -96,8 +97,9 @@ class Chunk:
 
         if row["error"]:
             raise error_from_json(json.loads(row["error"]))
-        seen, counts, tally = json.loads(row["summary"])
-        return cls(pa.ipc.open_stream(row["rows"]).read_all(), seen, counts, FilterTally(*tally))
+        seen, counts, tally, warnings = json.loads(row["summary"])
+        rows = pa.ipc.open_stream(row["rows"]).read_all()
+        return cls(rows, seen, counts, FilterTally(*tally), warnings)
 
 
 def _packed(rows: bytes = b"", *, summary: object = None, error: object = None) -> pa.Table:
@@ -120,6 +122,7 @@ class Survey:
     new: pa.Table | None
     notes: Mapping[str, Any]
     counts: Mapping[str, int]
+    warnings: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,12 @@ class BatchCrafter:
 
     def survey(self) -> Survey:
         """The method's look at all rows."""
-        context = replace(self.context, notes={}, counts={})
+        context = replace(self.context, notes={}, counts={}, warnings=[])
         known = self.method.survey(
             read_batches(self.file, BATCH_ROWS, range(count_rows(self.file))), context
         )
-        return Survey(known, self.method.new_rows(known, context), context.notes, context.counts)
+        new = self.method.new_rows(known, context)
+        return Survey(known, new, context.notes, context.counts, context.warnings)
 
     def craft(self, part: range, known: Any) -> Iterator[Chunk]:
         """The pieces of a block."""
@@ -144,7 +148,8 @@ class BatchCrafter:
 
         waiting = read_batches(self.file, BATCH_ROWS, part)
         while batches := list(islice(waiting, PIECE_BATCHES)):
-            context, tally, tables = replace(self.context, notes={}, counts={}), FilterTally(), []
+            context = replace(self.context, notes={}, counts={}, warnings=[])
+            tally, tables = FilterTally(), []
             for batch in batches:
                 made = plain_rows(self.method.craft_rows(batch, known, context))
                 tally += (
@@ -157,6 +162,7 @@ class BatchCrafter:
                 sum(batch.num_rows for batch in batches),
                 context.counts,
                 tally,
+                sorted(set(context.warnings)),
             )
 
 
@@ -233,11 +239,12 @@ def craft_in_blocks(
         0,
     )
     new = [] if survey.new is None else [Chunk(plain_rows(survey.new))]
-    seen = 0
+    seen, warnings = 0, set(survey.warnings)
     with closing(pieces):
         for made in chain(new, pieces):
             runs.add(made.rows)
             counts.update(made.counts)
+            warnings.update(made.warnings)
             tally, poisoned = (
                 tally + made.tally,
                 poisoned + count_true(made.rows.column("poisoned")),
@@ -251,6 +258,8 @@ def craft_in_blocks(
             for rows in runs.merged():
                 writer.write(rows)
     shutil.rmtree(job.out / ".runs")
+    for text in warnings:
+        job.warn(text)
     report = tally.report() if method.KIND == "defense" else {}
     return {**report, **survey.notes, **counts, "rows": runs.count, "poisoned": poisoned}
 

@@ -6,7 +6,7 @@ Everything besides the work itself (publishing, records, retries) is done elsewh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,11 @@ KEPT_LOSSES = 50
 
 def run_stage(stage: Stage, out: Path, session: Session) -> Extra:
     """Run one stage into the folder `out`; returns tokens, flops and notes for its record."""
-    return dict(runner_of(stage.kind)(StageJob(stage, out, session)))
+    job = StageJob(stage, out, session)
+    extra = dict(runner_of(stage.kind)(job))
+    if job.warnings:
+        extra["notes"] = {**extra.get("notes", {}), "warnings": sorted(set(job.warnings))}
+    return extra
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class StageJob:
     stage: Stage
     out: Path
     session: Session
+    warnings: list[str] = field(default_factory=list)
+    """What `warn` and the hooks' contexts were told."""
 
     @property
     def inputs(self) -> Mapping[str, str]:
@@ -54,7 +60,12 @@ class StageJob:
             workdir=workdir or self.session.workdir(self.stage.digest),
             load=self._load,
             training=training_of(self.stage) if "training" in self.stage.params else None,
+            warnings=self.warnings,
         )
+
+    def warn(self, text: str) -> None:
+        """Have `run`, `status` and the report say something to whoever reads the results."""
+        self.warnings.append(text)
 
     def _load(self, role: str) -> LoadedModel:
         name, _, member = role.partition(":")

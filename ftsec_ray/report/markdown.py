@@ -11,6 +11,7 @@ called so.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from ftsec_ray.measured import null_share, utility_metrics
 from ftsec_ray.results.points import GridPoint, method_names, points_of
 from ftsec_ray.results.read import Results
+from ftsec_ray.results.stage_warnings import lines_of, warnings_in
 from ftsec_ray.success import is_driven_up
 
 Row = Mapping[str, Any]
@@ -61,7 +63,14 @@ def grid_markdown(results: Results) -> str:
     for place, by_stack in groups.items():
         shown = [_shown(by_stack[stack]) if stack in by_stack else "" for stack in stacks]
         lines.append(f"| {' | '.join([*place, *shown])} |")
-    return "\n".join([*lines, "", *_legend("\n".join(lines), points, results)])
+    legend = _legend("\n".join(lines), points, results)
+    warned = [f"- {_plain(line)}" for line in lines_of(warnings_in(results.meta))]
+    return "\n".join([*lines, "", *legend, *([""] * bool(warned)), *warned])
+
+
+def _plain(text: str) -> str:
+    """A text that Markdown and HTML leave as it is: a warning may quote somebody's data."""
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(text.split()))
 
 
 def _legend(grid: str, points: Sequence[GridPoint], results: Results) -> list[str]:

@@ -29,6 +29,7 @@ from ftsec_ray.report.grid import SHORT, Grid, Key, build_grid, seeds_text
 from ftsec_ray.report.verdict import Summary, judge, own_utility_text
 from ftsec_ray.results.points import NONE, SUCCESS
 from ftsec_ray.results.read import Results
+from ftsec_ray.results.stage_warnings import warnings_in
 from ftsec_ray.results.write import told_when_unwritten
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def render(results: Results) -> str:
             phases=tables.phase_table(grid, verdict),
             cost=tables.cost(results),
             failures=failures,
+            warnings=warnings_in(results.meta),
             samples=samples,
             contrasts=contrasts,
             square_of={key: square for square, key in enumerate(heat.keys)},

@@ -37,6 +37,7 @@ from ftsec_ray.results.search_results import (
     told_of,
     without_trials,
 )
+from ftsec_ray.results.stage_warnings import warnings_of
 from ftsec_ray.results.write import write_results
 from ftsec_ray.store import DamagedArtifact
 from ftsec_ray.success import ASR, source_of, success_metric
@@ -129,6 +130,7 @@ def collect(
         "defense_hooks": hooks,
         "controls": controls,
         "correction": correction,
+        "warnings": [one.as_json() for one in warnings_of(plan, found.records)],
         "spent": {
             cell.digest: spent_on
             for cell in cells

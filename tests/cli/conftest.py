@@ -15,4 +15,5 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ftsec_ray.schedule.execution.execute", toy.execute)
     toy.ran.clear()
+    toy.warned.clear()
     return tmp_path

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftsec_ray.context import Runtime, TaskData
+import pyarrow as pa
+
+from ftsec_ray.attacks.badnets import BadNets
+from ftsec_ray.context import Runtime, StageContext, TaskData
 from ftsec_ray.data.tasks import save_task
 from ftsec_ray.execute.session import Session
 from ftsec_ray.execute.stage_job import StageJob, run_stage
@@ -83,6 +87,25 @@ def job_of(store: Store, stage: Stage, out: Path) -> tuple[StageJob, Any, Path]:
     session = session_of(store, 0)
     job = StageJob(stage, out, session)
     return job, job.methods()[0], session.rows_file(job.inputs["rows"])
+
+
+class Wary(BadNets):
+    """BadNets that warns in its survey and in every batch."""
+
+    def survey(self, batches: Iterator[pa.Table], ctx: StageContext) -> Any:
+        ctx.warn("seen")
+        return super().survey(batches, ctx)
+
+    def craft_rows(self, rows: pa.Table, known: Any, ctx: StageContext) -> pa.Table:
+        ctx.warn("crafted")
+        return super().craft_rows(rows, known, ctx)
+
+
+class WaryJob(StageJob):
+    """A job whose method warns, in whatever process it is made."""
+
+    def methods(self) -> list[Method]:
+        return [Wary(rate=0.3)]
 
 
 def at_once(store: Store, stage: Stage, out: Path) -> tuple[bytes, dict]:

@@ -28,6 +28,7 @@ from ftsec_ray.method import BATCH_ROWS
 from ftsec_ray.schedule.execution import execute
 from tests.execute.crafting import (
     GIVEN,
+    WaryJob,
     at_once,
     craft_stage,
     filled,
@@ -108,6 +109,16 @@ def test_ray_data_gives_the_bytes_and_notes_of_the_whole_set(which, store, expec
         assert in_blocks(
             store, method, seed, tmp_path / str(blocks), pool=pool, blocks=blocks
         ) == expected(method, seed)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("pool", [None, WorkerPool(size=2, each={"CPU": 1.0})], ids=["here", "ray"])
+def test_what_a_method_warns_of_in_any_process_reaches_the_job(pool, store, tmp_path):
+    job = WaryJob(craft_stage(BadNets(rate=0.3)), tmp_path, session_of(store, 0))
+    file = job.session.rows_file(job.inputs["rows"])
+    craft_in_blocks(job, job.methods()[0], file, pool=pool, blocks=4)
+    assert sorted(job.warnings) == ["crafted", "seen"]
 
 
 def test_two_seeds_give_two_sets(expected):

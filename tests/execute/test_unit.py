@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from ftsec_ray.code_versions import stage_code
 from ftsec_ray.context import Runtime
 from ftsec_ray.errors import EnvironmentFault, StageError
+from ftsec_ray.execute import stage_job
 from ftsec_ray.execute.unit import code_of, run_unit, short_text
+from ftsec_ray.plan.stage import Stage
 from ftsec_ray.store import Store
 from tests.schedule.engine_runners import Bench, stage_of, write
 
@@ -199,3 +202,24 @@ def test_measurements_that_are_no_json_fail_the_stage_and_publish_nothing(store,
         json.loads((store.root / "verdicts" / f"{verdict.digest}.json").read_text())["status"]
         == "failed"
     )
+
+
+def test_what_a_job_and_its_hooks_warn_of_is_in_the_notes_once_and_sorted(tmp_path, monkeypatch):
+    session = SimpleNamespace(
+        task=lambda digest: None, runtime=None, workdir=lambda digest: tmp_path
+    )
+    stage = Stage("d", "made_up", None, None, (("task", "t"),), {}, {}, "cpu", 1.0)
+
+    def run(job):
+        job.context().warn("of a hook")
+        job.warn("of the engine")
+        job.context().warn("of a hook")
+        return {"notes": {"rows": 1}, "tokens": 2}
+
+    monkeypatch.setattr(stage_job, "runner_of", lambda kind: run)
+    assert stage_job.run_stage(stage, tmp_path, session) == {
+        "notes": {"rows": 1, "warnings": ["of a hook", "of the engine"]},
+        "tokens": 2,
+    }
+    monkeypatch.setattr(stage_job, "runner_of", lambda kind: lambda job: {"tokens": 2})
+    assert stage_job.run_stage(stage, tmp_path, session) == {"tokens": 2}

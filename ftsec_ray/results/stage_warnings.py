@@ -1,0 +1,82 @@
+"""What stages warn of (`ctx.warn`, `job.warn`), gathered from their records: stages that say the
+same are one warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray.redact import redacted
+
+if TYPE_CHECKING:
+    from ftsec_ray.plan.graph import Plan
+
+MAX_SHOWN = 20
+"""Warnings told by name; the results hold all (`run.json`)."""
+_MAX_NAMES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageWarning:
+    """One warning, of all stages that gave it."""
+
+    text: str
+    stages: int
+    """Stages that gave it."""
+    cells: int
+    """Cells that have one of these stages."""
+    places: tuple[str, ...]
+    """Kind and method of these stages, each once."""
+
+    def line(self) -> str:
+        """The warning in one line."""
+        names = ", ".join(self.places[:_MAX_NAMES]) + ", ..." * (len(self.places) > _MAX_NAMES)
+        stages = "1 stage" if self.stages == 1 else f"{self.stages} stages"
+        cells = "1 cell" if self.cells == 1 else f"{self.cells} cells"
+        return f"warning: {self.text} ({names}: {stages}, {cells})"
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values, as `run.json` keeps them."""
+        return {**asdict(self), "places": list(self.places)}
+
+
+def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[StageWarning]:
+    """The warnings in the records (by digest) of a plan's stages, those of most cells first."""
+    stages_of: dict[str, list[str]] = {}
+    for digest in plan.stages:
+        for text in (records.get(digest, {}).get("notes") or {}).get("warnings") or ():
+            stages_of.setdefault(redacted(str(text)), []).append(digest)
+    found = []
+    for text, digests in stages_of.items():
+        kinds = [plan.stages[digest] for digest in digests]
+        found.append(
+            StageWarning(
+                text=text,
+                stages=len(digests),
+                cells=sum(not set(digests).isdisjoint(cell.stages) for cell in plan.cells),
+                places=tuple(
+                    sorted({" ".join(filter(None, (one.kind, one.method))) for one in kinds})
+                ),
+            )
+        )
+    return sorted(found, key=lambda one: (-one.cells, one.text))
+
+
+def warnings_in(meta: Mapping[str, Any]) -> list[StageWarning]:
+    """The warnings that `run.json` of some results holds; none in results from before they were
+    kept.
+    """
+    return [
+        StageWarning(**{**plain, "places": tuple(plain["places"])})
+        for plain in meta.get("warnings") or ()
+    ]
+
+
+def lines_of(warnings: list[StageWarning]) -> list[str]:
+    """A line for each of the first warnings, and how many more there are."""
+    lines = [one.line() for one in warnings[:MAX_SHOWN]]
+    if len(warnings) > MAX_SHOWN:
+        lines.append(f"and {len(warnings) - MAX_SHOWN} more warnings in run.json")
+    return lines
