@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray.config.sweep import SweepSpec
 from ftsec_ray.errors import DataError, EnvironmentFault, SpecError
 from ftsec_ray.plan.graph import Plan
+from ftsec_ray.schedule.cluster_address import check_address, cluster_address
 from ftsec_ray.schedule.executors import DEFAULT as DEFAULT_EXECUTOR
 from ftsec_ray.schedule.executors import executor_of
 from ftsec_ray.schema import SCHEMA_VERSION
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 Sweep = str | Path | Mapping[str, Any] | SweepSpec | Plan
 DEFAULT_STORE = ".ftsec/store"
 DEFAULT_RESULTS = "results"
-CONNECT_S = 5.0
-"""Seconds that a cluster has to answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +268,7 @@ def run_plan(
         if held is not None and (folder / REPORT_FILE).is_file():
             return Outcome(results=held, page=folder / REPORT_FILE, report=None, plan=whole)
     else:
-        if address is None:
+        if cluster_address(address) is None:
             check_gpus(whole.spec)
         elif uses_ray:
             check_address(address)
@@ -514,28 +512,12 @@ def whole_results(whole: Plan, folder: Path) -> Results | None:
     return held if is_whole else None
 
 
-def check_address(address: str) -> None:
-    """EnvironmentFault when nothing answers at `host:port`: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # `auto` and names that Ray resolves by itself
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        raise EnvironmentFault(
-            f"no Ray cluster answers: {error}",
-            address,
-            "HOST:PORT of a running Ray head",
-            "start it with `ray start --head`, check the address, or use --executor local",
-        ) from error
-
-
 def check_gpus(spec: SweepSpec) -> None:
     """EnvironmentFault when stages ask for GPUs that this machine does not have; a cluster answers
     for itself.
     """
     wanted = spec.resources.gpus_per_stage
-    if not spec.resources.wants_gpus or os.environ.get("RAY_ADDRESS"):
+    if not spec.resources.wants_gpus:
         return
     import torch
 

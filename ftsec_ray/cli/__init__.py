@@ -12,8 +12,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code; 3 where Python or a package that it is
     made of is missing.
     """
+    from ftsec_ray.cli.plain_output import PIPE_CLOSED, flushed, use_plain_signs
     from ftsec_ray.errors import EnvironmentFault
 
+    use_plain_signs()
     try:
         # Sent along with a job, this package meets whatever Python a cluster has.
         if sys.version_info < MIN_PYTHON:
@@ -35,4 +37,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except EnvironmentFault as fault:
         print(fault, file=sys.stderr)
         raise SystemExit(fault.exit_code) from None
-    app(args=None if args is None else list(args), prog_name="ftsec")
+    try:
+        app(args=None if args is None else list(args), prog_name="ftsec")
+    except BrokenPipeError:
+        flushed()
+        raise SystemExit(PIPE_CLOSED) from None
+    except SystemExit as leaving:
+        if not flushed():
+            raise SystemExit(leaving.code or PIPE_CLOSED) from None
+        raise

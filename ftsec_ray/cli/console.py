@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, ParamSpec, TypeVar
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ftsec_ray.cli.plain_output import PIPE_CLOSED, flushed
 from ftsec_ray.errors import EnvironmentFault, FtsecError
 from ftsec_ray.redact import redacted
 
@@ -119,10 +119,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             again = redacted(" ".join(["ftsec", *sys.argv[1:]]))
             say(f"\ninterrupted; finished stages are kept. Continue with: {again}", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # A reader such as `head` has enough; Python would complain again when it flushes
-            # stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(128 + signal.SIGPIPE) from None
+        except BrokenPipeError:  # a reader such as `head` has enough
+            flushed()
+            raise typer.Exit(PIPE_CLOSED) from None
 
     return _guarded

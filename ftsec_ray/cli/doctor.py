@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ftsec_ray import numerics
-from ftsec_ray.api import check_address
 from ftsec_ray.errors import EnvironmentFault, StoreError
 from ftsec_ray.redact import redacted
+from ftsec_ray.schedule.cluster_address import as_given, check_address, cluster_address
 from ftsec_ray.store.artifact_store import Store
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def examine(store: str | Path, *, address: str | None = None) -> Iterator[Check]
     yield from _gpus()
     yield from _numerics()
     yield _hub()
-    if address is not None:
+    if cluster_address(address) is not None:
         yield from _cluster(address)
 
 
@@ -348,18 +348,18 @@ def _hub() -> Check:
     return Check("hugging face", f"downloads allowed, cache {cache}")
 
 
-def _cluster(address: str) -> Iterator[Check]:
+def _cluster(address: str | None) -> Iterator[Check]:
     if find_spec("ray") is None:
         return
     import ray
 
     try:
         check_address(address)
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+        ray.init(address=cluster_address(address), logging_level="ERROR", log_to_driver=False)
     except (EnvironmentFault, ConnectionError, RuntimeError, ValueError) as error:
         yield Check(
             "cluster",
-            f"{address}: {str(error).splitlines()[0]}",
+            f"{as_given(address)}: {str(error).splitlines()[0]}",
             "missing",
             "start it with `ray start --head`, or check the address",
         )
@@ -369,8 +369,8 @@ def _cluster(address: str) -> Iterator[Check]:
         has = ray.cluster_resources()
         yield Check(
             "cluster",
-            f"{address}: {len(alive)} node(s), {has.get('CPU', 0):g} cores, {has.get('GPU', 0):g}"
-            f" GPUs, {has.get('memory', 0) / GIB:.0f} GiB memory",
+            f"{as_given(address)}: {len(alive)} node(s), {has.get('CPU', 0):g} cores,"
+            f" {has.get('GPU', 0):g} GPUs, {has.get('memory', 0) / GIB:.0f} GiB memory",
         )
     finally:
         ray.shutdown()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ftsec_ray import api
-from ftsec_ray.cli.console import say, table
+from ftsec_ray.cli.console import say
+from ftsec_ray.cli.failure_text import Failure, show_failures
 from ftsec_ray.code_versions import stage_code
 from ftsec_ray.plan.cost_estimate import shortfall, spent_of
 from ftsec_ray.plan.durations import Costs, learned_from
@@ -19,9 +20,6 @@ from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.stage_warnings import StageWarning, lines_of, warnings_of
 from ftsec_ray.store.artifact_store import Store
-
-MAX_ROWS = 20
-"""Cells listed by name; `--json` gives all."""
 
 
 def costs_of(plan: Plan, store: Store, done: set[str]) -> Costs:
@@ -135,30 +133,20 @@ def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
     broken = [cell for cell in plan.cells if statuses[cell.digest] == "failed"]
     if broken:
         say()
-        table(
-            "failed cells",
-            ("cell", "stage", "error"),
-            (_failure_row(cell, plan, failures) for cell in broken[:MAX_ROWS]),
-        )
-        if len(broken) > MAX_ROWS:
-            say(f"and {len(broken) - MAX_ROWS} more: --json lists them")
+        show_failures((_failure(cell, plan, failures) for cell in broken), more="--json lists them")
 
 
 def _first_failure(cell: Cell, failures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return next(failures[digest] for digest in cell.stages if digest in failures)
 
 
-def _failure_row(
-    cell: Cell, plan: Plan, failures: dict[str, dict[str, Any]]
-) -> tuple[str, str, str]:
+def _failure(cell: Cell, plan: Plan, failures: dict[str, dict[str, Any]]) -> Failure:
     verdict = _first_failure(cell, failures)
-    digest = next(digest for digest in cell.stages if digest in failures)
-    stage = plan.stages[digest]
-    error = (verdict.get("error") or verdict.get("error_code") or "").strip()
-    return (
-        cell_name(cell),
-        " ".join(filter(None, (stage.kind, stage.method))),
-        error.splitlines()[0] if error else "",
+    stage = plan.stages[next(digest for digest in cell.stages if digest in failures)]
+    return Failure(
+        cell=cell_name(cell),
+        stage=" ".join(filter(None, (stage.kind, stage.method))),
+        error=str(verdict.get("error") or verdict.get("error_code") or ""),
     )
 
 

@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from ftsec_ray.cli.console import stderr
+from ftsec_ray.cli.failure_text import headline
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration
 from ftsec_ray.plan.stage import Stage
@@ -187,7 +188,7 @@ class LiveProgress:
         elapsed = self._clock() - self._start
         if event.kind in ("failed", "requeued"):
             what = "failed" if event.kind == "failed" else "lost its worker, runs again"
-            self._say(f"{what}: {self.tally.what(event)}: {_in_a_line(event.error)}")
+            self._say(f"{what}: {self.tally.what(event)}: {headline(event.error)}")
         if self._bar is not None:
             self._bar.update(
                 self._task, completed=self.tally.done_s, description=self.tally.line(elapsed)
@@ -200,10 +201,3 @@ class LiveProgress:
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _in_a_line(error: object) -> str:
-    """What an error says: its first line, or the last one of a traceback."""
-    lines = str(error or "").strip().splitlines()
-    is_traceback = any(line.lstrip().startswith('File "') for line in lines)
-    return lines[-1 if is_traceback else 0].strip() if lines else "no message"

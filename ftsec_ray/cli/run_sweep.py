@@ -6,9 +6,11 @@ import os
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from ftsec_ray import api
-from ftsec_ray.cli.console import say, table
+from ftsec_ray.cli.console import say
+from ftsec_ray.cli.failure_text import Failure, show_failures
 from ftsec_ray.cli.overview import costs_of, made_by_other_code, other_code_line
 from ftsec_ray.cli.progress import LiveProgress, Tally
 from ftsec_ray.plan.cost_estimate import spent_of
@@ -23,8 +25,6 @@ from ftsec_ray.store.artifact_store import Store
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the processes of a submitted job."""
-MAX_ERRORS = 10
-"""Failed cells shown after a run; the table `cells` holds all."""
 
 
 def run_sweep(
@@ -157,16 +157,9 @@ def _print_outcome(results: Results, page: Path, *, sent_to: str | None = None) 
     broken = [row for row in rows if row["status"] == "failed"]
     if broken:
         names = method_names(rows)
-        table(
-            "failed cells",
-            ("attack", "defenses", "model", "task", "seed", "error"),
-            (
-                (*names[row["cell"]], row["model"], row["task"], row["seed"], _short(row))
-                for row in broken[:MAX_ERRORS]
-            ),
+        show_failures(
+            (_failure(row, *names[row["cell"]]) for row in broken), more="see the table `cells`"
         )
-        if len(broken) > MAX_ERRORS:
-            say(f"and {len(broken) - MAX_ERRORS} more in the table `cells`")
     parts = [f"{counts['done']} of {len(rows)} cells done"] + [
         f"{counts[s]} {s}" for s in ("failed", "pending") if counts[s]
     ]
@@ -190,6 +183,8 @@ def _print_outcome(results: Results, page: Path, *, sent_to: str | None = None) 
     say(f"report: {f'{sent_to}/{page.name}' if sent_to else page}")
 
 
-def _short(row: dict[str, object]) -> str:
-    error = str(row["error"] or "").strip()
-    return f"{row['error_code']}: {error.splitlines()[0] if error else ''}"
+def _failure(row: dict[str, Any], attack: str, stack: str) -> Failure:
+    """A failed cell of the table `cells`, whose error stands behind the name of its stage."""
+    stage, _, error = str(row["error"] or "").partition(": ")
+    name = f"{row['model']} x {row['task']} x {attack} x {stack}, seed {row['seed']}"
+    return Failure(cell=name, stage=stage, error=error or str(row["error_code"]))

@@ -45,7 +45,7 @@ _NAME: Schema = {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
 _SEED: Schema = {"type": "integer", "minimum": 0}
 _WHERE: Schema = {
     "type": "object",
-    "additionalProperties": {"type": ["string", "number", "boolean"]},
+    "additionalProperties": {"type": ["string", "number", "boolean", "null"]},
 }
 _ATTACK: Schema = {"$ref": "#/$defs/attack"}
 _DEFENSE: Schema = {"$ref": "#/$defs/defense"}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
@@ -247,9 +248,9 @@ def _where(given: object, place: str, faults: Faults) -> tuple[tuple[str, str], 
     if given is None:
         return ()
     if not isinstance(given, Mapping) or not all(
-        isinstance(v, (str, int, float, bool)) for v in given.values()
+        v is None or isinstance(v, (str, int, float, bool, date)) for v in given.values()
     ):
-        faults.add(place, "not a filter", given, "{column: value, ...}")
+        faults.add(place, "not a filter", given, "{column: value, ...}; a value may be null")
         return ()
     return tuple(
         sorted(
@@ -260,4 +261,6 @@ def _where(given: object, place: str, faults: Faults) -> tuple[tuple[str, str], 
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

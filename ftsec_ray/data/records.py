@@ -3,34 +3,45 @@ numbers kept.
 
 .jsonl, .json, .csv, .tsv, .txt and .parquet, each also as .gz. JSON may be a list of objects, of
 strings or of conversations, an object of lists, an object of strings, or an object with the list
-inside. A .tsv has no quoting.
+inside. A .tsv has no quoting. What is no data, or damaged, is a DataError that says what it is.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ftsec_ray.data.cell_values import refuse_broken_text
+from ftsec_ray.data.not_rows import (
+    refuse_error_body,
+    refuse_json,
+    refuse_page,
+    refuse_separator,
+)
+from ftsec_ray.data.raw_files import decoded, read_raw
 from ftsec_ray.errors import DataError
 
 Record = dict[str, Any]
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+CELLS = (".csv", ".tsv")
+"""Formats in which every value is text."""
 MAX_CELL_CHARS = 16 * 2**20
+_LOOK_BYTES = 2**20
+_ESCAPED = re.compile(r"\\u([dD][89a-fA-F]|0000)")
+"""How JSON writes half a character and NUL: no text that was read as UTF-8 holds them otherwise."""
 
 
 def read_records(path: str) -> list[Record]:
     """All records of a local file, each a mapping from column to value; DataError when it cannot be
     read.
     """
-    suffixes = [s.lower() for s in Path(path).suffixes]
-    is_packed = suffixes[-1:] == [".gz"]
-    kind = (suffixes[:-1] if is_packed else suffixes)[-1:]
-    if not kind or kind[0] not in FORMATS:
+    kind, is_packed = format_of(path)
+    if kind not in FORMATS:
         raise DataError(
             "a data file of unknown format",
             path,
@@ -38,23 +49,64 @@ def read_records(path: str) -> list[Record]:
             "convert or rename the file",
         )
     try:
-        raw = Path(path).read_bytes()
-        raw = gzip.decompress(raw) if is_packed else raw
-    except (OSError, EOFError) as error:
+        raw = read_raw(path, is_packed=is_packed, is_parquet=kind == ".parquet")
+    except DataError:
+        _refuse_text(path, kind)
+        raise
+    if kind == ".parquet":
+        records = _parquet(raw, path)
+        must_look = True
+    else:
+        text = decoded(raw, path)
+        _refuse_foreign(text, path, kind)
+        reader = {
+            ".jsonl": _json_lines,
+            ".json": _json,
+            ".csv": _csv,
+            ".tsv": _tsv,
+            ".txt": _lines,
+        }[kind]
+        records = list(reader(text, path))
+        must_look = kind in (".jsonl", ".json") and _ESCAPED.search(text) is not None
+    if not records:
         raise DataError(
-            "a data file cannot be read", path, "a readable file", str(error)
-        ) from error
-    if kind[0] == ".parquet":
-        return _parquet(raw, path)
+            f"{path} holds no rows",
+            "a header alone" if kind in (*CELLS, ".parquet") else "nothing in it",
+            "at least one row",
+            "make or download the file again",
+        )
+    if must_look:
+        for number, record in enumerate(records, 1):
+            refuse_broken_text(record, f"row {number} of {path}")
+    return records
+
+
+def format_of(path: str) -> tuple[str, bool]:
+    """The format that a file's name says (`.csv`), and whether it is packed (.gz)."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    is_packed = suffixes[-1:] == [".gz"]
+    kind = (suffixes[:-1] if is_packed else suffixes)[-1:]
+    return (kind[0] if kind else ""), is_packed
+
+
+def holds_cells(path: str | None) -> bool:
+    """Whether the values of a source are the cells of a .csv or .tsv."""
+    return path is not None and format_of(path)[0] in CELLS
+
+
+def _refuse_text(path: str, kind: str) -> None:
+    """Where a file is no archive or Parquet: the better message if it is a page or an error."""
     try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError("a data file is not UTF-8 text", path, "UTF-8", str(error)) from error
-    return list(
-        {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".txt": _lines}[
-            kind[0]
-        ](text, path)
-    )
+        text = Path(path).read_bytes()[:_LOOK_BYTES].decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return
+    _refuse_foreign(text, path, kind)
+
+
+def _refuse_foreign(text: str, path: str, kind: str) -> None:
+    refuse_page(text, path)
+    if kind in (*CELLS, ".txt", ".parquet"):
+        refuse_json(text, path, is_text=kind == ".txt")
 
 
 def columns_of(records: list[Record]) -> list[str]:
@@ -63,13 +115,18 @@ def columns_of(records: list[Record]) -> list[str]:
 
 
 def _parquet(raw: bytes, path: str) -> list[Record]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        records: list[Record] = pq.read_table(io.BytesIO(raw)).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise DataError("a data file cannot be read", path, "a Parquet file", str(error)) from error
+        table = pq.read_table(io.BytesIO(raw), page_checksum_verification=True)
+        records: list[Record] = table.to_pylist()
+    except Exception as error:  # noqa: BLE001 - damaged pages raise whatever their bytes lead to
+        raise DataError(
+            "a data file cannot be read",
+            path,
+            "a whole Parquet file",
+            f"{type(error).__name__}: {error}; download or write it again",
+        ) from error
     return records
 
 
@@ -77,13 +134,30 @@ def _lines(text: str, path: str) -> Iterator[Record]:  # noqa: ARG001
     yield from ({"text": line.strip()} for line in text.split("\n") if line.strip())
 
 
-def _cells(lines: Iterator[list[str]], path: str) -> Iterator[Record]:
+def _header(cells: list[str], path: str) -> list[str]:
+    header = [name.strip() for name in cells]
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"{path} has two columns of one name",
+            twice[0],
+            "names that differ: " + " | ".join(header),
+            "rename or remove one of them",
+        )
+    return header
+
+
+def _cells(lines: Iterator[list[str]], path: str, separator: str) -> Iterator[Record]:
     header: list[str] = []
     try:
         for number, cells in enumerate(lines):
             if not header:
-                header = [name.strip() for name in cells]
-            elif len(cells) == len(header):
+                header = _header(cells, path)
+                refuse_separator(header, None, path, separator)
+                continue
+            if number == 1:
+                refuse_separator(header, cells, path, separator)
+            if len(cells) == len(header):
                 yield dict(zip(header, cells, strict=True))
             elif cells:
                 raise DataError(
@@ -103,33 +177,53 @@ def _cells(lines: Iterator[list[str]], path: str) -> Iterator[Record]:
 
 def _csv(text: str, path: str) -> Iterator[Record]:
     csv.field_size_limit(MAX_CELL_CHARS)
-    return _cells(csv.reader(io.StringIO(text, newline="")), path)
+    return _cells(csv.reader(io.StringIO(text, newline="")), path, ",")
 
 
 def _tsv(text: str, path: str) -> Iterator[Record]:
     rows = (
         [cell.strip() for cell in line.split("\t")] for line in text.split("\n") if line.strip()
     )
-    return _cells(rows, path)
+    return _cells(rows, path, "\t")
 
 
 def _json_lines(text: str, path: str) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _record(_parsed(line, f"line {number} of {path}"), number, path)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for number, line in lines:
+        value = _parsed(line, f"line {number} of {path}", whole=text)
+        if len(lines) == 1:
+            refuse_error_body(value, path)
+        yield _record(value, number, path)
 
 
 def _json(text: str, path: str) -> Iterator[Record]:
     value = _parsed(text, path)
+    refuse_error_body(value, path)
     items = value if isinstance(value, list) else _object_rows(value, path)
     return (_record(item, number, path) for number, item in enumerate(items, 1))
 
 
-def _parsed(text: str, place: str) -> Any:
+def _parsed(text: str, place: str, *, whole: str = "") -> Any:
+    """The value of a JSON text; `whole` is the file that a line is of."""
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{place} is not JSON", text[:120], "valid JSON", str(error)) from error
+    except (ValueError, RecursionError) as error:
+        if whole:
+            refuse_error_body(_value(whole), place.partition(" of ")[2])
+        fix = str(error) if isinstance(error, ValueError) else "it is nested too deep"
+        if whole and _value(whole) is not None:
+            fix += "; the file as a whole is JSON: rename it to .json"
+        elif not whole and _value(text.lstrip().partition("\n")[0]) is not None:
+            fix += "; its first line is JSON: rename it to .jsonl"
+        raise DataError(f"{place} is not JSON", text[:120], "valid JSON", fix) from error
+
+
+def _value(text: str) -> Any:
+    """The value of a text that is JSON; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _object_rows(value: Any, path: str) -> list[Any]:

@@ -8,14 +8,15 @@ one file (`skip`) stay apart, and nothing about this machine matters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ftsec_ray.config.sweep import SourceSpec
 from ftsec_ray.conversation import Message, exchange, message
+from ftsec_ray.data.cell_values import is_missing, label_text, matches, plain_text, values_there
 from ftsec_ray.data.conversations import COLUMNS, is_conversation, messages_of, tools_of
-from ftsec_ray.data.records import Record, columns_of, read_records
+from ftsec_ray.data.records import Record, columns_of, holds_cells, read_records
 from ftsec_ray.data.rows import Row, from_rows, new_row
 from ftsec_ray.errors import DataError, EnvironmentFault
 from ftsec_ray.identity import unit_interval
@@ -92,6 +93,7 @@ def read_source(
     )
     chosen = _drawn(spec, records, is_text=kind == "text", prompt=mapping.prompt)
     if not chosen:
+        _check_where(spec, records, place, split_name)
         raise DataError(
             f"no rows of {place} are left for split {split_name!r}",
             f"{len(records)} rows before selection",
@@ -207,13 +209,25 @@ def _is_pair(columns: list[str]) -> bool:
     return "chosen" in columns and "rejected" in columns
 
 
+def _check_where(spec: SourceSpec, records: list[Record], place: str, split_name: str) -> None:
+    """DataError where no row is what `where` says, with the values that there are."""
+    every = replace(spec, rows=None, skip=0)
+    if spec.where and not _drawn(every, records, is_text=False, prompt=""):
+        raise DataError(
+            f"no rows of {place} are what `where` of split {split_name!r} says",
+            f"where={dict(spec.where)} of {len(records)} rows before selection",
+            "; ".join(values_there(records, column) for column, _ in spec.where),
+            "name one of these values",
+        )
+
+
 def _drawn(spec: SourceSpec, records: list[Record], *, is_text: bool, prompt: str) -> list[int]:
     """Positions of the rows that the source keeps, ascending."""
     fits = [
         i
         for i, record in enumerate(records)
-        if all(str(record.get(column)).strip() == value for column, value in spec.where)
-        and not (is_text and not str(record.get(prompt) or "").strip())
+        if all(matches(record.get(column), value) for column, value in spec.where)
+        and not (is_text and (is_missing(record.get(prompt)) or not str(record[prompt]).strip()))
     ]
     if spec.rows is None and not spec.skip:
         return fits
@@ -266,7 +280,7 @@ class _RowBuilder:
             )
         if self.kind == "text":
             return exchange("", prompt)
-        if self.spec.append is not None and record.get(self.spec.append):
+        if self.spec.append is not None and self._has(record, self.spec.append):
             prompt = f"{prompt}\n\n{self._text(record, self.spec.append, number)}"
         if self.instruction is not None:
             prompt = self.instruction.replace(PLACEHOLDER, prompt)
@@ -311,27 +325,40 @@ class _RowBuilder:
 
     def _text(self, record: Record, column: str, number: int) -> str:
         value = record.get(column)
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        text = None if is_missing(value, is_cell=holds_cells(self.spec.path)) else plain_text(value)
+        if text is None:
             raise DataError(
                 f"row {number} of {self.place} has no text in column {column!r}",
                 value,
                 "a string or a number",
                 "repair the row or leave it out with `where`",
             )
-        return str(value)
+        return text
+
+    def _has(self, record: Record, column: str) -> bool:
+        value = record.get(column)
+        is_cell = holds_cells(self.spec.path)
+        return not is_missing(value, is_cell=is_cell) and bool(str(value).strip())
 
     def _label(self, record: Record, column: str, number: int) -> str:
-        word = self._text(record, column, number).strip()
-        if not self.labels or word in self.labels:
+        value = record.get(column)
+        word = (label_text(value) or "").strip()
+        if word and word in self.labels:
+            return word  # `None` may be the name of a class
+        if not word or is_missing(value, is_cell=holds_cells(self.spec.path)):
+            word = self._text(record, column, number).strip()
+        if word and not self.labels:
             return word
         if word.isdecimal() and int(word) < len(self.labels):
             return self.labels[int(word)]
         same = [label for label in self.labels if label.casefold() == word.casefold()]
+        if not same and isinstance(value, bool) and len(self.labels) == 2:
+            return self.labels[int(value)]
         if not same:
             raise DataError(
                 f"row {number} of {self.place} has an unknown label",
-                record[column],
-                " | ".join(f"{i} {label}" for i, label in enumerate(self.labels)),
+                value,
+                " | ".join(f"{i} {label}" for i, label in enumerate(self.labels)) or "a word",
                 "correct `labels` or the row",
             )
         return same[0]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ftsec_ray import schema
-from ftsec_ray.data.records import read_records
+from ftsec_ray.data.cell_values import is_missing
+from ftsec_ray.data.records import holds_cells, read_records
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals.judging import Judge, Verdict, get_judge, user_text
 from ftsec_ray.evals.probes import REQUEST_PROBES
@@ -79,7 +80,11 @@ def from_labels(
     indexes: dict[tuple[str, ...], dict[tuple[str, ...], list[Key]]] = {}
     truth: dict[Key, str] = {}
     unmatched = unlabelled = 0
-    for number, record in enumerate(records, start=1):
+    is_cell = holds_cells(str(path))
+    for number, row in enumerate(records, start=1):
+        record = {
+            name: value for name, value in row.items() if not is_missing(value, is_cell=is_cell)
+        }
         word = str(record.get("truth") or "").strip()
         if not word:
             unlabelled += 1

@@ -4,7 +4,6 @@ hold them at all.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from ftsec_ray.schedule.capacity import (
     slots_of,
     total_of,
 )
+from ftsec_ray.schedule.cluster_address import cluster_address
 from ftsec_ray.schedule.dispatcher import Dispatcher
 from ftsec_ray.schedule.ray_session import ray_session
 
@@ -129,7 +129,7 @@ def connected_capacity(
     """The capacity of a cluster for the units of a dispatcher, while this process is connected to
     it. A cluster at an address, or at that of `RAY_ADDRESS`, may grow.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(address)
     used = {unit.resource for unit in dispatcher.units.values()}
     least_cpus = max(
         (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from ftsec_ray.numerics import check_cpu, environment_of
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import is_group
 from ftsec_ray.redact import clean_logs
+from ftsec_ray.schedule.cluster_address import cluster_address
 from ftsec_ray.schedule.dispatcher import Dispatcher, Event, RunReport
 from ftsec_ray.schedule.executors import DEFAULT, executor_of, load_executor
 from ftsec_ray.schedule.ray_session import worker_environment
@@ -80,7 +80,7 @@ def execute(
     if any(is_group(unit.resource) for unit in dispatcher.units.values()):
         check_deepspeed()
     runtime = replace(runtime or runtime_of(plan), numerics=plan.spec.numerics)
-    is_here = not chosen.uses_ray or not (address or os.environ.get("RAY_ADDRESS"))
+    is_here = not chosen.uses_ray or cluster_address(address) is None
     if runtime.numerics == "portable" and is_here:
         check_cpu()
     store.drop_leftovers()

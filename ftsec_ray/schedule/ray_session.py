@@ -12,6 +12,7 @@ from typing import Any
 
 from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.schedule.cluster_address import VARIABLE, as_given, cluster_address
 
 _LOGGERS = ("ray", "ray.tune", "ray.data", "ray.train")
 _SWITCHES = {
@@ -81,9 +82,10 @@ def _connected(
     except Exception as error:  # Ray has no class of its own for a start that takes too long
         raise EnvironmentFault(
             f"cannot reach or start Ray: {error}",
-            address or "this machine",
+            as_given(None if address == cluster_address(None) else address),
             "a running cluster",
-            "--address HOST:6379 of a Ray head, or --executor local",
+            f"--address HOST:6379 of a Ray head, no {VARIABLE} in the environment, or --executor"
+            " local",
         ) from error
     try:
         yield

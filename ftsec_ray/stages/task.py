@@ -16,10 +16,19 @@ KIND = StageKind(
 
 def run(job: Job) -> Extra:
     """Load all splits and save them."""
+    from ftsec_ray.data.overlap import (
+        overlap_warnings,
+        overlaps,
+        unanswered,
+        unanswered_warnings,
+    )
     from ftsec_ray.data.tasks import load_task, save_task
     from ftsec_ray.plan.decode import task_of
 
     task = load_task(task_of(job.stage))
     save_task(task, job.out)
     splits = {name: table.num_rows for name, table in sorted(task.splits.items())}
-    return {"notes": {"splits": splits}}
+    shared, empty = overlaps(task), unanswered(task)
+    for text in (*overlap_warnings(task, shared), *unanswered_warnings(task, empty)):
+        job.warn(text)
+    return {"notes": {"splits": splits, "overlap": shared, "empty_responses": empty}}

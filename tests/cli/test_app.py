@@ -167,6 +167,17 @@ def test_a_cluster_that_does_not_answer_gives_exit_code_3_within_seconds(folder)
     )
 
 
+@pytest.mark.timeout(60)
+def test_a_dead_cluster_in_the_environment_is_named_as_such_and_does_not_stop_the_local_executor(
+    folder, monkeypatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert "RAY_ADDRESS: no Ray cluster answers" in call("run", "small.yaml", code=3).stderr
+    assert toy.ran == []
+    call("run", "small.yaml", "--executor", "local")
+    assert toy.ran
+
+
 def test_another_error_of_ours_gives_exit_code_1_without_a_traceback(folder, monkeypatch):
     def broken(*args: object, **options: object) -> None:
         raise StoreError("no room", "small", "more")

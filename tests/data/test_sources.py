@@ -214,7 +214,7 @@ def test_two_splits_of_one_file_stay_apart_and_the_draw_does_not_move(tmp_path):
             {"prompt": "a", "where": (("b", "2"),)},
             "no rows(.|\n)*1 rows before",
         ),
-        ("a.json", "[]", {"prompt": "a"}, "0 rows before"),
+        ("a.json", "[]", {"prompt": "a"}, "holds no rows"),
         ("a.txt", "x\n", {"skip": 1}, "skip=1"),
         ("a.pdf", "x", {}, r"\.jsonl"),
         ("a.txt.gz", None, {}, "cannot be read"),
