@@ -16,7 +16,7 @@ from ftsec_ray import schema
 from ftsec_ray.config.sweep import EvaluationConfig
 from ftsec_ray.context import Chat, Runtime, TaskData
 from ftsec_ray.errors import DataError, StageError
-from ftsec_ray.evals.metrics import Measured, perplexity
+from ftsec_ray.evals.metrics import MetricRow, perplexity
 from ftsec_ray.evals.probes import capped, drawn
 from ftsec_ray.identity import canonical
 from ftsec_ray.method import Probe, Prompt
@@ -49,7 +49,7 @@ class Answers:
     """What was asked, without the prompts."""
     answers: tuple[Answer, ...]
     """In the order of the probes."""
-    measured: tuple[Measured, ...]
+    measured: tuple[MetricRow, ...]
     """Metrics that need the model and no judge: perplexity."""
     template_hash: str
     """Of the chat template."""
@@ -163,12 +163,12 @@ def _complete(
 
 def _perplexity(
     generator: Generator, task: TaskData, config: EvaluationConfig, runtime: Runtime
-) -> Iterator[Measured]:
+) -> Iterator[MetricRow]:
     if not config.perplexity_rows:
         return
     text = task.splits.get("text")
     if text is None or text.num_rows == 0:
-        yield Measured(metric="perplexity", value=None, n=0)
+        yield MetricRow(metric="perplexity", value=None, n=0)
     else:
         rows = drawn(text, config.perplexity_rows)
         yield perplexity(generator.loaded, rows, batch=runtime.eval_batch)
@@ -219,7 +219,7 @@ def read_answers(folder: Path) -> Answers:
             Probe(**{**probe, "prompts": (), "labels": tuple(probe["labels"])})
             for probe in plain["probes"]
         )
-        measured = tuple(Measured(**one) for one in plain["measured"])
+        measured = tuple(MetricRow(**one) for one in plain["measured"])
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise DataError(
             f"answers of a model that cannot be read: {error}", str(folder), COMPLETIONS

@@ -20,7 +20,7 @@ LOGIT_LIMIT = 2**27
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MetricRow:
     """One metric: its value, how many items it rests on, and its interval; null where nothing could
     be judged.
     """
@@ -34,18 +34,18 @@ class Measured:
     ci_high: float | None = None
 
 
-def proportion(metric: str, hits: int, n: int, *, n_null: int | None = None) -> Measured:
+def proportion(metric: str, hits: int, n: int, *, n_null: int | None = None) -> MetricRow:
     """`hits` of `n` judged items with a 95 % Wilson interval, null when `n` is 0; `n_null` more
     could not be judged.
     """
     if not 0 <= hits <= n:
         raise DataError(f"{metric}: more hits than items", (hits, n), "0 <= hits <= n")
     if n == 0:
-        return Measured(metric=metric, value=None, n=0, n_null=n_null)
+        return MetricRow(metric=metric, value=None, n=0, n_null=n_null)
     value = hits / n
     low, high = wilson(value, n)
     # At 0 and at n hits a bound is the value itself but for rounding.
-    return Measured(
+    return MetricRow(
         metric=metric,
         value=value,
         n=n,
@@ -57,7 +57,7 @@ def proportion(metric: str, hits: int, n: int, *, n_null: int | None = None) -> 
 
 def perplexity(
     loaded: LoadedModel, rows: Sequence[Mapping[str, Any]], *, batch: int = 64
-) -> Measured:
+) -> MetricRow:
     """Perplexity exp(mean nats per token) over the responses of rows; `n` is the count of predicted
     tokens.
 
@@ -96,7 +96,7 @@ def perplexity(
         )
         nats += float(losses.double().sum())
         tokens += int((targets != -100).sum())
-    return Measured(metric="perplexity", value=_exp(nats / tokens) if tokens else None, n=tokens)
+    return MetricRow(metric="perplexity", value=_exp(nats / tokens) if tokens else None, n=tokens)
 
 
 def _rows_at_a_time(batch: int, lengths: Sequence[int], vocab: int) -> int:

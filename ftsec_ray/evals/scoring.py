@@ -13,7 +13,7 @@ from ftsec_ray.context import Chat, TaskData
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals.ask import Answer, Answers
 from ftsec_ray.evals.judging import Judge, Verdict, get_judge, judge_class
-from ftsec_ray.evals.metrics import Measured, proportion
+from ftsec_ray.evals.metrics import MetricRow, proportion
 from ftsec_ray.evals.probes import REQUEST_PROBES
 from ftsec_ray.method import Probe
 
@@ -119,7 +119,7 @@ def _scores(probe: Probe, answer: Answer) -> str:
     )
 
 
-def _metrics(probes: Sequence[Probe], judged: Sequence[Judged]) -> Iterator[Measured]:
+def _metrics(probes: Sequence[Probe], judged: Sequence[Judged]) -> Iterator[MetricRow]:
     """The metrics of the probes, then how many answers are coherent and how many were judged at
     all.
     """
@@ -131,7 +131,7 @@ def _metrics(probes: Sequence[Probe], judged: Sequence[Judged]) -> Iterator[Meas
     yield proportion("judged_rate", decided, len(judged))
 
 
-def _share(judged: Sequence[Judged], metric: str, probes: Iterable[str], verdict: str) -> Measured:
+def _share(judged: Sequence[Judged], metric: str, probes: Iterable[str], verdict: str) -> MetricRow:
     """The share of a verdict (or of all but it, `not <verdict>`) among the judged answers to some
     probes.
     """
@@ -143,7 +143,7 @@ def _share(judged: Sequence[Judged], metric: str, probes: Iterable[str], verdict
 
 
 def _evaluation(
-    answers: Answers, judged: Sequence[Judged], measured: Iterable[Measured], *, keeps: bool
+    answers: Answers, judged: Sequence[Judged], measured: Iterable[MetricRow], *, keeps: bool
 ) -> Evaluation:
     rows = (
         {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals import metrics
-from ftsec_ray.evals.metrics import Measured, perplexity, proportion
+from ftsec_ray.evals.metrics import MetricRow, perplexity, proportion
 from ftsec_ray.models.chat import encode_row
 from tests.fixtures_models import row, tiny_model, tiny_task
 from tests.numeric import assert_same
@@ -44,7 +44,7 @@ def test_wilson_bounds_solve_the_score_equation(counts):
 
 
 def test_nothing_judged_is_null_and_too_many_hits_is_an_error():
-    assert proportion("asr", 0, 0, n_null=7) == Measured(metric="asr", value=None, n=0, n_null=7)
+    assert proportion("asr", 0, 0, n_null=7) == MetricRow(metric="asr", value=None, n=0, n_null=7)
     with pytest.raises(DataError, match="3, 2"):
         proportion("asr", 3, 2)
 
@@ -83,7 +83,7 @@ def test_perplexity_agrees_with_a_slow_loop_whatever_the_batch(monkeypatch, limi
 def test_rows_without_a_predicted_token_have_no_perplexity():
     assert perplexity(
         tiny_model(), [row(0, "", "red", kind="text"), row(1, "", "", kind="text")]
-    ) == Measured(metric="perplexity", value=None, n=0)
+    ) == MetricRow(metric="perplexity", value=None, n=0)
 
 
 def test_a_broken_model_has_a_null_perplexity_not_a_made_up_one():
