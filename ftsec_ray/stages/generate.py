@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 KIND = StageKind(
     name="generate",
     position=90,
+    version=2,
     hooks={
         "wrap_generation": "Generator -> Generator",
         "probes": "TaskData -> list of Probe",
@@ -49,4 +50,7 @@ def run(job: Job) -> Extra:
             probes += method.probes(context.task, context)
     answers = ask(generator, context.task, probes, config, runtime=context.runtime)
     write_answers(answers, job.out)
-    return {"notes": {"info": asdict(generator.loaded.info), **context.notes}}
+    notes = {"info": asdict(generator.loaded.info), **context.notes}
+    if answers.left_out:
+        notes["beyond_positions"] = dict(answers.left_out)
+    return {"notes": notes}
