@@ -55,6 +55,34 @@ def placed(model: Any, positions: Tensor) -> dict[str, Tensor]:
     return {"position_ids": positions} if takes(model, "position_ids") else {}
 
 
+def check_packing(loaded: LoadedModel) -> None:
+    """DataError when the class of a model lets rows that are packed into one sequence see each
+    other: whether its mask reads the positions shows by what another row before does to a row.
+    """
+    import torch
+
+    model = loaded.model
+    first, second = torch.tensor([[1, 2, 3], [3, 1, 1]], device=model.device), [2, 1]
+    ids = torch.cat([first, torch.tensor([second, second], device=model.device)], dim=1)
+    positions = torch.tensor([[0, 1, 2, 0, 1]] * 2, device=model.device)
+    was_training = model.training
+    with torch.no_grad():
+        # one sequence at a time: only then do positions that start anew mean packed rows
+        one, other = (
+            model.eval()(input_ids=ids[i : i + 1], use_cache=False, **placed(model, positions[:1]))
+            .logits[0, 3:]
+            .double()
+            for i in range(2)
+        )
+    model.train(was_training)
+    if float((one - other).norm()) > 1e-3 * float(one.norm()):
+        raise DataError(
+            "rows that are packed into one sequence would see each other in this class of model",
+            type(whole_model(loaded)).__name__,
+            "training.batching: length_grouped | shuffled",
+        )
+
+
 def check_ids(loaded: LoadedModel, rows: Iterable[Sequence[int]]) -> None:
     """DataError when a token of the rows has no embedding."""
     size = whole_model(loaded).get_input_embeddings().weight.shape[0]

@@ -29,6 +29,7 @@ from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.models.load import (
     check_ids,
+    check_packing,
     count_parameters,
     is_of_text,
     merged,
@@ -213,6 +214,8 @@ def plain_training(
     )
     length = within_positions(loaded.model, config.max_length)
     encoded = encode_table(loaded.tokenizer, rows, max_length=length)
+    if config.batching == "packed":
+        check_packing(loaded)
     check_ids(loaded, (ids for ids, _ in encoded))
     steps = max(1, round(config.epochs * steps_per_epoch(len(encoded), config.batch_size)))
 
