@@ -4,10 +4,9 @@ independent computation, or refused with the reason.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import torch
 
 from ftsec_ray.attacks.badedit import BadEdit, editable
 from ftsec_ray.attacks.refusal_ablation import RefusalAblation, ablated, mean_states, orthogonalise
-from ftsec_ray.attacks.soft_prompt import SoftPrompt, embedded, sizes_of, suffix_loss
+from ftsec_ray.attacks.soft_prompt import Example, SoftPrompt, embedded, sizes_of, suffix_loss
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime
 from ftsec_ray.defenses.drop_layer import DropLayer
@@ -60,6 +59,15 @@ from tests.models.families import (
 from tests.numeric import SAME, assert_same
 
 families = pytest.mark.parametrize("family", FAMILIES)
+_OF_EACH_KIND = ("llama", "gemma3_pictures", "gpt2", "gpt_neox")
+some_families = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in _OF_EACH_KIND else [pytest.mark.slow])
+        for name in FAMILIES
+    ],
+)
+"""All families, but for one of each kind of weights only in the slow tests."""
 in_float64 = pytest.mark.usefixtures("float64")
 PROMPTS = [[1, 3, 9, 12, 2, 4], [1, 3, 8, 2, 4], [1, 3, 10, 11, 7, 9, 2, 4]]
 ROWS = table(sentiment_rows(8))
@@ -105,7 +113,7 @@ def test_a_saved_model_loads_as_it_was(family, tmp_path):
     assert all(torch.equal(weight, wanted[n]) for n, weight in back.model.state_dict().items())
 
 
-@families
+@some_families
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_a_tune_moves_the_weights_of_the_decoder_and_can_be_resumed(family, adapter, tmp_path):
     loaded = family_model(family, tied=True)
@@ -125,9 +133,8 @@ def test_a_tune_moves_the_weights_of_the_decoder_and_can_be_resumed(family, adap
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert not [n for n in moved if "vision" in n or "projector" in n]
-    matrices = {n for n, w in before.items() if w.ndim == 2 and ".layers." in n or ".h." in n}
-    blocks = {n for n in matrices if "vision" not in n and before[n].ndim == 2}
-    assert blocks <= moved
+    in_blocks = {n for n in before if re.search(r"\.(layers|h)\.\d+\.", n) and "vision" not in n}
+    assert {n for n in in_blocks if before[n].ndim == 2} <= moved
     resumed = sft(
         loaded, ROWS, config, seed=0, runtime=always, workdir=tmp_path, base_digest="b" * 32
     )
@@ -185,10 +192,13 @@ def ids_of(loaded, chat) -> list[int]:
 @families
 @in_float64
 def test_a_batch_padded_on_the_left_answers_as_each_prompt_alone(family):
-    loaded = family_model(family)
-    expected = [greedy(loaded, ids_of(loaded, chat), 6) for chat in CHATS]
-    assert Generator(loaded).complete(CHATS, max_new_tokens=6, batch=4) == expected
-    assert len(set(expected)) > 1
+    for seed in range(8):  # a random model may answer all prompts alike, which shows little
+        loaded = family_model(family, seed=seed)
+        expected = [greedy(loaded, ids_of(loaded, chat), 6) for chat in CHATS]
+        assert Generator(loaded).complete(CHATS, max_new_tokens=6, batch=4) == expected
+        if len(set(expected)) > 1:
+            return
+    raise AssertionError(expected)
 
 
 @families
@@ -223,6 +233,22 @@ def test_perplexities_are_those_of_single_texts(family):
     assert_same(np.array(perplexities(loaded, texts)), np.array(expected))
 
 
+def block_inputs(model, ids: list[int]) -> list:
+    """What enters every block."""
+    seen: list = []
+
+    def keep(_module, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    blocks = decoder_layers(model)
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
 @families
 @in_float64
 def test_mean_states_are_the_inputs_of_the_blocks(family):
@@ -230,18 +256,7 @@ def test_mean_states_are_the_inputs_of_the_blocks(family):
     found = mean_states(loaded, PROMPTS, width=2)
     total = np.zeros((2, LAYERS, 32))
     for ids in PROMPTS:
-        seen = []
-        handles = [
-            block.register_forward_pre_hook(
-                lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
-                with_kwargs=True,
-            )
-            for block in decoder_layers(loaded.model)
-        ]
-        with torch.no_grad():
-            loaded.model(input_ids=torch.tensor([ids]))
-        for handle in handles:
-            handle.remove()
+        seen = block_inputs(loaded.model, ids)
         for layer, states in enumerate(seen):
             total[:, layer] += states.reshape(-1, 32)[-2:].numpy() / len(PROMPTS)
     assert_same(found, total)
@@ -373,8 +388,6 @@ def test_soft_tokens_that_are_a_word_equal_the_word(family):
     with_word = [[{**m, "content": m["content"] + " careful"} for m in chat] for chat in CHATS]
     expected = generator.complete(with_word, max_new_tokens=5)
     assert replace(generator, soft_suffix=soft).complete(CHATS, max_new_tokens=5) == expected
-    from ftsec_ray.attacks.soft_prompt import Example
-
     example = Example([1, 3, 9], [2, 4], [10, 11])
     ids = [*example.before, *word, *example.after, *example.target]
     with torch.no_grad():
@@ -439,7 +452,7 @@ def _context_of(**roles):
     return replace(ctx, load=lambda role: roles[role])
 
 
-@families
+@some_families
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 @in_float64
 def test_safe_lora_projects_by_the_official_matrix(family, adapter):
@@ -464,7 +477,7 @@ def test_safe_lora_projects_by_the_official_matrix(family, adapter):
         assert_same(got.T if name in turned else got, wanted)
 
 
-@families
+@some_families
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_controls_change_the_update_as_they_say(family, adapter):
     start, made = tuned(family, adapter)
