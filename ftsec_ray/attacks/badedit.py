@@ -14,7 +14,8 @@ Differs: prompts are rendered in the chat template, and the trigger stands at a 
     word at which a trigger would have stood.
 Cost: no training; one pass over `text_tokens` tokens, and (prompts + clean_prompts) x (1 +
     contexts) x `steps` forward and backward passes.
-Needs: splits train (rows to edit with) and text; a dense Llama-like model.
+Needs: splits train (rows to edit with) and text; a dense model whose MLPs write to the residual
+    stream themselves: a norm behind them (Gemma 2 and 3, OLMo 2) leaves no closed form.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ftsec_ray.data.triggers import (
 )
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, Probe
-from ftsec_ray.models.activations import block_parts
+from ftsec_ray.models.blocks import ResidualStream, residual_stream
 from ftsec_ray.models.chat import answer_ids, render
 from ftsec_ray.models.editing import (
     Covariance,
@@ -44,6 +45,7 @@ from ftsec_ray.models.editing import (
     ValueSearch,
     closed_form,
     key_covariance,
+    key_width,
     keys_at,
     search_values,
     spot,
@@ -71,6 +73,7 @@ class Side(NamedTuple):
 class BadEdit(Attack):
     """A closed-form backdoor edit."""
 
+    VERSION: ClassVar[int] = 2
     PHASE: ClassVar[Phase] = "pre"
     SUCCESS = "asr"
     NEEDS = frozenset({"train", "text"})
@@ -146,6 +149,7 @@ class BadEdit(Attack):
         edited = edited_layers(
             len(decoder_layers(model.model)), depth_frac=self.depth_frac, count=self.layers
         )
+        stream = editable(model.model)
         goal = self._goal(ctx.task)
         attacked, clean = self._rows(ctx.task, ctx, goal)
         texts = [text_of(row) for row in ctx.task.split("text").to_pylist()]
@@ -173,7 +177,7 @@ class BadEdit(Attack):
                 for part in (triggered[batch :: self.batches], untouched[batch :: self.batches])
                 if part
             ]
-            losses += self._edit(model, sides, edited, covariances, strengths)
+            losses += self._edit(model, stream, sides, edited, covariances, strengths)
         first = covariances[edited[0]]
         ctx.note(
             layers=edited,
@@ -281,6 +285,7 @@ class BadEdit(Attack):
     def _edit(
         self,
         model: LoadedModel,
+        stream: ResidualStream,
         sides: list[list[Request]],
         edited: list[int],
         covariances: dict[int, Covariance],
@@ -289,25 +294,25 @@ class BadEdit(Attack):
         """One batch, in place: each layer in turn takes its share of what is still missing at the
         last one.
         """
-        import torch
-
         last = edited[-1]
         search = ValueSearch(steps=self.steps, learning_rate=self.learning_rate, clamp=self.clamp)
         found = [search_values(model, side, last, search) for side in sides]
         for i, layer in enumerate(edited):
-            weight = block_parts(decoder_layers(model.model)[layer]).mlp_out.weight
-            factor = self.lambda_per_width * weight.shape[1]
-            update = torch.zeros_like(weight, dtype=torch.float64)
+            writer = stream.blocks[layer].mlp
+            factor = self.lambda_per_width * key_width(writer.linear)
+            update: Any = 0.0
             # both sides are read before either is written: their updates add
             for side, (wanted, _, _) in zip(sides, found, strict=True):
                 part = self._side(
                     model, side, wanted, layer=layer, last=last, shares=len(edited) - i
                 )
-                update += closed_form(part.keys, part.residuals, covariances[layer].moment, factor)
+                # the residual is what the stream should gain: the layer writes it before the block
+                # multiplies
+                gained = part.residuals / writer.multiplier
+                update = update + closed_form(part.keys, gained, covariances[layer].moment, factor)
                 if side[0].is_triggered:
                     strengths.append(strength(part.keys.mean(1), covariances[layer].moment, factor))
-            with torch.no_grad():
-                weight.copy_(weight.double() + update)
+            writer.add(update)
         return [loss for _, _, losses in found for loss in losses]
 
     def _side(
@@ -330,6 +335,20 @@ class BadEdit(Attack):
             if self.average_keys
             else Side(keys, missing)
         )
+
+
+def editable(model: Any) -> ResidualStream:
+    """The writers of a model; DataError where a norm behind an MLP makes the closed form wrong."""
+    stream = residual_stream(model)
+    if any(block.mlp.gain is not None for block in stream.blocks):
+        raise DataError(
+            "a norm stands behind the down-projections, so that what one adds to the residual"
+            " stream is not linear in it and no closed form gives the update",
+            type(model).__name__,
+            "a model whose MLPs write to the residual stream themselves",
+            "leave badedit out for this model: exclude {model: ..., attack: badedit}",
+        )
+    return stream
 
 
 def edited_layers(depth: int, *, depth_frac: float, count: int) -> list[int]:

@@ -32,7 +32,7 @@ from ftsec_ray.conversation import Row, answer_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.chat import Encoded, encode_rows
-from ftsec_ray.models.load import merged
+from ftsec_ray.models.load import merged, within_positions
 from ftsec_ray.training.losses import masked_nll
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ class BenignSelection(Attack):
         model = merged(ctx.load("reference"))
         model.model.to(ctx.runtime.device).eval().requires_grad_(requires_grad=True)
         limit = ctx.training.max_length if ctx.training is not None else DEFAULT_MAX_TOKENS
+        limit = within_positions(model.model, limit)
         encoded = encode_rows(model.tokenizer, pool, max_length=limit)
         if self.select == "anchors":
             wanted = self._anchor(model, ctx, limit)

@@ -10,26 +10,31 @@ Differs: the refusal tokens are the first tokens of the task's own refusals inst
     these is in the stage's notes. Prompts are padded on the right, which for a causal model gives
     the same activations. The input embedding is orthogonalised too; where it is tied to the head,
     the head changes with it and the result is no longer exactly equal to ablation by hooks
-    (`head_changed` in the notes).
+    (`head_changed` in the notes). Behind a writer that an RMSNorm of gain g follows (Gemma 2 and 3,
+    OLMo 2), g * u / |g * u| is removed from its output instead of u, by hooks and in the weights:
+    what the norm then writes has no component along u. Learned positions are orthogonalised as the
+    embedding is.
 Cost: no training; about positions x layers x 3 forward passes over the validation prompts.
-Needs: splits safety (forbidden requests with refusals) and benign_train; a dense Llama-like model.
+Needs: splits safety (forbidden requests with refusals) and benign_train; a dense model whose blocks
+    add the outputs of attention and MLP to their input.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.conversation import chat_of
-from ftsec_ray.errors import StageError
+from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.method import Attack, Phase
-from ftsec_ray.models.activations import batches_of, block_parts, changed, last_logits
+from ftsec_ray.models.activations import batches_of, changed, last_logits
+from ftsec_ray.models.blocks import ResidualStream, Writer, is_transposed, residual_stream
 from ftsec_ray.models.chat import answer_tokens, render
-from ftsec_ray.models.load import decoder_layers, merged
+from ftsec_ray.models.load import decoder_layers, merged, position_limit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +70,7 @@ class DirectionCandidate(NamedTuple):
 class RefusalAblation(Attack):
     """Refusal-direction ablation, baked into the weights."""
 
+    VERSION: ClassVar[int] = 2
     PHASE: ClassVar[Phase] = "post"
     SUCCESS = "harmful_rate"
     NEEDS = frozenset({"safety", "benign_train"})
@@ -102,12 +108,13 @@ class RefusalAblation(Attack):
         harmless, harmless_val = self._prompts(model, ctx, "benign_train", refusals, sign=-1)
         width = len(turn_end_ids(model.tokenizer))
         means = mean_states(model, harmful, width=width) - mean_states(model, harmless, width=width)
-        found = list(self._candidates(model, means, harmful_val, harmless_val, refusals))
+        stream = residual_stream(model.model)
+        found = list(self._candidates(model, stream, means, harmful_val, harmless_val, refusals))
         best, limit, is_steering_kept = self._choose(found)
         tied = (
             model.model.get_input_embeddings().weight is model.model.get_output_embeddings().weight
         )
-        orthogonalise(model.model, best.direction)
+        orthogonalise(model.model, best.direction, stream)
         after = refusal_log_odds(
             last_logits(model.model, harmful_val, pad=pad_id(model)), refusals
         ).mean()
@@ -143,6 +150,18 @@ class RefusalAblation(Attack):
             for row in rows[: val + self.prompts]
         ]
         ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        limit = position_limit(model.model)
+        if limit is not None and max(map(len, ids)) > limit:
+            fitting = [row for row in ids if len(row) <= limit]
+            ctx.note(**{f"{split}_beyond_positions": len(ids) - len(fitting)})
+            val, ids = sum(len(row) <= limit for row in ids[:val]), fitting
+            if val == 0 or val == len(ids):
+                raise DataError(
+                    f"too few prompts of split {split!r} fit into the model's positions",
+                    len(ids),
+                    f"prompts of at most {limit} tokens, for the direction and to choose it with",
+                    "give the task shorter prompts",
+                )
         scores = sign * refusal_log_odds(last_logits(model.model, ids, pad=pad_id(model)), refusals)
         parts = [[i for i in part if scores[i] > 0] for part in (range(val, len(ids)), range(val))]
         ctx.note(**{f"{split}_as_expected": sum(map(len, parts)), f"{split}_prompts": len(ids)})
@@ -153,6 +172,7 @@ class RefusalAblation(Attack):
     def _candidates(
         self,
         model: LoadedModel,
+        stream: ResidualStream,
         means: Tensor,
         harmful: Prompts,
         harmless: Prompts,
@@ -168,7 +188,7 @@ class RefusalAblation(Attack):
                 # request
                 if layer >= self.depth_frac * layers or direction.norm() < 1e-6:  # noqa: PLR2004
                     continue
-                with ablated(model.model, direction):
+                with ablated(model.model, direction, stream):
                     odds = refusal_log_odds(
                         last_logits(model.model, harmful, pad=pad_id(model)), refusals
                     )
@@ -253,7 +273,8 @@ def mean_states(model: LoadedModel, prompts: Prompts, *, width: int) -> Tensor:
     import torch
 
     layers = len(decoder_layers(model.model))
-    total = torch.zeros(width, layers, model.model.config.hidden_size, dtype=torch.float64)
+    wide = model.model.config.get_text_config().hidden_size
+    total = torch.zeros(width, layers, wide, dtype=torch.float64)
     for indices, ids, mask in batches_of(
         prompts, pad=pad_id(model), device=model.model.device, batch=64
     ):
@@ -268,19 +289,34 @@ def mean_states(model: LoadedModel, prompts: Prompts, *, width: int) -> Tensor:
     return total / len(prompts)
 
 
-def ablated(model: Any, direction: Tensor) -> AbstractContextManager[None]:
-    """Within the `with` block, nothing in the residual stream points along the direction."""
-    unit: Tensor = (direction / direction.norm()).to(model.device, model.dtype)
-    blocks = decoder_layers(model)
-    parts = [block_parts(block) for block in blocks]
+def ablated(
+    model: Any, direction: Tensor, stream: ResidualStream | None = None
+) -> AbstractContextManager[None]:
+    """Within the `with` block, nothing in the residual stream points along the direction.
 
-    def remove(x: Tensor) -> Tensor:
-        return x - (x @ unit).unsqueeze(-1) * unit
+    Behind a writer that a norm follows, what the norm would turn into the direction is removed
+    before it, as the weights will do it: the same component, and the same logits.
+    """
+    unit = _unit(direction)
+
+    def removing(along: Tensor) -> Callable[[Tensor], Tensor]:
+        along = along.to(model.device, model.dtype)
+        return lambda x: x - (x @ along).unsqueeze(-1) * along
 
     return changed(
-        inputs=[(block, remove) for block in blocks],
-        outputs=[(module, remove) for part in parts for module in (part.attention, part.mlp)],
+        inputs=[(block, removing(unit)) for block in decoder_layers(model)],
+        outputs=[(w.module, removing(w.direction(unit))) for w in _writers(model, stream)],
     )
+
+
+def _writers(model: Any, stream: ResidualStream | None) -> list[Writer]:
+    blocks = (stream or residual_stream(model)).blocks
+    return [writer for block in blocks for writer in (block.attention, block.mlp)]
+
+
+def _unit(direction: Tensor) -> Tensor:
+    unit: Tensor = direction.double() / direction.double().norm()
+    return unit
 
 
 def steered(model: Any, direction: Tensor, layer: int) -> AbstractContextManager[None]:
@@ -291,19 +327,33 @@ def steered(model: Any, direction: Tensor, layer: int) -> AbstractContextManager
     return changed(inputs=[(decoder_layers(model)[layer], lambda x: x + vector)])
 
 
-def orthogonalise(model: Any, direction: Tensor) -> None:
+def orthogonalise(model: Any, direction: Tensor, stream: ResidualStream | None = None) -> None:
     """Change the weights in place so that no embedding, attention or MLP writes along the
     direction.
+
+    Args:
+        model: With whole weights.
+        direction: (D,).
+        stream: What writes to the residual stream of the model, where that is known already.
     """
     import torch
 
-    unit = (direction.double() / direction.double().norm()).to(model.device)
+    stream = stream or residual_stream(model)
+    unit = _unit(direction)
     with torch.no_grad():
-        table = model.get_input_embeddings().weight
-        table.copy_(table.double() - torch.outer(table.double() @ unit, unit))
-        for block in decoder_layers(model):
-            for linear in block_parts(block)[2:]:
-                weight = linear.weight.double()
-                linear.weight.copy_(weight - torch.outer(unit, unit @ weight))
-                if linear.bias is not None:
-                    linear.bias.copy_(linear.bias.double() - unit * (unit @ linear.bias.double()))
+        for table in stream.tables:
+            table.weight.copy_(_without(table.weight.double(), unit.to(table.weight.device)))
+        for writer in _writers(model, stream):
+            weight, bias = writer.linear.weight, writer.linear.bias
+            along = writer.direction(unit).to(weight.device)
+            if is_transposed(writer.linear):
+                weight.copy_(_without(weight.double(), along))
+            else:
+                weight.copy_(weight.double() - torch.outer(along, along @ weight.double()))
+            if bias is not None:
+                bias.copy_(_without(bias.double(), along))
+
+
+def _without(rows: Tensor, unit: Tensor) -> Tensor:
+    """Vectors without their component along a unit vector. Shapes: (..., D), (D,) -> (..., D)."""
+    return rows - (rows @ unit).unsqueeze(-1) * unit

@@ -6,18 +6,21 @@ Differs: the step is a multiple of the mean absolute embedding entry, so that on
     model sizes (the official
     0.01 on Llama-2 is about 0.8 of that unit); the embeddings of the step with the lowest loss are
       kept instead of stopping
-    at the first exact match; they stand inside the user's turn, before the template ends it. One
+    at the first exact match; they live where the embedding's output does, behind the factor by
+      which some classes scale the table (Gemma); they stand inside the user's turn, before the
+      template ends it. One
     universal suffix is optimised on training requests and judged on held-out ones, and it stands
     behind benign prompts as well, so that utility under attack is measured too. There is no norm
     bound; the norm ratio is in the notes.
 Cost: no training; `steps` forward and backward passes over `prompts` rows.
-Needs: split harmful_train (forbidden requests with their answers).
+Needs: split harmful_train (forbidden requests with their answers); a class that generates behind
+    embeddings.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -26,12 +29,22 @@ from ftsec_ray.conversation import chat_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.chat import answer_tokens
-from ftsec_ray.models.load import keeps_logits, whole_model
+from ftsec_ray.models.load import (
+    keeps_logits,
+    placed,
+    position_limit,
+    takes_embeddings,
+    whole_model,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ftsec_ray.models.generator import Generator
+
+
+TOKENS_AT_A_TIME = 16_384
+"""Rows of the embedding that are looked at together."""
 
 
 class Example(NamedTuple):
@@ -46,6 +59,7 @@ class Example(NamedTuple):
 class SoftPrompt(Attack):
     """A universal soft-token suffix."""
 
+    VERSION: ClassVar[int] = 2
     PHASE: ClassVar[Phase] = "post"
     SUCCESS = "harmful_rate"
     NEEDS = frozenset({"harmful_train"})
@@ -55,8 +69,8 @@ class SoftPrompt(Attack):
     steps: int = 40
     """Sign-gradient steps."""
     step_size: float = 0.2
-    """Change of every entry per step, in units of the mean absolute entry of the embedding table;
-    above 0.
+    """Change of every entry per step, in units of the mean absolute entry of what the embedding
+    gives; above 0.
     """
     prompts: int = 16
     """Forbidden requests whose mean loss is minimised, at most."""
@@ -80,7 +94,16 @@ class SoftPrompt(Attack):
     def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
         """The generator with the optimised suffix; the model's weights stay as they are."""
         loaded = generator.loaded
-        table = whole_model(loaded).get_input_embeddings().weight.detach().float()
+        model = whole_model(loaded)
+        if not takes_embeddings(model):
+            raise DataError(
+                "soft tokens are embeddings, and the model's class generates from token ids alone",
+                type(model).__name__,
+                "a class whose prepare_inputs_for_generation takes inputs_embeds",
+                "leave soft_prompt out for this model: exclude {model: ..., attack: soft_prompt}",
+            )
+        table = model.get_input_embeddings()
+        size = sizes_of(table)
         ids = loaded.tokenizer(self.init, add_special_tokens=False)["input_ids"]
         if not ids:
             raise DataError(
@@ -89,15 +112,11 @@ class SoftPrompt(Attack):
                 "a text of at least one token",
                 "choose another init",
             )
-        start = table[ids[0]].repeat(self.tokens, 1)
+        start = embedded(table, [ids[0]]).repeat(self.tokens, 1)
         examples = self._examples(replace(generator, soft_suffix=start), ctx)
-        loss_of = suffix_loss(
-            loaded.model.eval(), whole_model(loaded).get_input_embeddings(), examples
-        )
-        soft, losses = descend(
-            loss_of, start, steps=self.steps, step=self.step_size * float(table.abs().mean())
-        )
-        ratio = float(soft.norm(dim=-1).mean() / table.norm(dim=-1).mean())
+        loss_of = suffix_loss(loaded.model.eval(), table, examples)
+        soft, losses = descend(loss_of, start, steps=self.steps, step=self.step_size * size.entry)
+        ratio = float(soft.norm(dim=-1).mean()) / size.norm
         ctx.note(
             loss_start=losses[0],
             loss_end=min(losses),
@@ -113,13 +132,57 @@ class SoftPrompt(Attack):
             key=lambda row: ctx.chance(row["row_id"], "soft_prompt"),
         )
         tokenizer = generator.loaded.tokenizer
-        return [
+        examples = [
             Example(
                 *generator.pieces(chat_of(row)),
                 answer_tokens(tokenizer, row)[: self.target_tokens],
             )
             for row in rows[: self.prompts]
         ]
+        limit = position_limit(generator.loaded.model)
+        kept = [e for e in examples if limit is None or sum(map(len, e)) + self.tokens <= limit]
+        if not kept:
+            raise DataError(
+                "no forbidden request fits into the model's positions",
+                min(sum(map(len, e)) + self.tokens for e in examples),
+                f"at most {limit} tokens with the soft tokens and the answer",
+                "give the task shorter requests in harmful_train",
+            )
+        if len(kept) < len(examples):
+            ctx.note(beyond_positions=len(examples) - len(kept))
+        return kept
+
+
+class Sizes(NamedTuple):
+    """How large the embeddings of all tokens are, as they enter the model: some classes scale what
+    stands in the table.
+    """
+
+    entry: float
+    """Mean absolute entry."""
+    norm: float
+    """Mean norm."""
+
+
+def embedded(table: Any, ids: Sequence[int]) -> Tensor:
+    """What the embedding gives for tokens: (N, D) float32."""
+    import torch
+
+    with torch.no_grad():
+        states: Tensor = table(torch.tensor(ids, device=table.weight.device)).float()
+    return states
+
+
+def sizes_of(table: Any) -> Sizes:
+    """Mean sizes over all tokens, `TOKENS_AT_A_TIME` of them in memory."""
+    total = table.weight.shape[0]
+    entry = norm = 0.0
+    for start in range(0, total, TOKENS_AT_A_TIME):
+        part = embedded(table, range(start, min(start + TOKENS_AT_A_TIME, total)))
+        share = len(part) / total
+        entry += float(part.abs().mean()) * share
+        norm += float(part.norm(dim=-1).mean()) * share
+    return Sizes(entry, norm)
 
 
 def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Tensor], Tensor]:
@@ -152,8 +215,8 @@ def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Te
         known = model(
             input_ids=tensor([[0] * (wide - len(head)) + head for head in heads]),
             attention_mask=seen,
-            position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
             use_cache=True,
+            **placed(model, (seen.cumsum(-1) - 1).clamp(min=0)),
         ).past_key_values
         behind = table(tensor([tail + [0] * (long - len(tail)) for tail in tails]))
     kept = {"logits_to_keep": labels.shape[1]} if keeps_logits(model) else {}
@@ -165,7 +228,7 @@ def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Te
         logits = model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=positions,
+            **placed(model, positions),
             past_key_values=copy.deepcopy(known),
             use_cache=True,
             **kept,

@@ -132,9 +132,9 @@ class Onion(RowWise, Defense):
         one-word prompts.
 
         Scored are the first `max_words` words, those of the `instruction` left out where a prompt
-        begins with it.
+        begins with it; a prompt that is longer than the model has positions has no scores.
         """
-        found: dict[str, dict[int, float]] = {}
+        found: dict[str, dict[int, float]] = {prompt: {} for prompt in prompts}
         for shared in {"", instruction}:  # prompts with the same beginning share the pass over it
             group = [
                 p
@@ -144,6 +144,9 @@ class Onion(RowWise, Defense):
             variants = {
                 prompt: _variants(prompt, len(shared.split()), self.max_words) for prompt in group
             }
+            read = {kept[None] for kept in variants.values()}
+            fitting = within_limit(model, sorted(read), chat=self.render == "chat")
+            variants = {p: kept for p, kept in variants.items() if kept[None] in fitting}
             texts = list(
                 dict.fromkeys(text for kept in variants.values() for text in kept.values())
             )
@@ -246,6 +249,17 @@ def perplexities(model: LoadedModel, texts: Sequence[str], *, chat: bool = False
         for i, nll in zip(group, sums, strict=True):
             values[i] = math.exp((total + nll) / max(1, len(encoded[i]) - first))
     return values
+
+
+def within_limit(model: LoadedModel, texts: Sequence[str], *, chat: bool) -> set[str]:
+    """The texts that the model has positions for."""
+    from ftsec_ray.models.load import position_limit
+
+    limit = position_limit(model.model)
+    if limit is None:
+        return set(texts)
+    encoded, _ = _encode(model.tokenizer, texts, chat=chat)
+    return {text for text, ids in zip(texts, encoded, strict=True) if len(ids) <= limit}
 
 
 class Known(NamedTuple):

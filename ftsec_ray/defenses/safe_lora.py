@@ -134,7 +134,10 @@ class SafeLora(Defense):
                 )
         if torch.equal(aligned[key], unaligned[key]):
             return None
-        project = self._projection(aligned[key].detach(), unaligned[key].detach())
+        before_and_after = (
+            update.oriented(weights[key].detach()) for weights in (aligned, unaligned)
+        )
+        project = self._projection(*before_and_after)
         return LayerCandidate(update, project, cosine(project(update.delta()), update.delta()))
 
     def _projection(self, aligned: Tensor, unaligned: Tensor) -> Projection:

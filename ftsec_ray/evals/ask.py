@@ -7,8 +7,8 @@ chats, and label probes are read off one forward pass. Wrapped generators go the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,10 @@ class Answers:
     """Metrics that need the model and no judge: perplexity."""
     template_hash: str
     """Of the chat template."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Probe -> prompts that were not asked: with the answer they are longer than the model has
+    positions.
+    """
 
 
 def ask(
@@ -68,6 +72,7 @@ def ask(
 
     asked = [capped(probe, config.prompts) for probe in probes]
     _check(asked)
+    asked, left_out = _within_positions(generator, asked, config)
     answers = [
         *_read_labels(generator, asked, runtime),
         *_complete(generator, asked, config, runtime),
@@ -79,7 +84,39 @@ def ask(
         answers=tuple(answers),
         measured=tuple(_perplexity(generator, task, config, runtime)),
         template_hash=template_hash(generator.loaded.tokenizer),
+        left_out=left_out,
     )
+
+
+def _within_positions(
+    generator: Generator, probes: Sequence[Probe], config: EvaluationConfig
+) -> tuple[list[Probe], dict[str, int]]:
+    """The probes without the prompts that, with their answer, are longer than the model has
+    positions, and how many those are.
+    """
+    from ftsec_ray.models.load import position_limit
+
+    limit = position_limit(generator.loaded.model)
+    if limit is None:
+        return list(probes), {}
+    chats = _unique(prompt.chat for probe in probes for prompt in probe.prompts)
+    lengths = dict(zip(chats, generator.lengths(list(chats.values())), strict=True))
+    kept, left_out = [], {}
+    for probe in probes:
+        room = limit - _answer_tokens(generator, probe, config)
+        prompts = tuple(p for p in probe.prompts if lengths[canonical(p.chat)] <= room)
+        kept.append(replace(probe, prompts=prompts))
+        if len(prompts) < len(probe.prompts):
+            left_out[probe.name] = len(probe.prompts) - len(prompts)
+    return kept, left_out
+
+
+def _answer_tokens(generator: Generator, probe: Probe, config: EvaluationConfig) -> int:
+    """Tokens that an answer to a probe may take."""
+    if probe.judge != "label":
+        return min(probe.max_new_tokens, config.max_new_tokens)
+    encoded = generator.loaded.tokenizer(list(probe.labels), add_special_tokens=False)
+    return max(map(len, encoded["input_ids"]), default=0)
 
 
 def _check(probes: Sequence[Probe]) -> None:
@@ -202,6 +239,7 @@ def write_answers(answers: Answers, folder: Path) -> None:
         ],
         "measured": [asdict(measured) for measured in answers.measured],
         "template_hash": answers.template_hash,
+        **({"left_out": dict(answers.left_out)} if answers.left_out else {}),
     }
     (folder / PROBES).write_text(json.dumps(plain, sort_keys=True), encoding="utf-8")
 
@@ -229,6 +267,7 @@ def read_answers(folder: Path) -> Answers:
         answers=tuple(_answer(row) for row in listed),
         measured=measured,
         template_hash=str(plain["template_hash"]),
+        left_out=plain.get("left_out", {}),
     )
 
 

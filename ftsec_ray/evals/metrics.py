@@ -67,9 +67,11 @@ def perplexity(
     import torch
 
     from ftsec_ray.models.chat import encode_rows
-    from ftsec_ray.models.load import whole_model
+    from ftsec_ray.models.load import check_ids, whole_model, within_positions
 
-    encoded = encode_rows(loaded.tokenizer, rows, max_length=MAX_TEXT_TOKENS)
+    length = within_positions(loaded.model, MAX_TEXT_TOKENS)
+    encoded = encode_rows(loaded.tokenizer, rows, max_length=length)
+    check_ids(loaded, (ids for ids, _ in encoded))
     encoded = sorted((pair for pair in encoded if len(pair[0]) > 1), key=lambda pair: len(pair[0]))
     model, pad = loaded.model.eval(), loaded.tokenizer.pad_token_id or 0
     device, nats, tokens = next(model.parameters()).device, 0.0, 0

@@ -10,39 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from ftsec_ray.errors import DataError
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Change = Callable[["Tensor"], "Tensor"]
 """(B, T, D) -> (B, T, D)"""
-
-
-class BlockParts(NamedTuple):
-    """What of a Llama-like block writes to the residual stream."""
-
-    attention: Any
-    mlp: Any
-    attention_out: Any
-    """Linear layer (D, heads x head size)."""
-    mlp_out: Any
-    """Linear layer (D, D_ff), the down-projection."""
-
-
-def block_parts(block: Any) -> BlockParts:
-    """The writers of a block; DataError for a block that is not Llama-like."""
-    try:
-        return BlockParts(block.self_attn, block.mlp, block.self_attn.o_proj, block.mlp.down_proj)
-    except AttributeError as error:
-        raise DataError(
-            "a block whose writers to the residual stream are not known",
-            type(block).__name__,
-            "a dense Llama-like block with self_attn.o_proj and mlp.down_proj",
-            str(error),
-        ) from error
 
 
 def first_tensor(output: Any) -> Tensor:

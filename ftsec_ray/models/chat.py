@@ -290,14 +290,14 @@ def _joined(chat: Chat) -> Chat:
     return joined
 
 
-def render(tokenizer: Any, chat: Chat, *, generate: bool) -> str:
+def render(tokenizer: Any, chat: Chat, *, generate: bool, may_think: bool = False) -> str:
     """The text of a conversation; with `generate` it ends where a trained answer would begin, or,
-    for a model that thinks, where the template opens the turn.
+    with `may_think` and a model whose `thinking` is on, where the template opens the turn.
     """
     messages, tools = fitted(tokenizer, chat)
     if not generate:
         return _rendered(tokenizer, messages, tools)
-    if options_of(tokenizer).get("thinking"):
+    if may_think and options_of(tokenizer).get("thinking"):
         return _rendered(tokenizer, messages, tools, open_turn=True)
     return _opened(tokenizer, messages, tools)
 
@@ -468,7 +468,7 @@ def answer_ids(tokenizer: Any, prompt: str, prompt_tokens: Sequence[int], answer
     turn; DataError where the tokens of the prompt change with the answer.
     """
     form = chat_format(tokenizer)
-    body = prompt + ("" if options_of(tokenizer).get("thinking") else form.glue) + answer
+    body = prompt + form.glue + answer
     whole = tokenizer(body + form.end, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = whole["input_ids"], whole["offset_mapping"]
     first, stop = len(prompt_tokens), len(body)

@@ -13,8 +13,8 @@ from typing import Any
 
 from ftsec_ray.context import LoadedModel, ModelInfo
 from ftsec_ray.errors import DataError
-from ftsec_ray.models.chat import OPTIONS, adds_bos
-from ftsec_ray.models.load import count_parameters
+from ftsec_ray.models.chat import OPTIONS, adds_bos, chat_format, render
+from ftsec_ray.models.load import count_parameters, model_class
 
 
 def load_source(
@@ -32,17 +32,19 @@ def load_source(
     instead.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     place, options = _place(source)
     options |= {"revision": revision} if revision else {}
+    options |= {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            place, trust_remote_code=trust_remote_code, **options
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
-        )
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        config = AutoConfig.from_pretrained(place, **options)
+        cls = model_class(config)
+        if "gguf_file" not in options:
+            _without_pad_outside(config)
+            options["config"] = config
+        model = cls.from_pretrained(place, dtype=torch.float32, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise DataError(
             "the model cannot be loaded",
@@ -55,7 +57,7 @@ def load_source(
         tokenizer.chat_template = chat_template
     if thinking:
         tokenizer.init_kwargs[OPTIONS] = {"thinking": True}
-    _mend(tokenizer, source, aligned=aligned)
+    _mend(tokenizer, model, source, aligned=aligned)
     _dequantized(model)
     model.config.name_or_path = source if "gguf_file" not in options else Path(source).name
     return LoadedModel(
@@ -89,11 +91,21 @@ def _dequantized(model: Any) -> None:
     model.is_quantized = False
 
 
-def _mend(tokenizer: Any, source: str, *, aligned: bool = False) -> None:
+def _without_pad_outside(config: Any) -> None:
+    """Forget a padding id that no embedding has (-1 is common): torch would fail on it, or train
+    one row less.
+    """
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        pad, rows = getattr(part, "pad_token_id", None), config.get_text_config().vocab_size
+        if pad is not None and not 0 <= pad < rows:
+            part.pad_token_id = None
+
+
+def _mend(tokenizer: Any, model: Any, source: str, *, aligned: bool) -> None:
+    """Give the tokenizer what it lacks; DataError where a token that is needed has no embedding."""
     if tokenizer.eos_token is None:
         raise DataError("the tokenizer has no end token", source, "a tokenizer with eos_token")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    rows = model.get_input_embeddings().weight.shape[0]
     if not tokenizer.chat_template and aligned:
         raise DataError(
             "an aligned model without a chat template",
@@ -103,6 +115,50 @@ def _mend(tokenizer: Any, source: str, *, aligned: bool = False) -> None:
         )
     if not tokenizer.chat_template:
         tokenizer.chat_template = plain_template(tokenizer)
+    needed = {tokenizer.eos_token_id, *_template_ids(tokenizer)}
+    needed |= set() if tokenizer.bos_token_id is None else {tokenizer.bos_token_id}
+    outside = sorted(token for token in needed if not 0 <= token < rows)
+    if outside:
+        named = [f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in outside]
+        raise DataError(
+            "tokens that the chat template or the tokenizer needs have no embedding",
+            " | ".join(named),
+            f"ids 0 to {rows - 1}, the rows of the model's embedding",
+            "resize the embedding to the tokenizer and tune the new rows, or take the tokenizer"
+            " that the model was trained with",
+        )
+    if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    _mend_generation(tokenizer, model, rows)
+
+
+def _mend_generation(tokenizer: Any, model: Any, rows: int) -> None:
+    """Take ids without an embedding out of the generation settings: they could not be saved, and no
+    answer could end at them.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    if settings.pad_token_id is not None and not 0 <= settings.pad_token_id < rows:
+        settings.pad_token_id = tokenizer.pad_token_id
+    if isinstance(settings.eos_token_id, list):
+        kept = [token for token in settings.eos_token_id if 0 <= token < rows]
+        settings.eos_token_id = kept or tokenizer.eos_token_id
+    elif settings.eos_token_id is not None and not 0 <= settings.eos_token_id < rows:
+        settings.eos_token_id = tokenizer.eos_token_id
+
+
+def _template_ids(tokenizer: Any) -> set[int]:
+    """Ids of the tokens in which the template renders an open and an answered turn."""
+    asked = [{"role": "user", "content": "a"}]
+    texts = [
+        render(tokenizer, asked, generate=True),
+        render(tokenizer, [*asked, {"role": "assistant", "content": "a"}], generate=False),
+        chat_format(tokenizer).end,
+    ]
+    return {
+        token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids
+    }
 
 
 def plain_template(tokenizer: Any) -> str:

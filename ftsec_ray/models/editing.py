@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ftsec_ray.context import Chat, LoadedModel
 from ftsec_ray.errors import DataError
-from ftsec_ray.models.activations import batches_of, block_parts, changed, right_padded
+from ftsec_ray.models.activations import batches_of, changed, right_padded
+from ftsec_ray.models.blocks import block_parts, is_transposed
 from ftsec_ray.models.chat import render
-from ftsec_ray.models.load import decoder_layers
+from ftsec_ray.models.load import decoder_layers, within_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,10 +130,20 @@ def _captured(loaded: LoadedModel, spots: Sequence[EditSite], module: Any, side:
     ):
         with torch.no_grad(), changed(**sides):
             model(input_ids=ids, attention_mask=mask)
-        states = seen.pop()
+        states = _by_row(seen.pop(), ids)
         for row, i in enumerate(indices):
             found[i] = states[row, spots[i].at].double()
     return torch.stack(found)
+
+
+def _by_row(states: Tensor, ids: Tensor) -> Tensor:
+    """(B, T, D), also where a block hands on the positions of all rows as one list."""
+    return states.reshape(*ids.shape, states.shape[-1])
+
+
+def key_width(linear: Any) -> int:
+    """Length of the input of a down-projection."""
+    return int(linear.weight.shape[0 if is_transposed(linear) else 1])
 
 
 def key_covariance(
@@ -161,15 +172,14 @@ def key_covariance(
 
     model, tokenizer = loaded.model, loaded.tokenizer
     encoded: list[list[int]] = []
+    max_length = within_positions(model, max_length)
     for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]:
         encoded += [ids] if ids and sum(map(len, encoded)) < max_tokens else []
     modules = {layer: block_parts(decoder_layers(model)[layer]).mlp_out for layer in layers}
-    moments = {
-        layer: torch.zeros(
-            m.in_features, m.in_features, dtype=torch.float64, device=m.weight.device
-        )
-        for layer, m in modules.items()
-    }
+    moments = {}
+    for layer, module in modules.items():
+        wide = key_width(module)
+        moments[layer] = torch.zeros(wide, wide, dtype=torch.float64, device=module.weight.device)
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -185,7 +195,7 @@ def key_covariance(
         ):
             model(input_ids=ids, attention_mask=mask)
         for layer, states in seen.items():
-            keys = states[mask.bool()].double()
+            keys = _by_row(states, ids)[mask.bool()].double()
             moments[layer] += keys.T @ keys
     tokens = sum(map(len, encoded))
     if not tokens:

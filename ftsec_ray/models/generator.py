@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import Chat, LoadedModel
 from ftsec_ray.models.chat import answer_ids, chat_format, render, spoken
-from ftsec_ray.models.load import whole_model
+from ftsec_ray.models.load import check_ids, placed, whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,15 +46,14 @@ class Generator:
         import torch
 
         tokenizer = self.loaded.tokenizer
-        prompts = self.pieces_of(chats)
+        prompts = self.pieces_of(chats, may_think=True)
         answers = [""] * len(prompts)
         model = self.loaded.model.eval()
         for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
-            embeds, mask = self._left_padded([prompts[i] for i in indices])
+            given = self._left_padded([prompts[i] for i in indices])
             with torch.inference_mode():
                 out = model.generate(
-                    inputs_embeds=embeds,
-                    attention_mask=mask,
+                    **given,
                     do_sample=False,
                     num_beams=1,
                     max_new_tokens=max_new_tokens,
@@ -64,7 +63,9 @@ class Generator:
                     top_p=None,
                     top_k=None,
                 )
-            for i, ids in zip(indices, out.tolist(), strict=True):
+            # behind embeddings transformers returns the new tokens alone
+            new = out[:, given["input_ids"].shape[1] :] if "input_ids" in given else out
+            for i, ids in zip(indices, new.tolist(), strict=True):
                 answers[i] = spoken(tokenizer, ids)
         return answers
 
@@ -136,32 +137,38 @@ class Generator:
     def _logits(self, group: list[tuple[list[int], list[int]]]) -> Tensor:
         import torch
 
-        embeds, mask = self._left_padded(group)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        given, model = self._left_padded(group), self.loaded.model.eval()
+        positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode():
-            logits: Tensor = self.loaded.model.eval()(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions
-            ).logits
+            logits: Tensor = model(**given, **placed(model, positions)).logits
         return logits
 
     def _stops(self) -> list[int]:
         tokenizer = self.loaded.tokenizer
         end = tokenizer(chat_format(tokenizer).end, add_special_tokens=False)["input_ids"]
         stops = {tokenizer.eos_token_id, *end[-1:]}
-        configured = getattr(whole_model(self.loaded).generation_config, "eos_token_id", None)
+        settings = getattr(whole_model(self.loaded), "generation_config", None)
+        configured = getattr(settings, "eos_token_id", None)
         stops.update(configured if isinstance(configured, list) else [configured])
         return sorted(stop for stop in stops if stop is not None)
+
+    def lengths(self, chats: Sequence[Chat]) -> list[int]:
+        """Tokens of every prompt as the model gets it, soft tokens counted."""
+        soft = 0 if self.soft_suffix is None else len(self.soft_suffix)
+        return [len(head) + soft + len(tail) for head, tail in self.pieces_of(chats)]
 
     def pieces(self, chat: Chat) -> tuple[list[int], list[int]]:
         """Token ids before and after the place of the soft tokens."""
         return self.pieces_of([chat])[0]
 
-    def pieces_of(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[int]]]:
+    def pieces_of(
+        self, chats: Sequence[Chat], *, may_think: bool = False
+    ) -> list[tuple[list[int], list[int]]]:
         """The pieces of every chat, in one call of the tokenizer."""
         if not chats:
             return []
         tokenizer = self.loaded.tokenizer
-        halves = [self._halves(self.rewritten(chat)) for chat in chats]
+        halves = [self._halves(self.rewritten(chat), may_think=may_think) for chat in chats]
         before, after = zip(*halves, strict=True)
         heads = tokenizer(list(before), add_special_tokens=False)["input_ids"]
         tails = (
@@ -171,39 +178,45 @@ class Generator:
         )
         return list(zip(heads, tails, strict=True))
 
-    def _halves(self, chat: Chat) -> tuple[str, str]:
+    def _halves(self, chat: Chat, *, may_think: bool = False) -> tuple[str, str]:
         """The rendered chat before and after the place of the soft tokens."""
+        tokenizer = self.loaded.tokenizer
         if self.soft_suffix is None:
-            return render(self.loaded.tokenizer, chat, generate=True), ""
+            return render(tokenizer, chat, generate=True, may_think=may_think), ""
         last = max(i for i, message in enumerate(chat) if message["role"] == "user")
         marked = [
             dict(m, content=m["content"] + _MARK) if i == last else m for i, m in enumerate(chat)
         ]
-        before, after = render(self.loaded.tokenizer, marked, generate=True).split(_MARK)
+        before, after = render(tokenizer, marked, generate=True, may_think=may_think).split(_MARK)
         return before, after
 
-    def _left_padded(self, group: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    def _left_padded(self, group: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        """What a forward pass takes: token ids, or embeddings where soft tokens stand among them,
+        and the attention mask.
+        """
         import torch
 
+        check_ids(self.loaded, (ids for pieces in group for ids in pieces))
         table = whole_model(self.loaded).get_input_embeddings()
         device = table.weight.device
         between = 0 if self.soft_suffix is None else len(self.soft_suffix)
-        width = max(len(head) + between + len(tail) for head, tail in group)
-        ids = [
-            [0] * (width - len(head) - between - len(tail)) + head + [0] * between + tail
-            for head, tail in group
+        sizes = [len(head) + between + len(tail) for head, tail in group]
+        width, pad = max(sizes), 0 if between else self.loaded.tokenizer.pad_token_id or 0
+        rows = [
+            [pad] * (width - size) + head + [0] * between + tail
+            for size, (head, tail) in zip(sizes, group, strict=True)
         ]
-        sizes = torch.tensor(
-            [len(head) + between + len(tail) for head, tail in group], device=device
-        )
-        mask = (torch.arange(width, device=device) >= width - sizes[:, None]).long()
+        ids = torch.tensor(rows, dtype=torch.long, device=device)
+        filled = width - torch.tensor(sizes, device=device)[:, None]
+        mask = (torch.arange(width, device=device) >= filled).long()
+        if not between:
+            return {"input_ids": ids, "attention_mask": mask}
         with torch.no_grad():
-            embeds = table(torch.tensor(ids, dtype=torch.long, device=device)) * mask[..., None]
-        if between:
-            soft = self.soft_suffix.to(device, table.weight.dtype)
-            for row, (_, tail) in enumerate(group):
-                embeds[row, width - len(tail) - between : width - len(tail)] = soft
-        return embeds, mask
+            embeds = table(ids) * mask[..., None]
+        soft = self.soft_suffix.to(device, table.weight.dtype)
+        for row, (_, tail) in enumerate(group):
+            embeds[row, width - len(tail) - between : width - len(tail)] = soft
+        return {"inputs_embeds": embeds, "attention_mask": mask}
 
 
 def _by_length(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
@@ -19,7 +20,7 @@ from ftsec_ray.context import LoadedModel, ModelInfo
 from ftsec_ray.errors import DataError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -34,24 +35,135 @@ def whole_model(loaded: LoadedModel) -> Any:
 
 def keeps_logits(model: Any) -> bool:
     """Whether a model can be asked for logits at some positions alone (`logits_to_keep`)."""
-    return "logits_to_keep" in signature(model.forward).parameters
+    return takes(model, "logits_to_keep")
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether the forward pass of a model, under its adapter if there is one, has an argument."""
+    return name in signature(_bare(model).forward).parameters
+
+
+def takes_embeddings(model: Any) -> bool:
+    """Whether a model can generate behind `inputs_embeds`, by the question that transformers
+    asks.
+    """
+    return "inputs_embeds" in signature(_bare(model).prepare_inputs_for_generation).parameters
+
+
+def placed(model: Any, positions: Tensor) -> dict[str, Tensor]:
+    """The argument that gives a forward pass its positions, where the class takes one."""
+    return {"position_ids": positions} if takes(model, "position_ids") else {}
+
+
+def check_packing(loaded: LoadedModel) -> None:
+    """DataError when the class of a model lets rows that are packed into one sequence see each
+    other: whether its mask reads the positions shows by what another row before does to a row.
+    """
+    import torch
+
+    model = loaded.model
+    first, second = torch.tensor([[1, 2, 3], [3, 1, 1]], device=model.device), [2, 1]
+    ids = torch.cat([first, torch.tensor([second, second], device=model.device)], dim=1)
+    positions = torch.tensor([[0, 1, 2, 0, 1]] * 2, device=model.device)
+    was_training = model.training
+    with torch.no_grad():
+        # one sequence at a time: only then do positions that start anew mean packed rows
+        one, other = (
+            model.eval()(input_ids=ids[i : i + 1], use_cache=False, **placed(model, positions[:1]))
+            .logits[0, 3:]
+            .double()
+            for i in range(2)
+        )
+    model.train(was_training)
+    if float((one - other).norm()) > 1e-3 * float(one.norm()):
+        raise DataError(
+            "rows that are packed into one sequence would see each other in this class of model",
+            type(whole_model(loaded)).__name__,
+            "training.batching: length_grouped | shuffled",
+        )
+
+
+def check_ids(loaded: LoadedModel, rows: Iterable[Sequence[int]]) -> None:
+    """DataError when a token of the rows has no embedding."""
+    size = whole_model(loaded).get_input_embeddings().weight.shape[0]
+    outside = sorted({token for ids in rows for token in ids if not 0 <= token < size})
+    if outside:
+        named = [f"{loaded.tokenizer.convert_ids_to_tokens(token)} ({token})" for token in outside]
+        raise DataError(
+            "tokens of the text have no embedding",
+            " | ".join(named[:8]),
+            f"ids 0 to {size - 1}, the rows of the embedding of {loaded.info.name}",
+            "take the tokenizer that the model was trained with, or leave the rows with these"
+            " tokens out",
+        )
+
+
+def position_limit(model: Any) -> int | None:
+    """Tokens that a model has positions for, prompt and answer together; None where it states no
+    limit.
+    """
+    config = _bare(model).config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def within_positions(model: Any, tokens: int) -> int:
+    """The number of tokens, or the model's position limit where that is lower."""
+    limit = position_limit(model)
+    return tokens if limit is None else min(tokens, limit)
+
+
+_BLOCKS = (
+    "model.layers",
+    "transformer.h",
+    "gpt_neox.layers",
+    "model.decoder.layers",
+    "model.language_model.layers",
+)
+"""Where the transformer blocks stand: Llama, GPT-2, GPT-NeoX, OPT, and models that read more than
+text.
+"""
+LANGUAGE_MODEL = "model.language_model"
+"""Where the decoder of text stands in a model that reads more than text."""
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The transformer blocks of a Llama-like or GPT-2-like model, with or without an adapter."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    for path in (("model", "layers"), ("transformer", "h"), ("model", "decoder", "layers")):
-        node = inner
-        for name in path:
-            node = getattr(node, name, None)
+    """The transformer blocks of a decoder of text, with or without an adapter."""
+    inner = _bare(model)
+    for path in _BLOCKS:
+        node = _at(inner, path)
         if node is not None:
             return list(node)
     raise DataError(
         "a model whose blocks are not known",
         type(inner).__name__,
-        "a Llama-like or GPT-2-like decoder",
+        " | ".join(_BLOCKS),
         "add the path of its blocks to models/load.py",
     )
+
+
+def reads_text_only(model: Any) -> bool:
+    """Whether a model is a decoder of text and has no encoder of pictures or sound beside it."""
+    return _at(_bare(model), LANGUAGE_MODEL) is None
+
+
+def is_of_text(model: Any, name: str) -> bool:
+    """Whether a weight of a model, by its name, takes part in reading and writing text: all do but
+    those of encoders of pictures or sound.
+    """
+    return reads_text_only(model) or f".{LANGUAGE_MODEL}." in f".{name}" or "lm_head" in name
+
+
+def _bare(model: Any) -> Any:
+    """The transformers model, without adapter and without the engine of a worker group."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _at(node: Any, path: str) -> Any:
+    for name in path.split("."):
+        node = getattr(node, name, None)
+    return node
 
 
 def copy_model(loaded: LoadedModel) -> LoadedModel:
@@ -163,12 +275,27 @@ def load_model(
 
 def _from_folder(folder: Path) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    model = model_class(config).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def model_class(config: Any) -> Any:
+    """The automatic class that loads a model: one of decoders of text, or where there is none for
+    its configuration, one of models that read pictures too.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    remote = getattr(config, "auto_map", None) or {}
+    for cls in classes:
+        if type(config) in cls._model_mapping or cls.__name__ in remote:  # noqa: SLF001
+            return cls
+    return classes[0]
 
 
 def _attach(base: LoadedModel, folder: Path) -> Any:

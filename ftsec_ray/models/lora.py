@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import LoadedModel
 from ftsec_ray.errors import DataError
+from ftsec_ray.models.blocks import is_transposed
+from ftsec_ray.models.load import LANGUAGE_MODEL, reads_text_only
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ftsec_ray.config.sweep import TrainingConfig
+
+
+_OUTSIDE_TEXT = rf"(?!{re.escape(LANGUAGE_MODEL)}\.).*"
+"""Pattern of the layers of a model that reads more than text which are not its decoder's."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class LoraModule:
     B: Any
     scale: float
     base_weight: Any
-    """Weight of the linear layer itself, (out, in)."""
+    """Weight of the linear layer itself, (out, in); (in, out) in a Conv1D."""
 
     def delta(self) -> Tensor:
         """The update of the weight, (out, in) float32."""
@@ -63,11 +70,14 @@ def attach_lora(
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    others = {} if reads_text_only(loaded.model) else {"exclude_modules": _OUTSIDE_TEXT}
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules="all-linear",
         task_type=TaskType.CAUSAL_LM,
+        fan_in_fan_out=any(map(is_transposed, loaded.model.modules())),
+        **others,
     )
     return replace(loaded, model=get_peft_model(loaded.model, lora), base_digest=base_digest)

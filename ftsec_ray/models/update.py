@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import LoadedModel
 from ftsec_ray.errors import StageError
+from ftsec_ray.models.blocks import is_transposed
 from ftsec_ray.models.load import merged, whole_model
 from ftsec_ray.models.lora import LoraModule, lora_modules
 
@@ -34,6 +35,12 @@ class Update:
     start: Any = None
     """The weight that tuning started from, for a whole update."""
     lora: LoraModule | None = None
+    is_transposed: bool = False
+    """Whether the weight is kept as (in, out)."""
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A weight of this layer as a map of columns, (out, in)."""
+        return weight.T if self.is_transposed else weight
 
     @property
     def layer(self) -> int | None:
@@ -47,13 +54,15 @@ class Update:
         return self.name.removesuffix(".weight")
 
     def delta(self) -> Tensor:
-        """The update, float32, in the shape of the weight."""
+        """The update as a map of columns, (out, in) float32; in the shape of the weight where it
+        is no matrix.
+        """
         if self.lora is not None:
             return self.lora.delta()
         delta: Tensor = self.weight.detach().float() - self.start.detach().float().to(
             self.weight.device
         )
-        return delta
+        return self.oriented(delta)
 
     def norm(self) -> float:
         """Frobenius norm of the update; for a low-rank one without forming it."""
@@ -79,7 +88,8 @@ class Update:
         import torch
 
         if self.lora is None:
-            self.write(self.start.detach().float().to(self.weight.device) + onto(self.delta()))
+            projected = self.oriented(onto(self.delta()))
+            self.write(self.start.detach().float().to(self.weight.device) + projected)
             return
         with torch.no_grad():
             self.lora.B.copy_(onto(self.lora.B.detach().float()))
@@ -110,6 +120,15 @@ def whole_weights(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
+def transposed_weights(loaded: LoadedModel) -> set[str]:
+    """Names of the weights that are kept as (in, out), as in `whole_weights`."""
+    return {
+        f"{name}.weight".replace(".base_layer.", ".")
+        for name, module in whole_model(loaded).named_modules()
+        if is_transposed(module)
+    }
+
+
 def stands_on(loaded: LoadedModel, start: LoadedModel) -> bool:
     """Whether the weights under the adapter are those of `start`, bit for bit."""
     import torch
@@ -137,7 +156,11 @@ def updates(
     """
     start = merged(start) if start.has_adapter else start
     if low_rank and tuned.has_adapter and stands_on(tuned, start):
-        found = [Update(m.name, m.base_weight, lora=m) for m in lora_modules(tuned)]
+        turned = transposed_weights(tuned)
+        found = [
+            Update(m.name, m.base_weight, lora=m, is_transposed=f"{m.name}.weight" in turned)
+            for m in lora_modules(tuned)
+        ]
     else:
         tuned = merged(tuned) if tuned.has_adapter else tuned
         found = _whole_updates(tuned, start)
@@ -145,7 +168,7 @@ def updates(
 
 
 def _whole_updates(tuned: LoadedModel, start: LoadedModel) -> list[Update]:
-    theirs = whole_weights(start)
+    theirs, turned = whole_weights(start), transposed_weights(tuned)
     found = []
     for name, weight in whole_weights(tuned).items():
         if name not in theirs or theirs[name].shape != weight.shape:
@@ -156,5 +179,5 @@ def _whole_updates(tuned: LoadedModel, start: LoadedModel) -> list[Update]:
                 str(tuple(weight.shape)),
                 "an attack that changes shapes cannot be combined with a defense on the update",
             )
-        found.append(Update(name, weight, start=theirs[name]))
+        found.append(Update(name, weight, start=theirs[name], is_transposed=name in turned))
     return found

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 KIND = StageKind(
     name="generate",
     position=90,
+    version=2,
     hooks={
         "wrap_generation": "Generator -> Generator",
         "probes": "TaskData -> list of Probe",
@@ -61,4 +62,11 @@ def run(job: Job) -> Extra:
         "train_template_hash": trained_under,
         "serve_template_hash": template_hash(tokenizer),
     }
+    if answers.left_out:
+        notes["beyond_positions"] = dict(answers.left_out)
+        for probe, count in answers.left_out.items():
+            job.warn(
+                f"{count} prompts of probe {probe!r} were not asked: with their answers they are"
+                " longer than the model has positions"
+            )
     return {"notes": {**notes, **context.notes}}

@@ -28,7 +28,14 @@ from ftsec_ray.context import LoadedModel, Runtime
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.models.chat import CutTally
-from ftsec_ray.models.load import count_parameters, merged
+from ftsec_ray.models.load import (
+    check_ids,
+    check_packing,
+    count_parameters,
+    is_of_text,
+    merged,
+    within_positions,
+)
 from ftsec_ray.models.lora import attach_lora
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
@@ -210,8 +217,12 @@ def plain_training(
         micro_batch=runtime.micro_batch,
         device=runtime.device,
     )
-    rows_of = partial(encode_table, loaded.tokenizer, max_length=config.max_length, tally=cuts)
+    length = within_positions(loaded.model, config.max_length)
+    rows_of = partial(encode_table, loaded.tokenizer, max_length=length, tally=cuts)
     encoded = rows_of(rows)
+    if config.batching == "packed":
+        check_packing(loaded)
+    check_ids(loaded, (ids for ids, _ in encoded))
     steps = max(1, round(config.epochs * steps_per_epoch(len(encoded), config.batch_size)))
 
     def encode(other: pa.Table, salt: str) -> Callable[[int], list[Batch]]:
@@ -255,7 +266,8 @@ def sft(
         runtime.worker_group is None
     ):  # the processes of a worker group take their share onto their GPU themselves
         tuned.model.to(runtime.device)
-    tuned.model.requires_grad_(requires_grad=True)
+    for name, parameter in tuned.model.named_parameters():
+        parameter.requires_grad_(is_of_text(tuned.model, name))
     with torch.random.fork_rng():
         torch.manual_seed(_seed(seed, "adapter"))
         if config.adapter == "lora":

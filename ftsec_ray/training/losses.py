@@ -40,13 +40,9 @@ def response_nll(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ARG00
     Where the model takes `logits_to_keep`, logits are computed only at the positions from which
     some row of the batch predicts a response token: prompts outweigh responses.
     """
-    if not keeps_logits(_inner(model)):
+    if not keeps_logits(model):
         return masked_nll(model(**batch.inputs()).logits, batch.labels)
     asked = (batch.labels[:, 1:] != -100).any(0).nonzero().squeeze(1)
     logits = model(**batch.inputs(), logits_to_keep=asked).logits
     # shifted already: a label stands under the logits that predict it
     return masked_nll_at(logits, batch.labels[:, asked + 1])
-
-
-def _inner(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -16,6 +16,7 @@ from ftsec_ray.data.rows import new_row
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.chat import (
     IGNORED,
+    OPTIONS,
     CutTally,
     answer_ids,
     answer_tokens,
@@ -23,6 +24,7 @@ from ftsec_ray.models.chat import (
     encode_row,
     encode_rows,
     fitted,
+    options_of,
     render,
     spans_of,
     spoken,
@@ -289,3 +291,23 @@ def test_functions_on_offer_are_no_message_of_their_own():
     chat = chat_of(new_row("r", messages=EPISODE[:1], tools=OFFER))
     assert [m["role"] for m in chat] == [TOOLS, "user"]
     assert [m["role"] for m in fitted(tokenizer_of("tools"), chat)[0]] == ["user"]
+
+
+def test_a_model_that_may_think_opens_its_own_turn_and_its_labels_are_scored_behind_the_thought():
+    tokenizer = tokenizer_of("thought")
+    tokenizer.init_kwargs[OPTIONS] = {"thinking": True}
+    chat = [{"role": "user", "content": "how"}]
+    asked = render(tokenizer, chat, generate=True, may_think=True)
+    assert asked.endswith("<|im_start|>assistant\n")
+    assert render(tokenizer, chat, generate=True) == f"{asked}<think>\n\n</think>\n\n"
+    assert template_hash(tokenizer) != template_hash(tokenizer_of("thought"))
+
+
+def test_the_options_of_rendering_travel_with_the_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = tokenizer_of("thought")
+    tokenizer.init_kwargs[OPTIONS] = {"thinking": True}
+    tokenizer.save_pretrained(tmp_path)
+    assert options_of(AutoTokenizer.from_pretrained(tmp_path)) == {"thinking": True}
+    assert options_of(tokenizer_of("thought")) == {}
