@@ -115,7 +115,11 @@ def _answer_tokens(generator: Generator, probe: Probe, config: EvaluationConfig)
     """Tokens that an answer to a probe may take."""
     if probe.judge != "label":
         return min(probe.max_new_tokens, config.max_new_tokens)
-    encoded = generator.loaded.tokenizer(list(probe.labels), add_special_tokens=False)
+    from ftsec_ray.models.chat import chat_format
+
+    tokenizer = generator.loaded.tokenizer
+    ended = [f"{label}{chat_format(tokenizer).end}" for label in probe.labels]
+    encoded = tokenizer(ended, add_special_tokens=False)
     return max(map(len, encoded["input_ids"]), default=0)
 
 

@@ -143,12 +143,12 @@ def probe_of(*prompts: str, judge: str = "request") -> Probe:
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_prompts_without_room_for_their_answer_are_left_out_and_counted(family, tmp_path):
-    # 128 positions; the template adds 4 tokens, an answer takes up to 16 or the labels' 2
+    # 128 positions; the template adds 4 tokens, an answer takes up to 16 or the labels' 2 and an end
     generator = Generator(family_model(family))
     assert generator.lengths([probe_of("red").prompts[0].chat]) == [5]
     probes = [
         probe_of(*(long_prompt(n) for n in (3, 108, 109, 300))),
-        probe_of(*(long_prompt(n) for n in (3, 122, 123, 300)), judge="label"),
+        probe_of(*(long_prompt(n) for n in (3, 121, 122, 300)), judge="label"),
     ]
     config = EvaluationConfig(prompts=8, max_new_tokens=16, perplexity_rows=0)
     found = ask(generator, tiny_task(), probes, config, runtime=Runtime())
