@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import Chat, LoadedModel
 from ftsec_ray.models.chat import render
-from ftsec_ray.models.load import check_ids, placed, whole_model
+from ftsec_ray.models.load import check_ids, keeps_logits, placed, whole_model
+from ftsec_ray.models.logits import fits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +88,7 @@ class Generator:
         for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
             group = [prompts[i] for i in indices]
             if single:
-                logprobs = self._logits(group)[:, -1].float().log_softmax(-1)
+                logprobs = self._logits(group, last=1)[:, -1].float().log_softmax(-1)
                 scores[indices] = logprobs[:, [ids[0] for ids in label_ids]].cpu()
             else:
                 for k, ids in enumerate(label_ids):
@@ -97,19 +98,21 @@ class Generator:
     def _tail_logprob(self, group: list[tuple[list[int], list[int]]], ids: list[int]) -> Tensor:
         import torch
 
-        logits = self._logits([(head, tail + ids) for head, tail in group])[
-            :, -len(ids) - 1 : -1
-        ].float()
+        longer = [(head, tail + ids) for head, tail in group]
+        logits = self._logits(longer, last=len(ids) + 1)[:, -len(ids) - 1 : -1].float()
         picked = torch.tensor(ids, device=logits.device).expand(len(group), -1).unsqueeze(-1)
         return logits.log_softmax(-1).gather(-1, picked).squeeze(-1).mean(-1)
 
-    def _logits(self, group: list[tuple[list[int], list[int]]]) -> Tensor:
+    def _logits(self, group: list[tuple[list[int], list[int]]], *, last: int) -> Tensor:
+        """Logits at the last positions at least; at those alone where all would be many."""
         import torch
 
         given, model = self._left_padded(group), self.loaded.model.eval()
         positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        is_cut = keeps_logits(model) and not fits(model, positions.numel())
+        kept = {"logits_to_keep": last} if is_cut else {}
         with torch.inference_mode():
-            logits: Tensor = model(**given, **placed(model, positions)).logits
+            logits: Tensor = model(**given, **placed(model, positions), **kept).logits
         return logits
 
     def _stops(self) -> list[int]:
