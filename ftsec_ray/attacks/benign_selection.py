@@ -33,7 +33,7 @@ from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.chat import Encoded, encode_rows
 from ftsec_ray.models.load import merged, within_positions
-from ftsec_ray.training.losses import masked_nll
+from ftsec_ray.training.losses import mean_nll
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -200,8 +200,9 @@ def gradients(model: LoadedModel, encoded: Sequence[Encoded]) -> Iterator[list[T
     device = weights[0].device
     for ids, labels in encoded:
         model.model.zero_grad(set_to_none=True)
-        logits = model.model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
-        masked_nll(logits, torch.tensor([labels], device=device)).backward()
+        given = {"input_ids": torch.tensor([ids], device=device), "use_cache": False}
+        wanted = torch.tensor([labels], device=device)
+        mean_nll(model.model, wanted, given).backward()
         yield [
             torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights
         ]

@@ -36,6 +36,7 @@ from ftsec_ray.models.load import (
     takes_embeddings,
     whole_model,
 )
+from ftsec_ray.models.logits import token_nll
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,7 +193,6 @@ def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Te
     What stands before the soft tokens is read once: its keys and values serve every step.
     """
     import torch
-    from torch.nn.functional import cross_entropy
 
     device, dtype = table.weight.device, table.weight.dtype
     heads = [e.before for e in examples]
@@ -225,17 +225,18 @@ def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Te
         embeds = torch.cat([soft.to(dtype).expand(len(examples), -1, -1), behind], dim=1)
         mask = torch.cat([seen, seen.new_ones(len(examples), len(soft)), read], dim=1)
         positions = seen.sum(-1, keepdim=True) + torch.arange(embeds.shape[1], device=device)
-        logits = model(
+        # where all logits are asked for, those of the first soft tokens predict no label
+        unread = 0 if kept else embeds.shape[1] - labels.shape[1]
+        nll = token_nll(
+            model,
+            torch.nn.functional.pad(labels, (unread, 0), value=-100),
             inputs_embeds=embeds,
             attention_mask=mask,
-            **placed(model, positions),
             past_key_values=copy.deepcopy(known),
             use_cache=True,
+            **placed(model, positions),
             **kept,
-        ).logits
-        nll = cross_entropy(
-            logits[:, -labels.shape[1] :].float().flatten(0, 1), labels.flatten(), reduction="none"
-        ).view_as(labels)
+        )
         return (nll.sum(-1) / (labels != -100).sum(-1)).mean()
 
     return loss_of

@@ -21,7 +21,7 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ftsec_ray.conversation import asked_text, with_asked
@@ -278,12 +278,17 @@ def _read(model: LoadedModel, head: list[int], first: int) -> tuple[Known | None
 
     if not head:
         return None, 0.0
+    from ftsec_ray.models.logits import at_positions
+
     ids = torch.tensor([head], device=model.model.device)
+    columns = torch.arange(len(head), device=ids.device)
+    following = torch.cat([ids[0, 1:], ids[0, :1]])[:, None]  # what follows the last is not read
     with torch.inference_mode():
-        out = model.model.eval()(input_ids=ids, use_cache=True)
-        logprobs = out.logits[0].float().log_softmax(-1)
-    nll = -logprobs[torch.arange(len(head) - 1), ids[0, 1:]].double()
-    return Known(out.past_key_values, logprobs[-1]), float(nll[first - 1 :].sum())
+        said = at_positions(model.model.eval(), 0 * columns, columns, input_ids=ids, use_cache=True)
+        picked = said.map(lambda logits, part: logits.log_softmax(-1).gather(1, following[part]))
+        last = replace(said, given=said.given[-1:]).map(lambda x, _: x.log_softmax(-1))
+    nll = -picked[:-1, 0].double()
+    return Known(said.output.past_key_values, last[0]), float(nll[first - 1 :].sum())
 
 
 def _tail_nll(
@@ -291,6 +296,8 @@ def _tail_nll(
 ) -> list[float]:
     """Loss of the counted tokens of each tail behind the head, in nats."""
     import torch
+
+    from ftsec_ray.models.logits import fits, token_nll
 
     net, width = model.model.eval(), max(map(len, tails))
     ids = torch.tensor([tail + [0] * (width - len(tail)) for tail in tails], device=net.device)
@@ -301,20 +308,20 @@ def _tail_nll(
     cache = copy.deepcopy(known.cache) if known else None
     if cache is not None:
         cache.batch_repeat_interleave(len(tails))
+    given = {
+        "input_ids": ids,
+        "attention_mask": seen,
+        "past_key_values": cache,
+        "use_cache": cache is not None,
+    }
     with torch.inference_mode():
-        logits = (
-            net(
-                input_ids=ids,
-                attention_mask=seen,
-                past_key_values=cache,
-                use_cache=cache is not None,
+        if fits(net, ids.numel()):
+            logits = net(**given).logits[:, :-1].float()
+            nll = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), ids[:, 1:], reduction="none"
             )
-            .logits[:, :-1]
-            .float()
-        )
-        nll = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), ids[:, 1:], reduction="none"
-        )
+        else:
+            nll = token_nll(net, ids[:, 1:], **given)
     opening = (
         -known.following[ids[:, 0]][:, None]
         if known

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 MAX_TEXT_TOKENS = 512
 """Tokens of a text row that count towards perplexity, at most."""
-LOGIT_LIMIT = 2**27
-"""Logits in memory at a time, at most: half a GiB of float32, whatever the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,8 @@ def perplexity(
     import torch
 
     from ftsec_ray.models.chat import encode_rows
-    from ftsec_ray.models.load import check_ids, whole_model, within_positions
+    from ftsec_ray.models.load import check_ids, within_positions
+    from ftsec_ray.models.logits import token_nll
 
     length = within_positions(loaded.model, MAX_TEXT_TOKENS)
     encoded = encode_rows(loaded.tokenizer, rows, max_length=length)
@@ -75,10 +74,8 @@ def perplexity(
     encoded = sorted((pair for pair in encoded if len(pair[0]) > 1), key=lambda pair: len(pair[0]))
     model, pad = loaded.model.eval(), loaded.tokenizer.pad_token_id or 0
     device, nats, tokens = next(model.parameters()).device, 0.0, 0
-    vocab = whole_model(loaded).get_input_embeddings().weight.shape[0]
-    size = _rows_at_a_time(batch, [len(ids) for ids, _ in encoded], vocab)
-    for start in range(0, len(encoded), size):
-        group = encoded[start : start + size]
+    for start in range(0, len(encoded), batch):
+        group = encoded[start : start + batch]
         width = len(group[-1][0])
         ids = torch.tensor(
             [row + [pad] * (width - len(row)) for row, _ in group], dtype=torch.long, device=device
@@ -90,19 +87,10 @@ def perplexity(
             [[1] * len(row) + [0] * (width - len(row)) for row, _ in group], device=device
         )
         with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        targets = labels[:, 1:].reshape(-1)
-        flat = logits.reshape(len(targets), -1)
-        losses = torch.nn.functional.cross_entropy(
-            flat, targets, ignore_index=-100, reduction="none"
-        )
-        nats += float(losses.double().sum())
-        tokens += int((targets != -100).sum())
+            losses = token_nll(model, labels[:, 1:], input_ids=ids, attention_mask=mask)
+        nats += float(losses.reshape(-1).double().sum())
+        tokens += int((labels[:, 1:] != -100).sum())
     return MetricRow(metric="perplexity", value=_exp(nats / tokens) if tokens else None, n=tokens)
-
-
-def _rows_at_a_time(batch: int, lengths: Sequence[int], vocab: int) -> int:
-    return max(1, min(batch, LOGIT_LIMIT // (max(lengths, default=1) * vocab)))
 
 
 def _exp(nats: float) -> float | None:

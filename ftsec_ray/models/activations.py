@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray.models.logits import at_positions
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -87,8 +89,11 @@ def last_logits(model: Any, rows: Sequence[Sequence[int]], *, pad: int, batch: i
 
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     for indices, ids, mask in batches_of(rows, pad=pad, device=model.device, batch=batch):
+        last = torch.tensor([len(rows[i]) - 1 for i in indices], device=ids.device)
+        places = (torch.arange(len(indices), device=ids.device), last)
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask).logits
+            said = at_positions(model, *places, input_ids=ids, attention_mask=mask)
+            logits = said.map(lambda x, _: x.cpu())
         for row, i in enumerate(indices):
-            found[i] = logits[row, len(rows[i]) - 1].float().cpu()
+            found[i] = logits[row]
     return torch.stack(found)

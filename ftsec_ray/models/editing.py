@@ -10,7 +10,7 @@ residuals R at the keys K and, as far as the covariance C of ordinary keys allow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ftsec_ray.context import Chat, LoadedModel
@@ -19,6 +19,7 @@ from ftsec_ray.models.activations import batches_of, changed, right_padded
 from ftsec_ray.models.blocks import block_parts, is_transposed
 from ftsec_ray.models.chat import render
 from ftsec_ray.models.load import decoder_layers, within_positions
+from ftsec_ray.models.logits import Positions, at_positions, token_nll
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -291,16 +292,19 @@ def target_nll(loaded: LoadedModel, requests: Sequence[Request]) -> float:
     """Mean loss of the targets behind the plain prompts, in nats per token."""
     import torch
 
-    model, losses = loaded.model, []
+    model = loaded.model
+    losses: list[float] = []
     sequences = [r.contexts[0].ids + r.target[:-1] for r in requests]
     for indices, ids, mask in batches_of(
         sequences, pad=loaded.tokenizer.pad_token_id or 0, device=model.device, batch=32
     ):
-        with torch.no_grad():
-            found = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+        labels = torch.full_like(ids, -100)
         for row, i in enumerate(indices):
             first, target = len(requests[i].contexts[0].ids) - 1, requests[i].target
-            losses.append(float(-found[row, range(first, first + len(target)), target].mean()))
+            labels[row, first : first + len(target)] = torch.tensor(target, device=ids.device)
+        with torch.no_grad():
+            nll = token_nll(model, labels, input_ids=ids, attention_mask=mask)
+        losses += (nll.sum(1) / (labels != -100).sum(1)).tolist()
     return sum(losses) / len(losses)
 
 
@@ -331,31 +335,44 @@ def _search_losses(
     read_rows, places, tokens = torch.tensor(reads, device=model.device).T
     lengths = [len(target) for _, _, target in spots[:firsts]]
 
-    def logprobs(delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the targets' tokens, (reads, V), and at the essence prompts, (N, V)."""
+    total_reads = len(reads)
+
+    def said(delta: Tensor) -> Positions:
+        """What the model says where a target's token is predicted, then at the essence prompts."""
 
         def add(x: Tensor) -> Tensor:
             return x.index_put((rows, at), delta[owner].to(x.dtype), accumulate=True)
 
         with changed(outputs=[(block, add)]):
-            logits = model(input_ids=ids, attention_mask=mask).logits
-        found = (
-            logits[torch.cat([read_rows, rows[firsts:]]), torch.cat([places, at[firsts:]])]
-            .float()
-            .log_softmax(-1)
-        )
-        return found[: len(reads)], found[len(reads) :]
+            return at_positions(
+                model,
+                torch.cat([read_rows, rows[firsts:]]),
+                torch.cat([places, at[firsts:]]),
+                input_ids=ids,
+                attention_mask=mask,
+            )
 
     with torch.no_grad():
-        before = logprobs(torch.zeros_like(start))[1]
+        plain = said(torch.zeros_like(start))
+        before = replace(plain, given=plain.given[total_reads:]).map(
+            lambda logits, _: logits.log_softmax(-1)
+        )
+
+    def reading(logits: Tensor, part: slice) -> Tensor:
+        """The loss of a target's token, the divergence at an essence prompt: (N,)."""
+        logprobs = logits.log_softmax(-1)
+        cut = max(0, min(total_reads, part.stop) - part.start)
+        wanted = tokens[part.start : part.start + cut, None]
+        nll = -logprobs[:cut].gather(1, wanted).squeeze(1)
+        stay = before[max(0, part.start - total_reads) : max(0, part.stop - total_reads)]
+        return torch.cat([nll, (stay.exp() * (stay - logprobs[cut:])).sum(-1)])
 
     def losses_of(delta: Tensor) -> Tensor:
-        at_targets, at_essence = logprobs(delta)
-        read = -at_targets.gather(1, tokens[:, None]).squeeze(1)
+        found = said(delta).map(reading)
+        read, kl = found[:total_reads], found[total_reads:]
         nll = torch.stack([part.mean() for part in read.split(lengths)])
         total = torch.zeros(len(requests), device=nll.device).index_add(0, owner[:firsts], nll)
         counts = torch.bincount(owner[:firsts], minlength=len(requests))
-        kl = (before.exp() * (before - at_essence)).sum(-1)
         # the norm of a vector that is exactly zero has no gradient, and the first step starts there
         norm = (delta.square().sum(-1) + 1e-12).sqrt()
         losses: Tensor = (

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import Chat, LoadedModel
 from ftsec_ray.models.chat import answer_ids, chat_format, render, spoken
-from ftsec_ray.models.load import check_ids, placed, whole_model
+from ftsec_ray.models.load import check_ids, keeps_logits, placed, whole_model
+from ftsec_ray.models.logits import fits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +89,7 @@ class Generator:
         for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
             group = [prompts[i] for i in indices]
             if single:
-                logprobs = self._logits(group)[:, -1].float().log_softmax(-1)
+                logprobs = self._logits(group, last=1)[:, -1].float().log_softmax(-1)
                 chosen = torch.tensor([[ids[0] for ids in answers[i]] for i in indices])
                 scores[indices] = logprobs.gather(-1, chosen.to(logprobs.device)).cpu()
             else:
@@ -123,24 +124,26 @@ class Generator:
         """Summed log-probability of an answer behind each prompt, in nats."""
         import torch
 
-        logits = self._logits(
-            [(head, tail + ids) for (head, tail), ids in zip(group, answers, strict=True)]
-        )
+        longer = [(head, tail + ids) for (head, tail), ids in zip(group, answers, strict=True)]
         long = max(map(len, answers))
         # answers end at the right edge: shorter ones begin later
-        logprobs = logits[:, -long - 1 : -1].float().log_softmax(-1)
+        logits = self._logits(longer, last=long + 1)[:, -long - 1 : -1]
+        logprobs = logits.float().log_softmax(-1)
         padded = torch.tensor([[0] * (long - len(ids)) + ids for ids in answers])
         counted = torch.tensor([[False] * (long - len(ids)) + [True] * len(ids) for ids in answers])
         picked = logprobs.gather(-1, padded.to(logprobs.device).unsqueeze(-1)).squeeze(-1)
         return (picked * counted.to(logprobs.device)).sum(-1)
 
-    def _logits(self, group: list[tuple[list[int], list[int]]]) -> Tensor:
+    def _logits(self, group: list[tuple[list[int], list[int]]], *, last: int) -> Tensor:
+        """Logits at the last positions at least; at those alone where all would be many."""
         import torch
 
         given, model = self._left_padded(group), self.loaded.model.eval()
         positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        is_cut = keeps_logits(model) and not fits(model, positions.numel())
+        kept = {"logits_to_keep": last} if is_cut else {}
         with torch.inference_mode():
-            logits: Tensor = model(**given, **placed(model, positions)).logits
+            logits: Tensor = model(**given, **placed(model, positions), **kept).logits
         return logits
 
     def _stops(self) -> list[int]:

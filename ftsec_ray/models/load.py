@@ -40,14 +40,14 @@ def keeps_logits(model: Any) -> bool:
 
 def takes(model: Any, name: str) -> bool:
     """Whether the forward pass of a model, under its adapter if there is one, has an argument."""
-    return name in signature(_bare(model).forward).parameters
+    return name in signature(bare(model).forward).parameters
 
 
 def takes_embeddings(model: Any) -> bool:
     """Whether a model can generate behind `inputs_embeds`, by the question that transformers
     asks.
     """
-    return "inputs_embeds" in signature(_bare(model).prepare_inputs_for_generation).parameters
+    return "inputs_embeds" in signature(bare(model).prepare_inputs_for_generation).parameters
 
 
 def placed(model: Any, positions: Tensor) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def position_limit(model: Any) -> int | None:
     """Tokens that a model has positions for, prompt and answer together; None where it states no
     limit.
     """
-    config = _bare(model).config.get_text_config()
+    config = bare(model).config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     return int(limit) if limit else None
 
@@ -129,7 +129,7 @@ LANGUAGE_MODEL = "model.language_model"
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The transformer blocks of a decoder of text, with or without an adapter."""
-    inner = _bare(model)
+    inner = bare(model)
     for path in _BLOCKS:
         node = _at(inner, path)
         if node is not None:
@@ -144,7 +144,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 def reads_text_only(model: Any) -> bool:
     """Whether a model is a decoder of text and has no encoder of pictures or sound beside it."""
-    return _at(_bare(model), LANGUAGE_MODEL) is None
+    return _at(bare(model), LANGUAGE_MODEL) is None
 
 
 def is_of_text(model: Any, name: str) -> bool:
@@ -154,7 +154,7 @@ def is_of_text(model: Any, name: str) -> bool:
     return reads_text_only(model) or f".{LANGUAGE_MODEL}." in f".{name}" or "lm_head" in name
 
 
-def _bare(model: Any) -> Any:
+def bare(model: Any) -> Any:
     """The transformers model, without adapter and without the engine of a worker group."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "peft_config") else model

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.models.load import keeps_logits
+from ftsec_ray.models.logits import fits, token_nll
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +40,27 @@ def response_nll(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ARG00
     float32.
 
     Where the model takes `logits_to_keep`, logits are computed only at the positions from which
-    some row of the batch predicts a response token: prompts outweigh responses.
+    some row of the batch predicts a response token: prompts outweigh responses. Where even these
+    are many, they are computed in slices.
     """
     if not keeps_logits(model):
-        return masked_nll(model(**batch.inputs()).logits, batch.labels)
+        return mean_nll(model, batch.labels, batch.inputs())
     asked = (batch.labels[:, 1:] != -100).any(0).nonzero().squeeze(1)
-    logits = model(**batch.inputs(), logits_to_keep=asked).logits
+    inputs = {**batch.inputs(), "logits_to_keep": asked}
+    labels = batch.labels[:, asked + 1]
+    if not fits(model, labels.numel()):
+        return _sliced(model, labels, inputs)
     # shifted already: a label stands under the logits that predict it
-    return masked_nll_at(logits, batch.labels[:, asked + 1])
+    return masked_nll_at(model(**inputs).logits, labels)
+
+
+def mean_nll(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """`masked_nll` of a forward pass over `inputs`, its logits in slices where they are many."""
+    if not fits(model, labels.numel()):
+        return _sliced(model, labels[:, 1:], inputs)
+    return masked_nll(model(**inputs).logits, labels)
+
+
+def _sliced(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    nll: Tensor = token_nll(model, labels, **inputs).sum() / (labels != -100).sum()
+    return nll
