@@ -1,5 +1,5 @@
-"""Output on whatever terminal, file or pipe there is: one that is not UTF-8 gets ASCII signs in place
-of those that it lacks, and one that was closed ends the program quietly.
+"""Output on whatever terminal, file or pipe there is: one that is not UTF-8 gets ASCII signs in
+place of those that it lacks, and one that was closed ends the program quietly.
 """
 
 from __future__ import annotations
