@@ -258,6 +258,7 @@ def run_plan(
     grow.
     """
     from ftsec_ray.report.page import REPORT_FILE, write_report
+    from ftsec_ray.store.disk import check_folder
 
     uses_ray = executor_of(executor).uses_ray
     whole = make_plan(whole, store)
@@ -268,6 +269,8 @@ def run_plan(
         if held is not None and (folder / REPORT_FILE).is_file():
             return Outcome(results=held, page=folder / REPORT_FILE, report=None, plan=whole)
     else:
+        store.check_writable()
+        check_folder(folder, "results", "--results")
         if cluster_address(address) is None:
             check_gpus(whole.spec)
         elif uses_ray:

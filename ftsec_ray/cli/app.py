@@ -234,6 +234,7 @@ def submit(
 def plan(
     sweep: Sweep,
     store: Store = DEFAULT_STORE,
+    results: ResultsPlace = str(DEFAULT_RESULTS),
     as_json: Json = False,  # noqa: FBT002
     gpu_price: Annotated[
         float | None,
@@ -243,7 +244,7 @@ def plan(
     """Show cells, stages, what is done, what sharing saves and how long the rest takes."""
     from ftsec_ray.cli.overview import print_plan
 
-    print_plan(sweep, store=store, as_json=as_json, gpu_price=gpu_price)
+    print_plan(sweep, store=store, results=results, as_json=as_json, gpu_price=gpu_price)
 
 
 @app.command()

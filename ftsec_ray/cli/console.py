@@ -39,10 +39,19 @@ def stderr() -> Console:
     return _console(stderr=True)
 
 
+class _Console(Console):
+    """A console whose reader may go: Rich itself would leave with the exit code of failed cells."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave quietly."""
+        flushed()
+        raise SystemExit(PIPE_CLOSED)
+
+
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or os.environ.get("COLUMNS") else _WIDE
-    return Console(
+    return _Console(
         stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False
     )
 

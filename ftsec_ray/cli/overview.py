@@ -17,7 +17,10 @@ from ftsec_ray.plan.durations import Costs, learned_from
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration, render, summarize
 from ftsec_ray.plan.stage import Cell
+from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
+from ftsec_ray.results.read import run_meta
+from ftsec_ray.results.remote_results import local_results
 from ftsec_ray.results.stage_warnings import StageWarning, lines_of, warnings_of
 from ftsec_ray.store.artifact_store import Store
 
@@ -51,12 +54,37 @@ def other_code_line(other: Counter[str], held: int) -> str:
     )
 
 
-def print_plan(sweep: Path, *, store: str, as_json: bool, gpu_price: float | None) -> None:
+def other_plan_line(plan: Plan, folder: Path, sweep_text: str | None) -> str | None:
+    """What to say of a results folder that holds another plan of the same name; None where it does
+    not, or only lacks rounds of a search of the same sweep.
+    """
+    held = run_meta(folder)
+    if held is None or held.get("plan") in (None, plan.digest):
+        return None
+    if plan.spec.searches and held.get("sweep_text") == redacted(sweep_text or ""):
+        return None
+    counts = held.get("counts")
+    cells = sum(counts.values()) if isinstance(counts, dict) else "?"
+    return (
+        f"warning: {folder} holds the tables and the report of another plan named"
+        f" {plan.spec.name!r} ({str(held['plan'])[:8]}, {cells} cells): a run of this one"
+        f" ({plan.digest[:8]}, {len(plan.cells)} cells) replaces them. To keep both, give one of"
+        " the sweeps another `name`, or this run another --results"
+    )
+
+
+def print_plan(
+    sweep: Path, *, store: str, results: str, as_json: bool, gpu_price: float | None
+) -> None:
     """Print what a plan holds, what of it is done, and what the rest takes."""
     held = Store.open(store)
     plan = api.make_plan(sweep, held)
     done = held.done()
     spent = spent_of(plan, held, done) if plan.spec.budget else None
+    folder = api.results_folder(local_results(results), plan.spec.name)
+    warning = other_plan_line(plan, folder, api.text_of(sweep))
+    if warning:
+        say(warning, err=True)
     summary = summarize(plan, done, costs=costs_of(plan, held, done), spent=spent)
     gpu_hours = summary.bill.total.gpu_hours
     cost = None if gpu_price is None else gpu_hours * gpu_price

@@ -11,7 +11,12 @@ from typing import Any
 from ftsec_ray import api
 from ftsec_ray.cli.console import say
 from ftsec_ray.cli.failure_text import Failure, show_failures
-from ftsec_ray.cli.overview import costs_of, made_by_other_code, other_code_line
+from ftsec_ray.cli.overview import (
+    costs_of,
+    made_by_other_code,
+    other_code_line,
+    other_plan_line,
+)
 from ftsec_ray.cli.progress import LiveProgress, Tally
 from ftsec_ray.plan.cost_estimate import spent_of
 from ftsec_ray.plan.graph import Plan
@@ -53,6 +58,9 @@ def run_sweep(
     other = made_by_other_code(part, held, done)
     if other:
         say(other_code_line(other, len(done & set(part.stages))), err=True)
+    warning = other_plan_line(whole, folder, api.text_of(sweep))
+    if warning:
+        say(warning, err=True)
     if part.needed(done):
         spent = spent_of(part, held, done) if part.spec.budget else None
         say(render(summarize(part, done, costs=costs, spent=spent)), err=True)

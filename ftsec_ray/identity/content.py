@@ -7,13 +7,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
 
 from ftsec_ray.errors import SpecError
+from ftsec_ray.identity.cache_folder import cache_folder
 from ftsec_ray.identity.canonical import digest
 
+_SHA256 = re.compile("[0-9a-f]{64}")
 _REMEMBER_BYTES = 16 * 2**20
 """From this size on, the hash of a file is kept on disk by its path, size and time."""
 
@@ -51,18 +55,31 @@ def _file_hash(path: Path) -> str:
 def _hash_known(path: str, size: int, mtime_ns: int) -> str:
     if size < _REMEMBER_BYTES:
         return sha256(Path(path))
-    cache = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftsec_ray" / "content"
-    )
-    entry = cache / f"{digest([path, size, mtime_ns])}.json"
-    if entry.is_file():
-        return str(json.loads(entry.read_text())["sha256"])
+    entry = cache_folder() / "content" / f"{digest([path, size, mtime_ns])}.json"
+    known = _kept(entry, path)
+    if known is not None:
+        return known
     content = sha256(Path(path))
-    cache.mkdir(parents=True, exist_ok=True)
     scratch = entry.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({"path": path, "sha256": content}))
-    scratch.rename(entry)
+    with suppress(OSError, UnicodeError):  # else the next process reads the file once more
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps({"path": path, "sha256": content}), encoding="utf-8")
+        scratch.rename(entry)
+    with suppress(OSError):  # gone, where all went well
+        scratch.unlink()
     return content
+
+
+def _kept(entry: Path, path: str) -> str | None:
+    """The hash that an entry of the cache holds for a file; None where it is no such entry."""
+    try:
+        held = json.loads(entry.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(held, dict) or held.get("path") != path:
+        return None
+    content = held.get("sha256")
+    return content if isinstance(content, str) and _SHA256.fullmatch(content) else None
 
 
 def sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from heapq import nsmallest
-from math import log
+from math import inf, log
 from statistics import linear_regression, median
 from typing import TYPE_CHECKING, Any
 
@@ -112,15 +112,10 @@ class Costs:
         )
         ratios: dict[tuple[str, bool], list[float]] = defaultdict(list)
         for record in records:
-            measured, prior = record.get("wall_s"), record.get("cost_s")
-            if measured and prior:
-                on_gpu = is_on_gpu(
-                    str(record.get("resource") or ("gpu" if record.get("gpu_s") else "cpu"))
-                )
-                size = int(record.get("where", {}).get("parameters") or 0)
-                point = _Point(size, float(record.get("flops") or 0.0), measured, prior)
-                self._points[record["kind"], record.get("method"), on_gpu][size].append(point)
-                ratios[record["kind"], on_gpu].append(measured / prior)
+            kind, method, on_gpu, point = _read(record)
+            if point is not None:
+                self._points[kind, method, on_gpu][point.parameters].append(point)
+                ratios[kind, on_gpu].append(point.wall_s / point.prior_s)
         self._ratio = {key: median(values) for key, values in ratios.items()}
         self._known: dict[tuple[str, str | None, bool, int, float], tuple[float, Basis]] = {}
 
@@ -164,6 +159,23 @@ class Costs:
                 Basis.RECORDS,
             )
         return _scaled(sizes, size, prior), Basis.SCALED
+
+
+def _read(record: Mapping[str, Any]) -> tuple[str, str | None, bool, _Point | None]:
+    """Kind, method, whether it ran on a GPU, and the point of a record; no point where the record
+    does not tell: it helps to guess, and is never a fault.
+    """
+    try:
+        wall_s, prior = float(record["wall_s"]), float(record["cost_s"])
+        size = int((record.get("where") or {}).get("parameters") or 0)
+        flops = float(record.get("flops") or 0.0)
+        kind, method = str(record["kind"]), record.get("method")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return "", None, False, None
+    on_gpu = is_on_gpu(str(record.get("resource") or ("gpu" if record.get("gpu_s") else "cpu")))
+    is_right = 0 < wall_s < inf and 0 < prior < inf and 0 <= flops < inf and size >= 0
+    point = _Point(size, flops, wall_s, prior) if is_right else None
+    return kind, None if method is None else str(method), on_gpu, point
 
 
 def _scaled(sizes: Mapping[int, list[_Point]], size: int, prior: float) -> float:

@@ -232,6 +232,15 @@ def _declared(cells: pa.Table, meta: dict[str, Any]) -> pa.Table:
     )
 
 
+def run_meta(folder: Path) -> dict[str, Any] | None:
+    """What `run.json` of a folder says, whatever else is there; None where it cannot be read."""
+    try:
+        meta = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) else None
+
+
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
     if not path.is_file():

@@ -7,11 +7,11 @@ The local copy stays, so that a run which finds all cells done need not collect 
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from urllib.parse import urlparse
 
 from ftsec_ray.errors import StoreError
+from ftsec_ray.identity.cache_folder import cache_folder
 from ftsec_ray.results.write import RUN_FILE
 from ftsec_ray.schedule.job_paths import is_uri
 from ftsec_ray.store.object_io import ObjectIO
@@ -25,8 +25,7 @@ def local_results(results: str | Path) -> Path:
     text = str(results)
     if not is_uri(text):
         return Path(urlparse(text).path if text.startswith("file:") else text).expanduser()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "ftsec_ray" / "results" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    return cache_folder() / "results" / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def send_results(folder: Path, results: str | Path) -> str:

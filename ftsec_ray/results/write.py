@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
-from ftsec_ray.errors import StoreError
+from ftsec_ray.errors import EnvironmentFault, StoreError
+from ftsec_ray.store.disk import is_refused
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,13 +49,14 @@ def table_schema(name: str) -> pa.Schema:
 
 @contextmanager
 def told_when_unwritten(folder: Path) -> Iterator[None]:
-    """Makes a disk that is full or may not be written a StoreError: nothing that was computed is
-    lost with it.
+    """Makes a disk that is full a StoreError and a folder that may not be written an
+    EnvironmentFault: nothing that was computed is lost with it.
     """
     try:
         yield
     except OSError as fault:
-        raise StoreError(
+        kind = EnvironmentFault if is_refused(fault) else StoreError
+        raise kind(
             f"the results cannot be written to {folder}",
             str(fault),
             "a folder with room that may be written",

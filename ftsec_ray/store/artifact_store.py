@@ -100,6 +100,12 @@ class Store(ABC):
     def failures(self) -> dict[str, dict[str, Any]]:
         """Verdicts of all stages that failed and have not succeeded since."""
 
+    def check_writable(self) -> None:
+        """EnvironmentFault where artifacts cannot be made; what only a write can tell is told
+        then.
+        """
+        return
+
     def drop_leftovers(self) -> None:
         """Remove what processes that are no more left half-written; nothing where that cannot be
         told.

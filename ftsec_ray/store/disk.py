@@ -9,13 +9,14 @@ import hashlib
 import os
 import shutil
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from ftsec_ray.errors import StoreError
+from ftsec_ray.errors import EnvironmentFault, StoreError
 from ftsec_ray.store.record import checked_digest
 
 
@@ -64,11 +65,35 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(found)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise EnvironmentFault(
+            f"a folder of the store cannot be read: {error.strerror or error}",
+            str(folder),
+            "a folder that this user may read",
+            "give another one with --store, or change the owner or the mode of this one",
+        ) from error
 
 
 def is_full(error: OSError) -> bool:
     """Whether an error says that a disk or a quota is used up."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_refused(error: OSError) -> bool:
+    """Whether an error says that a place takes no files from this user, however much room it
+    has.
+    """
+    return error.errno in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENOENT,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+    )
 
 
 def disk_full(error: OSError, place: Path) -> StoreError:
@@ -82,6 +107,28 @@ def disk_full(error: OSError, place: Path) -> StoreError:
         "free some space or choose another --store, then run again: "
         "nothing half-written is left, and what is done stays done",
     )
+
+
+def check_folder(folder: Path, what: str, option: str) -> None:
+    """EnvironmentFault unless files can be made in a folder, which is made where it is not there.
+
+    Args:
+        folder: The folder.
+        what: Its name in the message.
+        option: The option that names it.
+    """
+    try:
+        with room(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return
+    except OSError as error:
+        raise EnvironmentFault(
+            f"the {what} folder cannot be written: {error.strerror or error}",
+            str(folder),
+            "a folder in which this user may make files",
+            f"give another one with {option}, or change the owner or the mode of this one",
+        ) from error
 
 
 @contextmanager

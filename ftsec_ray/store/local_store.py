@@ -7,11 +7,12 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ftsec_ray.store.artifact_store import Store, artifact_key
-from ftsec_ray.store.disk import drop_dead, entries, own_folder, room
+from ftsec_ray.store.disk import check_folder, drop_dead, entries, own_folder, room
 from ftsec_ray.store.record import (
     RECORD,
     checked_digest,
@@ -109,7 +110,7 @@ class LocalStore(Store):
             found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise damaged(digest, "it is not in the store") from None
-        except ValueError:
+        except (OSError, ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or found.get("digest") != digest:
             self._quarantine(folder)
@@ -118,12 +119,14 @@ class LocalStore(Store):
 
     def _quarantine(self, folder: Path) -> None:
         aside = self.root / "quarantine" / f"{folder.name}.{uuid.uuid4().hex[:8]}"
-        aside.parent.mkdir(parents=True, exist_ok=True)
         self._verified.discard(folder.name)
-        try:
+        with suppress(OSError):  # another worker was first, or this store may only be read
+            aside.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(aside)
-        except FileNotFoundError:
-            return  # another worker was first
+
+    def check_writable(self) -> None:
+        """EnvironmentFault unless files can be made under the root."""
+        check_folder(self.root, "store", "--store")
 
     def drop_leftovers(self) -> None:
         """Remove what processes of this machine that are no more were writing."""
@@ -165,5 +168,13 @@ class LocalStore(Store):
             for p in sorted((self.root / "verdicts").glob("*.json"))
             if is_digest(p.stem) and not self.has(p.stem)
         ]
-        found = {p.stem: verdict_of(p.read_text(encoding="utf-8", errors="replace")) for p in paths}
+        found = {p.stem: verdict_of(_text_of(p)) for p in paths}
         return {digest: verdict for digest, verdict in found.items() if verdict is not None}
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file; none where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

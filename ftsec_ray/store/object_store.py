@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.errors import StoreError
+from ftsec_ray.identity.cache_folder import cache_folder
 from ftsec_ray.store.artifact_store import Store, artifact_key
 from ftsec_ray.store.disk import disk_full, drop_dead, is_full, own_folder, own_name, room
 from ftsec_ray.store.mirror import WorkMirror
@@ -70,10 +70,8 @@ class RemoteStore(Store):
         self._calls = ObjectIO(filesystem, uri)
         self._root = root.rstrip("/")
         self.uri = checked_uri(uri)
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.cache = (
-            cache
-            or home / "ftsec_ray" / "artifacts" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+            cache or cache_folder() / "artifacts" / hashlib.sha256(uri.encode()).hexdigest()[:16]
         )
         self._verified: dict[str, Path] = {}
         self._work = WorkFolders(self.cache / "work")

@@ -19,6 +19,14 @@ _PICKLES = re.compile(
     re.IGNORECASE,
 )
 """Names under which libraries keep, and would load, pickled objects."""
+_VERDICT: dict[str, type | tuple[type, ...]] = {
+    "error_code": str,
+    "error": str,
+    "host": str,
+    "attempt": int,
+    "wall_s": (int, float),
+}
+"""What the columns of a table take of a verdict; a value of another type counts as absent."""
 _DIGEST = re.compile(rf"[0-9a-f]{{{DIGEST_CHARS}}}")
 
 
@@ -144,9 +152,16 @@ def verdict_of(text: str) -> dict[str, Any] | None:
     """The verdict in a text; None where it is not one, so that a damaged verdict hides no cell."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return {"error_code": None, "error": None, **found} if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    held = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, _VERDICT.get(name, object)) and not isinstance(value, bool)
+    }
+    return {"error_code": None, "error": None, **held}
 
 
 def damaged(digest: str, fault: str) -> DamagedArtifact:

@@ -178,6 +178,44 @@ def test_a_dead_cluster_in_the_environment_is_named_as_such_and_does_not_stop_th
     assert toy.ran
 
 
+@pytest.mark.parametrize("option", ["--store", "--results"])
+def test_a_folder_that_cannot_be_written_gives_exit_code_3_before_anything_runs(folder, option):
+    (folder / "file").write_text("no folder")
+    told = call("run", "small.yaml", option, "file/x", code=3).stderr
+    assert f"give another one with {option}" in told
+    assert "cannot be written" in told
+    assert toy.ran == []
+    if option == "--results":
+        assert "cannot be written" in call("report", "small.yaml", option, "file/x", code=3).stderr
+
+
+def test_another_sweep_of_the_same_name_is_told_before_its_results_are_replaced(folder):
+    assert "another plan" not in call("run", "small.yaml").stderr
+    for verb in ("run", "plan"):
+        assert "another plan" not in call(verb, "small.yaml").stderr
+    before = api.make_plan("small.yaml").digest[:8]
+    (folder / "other.yaml").write_text(SWEEP.replace("seeds: 2", "seeds: 1"))
+    after = api.make_plan("other.yaml").digest[:8]
+    for verb in ("plan", "run"):
+        (line,) = [
+            line for line in call(verb, "other.yaml").stderr.splitlines() if "another plan" in line
+        ]
+        assert line.startswith("warning: results/small holds")
+        assert f"({before}, 24 cells)" in line
+        assert f"({after}, 12 cells)" in line
+    assert "another plan" not in call("run", "other.yaml", "--results", "elsewhere").stderr
+    assert "another plan" in call("plan", "small.yaml", "--results", "elsewhere").stderr
+    json.loads(call("plan", "small.yaml", "--json").stdout)
+
+
+@pytest.mark.parametrize("rubbish", ["", "[]", '{"plan": 3, "counts": 4}'])
+def test_rubbish_in_place_of_results_stops_neither_plan_nor_run(folder, rubbish):
+    (folder / "results/small").mkdir(parents=True)
+    (folder / "results/small/run.json").write_text(rubbish)
+    call("plan", "small.yaml")
+    call("run", "small.yaml")
+
+
 def test_another_error_of_ours_gives_exit_code_1_without_a_traceback(folder, monkeypatch):
     def broken(*args: object, **options: object) -> None:
         raise StoreError("no room", "small", "more")

@@ -12,7 +12,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from ftsec_ray import api, schema
-from ftsec_ray.errors import DataError, StoreError
+from ftsec_ray.errors import DataError, EnvironmentFault, StoreError
 from ftsec_ray.measured import wilson
 from ftsec_ray.report.markdown import grid_markdown
 from ftsec_ray.results import read
@@ -269,7 +269,7 @@ def test_a_disk_that_takes_no_more_is_told_and_nothing_half_written_counts(
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(
-        StoreError, match=r"cannot be written to .*file/out[\s\S]*ftsec report SWEEP"
+        EnvironmentFault, match=r"cannot be written to .*file/out[\s\S]*ftsec report SWEEP"
     ):
         write_results(tmp_path / "file" / "out", tables=tables_of(), meta={})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
