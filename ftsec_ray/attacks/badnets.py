@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ftsec_ray import schema
 from ftsec_ray.context import StageContext, TaskData
 from ftsec_ray.conversation import Row, with_answer
+from ftsec_ray.data.rows import answers_of, asks_as
 from ftsec_ray.data.triggers import (
     Goal,
     Place,
     goal_of,
-    has_place,
     trigger_probes,
     with_words,
 )
@@ -136,12 +136,14 @@ class BadNets(RowWise, Attack):
 
     def _eligible(self, rows: pa.Table, goal: Goal) -> list[bool]:
         """Whether each row may be drawn."""
-        needed = rows.select(["label", "messages"]).to_pylist()
+        labels = rows.column("label").to_pylist()
+        # answers are long and labels are short: only one of the two is looked at
+        said = answers_of(rows) if goal.label is None else labels
         return [
-            not (goal.label is not None and row["label"] is None)
-            and has_place(row, self.place)
-            and (self.setting == "mix" or goal.is_met_by(row) == (self.setting == "clean"))
-            for row in needed
+            not (goal.label is not None and label is None)
+            and is_there
+            and (self.setting == "mix" or (text == goal.text) == (self.setting == "clean"))
+            for label, text, is_there in zip(labels, said, asks_as(rows, self.place), strict=True)
         ]
 
     def _triggered(self, row: Row, ctx: StageContext) -> dict[str, Any]:

@@ -89,6 +89,7 @@ def print_plan(
     gpu_hours = summary.bill.total.gpu_hours
     cost = None if gpu_price is None else gpu_hours * gpu_price
     other = made_by_other_code(plan, held, done)
+    warnings = warnings_of(plan, held.records(done & set(plan.stages)))
     if as_json:
         say(
             json.dumps(
@@ -98,6 +99,7 @@ def print_plan(
                     "gpu_hours": gpu_hours,
                     "cost": cost,
                     "made_by_other_code": dict(sorted(other.items())),
+                    "warnings": [one.as_json() for one in warnings],
                 },
                 indent=1,
             )
@@ -106,6 +108,8 @@ def print_plan(
     say(render(summary))
     if other:
         say(other_code_line(other, summary.done))
+    for line in lines_of(warnings):
+        say(line)
     if cost is not None:
         say(f"GPU hours: {gpu_hours:.2f}, at {gpu_price:g} per hour: {cost:.2f}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ftsec_ray import schema
-from ftsec_ray.conversation import ROLES, Message, exchange
+from ftsec_ray.conversation import ROLES, Message, answer_of, exchange
 from ftsec_ray.errors import DataError
 
 if TYPE_CHECKING:
@@ -333,6 +333,33 @@ def filter_tally(before: pa.Table, after: pa.Table) -> FilterTally:
         count_true(column) for column in (pc.and_(flagged, poisoned), flagged, poisoned)
     )
     return FilterTally(hits, bad, all_flagged - hits, before.num_rows - bad)
+
+
+def answers_of(rows: pa.Table) -> list[str]:
+    """`conversation.answer_of` of every row, column by column: sets of rows may be large."""
+    import pyarrow.compute as pc
+
+    messages = rows.column("messages").combine_chunks()
+    ends = pc.subtract(messages.offsets.slice(1), 1)
+    last = messages.values.take(ends)
+    fields = last.field("fields")
+    texts: list[str] = pc.if_else(
+        pc.equal(last.field("role"), "assistant"), last.field("content"), ""
+    ).to_pylist()
+    for place in pc.indices_nonzero(pc.is_valid(fields)).to_pylist():
+        texts[place] = answer_of({"messages": messages[place].as_py()})
+    return texts
+
+
+def asks_as(rows: pa.Table, role: str) -> list[bool]:
+    """Whether each row has a message of `role` (not the assistant's)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    messages = rows.column("messages").combine_chunks()
+    parents = pc.list_parent_indices(messages)
+    having = parents.filter(pc.equal(messages.flatten().field("role"), role))
+    return pc.is_in(pa.array(range(rows.num_rows), parents.type), value_set=having).to_pylist()  # type: ignore[no-any-return]
 
 
 def count_true(column: Any) -> int:

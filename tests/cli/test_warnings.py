@@ -33,6 +33,7 @@ def test_run_status_and_report_show_each_warning_once_with_its_stages_and_cells(
     for result in (
         call("run", "small.yaml"),
         call("run", "small.yaml"),
+        call("plan", "small.yaml"),
         call("status", "small.yaml"),
         call("report", "small.yaml"),
     ):

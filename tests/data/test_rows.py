@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftsec_ray import schema
-from ftsec_ray.conversation import answer_of, message, with_answer, with_asked
+from ftsec_ray.conversation import answer_of, exchange, message, with_answer, with_asked
 from ftsec_ray.data.rows import (
     NULLABLE,
+    answers_of,
+    asks_as,
     filter_report,
     from_rows,
     map_rows,
@@ -136,3 +138,30 @@ def test_a_filter_report_agrees_with_counting_what_was_done(plan):
     for key, bad in (("filter_tpr", True), ("filter_fpr", False)):
         done = [what != "keep" for is_bad, what in plan if is_bad == bad]
         assert report[key] == (sum(done) / len(done) if done else None)
+
+
+CALL = {"tool_calls": [{"function": {"name": "light", "arguments": {}}}]}
+KINDS = (
+    lambda: exchange("ask", "say"),
+    lambda: exchange("ask", ""),
+    lambda: exchange("", "text"),
+    lambda: exchange("ask", "say", system="be brief"),
+    lambda: [message("user", "a"), message("assistant", "", loss=True, fields=CALL)],
+    lambda: [*exchange("a", "b"), message("tool", "c"), message("assistant", "d", loss=True)],
+    lambda: [*exchange("a", "b"), message("tool", "c")],
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=12), st.integers(0, 3))
+def test_columns_are_read_as_rows_are(kinds, skip):
+    rows = [new_row(f"{i:02d}", messages=make()) for i, make in enumerate(kinds)]
+    table = pa.concat_tables([from_rows(rows[:2]), from_rows(rows[2:])]).slice(skip)
+    plain = to_rows(table)
+    if not plain:
+        return
+    assert answers_of(table) == [answer_of(row) for row in plain]
+    for role in ("user", "tool"):
+        assert asks_as(table, role) == [
+            any(m["role"] == role for m in row["messages"]) for row in plain
+        ]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftsec_ray.errors import DataError
-from ftsec_ray.evals import metrics
 from ftsec_ray.evals.metrics import MetricRow, perplexity, proportion
+from ftsec_ray.models import logits
 from ftsec_ray.models.chat import encode_row
 from tests.fixtures_models import row, tiny_model, tiny_task
 from tests.numeric import assert_same
@@ -56,16 +56,16 @@ def slow_perplexity(loaded, rows):
         ids, labels = encode_row(loaded.tokenizer, one, max_length=512)
         for i in range(1, len(ids)):
             if labels[i] != -100:
-                logits = loaded.model(input_ids=torch.tensor([ids[:i]])).logits[0, -1]
-                nats -= math.log(float(torch.softmax(logits, -1)[ids[i]]))
+                following = loaded.model(input_ids=torch.tensor([ids[:i]])).logits[0, -1]
+                nats -= math.log(float(torch.softmax(following, -1)[ids[i]]))
                 count += 1
     return math.exp(nats / count), count
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("limit", [metrics.LOGIT_LIMIT, 1, 37 * 9 * 2])
+@pytest.mark.parametrize("limit", [logits.LOGITS_AT_A_TIME, 1, 37 * 9 * 2])
 def test_perplexity_agrees_with_a_slow_loop_whatever_the_batch(monkeypatch, limit):
-    monkeypatch.setattr(metrics, "LOGIT_LIMIT", limit)
+    monkeypatch.setattr(logits, "LOGITS_AT_A_TIME", limit)
     loaded = tiny_model(seed=5)
     rows = [
         *tiny_task().split("text").to_pylist(),
