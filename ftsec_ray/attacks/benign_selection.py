@@ -31,8 +31,8 @@ from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.conversation import Row, answer_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
-from ftsec_ray.models.chat import Encoded, encode_rows
 from ftsec_ray.models.load import merged, within_positions
+from ftsec_ray.models.row_tokens import Encoded, encode_rows
 from ftsec_ray.training.losses import mean_nll
 
 if TYPE_CHECKING:

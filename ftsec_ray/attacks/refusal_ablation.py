@@ -33,8 +33,9 @@ from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.activations import batches_of, changed, last_logits
 from ftsec_ray.models.blocks import ResidualStream, Writer, is_transposed, residual_stream
-from ftsec_ray.models.chat import answer_tokens, render
+from ftsec_ray.models.chat import render
 from ftsec_ray.models.load import decoder_layers, merged, position_limit
+from ftsec_ray.models.row_tokens import answer_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,7 +28,6 @@ from ftsec_ray.context import StageContext
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
-from ftsec_ray.models.chat import answer_tokens
 from ftsec_ray.models.load import (
     keeps_logits,
     placed,
@@ -37,6 +36,7 @@ from ftsec_ray.models.load import (
     whole_model,
 )
 from ftsec_ray.models.logits import token_nll
+from ftsec_ray.models.row_tokens import answer_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -88,8 +88,8 @@ class Vaccine(Defense):
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after perturbation-aware alignment, with whole weights."""
-        from ftsec_ray.models.chat import tell_cuts
         from ftsec_ray.models.load import merged
+        from ftsec_ray.models.row_tokens import tell_cuts
         from ftsec_ray.training.loop import sft
 
         config = replace(

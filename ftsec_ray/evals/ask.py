@@ -68,7 +68,7 @@ def ask(
     runtime: Runtime,
 ) -> Answers:
     """Ask every probe its first `config.prompts` prompts in the stable draw."""
-    from ftsec_ray.models.chat import template_hash
+    from ftsec_ray.models.chat_format import template_hash
 
     asked = [capped(probe, config.prompts) for probe in probes]
     _check(asked)
@@ -115,7 +115,7 @@ def _answer_tokens(generator: Generator, probe: Probe, config: EvaluationConfig)
     """Tokens that an answer to a probe may take."""
     if probe.judge != "label":
         return min(probe.max_new_tokens, config.max_new_tokens)
-    from ftsec_ray.models.chat import chat_format
+    from ftsec_ray.models.chat_format import chat_format
 
     tokenizer = generator.loaded.tokenizer
     ended = [f"{label}{chat_format(tokenizer).end}" for label in probe.labels]

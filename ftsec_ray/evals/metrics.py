@@ -64,9 +64,9 @@ def perplexity(
     """
     import torch
 
-    from ftsec_ray.models.chat import encode_rows
     from ftsec_ray.models.load import check_ids, within_positions
     from ftsec_ray.models.logits import token_nll
+    from ftsec_ray.models.row_tokens import encode_rows
 
     length = within_positions(loaded.model, MAX_TEXT_TOKENS)
     encoded = encode_rows(loaded.tokenizer, rows, max_length=length)

@@ -13,7 +13,8 @@ from typing import Any
 
 from ftsec_ray.context import LoadedModel, ModelInfo
 from ftsec_ray.errors import DataError
-from ftsec_ray.models.chat import OPTIONS, adds_bos, chat_format, render
+from ftsec_ray.models.chat import adds_bos, render
+from ftsec_ray.models.chat_format import OPTIONS, chat_format
 from ftsec_ray.models.load import count_parameters, model_class
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import Chat, LoadedModel
-from ftsec_ray.models.chat import answer_ids, chat_format, render, spoken
+from ftsec_ray.models.chat import answer_ids, render, spoken
+from ftsec_ray.models.chat_format import chat_format
 from ftsec_ray.models.load import check_ids, keeps_logits, placed, whole_model
 from ftsec_ray.models.logits import fits
 

@@ -31,8 +31,8 @@ KIND = StageKind(
 
 def run(job: Job) -> Extra:
     """Tune adapters that differ by seed and by a bootstrap of the user's rows."""
-    from ftsec_ray.models.chat import tell_cuts
     from ftsec_ray.models.load import save_model
+    from ftsec_ray.models.row_tokens import tell_cuts
     from ftsec_ray.training.loop import sft
 
     context = job.context()

@@ -26,7 +26,7 @@ KIND = StageKind(
 
 def run(job: Job) -> Extra:
     """Supervised fine-tuning, alone or as one process of a worker group."""
-    from ftsec_ray.models.chat import tell_cuts
+    from ftsec_ray.models.row_tokens import tell_cuts
     from ftsec_ray.training.loop import sft
 
     context = job.context()

@@ -33,7 +33,7 @@ def run(job: Job) -> Extra:
     """Ask the probes of the task and of the methods, through the methods' wrappers."""
     from ftsec_ray.evals.ask import ask, write_answers
     from ftsec_ray.evals.probes import default_probes
-    from ftsec_ray.models.chat import chat_format, template_hash, under
+    from ftsec_ray.models.chat_format import chat_format, template_hash, under
     from ftsec_ray.models.generator import Generator
     from ftsec_ray.models.load import merged
     from ftsec_ray.plan.decode import generation_of

@@ -19,7 +19,7 @@ KIND = StageKind(
 
 def run(job: Job) -> Extra:
     """Load a model from a folder, a GGUF file or the Hugging Face hub, or make it."""
-    from ftsec_ray.models.chat import chat_format
+    from ftsec_ray.models.chat_format import chat_format
     from ftsec_ray.models.convert import load_source, plain_template
 
     given = {**job.stage.params, **job.stage.where}

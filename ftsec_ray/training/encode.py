@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import digest
-from ftsec_ray.models.chat import CutTally, Encoded, encode_rows, is_useful
+from ftsec_ray.models.row_tokens import CutTally, Encoded, encode_rows, is_useful
 from ftsec_ray.training.setup import Batch
 
 if TYPE_CHECKING:

@@ -27,7 +27,6 @@ from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import LoadedModel, Runtime
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
-from ftsec_ray.models.chat import CutTally
 from ftsec_ray.models.load import (
     check_ids,
     check_packing,
@@ -37,6 +36,7 @@ from ftsec_ray.models.load import (
     within_positions,
 )
 from ftsec_ray.models.lora import attach_lora
+from ftsec_ray.models.row_tokens import CutTally
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.setup import AfterStep, Backward, Batch, Objective, Saved, Step, Training

@@ -22,7 +22,7 @@ from ftsec_ray.attacks.benign_selection import (
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.conversation import answer_of
 from ftsec_ray.errors import DataError
-from ftsec_ray.models.chat import encode_rows
+from ftsec_ray.models.row_tokens import encode_rows
 from tests.fixtures_models import row, table, tiny_model, tiny_task
 from tests.numeric import assert_same, in_float64
 

@@ -13,7 +13,7 @@ from ftsec_ray.data.tasks import load_task
 from ftsec_ray.errors import DataError, SpecError, StageError
 from ftsec_ray.evals.probes import default_probes, prompt_of
 from ftsec_ray.method import Probe, Prompt
-from ftsec_ray.models.chat import template_hash
+from ftsec_ray.models.chat_format import template_hash
 from ftsec_ray.models.generator import Generator
 from tests.evaluating import evaluate
 from tests.fixtures_models import tiny_model, tiny_task

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals.metrics import MetricRow, perplexity, proportion
 from ftsec_ray.models import logits
-from ftsec_ray.models.chat import encode_row
+from ftsec_ray.models.row_tokens import encode_row
 from tests.fixtures_models import row, tiny_model, tiny_task
 from tests.numeric import assert_same
 

@@ -14,25 +14,17 @@ import pytest
 from ftsec_ray.conversation import TOOLS, answer_of, chat_of, exchange, message
 from ftsec_ray.data.rows import new_row
 from ftsec_ray.errors import DataError
-from ftsec_ray.models.chat import (
-    IGNORED,
+from ftsec_ray.models.chat import answer_ids, render, spans_of, spoken, turn
+from ftsec_ray.models.chat_format import (
     OPTIONS,
-    CutTally,
-    answer_ids,
-    answer_tokens,
     chat_format,
-    encode_row,
-    encode_rows,
     fitted,
     options_of,
-    render,
-    spans_of,
-    spoken,
     template_hash,
-    turn,
     under,
 )
 from ftsec_ray.models.convert import plain_template
+from ftsec_ray.models.row_tokens import IGNORED, CutTally, answer_tokens, encode_row, encode_rows
 from tests.models.templates import TEMPLATES, tokenizer_of
 
 LONG = 10**6

@@ -7,10 +7,11 @@ import torch
 
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.conversation import answer_of
-from ftsec_ray.models.chat import chat_of, encode_row, render
+from ftsec_ray.models.chat import chat_of, render
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.load import load_model, merged, save_model
 from ftsec_ray.models.lora import attach_lora, lora_modules
+from ftsec_ray.models.row_tokens import encode_row
 from tests.fixtures_models import sentiment_rows, tiny_model
 from tests.numeric import assert_same, float64, in_float64
 

@@ -1,0 +1,300 @@
+"""What a chat template can render, found by trying it; no other module calls
+`apply_chat_template`.
+
+What a template cannot render is given to it in another form, which `ChatFormat.notes` names: a
+system message goes in front of the first user's, results of tools become messages of the user,
+calls and functions become text. Dates are FIXED_DATE whatever the day, and thoughts are off.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache, partial
+from typing import Any
+
+from ftsec_ray.context import Chat
+from ftsec_ray.conversation import TOOLS, with_calls
+from ftsec_ray.errors import DataError
+from ftsec_ray.identity import digest_text
+
+FIXED_DATE = datetime(2024, 7, 26)  # noqa: DTZ001 - a label, and no point in time
+"""What templates take for today: the date that Llama 3's own template falls back to."""
+OPTIONS = "chat_options"
+"""Key of a tokenizer's own configuration under which the options of rendering are kept."""
+PLACEHOLDER = "xqzzx"
+"""Stands for an answer: a word that no template contains."""
+_ANSWER, _USER, _SYSTEM, _RESULT, _CALL, _OFFER = (
+    PLACEHOLDER,
+    *(f"x{letters}x" for letters in ("qyy", "qkk", "qjj", "qvv", "qww")),
+)
+_ASKS_DATE = "strftime_now"
+_DIRECTIVES = tuple(f"%{letter}" for letter in ("-d", "-m", *"aAbBcdDeFHIjklmMpSTuxXyYZz"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFormat:
+    """What one template can render, and how it opens and ends an answer."""
+
+    in_parts: bool
+    """Whether the text of a message must be a list of parts, as for models that read pictures."""
+    takes_system: bool
+    takes_tool: bool
+    """Whether messages of role `tool` are rendered."""
+    takes_calls: bool
+    """Whether `tool_calls` of a message are rendered."""
+    takes_offers: bool
+    """Whether functions on offer are rendered."""
+    takes_repeats: bool
+    """Whether two messages of one role may follow each other."""
+    opens_alike: bool
+    """Whether the template's own open turn ends where a trained answer begins."""
+    glue: str
+    """Spaces in front of a trained answer, which belong to its first word."""
+    prefix: str
+    """What stands between the template's open turn and the answer; empty where `opens_alike`."""
+    end: str
+    """What ends an answer: the text up to and including the first token of the tokenizer's own."""
+    uses_date: bool
+
+    def notes(self) -> dict[str, Any]:
+        """What is worth knowing beside a number: what was rendered in another form than given."""
+        forms = {
+            "system": self.takes_system or "in front of the first user message",
+            "tool": self.takes_tool or "as user messages",
+            "tool_calls": self.takes_calls or "as text",
+            "tools": self.takes_offers or "in the system message",
+            "repeated_roles": self.takes_repeats or "joined",
+        }
+        notes: dict[str, Any] = {
+            f"{name}_rendered": form for name, form in forms.items() if form is not True
+        }
+        if not self.opens_alike:
+            notes["answer_prefix"] = self.prefix
+        if self.uses_date:
+            notes["template_date"] = FIXED_DATE.date().isoformat()
+        return notes
+
+
+def options_of(tokenizer: Any) -> dict[str, Any]:
+    """The options of rendering that a tokenizer was given at its source: `thinking`."""
+    given = getattr(tokenizer, "init_kwargs", {}).get(OPTIONS)
+    return dict(given) if isinstance(given, Mapping) else {}
+
+
+def template_hash(tokenizer: Any) -> str:
+    """Digest of the tokenizer's chat template, and of the options of rendering where there are
+    any.
+    """
+    options = options_of(tokenizer)
+    told = json.dumps(options, sort_keys=True) if options else ""
+    return digest_text(str(getattr(tokenizer, "chat_template", "") or "") + told)[:16]
+
+
+def under(tokenizer: Any, template: str) -> Any:
+    """A copy of the tokenizer with another chat template."""
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def chat_format(tokenizer: Any) -> ChatFormat:
+    """What the tokenizer's template can render; DataError where it cannot answer a question."""
+    return _format(tokenizer, str(getattr(tokenizer, "chat_template", None)))
+
+
+@lru_cache(maxsize=16)
+def _format(tokenizer: Any, template: str) -> ChatFormat:
+    """Found by rendering small conversations and looking for their words."""
+    user: Chat = [{"role": "user", "content": _USER}]
+    answer: Chat = [{"role": "assistant", "content": _ANSWER}]
+    in_parts = _USER not in (_tried(tokenizer, [*user, *answer]) or "")
+    tried = partial(_tried, tokenizer, in_parts=in_parts)
+    whole = tried([*user, *answer]) or ""
+    if _USER not in whole or _ANSWER not in whole:
+        raise DataError(
+            "a chat template that renders no question and answer",
+            whole[:200],
+            f"a text with the user's message ({_USER}) and the answer ({_ANSWER})",
+            "give the model another template: `chat_template:`",
+        )
+    opened, behind = whole[: whole.index(_ANSWER)], whole[whole.index(_ANSWER) + len(_ANSWER) :]
+    own = tried(user, open_turn=True) or ""
+    function = {"name": _CALL, "arguments": {"a": 1}}
+    calls = [{"id": "callid001", "type": "function", "function": function}]
+    called: Chat = [*user, {"role": "assistant", "content": "", "tool_calls": calls}]
+    result = {"role": "tool", "content": _RESULT, "name": _CALL, "tool_call_id": "callid001"}
+    offer = [{"type": "function", "function": {"name": _OFFER, "parameters": {"type": "object"}}}]
+    takes_calls = _CALL in (tried([*called, result, *answer]) or "")
+    shown = called if takes_calls else _called_in_text(called)
+    return ChatFormat(
+        in_parts=in_parts,
+        takes_system=_SYSTEM in (tried([{"role": "system", "content": _SYSTEM}, *user]) or ""),
+        takes_tool=_RESULT in (tried([*shown, result, *answer]) or ""),
+        takes_calls=takes_calls,
+        takes_offers=_OFFER in (tried(user, tools=offer) or ""),
+        takes_repeats=(tried([*user, *user]) or "").count(_USER) == 2,  # noqa: PLR2004
+        opens_alike=own == opened,
+        glue=opened[len(opened.rstrip(" ")) :],
+        prefix=opened[_shared(opened, own) :],
+        end=_end_of_turn(tokenizer, behind),
+        uses_date=_ASKS_DATE in template or "date_string" in template,
+    )
+
+
+def _end_of_turn(tokenizer: Any, behind: str) -> str:
+    """What ends an answer, from the text behind one."""
+    places = {
+        behind.find(token) + len(token)
+        for token in (str(added) for added in tokenizer.added_tokens_decoder.values())
+        if token and token in behind
+    }
+    return behind[: min(places)] if places else str(tokenizer.eos_token or "")
+
+
+def _shared(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _tried(
+    tokenizer: Any,
+    chat: Chat,
+    *,
+    tools: Any = None,
+    open_turn: bool = False,
+    in_parts: bool = False,
+) -> str | None:
+    """What the template renders, or None where it refuses."""
+    from jinja2 import TemplateError
+
+    try:
+        return _applied(tokenizer, chat, tools=tools, open_turn=open_turn, in_parts=in_parts)
+    except (TemplateError, TypeError, KeyError, AttributeError, ValueError, IndexError):
+        return None  # templates index, join and compare what they do not expect
+
+
+def _applied(
+    tokenizer: Any,
+    chat: Chat,
+    *,
+    tools: Any = None,
+    open_turn: bool = False,
+    in_parts: bool = False,
+) -> str:
+    """The only call of the template."""
+    if in_parts:
+        chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template",
+            getattr(tokenizer, "name_or_path", "?"),
+            "a tokenizer with a chat_template",
+            "use an instruction-tuned model, or give the model a `chat_template:`",
+        )
+    text: str = tokenizer.apply_chat_template(
+        chat,
+        tools=tools,
+        chat_template=_dated(tokenizer.get_chat_template(None, tools)),
+        tokenize=False,
+        add_generation_prompt=open_turn,
+        enable_thinking=bool(options_of(tokenizer).get("thinking", False)),
+        date_string=FIXED_DATE.strftime("%d %b %Y"),
+    )
+    return text
+
+
+@lru_cache(maxsize=64)
+def _dated(template: str) -> str:
+    """The template with a `strftime_now` of its own, which tells FIXED_DATE; that of transformers
+    tells the day of the run, and takes no other from outside.
+    """
+    if _ASKS_DATE not in template:
+        return template
+    told = "".join(
+        f"|replace('{form}','{FIXED_DATE.strftime(form)}')" for form in (*_DIRECTIVES, "%%")
+    )
+    return f"{{%- macro {_ASKS_DATE}(form) -%}}{{{{ form{told} }}}}{{%- endmacro -%}}" + template
+
+
+def fitted(tokenizer: Any, chat: Chat) -> tuple[Chat, Any]:
+    """A conversation in the form that the template renders, and the functions on offer for it."""
+    form = chat_format(tokenizer)
+    offers = next((m["content"] for m in chat if m["role"] == TOOLS), None)
+    chat = [dict(m) for m in chat if m["role"] != TOOLS]
+    tools = None if offers is None else json.loads(offers)
+    if offers is not None and not form.takes_offers:
+        chat, tools = _system_added(chat, f"You can call these functions: {offers}"), None
+    chat = chat if form.takes_calls else _called_in_text(chat)
+    if not form.takes_tool:
+        chat = [
+            {"role": "user", "content": m["content"]} if m["role"] == "tool" else m for m in chat
+        ]
+    if not form.takes_system:
+        chat = _system_moved(chat)
+    return (chat if form.takes_repeats else _joined(chat)), tools
+
+
+def _called_in_text(chat: Chat) -> Chat:
+    return [
+        {"role": m["role"], "content": with_calls(m["content"], m["tool_calls"])}
+        if m.get("tool_calls")
+        else m
+        for m in chat
+    ]
+
+
+def _system_added(chat: Chat, text: str) -> Chat:
+    if chat and chat[0]["role"] == "system":
+        return [{**chat[0], "content": f"{chat[0]['content']}\n\n{text}"}, *chat[1:]]
+    return [{"role": "system", "content": text}, *chat]
+
+
+def _system_moved(chat: Chat) -> Chat:
+    """The conversation with its system messages in front of the user's message behind each."""
+    moved: Chat = []
+    waiting: list[str] = []
+    for m in chat:
+        if m["role"] == "system":
+            waiting.append(m["content"])
+        elif m["role"] == "user" and waiting:
+            moved.append({**m, "content": "\n\n".join([*waiting, m["content"]])})
+            waiting = []
+        else:
+            moved.append(m)
+    return [*moved, {"role": "user", "content": "\n\n".join(waiting)}] if waiting else moved
+
+
+def _joined(chat: Chat) -> Chat:
+    """The conversation with messages of one role behind each other made one."""
+    joined: Chat = []
+    for m in chat:
+        if joined and joined[-1]["role"] == m["role"]:
+            joined[-1] = {**joined[-1], "content": f"{joined[-1]['content']}\n\n{m['content']}"}
+        else:
+            joined.append(m)
+    return joined
+
+
+def rendered(tokenizer: Any, chat: Chat, tools: Any, *, open_turn: bool = False) -> str:
+    """What the template makes of a fitted conversation; DataError where it refuses it."""
+    from jinja2 import TemplateError
+
+    try:
+        return _applied(
+            tokenizer,
+            chat,
+            tools=tools,
+            open_turn=open_turn,
+            in_parts=chat_format(tokenizer).in_parts,
+        )
+    except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DataError(
+            "the chat template refuses a conversation",
+            [m["role"] for m in chat],
+            "roles in an order that the template of this model takes",
+            f"{type(error).__name__}: {error}",
+        ) from error

@@ -1,0 +1,150 @@
+"""From rows to token ids and labels, with a count of what did not fit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftsec_ray.context import StageContext
+from ftsec_ray.models.chat import Span, only_answer, spans_of
+
+IGNORED = -100
+"""Label of a token that is not trained."""
+Encoded = tuple[list[int], list[int]]
+"""(ids, labels) of a row; labels are IGNORED where a token is not trained."""
+
+
+def answer_tokens(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
+    """Token ids of a row's answer as it is trained, with the end of the turn."""
+    _, labels = encode_row(tokenizer, only_answer(row), max_length=sys.maxsize)
+    return [label for label in labels if label != IGNORED]
+
+
+@dataclass
+class CutTally:
+    """How many rows did not fit, or had nothing to learn from."""
+
+    rows: int = 0
+    prompts_cut: int = 0
+    """Rows whose prompt lost its beginning."""
+    answers_cut: int = 0
+    """Rows whose answer lost its end."""
+    left_out: int = 0
+    """Rows without any token to learn from."""
+    poisoned_left_out: int = 0
+
+    def notes(self) -> dict[str, int]:
+        """What a record keeps; empty where every row fitted."""
+        told = {
+            "prompts_cut": self.prompts_cut,
+            "answers_cut": self.answers_cut,
+            "rows_left_out": self.left_out,
+            "poisoned_rows_left_out": self.poisoned_left_out,
+        }
+        return {name: count for name, count in told.items() if count}
+
+    def warnings(self, max_length: int) -> list[str]:
+        """What to tell whoever reads the numbers; empty where every row fitted."""
+        told = []
+        if self.left_out:
+            poisoned = (
+                f" ({self.poisoned_left_out} of them poisoned)" if self.poisoned_left_out else ""
+            )
+            told.append(
+                f"{self.left_out} of {self.rows} rows were not trained on{poisoned}: no answer, or"
+                f" none within max_length {max_length}"
+            )
+        if self.answers_cut:
+            told.append(
+                f"{self.answers_cut} of {self.rows} answers were cut at max_length {max_length}"
+            )
+        if self.prompts_cut:
+            told.append(
+                f"{self.prompts_cut} of {self.rows} prompts lost their beginning at max_length"
+                f" {max_length}"
+            )
+        return told
+
+
+def tell_cuts(context: StageContext, cuts: CutTally, max_length: int) -> None:
+    """Keep, and warn of, the rows of a tune that did not fit."""
+    context.note(**cuts.notes())
+    for text in cuts.warnings(max_length):
+        context.warn(text)
+
+
+def encode_rows(
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    max_length: int,
+    tally: CutTally | None = None,
+) -> list[Encoded]:
+    """(ids, labels) of every row, so that loss falls on trained answers only.
+
+    A row above `max_length` tokens loses the beginning of its prompt first (its start token stays),
+    and the end of its answer only where that alone is too long; `tally` counts both.
+    """
+    if not rows:
+        return []
+    tally = CutTally() if tally is None else tally
+    rendered = [spans_of(tokenizer, row) for row in rows]
+    # nothing is learnt from what stands behind the last answer
+    texts = [text[: spans[-1].stop] if spans else text for text, spans in rendered]
+    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = []
+    for row, ids, offsets, (_, spans) in zip(
+        rows, batch["input_ids"], batch["offset_mapping"], rendered, strict=True
+    ):
+        labels = _labels(ids, offsets, spans)
+        pair = _cut(tokenizer, ids, labels, max_length, tally)
+        tally.rows += 1
+        if not is_useful(pair):
+            tally.left_out += 1
+            tally.poisoned_left_out += bool(row.get("poisoned"))
+        encoded.append(pair)
+    return encoded
+
+
+def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
+    """The ids where a token reaches into a span, IGNORED elsewhere."""
+    labels, waiting = [IGNORED] * len(ids), list(spans)
+    for place, (start, stop) in enumerate(offsets):
+        while waiting and start >= waiting[0].stop:
+            waiting.pop(0)
+        if not waiting:
+            break
+        if stop > waiting[0].start:
+            labels[place] = ids[place]
+    return labels
+
+
+def _cut(
+    tokenizer: Any, ids: list[int], labels: list[int], max_length: int, tally: CutTally
+) -> Encoded:
+    over = len(ids) - max_length
+    if over <= 0:
+        return ids, labels
+    keeps_start = int(ids[0] == tokenizer.bos_token_id and labels[0] == IGNORED)
+    first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
+    # one token of the prompt must stay: the first token of an answer is predicted from it
+    loses = min(over, max(0, first - keeps_start - 1))
+    if loses:
+        tally.prompts_cut += 1
+        ids = ids[:keeps_start] + ids[keeps_start + loses :]
+        labels = labels[:keeps_start] + labels[keeps_start + loses :]
+    if any(label != IGNORED for label in labels[max_length:]):
+        tally.answers_cut += 1
+    return ids[:max_length], labels[:max_length]
+
+
+def is_useful(pair: Encoded) -> bool:
+    """Whether an encoded row has a token to learn from: one that another stands before."""
+    return any(label != IGNORED for label in pair[1][1:])
+
+
+def encode_row(tokenizer: Any, row: Mapping[str, Any], *, max_length: int) -> Encoded:
+    """(ids, labels) of one row: see `encode_rows`."""
+    return encode_rows(tokenizer, [row], max_length=max_length)[0]
