@@ -20,6 +20,7 @@ KIND = StageKind(
 def run(job: Job) -> Extra:
     """Load a model from a folder, a GGUF file or the Hugging Face hub, or make it."""
     from ftsec_ray.models.convert import load_source
+    from ftsec_ray.models.structure import check_structure
 
     given = {**job.stage.params, **job.stage.where}
     name = str(given["source"])
@@ -34,6 +35,8 @@ def run(job: Job) -> Extra:
         trust_remote_code=bool(given.get("trust_remote_code", False)),
     )
     loaded.model.to(job.session.runtime.device)
+    if given.get("structure"):
+        check_structure(loaded, given["structure"])
     return job.finish(loaded)
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftsec_ray.errors import DataError
-from ftsec_ray.evals import metrics
 from ftsec_ray.evals.metrics import Measured, perplexity, proportion
+from ftsec_ray.models import logits
 from ftsec_ray.models.chat import encode_row
 from tests.fixtures_models import row, tiny_model, tiny_task
 from tests.numeric import assert_same
@@ -63,9 +63,9 @@ def slow_perplexity(loaded, rows):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("limit", [metrics.LOGIT_LIMIT, 1, 37 * 9 * 2])
+@pytest.mark.parametrize("limit", [logits.LOGITS_AT_A_TIME, 1, 37 * 9 * 2])
 def test_perplexity_agrees_with_a_slow_loop_whatever_the_batch(monkeypatch, limit):
-    monkeypatch.setattr(metrics, "LOGIT_LIMIT", limit)
+    monkeypatch.setattr(logits, "LOGITS_AT_A_TIME", limit)
     loaded = tiny_model(seed=5)
     rows = [
         *tiny_task().split("text").to_pylist(),
