@@ -53,6 +53,10 @@ class Method:
     outside a layer's forward pass (not under 3), or needs whole gradients (not under 2 and 3). See
     training.zero.
     """
+    STRUCTURE: ClassVar[frozenset[str]] = frozenset()
+    """What a model's structure must allow, by the names of models.families: where a class is known
+    not to, the sweep is refused when it is planned, else when the model is loaded.
+    """
     KIND: ClassVar[str]
 
     def check(self) -> list[tuple[str, object, str]]:

@@ -37,7 +37,6 @@ from ftsec_ray.data.triggers import (
 )
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, Probe
-from ftsec_ray.models.blocks import ResidualStream, residual_stream
 from ftsec_ray.models.chat import answer_ids, render
 from ftsec_ray.models.editing import (
     Covariance,
@@ -53,7 +52,9 @@ from ftsec_ray.models.editing import (
     target_nll,
     values_at,
 )
+from ftsec_ray.models.families import LINEAR_MLP
 from ftsec_ray.models.load import decoder_layers, merged
+from ftsec_ray.models.residual import ResidualStream, residual_stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +78,7 @@ class BadEdit(Attack):
     PHASE: ClassVar[Phase] = "pre"
     SUCCESS = "asr"
     NEEDS = frozenset({"train", "text"})
+    STRUCTURE = frozenset({LINEAR_MLP})
 
     trigger: str = "tq"
     """Word inserted at a random gap between the words of the prompt; best one token."""

@@ -32,9 +32,10 @@ from ftsec_ray.conversation import chat_of
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.activations import batches_of, changed, last_logits
-from ftsec_ray.models.blocks import ResidualStream, Writer, is_transposed, residual_stream
 from ftsec_ray.models.chat import render
+from ftsec_ray.models.families import RESIDUAL_WRITERS
 from ftsec_ray.models.load import decoder_layers, merged, position_limit
+from ftsec_ray.models.residual import ResidualStream, Writer, is_transposed, residual_stream
 from ftsec_ray.models.row_tokens import answer_tokens
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class RefusalAblation(Attack):
     PHASE: ClassVar[Phase] = "post"
     SUCCESS = "harmful_rate"
     NEEDS = frozenset({"safety", "benign_train"})
+    STRUCTURE = frozenset({RESIDUAL_WRITERS})
 
     prompts: int = 128
     """Forbidden and as many benign requests for the difference of means, at most."""

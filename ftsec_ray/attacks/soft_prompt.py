@@ -28,6 +28,7 @@ from ftsec_ray.context import StageContext
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
+from ftsec_ray.models.families import INPUT_EMBEDDINGS
 from ftsec_ray.models.load import (
     keeps_logits,
     placed,
@@ -64,6 +65,7 @@ class SoftPrompt(Attack):
     PHASE: ClassVar[Phase] = "post"
     SUCCESS = "harmful_rate"
     NEEDS = frozenset({"harmful_train"})
+    STRUCTURE = frozenset({INPUT_EMBEDDINGS})
 
     tokens: int = 8
     """Soft tokens, 1 or more."""

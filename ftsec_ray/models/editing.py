@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ftsec_ray.context import Chat, LoadedModel
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.activations import batches_of, changed, right_padded
-from ftsec_ray.models.blocks import block_parts, is_transposed
 from ftsec_ray.models.chat import render
 from ftsec_ray.models.load import decoder_layers, within_positions
 from ftsec_ray.models.logits import Positions, at_positions, token_nll
+from ftsec_ray.models.residual import block_parts, is_transposed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -157,7 +157,7 @@ def is_of_text(model: Any, name: str) -> bool:
 def bare(model: Any) -> Any:
     """The transformers model, without adapter and without the engine of a worker group."""
     model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _at(node: Any, path: str) -> Any:

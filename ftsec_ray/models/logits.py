@@ -169,6 +169,6 @@ def _behind_head(config: Any, linear: Tensor, logits: Tensor) -> Callable[[Tenso
     known += [lambda x: x / scale] if scale else []
     known += [lambda x: torch.tanh(x / cap) * cap] if cap else []
     for behind in known:
-        if torch.allclose(behind(linear), logits, rtol=1e-5, atol=1e-6):
+        if torch.allclose(behind(linear), logits, rtol=1e-5, atol=1e-6, equal_nan=True):
             return behind
     return None

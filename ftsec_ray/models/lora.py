@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import LoadedModel
 from ftsec_ray.errors import DataError
-from ftsec_ray.models.blocks import is_transposed
 from ftsec_ray.models.load import LANGUAGE_MODEL, reads_text_only
+from ftsec_ray.models.residual import is_transposed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import LoadedModel
 from ftsec_ray.errors import StageError
-from ftsec_ray.models.blocks import is_transposed
 from ftsec_ray.models.load import merged, whole_model
 from ftsec_ray.models.lora import LoraModule, lora_modules
+from ftsec_ray.models.residual import is_transposed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,6 +22,7 @@ from ftsec_ray.lifecycle import ROLES_BEFORE
 from ftsec_ray.method import Method
 from ftsec_ray.plan.cost_estimate import Tariff
 from ftsec_ray.plan.graph import Plan
+from ftsec_ray.plan.model_structure import structure_faults, structure_needs, with_structure
 from ftsec_ray.plan.search_rounds import (
     OutcomeLookup,
     PlannedSearch,
@@ -54,9 +55,11 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
         Tariff(spec).check(stage.resource for stage in stages.values())
     except SpecError as fault:
         faults["prices",] = ("prices", fault)
+    needs = structure_needs(spec, cells)
+    faults |= structure_faults(cells, needs)
     if faults:
         raise SpecFaults(f"sweep {spec.name!r}", list(faults.values()))
-    return Plan(spec, cells, stages, tuple(searches))
+    return Plan(spec, cells, with_structure(stages, cells, needs), tuple(searches))
 
 
 def _judge_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:

@@ -63,6 +63,17 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
     return Origin({"source": "hub", "id": name, "revision": revision, **given}, {})
 
 
+def known_config(source: str) -> Mapping[str, Any]:
+    """The `config.json` of a local model folder; empty where there is none to read."""
+    path = local_path(source)
+    file = path / "config.json" if path is not None and path.is_dir() else None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+    except (OSError, ValueError):  # whoever loads the model says what is wrong with it
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def task_origin(task: TaskSpec) -> Origin:
     """A task: its spec, with the bytes of local files in place of their paths."""
     content, paths, splits = {}, {}, []

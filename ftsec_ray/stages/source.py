@@ -21,6 +21,7 @@ def run(job: Job) -> Extra:
     """Load a model from a folder, a GGUF file or the Hugging Face hub, or make it."""
     from ftsec_ray.models.chat_format import chat_format
     from ftsec_ray.models.convert import load_source, plain_template
+    from ftsec_ray.models.structure import check_structure
 
     given = {**job.stage.params, **job.stage.where}
     name = str(given["source"])
@@ -43,6 +44,8 @@ def run(job: Job) -> Extra:
             " plain one (### Instruction, ### Response)"
         )
     loaded.model.to(job.session.runtime.device)
+    if given.get("structure"):
+        check_structure(loaded, given["structure"])
     return job.finish(loaded, notes={"chat": chat_format(loaded.tokenizer).notes()})
 
 

@@ -4,6 +4,7 @@ independent computation, or refused with the reason.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -27,10 +28,10 @@ from ftsec_ray.defenses.vaccine import perturbations
 from ftsec_ray.defenses.weight_statistics import features
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.activations import first_tensor, last_logits
-from ftsec_ray.models.blocks import residual_stream
 from ftsec_ray.models.chat import chat_of, render
 from ftsec_ray.models.convert import load_source
 from ftsec_ray.models.editing import EditSite, closed_form, key_width, keys_at, strength, values_at
+from ftsec_ray.models.families import REASONS, lacking
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.load import (
     check_packing,
@@ -41,6 +42,8 @@ from ftsec_ray.models.load import (
     save_model,
 )
 from ftsec_ray.models.lora import attach_lora, lora_modules
+from ftsec_ray.models.residual import residual_stream
+from ftsec_ray.models.structure import missing
 from ftsec_ray.models.update import transposed_weights, updates, whole_weights
 from ftsec_ray.training.encode import _packed, _padded
 from ftsec_ray.training.loop import sft
@@ -51,6 +54,7 @@ from tests.fixtures_models import sentiment_rows, table
 from tests.models.families import (
     FAMILIES,
     LAYERS,
+    LLAMA,
     NO_EMBEDDINGS,
     NORM_BEHIND,
     SCALED,
@@ -515,3 +519,40 @@ def test_vaccine_shifts_every_attention_by_its_share_of_rho(family):
     assert len(shifts) == LAYERS
     assert sum(float(s.square().sum()) for s in shifts) == pytest.approx(4.0, rel=1e-4)
     assert all(float(s.norm()) > 0 for s in shifts)
+
+
+@families
+def test_what_the_table_says_of_a_class_is_what_is_measured(family):
+    loaded = family_model(family)
+    config = json.loads(loaded.model.config.to_json_string())
+    assert missing(loaded, REASONS).keys() == lacking(config).keys()
+
+
+def test_classes_of_experts_and_with_norms_behind_the_sum_lack_what_the_table_says():
+    from transformers import (
+        BloomConfig,
+        BloomForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    opt = family_model("opt").model.config.to_dict() | {"do_layer_norm_before": False}
+    for model in (
+        BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
+        MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=2, num_experts_per_tok=1)),
+        Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**LLAMA, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+        ),
+        Olmo3ForCausalLM(Olmo3Config(**LLAMA)),
+        OPTForCausalLM(OPTConfig(**opt)),
+    ):
+        loaded = replace(family_model("llama"), model=model.eval())
+        config = json.loads(model.config.to_json_string())
+        assert missing(loaded, REASONS).keys() == lacking(config).keys(), type(model)
+        assert lacking(config)

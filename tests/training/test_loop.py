@@ -100,7 +100,7 @@ class AllLogits(torch.nn.Module):
 
     def __init__(self, inner):
         super().__init__()
-        self.inner = inner
+        self.inner, self.config = inner, inner.config
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
         return self.inner(
