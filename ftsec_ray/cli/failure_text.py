@@ -70,8 +70,7 @@ def show_failures(failures: Iterable[Failure], *, more: str) -> None:
         cells.setdefault((one.stage, one.error), []).append(one.cell)
     if not cells:
         return
-    count = sum(map(len, cells.values()))
-    say("1 failed cell" if count == 1 else f"failed cells: {count}")
+    say(f"failed cells: {sum(map(len, cells.values()))}")
     for (stage, error), names in list(cells.items())[:MAX_FAILURES]:
         _print(f"{stage}: {headline(error)}", 2)
         for line in details(error):

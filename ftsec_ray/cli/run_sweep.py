@@ -94,6 +94,7 @@ def run_sweep(
     _print_outcome(
         outcome.results,
         outcome.page,
+        replaced=warning is not None,
         sent_to=send_results(folder, results) if is_uri(results) else None,
     )
     return exit_code(outcome.results, api.limited(outcome.plan, limit))
@@ -157,7 +158,9 @@ def exit_code(results: Results, part: Plan) -> int:
     return 0 if all(status == "done" for cell, status in statuses if cell in wanted) else 1
 
 
-def _print_outcome(results: Results, page: Path, *, sent_to: str | None = None) -> None:
+def _print_outcome(
+    results: Results, page: Path, *, replaced: bool = False, sent_to: str | None = None
+) -> None:
     from ftsec_ray.results.points import method_names
 
     rows = results.cells.to_pylist()
@@ -187,7 +190,8 @@ def _print_outcome(results: Results, page: Path, *, sent_to: str | None = None) 
         say(f"pending: {why}; a higher `budget` lets the next run go on")
     for line in lines_of(warnings_in(results.meta)):
         say(line)
-    say(f"tables: {sent_to or results.folder}")
+    place = " (in place of another plan's)" if replaced else ""
+    say(f"tables: {sent_to or results.folder}{place}")
     say(f"report: {f'{sent_to}/{page.name}' if sent_to else page}")
 
 

@@ -165,5 +165,5 @@ def _unreadable(path: str, want: str, error: Exception) -> DataError:
         "a data file cannot be read",
         path,
         want,
-        f"{type(error).__name__}: {error}; download or pack it again",
+        f"{error or type(error).__name__}; download or pack it again",
     )
