@@ -29,18 +29,57 @@ each of the 20 steps one factor of all gradients is rounded to float32.
 """
 BF16_SHOWS = 1e-4
 """Relative; what rounding to bf16 moves a curve by at least: one unit of bf16 is 4e-3."""
-TUNES = [
-    (config, config if config == "frozen" else "", stage)
-    for config in ("lora", "full", "packed", "frozen")
-    for stage in (0, 2, 3)
+TUNES = [("lora", "", 2), ("full", "", 3), ("lora", "lisa", 2)]
+"""Config, what methods do, ZeRO stage: those of the fast tests."""
+SLOW_TUNES = [
+    *(("lora", "", stage) for stage in (0, 1, 3)),
+    *(("full", "", stage) for stage in (0, 1, 2)),
+    *(("packed", "", stage) for stage in (0, 2, 3)),
+    *(("frozen", "frozen", stage) for stage in (0, 2, 3)),
+    *((config, "decay", stage) for config in ("lora", "full") for stage in STAGES),
+    ("lora", "lisa", 0),
+    ("lora", "lisa", 1),
+    *(("lora", "vaccine", stage) for stage in (0, 1, 2)),
 ]
-TUNES += [
-    ("lora", "", 1),
-    ("full", "", 1),
-    *(("lora", "decay", stage) for stage in STAGES),
-    *(("full", "decay", stage) for stage in STAGES),
-    *(("lora", shape, stage) for shape in ("lisa", "vaccine") for stage in (0, 1, 2)),
-]
+
+
+def slow(*values):
+    """A case of the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def case(config, shape, stage, **worker_group):
+    """A tune of a worker group."""
+    return {
+        "name": name_of(config, shape, stage),
+        "config": config,
+        "shape": shape,
+        "worker_group": {"zero_stage": stage, **worker_group},
+    }
+
+
+def wanted(request):
+    """Names and parameters of the tests of this file that are going to run: their tunes are made
+    together, and no others.
+    """
+    return [
+        (item.originalname, item.callspec.params if hasattr(item, "callspec") else {})
+        for item in request.session.items
+        if item.path == request.path
+    ]
+
+
+def tunes_of(request):
+    """The tunes that the tests need, each once."""
+    found = [
+        (p["config"], p["shape"], p["stage"])
+        for name, p in wanted(request)
+        if name == "test_two_processes_tune_as_one_does"
+    ]
+    for name, p in wanted(request):
+        if name.startswith("test_an_artifact"):
+            found += [("lora", "", p["stage"]), ("full", "", p["stage"])]
+    return list(dict.fromkeys(found))
 
 
 def name_of(config, shape, stage=None):
@@ -66,83 +105,51 @@ def assert_same_tune(one, other):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Every tune in one process, and one that is cut off."""
-    folder = tmp_path_factory.mktemp("alone")
-    for config, shape in {(config, shape) for config, shape, _ in TUNES}:
+def alone(request, tmp_path_factory):
+    """Every tune in one process, and those that are cut off."""
+    folder, names = tmp_path_factory.mktemp("alone"), {name for name, _ in wanted(request)}
+    shapes = {(config, shape) for config, shape, _ in tunes_of(request)}
+    for config, shape in {*shapes, ("lora", ""), ("full", "")}:
         tune(folder, name_of(config, shape), config, shape=shape)
-    tune(folder, "lora-bf16", "lora", shape="bf16")
-    for config in ("lora", "full"):
+    if "test_bf16_is_what_it_is_in_one_process" in names:
+        tune(folder, "lora-bf16", "lora", shape="bf16")
+    for config in {p["config"] for name, p in wanted(request) if name.startswith("test_a_check")}:
         with pytest.raises(Cut, match=str(CUT_AT)):
             tune(folder, f"cut-{config}", config, shape="cut")
     return folder
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, alone):
-    """Every tune in a worker group, one that is cut off, and the one that a process alone had been
-    cut off from, continued.
+def together(request, tmp_path_factory, alone):
+    """Every tune in a worker group, those that are cut off, and those that a process alone had
+    been cut off from, continued.
     """
     folder = tmp_path_factory.mktemp("together")
-    jobs = [
-        {
-            "name": name_of(config, shape, stage),
-            "config": config,
-            "shape": shape,
-            "worker_group": {"zero_stage": stage},
-        }
-        for config, shape, stage in TUNES
-    ]
-    jobs += [
-        {
-            "name": f"lora-bf16-{stage}",
-            "config": "lora",
-            "shape": "bf16",
-            "worker_group": {"zero_stage": stage},
-        }
-        for stage in STAGES
-    ]
-    jobs += [
-        {
-            "name": "lora-offload",
-            "config": "lora",
-            "worker_group": {"zero_stage": 2, "offload_optimizer": True},
-        },
-        {
-            "name": "full-offload",
-            "config": "full",
-            "worker_group": {
-                "zero_stage": 3,
-                "offload_optimizer": True,
-                "offload_parameters": True,
-            },
-        },
-    ]
-    for config in ("lora", "full"):
-        for stage in (0, 2, 3):
+    jobs = [case(*one) for one in tunes_of(request)]
+    for name, params in wanted(request):
+        if name.startswith("test_bf16_is"):
+            jobs.append(case("lora", "bf16", params["stage"]))
+        elif name.startswith("test_what_stays"):
+            stage, offload = (
+                (2, {}) if params["name"] == "lora" else (3, {"offload_parameters": True})
+            )
+            job = case(params["name"], "", stage, offload_optimizer=True, **offload)
+            jobs.append({**job, "name": f"{params['name']}-offload"})
+        elif name.startswith("test_a_check"):
+            config, stage = params["config"], params["stage"]
             shutil.copytree(
                 alone / "work" / f"cut-{config}", folder / "work" / f"to-{config}-{stage}"
             )
-            jobs.append(
-                {
-                    "name": f"to-{config}-{stage}",
-                    "config": config,
-                    "worker_group": {"zero_stage": stage},
-                }
-            )
-            jobs.append(
-                {
-                    "name": f"cut-{config}-{stage}",
-                    "config": config,
-                    "shape": "cut",
-                    "worker_group": {"zero_stage": stage},
-                }
-            )
+            job = case(config, "", stage)
+            jobs.append({**job, "name": f"to-{config}-{stage}"})
+            jobs.append({**job, "name": f"cut-{config}-{stage}", "shape": "cut"})
     in_worker_group(folder, jobs)
     return folder
 
 
-@pytest.mark.parametrize(("config", "shape", "stage"), TUNES)
+@pytest.mark.parametrize(
+    ("config", "shape", "stage"), [*TUNES, *(slow(*one) for one in SLOW_TUNES)]
+)
 def test_two_processes_tune_as_one_does(alone, together, config, shape, stage):
     one = alone / name_of(config, shape)
     assert len(curve(one)) >= 20
@@ -155,7 +162,7 @@ def test_two_processes_tune_as_one_does(alone, together, config, shape, stage):
     assert told[0]["flops"] == told[1]["flops"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [2, *(slow(stage) for stage in (0, 1, 3))])
 def test_bf16_is_what_it_is_in_one_process(alone, together, stage):
     """Rounding to bf16 moves the curve more than dealing out does, which itself moves it by what
     rounding makes of other sums.
@@ -170,12 +177,12 @@ def test_bf16_is_what_it_is_in_one_process(alone, together, stage):
     assert all(tensor.dtype == torch.float32 for tensor in weights(ours).values())
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
+@pytest.mark.parametrize("name", [slow("lora"), slow("full")])
 def test_what_stays_in_host_memory_changes_nothing(alone, together, name):
     assert_same_tune(together / f"{name}-offload", alone / name)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [slow(0), 2, slow(3)])
 def test_an_artifact_of_a_worker_group_has_the_files_of_any_other_and_loads(
     alone, together, tmp_path, stage
 ):
@@ -192,8 +199,14 @@ def test_an_artifact_of_a_worker_group_has_the_files_of_any_other_and_loads(
         assert all(torch.equal(tensor.float(), read[name]) for name, tensor in held.items())
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("config", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("config", "stage"),
+    [
+        ("lora", 2),
+        *(slow("lora", stage) for stage in (0, 3)),
+        *(slow("full", stage) for stage in (0, 2, 3)),
+    ],
+)
 def test_a_checkpoint_of_one_process_goes_on_in_two_and_the_other_way_round(
     alone, together, tmp_path, config, stage
 ):
