@@ -22,6 +22,7 @@ class Tables:
             [{**blank, **cell} for cell in cells], schema=schema.CELLS
         )
         self.metrics = pa.Table.from_pylist(metrics, schema=schema.METRICS_TABLE)
+        self.meta = {}
 
 
 def cell(name, attack, defenses=(), *, seed=0, status="done", **params):
