@@ -115,8 +115,9 @@ def _answer_tokens(generator: Generator, probe: Probe, config: EvaluationConfig)
     """Tokens that an answer to a probe may take."""
     if probe.judge != "label":
         return min(probe.max_new_tokens, config.max_new_tokens)
-    encoded = generator.loaded.tokenizer(list(probe.labels), add_special_tokens=False)
-    return max(map(len, encoded["input_ids"]), default=0)
+    tokenizer = generator.loaded.tokenizer
+    encoded = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in probe.labels]
+    return max(map(len, encoded), default=0)
 
 
 def _check(probes: Sequence[Probe]) -> None:
