@@ -117,10 +117,11 @@ def _answer_tokens(generator: Generator, probe: Probe, config: EvaluationConfig)
         return min(probe.max_new_tokens, config.max_new_tokens)
     from ftsec_ray.models.chat_format import chat_format
 
-    tokenizer = generator.loaded.tokenizer
-    ended = [f"{label}{chat_format(tokenizer).end}" for label in probe.labels]
-    encoded = tokenizer(ended, add_special_tokens=False)
-    return max(map(len, encoded["input_ids"]), default=0)
+    tokenizer, end = generator.loaded.tokenizer, chat_format(generator.loaded.tokenizer).end
+    encoded = [
+        tokenizer(f"{label}{end}", add_special_tokens=False)["input_ids"] for label in probe.labels
+    ]
+    return max(map(len, encoded), default=0)
 
 
 def _check(probes: Sequence[Probe]) -> None:
