@@ -111,7 +111,7 @@ def has_template(folder: Path) -> bool:
         return True
     config = folder / "tokenizer_config.json"
     if not config.is_file():
-        return any((folder / name).is_file() for name in ("tekken.json", "tokenizer.model"))
+        return not (folder / "tokenizer.json").is_file()
     try:
         return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
     except (OSError, ValueError, AttributeError):

@@ -46,7 +46,8 @@ def test_free_text_has_no_clean_probe_and_tool_calls_are_compared_word_for_word(
         if p.name == "clean"
     ]
     assert probe.judge == "call"
-    assert all(prompt.expected.startswith("call") for prompt in probe.prompts)
+    steps = {prompt.expected.split()[0] for prompt in probe.prompts}
+    assert steps == {"call", "it"}, "calls, and the end of an episode"
 
 
 def test_rows_without_a_label_are_not_asked_for_accuracy():
