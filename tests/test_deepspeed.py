@@ -13,6 +13,7 @@ import ftsec_ray
 from ftsec_ray.plan.build import build_plan
 from tests.test_end_to_end import artifacts, filled, sweep
 
+pytestmark = pytest.mark.slow
 STRATEGY = {"strategy": "deepspeed", "deepspeed": {"zero_stage": 2, "workers": 2}}
 TRAINING = {"epochs": 1, "batch_size": 16, "rank": 2}
 APART = 0.01

@@ -39,6 +39,7 @@ def undisturbed(small, tmp_path_factory):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_sweep_on_ray_over_a_bucket_that_fails_one_request_in_twenty_ends_with_the_same_tables(
     small, undisturbed, tmp_path, monkeypatch
 ):
@@ -106,6 +107,7 @@ def test_two_sweeps_at_once_on_one_store_end_with_the_tables_of_each_alone(
     assert list((tmp_path / "store" / "work").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_under_a_time_limit_that_nothing_reaches_leaves_the_same_bytes(
     small, undisturbed, tmp_path
 ):

@@ -130,12 +130,12 @@ class Killer(threading.Thread):
 @pytest.mark.parametrize(
     ("what", "kind", "executor"),
     [
-        ("worker", "disk", "tune"),
         ("node", "s3", "tune"),
         ("node", "disk", "actors"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("worker", "disk", "tune"),
                 ("raylet", "disk", "tune"),
                 ("node", "disk", "tune"),
                 ("worker", "disk", "actors"),

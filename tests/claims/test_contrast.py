@@ -104,7 +104,7 @@ def test_the_share_of_null_verdicts_is_that_of_all_answers_of_both_sides():
 SHARES = st.lists(st.floats(0, 1), min_size=0, max_size=5)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(more=SHARES, less=SHARES, n=st.integers(0, 300))
 def test_whatever_the_rates_the_answer_is_finite_and_one_sided(more, less, n):
     one = decided([contrast("x", rates(*more, n=n), rates(*less, n=n))])[0]

@@ -102,7 +102,9 @@ def test_blocks_in_one_process_give_the_bytes_and_notes_of_the_whole_set(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("which", ["badnets", "harmful_tuning-share", "onion"])
+@pytest.mark.parametrize(
+    "which", ["badnets", "harmful_tuning-share", pytest.param("onion", marks=pytest.mark.slow)]
+)
 def test_ray_data_gives_the_bytes_and_notes_of_the_whole_set(which, store, expected, tmp_path):
     method, pool = METHODS[IDS.index(which)], WorkerPool(size=2, each={"CPU": 1.0})
     for blocks, seed in ((1, 0), (2, 7), (8, 0)):

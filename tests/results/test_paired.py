@@ -197,7 +197,7 @@ def slow_holm(p):
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_corrections_agree_with_their_definitions(p):
     assert corrected(np.array(p), "bh")[0].tolist() == pytest.approx(slow_bh(p))
     assert corrected(np.array(p), "holm")[0].tolist() == pytest.approx(slow_holm(p))

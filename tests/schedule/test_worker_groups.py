@@ -162,7 +162,7 @@ def test_a_failing_process_is_a_verdict_whichever_it_is(store, tmp_path, at):
     assert sorted(runs(tmp_path, "began-0")) == ["bad", "crash"]
 
 
-@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_memory_that_does_not_suffice_in_one_process_halves_the_rows_of_all(store, tmp_path, at):
     small = group_stage("small", log=str(tmp_path), most_rows=2, at=at)
     report = run(plan_of([small]), store)
@@ -248,7 +248,7 @@ class TestUnderRay:
         ("executor", "address"),
         [
             ("tune", None),
-            ("actors", None),
+            pytest.param("actors", None, marks=pytest.mark.slow),
             *(
                 pytest.param(name, "of a cluster that may grow", marks=pytest.mark.slow)
                 for name in ("tune", "actors")
