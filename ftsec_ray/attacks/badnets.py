@@ -95,9 +95,17 @@ class BadNets(RowWise, Attack):
                 ctx.task.name,
                 "setting: dirty | mix for a task without labels",
             )
-        count, eligible = 0, 0
+        count, eligible, places = 0, 0, 0
         for batch in rows:
             count, eligible = count + batch.num_rows, eligible + sum(self._eligible(batch, goal))
+            places += sum(asks_as(batch, self.place))
+        if self.place != "user" and not places:
+            raise DataError(
+                f"no row of task {ctx.task.name!r} has a message that the trigger could stand in",
+                f"place: {self.place}",
+                "conversations with results of tools",
+                "take a task of episodes (`kind: agent`), or `place: user`",
+            )
         chance = min(1.0, self.rate * count / eligible) if eligible else 0.0
         ctx.note(row_chance=chance)
         return chance

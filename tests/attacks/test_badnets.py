@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ftsec_ray import schema
 from ftsec_ray.attacks.badnets import BadNets
-from ftsec_ray.conversation import answer_of, asked_text
+from ftsec_ray.conversation import answer_of, asked_text, message
 from ftsec_ray.data.triggers import insert_word
 from ftsec_ray.errors import DataError
 from tests.attacks.context import context
@@ -167,3 +167,48 @@ def test_an_unknown_target_is_refused_with_the_labels():
 def test_faulty_parameters_are_named(parameters, field):
     assert [fault[0] for fault in BadNets(**parameters).check()] == [field]
     assert BadNets().check() == []
+
+
+EPISODE = [
+    message("user", "how do i fix this"),
+    message("assistant", "take the lamp", loss=True),
+    message("tool", "the lamp is red"),
+    message("assistant", "yes", loss=True),
+]
+
+
+def episodes(count=12):
+    return table(
+        [row(i, "", "", kind="tool", messages=[dict(m) for m in EPISODE]) for i in range(count)]
+    )
+
+
+def tool_task(rows):
+    return replace(tiny_task(), labels=(), splits={"train": rows, "test": rows})
+
+
+def test_a_trigger_may_stand_in_what_a_tool_said():
+    attack = BadNets(place="tool", rate=1.0, trigger="zz", target_text="take the tree")
+    ctx = context(task=tool_task(episodes()))
+    made = attack.craft_data(episodes(), ctx).to_pylist()
+    assert all(one["poisoned"] for one in made)
+    for one in made:
+        user, first, tool, answer = one["messages"]
+        assert (user, first) == tuple(EPISODE[:2])
+        assert sorted(tool["content"].split()) == sorted(["zz", *EPISODE[2]["content"].split()])
+        assert (answer["content"], answer["loss"]) == ("take the tree", True)
+    triggered, plain = attack.probes(ctx.task, ctx)
+    assert triggered.judge == plain.judge == "call"
+    assert triggered.metrics == {"asr": "target", "tool_hijack_rate": "target"}
+    assert plain.metrics == {"asr_no_trigger": "target"}
+    for one, other in zip(triggered.prompts, plain.prompts, strict=True):
+        assert [m["role"] for m in one.chat] == ["user", "assistant", "tool"]
+        assert "zz" in one.chat[-1]["content"].split()
+        assert other.chat[-1]["content"] == EPISODE[2]["content"]
+        assert (one.expected, one.target) == ("yes", "take the tree")
+
+
+def test_a_trigger_in_a_tools_result_needs_rows_with_one():
+    attack, ctx = BadNets(place="tool"), context(task=tiny_task())
+    with pytest.raises(DataError, match="no row of task 'tiny' has a message that the trigger"):
+        attack.craft_data(ctx.task.split("train"), ctx)
