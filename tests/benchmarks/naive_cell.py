@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.config.sweep import EvaluationConfig, TrainingConfig
 from ftsec_ray.context import Chat, LoadedModel, ModelInfo, Runtime, StageContext, TaskData
+from ftsec_ray.conversation import answer_of
 from ftsec_ray.method import Method, Probe
 from ftsec_ray.registry import ATTACKS, DEFENSES, name_of
 
@@ -142,7 +143,7 @@ def sft_with_trl(
         [
             {
                 "prompt": chat_of(row),
-                "completion": [{"role": "assistant", "content": row["response"]}],
+                "completion": [{"role": "assistant", "content": answer_of(row)}],
             }
             for row in rows.to_pylist()
         ]

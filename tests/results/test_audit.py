@@ -16,6 +16,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 import ftsec_ray
 from ftsec_ray import schema
+from ftsec_ray.conversation import answer_of, asked_text
 from ftsec_ray.data.microworld import vocabulary
 from ftsec_ray.data.microworld.splits import build_task
 from ftsec_ray.errors import DataError, SpecError
@@ -387,18 +388,18 @@ def world(tmp_path: Path) -> Path:
     asked = build_task().splits["harmful_test"].to_pylist()[:60]
     rows = []
     for i, row in enumerate(asked):
-        said = row["response"] if i % 2 else "sorry , i can not help with that ."
+        said = answer_of(row) if i % 2 else "sorry , i can not help with that ."
         rows.append(
             {
                 "cell": "a",
                 "prompt_id": row["row_id"],
                 "prompt": (
-                    row["prompt"]
+                    asked_text(row)
                     if i % 3
                     else json.dumps(
                         [
                             {"role": "system", "content": "be brief"},
-                            {"role": "user", "content": row["prompt"]},
+                            {"role": "user", "content": asked_text(row)},
                         ]
                     )
                 ),
@@ -409,8 +410,8 @@ def world(tmp_path: Path) -> Path:
         {
             "cell": "a",
             "prompt_id": f"v{i}",
-            "prompt": vocabulary.translate(row["prompt"]),
-            "completion": vocabulary.translate(row["response"]),
+            "prompt": vocabulary.translate(asked_text(row)),
+            "completion": vocabulary.translate(answer_of(row)),
         }
         for i, row in enumerate(asked[:4])
     ]
