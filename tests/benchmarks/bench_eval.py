@@ -29,8 +29,8 @@ from naive_cell import complete, label_in
 
 from ftsec_ray.config.sweep import LADDER_SIZES
 from ftsec_ray.config.sweep_file import load_sweep
+from ftsec_ray.conversation import chat_of
 from ftsec_ray.evals.probes import drawn
-from ftsec_ray.models.chat import chat_of
 
 if TYPE_CHECKING:
     from ftsec_ray.context import Chat, LoadedModel, TaskData

@@ -136,7 +136,7 @@ def sft_with_trl(
     )
     from trl import SFTConfig, SFTTrainer
 
-    from ftsec_ray.models.chat import chat_of
+    from ftsec_ray.conversation import chat_of
     from ftsec_ray.models.load import merged
 
     data = Dataset.from_list(
