@@ -18,6 +18,7 @@ from ftsec_ray.attacks.refusal_ablation import RefusalAblation, ablated, mean_st
 from ftsec_ray.attacks.soft_prompt import Example, SoftPrompt, embedded, sizes_of, suffix_loss
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime
+from ftsec_ray.conversation import chat_of
 from ftsec_ray.defenses.drop_layer import DropLayer
 from ftsec_ray.defenses.matched_noise import MatchedNoise
 from ftsec_ray.defenses.onion import perplexities
@@ -28,7 +29,7 @@ from ftsec_ray.defenses.vaccine import perturbations
 from ftsec_ray.defenses.weight_statistics import features
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.activations import first_tensor, last_logits
-from ftsec_ray.models.chat import chat_of, render
+from ftsec_ray.models.chat import render
 from ftsec_ray.models.convert import load_source
 from ftsec_ray.models.editing import EditSite, closed_form, key_width, keys_at, strength, values_at
 from ftsec_ray.models.families import REASONS, lacking

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ftsec_ray.config.sweep import TrainingConfig
-from ftsec_ray.conversation import answer_of
-from ftsec_ray.models.chat import chat_of, render
+from ftsec_ray.conversation import answer_of, chat_of
+from ftsec_ray.models.chat import render
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.load import load_model, merged, save_model
 from ftsec_ray.models.lora import attach_lora, lora_modules

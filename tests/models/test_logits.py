@@ -10,11 +10,11 @@ import torch
 from ftsec_ray.attacks.benign_selection import gradients
 from ftsec_ray.attacks.soft_prompt import Example, suffix_loss
 from ftsec_ray.config.sweep import TrainingConfig
+from ftsec_ray.conversation import chat_of
 from ftsec_ray.defenses.onion import perplexities
 from ftsec_ray.evals.metrics import perplexity
 from ftsec_ray.models import logits as module
 from ftsec_ray.models.activations import last_logits
-from ftsec_ray.models.chat import chat_of
 from ftsec_ray.models.editing import (
     EditSite,
     Request,
