@@ -158,6 +158,7 @@ def takes_jobs(url: str) -> bool:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, rows, and sweeps that name both by relative path."""
+    from ftsec_ray.conversation import answer_of, asked_text
     from tests.fixtures_models import tiny_model, tiny_task
 
     folder = tmp_path_factory.mktemp("world")
@@ -167,7 +168,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sweeps").mkdir()
     for split in SPLITS:
         rows = [
-            {k: row[k] for k in ("prompt", "response", "label")}
+            {"prompt": asked_text(row), "response": answer_of(row), "label": row["label"]}
             for row in tiny_task().split(split).to_pylist()
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
