@@ -165,7 +165,7 @@ def _id_of(tokenizer: Any, mark: str) -> int | None:
     return known.get(mark)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts its start token in front of a text by itself."""
     if tokenizer.bos_token_id is None:

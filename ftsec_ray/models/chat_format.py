@@ -106,7 +106,7 @@ def chat_format(tokenizer: Any) -> ChatFormat:
     return _format(tokenizer, str(getattr(tokenizer, "chat_template", None)))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _format(tokenizer: Any, template: str) -> ChatFormat:
     """Found by rendering small conversations and looking for their words."""
     user: Chat = [{"role": "user", "content": _USER}]
