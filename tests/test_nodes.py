@@ -270,7 +270,7 @@ def test_stages_spread_over_the_nodes_and_come_to_a_kind_of_node_by_resources_al
     nodes.remove(card)
 
 
-@pytest.mark.parametrize("executor", ["tune", "actors"])
+@pytest.mark.parametrize("executor", ["tune", pytest.param("actors", marks=pytest.mark.slow)])
 def test_a_class_without_a_node_ends_the_run_with_what_it_lacks_once_everything_else_is_done(
     nodes, tmp_path, monkeypatch, executor
 ):

@@ -271,7 +271,8 @@ def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("on_ray", ["tune", pytest.param("actors", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("on_ray", ["tune", "actors"])
 def test_a_chain_of_pipelines_on_ray_has_the_bytes_of_the_local_executor(tmp_path, on_ray):
     stores = [filled(tmp_path / name, many_rows(ROWS)) for name in ("ray", "local")]
     poison = craft_stage(METHODS[0], resource="data:2")
