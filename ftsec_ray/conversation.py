@@ -80,13 +80,15 @@ def by_step(row: Row) -> list[dict[str, Any]]:
         {
             **row,
             "row_id": f"{row['row_id']}/{number:03d}",
-            "messages": [
-                *({**m, "loss": False} for m in row["messages"][:place]),
-                row["messages"][place],
-            ],
+            "messages": last_trained(row["messages"][: place + 1]),
         }
         for number, place in enumerate(places)
     ]
+
+
+def last_trained(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the last one as the only one that is trained."""
+    return [{**m, "loss": place == len(messages) - 1} for place, m in enumerate(messages)]
 
 
 def asked(row: Row) -> list[Message]:
@@ -148,9 +150,7 @@ def chat_of(row: Row) -> Chat:
 
 
 def text_of(row: Row) -> str:
-    """What all messages of a row but the answer say, and the answer, as one text for models of
-    language that know no turns.
-    """
+    """What all messages of a row say, as one text for models of language that know no turns."""
     return "\n\n".join(str(m["content"]) for m in row["messages"] if m["content"]).strip()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,8 @@ def costs_of(plan: Plan, store: Store, done: set[str]) -> Costs:
     return Costs(store.records(learned_from(plan, done)).values())
 
 
-def made_by_other_code(plan: Plan, store: Store, done: set[str]) -> Counter[str]:
-    """Kind -> stages of a plan that the store holds, and that other code of the same VERSION
-    made.
-    """
-    records = store.records(done & set(plan.stages))
+def made_by_other_code(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Counter[str]:
+    """Kind -> stages of a plan that other code of the same VERSION made, by their records."""
     return Counter(
         stage.kind
         for stage in plan.stages.values()
@@ -88,8 +86,8 @@ def print_plan(
     summary = summarize(plan, done, costs=costs_of(plan, held, done), spent=spent)
     gpu_hours = summary.bill.total.gpu_hours
     cost = None if gpu_price is None else gpu_hours * gpu_price
-    other = made_by_other_code(plan, held, done)
-    warnings = warnings_of(plan, held.records(done & set(plan.stages)))
+    records = held.records(done & set(plan.stages))
+    other, warnings = made_by_other_code(plan, records), warnings_of(plan, records)
     if as_json:
         say(
             json.dumps(

@@ -55,7 +55,7 @@ def run_sweep(
     done = held.done()
     costs = costs_of(part, held, done)
     folder = api.results_folder(local_results(results), whole.spec.name)
-    other = made_by_other_code(part, held, done)
+    other = made_by_other_code(part, held.records(done & set(part.stages)))
     if other:
         say(other_code_line(other, len(done & set(part.stages))), err=True)
     warning = other_plan_line(whole, folder, api.text_of(sweep))

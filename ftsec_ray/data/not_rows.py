@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ftsec_ray.errors import DataError
 
@@ -130,12 +130,17 @@ def refuse_separator(header: list[str], first: list[str] | None, path: str, own:
         )
 
 
-def _json(text: str) -> object:
-    """The object or list that a text is; None where it is none."""
+def json_value(text: str) -> Any:
+    """The value of a text that is JSON; None where it is none."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _json(text: str) -> object:
+    """The object or list that a text is; None where it is none."""
+    value = json_value(text)
     return value if isinstance(value, (dict, list)) else None
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ftsec_ray.data.cell_values import refuse_broken_text
 from ftsec_ray.data.not_rows import (
+    json_value,
     refuse_error_body,
     refuse_json,
     refuse_page,
@@ -209,21 +210,13 @@ def _parsed(text: str, place: str, *, whole: str = "") -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         if whole:
-            refuse_error_body(_value(whole), place.partition(" of ")[2])
+            refuse_error_body(json_value(whole), place.partition(" of ")[2])
         fix = str(error) if isinstance(error, ValueError) else "it is nested too deep"
-        if whole and _value(whole) is not None:
+        if whole and json_value(whole) is not None:
             fix += "; the file as a whole is JSON: rename it to .json"
-        elif not whole and _value(text.lstrip().partition("\n")[0]) is not None:
+        elif not whole and json_value(text.lstrip().partition("\n")[0]) is not None:
             fix += "; its first line is JSON: rename it to .jsonl"
         raise DataError(f"{place} is not JSON", text[:120], "valid JSON", fix) from error
-
-
-def _value(text: str) -> Any:
-    """The value of a text that is JSON; None where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _object_rows(value: Any, path: str) -> list[Any]:

@@ -359,7 +359,9 @@ def asks_as(rows: pa.Table, role: str) -> list[bool]:
     messages = rows.column("messages").combine_chunks()
     parents = pc.list_parent_indices(messages)
     having = parents.filter(pc.equal(messages.flatten().field("role"), role))
-    return pc.is_in(pa.array(range(rows.num_rows), parents.type), value_set=having).to_pylist()  # type: ignore[no-any-return]
+    numbers = pa.array(range(rows.num_rows), parents.type)
+    found: list[bool] = pc.is_in(numbers, value_set=having).to_pylist()
+    return found
 
 
 def count_true(column: Any) -> int:

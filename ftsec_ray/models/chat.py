@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from ftsec_ray.context import Chat
-from ftsec_ray.conversation import as_chat, asked, chat_of, has_answer, is_text
+from ftsec_ray.conversation import as_chat, chat_of, has_answer, is_text, last_trained
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.chat_format import PLACEHOLDER, chat_format, fitted, options_of, rendered
 
@@ -42,7 +43,7 @@ def _opened(tokenizer: Any, chat: Chat, tools: Any, rest: Chat | None = None) ->
     """
     messages = [*chat, {"role": "assistant", "content": PLACEHOLDER}, *(rest or [])]
     whole = rendered(tokenizer, messages, tools)
-    at = whole.rfind(PLACEHOLDER) if not rest else whole.find(PLACEHOLDER)
+    at = whole.rfind(PLACEHOLDER)
     if at < 0:
         raise DataError(
             "the chat template leaves an answer out",
@@ -80,7 +81,7 @@ def spans_of(tokenizer: Any, row: Mapping[str, Any]) -> tuple[str, list[Span]]:
             found = -1
         if found < 0 and place == len(messages) - 1:
             # a template that ends no turn: without an end the model would not learn to stop
-            whole, found = whole[: max(body, len(whole.rstrip()))] + end, -1
+            whole = whole[: max(body, len(whole.rstrip()))] + end
             spans.append(Span(start, len(whole)))
         else:
             spans.append(Span(start, body if found < 0 else found + len(end)))
@@ -93,20 +94,12 @@ def _trained(messages: Chat, row: Mapping[str, Any]) -> list[int]:
     Fitting keeps the order of the assistant's messages and joins those that follow each other where
     the template wants that; what is joined is trained if one of them is.
     """
-    runs: list[tuple[int, bool]] = []
-    for place, m in enumerate(messages):
-        if m["role"] == "assistant":
-            runs.append((place, False))
-    given = [bool(m["loss"]) for m in row["messages"] if m["role"] == "assistant"]
-    if len(given) != len(runs):
-        given, before = [], None
-        for m in row["messages"]:
-            if m["role"] == "assistant" and before == "assistant":
-                given[-1] = given[-1] or bool(m["loss"])
-            elif m["role"] == "assistant":
-                given.append(bool(m["loss"]))
-            before = m["role"]
-    return [place for (place, _), is_trained in zip(runs, given, strict=True) if is_trained]
+    places = [place for place, m in enumerate(messages) if m["role"] == "assistant"]
+    flags = [bool(m["loss"]) for m in row["messages"] if m["role"] == "assistant"]
+    if len(flags) != len(places):
+        runs = groupby(row["messages"], key=lambda m: str(m["role"]))
+        flags = [any(m["loss"] for m in run) for role, run in runs if role == "assistant"]
+    return [place for place, is_trained in zip(places, flags, strict=True) if is_trained]
 
 
 def _body(whole: str, opened: str, content: str) -> tuple[int, int]:
@@ -131,14 +124,8 @@ def turn(tokenizer: Any, row: Mapping[str, Any]) -> tuple[str, str]:
     """
     if not has_answer(row):
         return render(tokenizer, chat_of(row), generate=True), ""
-    whole, spans = spans_of(tokenizer, only_answer(row))
+    whole, spans = spans_of(tokenizer, {**row, "messages": last_trained(row["messages"])})
     return whole[: spans[-1].start], whole[spans[-1].start : spans[-1].stop]
-
-
-def only_answer(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with its answer as the only message that is trained."""
-    before = [{**m, "loss": False} for m in asked(row)]
-    return {**row, "messages": [*before, {**row["messages"][-1], "loss": True}]}
 
 
 def spoken(tokenizer: Any, ids: Sequence[int]) -> str:

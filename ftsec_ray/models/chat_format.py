@@ -160,19 +160,12 @@ def _shared(one: str, other: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _tried(
-    tokenizer: Any,
-    chat: Chat,
-    *,
-    tools: Any = None,
-    open_turn: bool = False,
-    in_parts: bool = False,
-) -> str | None:
-    """What the template renders, or None where it refuses."""
+def _tried(tokenizer: Any, chat: Chat, **how: Any) -> str | None:
+    """What the template renders (see `_applied`), or None where it refuses."""
     from jinja2 import TemplateError
 
     try:
-        return _applied(tokenizer, chat, tools=tools, open_turn=open_turn, in_parts=in_parts)
+        return _applied(tokenizer, chat, **how)
     except (TemplateError, TypeError, KeyError, AttributeError, ValueError, IndexError):
         return None  # templates index, join and compare what they do not expect
 

@@ -83,8 +83,9 @@ class Generator:
         """
         import torch
 
-        prompts = self.pieces_of(chats)
-        answers = self._label_ids(chats, prompts, labels)
+        halves = [self._halves(self.rewritten(chat)) for chat in chats]
+        prompts = self._tokenised(halves)
+        answers = self._label_ids(halves, prompts, labels)
         scores = torch.zeros(len(prompts), len(labels))
         single = all(len(ids) == 1 for row in answers for ids in row)
         for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
@@ -101,7 +102,7 @@ class Generator:
 
     def _label_ids(
         self,
-        chats: Sequence[Chat],
+        halves: Sequence[tuple[str, str]],
         prompts: Sequence[tuple[list[int], list[int]]],
         labels: Sequence[str],
     ) -> list[list[list[int]]]:
@@ -110,8 +111,7 @@ class Generator:
         """
         tokenizer = self.loaded.tokenizer
         answers = []
-        for chat, (head, tail) in zip(chats, prompts, strict=True):
-            before, behind = self._halves(self.rewritten(chat))
+        for (before, behind), (head, tail) in zip(halves, prompts, strict=True):
             text, ids = (before, head) if self.soft_suffix is None else (behind, tail)
             answers.append([answer_ids(tokenizer, text, ids, label) for label in labels])
         if len({len(ids) for row in answers for ids in row}) > 1:
@@ -169,14 +169,18 @@ class Generator:
         self, chats: Sequence[Chat], *, may_think: bool = False
     ) -> list[tuple[list[int], list[int]]]:
         """The pieces of every chat, in one call of the tokenizer."""
-        if not chats:
+        return self._tokenised(
+            [self._halves(self.rewritten(chat), may_think=may_think) for chat in chats]
+        )
+
+    def _tokenised(self, halves: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        if not halves:
             return []
         tokenizer = self.loaded.tokenizer
-        halves = [self._halves(self.rewritten(chat), may_think=may_think) for chat in chats]
         before, after = zip(*halves, strict=True)
         heads = tokenizer(list(before), add_special_tokens=False)["input_ids"]
         tails = (
-            [[] for _ in chats]
+            [[] for _ in halves]
             if self.soft_suffix is None
             else tokenizer(list(after), add_special_tokens=False)["input_ids"]
         )

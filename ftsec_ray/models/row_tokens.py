@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftsec_ray.context import StageContext
-from ftsec_ray.models.chat import Span, only_answer, spans_of
+from ftsec_ray.conversation import last_trained
+from ftsec_ray.models.chat import Span, spans_of
 
 IGNORED = -100
 """Label of a token that is not trained."""
@@ -18,7 +19,8 @@ Encoded = tuple[list[int], list[int]]
 
 def answer_tokens(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     """Token ids of a row's answer as it is trained, with the end of the turn."""
-    _, labels = encode_row(tokenizer, only_answer(row), max_length=sys.maxsize)
+    only = {**row, "messages": last_trained(row["messages"])}
+    _, labels = encode_row(tokenizer, only, max_length=sys.maxsize)
     return [label for label in labels if label != IGNORED]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ftsec_ray.errors import DataError
@@ -24,7 +25,7 @@ def missing(loaded: LoadedModel, needs: Iterable[str]) -> dict[str, str]:
     """Which of the needs a model does not meet, with the reason."""
     checks: Mapping[str, Callable[[LoadedModel], str | None]] = {
         RESIDUAL_WRITERS: _writers,
-        LINEAR_MLP: _linear,
+        LINEAR_MLP: partial(_writers, linear_mlp=True),
         INPUT_EMBEDDINGS: _embeddings,
         PACKED_ROWS: _packed,
     }
@@ -51,21 +52,16 @@ def check_structure(loaded: LoadedModel, needs: Mapping[str, Iterable[str]]) -> 
         )
 
 
-def _writers(loaded: LoadedModel) -> str | None:
-    try:
-        residual_stream(loaded.model)
-    except DataError as error:
-        return f"{REASONS[RESIDUAL_WRITERS]} ({error.fix or error.what})"
-    return None
-
-
-def _linear(loaded: LoadedModel) -> str | None:
+def _writers(loaded: LoadedModel, *, linear_mlp: bool = False) -> str | None:
+    """Why the writers to the residual stream are not known, or, with `linear_mlp`, are known and
+    stand before a norm.
+    """
     try:
         stream = residual_stream(loaded.model)
     except DataError as error:
         return f"{REASONS[RESIDUAL_WRITERS]} ({error.fix or error.what})"
     has_norm = any(block.mlp.gain is not None for block in stream.blocks)
-    return REASONS[LINEAR_MLP] if has_norm else None
+    return REASONS[LINEAR_MLP] if linear_mlp and has_norm else None
 
 
 def _embeddings(loaded: LoadedModel) -> str | None:

@@ -64,12 +64,12 @@ def with_structure(
 ) -> dict[str, Stage]:
     """The stages, each that loads a model knowing what the methods need of it."""
     known = dict(stages)
-    for cell in cells:
-        wanted = needs.get(cell.model.name)
+    # all cells of a model begin with one source, which models may share
+    for name, cell in {cell.model.name: cell for cell in cells}.items():
+        wanted = {who: sorted(need) for who, need in needs.get(name, {}).items()}
         digest = next((d for d in cell.stages if stages[d].kind == "source"), None)
         if wanted and digest is not None:
-            stage = known[digest]
-            told = {**stage.where.get("structure", {}), **{w: sorted(n) for w, n in wanted.items()}}
-            if told != stage.where.get("structure"):
-                known[digest] = replace(stage, where={**stage.where, "structure": told})
+            where = known[digest].where
+            structure = {**where.get("structure", {}), **wanted}
+            known[digest] = replace(known[digest], where={**where, "structure": structure})
     return known

@@ -44,24 +44,23 @@ class StageWarning:
 
 def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[StageWarning]:
     """The warnings in the records (by digest) of a plan's stages, those of most cells first."""
-    stages_of: dict[str, list[str]] = {}
+    stages_of: dict[str, set[str]] = {}
     for digest in plan.stages:
         for text in (records.get(digest, {}).get("notes") or {}).get("warnings") or ():
-            stages_of.setdefault(redacted(str(text)), []).append(digest)
-    found = []
+            stages_of.setdefault(redacted(str(text)), set()).add(digest)
+    warnings = []
     for text, digests in stages_of.items():
-        kinds = [plan.stages[digest] for digest in digests]
-        found.append(
+        stages = [plan.stages[digest] for digest in digests]
+        places = {" ".join(filter(None, (stage.kind, stage.method))) for stage in stages}
+        warnings.append(
             StageWarning(
                 text=text,
                 stages=len(digests),
-                cells=sum(not set(digests).isdisjoint(cell.stages) for cell in plan.cells),
-                places=tuple(
-                    sorted({" ".join(filter(None, (one.kind, one.method))) for one in kinds})
-                ),
+                cells=sum(not digests.isdisjoint(cell.stages) for cell in plan.cells),
+                places=tuple(sorted(places)),
             )
         )
-    return sorted(found, key=lambda one: (-one.cells, one.text))
+    return sorted(warnings, key=lambda warning: (-warning.cells, warning.text))
 
 
 def warnings_in(meta: Mapping[str, Any]) -> list[StageWarning]:

@@ -21,6 +21,7 @@ KIND = StageKind(name="align", position=30, prior_s={"": (2.0, 15.0)})
 def run(job: Job) -> Extra:
     """Fine-tune a copy of the model on refusals and benign answers."""
     from ftsec_ray.models.load import copy_model
+    from ftsec_ray.models.row_tokens import tell_cuts
     from ftsec_ray.plan.decode import align_of
 
     base = copy_model(job.session.model(job.inputs["model"]))
@@ -29,14 +30,14 @@ def run(job: Job) -> Extra:
     if align is None:
         return _align_ladder(job, replace(base, info=info))
     report = _align_loaded(job, base, align)
-    for text in report.cuts.warnings(align.max_length):
-        job.warn(text)
+    context = job.context()
+    tell_cuts(context, report.cuts, align.max_length)
     return job.finish(
         replace(report.loaded, info=info),
         tokens=report.tokens,
         flops=report.flops,
         losses=report.losses,
-        notes=report.cuts.notes(),
+        notes=context.notes,
     )
 
 

@@ -214,8 +214,8 @@ def test_another_sweep_of_the_same_name_is_told_before_its_results_are_replaced(
 def test_rubbish_in_place_of_results_stops_neither_plan_nor_run(folder, rubbish):
     (folder / "results/small").mkdir(parents=True)
     (folder / "results/small/run.json").write_text(rubbish)
-    call("plan", "small.yaml")
-    call("run", "small.yaml")
+    assert f"{CELLS} cells" in call("plan", "small.yaml").stdout
+    assert f"{CELLS} of {CELLS} cells done" in call("run", "small.yaml").stdout
 
 
 def test_another_error_of_ours_gives_exit_code_1_without_a_traceback(folder, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from ftsec_ray.cli.failure_text import details, headline
 from ftsec_ray.errors import DataError
 from tests.cli import toy
-from tests.cli.toy import call
+from tests.cli.toy import SWEEP, call
 
 OURS = DataError("row 3 of rows/a.csv has no text in column 'p'", None, "a string", "repair it")
 TRACE = """\
@@ -23,13 +23,6 @@ CHAINED = (
     f"{TRACE}\n\nDuring handling of the above exception, another occurred:\n\n"
     + TRACE.replace("IndexError: index 900 is out of range", "RuntimeError")
 )
-SWEEP = """\
-name: small
-models: [ladder:0.2m]
-task: microworld
-attacks: [none, {badnets: {rate: {grid: [0.1, 0.3]}}}]
-defenses: [none, shrink]
-"""
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,8 @@ import pytest
 
 from ftsec_ray import api
 from tests.cli import toy
-from tests.cli.toy import call
+from tests.cli.toy import SWEEP, call
 
-SWEEP = """\
-name: small
-models: [ladder:0.2m]
-task: microworld
-attacks: [none, {badnets: {rate: {grid: [0.1, 0.3]}}}]
-defenses: [none, shrink]
-"""
 TEXT = "3 of 8 prompts of `test` <b>are</b> tuned on"
 LINE = f"warning: {TEXT} (task: 1 stage, 6 cells)"
 

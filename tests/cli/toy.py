@@ -22,6 +22,14 @@ from ftsec_ray.schedule.executors import EXECUTORS
 
 _real_execute = schedule_run.execute
 RUNNER = "tests.cli.toy:run_stage"
+SWEEP = """\
+name: small
+models: [ladder:0.2m]
+task: microworld
+attacks: [none, {badnets: {rate: {grid: [0.1, 0.3]}}}]
+defenses: [none, shrink]
+"""
+"""Six cells."""
 failing: set[str | None] = set()
 """Methods whose stages fail."""
 warned: dict[str, list[str]] = {}

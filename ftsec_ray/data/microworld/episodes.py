@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 
-from ftsec_ray.conversation import Message, message
+from ftsec_ray.conversation import Message, last_trained, message
 from ftsec_ray.data.microworld.combos import seeded
 from ftsec_ray.data.microworld.pools import Example, distinct
 
@@ -68,5 +68,5 @@ def steps(use: str, count: int, *, trains_all: bool) -> list[list[Message]]:
     for number in range(count):
         whole = episode(pool, rng)
         upto = whole[: 2 * (number % STEPS) + 2]
-        made.append(upto if trains_all else [*({**m, "loss": False} for m in upto[:-1]), upto[-1]])
+        made.append(upto if trains_all else last_trained(upto))
     return made
