@@ -132,6 +132,9 @@ class StageKind:
     """Whether it has a model in memory; a stage of rows has one where its method asks for a
     role.
     """
+    tunes: bool = False
+    """Whether it is of the user's fine-tune: a model that is measured before it has no such stage.
+    """
     trains: Literal["never", "declared", "always"] = "never"
     """Whether it trains: where a method declares that hook in TRAINS, or always."""
     prior_s: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"": (1.0, 1.0)})
@@ -210,6 +213,19 @@ def roles() -> tuple[str, ...]:
         role for kind in kinds().values() for role in (kind.names_input, kind.provides) if role
     ]
     return (*ROLES_BEFORE, *dict.fromkeys(named))
+
+
+def part_in_tune(method: Method) -> str | None:
+    """What a method does in the user's fine-tune or needs of it, so that it cannot act on a model
+    that was not fine-tuned; None for one that can.
+    """
+    tuning = [kind for kind in kinds().values() if kind.tunes]
+    owned = [hook for hook in hooks_of(type(method)) if any(hook in kind.hooks for kind in tuning)]
+    if owned:
+        return f"acts in the fine-tune ({', '.join(owned)})"
+    made = {role for kind in tuning for role in (kind.names_input, kind.provides) if role}
+    needed = sorted(method.NEEDS & made)
+    return f"needs what only a fine-tune has ({', '.join(needed)})" if needed else None
 
 
 def hooks_of(cls: type[Any]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from ftsec_ray.errors import SpecError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = "5"
+SCHEMA_VERSION = "6"
 """Of results as a whole: raise by one when a table or a column is added, and give that `since`;
 older results then open with null in its place. ("1" had no `comparisons`, "2" no `n_null` and no
 `searches`, "3" no `success_metric`, which is then read from the attack's goal, "4"
@@ -355,6 +355,13 @@ def cells() -> pa.Schema:
             _field("family", s, "name; sizes are compared within one"),
             _field("model_params", pa.int64(), "weights"),
             _field("aligned", pa.bool_(), "whether the model went through a safety alignment"),
+            _field(
+                "measured",
+                s,
+                "before | after the fine-tune; the name of a model measured before it ends with"
+                " :before",
+                since="6",
+            ),
             _field("task", s, "name"),
             _field("attack", s, "name; `none` too"),
             _field("attack_phase", s, "pre | during | post"),
@@ -517,7 +524,8 @@ def comparisons() -> pa.Schema:
             _field(
                 "kind",
                 s,
-                "none | member (the best single one of the stack) | control",
+                "none | member (the best single one of the stack) | control | before (the same"
+                " stack before the fine-tune)",
                 nullable=False,
             ),
             _field("metric", s, "name", nullable=False),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from ftsec_ray.config.attack_search import SEARCH, is_searchable
 from ftsec_ray.config.docs import sections, summary
@@ -27,6 +27,7 @@ from ftsec_ray.config.sweep import (
     EvaluationConfig,
     ExcludeRule,
     ModelSpec,
+    Moment,
     NodeType,
     ResourceSpec,
     SearchSpec,
@@ -65,6 +66,11 @@ def sweep_schema() -> Schema:
         "defenses": _any({"const": "all"}, _list(_stack()), _DEFENSE),
         "seeds": seeds | {"default": 1, "description": "A count, or a list of seeds."},
         "exclude": {"type": "array", "items": _mapping(rule, minProperties=1)},
+        "measure": _one_or_list({"enum": list(get_args(Moment))})
+        | {
+            "default": "after",
+            "description": "When cells are measured: before the fine-tune, after it, or both.",
+        },
         "training": _training(),
         "evaluation": _mapping_of(EvaluationConfig),
         "resources": _mapping_of(ResourceSpec),
@@ -131,6 +137,7 @@ def _ladder() -> Schema:
 def _model() -> Schema:
     model = _mapping_of(
         ModelSpec,
+        without=("measured",),
         path=_TEXT | {"description": "A local folder or .gguf file."},
         id=_TEXT | {"description": "A Hugging Face id."},
         align=_any({"type": "boolean"}, _mapping_of(AlignSpec))

@@ -31,6 +31,12 @@ TASK_KINDS = {
 """Kinds of tasks and what they are."""
 
 
+Moment = Literal["before", "after"]
+"""When a cell is measured: before the user's fine-tune, or after it."""
+BEFORE = ":before"
+"""What the name of a model ends with whose cells are measured before the fine-tune."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How every tune of the sweep trains; part of each tune's identity."""
@@ -137,6 +143,9 @@ class ModelSpec:
     or the path of one. None: the model's own."""
     thinking: bool = False
     """Whether the model may think aloud before it answers; its thoughts never reach a judge."""
+    measured: Moment = "after"
+    """Whether its cells are measured before the fine-tune or after it: `measure` of the sweep makes
+    a model of each."""
     serve_template: str | None = None
     """Template under which the finished model is asked, where that is another than it was trained
     under; in a file `own`, a text, a path, or a list or mapping of them, which makes a model of
@@ -224,7 +233,7 @@ TASK_OPTIONS: dict[str, type] = {"microworld": MicroworldOptions}
 @dataclass(frozen=True, kw_only=True)
 class ExcludeRule:
     """Cells left out: every given field must match (a name; for defenses, a member of the stack, or
-    `none`).
+    `none`). The name of a model stands for its cells before the fine-tune as well.
     """
 
     model: str | None = None
@@ -239,7 +248,7 @@ class ExcludeRule:
         """Whether a cell of these names is left out; `defense: none` means the empty stack."""
         stack = defenses or ("none",)
         return (
-            (self.model is None or self.model == model)
+            (self.model is None or self.model in (model, model.removesuffix(BEFORE)))
             and (self.task is None or self.task == task)
             and (self.attack is None or self.attack == attack)
             and (self.defense is None or self.defense in stack)

@@ -12,9 +12,10 @@ finished axes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
 from ftsec_ray.config.method_entries import NONE, attacks_of, defenses_of
@@ -22,9 +23,12 @@ from ftsec_ray.config.model_entries import models_of
 from ftsec_ray.config.pricing import budget_of, prices_of
 from ftsec_ray.config.strategy import split_training
 from ftsec_ray.config.sweep import (
+    BEFORE,
     DataSpec,
     EvaluationConfig,
     ExcludeRule,
+    ModelSpec,
+    Moment,
     ResourceSpec,
     SweepSpec,
     TrainingConfig,
@@ -44,6 +48,7 @@ KEYS = (
     "defenses",
     "seeds",
     "exclude",
+    "measure",
     "training",
     "evaluation",
     "resources",
@@ -116,6 +121,7 @@ def _spec(
     values["attacks"], values["searches"] = (
         ((), ()) if "attacks" in missing else attacks_of(given["attacks"], faults)
     )
+    values["models"] = _measured(given.get("measure", "after"), values["models"], faults)
     training, values["strategy"] = split_training(
         _without_grids(given.get("training"), "training", faults), TrainingConfig, faults
     )
@@ -139,6 +145,26 @@ def _spec(
     _some_cell(spec, faults)
     faults.check()
     return spec
+
+
+def _measured(
+    given: object, models: tuple[ModelSpec, ...], faults: Faults
+) -> tuple[ModelSpec, ...]:
+    """The models, each once for every moment at which its cells are measured."""
+    moments = list(given) if isinstance(given, (list, tuple)) else [given]
+    known = get_args(Moment)
+    wrong = [one for one in moments if one not in known or moments.count(one) > 1]
+    if wrong or not moments:
+        faults.add("measure", "no moments to measure at", given, "before, after, or both in a list")
+        return models
+    before = [
+        replace(
+            model, name=f"{model.name}{BEFORE}", family=f"{model.family}{BEFORE}", measured="before"
+        )
+        for model in models
+        if "before" in moments
+    ]
+    return (*before, *(models if "after" in moments else ()))
 
 
 def _without_grids(given: object, place: str, faults: Faults) -> object:

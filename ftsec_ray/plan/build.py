@@ -9,6 +9,7 @@ models and rows enter by the hash of their bytes.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from ftsec_ray.config.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec,
 from ftsec_ray.errors import SpecError, SpecFaults
 from ftsec_ray.evals.judging import judge_class
 from ftsec_ray.identity import digests
-from ftsec_ray.lifecycle import ROLES_BEFORE
+from ftsec_ray.lifecycle import ROLES_BEFORE, part_in_tune
 from ftsec_ray.method import Method
 from ftsec_ray.plan.cost_estimate import Tariff
 from ftsec_ray.plan.graph import Plan
@@ -51,6 +52,15 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
     builder = _PlanBuilder(spec)
     cells, searches = builder.cells(look)
     stages, faults = builder.stages.stages, builder.stages.faults
+    if not cells:
+        why = "; ".join(f"{reason} ({count} cells)" for reason, count in builder.left_out.items())
+        fault = SpecError(
+            "no cell is left before the fine-tune",
+            why,
+            "measure: after",
+            "add methods that act on models or answers",
+        )
+        faults["measure",] = ("measure", fault)
     try:
         Tariff(spec).check(stage.resource for stage in stages.values())
     except SpecError as fault:
@@ -59,7 +69,13 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
     faults |= structure_faults(cells, needs)
     if faults:
         raise SpecFaults(f"sweep {spec.name!r}", list(faults.values()))
-    return Plan(spec, cells, with_structure(stages, cells, needs), tuple(searches))
+    return Plan(
+        spec,
+        cells,
+        with_structure(stages, cells, needs),
+        tuple(searches),
+        left_out=dict(builder.left_out),
+    )
 
 
 def _judge_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
@@ -88,6 +104,8 @@ class _PlanBuilder:
         self._starts = Starts(self.stages, self._templates)
         self._tuned: dict[TrainingConfig, _PlanBuilder] = {spec.training: self}
         self._steps: dict[str, Step] = {}
+        self.left_out: Counter[str] = Counter()
+        """Why cells are not measured before the fine-tune -> their number."""
 
     def cells(self, look: OutcomeLookup) -> tuple[list[Cell], list[PlannedSearch]]:
         """All cells that no rule leaves out, each once, and after them those of the searches."""
@@ -97,10 +115,13 @@ class _PlanBuilder:
         for model, task in itertools.product(spec.models, spec.tasks):
             start = self._starts.of(model, task)
             for attack, stack, seed in itertools.product(spec.attacks, spec.defenses, spec.seeds):
-                if not _is_excluded(spec, model, task, attack, stack, seed):
+                is_left_out = _is_excluded(spec, model, task, attack, stack, seed)
+                if not is_left_out and self._can_be_measured(model, attack, stack):
                     cell = self.cell(start, task, attack, stack, seed)
                     cells.setdefault(cell.digest, cell)
             for entry, stack in itertools.product(spec.searches, spec.defenses):
+                if not self._can_be_measured(model, entry.attack, stack):
+                    continue
                 seeds = [
                     seed
                     for seed in spec.seeds
@@ -112,6 +133,17 @@ class _PlanBuilder:
             for cell in search.cells:
                 cells.setdefault(cell.digest, cell)
         return list(cells.values()), searches
+
+    def _can_be_measured(self, model: ModelSpec, attack: Method, stack: tuple[Method, ...]) -> bool:
+        """Whether a cell exists at the moment at which the model is measured; one that does not is
+        counted.
+        """
+        if model.measured == "after":
+            return True
+        parts = [(method, part_in_tune(method)) for method in (attack, *stack)]
+        reasons = [f"{name_of(method)} {part}" for method, part in parts if part]
+        self.left_out.update(reasons[:1])
+        return not reasons
 
     def _search(
         self,
@@ -182,7 +214,10 @@ class _PlanBuilder:
         roles = dict(zip(ROLES_BEFORE, (start.reference, start.unaligned), strict=True))
         flow = {"model": start.reference, "rows": start.task}
         chain, steps = list(start.stages), []
+        is_tuned = start.model.measured == "after"
         for template in lifecycle.templates:
+            if template.kind.tunes and not is_tuned:
+                continue
             kind, serve_template = template.kind, start.model.serve_template
             if serve_template is not None and "generation" in kind.settings:
                 template = self._templates.served(template, serve_template)  # noqa: PLW2901

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ftsec_ray.config.sweep import SweepSpec
@@ -25,6 +25,8 @@ class Plan:
     """Searches of attackers as far as they have come: a plan with an open one grows when its trials
     are measured.
     """
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Why cells are not measured before the fine-tune -> their number."""
 
     @cached_property
     def digest(self) -> str:

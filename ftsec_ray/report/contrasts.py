@@ -14,6 +14,7 @@ from ftsec_ray.measured import null_text
 from ftsec_ray.report import forest as forest_of
 from ftsec_ray.report.grid import Grid, Key, UtilityMark
 from ftsec_ray.report.verdict import change_text
+from ftsec_ray.results.compare import MOMENT
 from ftsec_ray.results.points import NONE
 
 MAX_FOREST = 40
@@ -26,15 +27,50 @@ HELD_FOREST = 240
 class ShownComparison:
     """One comparison of attack success, with the utility of the same two points."""
 
-    model: str
-    task: str
-    attack: str
-    defense: str
-    against: str
+    own: Key
+    other: Key
+    """The points compared."""
     kind: str
     row: Mapping[str, Any]
     """As the table `comparisons` has it."""
     utility: str
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return self.own[0]
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.own[1]
+
+    @property
+    def attack(self) -> str:
+        """Label of the attack."""
+        return self.own[2]
+
+    @property
+    def defense(self) -> str:
+        """Label of the stack."""
+        return self.own[3]
+
+    @property
+    def against(self) -> str:
+        """Label of the stack compared with."""
+        return self.other[3]
+
+    @property
+    def is_over_time(self) -> bool:
+        """Whether it compares a point with itself before the fine-tune."""
+        return self.kind == MOMENT
+
+    @property
+    def title(self) -> str:
+        """What is compared, in words."""
+        if self.is_over_time:
+            return f"{self.defense}: after the fine-tune vs before"
+        return f"{self.defense} vs {self.against}"
 
     @property
     def tone(self) -> str:
@@ -83,18 +119,7 @@ def contrasts(grid: Grid) -> list[ShownComparison]:
     for own, other, metric in grid.compared:
         row = grid.success_row(own, other) if metric == grid.points[own].success_metric else None
         if row is not None:
-            found.append(
-                ShownComparison(
-                    own[0],
-                    own[1],
-                    own[2],
-                    own[3],
-                    other[3],
-                    row["kind"],
-                    row,
-                    _beside(grid, own, other),
-                )
-            )
+            found.append(ShownComparison(own, other, row["kind"], row, _beside(grid, own, other)))
     return sorted(
         found,
         key=lambda c: (
@@ -119,7 +144,7 @@ def forest(grid: Grid, found: Sequence[ShownComparison]) -> tuple[Markup, int] |
     lines = [
         forest_of.Line(
             tone=c.tone,
-            title=f"{c.defense} vs {c.against}",
+            title=c.title,
             about=" · ".join([c.attack, c.model, *[c.task] * (len(grid.tasks) > 1)]),
             effect=c.row["effect"],
             low=c.row["ci_low"],
@@ -127,7 +152,7 @@ def forest(grid: Grid, found: Sequence[ShownComparison]) -> tuple[Markup, int] |
             detectable=c.row["detectable"],
             words=f"{c.row['conclusion']} · {c.seeds}",
             beside=f"{c.utility} · {c.nulls}",
-            facets=grid.facets((c.model, c.task, c.attack, c.defense)),
+            facets=grid.facets(c.own),
         )
         for c in sorted((c for c in tested if id(c) in held), key=lambda c: id(c) not in first)
     ]

@@ -14,8 +14,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
+from ftsec_ray.config.sweep import BEFORE
 from ftsec_ray.errors import DataError
 from ftsec_ray.measured import Measured, utility_metrics
+from ftsec_ray.results.compare import MOMENT
 from ftsec_ray.results.points import (
     NONE,
     SUCCESS,
@@ -320,10 +322,10 @@ def _compared(
     key_of = {place_of(cell): place[cell["cell"]] for cell in cells}
     found = {}
     for row in results.comparisons.to_pylist():
-        own, other = (
-            place_of(row),
-            place_of({**row, "defenses": row["against"], "defense_params": row["against_params"]}),
-        )
+        against = {"defenses": row["against"], "defense_params": row["against_params"]}
+        if row["kind"] == MOMENT:
+            against["model"] = f"{row['model']}{BEFORE}"
+        own, other = place_of(row), place_of({**row, **against})
         if own not in key_of or other not in key_of:
             raise DataError(
                 "a comparison of stacks that `cells` does not have",

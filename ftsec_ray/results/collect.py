@@ -302,6 +302,7 @@ def _cell_row(found: _Found, cell: Cell) -> Row:
         "family": cell.model.family,
         "model_params": found.parameters.get(cell.model.name),
         "aligned": cell.model.aligned,
+        "measured": cell.model.measured,
         "task": cell.task.name,
         "attack": cell.attack_name,
         "attack_phase": cell.attack.PHASE,

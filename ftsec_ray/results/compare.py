@@ -3,9 +3,11 @@ one model.
 
 Every stack is compared with `none`; every stack of several with its best single member; and every
 stack with those that hold a trivial control in the place of one member (`Defense.IS_CONTROL`, for
-defenses that act at the same hook). Both sides answered the same prompts in the same seeds;
-`paired` says how they are tested. The best member is the coherent one with the lowest attack
-success in these very results, so that "better" than it is hard won and "worse" a little easy.
+defenses that act at the same hook). Where a sweep measures before the fine-tune too, every point is
+compared with itself before it (kind `before`): what the fine-tune did. Both sides answered the same
+prompts in the same seeds; `paired` says how they are tested. The best member is the coherent one
+with the lowest attack success in these very results, so that "better" than it is hard won and
+"worse" a little easy.
 
 Gibberish is never safe: where one side mostly answers it, and where at least half of a drop in
 fulfilled requests is requests that now get it, the conclusion is `incoherent`.
@@ -24,6 +26,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
+from ftsec_ray.config.sweep import BEFORE
 from ftsec_ray.results.answers import GIBBERISH, Answers, answers_of
 from ftsec_ray.results.paired import ALPHA, Correction, Paired, corrected, detectable, paired, plain
 from ftsec_ray.results.points import GridPoint, points_of
@@ -32,6 +35,8 @@ from ftsec_ray.success import source_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
+MOMENT = "before"
+"""Kind of a comparison with the same cells before the fine-tune."""
 Member = tuple[str, str]
 """Name and parameters (JSON) of one defense."""
 Stack = tuple[Member, ...]
@@ -92,6 +97,12 @@ class _Pair:
     stack: Stack
     against: Stack
 
+    @property
+    def other_place(self) -> tuple[Any, ...]:
+        """The place of `against`: the same, or that of the model before the fine-tune."""
+        model, *others = self.place
+        return (f"{model}{BEFORE}", *others) if self.kind == MOMENT else self.place
+
 
 @dataclass
 class _Grid:
@@ -115,6 +126,9 @@ class _Grid:
         """Every pair that the plan of this run holds."""
         for place, stacks in self.arms.items():
             for stack in stacks:
+                before = _Pair(place, MOMENT, stack, stack)
+                if stack in self.arms.get(before.other_place, ()):
+                    yield before
                 if not self._acts(stack):
                     continue
                 if () in stacks:
@@ -209,7 +223,7 @@ _EMPTY = dict.fromkeys(
 
 def _rows(grid: _Grid, answers: Answers, pair: _Pair) -> Iterator[_Row]:
     """The rows of a pair, one per metric that either side has."""
-    points = grid.arms[pair.place][pair.stack], grid.arms[pair.place][pair.against]
+    points = grid.arms[pair.place][pair.stack], grid.arms[pair.other_place][pair.against]
     names = {name for point in points for name in point.values} - set(schema.ABOUT_DEFENSES)
     names = names or {points[0].success_metric}
     planned = len({seed for point in points for seed in point.seeds.values()})

@@ -24,7 +24,7 @@ class StageWarning:
 
     text: str
     stages: int
-    """Stages that gave it."""
+    """Stages that gave it; 0 where the plan itself did."""
     cells: int
     """Cells that have one of these stages."""
     places: tuple[str, ...]
@@ -32,9 +32,11 @@ class StageWarning:
 
     def line(self) -> str:
         """The warning in one line."""
+        cells = "1 cell" if self.cells == 1 else f"{self.cells} cells"
+        if not self.stages:
+            return f"warning: {self.text} ({cells})"
         names = ", ".join(self.places[:_MAX_NAMES]) + ", ..." * (len(self.places) > _MAX_NAMES)
         stages = "1 stage" if self.stages == 1 else f"{self.stages} stages"
-        cells = "1 cell" if self.cells == 1 else f"{self.cells} cells"
         return f"warning: {self.text} ({names}: {stages}, {cells})"
 
     def as_json(self) -> dict[str, Any]:
@@ -48,7 +50,12 @@ def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[St
     for digest in plan.stages:
         for text in (records.get(digest, {}).get("notes") or {}).get("warnings") or ():
             stages_of.setdefault(redacted(str(text)), set()).add(digest)
-    warnings = []
+    warnings = [
+        StageWarning(
+            text=f"not measured before the fine-tune: {why}", stages=0, cells=count, places=()
+        )
+        for why, count in plan.left_out.items()
+    ]
     for text, digests in stages_of.items():
         stages = [plan.stages[digest] for digest in digests]
         places = {" ".join(filter(None, (stage.kind, stage.method))) for stage in stages}

@@ -24,6 +24,7 @@ KIND = StageKind(
     provides="clean_bank",
     settings=("sweep_training",),
     settings_of=_size,
+    tunes=True,
     trains="always",
     prior_s={"": (2.0, 24.0)},
 )

@@ -22,6 +22,7 @@ KIND = StageKind(
     answers="defenses",
     settings=("sweep_training",),
     needs_model=False,
+    tunes=True,
     prior_s={"": (1.0, 0.0)},
 )
 

@@ -19,6 +19,7 @@ KIND = StageKind(
     roles=("reference", "unaligned", "start", "clean_bank"),
     names_input="start",
     settings=("training",),
+    tunes=True,
     trains="always",
     prior_s={"": (1.0, 4.0)},
 )
