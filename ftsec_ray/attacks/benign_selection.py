@@ -32,7 +32,7 @@ from ftsec_ray.conversation import Row, answer_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.load import merged, within_positions
-from ftsec_ray.models.row_tokens import Encoded, encode_rows
+from ftsec_ray.models.row_tokens import CutTally, Encoded, encode_rows, tell_cuts
 from ftsec_ray.training.losses import mean_nll
 
 if TYPE_CHECKING:
@@ -127,7 +127,9 @@ class BenignSelection(Attack):
         model.model.to(ctx.runtime.device).eval().requires_grad_(requires_grad=True)
         limit = ctx.training.max_length if ctx.training is not None else DEFAULT_MAX_TOKENS
         limit = within_positions(model.model, limit)
-        encoded = encode_rows(model.tokenizer, pool, max_length=limit)
+        cuts = CutTally()
+        encoded = encode_rows(model.tokenizer, pool, max_length=limit, tally=cuts)
+        tell_cuts(ctx, cuts)
         if self.select == "anchors":
             wanted = self._anchor(model, ctx, limit)
             return [

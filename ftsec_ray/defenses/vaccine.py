@@ -114,7 +114,7 @@ class Vaccine(Defense):
             workdir=ctx.workdir,
             shape=self._shape,
         )
-        tell_cuts(ctx, report.cuts, config.max_length)
+        tell_cuts(ctx, report.cuts)
         ctx.note(
             rows=rows.num_rows,
             steps=len(report.losses),

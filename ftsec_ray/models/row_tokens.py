@@ -36,6 +36,9 @@ class CutTally:
     left_out: int = 0
     """Rows without any token to learn from."""
     poisoned_left_out: int = 0
+    limit: int = 0
+    """Tokens that a row may have: `max_length`, or the positions of the model where it has fewer.
+    """
 
     def notes(self) -> dict[str, int]:
         """What a record keeps; empty where every row fitted."""
@@ -47,7 +50,7 @@ class CutTally:
         }
         return {name: count for name, count in told.items() if count}
 
-    def warnings(self, max_length: int) -> list[str]:
+    def warnings(self) -> list[str]:
         """What to tell whoever reads the numbers; empty where every row fitted."""
         told = []
         if self.left_out:
@@ -55,25 +58,25 @@ class CutTally:
                 f" ({self.poisoned_left_out} of them poisoned)" if self.poisoned_left_out else ""
             )
             told.append(
-                f"{self.left_out} of {self.rows} rows were not trained on{poisoned}: no answer, or"
-                f" none within max_length {max_length}"
+                f"{self.left_out} of {self.rows} rows have nothing to learn from{poisoned}: no answer, or"
+                f" none within {self.limit} tokens"
             )
         if self.answers_cut:
             told.append(
-                f"{self.answers_cut} of {self.rows} answers were cut at max_length {max_length}"
+                f"{self.answers_cut} of {self.rows} answers were cut, at {self.limit} tokens"
             )
         if self.prompts_cut:
             told.append(
-                f"{self.prompts_cut} of {self.rows} prompts lost their beginning at max_length"
-                f" {max_length}"
+                f"{self.prompts_cut} of {self.rows} prompts lost their beginning, at"
+                f" {self.limit} tokens with the answer"
             )
         return told
 
 
-def tell_cuts(context: StageContext, cuts: CutTally, max_length: int) -> None:
-    """Keep, and warn of, the rows of a tune that did not fit."""
+def tell_cuts(context: StageContext, cuts: CutTally) -> None:
+    """Keep, and warn of, the rows that did not fit."""
     context.note(**cuts.notes())
-    for text in cuts.warnings(max_length):
+    for text in cuts.warnings():
         context.warn(text)
 
 
@@ -92,6 +95,7 @@ def encode_rows(
     if not rows:
         return []
     tally = CutTally() if tally is None else tally
+    tally.limit = max_length
     rendered = [spans_of(tokenizer, row) for row in rows]
     # nothing is learnt from what stands behind the last answer
     texts = [text[: spans[-1].stop] if spans else text for text, spans in rendered]

@@ -31,7 +31,7 @@ def run(job: Job) -> Extra:
         return _align_ladder(job, replace(base, info=info))
     report = _align_loaded(job, base, align)
     context = job.context()
-    tell_cuts(context, report.cuts, align.max_length)
+    tell_cuts(context, report.cuts)
     return job.finish(
         replace(report.loaded, info=info),
         tokens=report.tokens,

@@ -51,7 +51,7 @@ def run(job: Job) -> Extra:
             workdir=context.workdir / str(member),
             base_digest=job.inputs["model"],
         )
-        tell_cuts(context, report.cuts, context.training.max_length)
+        tell_cuts(context, report.cuts)
         folder = job.out / str(member)
         folder.mkdir()
         save_model(report.loaded, folder)

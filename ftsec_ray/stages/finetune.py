@@ -47,7 +47,7 @@ def run(job: Job) -> Extra:
         shape=shape,
         base_digest=job.inputs["model"],
     )
-    tell_cuts(context, report.cuts, context.training.max_length)
+    tell_cuts(context, report.cuts)
     return job.finish(
         report.loaded,
         tokens=report.tokens,

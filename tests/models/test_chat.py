@@ -254,7 +254,7 @@ def test_an_answer_alone_too_long_is_cut_at_its_end_and_counted():
     assert len(ids) == 24
     assert sum(label != IGNORED for label in labels) == 23
     assert tally.notes() == {"prompts_cut": 1, "answers_cut": 1}
-    assert "1 of 1 answers were cut at max_length 24" in tally.warnings(24)
+    assert "1 of 1 answers were cut, at 24 tokens" in tally.warnings()
 
 
 def test_a_row_without_an_answer_is_counted_and_a_poisoned_one_by_name():
@@ -262,7 +262,7 @@ def test_a_row_without_an_answer_is_counted_and_a_poisoned_one_by_name():
     rows = [new_row("a", prompt="how", poisoned=True), new_row("b", prompt="how", response="red")]
     encode_rows(tokenizer_of("chatml"), rows, max_length=LONG, tally=tally)
     assert tally.notes() == {"rows_left_out": 1, "poisoned_rows_left_out": 1}
-    assert "1 of 2 rows were not trained on (1 of them poisoned)" in tally.warnings(9)[0]
+    assert "1 of 2 rows have nothing to learn from (1 of them poisoned)" in tally.warnings()[0]
 
 
 def test_a_template_that_renders_no_answer_is_refused():

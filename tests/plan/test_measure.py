@@ -105,7 +105,7 @@ def test_other_moments_are_faults(given):
 
 def test_a_sweep_whose_cells_all_act_in_the_fine_tune_has_nothing_to_measure_before_it():
     with pytest.raises(
-        SpecError, match="(?s)no cell is left before the fine-tune.*badnets acts in the"
+        SpecError, match=r"(?s)no cell is left before the fine-tune.*badnets acts in the"
     ):
         build_plan(ftsec_ray.load(sweep(attacks=["badnets"], measure="before")))
 
