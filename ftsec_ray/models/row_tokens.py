@@ -58,8 +58,8 @@ class CutTally:
                 f" ({self.poisoned_left_out} of them poisoned)" if self.poisoned_left_out else ""
             )
             told.append(
-                f"{self.left_out} of {self.rows} rows have nothing to learn from{poisoned}: no answer, or"
-                f" none within {self.limit} tokens"
+                f"{self.left_out} of {self.rows} rows have nothing to learn from{poisoned}: no"
+                f" answer, or none within {self.limit} tokens"
             )
         if self.answers_cut:
             told.append(
