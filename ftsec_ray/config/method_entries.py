@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import product
+from math import prod
 from typing import TypeVar
 
 from ftsec_ray.config.attack_search import SEARCH, search_of
 from ftsec_ray.config.faults import Faults
+from ftsec_ray.config.limits import POINTS
 from ftsec_ray.config.sweep import AttackSearch
 from ftsec_ray.config.typed import build
 from ftsec_ray.errors import SpecError
@@ -151,9 +153,12 @@ def _stacks(entry: object, place: str, faults: Faults) -> list[Stack]:
         _methods(member, f"{place}[{index}]", DEFENSES, faults)
         for index, member in enumerate(entry)
     ]
-    return (
-        [] if len(faults.found) > before or not entry or NONE in names else list(product(*members))
-    )
+    if len(faults.found) > before or not entry or NONE in names:
+        return []
+    if fault := POINTS.exceeded_by(prod(map(len, members))):
+        faults.add_error(place, fault)
+        return []
+    return list(product(*members))
 
 
 def _name(entry: object) -> str | None:
@@ -203,6 +208,9 @@ def _expand(cls: type[Method], given: object, place: str, faults: Faults) -> lis
     axes = [
         _points(key, value, f"{place}.{key}") for key, value in given.items() if key not in no_grid
     ]
+    if fault := POINTS.exceeded_by(prod(map(len, axes))):
+        faults.add_error(place, fault)
+        return []
     met = Faults(faults.source, faults.lines)
     found = []
     for point in product(*axes):

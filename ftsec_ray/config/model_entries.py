@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
+from ftsec_ray.config.local_files import named_path
+from ftsec_ray.config.revisions import check_revision, is_commit
 from ftsec_ray.config.sweep import LADDER_SIZES, AlignSpec, ModelSpec
 from ftsec_ray.config.template_entries import has_template, served, template_text
 from ftsec_ray.config.typed import build, unknown_keys
@@ -38,7 +40,6 @@ _READ_HERE = frozenset(
     {"path", "id", "source", "align", "unaligned", "name", "chat_template", "serve_template"}
 )
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-_REVISION = r"[A-Za-z0-9][\w.-]*"
 _SIZE = re.compile(r"[-_]?\d+(\.\d+)?[kmb](?=[-_.]|$)")
 _ALIGNED = re.compile(r"(^|[-_.])(instruct|chat|it|dpo|rlhf|sft)(?=[-_.]|$)")
 _BASE = re.compile(r"(^|[-_.])(base|pt|pretrained)(?=[-_.]|$)")
@@ -142,6 +143,7 @@ def _built(
                 "no chat_template",
                 "serve_template gives the finished model another one",
             )
+    check_revision(given.get("revision"), f"{place}.revision", faults)
     if source.local and given.get("revision") is not None:
         faults.add(
             f"{place}.revision",
@@ -273,8 +275,9 @@ def source_of(
         return None
     if given.startswith("ladder:") and kind != "path":
         return _ladder(given, place, faults)
-    path = Path(given).expanduser()
-    path = path if path.is_absolute() else base / path
+    path = named_path(given, base, place, faults)
+    if path is None:
+        return None
     looks_local = given.endswith(".gguf") or given.startswith((".", "/", "~"))
     if kind == "path" or (kind == "source" and (looks_local or path.exists())):
         return _local(given, path, place, faults)
@@ -283,14 +286,14 @@ def source_of(
         re.fullmatch(_HUB_ID, hub)
         and "--" not in hub
         and ".." not in given
-        and (not at or re.fullmatch(_REVISION, revision))
+        and (not at or is_commit(revision))
     ):
         return _named(_Source(hub, _slug(hub.rsplit("/", 1)[-1]), revision=revision or None))
     faults.add(
         place,
         "neither a file, a ladder model nor a Hugging Face id",
         given,
-        "ladder:<size> | owner/name | owner/name@revision | ./folder | file.gguf",
+        "ladder:<size> | owner/name | owner/name@<commit> | ./folder | file.gguf",
         nearest(
             given,
             [f"ladder:{size}" for size in LADDER_SIZES],

@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
+from ftsec_ray.config.limits import CELLS, FILE_BYTES, RULES
 from ftsec_ray.config.method_entries import NONE, attacks_of, defenses_of
 from ftsec_ray.config.model_entries import models_of
 from ftsec_ray.config.pricing import budget_of, prices_of
@@ -87,6 +89,9 @@ def load_sweep(source: str | Path | Mapping[str, Any], *, base: Path | None = No
             near or "give the path of a sweep file, such as sweeps/quickstart.yaml",
         )
         faults.check()
+    if fault := FILE_BYTES.exceeded_by(path.stat().st_size):
+        faults.add_error("file", fault)
+        faults.check()
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -142,6 +147,9 @@ def _spec(
     values["exclude"] = _exclude(given.get("exclude"), values, faults)
     faults.check()
     spec = SweepSpec(name=str(name), question=str(question), **values)
+    if fault := CELLS.exceeded_by(_most_cells(spec)):
+        faults.add_error("file", fault)
+        faults.check()
     _some_cell(spec, faults)
     faults.check()
     return spec
@@ -227,12 +235,15 @@ def _exclude(given: object, axes: Mapping[str, Any], faults: Faults) -> tuple[Ex
             continue
         unknown_keys(entry, known, place, faults)
         choices: list[list[tuple[str, Any]]] = [
-            [(key, value) for value in _values(value, key, place, known[key], faults)]
+            [(key, one) for one in dict.fromkeys(_values(value, key, place, known[key], faults))]
             for key, value in entry.items()
             if key in known
         ]
+        if fault := RULES.exceeded_by(len(rules) + prod(map(len, choices))):
+            faults.add_error(place, fault)
+            return ()
         rules += [ExcludeRule(**dict(choice)) for choice in product(*choices)]
-    return tuple(rules)
+    return tuple(dict.fromkeys(rules))
 
 
 def _names(axes: Mapping[str, Any]) -> dict[str, dict[object, object]]:
@@ -277,6 +288,13 @@ def _values(
                 nearest(value, map(str, known), "remove the rule or add it to the axis"),
             )
     return found
+
+
+def _most_cells(spec: SweepSpec) -> int:
+    """Cells that are planned at once where no rule leaves one out; of a search the first trials."""
+    places = len(spec.models) * len(spec.tasks) * len(spec.defenses)
+    searched = sum(min(one.search.trials, one.search.batch) for one in spec.searches)
+    return places * (len(spec.attacks) * len(spec.seeds) + searched)
 
 
 def _some_cell(spec: SweepSpec, faults: Faults) -> None:

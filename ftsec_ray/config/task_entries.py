@@ -16,6 +16,8 @@ from datetime import date
 from pathlib import Path
 
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
+from ftsec_ray.config.local_files import named_path
+from ftsec_ray.config.revisions import check_revision
 from ftsec_ray.config.sweep import TASK_KINDS, TASK_OPTIONS, SourceSpec, TaskSpec
 from ftsec_ray.config.typed import build, unknown_keys
 
@@ -222,6 +224,7 @@ def _source(
             "owner/name",
             "a local file is given as path",
         )
+    check_revision(values.get("revision"), f"{place}.revision", faults)
     return build(SourceSpec, values, place, faults, **fixed)
 
 
@@ -229,8 +232,10 @@ def _file(given: object, place: str, base: Path, faults: Faults) -> str | None:
     if not isinstance(given, str) or not given:
         faults.add(place, "not a path", given, "a file " + " ".join(_SUFFIXES) + ", each also .gz")
         return None
-    path = Path(given).expanduser()
-    path = (path if path.is_absolute() else base / path).resolve()
+    named = named_path(given, base, place, faults)
+    if named is None:
+        return None
+    path = named.resolve()
     if not path.name.removesuffix(".gz").endswith(_SUFFIXES):
         faults.add(place, "a file of unknown kind", given, " ".join(_SUFFIXES) + ", each also .gz")
     elif not path.is_file():

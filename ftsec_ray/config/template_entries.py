@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ftsec_ray.config.faults import Faults
+from ftsec_ray.config.local_files import named_path
 from ftsec_ray.config.sweep import ModelSpec
 
 OWN = "own"
@@ -28,8 +29,9 @@ def template_text(given: object, base: Path, place: str, faults: Faults) -> str 
         return None
     text = given
     if not any(mark in given for mark in _MARKS):
-        path = Path(given).expanduser()
-        path = path if path.is_absolute() else base / path
+        path = named_path(given, base, place, faults)
+        if path is None:
+            return None
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -13,13 +13,33 @@ from typing import Any
 import yaml
 
 from ftsec_ray.config.faults import Faults
+from ftsec_ray.config.limits import LARGEST_INT, NESTING, VALUES
+from ftsec_ray.errors import SpecError
 
-MAX_NODES = 100_000
-"""Values in one file, aliases followed; more is a mistake or an attack on the reader."""
+_CORE = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2."""
+    """SafeLoader with the scalars of YAML 1.2, without tags, and of limited depth."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """One node; a fault of YAML where it lies too deep or is tagged as what it is not."""
+        if fault := NESTING.exceeded_by(self._depth):
+            raise fault
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
+        if tag not in (None, "!"):
+            raise yaml.MarkedYAMLError(
+                problem=f"a tag ({tag}); values are written without", problem_mark=event.start_mark
+            )
+        self._depth += 1
+        try:
+            node: yaml.Node | None = super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -42,7 +62,13 @@ for _tag, _pattern, _first in (
 
 
 def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value)
+    value = int(node.value) if len(node.value) <= len(str(-LARGEST_INT)) else LARGEST_INT + 1
+    if abs(value) > LARGEST_INT:
+        raise yaml.MarkedYAMLError(
+            problem=f"an int of more than 64 bits ({node.value[:24]}...)",
+            problem_mark=node.start_mark,
+        )
+    return value
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
@@ -67,6 +93,9 @@ def read_yaml(text: str, faults: Faults) -> Any:
         faults.lines = lines
         whole = _walk(node, "", lines, faults, path=())
         return loader.construct_document(node) if whole else None
+    except SpecError as fault:
+        faults.add_error("file", fault)
+        return None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "file"
@@ -87,13 +116,11 @@ def _walk(
     """Note the line of every place and each key given twice; False when the document must not be
     built.
     """
-    if id(node) in path or len(lines) > MAX_NODES:
-        faults.add(
-            place,
-            "a value that contains itself" if id(node) in path else "too many values",
-            place,
-            f"at most {MAX_NODES} values, no alias to an outer value",
-        )
+    if id(node) in path:
+        faults.add(place, "a value that contains itself", place, "no alias to an outer value")
+        return False
+    if fault := VALUES.exceeded_by(len(lines)):
+        faults.add_error(place, fault)
         return False
     lines[place] = node.start_mark.line + 1
     path = (*path, id(node))

@@ -1,0 +1,61 @@
+"""How large a sweep file may be: a file from a stranger must not take the machine of whoever plans
+it.
+
+A file cannot raise its own limits; the variables of the environment do.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ftsec_ray.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit of a sweep file."""
+
+    name: str
+    default: int
+    counts: str
+    """What is counted, in the plural."""
+
+    @property
+    def variable(self) -> str:
+        """The variable of the environment that sets it."""
+        return f"FTSEC_MAX_{self.name.upper()}"
+
+    @property
+    def value(self) -> int:
+        """The limit in force; SpecError where the variable is no count."""
+        given = os.environ.get(self.variable)
+        if given is None:
+            return self.default
+        if not given.isdecimal() or len(given) > _MAX_DIGITS or int(given) < 1:
+            raise SpecError(f"{self.variable} is not a count", given, "a whole number, >= 1")
+        return int(given)
+
+    def exceeded_by(self, count: int) -> SpecError | None:
+        """The fault of a file that holds `count` of them; None within the limit."""
+        most = self.value
+        if count <= most:
+            return None
+        return SpecError(
+            f"too many {self.counts}",
+            f"{count:,}",
+            f"at most {most:,}",
+            f"split the sweep, or set {self.variable} in the environment",
+        )
+
+
+_MAX_DIGITS = 15
+FILE_BYTES = Limit("file_bytes", 1_000_000, "bytes in a sweep file")
+VALUES = Limit("values", 20_000, "values in a sweep file, aliases followed")
+NESTING = Limit("nesting", 32, "levels of lists and mappings inside one another")
+POINTS = Limit("grid_points", 5_000, "points of a grid")
+RULES = Limit("exclude_rules", 1_000, "rules of exclude, lists inside them written out")
+CELLS = Limit("cells", 20_000, "cells, before exclude")
+LIMITS = (FILE_BYTES, VALUES, NESTING, POINTS, RULES, CELLS)
+LARGEST_INT = 2**63 - 1
+"""Ints in a sweep file have 64 bits, so that each fits a column and a float."""
