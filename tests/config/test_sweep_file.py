@@ -21,6 +21,8 @@ BASE = {
     "defenses": ["none"],
 }
 
+COMMIT, OTHER = "a" * 40, "d" * 40
+
 
 def sweep(**changes: object) -> SweepSpec:
     return load_sweep({**BASE, **changes})
@@ -249,16 +251,16 @@ def test_a_hub_id_may_carry_its_revision_and_so_may_a_twin():
     short, long = (
         sweep(models=[given]).models[0]
         for given in (
-            "owner/m-1b-instruct@abc",
-            {"id": "owner/m-1b-instruct", "revision": "abc", "unaligned": "owner/m-1b@def"},
+            f"owner/m-1b-instruct@{COMMIT}",
+            {"id": "owner/m-1b-instruct", "revision": COMMIT, "unaligned": f"owner/m-1b@{OTHER}"},
         )
     )
     assert (
         (short.source, short.revision, short.name)
         == (long.source, long.revision, long.name)
-        == ("owner/m-1b-instruct", "abc", "m-1b-instruct")
+        == ("owner/m-1b-instruct", COMMIT, "m-1b-instruct")
     )
-    assert long.unaligned == "owner/m-1b@def"
+    assert long.unaligned == f"owner/m-1b@{OTHER}"
 
 
 @pytest.mark.parametrize("given", ["owner/m-1b-it@", "owner/m-1b-it@a@b", "owner/m-1b-it@../x"])
@@ -268,7 +270,7 @@ def test_what_cannot_be_a_revision_is_a_fault(given):
 
 def test_two_revisions_of_one_model_are_a_fault():
     assert "two revisions" in str(
-        faults(models=[{"id": "owner/m-1b-it@abc", "revision": "def"}])["models[0].revision"]
+        faults(models=[{"id": f"owner/m-1b-it@{COMMIT}", "revision": OTHER}])["models[0].revision"]
     )
 
 
@@ -355,7 +357,7 @@ def test_names_of_the_usual_pattern_tell_family_and_alignment():
             "HuggingFaceTB/SmolLM2-135M-Instruct",
             "Qwen/Qwen2.5-0.5B-Instruct",
             {"id": "org/pythia-70m", "align": {"epochs": 2.0}},
-            {"id": "meta-llama/Llama-3.2-1B", "aligned": False, "revision": "abc"},
+            {"id": "meta-llama/Llama-3.2-1B", "aligned": False, "revision": COMMIT},
         ]
     ).models
     assert [(m.name, m.family, m.aligned) for m in models] == [
@@ -365,7 +367,7 @@ def test_names_of_the_usual_pattern_tell_family_and_alignment():
         ("llama-3.2-1b", "llama-3.2", False),
     ]
     assert models[2].align == AlignSpec(epochs=2.0)
-    assert models[3].revision == "abc"
+    assert models[3].revision == COMMIT
 
 
 def test_a_local_model_is_found_beside_the_sweep_file_and_made_absolute(tmp_path):
