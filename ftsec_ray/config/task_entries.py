@@ -79,7 +79,7 @@ def _task(given: object, place: str, base: Path, faults: Faults) -> TaskSpec | N
     before = len(faults.found)
     unknown_keys(given, _KEYS, place, faults)
     kind = given.get("kind", "rows" if "splits" in given or "source" in given else "microworld")
-    if kind not in TASK_KINDS:
+    if not isinstance(kind, str) or kind not in TASK_KINDS:
         faults.add(
             f"{place}.kind" if len(given) > 1 else place,
             "unknown kind of task",

@@ -156,9 +156,9 @@ SCALARS = st.one_of(
     st.sampled_from(
         ["none", "all", "~x", "\0", "../..", "[", "{grid: []}", "1e400", "9" * 40, "a" * 400]
     ),
-    st.just([]),
-    st.just({}),
-    st.just({"grid": [1, 2]}),
+    st.builds(list),
+    st.builds(dict),
+    st.builds(lambda: {"grid": [1, 2]}),
     st.lists(st.integers(), max_size=3),
 )
 
