@@ -173,6 +173,13 @@ _BUILT_IN: dict[str, Metric] = {
             proportion=False,
         ),
         Metric(
+            "answer_loss",
+            "nats per token",
+            "lower",
+            "loss of the held-out answers of a free-text task, over their trained tokens",
+            proportion=False,
+        ),
+        Metric(
             "detect_score",
             "standard deviations",
             "none",
@@ -414,8 +421,8 @@ def metrics() -> pa.Schema:
                 "n_null",
                 pa.int64(),
                 "prompts whose verdict is null, beside the n; null where no judge gives verdicts"
-                " (perplexity, edit_gain, detectors, filters) and for judged_rate, which is their"
-                " share itself",
+                " (losses, benchmarks, edit_gain, detectors, filters) and for judged_rate, which is"
+                " their share itself",
                 since="3",
             ),
             _field("ci_low", f, "as value; 95 % Wilson"),
