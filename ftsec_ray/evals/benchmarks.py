@@ -15,6 +15,8 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from ftsec_ray import schema
 from ftsec_ray.config.benchmark_entries import data_files, is_path
 from ftsec_ray.errors import EnvironmentFault, StageError
@@ -95,7 +97,7 @@ def ask_benchmark(
                 apply_chat_template=is_chat,
                 fewshot_as_multiturn=is_chat,
             )
-    except (AssertionError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+    except _FAULTS as error:
         raise _fault(benchmark, error) from error
     samples = tuple(_samples(found))
     metrics, unread = _metrics(found, samples, metric_of)
@@ -111,6 +113,8 @@ def ask_benchmark(
     )
 
 
+_FAULTS = (AssertionError, LookupError, TypeError, ValueError, OSError, ImportError, TemplateError)
+"""How lm-eval says that a task cannot be asked: of its data, its files, its packages, lengths."""
 _KEPT = (
     "results",
     "group_subtasks",

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import stats
 
 from ftsec_ray.context import LoadedModel, ModelInfo, Runtime, StageContext
 from ftsec_ray.defenses.self_reminder import SelfReminder
@@ -22,6 +23,7 @@ from tests.fixtures_models import tiny_task
 
 pytest.importorskip("lm_eval", reason="needs the extra `benchmarks`")
 
+from ftsec_ray.evals import benchmarks
 from ftsec_ray.evals.benchmarks import ask_benchmark, write_benchmark
 
 LABELS = ["good", "bad", "neither good"]
@@ -246,6 +248,70 @@ def test_a_measure_whose_direction_its_name_does_not_tell_is_left_out_with_a_wor
     answer = asked(Generator(loaded), task_file(text, "words", documents()))
     assert [metric.metric for metric in answer.metrics] == ["benchmark:words:acc"]
     assert "acc_norm of benchmark words is not among the metrics" in answer.warnings[0]
+
+
+def sample(doc, task, measure, value):
+    hashes = {"doc_hash": f"{task}{doc}", "prompt_hash": "p", "target": "0", "filter": "none"}
+    return {"doc_id": doc, "filtered_resps": [], "metrics": [measure], measure: value, **hashes}
+
+
+def said(group, values, *, measure="acc", aggregated=None, stderr="N/A", higher=True):
+    """What lm-eval says of a group of two tasks with these values per document."""
+    results = {task: {f"{measure},none": 0.0, f"{measure}_stderr,none": "N/A"} for task in values}
+    if aggregated is not None:
+        results[group] = {f"{measure},none": aggregated, f"{measure}_stderr,none": stderr}
+    return {
+        "results": results,
+        "group_subtasks": {group: list(values)} if group else {},
+        "higher_is_better": {name: {measure: higher} for name in (*values, group)},
+        "samples": {
+            task: [sample(doc, task, measure, value) for doc, value in enumerate(own)]
+            for task, own in values.items()
+        },
+    }
+
+
+def read(whole):
+    samples = tuple(benchmarks._samples(whole))
+    return benchmarks._metrics(
+        whole, samples, lambda task, measure: metric_of(f"benchmark:{task}:{measure}")
+    )
+
+
+def test_a_group_pools_the_documents_of_its_tasks_where_its_value_is_their_mean():
+    values = {"a": [1.0, 0.0, 1.0, 1.0], "b": [0.0, 0.0]}
+    (row,), _ = read(said("g", values, aggregated=0.5, stderr=0.2))
+    assert (row.metric, row.value, row.n) == ("benchmark:g:acc", 0.5, 6)
+    assert (row.ci_low, row.ci_high) == pytest.approx(wilson(0.5, 6))
+
+
+def test_a_group_that_weighs_its_tasks_alike_has_the_standard_error_of_lm_eval():
+    values = {"a": [1.0, 0.0, 1.0, 1.0], "b": [0.0, 0.0]}
+    (row,), _ = read(said("g", values, aggregated=0.375, stderr=0.1))
+    assert (row.value, row.n) == (0.375, 6)
+    half = stats.norm.ppf(0.975) * 0.1
+    assert (row.ci_low, row.ci_high) == pytest.approx((0.375 - half, 0.375 + half))
+
+
+def test_tasks_that_nothing_puts_together_are_told_apart():
+    rows, _ = read(said("", {"a": [1.0, 1.0], "b": [0.0]}))
+    assert [(row.metric, row.n) for row in rows] == [
+        ("benchmark:a:acc", 2),
+        ("benchmark:b:acc", 1),
+    ]
+
+
+def test_what_is_no_count_of_documents_has_no_interval_of_its_own():
+    values = {"a": [[True, False], [True]], "b": [[False]]}
+    measure = "inst_level_strict_acc"
+    (row,), _ = read(said("g", values, measure=measure, aggregated=0.5))
+    assert (row.metric, row.value, row.n) == (f"benchmark:g:{measure}", 0.5, 3)
+    assert (row.ci_low, row.ci_high) == (None, None)
+
+
+def test_a_data_set_that_is_not_here_is_a_fault_of_the_stage_that_says_so(loaded):
+    with pytest.raises(StageError, match="load its data set once where the Hub can be reached"):
+        asked(Generator(loaded), "gsm8k", limit=1)
 
 
 def test_what_lm_eval_cannot_ask_is_a_fault_of_the_stage(loaded, task_file):
