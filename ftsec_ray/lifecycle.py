@@ -82,6 +82,11 @@ def _no_settings(method: Any) -> Mapping[str, Any]:  # noqa: ARG001
     return {}
 
 
+def _once(params: Mapping[str, Any]) -> float:  # noqa: ARG001
+    """The amount of work of a kind whose params do not tell it."""
+    return 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageKind:
     """One kind of stage: where it stands in the lifecycle, what it takes and gives, what it
@@ -96,6 +101,8 @@ class StageKind:
     """Raise when the same inputs would give another result."""
     hooks: Mapping[str, str] = field(default_factory=dict)
     """Hooks at which methods act here -> what each takes and gives."""
+    shares_hooks: tuple[str, ...] = ()
+    """Hooks of other kinds at which methods act here too."""
     acts: Literal["engine", "each", "all"] = "engine"
     """`each`: one stage for every method that has a hook, in the order of the stack; `all`: one
     stage in which all of them act, made even where none does; `engine`: planned without regard to
@@ -117,10 +124,14 @@ class StageKind:
     """Role that the model which comes in has for later stages."""
     provides: str | None = None
     """Role that the stage itself has, made for the methods that need it."""
+    measures: bool = False
+    """Whether the results take the rows of its `metrics.parquet` (schema.metrics without `cell`) as
+    they are, beside those of `score`; trials of a search are not measured so.
+    """
     settings: tuple[str, ...] = ()
     """Parts of the sweep that decide its result: `training` (of the cell), `sweep_training` (also
-    where a search tunes otherwise), `generation`, `scoring`. Training counts where a method acts or
-    it trains.
+    where a search tunes otherwise), `generation`, `scoring`, `benchmarks`. Training counts where a
+    method acts or it trains; by `benchmarks` there is one stage for each of them.
     """
     settings_of: Callable[[Any], Mapping[str, Any]] = _no_settings
     """What a method that asks for the role that this kind provides decides about it."""
@@ -139,14 +150,23 @@ class StageKind:
     """Whether it trains: where a method declares that hook in TRAINS, or always."""
     prior_s: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"": (1.0, 1.0)})
     """Variant ("" for any other) -> (seconds, seconds more per million weights) on one CPU core."""
+    amount_of: Callable[[Mapping[str, Any]], float] = _once
+    """Params -> how often a stage does what takes the seconds per million weights."""
 
     def uses(self) -> tuple[str, ...]:
         """Modules that it runs besides what its own file imports."""
         return tuple(module for package in self.loads for module in modules_in(package).values())
 
-    def prior_of(self, source: str) -> tuple[float, float]:
-        """The prior for a stage that starts from `source`, such as `ladder:1m`."""
-        return self.prior_s.get(source.split(":")[0]) or self.prior_s[""]
+    @property
+    def asks_model(self) -> bool:
+        """Whether it asks a finished model, so that `serve_template` decides its result."""
+        return not {"generation", "benchmarks"}.isdisjoint(self.settings)
+
+    def prior_of(self, params: Mapping[str, Any]) -> tuple[float, float]:
+        """The prior for a stage with these params; its `source` is such as `ladder:1m`."""
+        source = str(params.get("source", ""))
+        fixed, per_million = self.prior_s.get(source.split(":")[0]) or self.prior_s[""]
+        return fixed, per_million * self.amount_of(params)
 
 
 @cache

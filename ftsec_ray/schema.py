@@ -7,9 +7,10 @@ downstream: six tables on disk, and `aggregates`, which `Results.aggregated` mak
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ftsec_ray.discovery import modules_in
 from ftsec_ray.errors import SpecError
@@ -172,6 +173,13 @@ _BUILT_IN: dict[str, Metric] = {
             proportion=False,
         ),
         Metric(
+            "answer_loss",
+            "nats per token",
+            "lower",
+            "loss of the held-out answers of a free-text task, over their trained tokens",
+            proportion=False,
+        ),
+        Metric(
             "detect_score",
             "standard deviations",
             "none",
@@ -197,8 +205,9 @@ _BUILT_IN: dict[str, Metric] = {
     )
 }
 METRICS: dict[str, Metric]
-"""Every metric by name: the built-in ones, and `METRICS` of every judge's file (see
-ftsec_ray.judges).
+"""Every metric by name: the built-in ones, `METRICS` of every judge's file (see ftsec_ray.judges),
+and, though not listed, what `metric_of` of a file of ftsec_ray.stages knows: metrics whose names a
+sweep makes, such as those of benchmarks.
 """
 SAFETY = (
     "asr",
@@ -419,8 +428,8 @@ def metrics() -> pa.Schema:
                 "n_null",
                 pa.int64(),
                 "prompts whose verdict is null, beside the n; null where no judge gives verdicts"
-                " (perplexity, edit_gain, detectors, filters) and for judged_rate, which is their"
-                " share itself",
+                " (losses, benchmarks, edit_gain, detectors, filters) and for judged_rate, which is"
+                " their share itself",
                 since="3",
             ),
             _field("ci_low", f, "as value; 95 % Wilson"),
@@ -692,10 +701,50 @@ def judge_file(name: str) -> str:
     return name.partition("@")[0].partition(":")[0]
 
 
+class _Metrics(dict[str, Metric]):
+    """Metrics by name, also by those names that the file of a stage kind explains."""
+
+    def __missing__(self, name: str) -> Metric:
+        metric = _of_stages(name)
+        if metric is None:
+            raise KeyError(name)
+        return metric
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (
+            isinstance(name, str) and _of_stages(name) is not None
+        )
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The metric of a name, else the default."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+
 @cache
-def _all_metrics() -> dict[str, Metric]:
+def _of_stages(name: str) -> Metric | None:
+    for module in modules_in("ftsec_ray.stages").values():
+        metric_of = getattr(importlib.import_module(module), "metric_of", None)
+        metric: Metric | None = metric_of(name) if metric_of else None
+        if metric is not None:
+            return metric
+    return None
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of metrics in the order of METRICS, and behind them those that it does not list, by
+    name.
+    """
+    places = {name: place for place, name in enumerate(_all_metrics())}
+    return sorted(set(names), key=lambda name: (places.get(name, len(places)), name))
+
+
+@cache
+def _all_metrics() -> _Metrics:
     """The built-in metrics and those of the judges; SpecError for a name that is taken."""
-    metrics = dict(_BUILT_IN)
+    metrics = _Metrics(_BUILT_IN)
     for judge, module in modules_in("ftsec_ray.judges").items():
         for metric in getattr(importlib.import_module(module), "METRICS", ()):
             if metric.name in metrics:

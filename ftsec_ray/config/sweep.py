@@ -89,6 +89,12 @@ class EvaluationConfig:
     judges: tuple[str, ...] = ()
     """Further judges that read the same answers: their verdicts stand beside the first judge's, and
     metrics of their own are counted."""
+    benchmarks: tuple[str, ...] = ()
+    """Benchmarks of lm-eval that every finished model is asked besides: names of its tasks and
+    groups, such as `mmlu`, or paths of task files (.yaml) of one's own. They need
+    `pip install "ftsec-ray[benchmarks]"`."""
+    benchmark_limit: Annotated[int, Ge(1)] | None = None
+    """Documents per benchmark, at most, and of a group per task of it; None: all."""
     keep_generations: bool = True
     """Whether the results show prompts and completions beside the verdicts; the store keeps the
     completions either way, so that another judge can read them."""

@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
+from ftsec_ray.config.benchmark_entries import with_paths
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
 from ftsec_ray.config.limits import CELLS, FILE_BYTES, RULES
 from ftsec_ray.config.method_entries import NONE, attacks_of, defenses_of
@@ -131,6 +132,7 @@ def _spec(
         _without_grids(given.get("training"), "training", faults), TrainingConfig, faults
     )
     values["training"] = build(TrainingConfig, training, "training", faults)
+    given = {**given, "evaluation": with_paths(given.get("evaluation"), base, faults)}
     for key, cls in (
         ("evaluation", EvaluationConfig),
         ("resources", ResourceSpec),

@@ -94,6 +94,8 @@ class TaskKind:
     instruction: str | None = None
     required: tuple[str, ...] = ("train",)
     """Splits without which the task is refused."""
+    version: int = 1
+    """Part of the digest of its tasks where it is above 1: raise when a default changes."""
 
 
 TASKS: dict[str, TaskKind] = {
@@ -123,7 +125,14 @@ TASKS: dict[str, TaskKind] = {
             " word.\n\n{text}"
         ),
     ),
-    "alpaca": TaskKind(sources={"train": replace(ALPACA, rows=TUNING_ROWS), **SAFETY_SPLITS}),
+    "alpaca": TaskKind(
+        sources={
+            "train": replace(ALPACA, rows=TUNING_ROWS),
+            "test": replace(ALPACA, skip=TUNING_ROWS + 768, rows=256),
+            **SAFETY_SPLITS,
+        },
+        version=2,
+    ),
     "agent": TaskKind(required=("train", "test")),
     "rows": TaskKind(),
 }

@@ -16,6 +16,7 @@ from ftsec_ray import schema
 from ftsec_ray.config.sweep import EvaluationConfig
 from ftsec_ray.context import Chat, Runtime, TaskData
 from ftsec_ray.errors import DataError, StageError
+from ftsec_ray.evals.answer_loss import answer_loss
 from ftsec_ray.evals.metrics import MetricRow, perplexity
 from ftsec_ray.evals.probes import capped, drawn
 from ftsec_ray.identity import canonical
@@ -77,14 +78,15 @@ def ask(
         *_read_labels(generator, asked, runtime),
         *_complete(generator, asked, config, runtime),
     ]
+    losses, too_long = answer_loss(generator.loaded, task, config, batch=runtime.eval_batch)
     place = {probe.name: i for i, probe in enumerate(asked)}
     answers.sort(key=lambda answer: place[answer.probe])
     return Answers(
         probes=tuple(asked),
         answers=tuple(answers),
-        measured=tuple(_perplexity(generator, task, config, runtime)),
+        measured=(*_perplexity(generator, task, config, runtime), *losses),
         template_hash=template_hash(generator.loaded.tokenizer),
-        left_out=left_out,
+        left_out={**left_out, **too_long},
     )
 
 

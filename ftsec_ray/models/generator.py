@@ -60,7 +60,7 @@ class Generator:
                     num_beams=1,
                     max_new_tokens=max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=self._stops(),
+                    eos_token_id=self.stops(),
                     temperature=None,
                     top_p=None,
                     top_k=None,
@@ -147,7 +147,8 @@ class Generator:
             logits: Tensor = model(**given, **placed(model, positions), **kept).logits
         return logits
 
-    def _stops(self) -> list[int]:
+    def stops(self) -> list[int]:
+        """Ids of the tokens that end an answer, sorted."""
         tokenizer = self.loaded.tokenizer
         end = tokenizer(chat_format(tokenizer).end, add_special_tokens=False)["input_ids"]
         stops = {tokenizer.eos_token_id, *end[-1:]}

@@ -21,6 +21,7 @@ from ftsec_ray.evals.judging import judge_class
 from ftsec_ray.identity import digests
 from ftsec_ray.lifecycle import ROLES_BEFORE, part_in_tune
 from ftsec_ray.method import Method
+from ftsec_ray.plan.benchmark_origin import benchmark_faults
 from ftsec_ray.plan.cost_estimate import Tariff
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.model_structure import structure_faults, structure_needs, with_structure
@@ -46,7 +47,7 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
         spec: The sweep.
         look: What is known of a cell: searches of attackers go as far as it leads.
     """
-    unknown = _judge_faults(spec)
+    unknown = [*_judge_faults(spec), *benchmark_faults(spec.evaluation.benchmarks)]
     if unknown:
         raise SpecFaults(f"sweep {spec.name!r}", unknown)
     builder = _PlanBuilder(spec)
@@ -219,7 +220,9 @@ class _PlanBuilder:
             if template.kind.tunes and not is_tuned:
                 continue
             kind, serve_template = template.kind, start.model.serve_template
-            if serve_template is not None and "generation" in kind.settings:
+            if searched and searched.trial is not None and kind.measures:
+                continue
+            if serve_template is not None and kind.asks_model:
                 template = self._templates.served(template, serve_template)  # noqa: PLW2901
             if kind.names_input is not None:
                 roles[kind.names_input] = flow["model"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftsec_ray.config.sweep import ModelSpec, TaskSpec
+from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import canonical
 from ftsec_ray.identity.content import content_hash
@@ -83,4 +84,8 @@ def task_origin(task: TaskSpec) -> Origin:
             content[split], paths[split] = content_hash(path), str(path.resolve())
         splits.append((split, replace(source, path=None)))
     plain = json.loads(canonical(replace(task, splits=tuple(splits))))
-    return Origin({"task": plain, "content": content}, {"task": task.name, "paths": paths})
+    version = TASKS[task.kind].version
+    of_kind = {"kind_version": version} if version > 1 else {}
+    return Origin(
+        {"task": plain, "content": content, **of_kind}, {"task": task.name, "paths": paths}
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ftsec_ray.config.sweep import AttackSearch, ModelSpec, TaskSpec, TrainingConfig
+from ftsec_ray.lifecycle import kind_of
 from ftsec_ray.method import Method
 from ftsec_ray.registry import name_of
 
@@ -156,6 +157,11 @@ class Cell:
     def opinions(self) -> list[str]:
         """Digests of the stages in which further judges read the same completions."""
         return [step.digest for step in self.of_kind("score")[1:]]
+
+    @property
+    def measurements(self) -> list[str]:
+        """Digests of the other stages that leave metrics: benchmarks."""
+        return [step.digest for step in self.steps if kind_of(step.kind).measures]
 
     @property
     def filters(self) -> list[str]:

@@ -88,7 +88,9 @@ class StageSet:
         if start is not None and template.trains is not None and is_split:
             takes, group = self.worker_group(start.model, template.trains, trains_all=trains_all)
             place = {**place, "worker_group": group}
-        kind, source = template.kind, str(template.params.get("source", ""))
+        kind = template.kind
+        if template.where:
+            place = {**place, **template.where}
         self.stages[digest] = Stage(
             digest,
             kind.name,
@@ -98,7 +100,7 @@ class StageSet:
             template.params,
             place,
             takes,
-            prior_s(kind.prior_of(source), parameters, takes),
+            prior_s(kind.prior_of(template.params), parameters, takes),
         )
         return digest
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftsec_ray import lifecycle
@@ -18,6 +18,7 @@ from ftsec_ray.evals.judging import SCORED_BY_PROBE, judge_class
 from ftsec_ray.identity import canonical, digest, digests
 from ftsec_ray.lifecycle import StageKind, hooks_of
 from ftsec_ray.method import Method, RowWise
+from ftsec_ray.plan.benchmark_origin import benchmark_origin
 from ftsec_ray.registry import name_of, outside_hash
 
 MODEL_JUDGE = "classifier:"
@@ -44,6 +45,8 @@ class StageTemplate:
     """Whether it crafts rows that any number of workers may share."""
     answers: bool = False
     """Whether the results read the artifacts of its stages."""
+    where: Mapping[str, Any] = field(default_factory=dict)
+    """What its stages have in `where` besides what their cell says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Templates:
         evaluation = json.loads(canonical(spec.evaluation))
         self._generation = {name: evaluation[name] for name in spec.evaluation.GENERATION}
         self._scoring = {name: evaluation[name] for name in spec.evaluation.SCORING}
+        self._benchmarks = [benchmark_origin(name) for name in spec.evaluation.benchmarks]
         self._steps: dict[tuple[object, ...], tuple[StageTemplate, ...]] = {}
         self._lifecycles: dict[tuple[int, ...], Lifecycle] = {}
         self._providers: dict[tuple[str, str], StageTemplate] = {}
@@ -160,7 +164,7 @@ class Templates:
         acting = [
             method
             for method in (stack if kind.by == "defenses" else (attack, *stack))
-            if any(hook in kind.hooks for hook in hooks_of(type(method)))
+            if any(hook in (*kind.hooks, *kind.shares_hooks) for hook in hooks_of(type(method)))
         ]
         groups = [acting] if kind.acts == "all" else [[method] for method in acting]
         return tuple(template for group in groups for template in self._of_group(kind, group))
@@ -168,9 +172,13 @@ class Templates:
     def _of_group(self, kind: StageKind, methods: list[Method]) -> tuple[StageTemplate, ...]:
         memo = (kind.name, *(id(method) for method in methods))
         if memo not in self._steps:
-            self._steps[memo] = tuple(
+            templates = [
                 self.template(kind, params, methods) for params in self._params(kind, methods)
-            )
+            ]
+            if "benchmarks" in kind.settings:
+                pairs = zip(templates, self._benchmarks, strict=True)
+                templates = [replace(template, where=origin.where) for template, origin in pairs]
+            self._steps[memo] = tuple(templates)
         return self._steps[memo]
 
     def _params(self, kind: StageKind, methods: Sequence[Method]) -> list[dict[str, Any]]:
@@ -185,6 +193,9 @@ class Templates:
                 params["training"] = self._tuning
         if "generation" in kind.settings:
             params["generation"] = self._generation
+        if "benchmarks" in kind.settings:
+            limit = self._spec.evaluation.benchmark_limit
+            return [{**params, **origin.params, "limit": limit} for origin in self._benchmarks]
         if "scoring" not in kind.settings:
             return [params]
         others = [

@@ -278,10 +278,9 @@ def build_grid(results: Results) -> Grid:
             )
         points[key] = point
     place = {cell: key for key, point in points.items() for cell in point.seeds}
-    found = {name for point in points.values() for name in point.measured}
+    found = schema.in_order({name for point in points.values() for name in point.measured})
     if any(point.value() is not None for point in points.values()):
-        found.add(SUCCESS)
-    order = [SUCCESS, *schema.METRICS]
+        found.insert(0, SUCCESS)
     return Grid(
         models=_models(cells),
         tasks=tuple(sorted({c["task"] for c in cells})),
@@ -292,7 +291,7 @@ def build_grid(results: Results) -> Grid:
         seeds=tuple(sorted({c["seed"] for c in cells})),
         points=points,
         place=place,
-        metrics=tuple([m for m in order if m in found] + sorted(found - set(order))),
+        metrics=tuple(found),
         compared=_compared(cells, place, results),
         seconds={
             key: Seconds(*(fmean(one) for one in zip(*known, strict=True)))

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftsec_ray.measured import null_share, utility_metrics
+from ftsec_ray.report.utility_section import utility_markdown
 from ftsec_ray.results.points import GridPoint, method_names, points_of
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.stage_warnings import lines_of, warnings_in
@@ -64,6 +65,11 @@ def grid_markdown(results: Results) -> str:
         shown = [_shown(by_stack[stack]) if stack in by_stack else "" for stack in stacks]
         lines.append(f"| {' | '.join([*place, *shown])} |")
     legend = _legend("\n".join(lines), points, results)
+    places = [
+        (*((point.model,) if is_one_task else point.slice), *names[point.cell["cell"]])
+        for point in points
+    ]
+    legend += utility_markdown(points, places, [*head, "defense"])
     warned = [f"- {_plain(line)}" for line in lines_of(warnings_in(results.meta))]
     return "\n".join([*lines, "", *legend, *([""] * bool(warned)), *warned])
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.report import search_section, tables
+from ftsec_ray.report import search_section, tables, utility_section
 
 if TYPE_CHECKING:
     from ftsec_ray.report.grid import Grid
@@ -86,7 +86,28 @@ def searches(grid: Grid, results: Results) -> Section | None:
     )
 
 
-EXTRA: tuple[Callable[[Grid, Results], Section | None], ...] = (searches, detectors, filters)
+def benchmarks(grid: Grid, results: Results) -> Section | None:
+    """Benchmarks, and the loss of held-out answers."""
+    del results
+    rows = utility_section.utility_rows(grid)
+    return (
+        Section(
+            anchor="benchmarks",
+            title="Benchmarks",
+            template="utility.html.j2",
+            values={"rows": rows},
+        )
+        if rows
+        else None
+    )
+
+
+EXTRA: tuple[Callable[[Grid, Results], Section | None], ...] = (
+    searches,
+    benchmarks,
+    detectors,
+    filters,
+)
 """Makers of sections, in the order of the page: after the charts, before cost."""
 
 

@@ -19,11 +19,10 @@ def aggregate(cells: pa.Table, metrics: pa.Table) -> pa.Table:
     """Every point and metric of a run (schema.aggregates); what no seed has measured has no row."""
     import pyarrow as pa
 
-    order = {name: index for index, name in enumerate(schema.METRICS)}
     rows = []
     points = points_of(cells.to_pylist(), metrics.to_pylist())
     for point in sorted(points, key=lambda point: repr(place_of(point.cell))):
-        for name in sorted(point.measured, key=lambda one: (order.get(one, len(order)), one)):
+        for name in schema.in_order(point.measured):
             measured = point.measured[name]
             rows.append(
                 {

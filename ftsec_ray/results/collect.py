@@ -203,6 +203,9 @@ class _Found:
         scores = {one for cell in self.plan.cells for one in (cell.score, *cell.opinions)}
         for digest in sorted(scores & set(self.records)):
             self._read(digest, self._read_evaluation)
+        measured = {one for cell in self.plan.cells for one in cell.measurements}
+        for digest in sorted(measured & set(self.records)):
+            self._read(digest, self._read_metrics)
         for digest in sorted(
             {one for cell in self.plan.cells for one in _inspections(cell)} & set(self.records)
         ):
@@ -230,12 +233,7 @@ class _Found:
                 .select(wanted.names)
                 .cast(wanted)
             )
-            rows = (
-                pq.ParquetFile(folder / "metrics.parquet")
-                .read(use_threads=False)
-                .select(list(_MEASURE))
-                .to_pylist()
-            )
+            rows = _measures_in(folder)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise DataError(
                 f"evaluation {digest} is not one of this schema: {error}",
@@ -246,6 +244,17 @@ class _Found:
             [("probe", "ascending"), ("prompt_id", "ascending")]
         )
         self.metrics[digest] = rows
+
+    def _read_metrics(self, digest: str) -> None:
+        folder = self.store.fetch(digest)
+        try:
+            self.metrics[digest] = _measures_in(folder)
+        except (OSError, KeyError, ValueError) as error:  # ValueError: also pyarrow's
+            raise DataError(
+                f"metrics of {digest} are not of this schema: {error}",
+                str(folder),
+                ", ".join(_MEASURE),
+            ) from error
 
     def _read_inspection(self, digest: str) -> None:
         self.inspections[digest] = self.store.read_json(digest, "inspection.json")
@@ -267,6 +276,14 @@ class _Found:
                     found[name] = int(info["parameters"])
         declared = {m.name: m.parameters for m in self.plan.spec.models if m.parameters}
         return {**declared, **found}
+
+
+def _measures_in(folder: Path) -> list[Row]:
+    """The metrics of an artifact."""
+    from pyarrow.parquet import ParquetFile
+
+    table = ParquetFile(folder / "metrics.parquet").read(use_threads=False)
+    return list(table.select(list(_MEASURE)).to_pylist())
 
 
 def _from_rows(wanted: pa.Schema, rows: Iterable[Row]) -> pa.Table:
@@ -380,7 +397,8 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
     source = source_of(ASR, success_metric(cell.attack))
     if ASR not in rows and source in rows:
         rows[ASR] = {**rows[source], "metric": ASR}
-    for row in rows.values():
+    measured = [row for one in cell.measurements for row in found.metrics.get(one, ())]
+    for row in [*rows.values(), *measured]:
         yield {"cell": cell.digest, **{key: row[key] for key in _MEASURE}}
     yield from _edit_rows(found, cell)
     inspections = _inspections(cell)

@@ -227,7 +227,7 @@ def _rows(grid: _Grid, answers: Answers, pair: _Pair) -> Iterator[_Row]:
     names = {name for point in points for name in point.values} - set(schema.ABOUT_DEFENSES)
     names = names or {points[0].success_metric}
     planned = len({seed for point in points for seed in point.seeds.values()})
-    for metric in [name for name in schema.METRICS if name in names]:
+    for metric in [name for name in schema.in_order(names) if name in schema.METRICS]:
         shared = sorted(set.intersection(*(set(point.runs(metric)) for point in points)))
         sides = [[point.cell_of[seed] for seed in shared] for point in points]
         incoherent = tuple(

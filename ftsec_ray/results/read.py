@@ -154,9 +154,7 @@ class Results:
         row_of = {cell: index for index, cell in enumerate(self.cells["cell"].to_pylist())}
         long = self.metrics.to_pydict()
         found = set(long["metric"])
-        names = [name for name in schema.METRICS if name in found] + sorted(
-            found - set(schema.METRICS)
-        )
+        names = schema.in_order(found)
         sources = [("", "value", pa.float64())]
         if intervals:
             sources += [

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 KIND = StageKind(
     name="generate",
     position=90,
-    version=2,
+    version=3,
     hooks={
         "wrap_generation": "Generator -> Generator",
         "probes": "TaskData -> list of Probe",

@@ -149,7 +149,7 @@ def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_
         return toy.run_stage(stage, out, session)
 
     monkeypatch.setattr("tests.cli.toy.slow", slow, raising=False)
-    monkeypatch.setattr(StageKind, "prior_of", lambda self, source: (1e-5, 0.0))
+    monkeypatch.setattr(StageKind, "prior_of", lambda self, params: (1e-5, 0.0))
     monkeypatch.setattr(toy, "RUNNER", "tests.cli.toy:slow")
     (folder / "small.yaml").write_text(SMALL + f"budget: {{hours: {0.4 / 3600}}}\n")
     stopped = call("run", "small.yaml", code=1).stdout

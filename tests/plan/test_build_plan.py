@@ -107,7 +107,8 @@ def test_inputs_come_before_their_consumers():
     for stage in plan.stages.values():
         assert {given for _, given in stage.inputs} <= seen
         seen.add(stage.digest)
-    assert {stage.kind for stage in plan.stages.values()} == set(lifecycle.kinds())
+    # benchmarks are planned where a sweep names some: tests/plan/test_benchmark_origin.py
+    assert {stage.kind for stage in plan.stages.values()} == {*lifecycle.kinds()} - {"benchmark"}
 
 
 def test_the_unaligned_rung_of_the_ladder_shares_its_pre_training():

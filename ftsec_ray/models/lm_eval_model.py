@@ -1,0 +1,87 @@
+"""A generator of ours as the model that lm-eval asks: its class for models of transformers, with
+our way from a conversation to tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from ftsec_ray.models.chat import render
+from ftsec_ray.models.chat_format import chat_format
+from ftsec_ray.models.generator import Generator
+from ftsec_ray.models.load import position_limit
+
+
+def as_lm_eval(generator: Generator, *, batch: int) -> Any:
+    """An `lm_eval.models.huggingface.HFLM` over the model in memory.
+
+    Its chats pass through the generator's rewrites and our rendering, answers end where ours end,
+    and `cut` counts the prompts that lost their beginning. Soft tokens do not act. The tokenizer is
+    copied, since lm-eval changes its own.
+
+    Args:
+        generator: The model, without an adapter, and what is wrapped around it.
+        batch: Prompts per forward pass.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class InMemory(HFLM):  # type: ignore[misc]  # lm-eval has no types here
+        """See `as_lm_eval`."""
+
+        cut = 0
+
+        def apply_chat_template(
+            self,
+            chat_history: list[dict[str, str]],
+            add_generation_prompt: bool = True,  # noqa: FBT001, FBT002 - as lm-eval calls it
+        ) -> str:
+            """The prompt up to where a trained answer begins; of an answer that is begun already,
+            behind that.
+            """
+            chat: list[dict[str, Any]] = [dict(message) for message in chat_history]
+            begun = "" if add_generation_prompt else chat.pop()["content"]
+            prompt = render(self.tokenizer, generator.rewritten(chat), generate=True)
+            return prompt + chat_format(self.tokenizer).glue + begun
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: FBT001, FBT002
+            """As lm-eval, without its progress bar."""
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: FBT001, FBT002
+            """As lm-eval, without its progress bar."""
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            room = self.max_length + 1
+            self.cut += sum(len(given) + len(answer) > room for _, given, answer in requests)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def tok_batch_encode(
+            self,
+            strings: Sequence[str],
+            *args: Any,
+            left_truncate_len: int | None = None,
+            **rest: Any,
+        ) -> Any:
+            # what begins a trained answer is generated and not given: as in Generator
+            glue = chat_format(self.tokenizer).glue
+            prompts = [text.removesuffix(glue) for text in strings]
+            if left_truncate_len:
+                self.cut += sum(len(self.tok_encode(p)) > left_truncate_len for p in prompts)
+            return super().tok_batch_encode(
+                prompts, *args, left_truncate_len=left_truncate_len, **rest
+            )
+
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            kwargs.setdefault("eos_token_id", generator.stops())
+            return super()._model_generate(context, *args, **kwargs)
+
+    loaded = generator.loaded
+    return InMemory(
+        pretrained=loaded.model,
+        tokenizer=copy.deepcopy(loaded.tokenizer),
+        batch_size=batch,
+        max_length=position_limit(loaded.model),
+    )
