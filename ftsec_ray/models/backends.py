@@ -7,13 +7,14 @@ not act: decoding is by `Decoding` alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ftsec_ray.context import LoadedModel
-from ftsec_ray.models.batches import Prompts, by_length, left_padded
+from ftsec_ray.models.batches import Prompts, in_batches, left_padded
 from ftsec_ray.models.load import bare
 
 _SAY_NOTHING = (
@@ -40,9 +41,15 @@ class Backend(Protocol):
     """A way to generate: token ids in, token ids out."""
 
     def complete(
-        self, loaded: LoadedModel, prompts: Prompts, decoding: Decoding
+        self,
+        loaded: LoadedModel,
+        prompts: Prompts,
+        decoding: Decoding,
+        tally: Counter[str],
     ) -> list[list[int]]:
-        """New token ids of every prompt, in the order of the prompts, without the stop token."""
+        """New token ids of every prompt, in the order of the prompts, without the stop token;
+        `tally` counts what was done in another way than asked.
+        """
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,11 @@ class PaddedGenerate:
     """`generate` of transformers over batches of like length, padded on the left."""
 
     def complete(
-        self, loaded: LoadedModel, prompts: Prompts, decoding: Decoding
+        self,
+        loaded: LoadedModel,
+        prompts: Prompts,
+        decoding: Decoding,
+        tally: Counter[str],
     ) -> list[list[int]]:
         """See `Backend.complete`."""
         import torch
@@ -58,7 +69,8 @@ class PaddedGenerate:
         answers: list[list[int]] = [[] for _ in prompts.pieces]
         model = bare(loaded.model.eval())
         config = _settings(loaded, decoding)
-        for indices in by_length(prompts.lengths(), decoding.batch):
+
+        def generate(indices: list[int]) -> None:
             given = left_padded(loaded, prompts.at(indices))
             with torch.inference_mode(), decoded_by(model, config):
                 out = model.generate(**given, generation_config=config)
@@ -66,6 +78,8 @@ class PaddedGenerate:
             new = out[:, given["input_ids"].shape[1] :] if "input_ids" in given else out
             for i, ids in zip(indices, new.tolist(), strict=True):
                 answers[i] = until(ids, decoding.stops)
+
+        in_batches(prompts.lengths(), decoding.batch, generate, tally)
         return answers
 
 

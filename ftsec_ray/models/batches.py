@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import LoadedModel
+from ftsec_ray.errors import is_out_of_memory
 from ftsec_ray.models.load import check_ids, whole_model
 
 if TYPE_CHECKING:
@@ -63,8 +67,46 @@ def left_padded(loaded: LoadedModel, prompts: Prompts) -> dict[str, Tensor]:
     return {"inputs_embeds": embeds, "attention_mask": mask}
 
 
-def by_length(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
-    """Indices of batches of like length, the shortest first."""
+HALVED = "batches_halved"
+"""What is counted where a batch did not fit into memory."""
+
+
+def in_batches(
+    lengths: Sequence[int],
+    batch: int,
+    work: Callable[[list[int]], None],
+    tally: Counter[str],
+) -> None:
+    """Call `work` with the indices of batches of like length, the shortest first.
+
+    A batch that does not fit into memory is done again in halves, and so are those behind it, which
+    are no shorter; `tally` counts the halvings.
+
+    Raises:
+        MemoryError, RuntimeError: When one item alone does not fit.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    for start in range(0, len(order), batch):
-        yield order[start : start + batch]
+    done = 0
+    while done < len(order):
+        indices = order[done : done + batch]
+        try:
+            work(indices)
+        except (MemoryError, RuntimeError) as error:
+            if len(indices) == 1 or not is_out_of_memory(error):
+                raise
+            clear_frames(error.__traceback__)  # they hold the tensors that did not fit
+            batch = (len(indices) + 1) // 2
+            tally[HALVED] += 1
+        else:
+            done += len(indices)
+            continue
+        _release()
+
+
+def _release() -> None:
+    """Give memory back that is held and not in use."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

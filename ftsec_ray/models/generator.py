@@ -7,17 +7,18 @@ user's chat before the attack's does.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import Chat, LoadedModel
 from ftsec_ray.models.backends import Backend, Decoding, PaddedGenerate
-from ftsec_ray.models.batches import Pieces, Prompts, by_length, left_padded
+from ftsec_ray.models.batches import Pieces, Prompts
 from ftsec_ray.models.chat import answer_ids, render, spoken
 from ftsec_ray.models.chat_format import chat_format
-from ftsec_ray.models.load import keeps_logits, placed, whole_model
-from ftsec_ray.models.logits import fits
+from ftsec_ray.models.label_scores import label_scores
+from ftsec_ray.models.load import whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,10 @@ class Generator:
     """
     backend: Backend = field(default_factory=PaddedGenerate)
     """What generates."""
+    tally: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    """Counts what was done in another way than asked, for the record; shared by all that wrap this
+    generator.
+    """
 
     def rewritten(self, chat: Chat) -> Chat:
         """The chat as the model gets it."""
@@ -60,7 +65,7 @@ class Generator:
         """
         prompts = Prompts(self.pieces_of(chats, may_think=True), self.soft_suffix)
         decoding = Decoding(max_new_tokens=max_new_tokens, stops=self._stops(), batch=batch)
-        return self.backend.complete(self.loaded, prompts, decoding)
+        return self.backend.complete(self.loaded, prompts, decoding, self.tally)
 
     def label_logprobs(
         self, chats: Sequence[Chat], labels: Sequence[str], *, batch: int = 64
@@ -68,28 +73,20 @@ class Generator:
         """Log-probability of every label as the answer, in nats: (N, K) float32.
 
         Labels are tokenised behind each prompt, as trained answers are. Where all have as many
-        tokens, it is that of these tokens, from one forward pass where that is one; where not, the
-        end of the turn counts too, so that it is the probability of answering this label and
-        nothing else, and no label gains from being short.
+        tokens, it is that of these tokens; where not, the end of the turn counts too, so that it is
+        the probability of answering this label and nothing else, and no label gains from being
+        short. Each prompt goes through the model once.
         """
-        import torch
-
         halves = [self._halves(self.rewritten(chat)) for chat in chats]
         prompts = self._tokenised(halves)
         answers = self._label_ids(halves, prompts, labels)
-        scores = torch.zeros(len(prompts), len(labels))
-        single = all(len(ids) == 1 for row in answers for ids in row)
-        for indices in by_length([sum(map(len, p)) for p in prompts], batch):
-            group = [prompts[i] for i in indices]
-            if single:
-                logprobs = self._logits(group, last=1)[:, -1].float().log_softmax(-1)
-                chosen = torch.tensor([[ids[0] for ids in answers[i]] for i in indices])
-                scores[indices] = logprobs.gather(-1, chosen.to(logprobs.device)).cpu()
-            else:
-                for k in range(len(labels)):
-                    tails = [answers[i][k] for i in indices]
-                    scores[indices, k] = self._tail_logprob(group, tails).cpu()
-        return scores
+        return label_scores(
+            self.loaded,
+            Prompts(prompts, self.soft_suffix),
+            answers,
+            batch=batch,
+            tally=self.tally,
+        )
 
     def _label_ids(
         self,
@@ -109,33 +106,6 @@ class Generator:
             end = tokenizer(chat_format(tokenizer).end, add_special_tokens=False)["input_ids"]
             return [[ids + end for ids in row] for row in answers]
         return answers
-
-    def _tail_logprob(self, group: list[Pieces], answers: list[list[int]]) -> Tensor:
-        """Summed log-probability of an answer behind each prompt, in nats."""
-        import torch
-
-        longer = [(head, tail + ids) for (head, tail), ids in zip(group, answers, strict=True)]
-        long = max(map(len, answers))
-        # answers end at the right edge: shorter ones begin later
-        logits = self._logits(longer, last=long + 1)[:, -long - 1 : -1]
-        logprobs = logits.float().log_softmax(-1)
-        padded = torch.tensor([[0] * (long - len(ids)) + ids for ids in answers])
-        counted = torch.tensor([[False] * (long - len(ids)) + [True] * len(ids) for ids in answers])
-        picked = logprobs.gather(-1, padded.to(logprobs.device).unsqueeze(-1)).squeeze(-1)
-        return (picked * counted.to(logprobs.device)).sum(-1)
-
-    def _logits(self, group: list[Pieces], *, last: int) -> Tensor:
-        """Logits at the last positions at least; at those alone where all would be many."""
-        import torch
-
-        given = left_padded(self.loaded, Prompts(group, self.soft_suffix))
-        model = self.loaded.model.eval()
-        positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        is_cut = keeps_logits(model) and not fits(model, positions.numel())
-        kept = {"logits_to_keep": last} if is_cut else {}
-        with torch.inference_mode():
-            logits: Tensor = model(**given, **placed(model, positions), **kept).logits
-        return logits
 
     def _stops(self) -> tuple[int, ...]:
         tokenizer = self.loaded.tokenizer
