@@ -1,28 +1,37 @@
-"""Batched greedy generation and label scoring, with what attacks and defenses wrap around them.
+"""Batched generation and label scoring, with what attacks and defenses wrap around them.
 
 Prompts are sorted by length and left-padded, generation stops at the end of the turn, and a
-classification is read off one forward pass. Outer wrappers act first: a defense's rewrite sees the
-user's chat before the attack's does.
+classification is read off one pass over the prompts. Outer wrappers act first: a defense's rewrite
+sees the user's chat before the attack's does.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import Chat, LoadedModel
-from ftsec_ray.models.backends import Backend, Decoding, PaddedGenerate
-from ftsec_ray.models.batches import Pieces, Prompts
+from ftsec_ray.models.backends import FELL_BACK, Backend, Decoding, PaddedGenerate
+from ftsec_ray.models.batches import HALVED, Pieces, Prompts
 from ftsec_ray.models.chat import answer_ids, render, spoken
 from ftsec_ray.models.chat_format import chat_format
-from ftsec_ray.models.label_scores import label_scores
+from ftsec_ray.models.label_scores import WHOLE_PASSES, label_scores
 from ftsec_ray.models.load import whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_TEXTS = {
+    HALVED: "{} times a batch of prompts did not fit into memory and was halved: the answers are"
+    " the same but for rounding; resources.eval_batch sets its size",
+    WHOLE_PASSES: "{} batches of label probes took a whole pass for every beginning of a label:"
+    " the cache of this class of model cannot be continued",
+    FELL_BACK: "{} prompts were answered by padded batches, since continuous batching cannot serve"
+    " them",
+}
+"""What a count of `Generator.tally` means for whoever reads the results."""
 _MARK = "\ue000"
 """Private-use character that stands for the soft tokens while the template is rendered."""
 
@@ -50,21 +59,49 @@ class Generator:
             chat = rewrite(chat)
         return chat
 
-    def complete(self, chats: Sequence[Chat], *, max_new_tokens: int, batch: int = 64) -> list[str]:
-        """Greedy completions in the order of `chats`, without special tokens; empty answers stay
-        empty strings.
+    def complete(
+        self,
+        chats: Sequence[Chat],
+        *,
+        max_new_tokens: int,
+        batch: int = 64,
+        temperature: float = 0.0,
+        seeds: Sequence[int] = (),
+    ) -> list[str]:
+        """Completions in the order of `chats`, without special tokens; empty answers stay empty
+        strings.
+
+        They are greedy at temperature 0; above, each is drawn by the random numbers of its seed.
         """
-        answers = self.complete_ids(chats, max_new_tokens=max_new_tokens, batch=batch)
+        answers = self.complete_ids(
+            chats,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            temperature=temperature,
+            seeds=seeds,
+        )
         return [spoken(self.loaded.tokenizer, ids) for ids in answers]
 
     def complete_ids(
-        self, chats: Sequence[Chat], *, max_new_tokens: int, batch: int = 64
+        self,
+        chats: Sequence[Chat],
+        *,
+        max_new_tokens: int,
+        batch: int = 64,
+        temperature: float = 0.0,
+        seeds: Sequence[int] = (),
     ) -> list[list[int]]:
-        """New token ids of the greedy completions in the order of `chats`, thoughts included, the
-        stop token not; `models.chat.spoken` makes text of them.
+        """New token ids of the completions in the order of `chats`, thoughts included, the stop
+        token not; `models.chat.spoken` makes text of them.
         """
         prompts = Prompts(self.pieces_of(chats, may_think=True), self.soft_suffix)
-        decoding = Decoding(max_new_tokens=max_new_tokens, stops=self._stops(), batch=batch)
+        decoding = Decoding(
+            max_new_tokens=max_new_tokens,
+            stops=self._stops(),
+            batch=batch,
+            temperature=temperature,
+            seeds=seeds,
+        )
         return self.backend.complete(self.loaded, prompts, decoding, self.tally)
 
     def label_logprobs(
@@ -154,3 +191,11 @@ class Generator:
         ]
         before, after = render(tokenizer, marked, generate=True, may_think=may_think).split(_MARK)
         return before, after
+
+
+def told(tally: Mapping[str, int]) -> Iterator[str]:
+    """What was done in another way than asked, in sentences."""
+    for name, count in sorted(tally.items()):
+        kind, _, reason = name.partition(": ")
+        text = _TEXTS[kind].format(count)
+        yield f"{text} ({reason})" if reason else text

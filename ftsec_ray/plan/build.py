@@ -45,7 +45,7 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
         spec: The sweep.
         look: What is known of a cell: searches of attackers go as far as it leads.
     """
-    unknown = _judge_faults(spec)
+    unknown = _evaluation_faults(spec)
     if unknown:
         raise SpecFaults(f"sweep {spec.name!r}", unknown)
     builder = _PlanBuilder(spec)
@@ -62,10 +62,20 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
     return Plan(spec, cells, with_structure(stages, cells, needs), tuple(searches))
 
 
-def _judge_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
-    """One for every judge that there is none of, or that is named twice."""
+def _evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
+    """One for every judge that there is none of, or that is named twice, and for samples of a
+    search.
+    """
     faults = []
     names = [name for name in (spec.evaluation.judge, *spec.evaluation.judges) if name is not None]
+    if spec.searches and spec.evaluation.samples > 1:
+        fault = SpecError(
+            "a search with several samples per prompt: it weighs trials by one verdict per prompt",
+            f"evaluation.samples {spec.evaluation.samples}",
+            "samples 1 in a sweep with `search`",
+            "sample in a sweep of its own, with the attack that the search chose",
+        )
+        faults.append(("evaluation", fault))
     for name in dict.fromkeys(names):
         try:
             judge_class(name)
@@ -183,9 +193,9 @@ class _PlanBuilder:
         flow = {"model": start.reference, "rows": start.task}
         chain, steps = list(start.stages), []
         for template in lifecycle.templates:
-            kind, serve_template = template.kind, start.model.serve_template
-            if serve_template is not None and "generation" in kind.settings:
-                template = self._templates.served(template, serve_template)  # noqa: PLW2901
+            kind = template.kind
+            if "generation" in kind.settings:
+                template = self._templates.asking(template, start.model)  # noqa: PLW2901
             if kind.names_input is not None:
                 roles[kind.names_input] = flow["model"]
             needs: tuple[tuple[str, str], ...] = ()
