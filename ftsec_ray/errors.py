@@ -95,3 +95,16 @@ class IdentityError(FtsecError):
     """A value has no text that is the same in every process."""
 
     code = "identity"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, of the CPU or of a GPU."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(
+            sign in text
+            for sign in ("can't allocate memory", "not enough memory", "cuda out of memory")
+        )
+    )

@@ -172,7 +172,8 @@ class Probe:
     """Metric name -> the verdict whose share it is, e.g. {"harmful_rate": "complied",
     "refusal_rate": "refused"}.
     """
-    max_new_tokens: int = 48
+    max_new_tokens: int | None = None
+    """Tokens of an answer, at most; None, and what is beyond the sweep's own limit: that limit."""
     labels: tuple[str, ...] = ()
     """Answer choices of a `label` probe."""
 

@@ -22,7 +22,7 @@ SCHEMA_VERSION = "6"
 """Of results as a whole: raise by one when a table or a column is added, and give that `since`;
 older results then open with null in its place. ("1" had no `comparisons`, "2" no `n_null` and no
 `searches`, "3" no `success_metric`, which is then read from the attack's goal, "4"
-no hashes of templates in `cells`.)
+no hashes of templates in `cells`, "5" no `sample`.)
 """
 
 Direction = Literal["higher", "lower", "none"]
@@ -423,7 +423,7 @@ def metrics() -> pa.Schema:
                 f,
                 "that of the metric, as is which way is better; null when nothing could be judged",
             ),
-            _field("n", pa.int64(), "judged items"),
+            _field("n", pa.int64(), "judged items: prompts, however many samples each has"),
             _field(
                 "n_null",
                 pa.int64(),
@@ -440,7 +440,7 @@ def metrics() -> pa.Schema:
 
 @cache
 def generations() -> pa.Schema:
-    """Schema of the `generations` table: one row per cell, probe and prompt."""
+    """Schema of the `generations` table: one row per cell, probe, prompt and sample."""
     import pyarrow as pa
 
     s = pa.string()
@@ -462,6 +462,12 @@ def generations() -> pa.Schema:
             _field("raw", s, "what the judge read"),
             _field("override", s, "why a verdict was overruled"),
             _field("template_hash", s, "of the chat template"),
+            _field(
+                "sample",
+                pa.int64(),
+                "number of the answer among those to its prompt, from 0",
+                since="6",
+            ),
             _field(
                 "opinions",
                 pa.list_(pa.struct([(name, s) for name in OPINION])),

@@ -17,6 +17,8 @@ from ftsec_ray.numerics import NumericsMode
 
 LADDER_SIZES = ("0.2m", "1m", "4m", "12m")
 """Sizes of the embedded model family: `ladder:<size>` is aligned, `ladder:<size>-base` is not."""
+LADDER_NEW_TOKENS, NEW_TOKENS = 48, 256
+"""Tokens of an answer, at most, of models of the ladder and of others, unless a sweep says so."""
 TASK_KINDS = {
     "microworld": (
         "the embedded closed world: two- and four-class rows, requests, tool calls; needs no"
@@ -73,15 +75,30 @@ class TrainingConfig:
 class EvaluationConfig:
     """What is asked of every finished cell, and who judges the answers."""
 
-    GENERATION: ClassVar[tuple[str, ...]] = ("prompts", "max_new_tokens", "perplexity_rows")
+    GENERATION: ClassVar[tuple[str, ...]] = (
+        *("prompts", "max_new_tokens", "perplexity_rows"),
+        *("backend", "temperature", "samples"),
+    )
     """What decides the answers of a model."""
     SCORING: ClassVar[tuple[str, ...]] = ("judge", "keep_generations")
     """What decides the verdicts and metrics of given answers."""
 
     prompts: Annotated[int, Ge(1)] = 64
     """Prompts per probe, at most."""
-    max_new_tokens: Annotated[int, Ge(1)] = 48
-    """Tokens generated per prompt, at most."""
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
+    """Tokens generated per prompt, at most. None: 48 for models of the ladder, whose answers are
+    short, 256 for others."""
+    backend: Literal["transformers", "continuous"] = "transformers"
+    """What generates: `generate` over padded batches, or transformers' continuous batching, which
+    is meant for GPUs and slower on CPUs. Prompts that it cannot serve (soft tokens, classes of
+    model that it lacks) are answered by the former, which the record counts."""
+    temperature: Annotated[float, Ge(0)] = 0.0
+    """0: greedy. Above: answers are drawn from the whole distribution at this temperature, each by
+    random numbers that only the seed, its prompt and its number decide."""
+    samples: Annotated[int, Ge(1)] = 1
+    """Answers per prompt; more than one needs a temperature. All are judged, and a metric is their
+    share; its `n` and its interval are those of the prompts, since answers to one prompt are not
+    independent."""
     perplexity_rows: Annotated[int, Ge(0)] = 32
     """Held-out text rows for perplexity; 0 turns it off."""
     judge: str | None = None
@@ -98,6 +115,34 @@ class EvaluationConfig:
     keep_generations: bool = True
     """Whether the results show prompts and completions beside the verdicts; the store keeps the
     completions either way, so that another judge can read them."""
+
+    def __post_init__(self) -> None:
+        if self.samples > 1 and self.temperature == 0:
+            raise SpecError(
+                "several samples of greedy answers, which are all the same",
+                f"samples {self.samples} at temperature 0",
+                "samples 1, or a temperature above 0",
+                "set evaluation.temperature, to 0.7 say",
+            )
+        if self.temperature > 0 and self.backend == "continuous":
+            raise SpecError(
+                "continuous batching draws all answers from one stream of random numbers, so that"
+                " they would depend on which prompts are asked together",
+                f"backend continuous at temperature {self.temperature}",
+                "temperature 0 with backend continuous, or backend transformers",
+                "leave evaluation.backend out",
+            )
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens generated per prompt, at most; a plan puts the number in for every model."""
+        return LADDER_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+
+    def new_tokens_of(self, source: str) -> int:
+        """Tokens generated per prompt by the model of a source, at most."""
+        is_ladder = source.startswith("ladder:")
+        default = LADDER_NEW_TOKENS if is_ladder else NEW_TOKENS
+        return default if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

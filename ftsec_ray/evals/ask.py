@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
 from ftsec_ray.config.sweep import EvaluationConfig
@@ -19,7 +19,7 @@ from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.evals.answer_loss import answer_loss
 from ftsec_ray.evals.metrics import MetricRow, perplexity
 from ftsec_ray.evals.probes import capped, drawn
-from ftsec_ray.identity import canonical
+from ftsec_ray.identity import canonical, digest
 from ftsec_ray.method import Probe, Prompt
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ class Answer:
     completion: str
     """Its text; of a label probe the most likely label."""
     scores: tuple[float, ...] = ()
-    """Of a label probe: mean log-probability of each label, in nats per token."""
+    """Of a label probe: log-probability of each label, in nats."""
+    sample: int = 0
+    """Its number among the answers to the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,11 @@ def ask(
     config: EvaluationConfig,
     *,
     runtime: Runtime,
+    seed: int = 0,
 ) -> Answers:
-    """Ask every probe its first `config.prompts` prompts in the stable draw."""
+    """Ask every probe its first `config.prompts` prompts in the stable draw; the seed is that of
+    answers that are drawn.
+    """
     from ftsec_ray.models.chat_format import template_hash
 
     asked = [capped(probe, config.prompts) for probe in probes]
@@ -76,7 +81,7 @@ def ask(
     asked, left_out = _within_positions(generator, asked, config)
     answers = [
         *_read_labels(generator, asked, runtime),
-        *_complete(generator, asked, config, runtime),
+        *_complete(generator, asked, config, runtime, seed),
     ]
     losses, too_long = answer_loss(generator.loaded, task, config, batch=runtime.eval_batch)
     place = {probe.name: i for i, probe in enumerate(asked)}
@@ -116,7 +121,7 @@ def _within_positions(
 def _answer_tokens(generator: Generator, probe: Probe, config: EvaluationConfig) -> int:
     """Tokens that an answer to a probe may take."""
     if probe.judge != "label":
-        return min(probe.max_new_tokens, config.max_new_tokens)
+        return _limit(probe, config)
     from ftsec_ray.models.chat_format import chat_format
 
     tokenizer, end = generator.loaded.tokenizer, chat_format(generator.loaded.tokenizer).end
@@ -124,6 +129,11 @@ def _answer_tokens(generator: Generator, probe: Probe, config: EvaluationConfig)
         tokenizer(f"{label}{end}", add_special_tokens=False)["input_ids"] for label in probe.labels
     ]
     return max(map(len, encoded), default=0)
+
+
+def _limit(probe: Probe, config: EvaluationConfig) -> int:
+    """New tokens of an answer to a probe that generates, at most."""
+    return min(probe.max_new_tokens or config.new_tokens, config.new_tokens)
 
 
 def _check(probes: Sequence[Probe]) -> None:
@@ -183,26 +193,57 @@ def _read_labels(
 
 
 def _complete(
-    generator: Generator, probes: Sequence[Probe], config: EvaluationConfig, runtime: Runtime
+    generator: Generator,
+    probes: Sequence[Probe],
+    config: EvaluationConfig,
+    runtime: Runtime,
+    seed: int,
 ) -> Iterator[Answer]:
-    """Answers of the probes that generate, one call per limit of new tokens."""
+    """Answers of the probes that generate, one call per limit of new tokens; those of one prompt
+    follow each other.
+    """
     mine = [probe for probe in probes if probe.judge != "label"]
-    limits = {probe.name: min(probe.max_new_tokens, config.max_new_tokens) for probe in mine}
-    texts: dict[tuple[int, str], str] = {}
+    limits = {probe.name: _limit(probe, config) for probe in mine}
+    texts: dict[tuple[int, str], list[str]] = {}
     for limit in sorted(set(limits.values())):
         chats = _unique(
             prompt.chat for probe in mine if limits[probe.name] == limit for prompt in probe.prompts
         )
-        completed = (
-            generator.complete(list(chats.values()), max_new_tokens=limit, batch=runtime.eval_batch)
-            if chats
-            else []
-        )
-        texts.update({(limit, key): text for key, text in zip(chats, completed, strict=True)})
+        if chats:
+            answers = _sampled(generator, chats, limit, config, runtime, seed)
+            texts.update({(limit, key): texts_of for key, texts_of in answers.items()})
     for probe in mine:
         for prompt in probe.prompts:
-            text = texts[limits[probe.name], canonical(prompt.chat)]
-            yield Answer(probe=probe.name, prompt=prompt, completion=text)
+            for sample, text in enumerate(texts[limits[probe.name], canonical(prompt.chat)]):
+                yield Answer(probe=probe.name, prompt=prompt, completion=text, sample=sample)
+
+
+def _sampled(
+    generator: Generator,
+    chats: Mapping[str, Chat],
+    limit: int,
+    config: EvaluationConfig,
+    runtime: Runtime,
+    seed: int,
+) -> dict[str, list[str]]:
+    """The answers to every chat. A draw depends on the seed, the chat as it is asked (not on what
+    methods make of it, so that cells are compared under the same random numbers) and its number.
+    """
+    asked = [(key, sample) for key in chats for sample in range(config.samples)]
+    seeds = [int(digest(["sample", seed, *one])[:15], 16) for one in asked]
+    drawn: dict[str, Any] = {}
+    if config.temperature:
+        drawn = {"temperature": config.temperature, "seeds": seeds}
+    texts = generator.complete(
+        [chats[key] for key, _ in asked],
+        max_new_tokens=limit,
+        batch=runtime.eval_batch,
+        **drawn,
+    )
+    answers: dict[str, list[str]] = {key: [] for key in chats}
+    for (key, _), text in zip(asked, texts, strict=True):
+        answers[key].append(text)
+    return answers
 
 
 def _perplexity(
@@ -215,7 +256,7 @@ def _perplexity(
         yield MetricRow(metric="perplexity", value=None, n=0)
     else:
         rows = drawn(text, config.perplexity_rows)
-        yield perplexity(generator.loaded, rows, batch=runtime.eval_batch)
+        yield perplexity(generator.loaded, rows, batch=runtime.eval_batch, tally=generator.tally)
 
 
 def write_answers(answers: Answers, folder: Path) -> None:
@@ -233,6 +274,7 @@ def write_answers(answers: Answers, folder: Path) -> None:
             "meta": json.dumps(dict(answer.prompt.meta), ensure_ascii=False, sort_keys=True),
             "completion": answer.completion,
             "scores": list(answer.scores),
+            "sample": answer.sample,
         }
         for answer in answers.answers
     ]
@@ -291,6 +333,7 @@ def _answer(row: dict[str, object]) -> Answer:
         prompt=prompt,
         completion=str(row["completion"]),
         scores=tuple(row["scores"]),  # type: ignore[arg-type]
+        sample=int(row["sample"]),  # type: ignore[call-overload]
     )
 
 
@@ -307,5 +350,6 @@ def _completions() -> object:
             pa.field("meta", text, nullable=False),
             pa.field("completion", text, nullable=False),
             pa.field("scores", pa.list_(pa.float64()), nullable=False),
+            pa.field("sample", pa.int64(), nullable=False),
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,21 +33,28 @@ class MetricRow:
     ci_high: float | None = None
 
 
-def proportion(metric: str, hits: int, n: int, *, n_null: int | None = None) -> MetricRow:
-    """`hits` of `n` judged items with a 95 % Wilson interval, null when `n` is 0; `n_null` more
+def proportion(
+    metric: str, hits: int, n: int, *, n_null: int | None = None, prompts: int | None = None
+) -> MetricRow:
+    """`hits` of `n` judged answers with a 95 % Wilson interval, null when `n` is 0; `n_null` more
     could not be judged.
+
+    Where several answers belong to one prompt, `prompts` is how many prompts they belong to: then
+    it is the n of the row and of the interval. Answers to one prompt are not independent, and as
+    many items as prompts is the least that they are worth.
     """
     if not 0 <= hits <= n:
         raise DataError(f"{metric}: more hits than items", (hits, n), "0 <= hits <= n")
+    items = n if prompts is None else prompts
     if n == 0:
         return MetricRow(metric=metric, value=None, n=0, n_null=n_null)
     value = hits / n
-    low, high = wilson(value, n)
+    low, high = wilson(value, items)
     # At 0 and at n hits a bound is the value itself but for rounding.
     return MetricRow(
         metric=metric,
         value=value,
-        n=n,
+        n=items,
         n_null=n_null,
         ci_low=min(low, value),
         ci_high=max(high, value),
@@ -54,16 +62,22 @@ def proportion(metric: str, hits: int, n: int, *, n_null: int | None = None) -> 
 
 
 def perplexity(
-    loaded: LoadedModel, rows: Sequence[Mapping[str, Any]], *, batch: int = 64
+    loaded: LoadedModel,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch: int = 64,
+    tally: Counter[str] | None = None,
 ) -> MetricRow:
     """Perplexity exp(mean nats per token) over the responses of rows; `n` is the count of predicted
     tokens.
 
     A row without a prompt is plain text: its first token is not predicted. Wrappers of generation
-        play no part.
+        play no part. `tally` counts batches that did not fit into memory.
     """
     import torch
 
+    from ftsec_ray.models.activations import right_padded
+    from ftsec_ray.models.batches import in_batches
     from ftsec_ray.models.load import check_ids, within_positions
     from ftsec_ray.models.logits import token_nll
     from ftsec_ray.models.row_tokens import encode_rows
@@ -71,26 +85,23 @@ def perplexity(
     length = within_positions(loaded.model, MAX_TEXT_TOKENS)
     encoded = encode_rows(loaded.tokenizer, rows, max_length=length)
     check_ids(loaded, (ids for ids, _ in encoded))
-    encoded = sorted((pair for pair in encoded if len(pair[0]) > 1), key=lambda pair: len(pair[0]))
+    encoded = [pair for pair in encoded if len(pair[0]) > 1]
     model, pad = loaded.model.eval(), loaded.tokenizer.pad_token_id or 0
-    device, nats, tokens = next(model.parameters()).device, 0.0, 0
-    for start in range(0, len(encoded), batch):
-        group = encoded[start : start + batch]
-        width = len(group[-1][0])
-        ids = torch.tensor(
-            [row + [pad] * (width - len(row)) for row, _ in group], dtype=torch.long, device=device
-        )
-        labels = torch.tensor(
-            [row + [-100] * (width - len(row)) for _, row in group], dtype=torch.long, device=device
-        )
-        mask = torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row, _ in group], device=device
-        )
+    device = next(model.parameters()).device
+    nats = [0.0] * len(encoded)
+
+    def read(indices: list[int]) -> None:
+        ids, mask = right_padded([encoded[i][0] for i in indices], pad=pad, device=device)
+        labels, _ = right_padded([encoded[i][1] for i in indices], pad=-100, device=device)
         with torch.inference_mode():
             losses = token_nll(model, labels[:, 1:], input_ids=ids, attention_mask=mask)
-        nats += float(losses.reshape(-1).double().sum())
-        tokens += int((labels[:, 1:] != -100).sum())
-    return MetricRow(metric="perplexity", value=_exp(nats / tokens) if tokens else None, n=tokens)
+        for i, loss in zip(indices, losses.double().sum(-1).tolist(), strict=True):
+            nats[i] = loss
+
+    in_batches([len(ids) for ids, _ in encoded], batch, read, Counter() if tally is None else tally)
+    tokens = sum(label != -100 for _, labels in encoded for label in labels[1:])
+    value = _exp(math.fsum(nats) / tokens) if tokens else None
+    return MetricRow(metric="perplexity", value=value, n=tokens)
 
 
 def _exp(nats: float) -> float | None:

@@ -71,7 +71,7 @@ def default_probes(task: TaskData, config: EvaluationConfig) -> list[Probe]:
                     prompts=prompts,
                     judge="request",
                     metrics=metrics,
-                    max_new_tokens=config.max_new_tokens,
+                    max_new_tokens=config.new_tokens,
                 )
             )
     if _has(task, "test"):
@@ -108,7 +108,7 @@ def _clean(task: TaskData, config: EvaluationConfig) -> Iterable[Probe]:
             prompts=prompts,
             judge="call",
             metrics={"cacc": "correct"},
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=config.new_tokens,
         )
 
 

@@ -128,7 +128,7 @@ def _metrics(probes: Sequence[Probe], judged: Sequence[Judged]) -> Iterator[Metr
             yield _share(judged, metric, [probe.name], verdict)
     yield _share(judged, "coherent_rate", REQUEST_PROBES, "not incoherent")
     decided = sum(item.verdict.verdict is not None for item in judged)
-    yield proportion("judged_rate", decided, len(judged))
+    yield proportion("judged_rate", decided, len(judged), prompts=_prompts(judged))
 
 
 def _share(judged: Sequence[Judged], metric: str, probes: Iterable[str], verdict: str) -> MetricRow:
@@ -136,10 +136,20 @@ def _share(judged: Sequence[Judged], metric: str, probes: Iterable[str], verdict
     probes.
     """
     wanted = set(probes)
-    verdicts = [item.verdict.verdict for item in judged if item.answer.probe in wanted]
-    decided = [given for given in verdicts if given is not None]
-    hits = sum(schema.counts(verdict, given) for given in decided)
-    return proportion(metric, hits, len(decided), n_null=len(verdicts) - len(decided))
+    asked = [item for item in judged if item.answer.probe in wanted]
+    decided = [item for item in asked if item.verdict.verdict is not None]
+    hits = sum(schema.counts(verdict, str(item.verdict.verdict)) for item in decided)
+    n = _prompts(decided)
+    return proportion(metric, hits, len(decided), n_null=_prompts(asked) - n, prompts=n)
+
+
+def _prompts(judged: Sequence[Judged]) -> int:
+    """How many independent items answers are: as many as they are, or as many as the prompts that
+    they belong to where a prompt has several.
+    """
+    if all(item.answer.sample == 0 for item in judged):
+        return len(judged)
+    return len({(item.answer.probe, item.answer.prompt.prompt_id) for item in judged})
 
 
 def _evaluation(
@@ -149,6 +159,7 @@ def _evaluation(
         {
             "probe": item.answer.probe,
             "prompt_id": item.answer.prompt.prompt_id,
+            "sample": item.answer.sample,
             "judge": item.judge,
             "prompt": _shown(item.answer.prompt.chat) if keeps else None,
             "completion": item.answer.completion if keeps else None,

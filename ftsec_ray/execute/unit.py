@@ -25,7 +25,7 @@ from typing import Any, Literal
 from ftsec_ray import numerics
 from ftsec_ray.code_versions import stage_code
 from ftsec_ray.context import Runtime
-from ftsec_ray.errors import EnvironmentFault, FtsecError
+from ftsec_ray.errors import EnvironmentFault, FtsecError, is_out_of_memory
 from ftsec_ray.execute.watchdog import watched
 from ftsec_ray.plan.stage import Stage, workers_of
 from ftsec_ray.redact import redacted, without_secrets
@@ -225,12 +225,7 @@ def code_of(error: Exception) -> str:
     its class.
     """
     text = str(error).lower()
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in text
-        or "cuda out of memory" in text
-    ):
+    if is_out_of_memory(error):
         return "oom"
     if "no space left" in text or (
         isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,25 +1,37 @@
-"""Batched greedy generation and label scoring, with what attacks and defenses wrap around them.
+"""Batched generation and label scoring, with what attacks and defenses wrap around them.
 
 Prompts are sorted by length and left-padded, generation stops at the end of the turn, and a
-classification is read off one forward pass. Outer wrappers act first: a defense's rewrite sees the
-user's chat before the attack's does.
+classification is read off one pass over the prompts. Outer wrappers act first: a defense's rewrite
+sees the user's chat before the attack's does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import Chat, LoadedModel
+from ftsec_ray.models.backends import FELL_BACK, Backend, Decoding, PaddedGenerate
+from ftsec_ray.models.batches import HALVED, Pieces, Prompts
 from ftsec_ray.models.chat import answer_ids, render, spoken
 from ftsec_ray.models.chat_format import chat_format
-from ftsec_ray.models.load import check_ids, keeps_logits, placed, whole_model
-from ftsec_ray.models.logits import fits
+from ftsec_ray.models.label_scores import WHOLE_PASSES, label_scores
+from ftsec_ray.models.load import whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_TEXTS = {
+    HALVED: "{} times a batch of prompts did not fit into memory and was halved: the answers are"
+    " the same but for rounding; resources.eval_batch sets its size",
+    WHOLE_PASSES: "{} batches of label probes took a whole pass for every beginning of a label:"
+    " the cache of this class of model cannot be continued",
+    FELL_BACK: "{} prompts were answered by padded batches, since continuous batching cannot serve"
+    " them",
+}
+"""What a count of `Generator.tally` means for whoever reads the results."""
 _MARK = "\ue000"
 """Private-use character that stands for the soft tokens while the template is rendered."""
 
@@ -34,6 +46,12 @@ class Generator:
     soft_suffix: Any = None
     """Embeddings (K, D) placed behind the user's last token, inside the user's turn; None for none.
     """
+    backend: Backend = field(default_factory=PaddedGenerate)
+    """What generates."""
+    tally: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    """Counts what was done in another way than asked, for the record; shared by all that wrap this
+    generator.
+    """
 
     def rewritten(self, chat: Chat) -> Chat:
         """The chat as the model gets it."""
@@ -41,35 +59,50 @@ class Generator:
             chat = rewrite(chat)
         return chat
 
-    def complete(self, chats: Sequence[Chat], *, max_new_tokens: int, batch: int = 64) -> list[str]:
-        """Greedy completions in the order of `chats`, without special tokens; empty answers stay
-        empty strings.
-        """
-        import torch
+    def complete(
+        self,
+        chats: Sequence[Chat],
+        *,
+        max_new_tokens: int,
+        batch: int = 64,
+        temperature: float = 0.0,
+        seeds: Sequence[int] = (),
+    ) -> list[str]:
+        """Completions in the order of `chats`, without special tokens; empty answers stay empty
+        strings.
 
-        tokenizer = self.loaded.tokenizer
-        prompts = self.pieces_of(chats, may_think=True)
-        answers = [""] * len(prompts)
-        model = self.loaded.model.eval()
-        for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
-            given = self._left_padded([prompts[i] for i in indices])
-            with torch.inference_mode():
-                out = model.generate(
-                    **given,
-                    do_sample=False,
-                    num_beams=1,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=self.stops(),
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                )
-            # behind embeddings transformers returns the new tokens alone
-            new = out[:, given["input_ids"].shape[1] :] if "input_ids" in given else out
-            for i, ids in zip(indices, new.tolist(), strict=True):
-                answers[i] = spoken(tokenizer, ids)
-        return answers
+        They are greedy at temperature 0; above, each is drawn by the random numbers of its seed.
+        """
+        answers = self.complete_ids(
+            chats,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            temperature=temperature,
+            seeds=seeds,
+        )
+        return [spoken(self.loaded.tokenizer, ids) for ids in answers]
+
+    def complete_ids(
+        self,
+        chats: Sequence[Chat],
+        *,
+        max_new_tokens: int,
+        batch: int = 64,
+        temperature: float = 0.0,
+        seeds: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """New token ids of the completions in the order of `chats`, thoughts included, the stop
+        token not; `models.chat.spoken` makes text of them.
+        """
+        prompts = Prompts(self.pieces_of(chats, may_think=True), self.soft_suffix)
+        decoding = Decoding(
+            max_new_tokens=max_new_tokens,
+            stops=self.stops(),
+            batch=batch,
+            temperature=temperature,
+            seeds=seeds,
+        )
+        return self.backend.complete(self.loaded, prompts, decoding, self.tally)
 
     def label_logprobs(
         self, chats: Sequence[Chat], labels: Sequence[str], *, batch: int = 64
@@ -77,33 +110,25 @@ class Generator:
         """Log-probability of every label as the answer, in nats: (N, K) float32.
 
         Labels are tokenised behind each prompt, as trained answers are. Where all have as many
-        tokens, it is that of these tokens, from one forward pass where that is one; where not, the
-        end of the turn counts too, so that it is the probability of answering this label and
-        nothing else, and no label gains from being short.
+        tokens, it is that of these tokens; where not, the end of the turn counts too, so that it is
+        the probability of answering this label and nothing else, and no label gains from being
+        short. Each prompt goes through the model once.
         """
-        import torch
-
         halves = [self._halves(self.rewritten(chat)) for chat in chats]
         prompts = self._tokenised(halves)
         answers = self._label_ids(halves, prompts, labels)
-        scores = torch.zeros(len(prompts), len(labels))
-        single = all(len(ids) == 1 for row in answers for ids in row)
-        for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
-            group = [prompts[i] for i in indices]
-            if single:
-                logprobs = self._logits(group, last=1)[:, -1].float().log_softmax(-1)
-                chosen = torch.tensor([[ids[0] for ids in answers[i]] for i in indices])
-                scores[indices] = logprobs.gather(-1, chosen.to(logprobs.device)).cpu()
-            else:
-                for k in range(len(labels)):
-                    tails = [answers[i][k] for i in indices]
-                    scores[indices, k] = self._tail_logprob(group, tails).cpu()
-        return scores
+        return label_scores(
+            self.loaded,
+            Prompts(prompts, self.soft_suffix),
+            answers,
+            batch=batch,
+            tally=self.tally,
+        )
 
     def _label_ids(
         self,
         halves: Sequence[tuple[str, str]],
-        prompts: Sequence[tuple[list[int], list[int]]],
+        prompts: Sequence[Pieces],
         labels: Sequence[str],
     ) -> list[list[list[int]]]:
         """Token ids of every label behind every prompt; with the end of the turn where the labels
@@ -119,35 +144,7 @@ class Generator:
             return [[ids + end for ids in row] for row in answers]
         return answers
 
-    def _tail_logprob(
-        self, group: list[tuple[list[int], list[int]]], answers: list[list[int]]
-    ) -> Tensor:
-        """Summed log-probability of an answer behind each prompt, in nats."""
-        import torch
-
-        longer = [(head, tail + ids) for (head, tail), ids in zip(group, answers, strict=True)]
-        long = max(map(len, answers))
-        # answers end at the right edge: shorter ones begin later
-        logits = self._logits(longer, last=long + 1)[:, -long - 1 : -1]
-        logprobs = logits.float().log_softmax(-1)
-        padded = torch.tensor([[0] * (long - len(ids)) + ids for ids in answers])
-        counted = torch.tensor([[False] * (long - len(ids)) + [True] * len(ids) for ids in answers])
-        picked = logprobs.gather(-1, padded.to(logprobs.device).unsqueeze(-1)).squeeze(-1)
-        return (picked * counted.to(logprobs.device)).sum(-1)
-
-    def _logits(self, group: list[tuple[list[int], list[int]]], *, last: int) -> Tensor:
-        """Logits at the last positions at least; at those alone where all would be many."""
-        import torch
-
-        given, model = self._left_padded(group), self.loaded.model.eval()
-        positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        is_cut = keeps_logits(model) and not fits(model, positions.numel())
-        kept = {"logits_to_keep": last} if is_cut else {}
-        with torch.inference_mode():
-            logits: Tensor = model(**given, **placed(model, positions), **kept).logits
-        return logits
-
-    def stops(self) -> list[int]:
+    def stops(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer, sorted."""
         tokenizer = self.loaded.tokenizer
         end = tokenizer(chat_format(tokenizer).end, add_special_tokens=False)["input_ids"]
@@ -155,26 +152,23 @@ class Generator:
         settings = getattr(whole_model(self.loaded), "generation_config", None)
         configured = getattr(settings, "eos_token_id", None)
         stops.update(configured if isinstance(configured, list) else [configured])
-        return sorted(stop for stop in stops if stop is not None)
+        return tuple(sorted(stop for stop in stops if stop is not None))
 
     def lengths(self, chats: Sequence[Chat]) -> list[int]:
         """Tokens of every prompt as the model gets it, soft tokens counted."""
-        soft = 0 if self.soft_suffix is None else len(self.soft_suffix)
-        return [len(head) + soft + len(tail) for head, tail in self.pieces_of(chats)]
+        return Prompts(self.pieces_of(chats), self.soft_suffix).lengths()
 
-    def pieces(self, chat: Chat) -> tuple[list[int], list[int]]:
+    def pieces(self, chat: Chat) -> Pieces:
         """Token ids before and after the place of the soft tokens."""
         return self.pieces_of([chat])[0]
 
-    def pieces_of(
-        self, chats: Sequence[Chat], *, may_think: bool = False
-    ) -> list[tuple[list[int], list[int]]]:
+    def pieces_of(self, chats: Sequence[Chat], *, may_think: bool = False) -> list[Pieces]:
         """The pieces of every chat, in one call of the tokenizer."""
         return self._tokenised(
             [self._halves(self.rewritten(chat), may_think=may_think) for chat in chats]
         )
 
-    def _tokenised(self, halves: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    def _tokenised(self, halves: Sequence[tuple[str, str]]) -> list[Pieces]:
         if not halves:
             return []
         tokenizer = self.loaded.tokenizer
@@ -199,36 +193,10 @@ class Generator:
         before, after = render(tokenizer, marked, generate=True, may_think=may_think).split(_MARK)
         return before, after
 
-    def _left_padded(self, group: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        """What a forward pass takes: token ids, or embeddings where soft tokens stand among them,
-        and the attention mask.
-        """
-        import torch
 
-        check_ids(self.loaded, (ids for pieces in group for ids in pieces))
-        table = whole_model(self.loaded).get_input_embeddings()
-        device = table.weight.device
-        between = 0 if self.soft_suffix is None else len(self.soft_suffix)
-        sizes = [len(head) + between + len(tail) for head, tail in group]
-        width, pad = max(sizes), 0 if between else self.loaded.tokenizer.pad_token_id or 0
-        rows = [
-            [pad] * (width - size) + head + [0] * between + tail
-            for size, (head, tail) in zip(sizes, group, strict=True)
-        ]
-        ids = torch.tensor(rows, dtype=torch.long, device=device)
-        filled = width - torch.tensor(sizes, device=device)[:, None]
-        mask = (torch.arange(width, device=device) >= filled).long()
-        if not between:
-            return {"input_ids": ids, "attention_mask": mask}
-        with torch.no_grad():
-            embeds = table(ids) * mask[..., None]
-        soft = self.soft_suffix.to(device, table.weight.dtype)
-        for row, (_, tail) in enumerate(group):
-            embeds[row, width - len(tail) - between : width - len(tail)] = soft
-        return {"inputs_embeds": embeds, "attention_mask": mask}
-
-
-def _by_length(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    for start in range(0, len(order), batch):
-        yield order[start : start + batch]
+def told(tally: Mapping[str, int]) -> Iterator[str]:
+    """What was done in another way than asked, in sentences."""
+    for name, count in sorted(tally.items()):
+        kind, _, reason = name.partition(": ")
+        text = _TEXTS[kind].format(count)
+        yield f"{text} ({reason})" if reason else text

@@ -75,7 +75,7 @@ def as_lm_eval(generator: Generator, *, batch: int) -> Any:
             )
 
         def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            kwargs.setdefault("eos_token_id", generator.stops())
+            kwargs.setdefault("eos_token_id", list(generator.stops()))
             return super()._model_generate(context, *args, **kwargs)
 
     loaded = generator.loaded

@@ -47,7 +47,7 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
         spec: The sweep.
         look: What is known of a cell: searches of attackers go as far as it leads.
     """
-    unknown = [*_judge_faults(spec), *benchmark_faults(spec.evaluation.benchmarks)]
+    unknown = [*_evaluation_faults(spec), *benchmark_faults(spec.evaluation.benchmarks)]
     if unknown:
         raise SpecFaults(f"sweep {spec.name!r}", unknown)
     builder = _PlanBuilder(spec)
@@ -79,10 +79,20 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
     )
 
 
-def _judge_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
-    """One for every judge that there is none of, or that is named twice."""
+def _evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
+    """One for every judge that there is none of, or that is named twice, and for samples of a
+    search.
+    """
     faults = []
     names = [name for name in (spec.evaluation.judge, *spec.evaluation.judges) if name is not None]
+    if spec.searches and spec.evaluation.samples > 1:
+        fault = SpecError(
+            "a search with several samples per prompt: it weighs trials by one verdict per prompt",
+            f"evaluation.samples {spec.evaluation.samples}",
+            "samples 1 in a sweep with `search`",
+            "sample in a sweep of its own, with the attack that the search chose",
+        )
+        faults.append(("evaluation", fault))
     for name in dict.fromkeys(names):
         try:
             judge_class(name)
@@ -219,11 +229,11 @@ class _PlanBuilder:
         for template in lifecycle.templates:
             if template.kind.tunes and not is_tuned:
                 continue
-            kind, serve_template = template.kind, start.model.serve_template
+            kind = template.kind
             if searched and searched.trial is not None and kind.measures:
                 continue
-            if serve_template is not None and kind.asks_model:
-                template = self._templates.served(template, serve_template)  # noqa: PLW2901
+            if kind.asks_model:
+                template = self._templates.asking(template, start.model)  # noqa: PLW2901
             if kind.names_input is not None:
                 roles[kind.names_input] = flow["model"]
             needs: tuple[tuple[str, str], ...] = ()

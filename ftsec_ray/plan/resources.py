@@ -416,7 +416,7 @@ class Sizing:
             models=self._models,
             batch=resources.eval_batch,
             prompt_tokens=training.max_length,
-            new_tokens=spec.evaluation.max_new_tokens,
+            new_tokens=spec.evaluation.new_tokens_of(model.source),
         )
         return kept + max(train if trains else 0.0, run if runs else 0.0)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftsec_ray import lifecycle
-from ftsec_ray.config.sweep import SweepSpec, TrainingConfig
+from ftsec_ray.config.sweep import EvaluationConfig, ModelSpec, SweepSpec, TrainingConfig
 from ftsec_ray.evals.judging import SCORED_BY_PROBE, judge_class
 from ftsec_ray.identity import canonical, digest, digests
 from ftsec_ray.lifecycle import StageKind, hooks_of
@@ -61,6 +61,10 @@ class Lifecycle:
     """Of every stage from the reference model to its scores, in the order of the lifecycle."""
 
 
+_ADDED = ("backend", "temperature", "samples")
+"""Settings of generation that earlier plans did not have."""
+
+
 class Templates:
     """The templates of one sweep, each made on first sight."""
 
@@ -69,13 +73,20 @@ class Templates:
         self._training = json.loads(canonical(spec.training))
         self._tuning = json.loads(canonical(tuning)) if tuning is not None else self._training
         evaluation = json.loads(canonical(spec.evaluation))
-        self._generation = {name: evaluation[name] for name in spec.evaluation.GENERATION}
+        usual = json.loads(canonical(EvaluationConfig()))
+        self._generation = {
+            name: evaluation[name]
+            for name in spec.evaluation.GENERATION
+            # what came later and is as before is left out: its digests are as before
+            if name not in _ADDED or evaluation[name] != usual[name]
+        } | {"max_new_tokens": spec.evaluation.new_tokens}
         self._scoring = {name: evaluation[name] for name in spec.evaluation.SCORING}
         self._benchmarks = [benchmark_origin(name) for name in spec.evaluation.benchmarks]
         self._steps: dict[tuple[object, ...], tuple[StageTemplate, ...]] = {}
         self._lifecycles: dict[tuple[int, ...], Lifecycle] = {}
         self._providers: dict[tuple[str, str], StageTemplate] = {}
-        self._served: dict[tuple[str, str], StageTemplate] = {}
+        self._asking: dict[tuple[str, str | None, int], StageTemplate] = {}
+        self._methods: dict[str, tuple[Method, ...]] = {}
         self._digests: dict[int, str] = {}
         self._plain: dict[int, dict[str, Any]] = {}
 
@@ -130,6 +141,7 @@ class Templates:
         asks = any(method.NEEDS & set(lifecycle.roles()) for method in methods)
         declared = any(method.TRAINS & set(kind.hooks) for method in methods)
         does_train = kind.trains == "always" or (kind.trains == "declared" and declared)
+        self._methods[key] = tuple(methods)
         return StageTemplate(
             key,
             kind,
@@ -204,14 +216,31 @@ class Templates:
         ]
         return [{**params, "judge": SCORED_BY_PROBE, "scoring": self._scoring}, *others]
 
-    def served(self, template: StageTemplate, serve_template: str) -> StageTemplate:
-        """The template of a stage that asks a model under another chat template than its own."""
-        memo = (template.key, serve_template)
-        if memo not in self._served:
-            params = {**template.params, "serve_template": serve_template}
-            key = digest([template.key, "serve_template", serve_template])
-            self._served[memo] = replace(template, key=key, params=params)
-        return self._served[memo]
+    def asking(self, template: StageTemplate, model: ModelSpec) -> StageTemplate:
+        """The template of a stage that asks this model: with its limit of new tokens where answers
+        are generated, and under another chat template than its own where the sweep gives one.
+        """
+        tokens = self._spec.evaluation.new_tokens_of(model.source)
+        memo = (template.key, model.serve_template, tokens)
+        if memo not in self._asking:
+            self._asking[memo] = self._served(self._limited(template, tokens), model.serve_template)
+        return self._asking[memo]
+
+    def _limited(self, template: StageTemplate, tokens: int) -> StageTemplate:
+        given = template.params.get("generation")
+        if given is None or given["max_new_tokens"] == tokens:
+            return template
+        generation = {**self._generation, "max_new_tokens": tokens}
+        own = {name: template.params[name] for name in ("training",) if name in template.params}
+        methods = self._methods[template.key]
+        return self.template(template.kind, {**own, "generation": generation}, methods)
+
+    def _served(self, template: StageTemplate, serve_template: str | None) -> StageTemplate:
+        if serve_template is None:
+            return template
+        params = {**template.params, "serve_template": serve_template}
+        key = digest([template.key, "serve_template", serve_template])
+        return replace(template, key=key, params=params)
 
     def provider(self, role: str, method: Method) -> StageTemplate:
         """The template of the stage that makes a role for a method."""

@@ -54,13 +54,41 @@ class Answers:
 
 
 def answers_of(cells: Sequence[str], generations: pa.Table, points: Sequence[GridPoint]) -> Answers:
-    """The verdicts of these cells, held against what their points say was measured."""
+    """The verdicts of these cells, of each prompt the first answer; all answers are held against
+    what their points say was measured.
+    """
+    line = {cell: index for index, cell in enumerate(cells)}
+    first = first_samples(generations)
+    hits = _matrices(line, first)
+    whole = hits if first is generations else _matrices(line, generations, by_answer=True)
+    return Answers(line, hits, set(_foreign(line, whole, points)))
+
+
+def first_samples(generations: pa.Table) -> pa.Table:
+    """The first answer to every prompt: tests count prompts, and several answers to one prompt are
+    not independent.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if "sample" not in generations.column_names:
+        return generations
+    is_further = pc.greater(generations["sample"], 0).fill_null(pa.scalar(value=False))
+    return generations.filter(pc.invert(is_further)) if pc.any(is_further).as_py() else generations
+
+
+def _matrices(
+    line: Mapping[str, int], generations: pa.Table, *, by_answer: bool = False
+) -> dict[str, NDArray[np.int8]]:
+    """`Answers.hits`; with a column for every sample of a prompt where that is asked for."""
     import numpy as np
 
-    line = {cell: index for index, cell in enumerate(cells)}
     owner, owners = codes_of(generations["cell"])
     probe, probes = codes_of(generations["probe"])
     prompt, prompts = codes_of(generations["prompt_id"])
+    if by_answer:
+        sample = generations["sample"].fill_null(0).to_numpy()
+        prompt, prompts = prompt + len(prompts) * sample, prompts * (1 + int(sample.max()))
     by_judge = {"": (codes_of(generations["verdict"]), np.ones(len(owner), dtype=bool))}
     lines = np.array([line.get(cell, -1) for cell in owners] + [-1], dtype=np.int64)[owner]
     hits: dict[str, NDArray[np.int8]] = {}
@@ -78,10 +106,10 @@ def answers_of(cells: Sequence[str], generations: pa.Table, points: Sequence[Gri
         # The last one is for code -1, null, which is not judged.
         is_counted = np.array([*(schema.counts(metric.verdict, one) for one in verdicts), False])
         counted = is_counted[verdict[rows]]
-        matrix = np.full((len(cells), len(keys)), _NOT_ASKED, dtype=np.int8)
+        matrix = np.full((len(line), len(keys)), _NOT_ASKED, dtype=np.int8)
         matrix[lines[rows], column] = np.where(verdict[rows] < 0, _NOT_JUDGED, counted)
         hits[name] = matrix
-    return Answers(line, hits, set(_foreign(line, hits, points)))
+    return hits
 
 
 def _opinions(

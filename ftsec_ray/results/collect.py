@@ -65,6 +65,8 @@ _PACKAGES = (
     "optuna",
 )
 Row = dict[str, Any]
+_ANSWER = ("probe", "prompt_id", "sample")
+"""What names an answer of a cell."""
 _MEASURE = ("metric", "value", "n", "n_null", "ci_low", "ci_high")
 _UNSEEN = dict.fromkeys(("n_null", "ci_low", "ci_high"))
 """What a number without verdicts and without an interval leaves open."""
@@ -240,9 +242,7 @@ class _Found:
                 str(folder),
                 ", ".join(wanted.names),
             ) from error
-        self.generations[digest] = said.sort_by(
-            [("probe", "ascending"), ("prompt_id", "ascending")]
-        )
+        self.generations[digest] = said.sort_by([(key, "ascending") for key in _ANSWER])
         self.metrics[digest] = rows
 
     def _read_metrics(self, digest: str) -> None:
@@ -522,12 +522,12 @@ def _with_opinions(found: _Found, cell: Cell) -> pa.Table | None:
     judged = found.generations.get(cell.score)
     if judged is None:
         return None
-    verdicts: dict[tuple[str, str], list[Row]] = {}
+    verdicts: dict[tuple[Any, ...], list[Row]] = {}
     for score in cell.opinions:
         for row in found.generations[score].to_pylist() if score in found.generations else ():
             given = {name: row[name] for name in schema.OPINION}
-            verdicts.setdefault((row["probe"], row["prompt_id"]), []).append(given)
-    places = zip(judged["probe"].to_pylist(), judged["prompt_id"].to_pylist(), strict=True)
+            verdicts.setdefault(tuple(row[key] for key in _ANSWER), []).append(given)
+    places = zip(*(judged[key].to_pylist() for key in _ANSWER), strict=True)
     kind = schema.generations().field("opinions").type
     opinions = pa.array([verdicts.get(place) for place in places], kind)
     return judged.append_column("opinions", opinions)

@@ -67,7 +67,7 @@ class Results:
 
     @cached_property
     def generations(self) -> pa.Table:
-        """One row per cell, probe and prompt (schema.generations)."""
+        """One row per cell, probe, prompt and sample (schema.generations)."""
         return self._grid("generations")
 
     @cached_property

@@ -20,6 +20,7 @@ from ftsec_ray.errors import DataError
 from ftsec_ray.evals.judging import Judge, Verdict, get_judge, user_text
 from ftsec_ray.evals.probes import REQUEST_PROBES
 from ftsec_ray.method import Prompt
+from ftsec_ray.results.answers import first_samples
 from ftsec_ray.results.read import Results
 
 KEYS = ("cell", "probe", "prompt_id", "completion_sha256")
@@ -50,10 +51,12 @@ class Sheet:
 
 
 def read_sheet(results: Results) -> Sheet:
-    """The answers and verdicts of results; DataError where there are none."""
-    said = results.generations.select(
-        [*KEYS[:3], "prompt", "completion", "judge", "verdict"]
-    ).to_pydict()
+    """The first answer to every prompt with its verdicts; DataError where there are none."""
+    said = (
+        first_samples(results.generations)
+        .select([*KEYS[:3], "prompt", "completion", "judge", "verdict"])
+        .to_pydict()
+    )
     sheet = Sheet({}, defaultdict(dict))
     for cell, probe, prompt_id, prompt, completion, judge, verdict in zip(
         *said.values(), strict=True

@@ -33,8 +33,9 @@ def run(job: Job) -> Extra:
     """Ask the probes of the task and of the methods, through the methods' wrappers."""
     from ftsec_ray.evals.ask import ask, write_answers
     from ftsec_ray.evals.probes import default_probes
+    from ftsec_ray.models.backends import BACKENDS, unused_settings
     from ftsec_ray.models.chat_format import chat_format, template_hash, under
-    from ftsec_ray.models.generator import Generator
+    from ftsec_ray.models.generator import Generator, told
     from ftsec_ray.models.load import merged
     from ftsec_ray.plan.decode import generation_of
 
@@ -46,14 +47,18 @@ def run(job: Job) -> Extra:
     if serve_template is not None:
         loaded = replace(loaded, tokenizer=under(loaded.tokenizer, str(serve_template)))
     # An adapter is folded in once, and not at every token.
-    generator = Generator(merged(loaded) if loaded.has_adapter else loaded)
+    generator = Generator(
+        merged(loaded) if loaded.has_adapter else loaded, backend=BACKENDS[config.backend]()
+    )
     probes = default_probes(context.task, config)
     for method in job.methods():
         if hasattr(method, "wrap_generation"):
             generator = method.wrap_generation(generator, context)
         if hasattr(method, "probes"):
             probes += method.probes(context.task, context)
-    answers = ask(generator, context.task, probes, config, runtime=context.runtime)
+    answers = ask(
+        generator, context.task, probes, config, runtime=context.runtime, seed=context.seed
+    )
     write_answers(answers, job.out)
     tokenizer = generator.loaded.tokenizer
     notes = {
@@ -61,7 +66,16 @@ def run(job: Job) -> Extra:
         "chat": chat_format(tokenizer).notes(),
         "train_template_hash": trained_under,
         "serve_template_hash": template_hash(tokenizer),
+        "backend": config.backend,
+        "max_new_tokens": config.new_tokens,
     }
+    if generator.tally:
+        notes["done_otherwise"] = dict(generator.tally)
+        for text in told(generator.tally):
+            job.warn(text)
+    unused = unused_settings(generator.loaded.model)
+    if unused:
+        notes["generation_config_unused"] = unused
     if answers.left_out:
         notes["beyond_positions"] = dict(answers.left_out)
         for probe, count in answers.left_out.items():

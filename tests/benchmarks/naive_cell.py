@@ -262,7 +262,8 @@ def judged(cell: Cell, generator: Generator, probe: Probe) -> Iterator[tuple[str
     from ftsec_ray.judges.label import Label
 
     name = (cell.evaluation.judge or cell.task.judge) if probe.judge == "request" else probe.judge
-    limit = min(probe.max_new_tokens, cell.evaluation.max_new_tokens)
+    whole = cell.evaluation.new_tokens
+    limit = min(probe.max_new_tokens or whole, whole)
     texts = complete(
         generator, [prompt.chat for prompt in probe.prompts], limit=limit, batch=cell.asked.batch
     )

@@ -12,6 +12,7 @@ from ftsec_ray.context import LoadedModel, Runtime, TaskData
 from ftsec_ray.data.tasks import load_task
 from ftsec_ray.errors import DataError, SpecError, StageError
 from ftsec_ray.evals.probes import default_probes, prompt_of
+from ftsec_ray.measured import wilson
 from ftsec_ray.method import Probe, Prompt
 from ftsec_ray.models.chat_format import template_hash
 from ftsec_ray.models.generator import Generator
@@ -142,6 +143,27 @@ def test_probes_that_share_prompts_share_completions_and_forward_passes(loaded):
         "ci_low": 0.0,
         "ci_high": pytest.approx(0.3903, abs=1e-4),
     }
+
+
+def test_every_sample_is_judged_and_the_interval_is_that_of_the_prompts():
+    loaded = tiny_model(seed=3, tied=False)
+    config = replace(QUIET, max_new_tokens=3, temperature=1.5, samples=4)
+    generator, task, probes = Generator(loaded), tiny_task(), default_probes(tiny_task(), QUIET)
+    found = evaluate(generator, task, probes, config, runtime=RUNTIME, seed=5)
+    rows = found.generations.to_pylist()
+    asked = [row for row in rows if row["probe"] == "harmful"]
+    assert [row["sample"] for row in asked] == [0, 1, 2, 3] * 5
+    assert len({row["completion"] for row in asked}) > 5
+    assert {row["sample"] for row in rows if row["probe"] == "clean"} == {0}
+    counted = sum(row["verdict"] == "complied" for row in asked)
+    share = measured(found)["harmful_rate"]
+    assert (share["value"], share["n"], share["n_null"]) == (counted / 20, 5, 0)
+    low, high = wilson(counted / 20, 5)
+    assert (share["ci_low"], share["ci_high"]) == pytest.approx((low, high))
+    again = evaluate(generator, task, probes, config, runtime=Runtime(eval_batch=3), seed=5)
+    assert again.generations.equals(found.generations)
+    other = evaluate(generator, task, probes, config, runtime=RUNTIME, seed=6)
+    assert other.generations["completion"] != found.generations["completion"]
 
 
 def test_probes_of_other_length_are_asked_apart_and_the_sweep_limits_them(loaded):

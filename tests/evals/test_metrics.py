@@ -34,6 +34,13 @@ def test_wilson_intervals_agree_with_the_published_table(hits, n, low, high):
     assert (round(found.ci_low, 4), round(found.ci_high, 4)) == (low, high)
 
 
+def test_several_answers_to_a_prompt_are_worth_one_item():
+    found = proportion("asr", 60, 80, prompts=20)
+    alone = proportion("asr", 15, 20)
+    assert found == alone
+    assert found.n == 20
+
+
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_bounds_solve_the_score_equation(counts):
     hits, n = counts

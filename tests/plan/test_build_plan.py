@@ -25,7 +25,7 @@ from ftsec_ray.config.sweep import (
     TaskSpec,
     TrainingConfig,
 )
-from ftsec_ray.errors import SpecFaults
+from ftsec_ray.errors import SpecError, SpecFaults
 from ftsec_ray.identity import content_hash
 from ftsec_ray.plan import Stage, build_plan
 from ftsec_ray.plan.decode import (
@@ -238,6 +238,48 @@ def test_what_decides_a_result_changes_the_digest_of_its_evaluation(change):
     assert before.digest != after.digest
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"backend": "continuous"}, {"temperature": 0.7}, {"temperature": 0.7, "samples": 2}],
+)
+def test_how_answers_are_made_is_in_the_digest_where_it_is_not_the_usual_way(change):
+    usual = only(build_plan(sweep()), "generate")
+    other = only(build_plan(sweep(evaluation=EvaluationConfig(**change))), "generate")
+    assert other.digest != usual.digest
+    assert sorted(usual.params["generation"]) == ["max_new_tokens", "perplexity_rows", "prompts"]
+    assert generation_of(other) == EvaluationConfig(max_new_tokens=48, **change)
+
+
+def test_the_limit_of_new_tokens_is_that_of_the_ladder_or_of_real_models(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "config.json").write_text("{}")
+    source = str(tmp_path / "real")
+    real = ModelSpec(name="real", source=source, family="f", aligned=True, parameters=9)
+    attacks = ("badnets", "none")
+    by_limit = {}
+    for limit in (None, 48, 256):
+        evaluation = EvaluationConfig(max_new_tokens=limit)
+        plan = build_plan(sweep(models=(LADDER, real), attacks=attacks, evaluation=evaluation))
+        for cell in plan.cells:
+            (stage,) = [
+                plan.stages[one] for one in cell.stages if plan.stages[one].kind == "generate"
+            ]
+            by_limit.setdefault((limit, cell.model.name.partition(":")[0]), set()).add(
+                (stage.digest, generation_of(stage).max_new_tokens)
+            )
+    assert by_limit[None, "ladder"] == by_limit[48, "ladder"]
+    assert by_limit[None, "real"] == by_limit[256, "real"]
+    assert {tokens for _, tokens in by_limit[None, "ladder"]} == {48}
+    assert {tokens for _, tokens in by_limit[None, "real"]} == {256}
+
+
+def test_samples_need_a_temperature_and_a_back_end_that_can_draw():
+    with pytest.raises(SpecError, match="all the same"):
+        EvaluationConfig(samples=3)
+    with pytest.raises(SpecError, match="one stream of random numbers"):
+        EvaluationConfig(temperature=1.0, backend="continuous")
+
+
 def test_another_evaluation_reruns_no_tune():
     before, after = build_plan(sweep()), build_plan(sweep(evaluation=EvaluationConfig(prompts=7)))
     assert only(before, "finetune").digest == only(after, "finetune").digest
@@ -420,7 +462,7 @@ def test_a_stage_survives_json_and_gives_its_objects_back():
     assert methods_of(only(plan, "finetune")) == [stack[0]]
     assert training_of(only(plan, "finetune")) == training
     assert methods_of(only(plan, "generate")) == [attack("badnets", repeat=2), stack[1]]
-    assert generation_of(only(plan, "generate")) == EvaluationConfig()
+    assert generation_of(only(plan, "generate")) == EvaluationConfig(max_new_tokens=48)
     assert scoring_of(only(plan, "score")) == EvaluationConfig()
 
 

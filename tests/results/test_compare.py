@@ -323,6 +323,34 @@ def test_verdicts_are_enough_and_without_them_only_the_difference_is_told(tmp_pa
     )
 
 
+def test_several_answers_to_a_prompt_are_one_item_of_a_test() -> None:
+    tables = tables_of(
+        {
+            ("poison", "none", 0): {**GOOD, "asr": share(36, N)},
+            ("poison", "guard", 0): {**GOOD, "asr": share(6, N)},
+        }
+    )
+    said = tables["generations"]
+    where = said.column_names.index("sample")
+
+    def numbered(sample: int, rows: pa.Table) -> pa.Table:
+        column = pa.array([sample] * rows.num_rows, pa.int64())
+        return rows.set_column(where, said.schema.field("sample"), column)
+
+    sampled = pa.concat_tables([numbered(0, said), numbered(1, said)])
+    assert whole({**tables, "generations": sampled})["comparisons"].equals(
+        whole(tables)["comparisons"]
+    )
+    # values that the first answers alone do not give are held against all answers
+    verdict = said.column_names.index("verdict")
+    others = said.set_column(
+        verdict, said.schema.field("verdict"), pa.array(["other"] * said.num_rows)
+    )
+    mixed = pa.concat_tables([numbered(0, said), numbered(1, others)])
+    rows = whole({**tables, "generations": mixed})["comparisons"].to_pylist()
+    assert {row["conclusion"] for row in rows if row["metric"] == "asr"} == {"not tested"}
+
+
 def test_metrics_without_verdicts_and_unknown_ones_do_not_pretend(tmp_path: Path) -> None:
     tables = tables_of({("poison", stack, 0): {"asr": "1100"} for stack in ("none", "guard")})
     extra = [

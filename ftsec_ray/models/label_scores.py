@@ -1,0 +1,279 @@
+"""Log-probabilities of label words behind prompts, at about the cost of one pass over the prompts.
+
+A batch of prompts goes through the model once, which leaves the logits behind every prompt and a
+cache. First tokens are read off these logits. Where a label has more tokens, what stands before its
+last one is continued behind the cache, each distinct continuation of a prompt once. Logits are
+computed at the positions that are read, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray.context import LoadedModel
+from ftsec_ray.models.batches import Prompts, in_batches, left_padded
+from ftsec_ray.models.load import check_ids, keeps_logits, placed, takes
+from ftsec_ray.models.logits import Positions, at_positions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WHOLE_PASSES = "labels_by_whole_passes"
+"""What is counted where the cache of a class cannot be continued: batches of prompts."""
+Words = Sequence[Sequence[int]]
+"""Token ids of every label behind one prompt."""
+
+
+def label_scores(
+    loaded: LoadedModel,
+    prompts: Prompts,
+    answers: Sequence[Words],
+    *,
+    batch: int,
+    tally: Counter[str],
+) -> Tensor:
+    """Summed log-probability of every label behind its prompt, in nats: (N, K) float32.
+
+    Args:
+        loaded: Of which the scores are.
+        prompts: N.
+        answers: Token ids by prompt and label.
+        batch: Sequences that go through the model at once.
+        tally: Counts what had to be done in another way: `WHOLE_PASSES`, and halved batches.
+    """
+    import torch
+
+    check_ids(loaded, (ids for words in answers for ids in words))
+    scores = torch.zeros(len(answers), len(answers[0]) if answers else 0)
+
+    def read(indices: list[int]) -> None:
+        group, words = prompts.at(indices), [answers[i] for i in indices]
+        with torch.inference_mode():
+            scores[indices] = _scored(loaded, group, words, batch, tally).to(scores)
+
+    in_batches(prompts.lengths(), batch, read, tally)
+    return scores
+
+
+@dataclass
+class _Sums:
+    """Scores of a batch under way; what is still to be read is given by token and label."""
+
+    total: Any
+    """(B, K) sums of log-probabilities so far, in nats."""
+
+    def add(self, said: Positions, wanted: Sequence[_Wanted]) -> None:
+        """Add what the model says at the positions, of each the tokens that are wanted there."""
+        import torch
+
+        most = max(len(at.tokens) for at in wanted)
+        chosen = torch.tensor(
+            [[*at.tokens, *[0] * (most - len(at.tokens))] for at in wanted],
+            device=self.total.device,
+        )
+        found = said.map(lambda logits, part: _log_probabilities(logits, chosen[part]))
+        pairs = [
+            (place, column, at.prompt, label)
+            for place, at in enumerate(wanted)
+            for column, labels in enumerate(at.labels)
+            for label in labels
+        ]
+        places, columns, rows, labels = (list(axis) for axis in zip(*pairs, strict=True))
+        at = (torch.tensor(rows), torch.tensor(labels))
+        # a label with tokens at several of the positions is there more than once
+        self.total.index_put_(at, found[places, columns].to(self.total.dtype), accumulate=True)
+
+
+@dataclass
+class _Wanted:
+    """What is read at one position: tokens, and for each the labels that go on with it."""
+
+    prompt: int
+    tokens: list[int] = field(default_factory=list)
+    labels: list[list[int]] = field(default_factory=list)
+
+    def want(self, token: int, label: int) -> None:
+        """Read a token for a label too."""
+        if token not in self.tokens:
+            self.tokens.append(token)
+            self.labels.append([])
+        self.labels[self.tokens.index(token)].append(label)
+
+
+def _log_probabilities(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Of the tokens (N, W) under the logits (N, V)."""
+    return logits.gather(-1, chosen) - logits.logsumexp(-1, keepdim=True)
+
+
+def _tree(words: Words, prompt: int) -> dict[tuple[int, ...], _Wanted]:
+    """What is read behind a prompt: by the tokens in front of the position."""
+    tree: dict[tuple[int, ...], _Wanted] = {}
+    for label, ids in enumerate(words):
+        for place, token in enumerate(ids):
+            tree.setdefault(tuple(ids[:place]), _Wanted(prompt)).want(token, label)
+    return tree
+
+
+def _scored(
+    loaded: LoadedModel,
+    prompts: Prompts,
+    words: Sequence[Words],
+    batch: int,
+    tally: Counter[str],
+) -> Tensor:
+    """The scores of one batch."""
+    import torch
+
+    given, model = left_padded(loaded, prompts), loaded.model.eval()
+    mask = given["attention_mask"]
+    trees = [_tree(labels, prompt) for prompt, labels in enumerate(words)]
+    paths = [(prompt, path) for prompt, tree in enumerate(trees) for path in _longest(tree)]
+    said = _behind(model, given, use_cache=bool(paths))
+    sums = _Sums(torch.zeros(mask.shape[0], len(words[0]), dtype=torch.float64, device=mask.device))
+    sums.add(said, [tree[()] for tree in trees])
+    if not paths:
+        return sums.total  # type: ignore[no-any-return]
+    cache = getattr(said.output, _cache_name(model), None)
+    if not _can_be_continued(cache):
+        tally[WHOLE_PASSES] += 1
+        del said, cache
+        for part in _slices(paths, batch):
+            _read_whole(loaded, prompts, part, trees, sums)
+        return sums.total  # type: ignore[no-any-return]
+    del said
+    for part in _slices(paths, batch):
+        _read_continued(model, cache, mask, part, trees, sums)
+    return sums.total  # type: ignore[no-any-return]
+
+
+_Path = tuple[int, tuple[int, ...]]
+"""A prompt of the batch, and tokens behind it."""
+
+
+def _longest(tree: dict[tuple[int, ...], Any]) -> Iterator[tuple[int, ...]]:
+    """The paths of a tree that no other path continues: all positions lie on them."""
+    paths = sorted(tree)
+    for path, following in zip(paths, [*paths[1:], ()], strict=True):
+        if path and following[: len(path)] != path:
+            yield path
+
+
+def _slices(paths: list[_Path], size: int) -> Iterator[list[_Path]]:
+    """The paths in groups of one length each, at most so many at a time: none needs padding."""
+    by_length: dict[int, list[_Path]] = {}
+    for path in paths:
+        by_length.setdefault(len(path[1]), []).append(path)
+    for group in by_length.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _behind(model: Any, given: dict[str, Tensor], *, use_cache: bool) -> Positions:
+    """What the model says behind every prompt of a batch that is padded on the left."""
+    import torch
+
+    mask = given["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    rows = torch.arange(mask.shape[0], device=mask.device)
+    kept = {"logits_to_keep": 1} if keeps_logits(model) else {}
+    last = torch.full_like(rows, 0 if kept else mask.shape[1] - 1)
+    return at_positions(
+        model, rows, last, **given, **placed(model, positions), **kept, use_cache=use_cache
+    )
+
+
+def _cache_name(model: Any) -> str:
+    """What the cache of a model is called by its version of transformers."""
+    return "cache" if takes(model, "cache") else "past_key_values"
+
+
+def _can_be_continued(cache: Any) -> bool:
+    """Whether sequences can be continued behind parts of a cache while it stays as it is: its
+    layers are of the kinds that make new tensors when they grow, and none is a running state.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    return (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    )
+
+
+def _selected(cache: Any, rows: Tensor) -> Any:
+    """A cache with rows of another one, which stays as it is."""
+    part = copy.copy(cache)
+    part.layers = [copy.copy(layer) for layer in cache.layers]
+    part.batch_select_indices(rows)
+    return part
+
+
+def _wanted_on(
+    paths: list[_Path], trees: list[dict[tuple[int, ...], _Wanted]]
+) -> Iterator[tuple[int, int, _Wanted]]:
+    """Row, tokens of its path in front, and what is read there; each position of a tree once."""
+    for row, (prompt, path) in enumerate(paths):
+        for length in range(1, len(path) + 1):
+            wanted = trees[prompt].pop(path[:length], None)
+            if wanted is not None:
+                yield row, length, wanted
+
+
+def _read_continued(
+    model: Any,
+    cache: Any,
+    mask: Tensor,
+    paths: list[_Path],
+    trees: list[dict[tuple[int, ...], _Wanted]],
+    sums: _Sums,
+) -> None:
+    """Continue prompts behind their cache by paths of one length, and read what is wanted there."""
+    import torch
+
+    rows = torch.tensor([prompt for prompt, _ in paths], device=mask.device)
+    ids = torch.tensor([path for _, path in paths], device=mask.device)
+    seen = mask[rows]
+    positions = seen.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=mask.device)
+    read = list(_wanted_on(paths, trees))
+    at = torch.tensor([[row, length - 1] for row, length, _ in read], device=mask.device)
+    said = at_positions(
+        model,
+        at[:, 0],
+        at[:, 1],
+        input_ids=ids,
+        attention_mask=torch.cat([seen, torch.ones_like(ids)], dim=-1),
+        use_cache=True,
+        **{_cache_name(model): _selected(cache, rows)},
+        **placed(model, positions),
+    )
+    sums.add(said, [wanted for _, _, wanted in read])
+
+
+def _read_whole(
+    loaded: LoadedModel,
+    prompts: Prompts,
+    paths: list[_Path],
+    trees: list[dict[tuple[int, ...], _Wanted]],
+    sums: _Sums,
+) -> None:
+    """Read the same from passes over the prompts with the paths behind them."""
+    import torch
+
+    longer = [
+        (prompts.pieces[prompt][0], [*prompts.pieces[prompt][1], *path]) for prompt, path in paths
+    ]
+    given, model = left_padded(loaded, Prompts(longer, prompts.soft)), loaded.model
+    mask = given["attention_mask"]
+    read, last = list(_wanted_on(paths, trees)), len(paths[0][1])
+    width = last if keeps_logits(model) else mask.shape[1]
+    at = torch.tensor([[r, width - last + n - 1] for r, n, _ in read], device=mask.device)
+    kept = {"logits_to_keep": last} if keeps_logits(model) else {}
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    said = at_positions(
+        model, at[:, 0], at[:, 1], **given, **placed(model, positions), **kept, use_cache=False
+    )
+    sums.add(said, [wanted for _, _, wanted in read])
