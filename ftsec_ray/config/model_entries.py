@@ -32,6 +32,7 @@ _KEYS = (
     "trust_remote_code",
     "chat_template",
     "thinking",
+    "dtype",
     "serve_template",
 )
 _READ_HERE = frozenset(
@@ -142,6 +143,14 @@ def _built(
                 "no chat_template",
                 "serve_template gives the finished model another one",
             )
+    if source.text.startswith("ladder:") and given.get("dtype", "auto") not in ("auto", "float32"):
+        faults.add(
+            f"{place}.dtype",
+            "the dtype of a ladder model is fixed",
+            given["dtype"],
+            "float32, or no dtype",
+            "its sizes are small, and half precision is slower than float32 on a CPU",
+        )
     if source.local and given.get("revision") is not None:
         faults.add(
             f"{place}.revision",

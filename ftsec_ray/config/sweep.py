@@ -137,6 +137,9 @@ class ModelSpec:
     or the path of one. None: the model's own."""
     thinking: bool = False
     """Whether the model may think aloud before it answers; its thoughts never reach a judge."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the weights, in the store, in memory and when the model is asked; `auto`: the source's own,
+    and float32 for a GGUF file and the ladder. Adapters and the optimizer are float32 always."""
     serve_template: str | None = None
     """Template under which the finished model is asked, where that is another than it was trained
     under; in a file `own`, a text, a path, or a list or mapping of them, which makes a model of

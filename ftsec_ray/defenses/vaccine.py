@@ -88,7 +88,8 @@ class Vaccine(Defense):
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after perturbation-aware alignment, with whole weights."""
-        from ftsec_ray.models.load import merged
+        from ftsec_ray.models.load import folded
+        from ftsec_ray.models.precision import tell_rounding
         from ftsec_ray.models.row_tokens import tell_cuts
         from ftsec_ray.training.loop import sft
 
@@ -121,7 +122,9 @@ class Vaccine(Defense):
             first_loss=report.losses[0],
             last_loss=report.losses[-1],
         )
-        return merged(report.loaded)
+        aligned, lost = folded(report.loaded)
+        tell_rounding(ctx, lost, aligned)
+        return aligned
 
     def _rows(self, ctx: StageContext) -> pa.Table:
         import pyarrow as pa

@@ -80,12 +80,14 @@ class StageJob:
 
     def change_model(self, hook: str) -> Extra:
         """Let the stage's one method change a copy of its model by a hook, and write the result."""
-        from ftsec_ray.models.load import copy_model
+        from ftsec_ray.models.precision import tell_rounding
 
         (method,) = self.methods()
         context = self.context()
-        copied = copy_model(self.session.model(self.inputs["model"]))
-        return self.finish(getattr(method, hook)(copied, context), notes=context.notes)
+        before = self.session.model(self.inputs["model"])
+        changed, lost = change(method, hook, before, context)
+        tell_rounding(context, lost, changed)
+        return self.finish(changed, notes=context.notes)
 
     def craft_in_blocks(self, method: RowWise, file: Path) -> dict[str, Any]:
         """Let a method change the rows of a file block by block, in many processes where it may."""
@@ -116,6 +118,24 @@ class StageJob:
             self.session.remember(self.stage.digest, loaded)
         curve = {"losses": _thinned(losses)} if losses else {}
         return {"notes": {"info": asdict(loaded.info), **curve, **(notes or {})}, **measured}
+
+
+def change(
+    method: Method, hook: str, before: LoadedModel, context: StageContext
+) -> tuple[LoadedModel, float | None]:
+    """What a hook makes of a copy of a model, in the model's dtype, and the share of the change that
+    rounding to it lost.
+
+    The hook gets float32 weights, whatever the model's dtype; one that trains gets the model's own,
+    since training looks after the dtype itself.
+    """
+    from ftsec_ray.models.load import copy_model
+    from ftsec_ray.models.precision import narrow, widened
+
+    trains = hook in method.TRAINS
+    copied = copy_model(before) if trains else widened(before)
+    changed: LoadedModel = getattr(method, hook)(copied, context)
+    return changed, None if trains else narrow(changed, before)
 
 
 def _thinned(losses: Sequence[float], keep: int = KEPT_LOSSES) -> list[float]:

@@ -172,11 +172,24 @@ def copy_model(loaded: LoadedModel) -> LoadedModel:
 
 
 def merged(loaded: LoadedModel) -> LoadedModel:
-    """A copy with whole weights: the adapter, if any, folded in."""
-    model = copy.deepcopy(loaded.model)
+    """A copy with whole weights in the dtype of the base: the adapter, if any, folded in."""
+    return folded(loaded)[0]
+
+
+def folded(loaded: LoadedModel) -> tuple[LoadedModel, float | None]:
+    """What `merged` gives, and the share of the adapter's update that rounding to the dtype of the
+    base lost; None in float32.
+    """
+    model, lost = copy.deepcopy(loaded.model), None
     if loaded.has_adapter:
-        model = model.merge_and_unload()
-    return replace(loaded, model=model, base_digest=None)
+        from ftsec_ray.models.precision import fold_rounded, is_half
+
+        if is_half(model):
+            lost = fold_rounded(model)
+            model = model.unload()
+        else:
+            model = model.merge_and_unload()
+    return replace(loaded, model=model, base_digest=None), lost
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:
@@ -274,13 +287,13 @@ def load_model(
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any]:
-    import torch
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    model = model_class(config).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    # an artifact names the dtype that it was written in
+    model = model_class(config).from_pretrained(folder, dtype="auto", local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -130,13 +130,15 @@ def transposed_weights(loaded: LoadedModel) -> set[str]:
 
 
 def stands_on(loaded: LoadedModel, start: LoadedModel) -> bool:
-    """Whether the weights under the adapter are those of `start`, bit for bit."""
+    """Whether the weights under the adapter are those of `start`, bit for bit (those of one may be
+    widened to float32).
+    """
     import torch
 
     theirs = whole_weights(start)
     ours = whole_weights(loaded)
     return ours.keys() == theirs.keys() and all(
-        torch.equal(weight, theirs[name].to(weight.device)) for name, weight in ours.items()
+        torch.equal(weight, theirs[name].to(weight)) for name, weight in ours.items()
     )
 
 

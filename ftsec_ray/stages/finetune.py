@@ -26,6 +26,7 @@ KIND = StageKind(
 
 def run(job: Job) -> Extra:
     """Supervised fine-tuning, alone or as one process of a worker group."""
+    from ftsec_ray.models.precision import tell_rounding
     from ftsec_ray.models.row_tokens import tell_cuts
     from ftsec_ray.training.loop import sft
 
@@ -47,6 +48,7 @@ def run(job: Job) -> Extra:
         base_digest=job.inputs["model"],
     )
     tell_cuts(context, report.cuts, context.training.max_length)
+    tell_rounding(context, report.rounding_lost, report.loaded)
     return job.finish(
         report.loaded,
         tokens=report.tokens,

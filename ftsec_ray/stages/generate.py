@@ -35,7 +35,7 @@ def run(job: Job) -> Extra:
     from ftsec_ray.evals.probes import default_probes
     from ftsec_ray.models.chat_format import chat_format, template_hash, under
     from ftsec_ray.models.generator import Generator
-    from ftsec_ray.models.load import merged
+    from ftsec_ray.models.precision import as_asked, asked_notes
     from ftsec_ray.plan.decode import generation_of
 
     context = job.context()
@@ -45,8 +45,7 @@ def run(job: Job) -> Extra:
     serve_template = job.stage.params.get("serve_template")
     if serve_template is not None:
         loaded = replace(loaded, tokenizer=under(loaded.tokenizer, str(serve_template)))
-    # An adapter is folded in once, and not at every token.
-    generator = Generator(merged(loaded) if loaded.has_adapter else loaded)
+    generator = Generator(as_asked(loaded))
     probes = default_probes(context.task, config)
     for method in job.methods():
         if hasattr(method, "wrap_generation"):
@@ -61,6 +60,7 @@ def run(job: Job) -> Extra:
         "chat": chat_format(tokenizer).notes(),
         "train_template_hash": trained_under,
         "serve_template_hash": template_hash(tokenizer),
+        **asked_notes(generator.loaded),
     }
     if answers.left_out:
         notes["beyond_positions"] = dict(answers.left_out)

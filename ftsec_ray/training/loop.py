@@ -36,6 +36,7 @@ from ftsec_ray.models.load import (
     within_positions,
 )
 from ftsec_ray.models.lora import attach_lora
+from ftsec_ray.models.precision import is_half, narrow, widen
 from ftsec_ray.models.row_tokens import CutTally
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
@@ -63,6 +64,10 @@ class TuneReport:
     """
     cuts: CutTally = field(default_factory=CutTally)
     """Rows that did not fit into `max_length`."""
+    rounding_lost: float | None = None
+    """Share of the change of whole weights, by its norm, that rounding to the model's dtype lost;
+    None where they are float32 or an adapter was trained.
+    """
 
 
 def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
@@ -252,6 +257,9 @@ def sft(
 ) -> TuneReport:
     """Fine-tune a copy of `loaded` on `rows` (schema.ROWS); `shape` may replace parts of the
     training first.
+
+    What trains is float32 and so are its moments: an adapter beside a base that keeps its dtype, or
+    whole weights, which are rounded to the model's dtype when all steps are done.
     """
     import torch
 
@@ -272,8 +280,12 @@ def sft(
         torch.manual_seed(_seed(seed, "adapter"))
         if config.adapter == "lora":
             tuned = attach_lora(tuned, config, base_digest=base_digest)
+        else:
+            widen(tuned.model)
         report = run(tuned, training, seed=seed, runtime=runtime, workdir=workdir, process=process)
     report.cuts = cuts
+    if config.adapter == "full" and is_half(loaded.model):
+        report.rounding_lost = narrow(tuned, merged(loaded) if loaded.has_adapter else loaded)
     return report
 
 
