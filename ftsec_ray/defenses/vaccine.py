@@ -96,6 +96,10 @@ class Vaccine(Defense):
         config = replace(
             ctx.training,
             adapter="lora",
+            # where the user's adapter sits says nothing about the one that hardens the base
+            targets="all-linear",
+            layers=None,
+            rslora=False,
             rank=self.lora_rank,
             alpha=2.0 * self.lora_rank,
             epochs=self.epochs,

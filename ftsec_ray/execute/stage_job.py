@@ -123,8 +123,8 @@ class StageJob:
 def change(
     method: Method, hook: str, before: LoadedModel, context: StageContext
 ) -> tuple[LoadedModel, float | None]:
-    """What a hook makes of a copy of a model, in the model's dtype, and the share of the change that
-    rounding to it lost.
+    """What a hook makes of a copy of a model, in the model's dtype, and the share of the change
+    that rounding to it lost.
 
     The hook gets float32 weights, whatever the model's dtype; one that trains gets the model's own,
     since training looks after the dtype itself.

@@ -2,8 +2,8 @@
 GGUF file.
 
 Weights keep the dtype of the source unless the sweep names another; those of a GGUF file become
-float32. `trust_remote_code` is off unless the sweep says otherwise. A tokenizer without a chat template or a padding token is given one or refused here, so that no later
-stage has to ask.
+float32. `trust_remote_code` is off unless the sweep says otherwise. A tokenizer without a chat
+template or a padding token is given one or refused here, so that no later stage has to ask.
 """
 
 from __future__ import annotations

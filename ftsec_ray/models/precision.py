@@ -81,8 +81,7 @@ def as_asked(loaded: LoadedModel) -> LoadedModel:
 
 
 def asked_notes(loaded: LoadedModel) -> dict[str, str]:
-    """For the record: the dtype that a model is asked in, and where its adapter was not folded in.
-    """
+    """For the record: the dtype that a model is asked in, and whether its adapter was left on."""
     beside = {"adapter": "beside the base"} if loaded.has_adapter else {}
     return {"dtype": dtype_name(loaded.model), **beside}
 
@@ -153,8 +152,7 @@ def _whole(model: Any) -> dict[str, Any]:
 
 
 def tell_rounding(ctx: StageContext, lost_frac: float | None, loaded: LoadedModel) -> None:
-    """Note what rounding lost of a change of weights, and warn where it is much; nothing for None.
-    """
+    """Note what rounding lost of a change of weights, and warn where it is much."""
     if lost_frac is None:
         return
     ctx.note(rounding_lost=lost_frac)

@@ -108,7 +108,9 @@ def test_a_model_keeps_its_dtype_and_its_size_in_the_store(family, dtype, tmp_pa
     back, wanted = load_model(tmp_path / "artifact"), loaded.model.state_dict()
     assert dtypes_of(back.model) == dtypes_of(source.model) == {dtype}
     assert all(torch.equal(weight, wanted[n]) for n, weight in back.model.state_dict().items())
-    stored = {n: t for f in (tmp_path / "artifact").glob("*.safetensors") for n, t in load_file(f).items()}
+    stored = {
+        n: t for f in (tmp_path / "artifact").glob("*.safetensors") for n, t in load_file(f).items()
+    }
     assert sum(t.nbytes for t in stored.values()) == 2 * loaded.info.parameters
 
 
@@ -326,7 +328,14 @@ def test_lisa_pulls_an_adapter_beside_a_half_precision_base(tmp_path):
     ctx = context_of(reference=start)
     shape = lambda training: Lisa(rho=1.0, user_steps=2).shape_training(training, ctx)  # noqa: E731
     report = sft(
-        start, ROWS, CONFIG, seed=0, runtime=Runtime(), workdir=tmp_path, shape=shape, base_digest=BASE
+        start,
+        ROWS,
+        CONFIG,
+        seed=0,
+        runtime=Runtime(),
+        workdir=tmp_path,
+        shape=shape,
+        base_digest=BASE,
     )
     assert all(map(math.isfinite, report.losses))
 
