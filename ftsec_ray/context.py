@@ -130,6 +130,8 @@ class Runtime:
     """Rows from which on a set is crafted in blocks, by Ray Data where the stage has workers for
     it.
     """
+    gradient_checkpointing: bool = False
+    """Whether training computes each block again in the backward pass; gradients are the same."""
     worker_group: WorkerGroup | None = None
     """The worker group that this process belongs to; None where it trains alone."""
 

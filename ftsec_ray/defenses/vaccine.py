@@ -163,11 +163,15 @@ def vaccinated(inner: Backward, *, rho: float) -> Backward:
             )
         }
 
-        def shifted(model: Any, batch: Batch, step: Step) -> Tensor:
-            with edited(model, lambda block, out: out + shifts[id(batch)][block]):
-                return objective(model, batch, step)
+        current: list[list[Tensor]] = [[]]
 
-        return inner(model, micro_batches, shifted, step)
+        def shifted(model: Any, batch: Batch, step: Step) -> Tensor:
+            current[0] = shifts[id(batch)]
+            return objective(model, batch, step)
+
+        # on until the backward pass of each batch is done, which may compute its blocks again
+        with edited(model, lambda block, out: out + current[0][block]):
+            return inner(model, micro_batches, shifted, step)
 
     return backward
 
@@ -201,7 +205,8 @@ def perturbations(
 
             with edited(model, behind):
                 loss = batch.weight * objective(model, batch, step)
-            gradients.append(torch.autograd.grad(loss, [leaves[block] for block in sorted(leaves)]))
+                wanted = [leaves[block] for block in sorted(leaves)]
+                gradients.append(torch.autograd.grad(loss, wanted))
     square = sum(g.double().square().sum() for group in gradients for g in group)
     scale = rho / (
         step.summed(float(square)) ** 0.5 + 1e-7

@@ -6,11 +6,11 @@ Everything besides the work itself (publishing, records, retries) is done elsewh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.context import LoadedModel, StageContext
+from ftsec_ray.context import LoadedModel, Runtime, StageContext
 from ftsec_ray.errors import StageError
 from ftsec_ray.execute.session import Session
 from ftsec_ray.lifecycle import Extra, runner_of
@@ -47,6 +47,12 @@ class StageJob:
         """Role -> digest."""
         return dict(self.stage.inputs)
 
+    @property
+    def runtime(self) -> Runtime:
+        """Where and how the stage runs."""
+        recomputes = bool(self.stage.where.get("gradient_checkpointing"))
+        return replace(self.session.runtime, gradient_checkpointing=recomputes)
+
     def methods(self) -> list[Method]:
         """The methods that act in this stage, in order, with their parameters."""
         return methods_of(self.stage)
@@ -56,7 +62,7 @@ class StageJob:
         return StageContext(
             seed=self.stage.seed or 0,
             task=self.session.task(self.inputs["task"]),
-            runtime=self.session.runtime,
+            runtime=self.runtime,
             workdir=workdir or self.session.workdir(self.stage.digest),
             load=self._load,
             training=training_of(self.stage) if "training" in self.stage.params else None,

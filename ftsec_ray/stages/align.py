@@ -86,6 +86,6 @@ def _align_loaded(job: Job, base: LoadedModel, align: AlignSpec) -> TuneReport:
         pa.concat_tables(parts),
         config,
         seed=0,
-        runtime=job.session.runtime,
+        runtime=job.runtime,
         workdir=job.session.workdir(job.stage.digest),
     )

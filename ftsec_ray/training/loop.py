@@ -17,7 +17,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from ftsec_ray.context import LoadedModel, Runtime
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.models.load import (
+    bare,
     check_ids,
     check_packing,
     count_parameters,
@@ -282,11 +284,37 @@ def sft(
             tuned = attach_lora(tuned, config, base_digest=base_digest)
         else:
             widen(tuned.model)
-        report = run(tuned, training, seed=seed, runtime=runtime, workdir=workdir, process=process)
+        with recomputed(tuned.model, wanted=runtime.gradient_checkpointing):
+            report = run(
+                tuned, training, seed=seed, runtime=runtime, workdir=workdir, process=process
+            )
     report.cuts = cuts
     if config.adapter == "full" and is_half(loaded.model):
         report.rounding_lost = narrow(tuned, merged(loaded) if loaded.has_adapter else loaded)
     return report
+
+
+@contextmanager
+def recomputed(model: Any, *, wanted: bool) -> Iterator[None]:
+    """Within the `with` block a model in training keeps the input of each block alone and computes
+    the rest again in the backward pass; StageError for a class that cannot.
+    """
+    if not wanted:
+        yield
+        return
+    inner = bare(model)
+    if not getattr(inner, "supports_gradient_checkpointing", False):
+        raise StageError(
+            "gradient checkpointing of a class that has none",
+            type(inner).__name__,
+            "a class of transformers that supports it",
+            "training.gradient_checkpointing: off",
+        )
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        inner.gradient_checkpointing_disable()
 
 
 def run(
