@@ -57,6 +57,10 @@ class LoadedModel:
     info: ModelInfo
     base_digest: str | None = None
     """Digest of the artifact under the adapter; None when the weights are whole."""
+    quantization: str | None = None
+    """How the linear layers under the adapter are packed (`int8`, `nf4`); None: not at all."""
+    attention: str | None = None
+    """Attention implementation that the sweep names; None: what transformers takes."""
 
     @property
     def has_adapter(self) -> bool:

@@ -33,6 +33,7 @@ _KEYS = (
     "chat_template",
     "thinking",
     "dtype",
+    "attention",
     "serve_template",
 )
 _READ_HERE = frozenset(
@@ -150,6 +151,13 @@ def _built(
             given["dtype"],
             "float32, or no dtype",
             "its sizes are small, and half precision is slower than float32 on a CPU",
+        )
+    if source.text.startswith("ladder:") and given.get("attention", "auto") != "auto":
+        faults.add(
+            f"{place}.attention",
+            "the attention of a ladder model is fixed",
+            given["attention"],
+            "auto, or no attention",
         )
     if source.local and given.get("revision") is not None:
         faults.add(

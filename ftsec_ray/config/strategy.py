@@ -63,9 +63,9 @@ class StrategyConfig:
     by the memory table.
     """
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Whether each block is computed again in the backward pass instead of keeping what it computed:
-    less memory, about a third more time, equal gradients. `auto`: on a GPU where a tune does not fit
-    otherwise by the memory table; never on a CPU.
+    """Whether each block is computed again in the backward pass: less memory, more time, equal
+    gradients. `auto`: on a GPU where a tune does not fit otherwise by the memory table; never on a
+    CPU.
     """
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     """How DeepSpeed runs."""

@@ -42,7 +42,7 @@ def _is_default(config: object, f: Field[Any]) -> bool:
 class TrainingConfig:
     """How every tune of the sweep trains; part of each tune's identity."""
 
-    UNSAID: ClassVar[tuple[str, ...]] = ("targets", "layers", "rslora")
+    UNSAID: ClassVar[tuple[str, ...]] = ("targets", "layers", "rslora", "quantization")
     """Left out of digests at their defaults, which are what tunes did before they could be said."""
 
     adapter: Literal["lora", "full"] = "lora"
@@ -62,6 +62,10 @@ class TrainingConfig:
     rslora: bool = False
     """Whether the update is multiplied by alpha / sqrt(rank), so that its size does not fall with
     the rank (Kalajdzievski 2023, arXiv:2312.03732)."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """How the frozen base of the adapter is packed, by bitsandbytes, when it is trained and when
+    the tuned model is asked: linear layers in 8 or 4 bits (Dettmers et al. 2023, QLoRA,
+    arXiv:2305.14314). The store keeps the base as it is."""
     epochs: Annotated[float, Gt(0)] = 3.0
     """Passes over the rows."""
     batch_size: Annotated[int, Ge(1)] = 16
@@ -205,6 +209,9 @@ class ModelSpec:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of the weights in the store, in memory and when the model is asked; `auto`: the source's own,
     and float32 for a GGUF file and the ladder. Adapters and the optimizer are float32 always."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention implementation of transformers, in training and when the model is asked; `auto`:
+    what transformers takes. Another one rounds otherwise, so that it is part of a digest."""
     serve_template: str | None = None
     """Template under which the finished model is asked, where that is another than it was trained
     under; in a file `own`, a text, a path, or a list or mapping of them, which makes a model of

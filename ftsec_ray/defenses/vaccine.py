@@ -100,6 +100,7 @@ class Vaccine(Defense):
             targets="all-linear",
             layers=None,
             rslora=False,
+            quantization="none",
             rank=self.lora_rank,
             alpha=2.0 * self.lora_rank,
             epochs=self.epochs,

@@ -15,7 +15,7 @@ from ftsec_ray.context import LoadedModel, ModelInfo
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.chat import adds_bos, render
 from ftsec_ray.models.chat_format import OPTIONS, chat_format
-from ftsec_ray.models.load import count_parameters, model_class
+from ftsec_ray.models.load import NEEDS_GPU, check_attention, count_parameters, model_class
 
 
 def load_source(
@@ -29,13 +29,17 @@ def load_source(
     chat_template: str | None = None,
     thinking: bool = False,
     dtype: str = "float32",
+    attention: str | None = None,
 ) -> LoadedModel:
     """Load a published model in a dtype (`auto`: its own); DataError says what is missing and what
     can be given instead.
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    check_attention(attention)
     place, options = _place(source)
+    if attention not in (None, NEEDS_GPU):
+        options["attn_implementation"] = attention
     options |= {"revision": revision} if revision else {}
     options |= {"trust_remote_code": trust_remote_code}
     try:
@@ -66,6 +70,7 @@ def load_source(
         model.eval(),
         tokenizer,
         ModelInfo(name=name, family=family, parameters=count_parameters(model), aligned=aligned),
+        attention=attention,
     )
 
 

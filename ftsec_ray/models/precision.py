@@ -77,12 +77,14 @@ def as_asked(loaded: LoadedModel) -> LoadedModel:
     """The model as it is asked. An adapter on float32 weights is folded in once, and not at every
     token; beside weights of fewer bits it stays, since rounding would change the update.
     """
-    return merged(loaded) if loaded.has_adapter and not is_half(loaded.model) else loaded
+    is_exact = loaded.quantization is None and not is_half(loaded.model)
+    return merged(loaded) if loaded.has_adapter and is_exact else loaded
 
 
 def asked_notes(loaded: LoadedModel) -> dict[str, str]:
     """For the record: the dtype that a model is asked in, and whether its adapter was left on."""
     beside = {"adapter": "beside the base"} if loaded.has_adapter else {}
+    beside |= {"quantization": loaded.quantization} if loaded.quantization else {}
     return {"dtype": dtype_name(loaded.model), **beside}
 
 

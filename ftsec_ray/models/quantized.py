@@ -37,9 +37,9 @@ def check_bitsandbytes() -> None:
         )
 
 
-def quantize(model: Any, how: Quantization) -> None:
-    """Pack the linear layers of a decoder in place, on the device where they are; DataError where
-    there is none.
+def quantize(model: Any, how: Quantization, device: str = "cpu") -> None:
+    """Pack the linear layers of a decoder in place, one after the other on a device, where they
+    stay; DataError where there is none.
     """
     check_bitsandbytes()
     paths = linear_paths(model)
@@ -47,21 +47,21 @@ def quantize(model: Any, how: Quantization) -> None:
         raise DataError("a model without linear layers", type(model).__name__, "a decoder")
     make = _int8 if how == "int8" else _nf4
     for path in paths:
-        model.set_submodule(path, _packed(model.get_submodule(path), make))
+        model.set_submodule(path, _packed(model.get_submodule(path), make, device))
     setattr(model, "is_loaded_in_8bit" if how == "int8" else "is_loaded_in_4bit", True)
 
 
-def _packed(linear: Any, make: Callable[[Any, int, int], nn.Module]) -> nn.Module:
-    """A packed twin of a linear layer or a Conv1D, on its device."""
+def _packed(linear: Any, make: Callable[[Any, int, int], nn.Module], device: str) -> nn.Module:
+    """A packed twin of a linear layer or a Conv1D, on a device."""
     import torch
 
-    weight = linear.weight.detach()
+    weight = linear.weight.detach().to(device)
     weight = weight.T.contiguous() if is_transposed(linear) else weight
     out_features, in_features = weight.shape
     packed: Any = make(weight, in_features, out_features)
     if getattr(linear, "bias", None) is not None:
         packed.bias = torch.nn.Parameter(linear.bias.detach(), requires_grad=False)
-    moved: nn.Module = packed.to(weight.device).requires_grad_(requires_grad=False)
+    moved: nn.Module = packed.to(device).requires_grad_(requires_grad=False)
     return moved
 
 

@@ -23,6 +23,7 @@ from ftsec_ray.method import Method
 from ftsec_ray.plan.cost_estimate import Tariff
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.model_structure import (
+    quantization_faults,
     structure_faults,
     structure_needs,
     target_faults,
@@ -62,6 +63,7 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
         faults["prices",] = ("prices", fault)
     needs = structure_needs(spec, cells)
     faults |= structure_faults(cells, needs) | target_faults(spec, cells)
+    faults |= quantization_faults(spec, cells)
     if faults:
         raise SpecFaults(f"sweep {spec.name!r}", list(faults.values()))
     return Plan(spec, cells, with_structure(stages, cells, needs), tuple(searches))

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from ftsec_ray.config.sweep import SweepSpec, TrainingConfig
 from ftsec_ray.errors import SpecError
+from ftsec_ray.lifecycle import hooks_of
 from ftsec_ray.models.families import PACKED_ROWS, lacking
 from ftsec_ray.models.ladder import linear_paths_of
 from ftsec_ray.models.targets import ALL_LINEAR, layer_of, target_fault
@@ -16,6 +17,8 @@ from ftsec_ray.plan.origin import known_config, local_path, weights_index
 from ftsec_ray.plan.stage import Cell, Stage
 from ftsec_ray.registry import name_of
 
+REVISES = "revise_model"
+"""The hook at which a method changes a tuned model; those before it see the base as it was read."""
 Needs = dict[str, frozenset[str]]
 """`attack badedit`, `training.batching: packed`, ... -> what it needs."""
 
@@ -103,6 +106,43 @@ def target_faults(
                 what, fault.got, fault.want, "the names are those of its linear layers"
             )
             faults["targets", cell.model.name, what] = ("training", error)
+    return faults
+
+
+def quantization_faults(
+    spec: SweepSpec, cells: Iterable[Cell]
+) -> dict[tuple[str, ...], tuple[str, SpecError]]:
+    """One for every method that changes the weights of a tuned model whose base is packed, and one
+    for a strategy that would split packed weights.
+    """
+    faults: dict[tuple[str, ...], tuple[str, SpecError]] = {}
+    packed = spec.training.quantization
+    if packed != "none" and spec.strategy.strategy == "deepspeed":
+        faults["quantization", "strategy"] = (
+            "training",
+            SpecError(
+                "a quantized base is not split over processes",
+                f"quantization: {packed}, strategy: deepspeed",
+                "one of them",
+                "strategy: single",
+            ),
+        )
+    for cell in cells:
+        training = cell.searched.training if cell.searched else spec.training
+        for method in (cell.attack, *cell.defenses):
+            if training.quantization == "none" or REVISES not in hooks_of(type(method)):
+                continue
+            kind, name = method.KIND, name_of(method)
+            faults["quantization", kind, name] = (
+                f"{kind} {name}",
+                SpecError(
+                    f"{kind} {name!r} changes the weights of the tuned model, and those under its"
+                    " adapter are packed in so few bits that a change would be rounded away",
+                    training.quantization,
+                    "training.quantization: none",
+                    f"leave out the quantization, or exclude {{{kind}: {name}}}",
+                ),
+            )
     return faults
 
 

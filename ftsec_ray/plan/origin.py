@@ -46,6 +46,8 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
         given["chat_template"] = model.chat_template
     if model.thinking:
         given["thinking"] = True
+    if model.attention != "auto":
+        given["attention"] = model.attention
     if (dtype := source_dtype(model, source)) != "float32":
         given["dtype"] = dtype
     if path is not None:

@@ -266,6 +266,8 @@ class Sizing:
         does not fit on one GPU.
         """
         strategy = self._spec.strategy
+        if self._spec.training.quantization != "none" and not trains_all:
+            return False  # packed weights are not split over processes
         if strategy.strategy != "auto":
             return strategy.strategy == "deepspeed"
         if strategy.deepspeed_above is not None:

@@ -38,7 +38,7 @@ def run(job: Job) -> Extra:
         return training
 
     report = sft(
-        job.session.model(job.inputs["model"]),
+        job.session.model(job.inputs["model"], on_host=context.training.quantization != "none"),
         job.session.rows(job.inputs["rows"]),
         context.training,
         seed=context.seed,

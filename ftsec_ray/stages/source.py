@@ -38,6 +38,7 @@ def run(job: Job) -> Extra:
         chat_template=given.get("chat_template"),
         thinking=bool(given.get("thinking", False)),
         dtype=str(given.get("dtype", "float32")),
+        attention=given.get("attention"),
     )
     template = loaded.tokenizer.chat_template
     if template == plain_template(loaded.tokenizer):

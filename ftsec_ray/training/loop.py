@@ -39,6 +39,7 @@ from ftsec_ray.models.load import (
 )
 from ftsec_ray.models.lora import attach_lora
 from ftsec_ray.models.precision import is_half, narrow, widen
+from ftsec_ray.models.quantized import quantize
 from ftsec_ray.models.row_tokens import CutTally
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
@@ -272,16 +273,20 @@ def sft(
     if shape is not None:
         training = shape(training)
     tuned = merged(loaded)
+    if config.quantization != "none":
+        quantize(tuned.model, config.quantization, runtime.device)
     if (
         runtime.worker_group is None
     ):  # the processes of a worker group take their share onto their GPU themselves
         tuned.model.to(runtime.device)
     for name, parameter in tuned.model.named_parameters():
-        parameter.requires_grad_(is_of_text(tuned.model, name))
+        is_packed = not parameter.is_floating_point()
+        parameter.requires_grad_(not is_packed and is_of_text(tuned.model, name))
     with torch.random.fork_rng():
         torch.manual_seed(_seed(seed, "adapter"))
         if config.adapter == "lora":
             tuned = attach_lora(tuned, config, base_digest=base_digest)
+            tuned.quantization = None if config.quantization == "none" else config.quantization
         else:
             widen(tuned.model)
         with recomputed(tuned.model, wanted=runtime.gradient_checkpointing):
@@ -354,9 +359,10 @@ def run(
             _checkpoint(workdir, process.state(), step, report)
             saved_at = time.monotonic()
     process.finish()
-    report.flops = (
-        (6.0 if config.adapter == "full" else 4.0) * count_parameters(model) * report.tokens
-    )
+    weights = count_parameters(model)
+    if loaded.quantization is not None:  # packed entries are no weights
+        weights = loaded.info.parameters + sum(p.numel() for p in trainable_of(model).values())
+    report.flops = (6.0 if config.adapter == "full" else 4.0) * weights * report.tokens
     return report
 
 
