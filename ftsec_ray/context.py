@@ -113,6 +113,8 @@ class WorkerGroup:
     """Whether the optimizer's state and its copy of the weights stay in host memory."""
     offload_parameters: bool = False
     """Whether the weights stay in host memory between their uses; with stage 3 only."""
+    gradient_checkpointing: bool = False
+    """Whether each block is computed again in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,8 +50,14 @@ class StageJob:
     @property
     def runtime(self) -> Runtime:
         """Where and how the stage runs."""
-        recomputes = bool(self.stage.where.get("gradient_checkpointing"))
-        return replace(self.session.runtime, gradient_checkpointing=recomputes)
+        runtime: Runtime = self.session.runtime
+        group = runtime.worker_group
+        recomputes = (
+            bool(self.stage.where.get("gradient_checkpointing"))
+            if group is None
+            else group.gradient_checkpointing
+        )
+        return replace(runtime, gradient_checkpointing=recomputes)
 
     def methods(self) -> list[Method]:
         """The methods that act in this stage, in order, with their parameters."""
