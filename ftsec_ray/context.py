@@ -57,6 +57,10 @@ class LoadedModel:
     info: ModelInfo
     base_digest: str | None = None
     """Digest of the artifact under the adapter; None when the weights are whole."""
+    quantization: str | None = None
+    """How the linear layers under the adapter are packed (`int8`, `nf4`); None: not at all."""
+    attention: str | None = None
+    """Attention implementation that the sweep names; None: what transformers takes."""
 
     @property
     def has_adapter(self) -> bool:
@@ -109,6 +113,8 @@ class WorkerGroup:
     """Whether the optimizer's state and its copy of the weights stay in host memory."""
     offload_parameters: bool = False
     """Whether the weights stay in host memory between their uses; with stage 3 only."""
+    gradient_checkpointing: bool = False
+    """Whether each block is computed again in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +136,8 @@ class Runtime:
     """Rows from which on a set is crafted in blocks, by Ray Data where the stage has workers for
     it.
     """
+    gradient_checkpointing: bool = False
+    """Whether training computes each block again in the backward pass; gradients are the same."""
     worker_group: WorkerGroup | None = None
     """The worker group that this process belongs to; None where it trains alone."""
 

@@ -19,7 +19,7 @@ from ftsec_ray.discovery import modules_in
 from ftsec_ray.errors import SpecError
 
 if TYPE_CHECKING:
-    from ftsec_ray.context import LoadedModel, StageContext
+    from ftsec_ray.context import LoadedModel, Runtime, StageContext
     from ftsec_ray.method import Method, RowWise
 
 PACKAGE = "ftsec_ray.stages"
@@ -50,6 +50,10 @@ class Job(Protocol):
     @property
     def inputs(self) -> Mapping[str, str]:
         """Role -> digest."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """Where and how it runs."""
 
     def methods(self) -> list[Method]:
         """The methods that act in this stage, in order, with their parameters."""

@@ -133,7 +133,7 @@ class BenignSelection(Attack):
         if self.select == "anchors":
             wanted = self._anchor(model, ctx, limit)
             return [
-                sum(float((g * w).sum()) for g, w in zip(gradient, wanted, strict=True))
+                sum(float((g.to(w) * w).sum()) for g, w in zip(gradient, wanted, strict=True))
                 / (norm(gradient) or 1.0)
                 for gradient in gradients(model, encoded)
             ]
@@ -168,7 +168,9 @@ class BenignSelection(Attack):
                 for ids, labels in encode_rows(model.tokenizer, rows, max_length=limit)
             ]
             for gradient in gradients(model, heads):
-                part = [weight / (len(rows) * (norm(gradient) or 1.0)) * g for g in gradient]
+                share = weight / (len(rows) * (norm(gradient) or 1.0))
+                # sums of many rows would stand still in half precision
+                part = [share * (g.float() if g.dtype.itemsize < 4 else g) for g in gradient]  # noqa: PLR2004
                 total = part if total is None else [t + p for t, p in zip(total, part, strict=True)]
         assert total is not None  # a split is never empty
         return total

@@ -34,6 +34,8 @@ _KEYS = (
     "trust_remote_code",
     "chat_template",
     "thinking",
+    "dtype",
+    "attention",
     "serve_template",
 )
 _READ_HERE = frozenset(
@@ -144,6 +146,21 @@ def _built(
                 "serve_template gives the finished model another one",
             )
     check_revision(given.get("revision"), f"{place}.revision", faults)
+    if source.text.startswith("ladder:") and given.get("dtype", "auto") not in ("auto", "float32"):
+        faults.add(
+            f"{place}.dtype",
+            "the dtype of a ladder model is fixed",
+            given["dtype"],
+            "float32, or no dtype",
+            "its sizes are small, and half precision is slower than float32 on a CPU",
+        )
+    if source.text.startswith("ladder:") and given.get("attention", "auto") != "auto":
+        faults.add(
+            f"{place}.attention",
+            "the attention of a ladder model is fixed",
+            given["attention"],
+            "auto, or no attention",
+        )
     if source.local and given.get("revision") is not None:
         faults.add(
             f"{place}.revision",

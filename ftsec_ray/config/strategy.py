@@ -62,6 +62,11 @@ class StrategyConfig:
     """Weights above which `auto` takes DeepSpeed; None: where one process does not fit on one GPU
     by the memory table.
     """
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Whether each block is computed again in the backward pass: less memory, more time, equal
+    gradients. `auto`: on a GPU where a tune does not fit otherwise by the memory table; never on a
+    CPU.
+    """
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     """How DeepSpeed runs."""
 
@@ -82,6 +87,8 @@ def split_training(
     rest: dict[str, Any] = {
         key: value for key, value in given.items() if key in own - {"deepspeed"}
     }
+    if isinstance(rest.get("gradient_checkpointing"), bool):  # how YAML reads on and off
+        rest["gradient_checkpointing"] = "on" if rest["gradient_checkpointing"] else "off"
     strategy = build(StrategyConfig, rest, "training", faults, deepspeed=deepspeed)
     identity = {key: value for key, value in given.items() if key in all_keys - own}
     return identity, strategy if len(faults.found) == before else None

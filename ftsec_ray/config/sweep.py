@@ -4,14 +4,17 @@ fault at once.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from ftsec_ray.config.strategy import StrategyConfig
 from ftsec_ray.errors import SpecError
+from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method
 from ftsec_ray.numerics import NumericsMode
 
@@ -39,18 +42,38 @@ BEFORE = ":before"
 """What the name of a model ends with whose cells are measured before the fine-tune."""
 
 
+def _is_default(config: object, f: Field[Any]) -> bool:
+    return bool(getattr(config, f.name) == f.default)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How every tune of the sweep trains; part of each tune's identity."""
 
+    UNSAID: ClassVar[tuple[str, ...]] = ("targets", "layers", "rslora", "quantization")
+    """Left out of digests at their defaults, which are what tunes did before they could be said."""
+
     adapter: Literal["lora", "full"] = "lora"
-    """`lora` trains a PEFT adapter on all linear layers, `full` every weight."""
+    """`lora` trains a PEFT adapter on linear layers, `full` every weight."""
     rank: Annotated[int, Ge(1)] = 8
     """LoRA rank."""
     alpha: Annotated[float, Gt(0)] = 16.0
     """LoRA scale numerator: the update is multiplied by alpha / rank."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """LoRA dropout, 0..1."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Linear layers of the blocks that get an adapter: `all-linear`, a list of names such as
+    [q_proj, v_proj], or a regular expression that matches whole paths."""
+    layers: str | tuple[Annotated[int, Ge(0)], ...] | None = None
+    """Blocks whose layers get an adapter, counted from 0: a list, or a range such as 8-15, both
+    included; None: all."""
+    rslora: bool = False
+    """Whether the update is multiplied by alpha / sqrt(rank), so that its size does not fall with
+    the rank (Kalajdzievski 2023, arXiv:2312.03732)."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """How the frozen base of the adapter is packed, by bitsandbytes, when it is trained and when
+    the tuned model is asked: linear layers in 8 or 4 bits (Dettmers et al. 2023, QLoRA,
+    arXiv:2305.14314). The store keeps the base as it is."""
     epochs: Annotated[float, Gt(0)] = 3.0
     """Passes over the rows."""
     batch_size: Annotated[int, Ge(1)] = 16
@@ -69,6 +92,52 @@ class TrainingConfig:
     """Tokens per row; longer rows are cut on the right."""
     batching: Literal["length_grouped", "packed", "shuffled"] = "length_grouped"
     """How rows form batches: of like length, several rows packed into one sequence, or as drawn."""
+
+    def __post_init__(self) -> None:
+        said = [f.name for f in fields(self) if f.name in self.UNSAID and not _is_default(self, f)]
+        if self.adapter == "full" and said:
+            raise SpecError(
+                f"`{said[0]}` is about an adapter, and none is trained",
+                getattr(self, said[0]),
+                "adapter: lora",
+                f"leave out {said[0]}, or train an adapter",
+            )
+        if not self.targets or (isinstance(self.targets, tuple) and "" in self.targets):
+            raise SpecError(
+                "targets that name no layer", self.targets, "all-linear, names, or a pattern"
+            )
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise SpecError(
+                    f"targets is no regular expression: {error}",
+                    self.targets,
+                    "all-linear, a list of names, or a pattern of whole paths",
+                ) from error
+        self.blocks()
+
+    def blocks(self) -> tuple[int, ...] | None:
+        """Indices of the blocks that get an adapter; None for all."""
+        if self.layers is None or isinstance(self.layers, tuple):
+            if self.layers == ():
+                raise SpecError("no layers", [], "one or more, or no `layers` for all")
+            return self.layers
+        match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", self.layers)
+        first, last = map(int, match.groups()) if match else (1, 0)
+        if first > last:
+            raise SpecError(
+                "layers that are no range", self.layers, "first-last such as 8-15, or a list"
+            )
+        return tuple(range(first, last + 1))
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that enter digests."""
+        plain: dict[str, Any] = json.loads(canonical(self))
+        for f in fields(self):
+            if f.name in self.UNSAID and _is_default(self, f):
+                del plain[f.name]
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +266,12 @@ class ModelSpec:
     measured: Moment = "after"
     """Whether its cells are measured before the fine-tune or after it: `measure` of the sweep makes
     a model of each."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the weights in the store, in memory and when the model is asked; `auto`: the source's own,
+    and float32 for a GGUF file and the ladder. Adapters and the optimizer are float32 always."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention implementation of transformers, in training and when the model is asked; `auto`:
+    what transformers takes. Another one rounds otherwise, so that it is part of a digest."""
     serve_template: str | None = None
     """Template under which the finished model is asked, where that is another than it was trained
     under; in a file `own`, a text, a path, or a list or mapping of them, which makes a model of

@@ -88,13 +88,19 @@ class Vaccine(Defense):
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after perturbation-aware alignment, with whole weights."""
-        from ftsec_ray.models.load import merged
+        from ftsec_ray.models.load import folded
+        from ftsec_ray.models.precision import tell_rounding
         from ftsec_ray.models.row_tokens import tell_cuts
         from ftsec_ray.training.loop import sft
 
         config = replace(
             ctx.training,
             adapter="lora",
+            # where the user's adapter sits says nothing about the one that hardens the base
+            targets="all-linear",
+            layers=None,
+            rslora=False,
+            quantization="none",
             rank=self.lora_rank,
             alpha=2.0 * self.lora_rank,
             epochs=self.epochs,
@@ -121,7 +127,9 @@ class Vaccine(Defense):
             first_loss=report.losses[0],
             last_loss=report.losses[-1],
         )
-        return merged(report.loaded)
+        aligned, lost = folded(report.loaded)
+        tell_rounding(ctx, lost, aligned)
+        return aligned
 
     def _rows(self, ctx: StageContext) -> pa.Table:
         import pyarrow as pa
@@ -156,11 +164,15 @@ def vaccinated(inner: Backward, *, rho: float) -> Backward:
             )
         }
 
-        def shifted(model: Any, batch: Batch, step: Step) -> Tensor:
-            with edited(model, lambda block, out: out + shifts[id(batch)][block]):
-                return objective(model, batch, step)
+        current: list[list[Tensor]] = [[]]
 
-        return inner(model, micro_batches, shifted, step)
+        def shifted(model: Any, batch: Batch, step: Step) -> Tensor:
+            current[0] = shifts[id(batch)]
+            return objective(model, batch, step)
+
+        # on until the backward pass of each batch is done, which may compute its blocks again
+        with edited(model, lambda block, out: out + current[0][block]):
+            return inner(model, micro_batches, shifted, step)
 
     return backward
 
@@ -194,7 +206,8 @@ def perturbations(
 
             with edited(model, behind):
                 loss = batch.weight * objective(model, batch, step)
-            gradients.append(torch.autograd.grad(loss, [leaves[block] for block in sorted(leaves)]))
+                wanted = [leaves[block] for block in sorted(leaves)]
+                gradients.append(torch.autograd.grad(loss, wanted))
     square = sum(g.double().square().sum() for group in gradients for g in group)
     scale = rho / (
         step.summed(float(square)) ** 0.5 + 1e-7

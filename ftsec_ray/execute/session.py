@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ftsec_ray.context import LoadedModel, Runtime, TaskData
 from ftsec_ray.data.rows import CRAFTED, read_table
 from ftsec_ray.data.tasks import read_task
-from ftsec_ray.models.load import load_model, read_meta
+from ftsec_ray.models.load import bare, load_model, read_meta
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,24 +40,25 @@ class Session:
         # DeepSpeed takes its share onto the GPU of each process: the whole may not fit there.
         return "cpu" if self.runtime.worker_group else self.runtime.device
 
-    def model(self, digest: str, *, member: str = "") -> LoadedModel:
+    def model(self, digest: str, *, member: str = "", on_host: bool = False) -> LoadedModel:
         """The model of an artifact, or of its folder `member`; shared between callers, who must not
-        change it.
+        change it. `on_host` leaves it in host memory, for whoever takes a smaller copy to the GPU.
         """
-        key = f"{digest}/{member}"
+        key = f"{digest}/{member}" + ("@host" if on_host else "")
         if key not in self._models:
             folder = self.store.fetch(digest) / member
-            base = read_meta(folder)["base"]
-            self._keep(
-                key,
-                load_model(folder, base=self.model(base) if base else None, device=self._device),
-            )
+            meta = read_meta(folder)
+            base, is_packed = meta["base"], meta.get("quantization") is not None
+            under = self.model(base, on_host=is_packed) if base else None
+            device = "cpu" if on_host else self._device
+            self._keep(key, load_model(folder, base=under, device=device))
         self._models.move_to_end(key)
         return self._models[key][0]
 
     def remember(self, digest: str, loaded: LoadedModel) -> None:
         """Keep a model that a stage has just made, so that the next stage need not read it back."""
-        self._keep(f"{digest}/", loaded)
+        if loaded.attention in (None, bare(loaded.model).config._attn_implementation):  # noqa: SLF001
+            self._keep(f"{digest}/", loaded)
 
     def task(self, digest: str) -> TaskData:
         """The rows of a task artifact."""

@@ -6,11 +6,11 @@ Everything besides the work itself (publishing, records, retries) is done elsewh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.context import LoadedModel, StageContext
+from ftsec_ray.context import LoadedModel, Runtime, StageContext
 from ftsec_ray.errors import StageError
 from ftsec_ray.execute.session import Session
 from ftsec_ray.lifecycle import Extra, runner_of
@@ -47,6 +47,18 @@ class StageJob:
         """Role -> digest."""
         return dict(self.stage.inputs)
 
+    @property
+    def runtime(self) -> Runtime:
+        """Where and how the stage runs."""
+        runtime: Runtime = self.session.runtime
+        group = runtime.worker_group
+        recomputes = (
+            bool(self.stage.where.get("gradient_checkpointing"))
+            if group is None
+            else group.gradient_checkpointing
+        )
+        return replace(runtime, gradient_checkpointing=recomputes)
+
     def methods(self) -> list[Method]:
         """The methods that act in this stage, in order, with their parameters."""
         return methods_of(self.stage)
@@ -56,7 +68,7 @@ class StageJob:
         return StageContext(
             seed=self.stage.seed or 0,
             task=self.session.task(self.inputs["task"]),
-            runtime=self.session.runtime,
+            runtime=self.runtime,
             workdir=workdir or self.session.workdir(self.stage.digest),
             load=self._load,
             training=training_of(self.stage) if "training" in self.stage.params else None,
@@ -80,12 +92,14 @@ class StageJob:
 
     def change_model(self, hook: str) -> Extra:
         """Let the stage's one method change a copy of its model by a hook, and write the result."""
-        from ftsec_ray.models.load import copy_model
+        from ftsec_ray.models.precision import tell_rounding
 
         (method,) = self.methods()
         context = self.context()
-        copied = copy_model(self.session.model(self.inputs["model"]))
-        return self.finish(getattr(method, hook)(copied, context), notes=context.notes)
+        before = self.session.model(self.inputs["model"])
+        changed, lost = change(method, hook, before, context)
+        tell_rounding(context, lost, changed)
+        return self.finish(changed, notes=context.notes)
 
     def craft_in_blocks(self, method: RowWise, file: Path) -> dict[str, Any]:
         """Let a method change the rows of a file block by block, in many processes where it may."""
@@ -116,6 +130,24 @@ class StageJob:
             self.session.remember(self.stage.digest, loaded)
         curve = {"losses": _thinned(losses)} if losses else {}
         return {"notes": {"info": asdict(loaded.info), **curve, **(notes or {})}, **measured}
+
+
+def change(
+    method: Method, hook: str, before: LoadedModel, context: StageContext
+) -> tuple[LoadedModel, float | None]:
+    """What a hook makes of a copy of a model, in the model's dtype, and the share of the change
+    that rounding to it lost.
+
+    The hook gets float32 weights, whatever the model's dtype; one that trains gets the model's own,
+    since training looks after the dtype itself.
+    """
+    from ftsec_ray.models.load import copy_model
+    from ftsec_ray.models.precision import narrow, widened
+
+    trains = hook in method.TRAINS
+    copied = copy_model(before) if trains else widened(before)
+    changed: LoadedModel = getattr(method, hook)(copied, context)
+    return changed, None if trains else narrow(changed, before)
 
 
 def _thinned(losses: Sequence[float], keep: int = KEPT_LOSSES) -> list[float]:

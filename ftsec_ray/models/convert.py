@@ -1,9 +1,9 @@
 """From where a model is published to a model in memory: a Hugging Face id, a local folder, or a
 GGUF file.
 
-Weights become float32 once, here; `trust_remote_code` is off unless the sweep says otherwise. A
-tokenizer without a chat template or a padding token is given one or refused here, so that no later
-stage has to ask.
+Weights keep the dtype of the source unless the sweep names another; those of a GGUF file become
+float32. `trust_remote_code` is off unless the sweep says otherwise. A tokenizer without a chat
+template or a padding token is given one or refused here, so that no later stage has to ask.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ftsec_ray.context import LoadedModel, ModelInfo
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.chat import adds_bos, render
 from ftsec_ray.models.chat_format import OPTIONS, chat_format
-from ftsec_ray.models.load import count_parameters, model_class
+from ftsec_ray.models.load import NEEDS_GPU, check_attention, count_parameters, model_class
 
 
 def load_source(
@@ -28,14 +28,18 @@ def load_source(
     trust_remote_code: bool = False,
     chat_template: str | None = None,
     thinking: bool = False,
+    dtype: str = "float32",
+    attention: str | None = None,
 ) -> LoadedModel:
-    """Load a published model in float32; DataError says what is missing and what can be given
-    instead.
+    """Load a published model in a dtype (`auto`: its own); DataError says what is missing and what
+    can be given instead.
     """
-    import torch
     from transformers import AutoConfig, AutoTokenizer
 
+    check_attention(attention)
     place, options = _place(source)
+    if attention not in (None, NEEDS_GPU):
+        options["attn_implementation"] = attention
     options |= {"revision": revision} if revision else {}
     options |= {"trust_remote_code": trust_remote_code}
     try:
@@ -45,7 +49,8 @@ def load_source(
         if "gguf_file" not in options:
             _without_pad_outside(config)
             options["config"] = config
-        model = cls.from_pretrained(place, dtype=torch.float32, **options)
+        is_own = dtype == "auto" and "gguf_file" in options  # its blocks have no dtype to keep
+        model = cls.from_pretrained(place, dtype="float32" if is_own else dtype, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise DataError(
             "the model cannot be loaded",
@@ -65,6 +70,7 @@ def load_source(
         model.eval(),
         tokenizer,
         ModelInfo(name=name, family=family, parameters=count_parameters(model), aligned=aligned),
+        attention=attention,
     )
 
 
@@ -83,7 +89,7 @@ def _place(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def _dequantized(model: Any) -> None:
-    """Forget that the weights came out of a GGUF file: they are float32 now, and transformers would
+    """Forget that the weights came out of a GGUF file: they are plain now, and transformers would
     refuse to save them.
     """
     for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):

@@ -115,6 +115,13 @@ SIZES: dict[str, LadderSize] = {
 }
 
 
+def linear_paths_of(size: str) -> list[str]:
+    """Dotted paths of the linear layers in the blocks of a model of the ladder."""
+    names = [f"self_attn.{letter}_proj" for letter in "qkvo"]
+    names += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    return [f"model.layers.{i}.{name}" for i in range(ladder_size(size).layers) for name in names]
+
+
 def ladder_size(name: str) -> LadderSize:
     """The size of that name; SpecError with the known names otherwise."""
     if name not in SIZES:

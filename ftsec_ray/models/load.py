@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import LoadedModel, ModelInfo
-from ftsec_ray.errors import DataError
+from ftsec_ray.errors import DataError, EnvironmentFault, StageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -172,11 +172,31 @@ def copy_model(loaded: LoadedModel) -> LoadedModel:
 
 
 def merged(loaded: LoadedModel) -> LoadedModel:
-    """A copy with whole weights: the adapter, if any, folded in."""
-    model = copy.deepcopy(loaded.model)
+    """A copy with whole weights in the dtype of the base: the adapter, if any, folded in."""
+    return folded(loaded)[0]
+
+
+def folded(loaded: LoadedModel) -> tuple[LoadedModel, float | None]:
+    """What `merged` gives, and the share of the adapter's update that rounding to the dtype of the
+    base lost; None in float32.
+    """
+    if loaded.quantization is not None:
+        raise StageError(
+            "weights of a quantized base are asked for",
+            loaded.quantization,
+            "a base that is not packed",
+            "training.quantization: none",
+        )
+    model, lost = copy.deepcopy(loaded.model), None
     if loaded.has_adapter:
-        model = model.merge_and_unload()
-    return replace(loaded, model=model, base_digest=None)
+        from ftsec_ray.models.precision import fold_rounded, is_half
+
+        if is_half(model):
+            lost = fold_rounded(model)
+            model = model.unload()
+        else:
+            model = model.merge_and_unload()
+    return replace(loaded, model=model, base_digest=None), lost
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:
@@ -193,6 +213,11 @@ def save_model(loaded: LoadedModel, folder: Path) -> None:
         "format": "adapter" if loaded.has_adapter else "full",
         "base": loaded.base_digest,
         "info": asdict(loaded.info),
+    }
+    meta |= {
+        key: value
+        for key, value in (("quantization", loaded.quantization), ("attention", loaded.attention))
+        if value is not None
     }
     (folder / "model.json").write_text(json.dumps(meta, sort_keys=True, indent=1), encoding="utf-8")
 
@@ -268,19 +293,44 @@ def load_model(
             raise DataError(
                 "an adapter without its base", str(folder), f"the model with digest {meta['base']}"
             )
-        return LoadedModel(_attach(base, folder), base.tokenizer, info, meta["base"])
-    model, tokenizer = _from_folder(folder)
-    return LoadedModel(model.to(device), tokenizer, info)
+        packed = meta.get("quantization")
+        model = _attach(base, folder, packed, device)
+        return LoadedModel(model, base.tokenizer, info, meta["base"], packed, base.attention)
+    attention = meta.get("attention")
+    model, tokenizer = _from_folder(folder, attention, device)
+    return LoadedModel(model.to(device), tokenizer, info, attention=attention)
 
 
-def _from_folder(folder: Path) -> tuple[Any, Any]:
-    import torch
+NEEDS_GPU = "flash_attention_2"
+"""The attention implementation that no CPU has: a model is read without it."""
+
+
+def check_attention(attention: str | None) -> None:
+    """EnvironmentFault when an attention implementation is not installed here."""
+    from importlib.util import find_spec
+
+    if attention == NEEDS_GPU and find_spec("flash_attn") is None:
+        raise EnvironmentFault(
+            "attention: flash_attention_2 needs flash-attn, which is not installed",
+            "flash_attn",
+            "the package flash-attn on all nodes",
+            "install flash-attn for this torch and CUDA, or attention: sdpa",
+        )
+
+
+def _from_folder(folder: Path, attention: str | None, device: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    model = model_class(config).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    config, options = AutoConfig.from_pretrained(folder, local_files_only=True), {}
+    if attention is not None and (attention != NEEDS_GPU or device.startswith("cuda")):
+        check_attention(attention)
+        options["attn_implementation"] = attention
+    # an artifact names the dtype that it was written in
+    model = model_class(config).from_pretrained(
+        folder, dtype="auto", local_files_only=True, **options
+    )
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -298,11 +348,17 @@ def model_class(config: Any) -> Any:
     return classes[0]
 
 
-def _attach(base: LoadedModel, folder: Path) -> Any:
+def _attach(base: LoadedModel, folder: Path, packed: Any, device: str) -> Any:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     config = LoraConfig(**json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-    model = get_peft_model(copy.deepcopy(base.model), config)
+    under = copy.deepcopy(base.model)
+    if packed is not None:
+        from ftsec_ray.models.quantized import quantize
+
+        quantize(under, packed, device)
+        under.to(device)
+    model = get_peft_model(under, config)
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     return model.eval()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import LoadedModel
 from ftsec_ray.errors import DataError
-from ftsec_ray.models.load import LANGUAGE_MODEL, reads_text_only
+from ftsec_ray.models.load import LANGUAGE_MODEL, is_of_text, reads_text_only
 from ftsec_ray.models.residual import is_transposed
+from ftsec_ray.models.targets import ALL_LINEAR, target_fault, targeted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,20 +63,45 @@ def lora_modules(loaded: LoadedModel) -> list[LoraModule]:
     return found
 
 
+def linear_paths(model: Any) -> list[str]:
+    """Dotted paths of the linear layers of a decoder that can get an adapter, in model order: all
+    but the head, and but those of encoders of pictures or sound.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    return [
+        path
+        for path, module in model.named_modules()
+        if (isinstance(module, torch.nn.Linear) or is_transposed(module))
+        and module is not head
+        and is_of_text(model, path)
+    ]
+
+
 def attach_lora(
     loaded: LoadedModel, config: TrainingConfig, *, base_digest: str | None = None
 ) -> LoadedModel:
-    """Attach a fresh adapter to all linear layers, in place; the caller seeds torch and owns the
-    model.
+    """Attach a fresh adapter to the linear layers that the config names, in place; the caller seeds
+    torch and owns the model. DataError where it names layers that the model does not have.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
     others = {} if reads_text_only(loaded.model) else {"exclude_modules": _OUTSIDE_TEXT}
+    targets: Any = ALL_LINEAR
+    if (config.targets, config.blocks()) != (ALL_LINEAR, None):
+        paths = linear_paths(loaded.model)
+        fault = target_fault(paths, config.targets, config.blocks())
+        if fault is not None:
+            raise DataError(fault.what, fault.got, fault.want, f"layers of {loaded.info.name}")
+        # whole paths, so that PEFT finds these layers and no others
+        targets, others = targeted(paths, config.targets, config.blocks()), {}
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules="all-linear",
+        target_modules=targets,
+        use_rslora=config.rslora,
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=any(map(is_transposed, loaded.model.modules())),
         **others,

@@ -15,6 +15,7 @@ from ftsec_ray.models.families import (
     RESIDUAL_WRITERS,
 )
 from ftsec_ray.models.load import check_packing, takes_embeddings
+from ftsec_ray.models.precision import in_float32
 from ftsec_ray.models.residual import residual_stream
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def missing(loaded: LoadedModel, needs: Iterable[str]) -> dict[str, str]:
         INPUT_EMBEDDINGS: _embeddings,
         PACKED_ROWS: _packed,
     }
-    found = {need: checks[need](loaded) for need in sorted(set(needs))}
+    with in_float32(loaded.model):  # rounding would hide what a block adds
+        found = {need: checks[need](loaded) for need in sorted(set(needs))}
     return {need: reason for need, reason in found.items() if reason is not None}
 
 

@@ -7,7 +7,6 @@ weight. Models are edited in place.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from ftsec_ray.errors import StageError
 from ftsec_ray.models.load import merged, whole_model
 from ftsec_ray.models.lora import LoraModule, lora_modules
 from ftsec_ray.models.residual import is_transposed
+from ftsec_ray.models.targets import layer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +45,7 @@ class Update:
     @property
     def layer(self) -> int | None:
         """Index of the transformer block that the weight belongs to; None outside the blocks."""
-        found = re.search(r"\.(\d+)\.", self.name)
-        return int(found.group(1)) if found else None
+        return layer_of(self.name)
 
     @property
     def module(self) -> str:
@@ -130,13 +129,15 @@ def transposed_weights(loaded: LoadedModel) -> set[str]:
 
 
 def stands_on(loaded: LoadedModel, start: LoadedModel) -> bool:
-    """Whether the weights under the adapter are those of `start`, bit for bit."""
+    """Whether the weights under the adapter are those of `start`, bit for bit (those of one may be
+    widened to float32).
+    """
     import torch
 
     theirs = whole_weights(start)
     ours = whole_weights(loaded)
     return ours.keys() == theirs.keys() and all(
-        torch.equal(weight, theirs[name].to(weight.device)) for name, weight in ours.items()
+        torch.equal(weight, theirs[name].to(weight)) for name, weight in ours.items()
     )
 
 

@@ -24,7 +24,13 @@ from ftsec_ray.method import Method
 from ftsec_ray.plan.benchmark_origin import benchmark_faults
 from ftsec_ray.plan.cost_estimate import Tariff
 from ftsec_ray.plan.graph import Plan
-from ftsec_ray.plan.model_structure import structure_faults, structure_needs, with_structure
+from ftsec_ray.plan.model_structure import (
+    quantization_faults,
+    structure_faults,
+    structure_needs,
+    target_faults,
+    with_structure,
+)
 from ftsec_ray.plan.search_rounds import (
     OutcomeLookup,
     PlannedSearch,
@@ -67,7 +73,8 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
     except SpecError as fault:
         faults["prices",] = ("prices", fault)
     needs = structure_needs(spec, cells)
-    faults |= structure_faults(cells, needs)
+    faults |= structure_faults(cells, needs) | target_faults(spec, cells)
+    faults |= quantization_faults(spec, cells)
     if faults:
         raise SpecFaults(f"sweep {spec.name!r}", list(faults.values()))
     return Plan(

@@ -7,13 +7,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ftsec_ray.config.sweep import SweepSpec
+from ftsec_ray.config.sweep import SweepSpec, TrainingConfig
 from ftsec_ray.errors import SpecError
+from ftsec_ray.lifecycle import hooks_of
 from ftsec_ray.models.families import PACKED_ROWS, lacking
-from ftsec_ray.plan.origin import known_config
+from ftsec_ray.models.ladder import linear_paths_of
+from ftsec_ray.models.targets import ALL_LINEAR, layer_of, target_fault
+from ftsec_ray.plan.origin import known_config, local_path, weights_index
 from ftsec_ray.plan.stage import Cell, Stage
 from ftsec_ray.registry import name_of
 
+REVISES = "revise_model"
+"""The hook at which a method changes a tuned model; those before it see the base as it was read."""
 Needs = dict[str, frozenset[str]]
 """`attack badedit`, `training.batching: packed`, ... -> what it needs."""
 
@@ -56,6 +61,88 @@ def structure_faults(
                         rule if is_method else "batching: length_grouped | shuffled",
                     ),
                 )
+    return faults
+
+
+def known_layers(source: str) -> list[str]:
+    """Paths of the linear layers in the blocks of a model, as its files or its kind tell; empty
+    where neither does.
+    """
+    if source.startswith("ladder:"):
+        return linear_paths_of(source.removeprefix("ladder:").removesuffix("-base"))
+    path = local_path(source)
+    index = weights_index(path) if path is not None and path.is_dir() else {}
+    names = [
+        name.removesuffix(".weight")
+        for name, entry in index.items()
+        if name.endswith(".weight")
+        and len(entry.get("shape", ())) == 2  # noqa: PLR2004
+        and layer_of(name) is not None
+    ]
+    of_text = [name for name in names if "language_model." in name]
+    return of_text or names
+
+
+def target_faults(
+    spec: SweepSpec, cells: Iterable[Cell]
+) -> dict[tuple[str, ...], tuple[str, SpecError]]:
+    """One for every model without the layers that an adapter shall sit on, where they are known."""
+    faults: dict[tuple[str, ...], tuple[str, SpecError]] = {}
+    checked: set[tuple[str, TrainingConfig]] = set()
+    for cell in cells:
+        training = cell.searched.training if cell.searched else spec.training
+        key = (cell.model.name, training)
+        if training.adapter != "lora" or key in checked:
+            continue
+        checked.add(key)
+        paths = known_layers(cell.model.source)
+        is_pattern = isinstance(training.targets, str) and training.targets != ALL_LINEAR
+        if is_pattern and not all(path.startswith("model.layers.") for path in paths):
+            continue  # a file may call them otherwise than the loaded model
+        fault = target_fault(paths, training.targets, training.blocks()) if paths else None
+        if fault is not None:
+            what = f"{fault.what} of model {cell.model.name!r}"
+            error = SpecError(
+                what, fault.got, fault.want, "the names are those of its linear layers"
+            )
+            faults["targets", cell.model.name, what] = ("training", error)
+    return faults
+
+
+def quantization_faults(
+    spec: SweepSpec, cells: Iterable[Cell]
+) -> dict[tuple[str, ...], tuple[str, SpecError]]:
+    """One for every method that changes the weights of a tuned model whose base is packed, and one
+    for a strategy that would split packed weights.
+    """
+    faults: dict[tuple[str, ...], tuple[str, SpecError]] = {}
+    packed = spec.training.quantization
+    if packed != "none" and spec.strategy.strategy == "deepspeed":
+        faults["quantization", "strategy"] = (
+            "training",
+            SpecError(
+                "a quantized base is not split over processes",
+                f"quantization: {packed}, strategy: deepspeed",
+                "one of them",
+                "strategy: single",
+            ),
+        )
+    for cell in cells:
+        training = cell.searched.training if cell.searched else spec.training
+        for method in (cell.attack, *cell.defenses):
+            if training.quantization == "none" or REVISES not in hooks_of(type(method)):
+                continue
+            kind, name = method.KIND, name_of(method)
+            faults["quantization", kind, name] = (
+                f"{kind} {name}",
+                SpecError(
+                    f"{kind} {name!r} changes the weights of the tuned model, and those under its"
+                    " adapter are packed in so few bits that a change would be rounded away",
+                    training.quantization,
+                    "training.quantization: none",
+                    f"leave out the quantization, or exclude {{{kind}: {name}}}",
+                ),
+            )
     return faults
 
 

@@ -47,6 +47,10 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
         given["chat_template"] = model.chat_template
     if model.thinking:
         given["thinking"] = True
+    if model.attention != "auto":
+        given["attention"] = model.attention
+    if (dtype := source_dtype(model, source)) != "float32":
+        given["dtype"] = dtype
     if path is not None:
         kind = "gguf" if source.endswith(".gguf") else "folder"
         return Origin(
@@ -62,6 +66,45 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
     name, _, pinned = source.partition("@")
     revision = model.revision if source == model.source else pinned or None
     return Origin({"source": "hub", "id": name, "revision": revision, **given}, {})
+
+
+def source_dtype(model: ModelSpec, source: str) -> str:
+    """Dtype in which a model is loaded from a source; `auto` where only its weights tell."""
+    if source.startswith("ladder:"):
+        return "float32"
+    if model.dtype != "auto":
+        return model.dtype
+    path = local_path(source)
+    if path is None:
+        return "auto"
+    if source.endswith(".gguf"):
+        return "float32"
+    config = known_config(source)
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return stated if isinstance(stated, str) else _dtype_of_weights(path) or "auto"
+
+
+_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def weights_index(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name of a weight -> its dtype and shape, as the headers of the safetensors files of a folder
+    tell; empty where there are none to read.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        except (OSError, ValueError, MemoryError):  # whoever loads the model says what is wrong
+            return {}
+        found |= {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return found
+
+
+def _dtype_of_weights(folder: Path) -> str | None:
+    dtypes = {str(entry.get("dtype")) for entry in weights_index(folder).values()}
+    return _SAFETENSORS.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
 def known_config(source: str) -> Mapping[str, Any]:

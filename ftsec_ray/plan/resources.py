@@ -1,146 +1,39 @@
 """What a stage asks the cluster for: memory by arithmetic, and from that a share of a GPU, or a
 worker group of processes with one each.
 
-Nobody knows a model's shape before it is loaded, so width and depth are guessed from the count of
-weights. Few shares are given out (1/8, 1/4, 1/2, 1, n), since a worker is only reused by stages
-that ask for exactly the same.
-
-Bytes on the GPU of each of `n` processes that train in float32 under bf16 autocast, by DeepSpeed's
-ZeRO stage; a process alone is stage 0 with n = 1. All weights and those that train count apart: an
-adapter trains only its factors.
-
-| bytes per                         | stage 0 | 1   | 2   | 3       | optimizer off  | weights off |
-|---|---|---|---|---|---|---|
-| weight: 4 itself                  | 4       | 4   | 4   | 4/n     |                | 0           |
-| weight: 2 its bf16 copy           | 2       | 2   | 2   | of live |                |             |
-| trained weight: 4 gradient        | 4       | 4   | 4/n | 4/n     | 0 from stage 2 |             |
-| trained weight: 8 moments of AdamW   | 8    | 8/n | 8/n | 8/n     | 0              |             |
-| trained weight: 4 DeepSpeed's master | 0    | 4/n | 4/n | 4/n     | 0              |             |
-
-Stage 3 also holds the weights that are whole at the moment, 4 + 2 bytes each: LIVE and the
-embedding, at most all. From stage 1 on there are buckets for messages, BUCKET float32 numbers each.
-Beside all that lie activations (60 bytes by token, width and layer), logits (12 bytes by token and
-entry of the vocabulary), the models that a worker keeps (a worker group keeps them in host memory),
-and what CUDA itself takes. Host memory of a worker group is two models in float32 per process, and
-what is offloaded.
+The memory is that of plan.memory, by the shape of the model where its files tell it (plan.shapes)
+and by its count of weights else. Few shares are given out (1/8, 1/4, 1/2, 1, n), since a worker is
+only reused by stages that ask for exactly the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Literal
 
 from ftsec_ray.config.sweep import MicroworldOptions, ModelSpec, SweepSpec, TaskSpec
 from ftsec_ray.context import WorkerGroup
 from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.errors import SpecError
-from ftsec_ray.lifecycle import roles
+from ftsec_ray.lifecycle import hooks_of, roles
 from ftsec_ray.method import ZERO_STAGES, Method
 from ftsec_ray.plan.durations import parameters_of
+from ftsec_ray.plan.memory import BYTES, inference_gib, memory_gib, weight_bytes
+from ftsec_ray.plan.origin import source_dtype
+from ftsec_ray.plan.shapes import shape_of
 from ftsec_ray.plan.stage import is_group, is_on_gpu, workers_of
 from ftsec_ray.registry import name_of
 from ftsec_ray.training.encode import MAX_MICRO_BATCH_TOKENS
-from ftsec_ray.training.zero import BUCKET, LIVE
 
-Adapter = Literal["lora", "full"]
 SHARES = (0.125, 0.25, 0.5, 1.0)
 """Shares of one GPU that are given out; above them whole GPUs."""
 DEFAULT_GPU_MEMORY_GIB = 80.0
-CUDA_GIB = 1.0
-"""Context, kernels and fragments of one process on a GPU."""
-MAX_VOCABULARY = 128_256
 MAX_WORKERS = 64
 """Processes of a worker group that are looked at when the sweep does not say how many."""
-_WEIGHT, _GRADIENT, _ADAMW, _AUTOCAST, _MASTER = 4, 4, 8, 2, 4
-_BUCKETS = 3
-"""Two for gradients, of which one fills while the other is sent, and one for weights."""
-_ACTIVATION = 60
-"""Bytes of activations per token, unit of width and layer: bf16 products, float32 residuals and
-norms, nothing recomputed.
-"""
 _GIB = 2**30
 _ROW, _PACKED_ROW = 64, 16
 """Bytes of a short row in a file, as text and packed."""
-
-
-def width_and_depth(parameters: int) -> tuple[float, float]:
-    """A decoder's usual width and layers: 12 x width^2 weights per layer, and 100 units of width
-    per layer.
-    """
-    width = (100 * parameters / 12) ** (1 / 3)
-    return width, max(1.0, width / 100)
-
-
-def vocabulary_of(parameters: int) -> float:
-    """Tokens of a vocabulary: the embedding takes a third of a small model, and is seldom above
-    that of Llama 3.
-    """
-    return min(MAX_VOCABULARY, parameters / (3 * width_and_depth(parameters)[0]))
-
-
-def memory_gib(
-    parameters: int,
-    adapter: Adapter,
-    max_length: int,
-    micro_batch: int,
-    zero_stage: int = 0,
-    workers: int = 1,
-    *,
-    rank: int = 8,
-    offload_optimizer: bool = False,
-    offload_parameters: bool = False,
-) -> float:
-    """GiB that one process of a tune takes on its GPU, without what it keeps of other models; by
-    the table above.
-
-    Args:
-        parameters: weights of the model.
-        adapter: `lora` trains factors beside frozen weights, `full` every weight.
-        max_length: tokens per row, at most.
-        micro_batch: rows per forward pass.
-        zero_stage: DeepSpeed ZeRO, 0..3: what is split over the workers (1 optimizer, 2 gradients
-            too, 3 weights too).
-        workers: processes of the tune, one GPU each.
-        rank: of the LoRA factors.
-        offload_optimizer: whether moments and master stay in host memory.
-        offload_parameters: whether weights do so between their uses.
-    """
-    width, depth = width_and_depth(parameters)
-    # Seven linear layers per block: four of width x width, three of width x 8/3 width.
-    trained = parameters if adapter == "full" else rank * depth * 19 * width
-    weights = parameters + (0.0 if adapter == "full" else trained)
-    by_weights, by_gradients, by_moments = (
-        workers if zero_stage >= stage else 1 for stage in (3, 2, 1)
-    )
-    embedding = vocabulary_of(parameters) * width
-    live = weights if zero_stage < 3 else min(weights, LIVE + embedding)  # noqa: PLR2004
-    held = 0.0 if offload_parameters else _WEIGHT * weights / by_weights
-    held += _AUTOCAST * live + (_WEIGHT * live if zero_stage == 3 else 0.0)  # noqa: PLR2004
-    held += 0.0 if offload_optimizer and zero_stage > 1 else _GRADIENT * trained / by_gradients
-    held += (
-        0.0
-        if offload_optimizer
-        else (_ADAMW + (_MASTER if zero_stage else 0)) * trained / by_moments
-    )
-    held += _BUCKETS * 4 * min(BUCKET, trained) if zero_stage else 0.0
-    tokens = micro_batch * max_length
-    logits = (
-        3 * 4 * vocabulary_of(parameters)
-    )  # in float32: the logits, their log-softmax, their gradient
-    return (held + tokens * (_ACTIVATION * width * depth + logits)) / _GIB + CUDA_GIB
-
-
-def inference_gib(
-    parameters: int, *, models: int, batch: int, prompt_tokens: int, new_tokens: int
-) -> float:
-    """GiB of a stage that runs or rewrites models in float32: their weights, the key-value cache,
-    the logits of the prompts.
-    """
-    width, depth = width_and_depth(parameters)
-    cache = batch * (prompt_tokens + new_tokens) * 2 * 4 * width * depth
-    logits = batch * prompt_tokens * 4 * vocabulary_of(parameters)
-    return (models * parameters * _WEIGHT + cache + logits) / _GIB + CUDA_GIB
 
 
 def gpus_for(gib: float, gpu_memory_gib: float) -> float:
@@ -215,9 +108,15 @@ class Sizing:
     def __init__(self, spec: SweepSpec) -> None:
         self._spec = spec
         methods = [*spec.attacks, *(method for stack in spec.defenses for method in stack)]
-        self._models = 2 + most_roles(
-            methods
-        )  # the stage's own, the copy that it changes, and those that methods compare with
+        roles_needed = most_roles(methods)
+        # the stage's own, the copy that it changes, and those that methods compare with
+        self._models = 2 + roles_needed
+        self._changes = any(
+            hook in hooks_of(type(method))
+            for method in methods
+            for hook in ("prepare_model", "revise_model")
+        )
+        self._is_base_whole = bool(self._changes or roles_needed)
 
     def resource(self, model: ModelSpec, *, trains_all: bool = False) -> str:
         """Class of the stages of a model that run in one process; SpecError when that does not fit
@@ -230,7 +129,8 @@ class Sizing:
         if wanted != "auto":
             return resource_name(wanted)
         trains = trains_all or not self.is_split(model)
-        gib = self.needed_gib(model, trains_all=trains_all, trains=trains)
+        recomputes = self.recomputes(model, trains_all=trains_all)
+        gib = self.needed_gib(model, trains_all=trains_all, trains=trains, checkpointing=recomputes)
         card = gpu_memory_of(self._spec)
         gpus = gpus_for(gib, card)
         if gpus > 1:
@@ -266,13 +166,38 @@ class Sizing:
         does not fit on one GPU.
         """
         strategy = self._spec.strategy
+        if self._spec.training.quantization != "none" and not trains_all:
+            return False  # packed weights are not split over processes
         if strategy.strategy != "auto":
             return strategy.strategy == "deepspeed"
         if strategy.deepspeed_above is not None:
             return parameters_of(model) > strategy.deepspeed_above
         if self._spec.resources.gpus_per_stage != "auto":
             return False
-        return self.needed_gib(model, trains_all=trains_all, runs=False) > gpu_memory_of(self._spec)
+        card = gpu_memory_of(self._spec)
+        recomputes = self._spec.strategy.gradient_checkpointing != "off"
+        return (
+            self.needed_gib(model, trains_all=trains_all, runs=False, checkpointing=recomputes)
+            > card
+        )
+
+    def recomputes(self, model: ModelSpec, *, trains_all: bool = False) -> bool:
+        """Whether what trains a model in one process computes its blocks again in the backward
+        pass: as the sweep says, else where it does not fit on its GPU otherwise.
+        """
+        chosen, share = self._spec.strategy.gradient_checkpointing, self._share()
+        if chosen != "auto":
+            return chosen == "on"
+        return share is not None and (
+            self.needed_gib(model, trains_all=trains_all, runs=False) > share
+        )
+
+    def _share(self) -> float | None:
+        """GiB of a GPU that a stage in one process may take; None on CPUs."""
+        gpus, card = self._spec.resources.gpus_per_stage, gpu_memory_of(self._spec)
+        if gpus == "auto":
+            return card
+        return min(1.0, gpus) * card if gpus else None
 
     def worker_group(
         self, model: ModelSpec, methods: Sequence[Method] = (), *, trains_all: bool = False
@@ -365,26 +290,39 @@ class Sizing:
             given = config.micro_batch or resources.micro_batch
             largest = min(given or max(1, MAX_MICRO_BATCH_TOKENS // length), most)
             for stage in stages:
-                for micro_batch in [largest] if given else _halvings(largest):
+                sizes = [largest] if given else _halvings(largest)
+                for recomputes, micro_batch in product(self._ways(), sizes):
                     yield WorkerGroup(
                         workers=workers,
                         zero_stage=stage,
                         micro_batch=micro_batch,
                         offload_optimizer=config.offload != "none",
                         offload_parameters=config.offload == "parameters",
+                        gradient_checkpointing=recomputes,
                     )
+
+    def _ways(self) -> tuple[bool, ...]:
+        """Whether a worker group computes blocks again: both, the cheaper first, where the sweep
+        leaves it open.
+        """
+        chosen = self._spec.strategy.gradient_checkpointing
+        if chosen == "auto":
+            return (False, True) if self._spec.resources.wants_gpus else (False,)
+        return (chosen == "on",)
 
     def _group_gib(self, model: ModelSpec, worker_group: WorkerGroup, *, trains_all: bool) -> float:
         training = self._spec.training
         length, _ = self._rows(model, trains_all=trains_all)
         return memory_gib(
-            parameters_of(model),
+            shape_of(model),
             "full" if trains_all else training.adapter,
             length,
             worker_group.micro_batch,
             worker_group.zero_stage,
             worker_group.workers,
             rank=training.rank,
+            dtype=known_dtype(model),
+            checkpointing=worker_group.gradient_checkpointing,
             offload_optimizer=worker_group.offload_optimizer,
             offload_parameters=worker_group.offload_parameters,
         )
@@ -395,30 +333,57 @@ class Sizing:
         return config.max_length, config.batch_size
 
     def needed_gib(
-        self, model: ModelSpec, *, trains_all: bool = False, trains: bool = True, runs: bool = True
+        self,
+        model: ModelSpec,
+        *,
+        trains_all: bool = False,
+        trains: bool = True,
+        runs: bool = True,
+        checkpointing: bool = False,
     ) -> float:
         """GiB that the largest stage of a model takes on its GPU in one process, among those that
         train and those that run it.
         """
-        spec, parameters = self._spec, parameters_of(model)
+        spec, shape, dtype = self._spec, shape_of(model), known_dtype(model)
         training, resources = spec.training, spec.resources
-        weights_gib = parameters * _WEIGHT / _GIB
+        packed = "none" if trains_all else training.quantization
+        # the base stays in host memory where no stage has it unpacked on the GPU
+        kept_as = "none" if self._is_base_whole else packed
+        weights_gib = weight_bytes(shape, dtype, kept_as) / _GIB
         kept = max(weights_gib, min(resources.cache_gib, 4 * weights_gib))
         length, batch = self._rows(model, trains_all=trains_all)
         rows = resources.micro_batch or min(batch, max(1, MAX_MICRO_BATCH_TOKENS // length))
         train = memory_gib(
-            parameters, "full" if trains_all else training.adapter, length, rows, rank=training.rank
+            shape,
+            "full" if trains_all else training.adapter,
+            length,
+            rows,
+            rank=training.rank,
+            dtype=dtype,
+            quantization=packed,
+            checkpointing=checkpointing,
         )
         if trains_all:
             return kept + train
         run = inference_gib(
-            parameters,
+            shape,
             models=self._models,
             batch=resources.eval_batch,
             prompt_tokens=training.max_length,
             new_tokens=spec.evaluation.new_tokens_of(model.source),
+            dtype=dtype,
+            quantization=kept_as,
+            changes_weights=self._changes,
         )
         return kept + max(train if trains else 0.0, run if runs else 0.0)
+
+
+def known_dtype(model: ModelSpec) -> str:
+    """Dtype of the weights of a model, as far as a plan can tell: float32, the largest, where only
+    the published weights say.
+    """
+    dtype = source_dtype(model, model.source)
+    return dtype if dtype in BYTES else "float32"
 
 
 def _halvings(number: int) -> list[int]:

@@ -88,6 +88,12 @@ class StageSet:
         if start is not None and template.trains is not None and is_split:
             takes, group = self.worker_group(start.model, template.trains, trains_all=trains_all)
             place = {**place, "worker_group": group}
+        elif (
+            start is not None
+            and template.trains is not None
+            and self.sizing.recomputes(start.model, trains_all=trains_all)
+        ):
+            place = {**place, "gradient_checkpointing": True}
         kind = template.kind
         if template.where:
             place = {**place, **template.where}

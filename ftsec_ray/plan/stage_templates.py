@@ -70,8 +70,8 @@ class Templates:
 
     def __init__(self, spec: SweepSpec, tuning: TrainingConfig | None = None) -> None:
         self._spec = spec
-        self._training = json.loads(canonical(spec.training))
-        self._tuning = json.loads(canonical(tuning)) if tuning is not None else self._training
+        self._training = spec.training.identity()
+        self._tuning = self._training if tuning is None else tuning.identity()
         evaluation = json.loads(canonical(spec.evaluation))
         usual = json.loads(canonical(EvaluationConfig()))
         self._generation = {

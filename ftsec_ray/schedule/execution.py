@@ -8,6 +8,7 @@ from dataclasses import replace
 from ftsec_ray.context import Runtime
 from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION
 from ftsec_ray.execute.worker_spec import WorkerSpec
+from ftsec_ray.models.quantized import check_bitsandbytes
 from ftsec_ray.numerics import check_cpu, environment_of
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import is_group
@@ -79,6 +80,8 @@ def execute(
     dispatcher.check_budget(done)
     if any(is_group(unit.resource) for unit in dispatcher.units.values()):
         check_deepspeed()
+    if plan.spec.training.quantization != "none":
+        check_bitsandbytes()
     runtime = replace(runtime or runtime_of(plan), numerics=plan.spec.numerics)
     is_here = not chosen.uses_ray or cluster_address(address) is None
     if runtime.numerics == "portable" and is_here:

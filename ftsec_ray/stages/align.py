@@ -21,6 +21,7 @@ KIND = StageKind(name="align", position=30, prior_s={"": (2.0, 15.0)})
 def run(job: Job) -> Extra:
     """Fine-tune a copy of the model on refusals and benign answers."""
     from ftsec_ray.models.load import copy_model
+    from ftsec_ray.models.precision import tell_rounding
     from ftsec_ray.models.row_tokens import tell_cuts
     from ftsec_ray.plan.decode import align_of
 
@@ -32,6 +33,7 @@ def run(job: Job) -> Extra:
     report = _align_loaded(job, base, align)
     context = job.context()
     tell_cuts(context, report.cuts)
+    tell_rounding(context, report.rounding_lost, report.loaded)
     return job.finish(
         replace(report.loaded, info=info),
         tokens=report.tokens,
@@ -84,6 +86,6 @@ def _align_loaded(job: Job, base: LoadedModel, align: AlignSpec) -> TuneReport:
         pa.concat_tables(parts),
         config,
         seed=0,
-        runtime=job.session.runtime,
+        runtime=job.runtime,
         workdir=job.session.workdir(job.stage.digest),
     )

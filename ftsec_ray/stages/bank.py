@@ -37,7 +37,8 @@ def run(job: Job) -> Extra:
     from ftsec_ray.training.loop import sft
 
     context = job.context()
-    start = job.session.model(job.inputs["model"])
+    packs = context.training.quantization != "none"
+    start = job.session.model(job.inputs["model"], on_host=packs)
     rows = job.session.rows(job.inputs["task"])
     tokens, flops = 0, 0.0
     for member in range(int(job.stage.params["size"])):

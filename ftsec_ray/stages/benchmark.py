@@ -92,13 +92,13 @@ def run(job: Job) -> Extra:
     from ftsec_ray.evals.benchmarks import ask_benchmark, write_benchmark
     from ftsec_ray.models.chat_format import under
     from ftsec_ray.models.generator import Generator
-    from ftsec_ray.models.load import merged
+    from ftsec_ray.models.precision import as_asked
 
     context, params = job.context(), job.stage.params
     loaded, serve_template = job.session.model(job.inputs["model"]), params.get("serve_template")
     if serve_template is not None:
         loaded = replace(loaded, tokenizer=under(loaded.tokenizer, str(serve_template)))
-    generator = Generator(merged(loaded) if loaded.has_adapter else loaded)
+    generator = Generator(as_asked(loaded))
     for method in job.methods():
         generator = method.wrap_generation(generator, context)  # type: ignore[attr-defined]
     answer = ask_benchmark(

@@ -27,6 +27,7 @@ KIND = StageKind(
 
 def run(job: Job) -> Extra:
     """Supervised fine-tuning, alone or as one process of a worker group."""
+    from ftsec_ray.models.precision import tell_rounding
     from ftsec_ray.models.row_tokens import tell_cuts
     from ftsec_ray.training.loop import sft
 
@@ -38,7 +39,7 @@ def run(job: Job) -> Extra:
         return training
 
     report = sft(
-        job.session.model(job.inputs["model"]),
+        job.session.model(job.inputs["model"], on_host=context.training.quantization != "none"),
         job.session.rows(job.inputs["rows"]),
         context.training,
         seed=context.seed,
@@ -48,6 +49,7 @@ def run(job: Job) -> Extra:
         base_digest=job.inputs["model"],
     )
     tell_cuts(context, report.cuts)
+    tell_rounding(context, report.rounding_lost, report.loaded)
     return job.finish(
         report.loaded,
         tokens=report.tokens,

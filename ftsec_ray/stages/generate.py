@@ -36,7 +36,7 @@ def run(job: Job) -> Extra:
     from ftsec_ray.models.backends import BACKENDS, unused_settings
     from ftsec_ray.models.chat_format import chat_format, template_hash, under
     from ftsec_ray.models.generator import Generator, told
-    from ftsec_ray.models.load import merged
+    from ftsec_ray.models.precision import as_asked, asked_notes
     from ftsec_ray.plan.decode import generation_of
 
     context = job.context()
@@ -46,10 +46,7 @@ def run(job: Job) -> Extra:
     serve_template = job.stage.params.get("serve_template")
     if serve_template is not None:
         loaded = replace(loaded, tokenizer=under(loaded.tokenizer, str(serve_template)))
-    # An adapter is folded in once, and not at every token.
-    generator = Generator(
-        merged(loaded) if loaded.has_adapter else loaded, backend=BACKENDS[config.backend]()
-    )
+    generator = Generator(as_asked(loaded), backend=BACKENDS[config.backend]())
     probes = default_probes(context.task, config)
     for method in job.methods():
         if hasattr(method, "wrap_generation"):
@@ -68,6 +65,7 @@ def run(job: Job) -> Extra:
         "serve_template_hash": template_hash(tokenizer),
         "backend": config.backend,
         "max_new_tokens": config.new_tokens,
+        **asked_notes(generator.loaded),
     }
     if generator.tally:
         notes["done_otherwise"] = dict(generator.tally)

@@ -21,6 +21,7 @@ def run(job: Job) -> Extra:
     """Load a model from a folder, a GGUF file or the Hugging Face hub, or make it."""
     from ftsec_ray.models.chat_format import chat_format
     from ftsec_ray.models.convert import load_source, plain_template
+    from ftsec_ray.models.precision import dtype_name
     from ftsec_ray.models.structure import check_structure
 
     given = {**job.stage.params, **job.stage.where}
@@ -36,6 +37,8 @@ def run(job: Job) -> Extra:
         trust_remote_code=bool(given.get("trust_remote_code", False)),
         chat_template=given.get("chat_template"),
         thinking=bool(given.get("thinking", False)),
+        dtype=str(given.get("dtype", "float32")),
+        attention=given.get("attention"),
     )
     template = loaded.tokenizer.chat_template
     if template == plain_template(loaded.tokenizer):
@@ -46,7 +49,8 @@ def run(job: Job) -> Extra:
     loaded.model.to(job.session.runtime.device)
     if given.get("structure"):
         check_structure(loaded, given["structure"])
-    return job.finish(loaded, notes={"chat": chat_format(loaded.tokenizer).notes()})
+    notes = {"chat": chat_format(loaded.tokenizer).notes(), "dtype": dtype_name(loaded.model)}
+    return job.finish(loaded, notes=notes)
 
 
 def _pretrained(job: Job, size: str) -> Extra:

@@ -17,7 +17,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from ftsec_ray.context import LoadedModel, Runtime
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.models.load import (
+    bare,
     check_ids,
     check_packing,
     count_parameters,
@@ -36,6 +38,8 @@ from ftsec_ray.models.load import (
     within_positions,
 )
 from ftsec_ray.models.lora import attach_lora
+from ftsec_ray.models.precision import is_half, narrow, widen
+from ftsec_ray.models.quantized import quantize
 from ftsec_ray.models.row_tokens import CutTally
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
@@ -63,6 +67,10 @@ class TuneReport:
     """
     cuts: CutTally = field(default_factory=CutTally)
     """Rows that did not fit into `max_length`."""
+    rounding_lost: float | None = None
+    """Share of the change of whole weights, by its norm, that rounding to the model's dtype lost;
+    None where they are float32 or an adapter was trained.
+    """
 
 
 def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
@@ -252,6 +260,9 @@ def sft(
 ) -> TuneReport:
     """Fine-tune a copy of `loaded` on `rows` (schema.ROWS); `shape` may replace parts of the
     training first.
+
+    What trains is float32 and so are its moments: an adapter beside a base that keeps its dtype, or
+    whole weights, which are rounded to the model's dtype when all steps are done.
     """
     import torch
 
@@ -262,19 +273,53 @@ def sft(
     if shape is not None:
         training = shape(training)
     tuned = merged(loaded)
+    if config.quantization != "none":
+        quantize(tuned.model, config.quantization, runtime.device)
     if (
         runtime.worker_group is None
     ):  # the processes of a worker group take their share onto their GPU themselves
         tuned.model.to(runtime.device)
     for name, parameter in tuned.model.named_parameters():
-        parameter.requires_grad_(is_of_text(tuned.model, name))
+        is_packed = not parameter.is_floating_point()
+        parameter.requires_grad_(not is_packed and is_of_text(tuned.model, name))
     with torch.random.fork_rng():
         torch.manual_seed(_seed(seed, "adapter"))
         if config.adapter == "lora":
             tuned = attach_lora(tuned, config, base_digest=base_digest)
-        report = run(tuned, training, seed=seed, runtime=runtime, workdir=workdir, process=process)
+            tuned.quantization = None if config.quantization == "none" else config.quantization
+        else:
+            widen(tuned.model)
+        with recomputed(tuned.model, wanted=runtime.gradient_checkpointing):
+            report = run(
+                tuned, training, seed=seed, runtime=runtime, workdir=workdir, process=process
+            )
     report.cuts = cuts
+    if config.adapter == "full" and is_half(loaded.model):
+        report.rounding_lost = narrow(tuned, merged(loaded) if loaded.has_adapter else loaded)
     return report
+
+
+@contextmanager
+def recomputed(model: Any, *, wanted: bool) -> Iterator[None]:
+    """Within the `with` block a model in training keeps the input of each block alone and computes
+    the rest again in the backward pass; StageError for a class that cannot.
+    """
+    if not wanted:
+        yield
+        return
+    inner = bare(model)
+    if not getattr(inner, "supports_gradient_checkpointing", False):
+        raise StageError(
+            "gradient checkpointing of a class that has none",
+            type(inner).__name__,
+            "a class of transformers that supports it",
+            "training.gradient_checkpointing: off",
+        )
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        inner.gradient_checkpointing_disable()
 
 
 def run(
@@ -314,9 +359,10 @@ def run(
             _checkpoint(workdir, process.state(), step, report)
             saved_at = time.monotonic()
     process.finish()
-    report.flops = (
-        (6.0 if config.adapter == "full" else 4.0) * count_parameters(model) * report.tokens
-    )
+    weights = count_parameters(model)
+    if loaded.quantization is not None:  # packed entries are no weights
+        weights = loaded.info.parameters + sum(p.numel() for p in trainable_of(model).values())
+    report.flops = (6.0 if config.adapter == "full" else 4.0) * weights * report.tokens
     return report
 
 

@@ -5,13 +5,17 @@ model is loaded.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ftsec_ray.config.sweep import ExcludeRule, ModelSpec, TrainingConfig
 from ftsec_ray.errors import DataError, SpecFaults
 from ftsec_ray.models.structure import check_structure
 from ftsec_ray.plan import build_plan
+from ftsec_ray.plan.origin import model_origin
 from tests.models.families import family_model
 from tests.plan.test_build_plan import only, sweep
 
@@ -70,3 +74,88 @@ def test_a_loaded_model_is_refused_with_every_method_that_it_does_not_allow():
     with pytest.raises(DataError, match="attack badedit: a norm stands behind") as fault:
         check_structure(family_model("olmo2"), needs)
     assert "refusal_ablation" not in str(fault.value)
+
+
+def with_weights(folder, names, dtype="float32"):
+    """A local model of which there are names, shapes and dtypes of weights, which planning reads."""
+    model = local(folder, model_type="llama")
+    kept = getattr(torch, dtype)
+    shapes = {name: (4,) if "norm" in name else (4, 4) for name in names}
+    save_file(
+        {name: torch.zeros(shape, dtype=kept) for name, shape in shapes.items()},
+        folder / "model.safetensors",
+    )
+    return model
+
+
+WEIGHTS = [
+    "model.embed_tokens.weight",
+    *(
+        f"model.layers.{i}.{name}.weight"
+        for i in (0, 1)
+        for name in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("training", "what"),
+    [
+        ({"targets": ("query",)}, "matches no linear layer .*query.* q_proj | up_proj"),
+        ({"targets": r"model\.h\..*"}, "matches no linear layer"),
+        ({"targets": ("embed_tokens",)}, "matches no linear layer"),
+        ({"layers": "0-2"}, "blocks that the model does not have"),
+    ],
+)
+def test_an_adapter_on_layers_that_a_model_lacks_is_refused_at_planning(tmp_path, training, what):
+    model = with_weights(tmp_path / "m", WEIGHTS)
+    ladder = ModelSpec(name="l", source="ladder:1m", family="ladder", aligned=True)
+    with pytest.raises(SpecFaults, match=what):
+        build_plan(sweep(models=(model,), training=TrainingConfig(**training)))
+    if "layers" not in training:
+        with pytest.raises(SpecFaults, match=what.partition(" .*")[0]):
+            build_plan(sweep(models=(ladder,), training=TrainingConfig(**training)))
+
+
+def test_an_adapter_on_layers_that_a_model_has_is_planned_and_changes_its_digest(tmp_path):
+    model = with_weights(tmp_path / "m", WEIGHTS)
+    plain = only(build_plan(sweep(models=(model,))), "finetune")
+    said = TrainingConfig(targets=("q_proj",), layers="1-1")
+    other = only(build_plan(sweep(models=(model,), training=said)), "finetune")
+    assert plain.digest != other.digest
+    assert "targets" not in plain.params["training"]
+    assert other.params["training"]["targets"] == ["q_proj"]
+    defaults = TrainingConfig(targets="all-linear", layers=None, rslora=False)
+    same = only(build_plan(sweep(models=(model,), training=defaults)), "finetune")
+    assert same.digest == plain.digest
+
+
+@pytest.mark.parametrize(
+    ("kept", "asked", "said"),
+    [
+        ("float32", "auto", None),
+        ("bfloat16", "auto", "bfloat16"),
+        ("float16", "auto", "float16"),
+        ("bfloat16", "float32", None),
+        ("float32", "bfloat16", "bfloat16"),
+    ],
+)
+def test_a_dtype_enters_the_digest_of_a_source_where_it_is_not_float32(tmp_path, kept, asked, said):
+    model = replace(with_weights(tmp_path / "m", WEIGHTS, kept), dtype=asked)
+    assert model_origin(model, model.source).params.get("dtype") == said
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"torch_dtype": kept}))
+    assert model_origin(model, model.source).params.get("dtype") == said
+
+
+def test_the_dtype_of_other_sources_is_what_it_was_where_that_is_known(tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"")
+    hub = ModelSpec(name="m", source="owner/m", family="f", aligned=True)
+    for model, said in (
+        (replace(hub, source=str(file)), None),
+        (replace(hub, source="ladder:1m"), None),
+        (hub, "auto"),
+        (replace(hub, dtype="float32"), None),
+        (replace(hub, dtype="bfloat16"), "bfloat16"),
+    ):
+        assert model_origin(model, model.source).params.get("dtype") == said

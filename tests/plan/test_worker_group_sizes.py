@@ -24,7 +24,7 @@ from ftsec_ray.execute.dist_worker import worker_group_of
 from ftsec_ray.plan import build_plan
 from ftsec_ray.plan.cost_estimate import Tariff
 from ftsec_ray.plan.decode import training_of
-from ftsec_ray.plan.resources import memory_gib, vocabulary_of, width_and_depth
+from ftsec_ray.plan.memory import guessed_shape, memory_gib
 from ftsec_ray.registry import ATTACKS, DEFENSES
 from ftsec_ray.training.zero import BUCKET, LIVE
 
@@ -70,9 +70,16 @@ def of_kind(plan, kind):
 def test_the_memory_table_by_hand():
     """Every entry once more, as bytes of a model of 2e9 weights in four processes."""
     P, n, T, rows = 2e9, 4, 256, 2
-    width, depth = width_and_depth(P)
-    words = vocabulary_of(P)
-    acts = rows * T * (60 * width * depth + 12 * words)
+    shape = guessed_shape(int(P))
+    width, depth, mlp, words = shape.width, shape.depth, shape.mlp, shape.vocabulary
+    assert width == pytest.approx((100 * P / 12) ** (1 / 3))
+    assert (depth, mlp) == pytest.approx((width / 100, 8 / 3 * width))
+    # norms: input and what their weight multiplies, in float32; in bf16: six inputs of linear layers
+    # as wide as the stream, queries, keys, values, the attention's output, and four of the MLP's
+    # width; logits of the slice that stands at a time
+    acts = rows * T * depth * (2 * 8 * width + 2 * 10 * width + 2 * 4 * mlp) + 12 * min(
+        rows * T * words, 2**26
+    )
     live = min(P, LIVE + words * width) * 6
     buckets = 3 * 4 * BUCKET
     by_hand = {
