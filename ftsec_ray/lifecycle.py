@@ -117,6 +117,10 @@ class StageKind:
     """Role that the model which comes in has for later stages."""
     provides: str | None = None
     """Role that the stage itself has, made for the methods that need it."""
+    shaped_as: str | None = None
+    """Kind of stage whose hooks the defenses of a cell have here as well, where the stage provides
+    a role: it then trains as that kind does, without the attack.
+    """
     settings: tuple[str, ...] = ()
     """Parts of the sweep that decide its result: `training` (of the cell), `sweep_training` (also
     where a search tunes otherwise), `generation`, `scoring`. Training counts where a method acts or

@@ -33,25 +33,19 @@ def uncontrolled(spec: SweepSpec) -> list[str]:
 
 def _wanted(defense: Method) -> str:
     """What would control a defense, as a sweep file says it; empty where nothing does."""
-    if defense.CONTROL is not None:
-        control = control_of(defense)
-        return "" if control is None else _text(control)
-    if getattr(defense, "IS_CONTROL", False):
+    own = control_of(defense)
+    if (own is None and defense.CONTROL is not None) or getattr(defense, "IS_CONTROL", False):
         return ""
     hooked = set(hooks_of(type(defense)))
-    names = [name for name in DEFENSES.names() if _is_trivial(DEFENSES.get(name), hooked)]
-    return " or ".join(names)
+    trivial = [name for name in DEFENSES.names() if _is_trivial(DEFENSES.get(name), hooked)]
+    return " or ".join([*([_text(own)] if own else []), *trivial])
 
 
 def _controls_in(spec: SweepSpec, defense: Method) -> list[Method]:
-    """The controls of a defense that the sweep holds, with their parameters, and the one that its
-    own parameters give.
-    """
-    own = control_of(defense)
-    if own is not None:
-        return [own]
-    hooked = set(hooks_of(type(defense)))
-    return [one for stack in spec.defenses for one in stack if _is_trivial(type(one), hooked)]
+    """The controls of a defense: its own, and the trivial ones that the sweep holds."""
+    own, hooked = control_of(defense), set(hooks_of(type(defense)))
+    trivial = [one for stack in spec.defenses for one in stack if _is_trivial(type(one), hooked)]
+    return [*([own] if own else []), *trivial]
 
 
 def _is_trivial(cls: type[Method], hooked: set[str]) -> bool:

@@ -20,7 +20,7 @@ OFF = {"lisa": {"rho": 0.0}}
 @pytest.mark.parametrize(
     ("defenses", "want"),
     [
-        (["none", "onion", "shrink", "weight_statistics"], []),
+        (["none", "shrink", "weight_statistics"], []),
         (["lisa"], ["lisa stands without its control: add {lisa: {rho: 0.0}}"]),
         (["lisa", OFF], []),
         ([OFF], []),
@@ -35,17 +35,18 @@ OFF = {"lisa": {"rho": 0.0}}
                 " {lisa: {rho: 0.0, user_steps: 4}}"
             ],
         ),
-        ([["onion", "lisa"], ["onion", OFF]], []),
+        ([["shrink", "lisa"], ["shrink", OFF]], []),
         (
-            [["onion", "lisa"], OFF],
-            ["lisa in the stack onion+lisa stands without its control: add {lisa: {rho: 0.0}}"],
+            [["shrink", "lisa"], OFF],
+            ["lisa in the stack shrink+lisa stands without its control: add {lisa: {rho: 0.0}}"],
         ),
         (["safe_lora", "matched_noise"], []),
+        (["safe_lora", {"safe_lora": {"projection": "drop"}}], []),
         (
             ["safe_lora", "lisa", OFF],
             [
-                "safe_lora stands without its control: add drop_layer or matched_noise or"
-                " random_mask or shrink"
+                "safe_lora stands without its control: add {safe_lora: {projection: drop}} or"
+                " drop_layer or matched_noise or random_mask or shrink"
             ],
         ),
     ],
