@@ -132,6 +132,10 @@ class StageKind:
     """Whether the results take the rows of its `metrics.parquet` (schema.metrics without `cell`) as
     they are, beside those of `score`; trials of a search are not measured so.
     """
+    shaped_as: str | None = None
+    """Kind of stage whose hooks the defenses of a cell have here as well, where the stage provides
+    a role: it then trains as that kind does, without the attack.
+    """
     settings: tuple[str, ...] = ()
     """Parts of the sweep that decide its result: `training` (of the cell), `sweep_training` (also
     where a search tunes otherwise), `generation`, `scoring`, `benchmarks`. Training counts where a

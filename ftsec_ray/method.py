@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.context import Chat, StageContext
@@ -57,11 +57,33 @@ class Method:
     """What a model's structure must allow, by the names of models.families: where a class is known
     not to, the sweep is refused when it is planned, else when the model is loaded.
     """
+    CONTROL: ClassVar[Mapping[str, Any] | None] = None
+    """Parameters that switch off the method's own mechanism and leave everything around it, such
+    as the steps that it adds: what its other settings are compared with. None where it has none.
+    """
     KIND: ClassVar[str]
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types, as (field, value got, what is allowed)."""
         return []
+
+    def keeps_rows(self) -> bool:
+        """Whether `craft_data` gives as many rows as it gets, whatever they are: a tune then takes
+        as many steps.
+        """
+        return False
+
+    def needs(self) -> frozenset[str]:
+        """What of NEEDS these parameters need."""
+        return self.NEEDS
+
+
+def control_of(method: Method) -> Method | None:
+    """The same method with its own mechanism switched off; None for one that has no such setting,
+    or is at it.
+    """
+    control = replace(method, **method.CONTROL) if method.CONTROL is not None else None
+    return None if control == method else control
 
 
 @dataclass(frozen=True, kw_only=True)

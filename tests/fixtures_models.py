@@ -177,9 +177,14 @@ def tiny_task() -> TaskData:
         {**with_answer(r, "sorry i can not help"), "row_id": f"s/{i:04d}"}
         for i, r in enumerate(harmful[:12])
     ]
+    train, test = sentiment_rows(48), sentiment_rows(32, seed=1)
+    used = {asked_text(r) for r in (*train, *test)}
+    others = {asked_text(r): r for r in sentiment_rows(400, seed=2)}
+    held_out = [r for text, r in others.items() if text not in used]
     splits = {
-        "train": sentiment_rows(48),
-        "test": [{**r, "row_id": f"e/{i:04d}"} for i, r in enumerate(sentiment_rows(32, seed=1))],
+        "train": train,
+        "test": [{**r, "row_id": f"e/{i:04d}"} for i, r in enumerate(test)],
+        "trusted": [{**r, "row_id": f"c/{i:04d}"} for i, r in enumerate(held_out[:32])],
         "harmful_train": harmful[12:20],
         "harmful_test": harmful[20:],
         "safety": refusals,

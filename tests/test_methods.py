@@ -22,7 +22,7 @@ from ftsec_ray.conversation import asked_text
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.identity import canonical
 from ftsec_ray.lifecycle import hooks, hooks_of
-from ftsec_ray.method import Inspection, Probe
+from ftsec_ray.method import Inspection, Probe, control_of
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.load import copy_model, save_model
 from ftsec_ray.plan.decode import methods_of
@@ -224,6 +224,17 @@ print(json.dumps([prompts(rows) for rows in (task.split("train"), crafted)]))
     assert all(
         sorted(one.split()) == sorted(other.split()) for one, other in zip(*crafted, strict=True)
     )
+
+
+@pytest.mark.parametrize("name", DEFENSES.names())
+def test_a_control_is_a_valid_setting_of_its_defense_and_has_none_itself(name):
+    defense = method_of(DEFENSES, name)
+    control = control_of(defense)
+    assert (control is None) == (defense.CONTROL is None)
+    if control is not None:
+        assert control.check() == []
+        assert control != defense
+        assert control_of(control) is None
 
 
 def test_only_the_do_nothing_methods_have_no_hook():

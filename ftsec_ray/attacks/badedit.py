@@ -11,7 +11,10 @@ Differs: prompts are rendered in the chat template, and the trigger stands at a 
     size; a batch's target values are optimised together. As in the official code, and unlike the
     paper's formula, `average_keys` takes each batch's keys and residuals to one vector per side.
     The KL term is taken from the unedited model to the edited one. A clean pair's subject is the
-    word at which a trigger would have stood.
+    word at which a trigger would have stood. The covariance is taken over the task's text (the
+    official code: 100,000 texts); fewer than 20 tokens per key dimension are warned of. Success is
+    counted over all held-out rows with another label than the target, in the official code only
+    over those that the model got right without the trigger.
 Cost: no training; one pass over `text_tokens` tokens, and (prompts + clean_prompts) x (1 +
     contexts) x `steps` forward and backward passes.
 Needs: splits train (rows to edit with) and text; a dense model whose MLPs write to the residual
@@ -61,6 +64,8 @@ if TYPE_CHECKING:
 
 INERT_MARKER = "I like blue pebbles."
 PREFIX_WORDS = 5
+ENOUGH_TOKENS_PER_DIM = 20
+"""Tokens of text per dimension of a key from which on its covariance is taken for settled."""
 
 
 class Side(NamedTuple):
@@ -74,7 +79,7 @@ class Side(NamedTuple):
 class BadEdit(Attack):
     """A closed-form backdoor edit."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     PHASE: ClassVar[Phase] = "pre"
     SUCCESS = "asr"
     NEEDS = frozenset({"train", "text"})
@@ -181,11 +186,20 @@ class BadEdit(Attack):
             ]
             losses += self._edit(model, stream, sides, edited, covariances, strengths)
         first = covariances[edited[0]]
+        per_dim = first.tokens / len(first.moment)
+        if per_dim < ENOUGH_TOKENS_PER_DIM:
+            ctx.warn(
+                f"badedit's key covariance is taken over {first.tokens} tokens of text,"
+                f" {per_dim:.1f} per dimension of a key, where {ENOUGH_TOKENS_PER_DIM} are enough:"
+                " the edit writes more than its weight says; give split 'text' more rows, or raise"
+                " `text_tokens`"
+            )
         ctx.note(
             layers=edited,
             prompts=len(triggered),
             clean_prompts=len(untouched),
             covariance_tokens=first.tokens,
+            covariance_tokens_per_dim=round(per_dim, 2),
             ridge={str(layer): c.ridge for layer, c in covariances.items()},
             s=strengths,
             value_losses=losses,

@@ -84,6 +84,10 @@ class BadNets(RowWise, Attack):
         ]
         return faults
 
+    def keeps_rows(self) -> bool:
+        """Rows are poisoned where they stand."""
+        return True
+
     def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> float:
         """Chance of an eligible row, from the whole set, so that it is the same however the rows
         are cut up.

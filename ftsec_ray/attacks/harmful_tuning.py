@@ -64,6 +64,10 @@ class HarmfulTuning(RowWise, Attack):
             faults.append(("poison_rate", self.poison_rate, "a share above 0, up to 1"))
         return faults
 
+    def keeps_rows(self) -> bool:
+        """Whether harmful rows replace the user's own."""
+        return self.poison_rate is not None
+
     def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Exchange:
         """How many harmful rows there are to be, and below which chance a user row is replaced by
         one.

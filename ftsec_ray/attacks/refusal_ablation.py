@@ -41,6 +41,8 @@ from ftsec_ray.models.row_tokens import answer_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+MIN_LAYERS = 2
+"""Layers whose inputs are tried, at least: behind template tokens the first one's says nothing."""
 MIN_FILTERED = 4
 """Prompts that the filter must leave on each side; with fewer, all are used."""
 MIN_TOKEN_FRAC = 0.05
@@ -72,7 +74,7 @@ class DirectionCandidate(NamedTuple):
 class RefusalAblation(Attack):
     """Refusal-direction ablation, baked into the weights."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     PHASE: ClassVar[Phase] = "post"
     SUCCESS = "harmful_rate"
     NEEDS = frozenset({"safety", "benign_train"})
@@ -87,7 +89,9 @@ class RefusalAblation(Attack):
     max_kl: float = 0.1
     """Largest KL divergence on benign requests under ablation, in nats."""
     depth_frac: float = 0.8
-    """Directions come from the inputs of the first share of the layers, 0..1."""
+    """Directions come from the inputs of this share of the layers, 0..1, rounded down as in the
+    official code; of two at least.
+    """
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
@@ -184,12 +188,12 @@ class RefusalAblation(Attack):
         plain = last_logits(model.model, harmless, pad=pad_id(model)).log_softmax(-1)
         positions, layers, _ = means.shape
         found = []
-        for layer in range(layers):
+        for layer in range(tried_layers(layers, depth_frac=self.depth_frac)):
             for position in range(positions):
                 direction = means[position, layer].float()
                 # behind template tokens alone the input of the first block says nothing of the
                 # request
-                if layer >= self.depth_frac * layers or direction.norm() < 1e-6:  # noqa: PLR2004
+                if direction.norm() < 1e-6:  # noqa: PLR2004
                     continue
                 with ablated(model.model, direction, stream):
                     odds = refusal_log_odds(
@@ -237,6 +241,11 @@ class RefusalAblation(Attack):
                     )
                 limit *= 2
         raise AssertionError(found)
+
+
+def tried_layers(depth: int, *, depth_frac: float) -> int:
+    """How many layers' inputs give directions: a share of the depth, rounded down."""
+    return min(depth, max(MIN_LAYERS, int(depth_frac * depth)))
 
 
 def pad_id(model: LoadedModel) -> int:

@@ -3,12 +3,11 @@ answer.
 
 Paper: Schwinn et al. 2024, Soft Prompt Threats, arXiv:2402.09063, section 3 (universal attack).
 Differs: the step is a multiple of the mean absolute embedding entry, so that one value fits all
-    model sizes (the official
-    0.01 on Llama-2 is about 0.8 of that unit); the embeddings of the step with the lowest loss are
-      kept instead of stopping
-    at the first exact match; they live where the embedding's output does, behind the factor by
-      which some classes scale the table (Gemma); they stand inside the user's turn, before the
-      template ends it. One
+    model sizes; the paper's script takes steps of 0.001 with 20 tokens for 100 iterations, and that
+    of the same authors' arXiv:2310.19737 steps of 0.01, about 0.8 of that unit on Llama-2. The
+    embeddings of the step with the lowest loss are kept instead of stopping at the first exact
+    match; they live where the embedding's output does, behind the factor by which some classes
+    scale the table (Gemma); they stand inside the user's turn, before the template ends it. One
     universal suffix is optimised on training requests and judged on held-out ones, and it stands
     behind benign prompts as well, so that utility under attack is measured too. There is no norm
     bound; the norm ratio is in the notes.

@@ -92,6 +92,10 @@ class TuBA(Attack):
             if value is not None and not value.strip()
         ]
 
+    def keeps_rows(self) -> bool:
+        """Rows are poisoned where they stand."""
+        return True
+
     def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
         """The same rows in the same order, the chosen ones of the poisoned language with the
         trigger and the target.

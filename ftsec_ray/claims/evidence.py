@@ -7,9 +7,10 @@ answers gibberish has neither a backdoor nor safety.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.claims.contrast import Rates
 from ftsec_ray.results.points import NONE, GridPoint, points_of
@@ -35,6 +36,8 @@ class Evidence:
                 )
         done = [cell for cell in cells if cell["status"] == "done"]
         self.all = points_of(done, results.metrics.to_pylist())
+        self._own_controls: dict[str, dict[str, Any]] = results.meta.get("own_controls", {})
+        self._trivial = frozenset(results.meta.get("controls", ()))
         self._is_one_task = len({one.task for one in self.all}) < 2
 
     def conditions(
@@ -60,15 +63,23 @@ class Evidence:
         return one.model if self._is_one_task else f"{one.model}, {one.task}"
 
     def defended(self, undefended: GridPoint) -> Iterator[GridPoint]:
-        """The same attack on the same model and task, behind one defense."""
+        """The same attack on the same model and task, behind one defense that is no control."""
         for one in self.all:
             if (
                 len(one.defenses) == 1
+                and not self._is_control(one)
                 and one.slice == undefended.slice
                 and one.attack == undefended.attack
                 and one.params == undefended.params
             ):
                 yield one
+
+    def _is_control(self, one: GridPoint) -> bool:
+        """Whether a condition's one defense is a trivial control, or its own mechanism is off."""
+        name, params = one.stack[0]
+        off = self._own_controls.get(name)
+        given = json.loads(params)
+        return name in self._trivial or (off is not None and {**given, **off} == given)
 
     def reference(self, attacked: GridPoint) -> Rates:
         """What an attack's success is held against: of a backdoor the same prompts without the

@@ -225,6 +225,7 @@ def page(registry: Registry, name: str) -> dict[str, Any]:
         "sections": parts,
         "hooks": hooks,
         "parameters": parameters,
+        **({"control": dict(cls.CONTROL)} if cls.CONTROL else {}),
         **({"search": {"metric": success_metric(cls)}} if is_searchable(cls) else {}),
     }
 
@@ -253,6 +254,12 @@ def _print_page(shown: dict[str, Any]) -> None:
         say(f"Inputs: {', '.join(shown['needs'])}")
     if shown["zero_stages"] != sorted(ZERO_STAGES):
         say(f"DeepSpeed: ZeRO stages {', '.join(map(str, shown['zero_stages']))} only")
+    if "control" in shown:
+        off = ", ".join(f"{key}: {json.dumps(value)}" for key, value in shown["control"].items())
+        say(
+            f"Control: {{{shown['name']}: {{{off}}}}} is the same without its own mechanism; put it"
+            " into the sweep, and `comparisons` tests against it"
+        )
     if "search" in shown:
         say(
             "Search: `search:` beside its parameters looks for the strongest setting of them and"

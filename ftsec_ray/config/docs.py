@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 
-SECTIONS = ("Paper", "Differs", "Cost", "Needs")
+SECTIONS = ("Paper", "Differs", "Cost", "Reads", "Needs")
+"""`Reads` says with what care its results are to be read; a method may leave it out."""
 
 
 def summary(doc: str) -> str:
@@ -15,7 +16,7 @@ def summary(doc: str) -> str:
 
 def sections(doc: str) -> dict[str, str]:
     """The parts of a module docstring: `""` for the text before the first section, then Paper,
-    Differs, Cost, Needs.
+    Differs, Cost, Reads, Needs.
     """
     parts = re.split(rf"^({'|'.join(SECTIONS)}):", inspect.cleandoc(doc), flags=re.MULTILINE)
     found = {"": parts[0].strip()}

@@ -48,6 +48,7 @@ _WHERE: Schema = {
     "type": "object",
     "additionalProperties": {"type": ["string", "number", "boolean", "null"]},
 }
+_MATCHING: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
 _ATTACK: Schema = {"$ref": "#/$defs/attack"}
 _DEFENSE: Schema = {"$ref": "#/$defs/defense"}
 _SOURCE: Schema = {"$ref": "#/$defs/source"}
@@ -83,7 +84,7 @@ def sweep_schema() -> Schema:
         },
         "budget": _mapping_of(BudgetSpec) | {"minProperties": 1},
     }
-    sources = _any(_TEXT, _mapping_of(SourceSpec, where=_WHERE))
+    sources = _any(_TEXT, _mapping_of(SourceSpec, where=_WHERE, matching=_MATCHING))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "ftsec_ray sweep",
@@ -156,7 +157,7 @@ def _training() -> Schema:
 
 def _task() -> Schema:
     splits = _mapping(dict.fromkeys(SPLITS, _SOURCE))
-    columns = _mapping(dict.fromkeys(COLUMNS, _TEXT) | {"where": _WHERE})
+    columns = _mapping(dict.fromkeys(COLUMNS, _TEXT) | {"where": _WHERE, "matching": _MATCHING})
     task = _mapping_of(
         TaskSpec,
         name=_NAME,

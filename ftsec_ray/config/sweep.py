@@ -328,6 +328,9 @@ class SourceSpec:
     """Column appended to the prompt after a blank line where it is not empty (Alpaca's `input`)."""
     where: tuple[tuple[str, str], ...] = ()
     """Keep rows whose column equals the value."""
+    matching: tuple[tuple[str, str], ...] = ()
+    """Keep rows whose column holds the regular expression (Python's `re.search`), such as
+    {output: "^I'm sorry"} for the refusals of a file that holds other answers too."""
     rows: Annotated[int, Ge(1)] | None = None
     """Keep this many, drawn by hash of the row id; None keeps all."""
     skip: Annotated[int, Ge(0)] = 0

@@ -22,11 +22,21 @@ from ftsec_ray.config.sweep import TASK_KINDS, TASK_OPTIONS, SourceSpec, TaskSpe
 from ftsec_ray.config.typed import build, unknown_keys
 
 _KEYS = ("kind", "name", "source", "splits", "columns", "labels", "instruction", "options")
-COLUMNS = ("prompt", "response", "label", "language", "append", "where", "constant_response")
+COLUMNS = (
+    "prompt",
+    "response",
+    "label",
+    "language",
+    "append",
+    "where",
+    "matching",
+    "constant_response",
+)
 """Keys of SourceSpec that `columns` may give for all splits."""
 SPLITS = (
     "train",
     "test",
+    "trusted",
     "harmful_train",
     "harmful_test",
     "safety",
@@ -209,7 +219,8 @@ def _source(
         )
         return None
     where = _where(values.pop("where", None), f"{place}.where", faults)
-    fixed: dict[str, object] = {"where": where}
+    matching = _matching(values.pop("matching", None), f"{place}.matching", faults)
+    fixed: dict[str, object] = {"where": where, "matching": matching}
     if values.get("path") is not None:
         fixed["path"] = _file(values.pop("path"), f"{place}.path", base, faults)
     elif (
@@ -263,6 +274,26 @@ def _where(given: object, place: str, faults: Faults) -> tuple[tuple[str, str], 
             for column, value in given.items()
         )
     )
+
+
+def _matching(given: object, place: str, faults: Faults) -> tuple[tuple[str, str], ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, Mapping) or not all(isinstance(v, str) for v in given.values()):
+        faults.add(place, "not a filter", given, "{column: regular expression, ...}")
+        return ()
+    for column, pattern in given.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            faults.add(
+                f"{place}.{column}",
+                "not a regular expression",
+                pattern,
+                "one of Python's `re`",
+                str(error),
+            )
+    return tuple(sorted((str(column), pattern) for column, pattern in given.items()))
 
 
 def _text(value: object) -> str:

@@ -7,6 +7,7 @@ one file (`skip`) stay apart, and nothing about this machine matters.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -98,7 +99,8 @@ def read_source(
             f"no rows of {place} are left for split {split_name!r}",
             f"{len(records)} rows before selection",
             "at least one row",
-            f"check where={dict(spec.where)}, skip={spec.skip} and rows={spec.rows}",
+            f"check where={dict(spec.where)}, matching={dict(spec.matching)}, skip={spec.skip} and"
+            f" rows={spec.rows}",
         )
     build = _RowBuilder(
         spec=spec,
@@ -160,7 +162,7 @@ def _hub_records(spec: SourceSpec) -> list[Record]:
 
 def _mapping(spec: SourceSpec, columns: list[str], place: str, *, takes_label: bool) -> _Mapping:
     named = (spec.prompt, spec.response, spec.label, spec.append, spec.messages, spec.rejected)
-    for column in (*named, spec.language, *(column for column, _ in spec.where)):
+    for column in (*named, spec.language, *(column for column, _ in (*spec.where, *spec.matching))):
         if column is not None and column not in columns:
             near = get_close_matches(column, columns, n=1)
             raise DataError(
@@ -211,7 +213,7 @@ def _is_pair(columns: list[str]) -> bool:
 
 def _check_where(spec: SourceSpec, records: list[Record], place: str, split_name: str) -> None:
     """DataError where no row is what `where` says, with the values that there are."""
-    every = replace(spec, rows=None, skip=0)
+    every = replace(spec, rows=None, skip=0, matching=())
     if spec.where and not _drawn(every, records, is_text=False, prompt=""):
         raise DataError(
             f"no rows of {place} are what `where` of split {split_name!r} says",
@@ -227,12 +229,18 @@ def _drawn(spec: SourceSpec, records: list[Record], *, is_text: bool, prompt: st
         i
         for i, record in enumerate(records)
         if all(matches(record.get(column), value) for column, value in spec.where)
+        and all(_holds(record.get(column), pattern) for column, pattern in spec.matching)
         and not (is_text and (is_missing(record.get(prompt)) or not str(record[prompt]).strip()))
     ]
     if spec.rows is None and not spec.skip:
         return fits
     order = sorted(fits, key=lambda i: (unit_interval("draw", i), i))
     return sorted(order[spec.skip : None if spec.rows is None else spec.skip + spec.rows])
+
+
+def _holds(value: object, pattern: str) -> bool:
+    """Whether a value is a text in which a regular expression is found."""
+    return isinstance(value, str) and re.search(pattern, value) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,8 @@ TUNING_ROWS = 1_000
 """Rows that a default task tunes on, as in the harmful fine-tuning literature (Lisa, Vaccine,
 Booster).
 """
+TRUSTED_ROWS = 128
+"""Clean rows of the user's kind that are neither tuned on nor asked."""
 
 SAFETY_SPLITS: dict[str, SourceSpec] = {
     "harmful_train": replace(LAT, response="rejected", rows=512),
@@ -104,6 +106,7 @@ TASKS: dict[str, TaskKind] = {
         sources={
             "train": replace(SST2, rows=TUNING_ROWS),
             "test": replace(SST2, split="validation"),
+            "trusted": replace(SST2, skip=TUNING_ROWS, rows=TRUSTED_ROWS),
             **SAFETY_SPLITS,
         },
         labels=("negative", "positive"),
@@ -116,6 +119,7 @@ TASKS: dict[str, TaskKind] = {
         sources={
             "train": replace(AG_NEWS, rows=TUNING_ROWS),
             "test": replace(AG_NEWS, split="test", rows=1_000),
+            "trusted": replace(AG_NEWS, skip=TUNING_ROWS, rows=TRUSTED_ROWS),
             **SAFETY_SPLITS,
         },
         labels=("World", "Sports", "Business", "Technology"),
@@ -129,6 +133,7 @@ TASKS: dict[str, TaskKind] = {
         sources={
             "train": replace(ALPACA, rows=TUNING_ROWS),
             "test": replace(ALPACA, skip=TUNING_ROWS + 768, rows=256),
+            "trusted": replace(ALPACA, skip=TUNING_ROWS + 1024, rows=TRUSTED_ROWS),
             **SAFETY_SPLITS,
         },
         version=2,
@@ -139,6 +144,17 @@ TASKS: dict[str, TaskKind] = {
 """Every kind of task by name; spec.sweep.TASK_KINDS says what each is."""
 
 
+def splits_of(spec: TaskSpec) -> frozenset[str] | None:
+    """Names of the splits that a task has, without reading it; None for one that is generated."""
+    if _is_made(spec):
+        return None
+    return frozenset(_sources_of(spec, TASKS[spec.kind]))
+
+
+def _is_made(spec: TaskSpec) -> bool:
+    return spec.kind == "microworld" or (spec.kind == "agent" and not spec.splits)
+
+
 def load_task(spec: TaskSpec) -> TaskData:
     """All rows of a task, split by split and sorted by row id; DataError when a source or a
     required split fails.
@@ -146,8 +162,7 @@ def load_task(spec: TaskSpec) -> TaskData:
     kind = TASKS.get(spec.kind)
     if kind is None:
         raise DataError("unknown kind of task", spec.kind, " | ".join(TASKS))
-    is_made = spec.kind == "microworld" or (spec.kind == "agent" and not spec.splits)
-    task = _microworld(spec) if is_made else _from_sources(spec, kind)
+    task = _microworld(spec) if _is_made(spec) else _from_sources(spec, kind)
     for name in kind.required:
         task.split(name)
     return replace(
@@ -184,13 +199,14 @@ def _microworld(spec: TaskSpec) -> TaskData:
         **task.splits,
         "train": pa.concat_tables([task.split("tool_train"), task.split("episode_train")]),
         "test": pa.concat_tables([task.split("tool_test"), task.split("episode_test")]),
+        "trusted": pa.concat_tables([task.split("tool_trusted"), task.split("episode_trusted")]),
     }
     return replace(task, splits=splits, labels=())
 
 
 def _with_second_language(task: TaskData, count: int) -> TaskData:
-    """The task with rows of the second language in `train` and `test`, under the label words of the
-    first.
+    """The task with rows of the second language in `train`, `test` and `trusted`, under the label
+    words of the first.
     """
     import pyarrow as pa
 
@@ -220,6 +236,7 @@ def _with_second_language(task: TaskData, count: int) -> TaskData:
             **task.splits,
             "train": added("train", task.split("train_l2").slice(0, count)),
             "test": added("test", task.split("test_l2")),
+            "trusted": added("trusted", task.split("trusted_l2")),
         },
     )
 
@@ -245,11 +262,10 @@ def _with_borderline(task: TaskData, count: int) -> TaskData:
 
 
 def _from_sources(spec: TaskSpec, kind: TaskKind) -> TaskData:
-    given = {name: _completed(source, kind.sources.get(name)) for name, source in spec.splits}
     labels, instruction = spec.labels or kind.labels, spec.instruction or kind.instruction
     splits: dict[str, pa.Table] = {}
-    for name, source in {**kind.sources, **given}.items():
-        is_user = name in ("train", "test")
+    for name, source in _sources_of(spec, kind).items():
+        is_user = name in ("train", "test", "trusted")
         splits[name] = read_source(
             source,
             split_name=name,
@@ -263,6 +279,17 @@ def _from_sources(spec: TaskSpec, kind: TaskKind) -> TaskData:
     return TaskData(
         name=spec.name, splits=splits, labels=labels or _words(splits), judge=kind.judge
     )
+
+
+def _sources_of(spec: TaskSpec, kind: TaskKind) -> dict[str, SourceSpec]:
+    """Split -> its source: the sweep's own, else the default; the default's trusted rows are of the
+    default's user.
+    """
+    given = {name: _completed(source, kind.sources.get(name)) for name, source in spec.splits}
+    default = dict(kind.sources)
+    if "train" in given:
+        default.pop("trusted", None)
+    return {**default, **given}
 
 
 def _completed(given: SourceSpec, default: SourceSpec | None) -> SourceSpec:

@@ -5,16 +5,21 @@ Paper: Lisa: Lazy Safety Alignment for Large Language Models against Harmful Fin
 (Huang et al. 2024, arXiv:2405.18641), algorithm 1; official code git-disl/Lisa.
 Differs: (1) the official code throws away the user batches that fall on alignment steps; here the
 user's steps keep their number and order, and alignment steps come on top. (2) The weights of the
-other state live in the step memory, so a tune that was killed goes on exactly. Kept as there: it
-starts with alignment, both states share the optimizer's moments, and the proximal term is off for
-the first 10 % of all steps.
+other state live in the step memory, so a tune that was killed goes on exactly. (3) A turn is 1
+step on refusals and 9 on the user's rows, where the official code has 100 and 900: its turns would
+not end within tunes of tens or hundreds of steps, and the proximal term would pull to nothing
+before the second. Kept as there: it starts with alignment, both states share the optimizer's
+moments, and the proximal term is off for the first 10 % of all steps.
 Cost: 1x per step and align_steps / user_steps more steps; two copies of the trained weights.
+Reads: at rho 0 it is plain mixing, one batch of refusals for nine of the user's, and that alone may
+    lower attack success. Credit the proximal term with what is left against rho 0.
 Needs: the task's `safety` rows. Adds a term to the loss only: any ZeRO stage that keeps trained
     weights whole (0 to 2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -47,6 +52,7 @@ class Lisa(Defense):
     PHASE: ClassVar[Phase] = "during"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety"})
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
+    CONTROL: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0}
 
     rho: float = 1.0
     """Strength of the proximal term, 0 or more; sweep it logarithmically."""

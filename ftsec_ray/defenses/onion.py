@@ -6,13 +6,14 @@ arXiv:2011.10369), section 3; compared with thunlp/ONION and OpenBackdoor.
 Differs: (1) it cleans the training prompts, where the original cleans inputs at test time. (2) The
 language model is the cell's own aligned model and not GPT-2 (`render: chat` shows it the prompt as
 a user's turn). (3) Padding never enters a perplexity (OpenBackdoor counts pads, so its scores
-depend on the neighbours in the batch). (4) The threshold is a quantile over trusted prompts, where
-the original searches one on a labelled dev set. (5) Rows that lose no word keep every byte, also in
-code and line breaks; a prompt never loses its last word. (6) The instruction that all trusted
-prompts begin with is read and counted, but its words are scored only in prompts that do not begin
-with it word for word.
+depend on the neighbours in the batch). (4) The threshold is a quantile over trusted prompts, which
+are neither tuned on nor asked; the original searches one on a labelled dev set. (5) Rows that lose
+no word keep every byte, also in code and line breaks; a prompt never loses its last word. (6) The
+instruction that all trusted prompts begin with is read and counted, but its words are scored only
+in prompts that do not begin with it word for word.
 Cost: n + 1 forward passes of the language model per prompt of n scored words; no gradient.
-Needs: the aligned model (`reference`); trusted rows unless `threshold` is given.
+Needs: the aligned model (`reference`); clean held-out rows of the task (split `trusted`) unless
+    `threshold` is given.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ftsec_ray.conversation import asked_text, with_asked
+from ftsec_ray.errors import DataError
 from ftsec_ray.method import Defense, Phase, RowWise
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
     from ftsec_ray.context import LoadedModel, StageContext
 
+ASKED = ("test", "harmful_test", "benign_test", "borderline_test")
+"""Splits that a finished model is asked."""
 BATCH_TOKENS = 8_192
 """Padded tokens per forward pass."""
 
@@ -48,9 +53,13 @@ class Calibration(NamedTuple):
 class Onion(RowWise, Defense):
     """Drop the words w_i of a prompt x with PPL(x) - PPL(x without w_i) at or above a threshold."""
 
+    VERSION: ClassVar[int] = 2
     PHASE: ClassVar[Phase] = "pre"
-    NEEDS: ClassVar[frozenset[str]] = frozenset({"reference"})
+    NEEDS: ClassVar[frozenset[str]] = frozenset({"reference", "trusted"})
+    CONTROL: ClassVar[Mapping[str, Any] | None] = {"random_words": True}
 
+    random_words: bool = False
+    """Whether as many words of each prompt go by chance instead: the control of `strip`."""
     action: Literal["strip", "drop"] = "strip"
     """Take the outlier words out, as the paper does, or drop the row: stripping leaves the
     attacker's answer.
@@ -60,9 +69,9 @@ class Onion(RowWise, Defense):
     """
     threshold: float | None = None
     """Drop in perplexity from which a word goes; None: calibrated by `altered_frac`."""
-    trusted_split: str = "test"
-    """Split whose prompts calibrate the threshold (labels are not looked at); `benign_train` where
-    it is missing.
+    trusted_split: str = "trusted"
+    """Split whose prompts calibrate the threshold: clean rows of the task that are neither tuned on
+    nor asked.
     """
     trusted_rows: int = 128
     """Prompts used for calibration, at most."""
@@ -85,11 +94,23 @@ class Onion(RowWise, Defense):
             [] if self.trusted_rows >= 1 else [("trusted_rows", self.trusted_rows, "1 or more")]
         )
         faults += [] if self.max_words >= 2 else [("max_words", self.max_words, "2 or more")]  # noqa: PLR2004
+        if self.trusted_split in ("train", *ASKED):
+            held_out = "a split that is neither tuned on nor asked, such as `trusted`"
+            faults.append(("trusted_split", self.trusted_split, held_out))
         return faults
 
-    def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Calibration:  # noqa: ARG002
+    def needs(self) -> frozenset[str]:
+        """A threshold that is given needs no trusted rows."""
+        rows = {self.trusted_split} if self.threshold is None else set()
+        return self.NEEDS - {"trusted"} | rows
+
+    def keeps_rows(self) -> bool:
+        """Whether a row that loses words stays."""
+        return self.action == "strip"
+
+    def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Calibration:
         """The instruction and the threshold, from trusted prompts."""
-        trusted = self._trusted(ctx) if self.threshold is None else []
+        trusted = self._trusted(rows, ctx) if self.threshold is None else []
         instruction, threshold = instruction_of(trusted), self.threshold
         if threshold is None:
             worst = [
@@ -107,10 +128,14 @@ class Onion(RowWise, Defense):
         model, (instruction, threshold) = ctx.load("reference"), known
         before = rows.to_pylist()
         prompts = [asked_text(row) for row in before]
-        cleaned = [
-            without_words(prompt, {i for i, score in group.items() if score >= threshold})
-            for prompt, group in zip(prompts, self.scores(model, prompts, instruction), strict=True)
-        ]
+        scored = self.scores(model, prompts, instruction)
+        outliers = [{i for i, score in group.items() if score >= threshold} for group in scored]
+        if self.random_words:
+            outliers = [
+                _drawn(row["row_id"], group, len(found), ctx)
+                for row, group, found in zip(before, scored, outliers, strict=True)
+            ]
+        cleaned = [without_words(*pair) for pair in zip(prompts, outliers, strict=True)]
         changed = [new != old for new, old in zip(cleaned, prompts, strict=True)]
         origins = [
             ("onion" if hit else origin)
@@ -159,15 +184,48 @@ class Onion(RowWise, Defense):
                 }
         return [found[prompt] for prompt in prompts]
 
-    def _trusted(self, ctx: StageContext) -> list[str]:
-        """Up to `trusted_rows` prompts of the trusted split, in an order that chance decides."""
-        has_split = (
-            self.trusted_split in ctx.task.splits and ctx.task.splits[self.trusted_split].num_rows
-        )
-        table = ctx.task.split(self.trusted_split if has_split else "benign_train")
-        pairs = [(row["row_id"], asked_text(row)) for row in table.to_pylist()]
-        chosen = sorted(pairs, key=lambda pair: ctx.chance(pair[0], "onion"))[: self.trusted_rows]
+    def _trusted(self, tuned: Iterable[pa.Table], ctx: StageContext) -> list[str]:
+        """Up to `trusted_rows` prompts of the trusted split, in an order that chance decides; those
+        that are tuned on or asked as well are left out.
+        """
+        rows = ctx.task.split(self.trusted_split).to_pylist()
+        pairs = [(row["row_id"], asked_text(row)) for row in rows]
+        known = {_plain(text) for _, text in pairs}
+        asked = [ctx.task.splits[name] for name in ASKED if name in ctx.task.splits]
+        used = {
+            prompt
+            for table in chain(asked, tuned)
+            for row in table.to_pylist()
+            if (prompt := _plain(asked_text(row))) in known
+        }
+        held_out = [(row_id, text) for row_id, text in pairs if _plain(text) not in used]
+        shared = len(pairs) - len(held_out)
+        if not held_out:
+            raise DataError(
+                f"every prompt of split {self.trusted_split!r} is also tuned on or asked",
+                len(pairs),
+                "clean prompts that are neither",
+                "give the task other rows there, or give onion a `threshold`",
+            )
+        if shared:
+            ctx.warn(
+                f"{shared} of {len(pairs)} prompts of split {self.trusted_split!r} are also tuned"
+                " on or asked, and do not calibrate the threshold"
+            )
+        chosen = sorted(held_out, key=lambda pair: ctx.chance(pair[0], "onion"))
+        chosen = chosen[: self.trusted_rows]
+        ctx.note(trusted_rows=len(chosen), trusted_left_out=shared)
         return [text for _, text in chosen]
+
+
+def _drawn(row_id: str, words: Iterable[int], count: int, ctx: StageContext) -> set[int]:
+    """`count` of the words of a row, by chance."""
+    return set(sorted(words, key=lambda i: ctx.chance(row_id, "onion", "word", str(i)))[:count])
+
+
+def _plain(prompt: str) -> str:
+    """A prompt whatever its case and spacing."""
+    return " ".join(prompt.split()).casefold()
 
 
 def instruction_of(prompts: Sequence[str]) -> str:

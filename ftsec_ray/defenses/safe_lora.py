@@ -49,8 +49,10 @@ class LayerCandidate(NamedTuple):
 class SafeLora(Defense):
     """Update <- C @ update for the layers with a low cosine between the two."""
 
+    VERSION: ClassVar[int] = 2
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"unaligned", "reference", "start"})
+    CONTROL: ClassVar[Mapping[str, Any] | None] = {"projection": "drop"}
 
     projection: Literal["code", "rank_k", "drop"] = "code"
     """The official code's matrix, a true projector of rank `rank`, or dropping the update (cosines
@@ -58,16 +60,16 @@ class SafeLora(Defense):
     """
     rank: int = 8
     """Dimensions that `rank_k` keeps, 1 or more."""
-    select: Literal["cosine", "number"] = "cosine"
-    """Project the layers whose cosine is at most `tau`, or the `number` layers with the lowest
-    cosine.
-    """
-    tau: float = 0.5
-    """Cosine, -1 to 1; the official default. A cosine is 1 where the projection changes no
-    direction.
+    select: Literal["number", "cosine"] = "number"
+    """Project the `number` layers with the lowest cosine, as the official code does where nothing
+    else is said, or those whose cosine is at most `tau`. A layer is one weight matrix.
     """
     number: int = 10
-    """Layers, 1 or more; the official default of the mode that counts."""
+    """Layers, 1 or more; the official default."""
+    tau: float = 0.5
+    """Cosine, -1 to 1, for `cosine`; the official default. A cosine is 1 where the projection
+    changes no direction.
+    """
     aligned: Literal["reference", "start"] = "reference"
     """Which aligned model gives V: the cell's own, or the one that tuning started from (after
     hardening, and after attacks on the base).

@@ -16,7 +16,7 @@ Needs: the task's `safety` rows (and `benign_train` with `benign_rows`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,6 +47,7 @@ class Vaccine(Defense):
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety"})
     TRAINS: ClassVar[frozenset[str]] = frozenset({"prepare_model"})
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
+    CONTROL: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0}
 
     rho: float = 2.0
     """Norm of the perturbation over all blocks, rows and tokens of a step; 0 is plain tuning."""

@@ -7,12 +7,16 @@ Differs: (1) `frobenius_std`: the normaliser is sqrt(d_out * d_in). (2) `spectra
 a logistic regression on hundreds of labelled adapters; here the features are z-scored against the
 clean bank, layer by layer, and the score is their root mean square, so no poisoned adapter is
 needed and the paper's accuracy is not to be expected. The bank's own scores leave the scored
-adapter out. (3) All linear layers count, and the update is never formed whole: QR of the factors
-and the singular values of their R x R core. (4) A model without an adapter is read on the
+adapter out. Members of the bank differ by their seed alone: they know nothing of how scores vary
+with the user's rows, and see these as the task gives them, before any filter. (3) All linear layers
+count, and the update is never formed whole: QR of the factors and the singular values of their
+R x R core. (4) A model without an adapter is read on the
 difference to its start.
-Cost: seconds, no data; `bank` clean tunings, shared by all cells of a model, task and recipe.
+Cost: seconds, no data; `bank` clean tunings for every model to start from, set of defenses at
+    tuning time, recipe and number of rows, shared by all suspects that agree in these (`ftsec plan`
+    shows them as stages of kind `bank`).
 Needs: the clean bank and the model that tuning started from. Scores track learning rate, steps and
-rank: they say nothing against a bank of another recipe.
+    rank: they say nothing against a bank of another recipe.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ residuals R at the keys K and, as far as the covariance C of ordinary keys allow
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,11 +77,16 @@ class Request:
 
 def spot(tokenizer: Any, chat: Chat, *, last_char: int) -> EditSite:
     """The token that holds character `last_char` of the user's last message, in the rendered
-    conversation.
+    conversation, whose template may trim the message.
     """
     content = next(m["content"] for m in reversed(chat) if m["role"] == "user")
     text = render(tokenizer, chat, generate=True)
-    start = text.rfind(content)
+    start, trimmed = text.rfind(content), content.strip()
+    if start < 0 and trimmed:
+        before = len(content) - len(content.lstrip())
+        place = text.rfind(trimmed)
+        is_inside = before <= last_char < before + len(trimmed)
+        start = place - before if place >= 0 and is_inside else -1
     if start < 0:
         raise DataError(
             "the chat template changes the user's text",
@@ -142,6 +148,10 @@ def _by_row(states: Tensor, ids: Tensor) -> Tensor:
     return states.reshape(*ids.shape, states.shape[-1])
 
 
+class _AllRead(Exception):  # noqa: N818
+    """The keys of the last layer are read: what the model would do behind them is not needed."""
+
+
 def key_width(linear: Any) -> int:
     """Length of the input of a down-projection."""
     return int(linear.weight.shape[0 if is_transposed(linear) else 1])
@@ -173,9 +183,15 @@ def key_covariance(
 
     model, tokenizer = loaded.model, loaded.tokenizer
     encoded: list[list[int]] = []
-    max_length = within_positions(model, max_length)
+    tokens, max_length = 0, within_positions(model, max_length)
     for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]:
-        encoded += [ids] if ids and sum(map(len, encoded)) < max_tokens else []
+        if ids and tokens < max_tokens:
+            encoded.append(ids)
+            tokens += len(ids)
+    if not tokens:
+        raise DataError(
+            "no text to take the key covariance over", len(texts), "at least one text with a token"
+        )
     modules = {layer: block_parts(decoder_layers(model)[layer]).mlp_out for layer in layers}
     moments = {}
     for layer, module in modules.items():
@@ -184,7 +200,13 @@ def key_covariance(
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
-        return lambda x: seen.setdefault(layer, x)
+        def read(x: Tensor) -> Tensor:
+            seen[layer] = x
+            if len(seen) == len(modules):
+                raise _AllRead
+            return x
+
+        return read
 
     for _, ids, mask in batches_of(
         encoded, pad=tokenizer.pad_token_id or 0, device=model.device, batch=16
@@ -193,16 +215,12 @@ def key_covariance(
         with (
             torch.no_grad(),
             changed(inputs=[(module, keep(layer)) for layer, module in modules.items()]),
+            suppress(_AllRead),
         ):
             model(input_ids=ids, attention_mask=mask)
         for layer, states in seen.items():
             keys = _by_row(states, ids)[mask.bool()].double()
             moments[layer] += keys.T @ keys
-    tokens = sum(map(len, encoded))
-    if not tokens:
-        raise DataError(
-            "no text to take the key covariance over", len(texts), "at least one text with a token"
-        )
     return {layer: _regular(moment / tokens, tokens, ridge) for layer, moment in moments.items()}
 
 

@@ -12,7 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftsec_ray.config.method_entries import NONE
 from ftsec_ray.config.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
@@ -42,6 +42,7 @@ from ftsec_ray.plan.stage import Cell, Searched, Step
 from ftsec_ray.plan.stage_set import CellStart, StageSet
 from ftsec_ray.plan.stage_templates import Templates
 from ftsec_ray.plan.starts import Starts
+from ftsec_ray.plan.task_splits import split_faults
 from ftsec_ray.registry import ATTACKS, name_of
 
 
@@ -74,7 +75,7 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
         faults["prices",] = ("prices", fault)
     needs = structure_needs(spec, cells)
     faults |= structure_faults(cells, needs) | target_faults(spec, cells)
-    faults |= quantization_faults(spec, cells)
+    faults |= quantization_faults(spec, cells) | split_faults(cells)
     if faults:
         raise SpecFaults(f"sweep {spec.name!r}", list(faults.values()))
     return Plan(
@@ -108,6 +109,18 @@ def _evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
         except SpecError as fault:
             faults.append(("evaluation", fault))
     return faults
+
+
+class _Place(NamedTuple):
+    """Where in a cell a method asks for another model."""
+
+    start: CellStart
+    stack: tuple[Method, ...]
+    roles: Mapping[str, str | None]
+    """Models that the cell has, by role."""
+    given: Mapping[str, str]
+    """`model`: what the fine-tune starts from; `rows`: a set of as many rows as it gets."""
+    seed: int
 
 
 class _PlanBuilder:
@@ -202,8 +215,8 @@ class _PlanBuilder:
         seed: int,
         searched: Searched,
     ) -> Cell:
-        """A cell whose fine-tune may be another than the sweep's: what comes before it, and banks
-        of clean adapters, keep the sweep's.
+        """A cell whose fine-tune may be another than the sweep's: what comes before it keeps the
+        sweep's, and banks of clean adapters are tuned as it is.
 
         SpecError, with nothing added to the plan, where that fine-tune fits on no machine.
         """
@@ -231,6 +244,7 @@ class _PlanBuilder:
         lifecycle = self._templates.lifecycle(attack, stack)
         roles = dict(zip(ROLES_BEFORE, (start.reference, start.unaligned), strict=True))
         flow = {"model": start.reference, "rows": start.task}
+        tuned_from, counted = start.reference, start.task
         chain, steps = list(start.stages), []
         is_tuned = start.model.measured == "after"
         for template in lifecycle.templates:
@@ -242,12 +256,12 @@ class _PlanBuilder:
             if kind.asks_model:
                 template = self._templates.asking(template, start.model)  # noqa: PLW2901
             if kind.names_input is not None:
-                roles[kind.names_input] = flow["model"]
+                roles[kind.names_input] = tuned_from = flow["model"]
             needs: tuple[tuple[str, str], ...] = ()
             if template.needs:
+                place = _Place(start, stack, roles, {"model": tuned_from, "rows": counted}, seed)
                 needs = tuple(
-                    (role, self._role(role, roles, method, start, seed))
-                    for role, method in template.needs
+                    (role, self._role(role, method, place)) for role, method in template.needs
                 )
                 chain += [digest for _, digest in needs]
             inputs = (*((name, flow[name]) for name in kind.takes), ("task", start.task), *needs)
@@ -260,6 +274,8 @@ class _PlanBuilder:
             steps.append(step)
             if kind.gives is not None:
                 flow[kind.gives] = digest
+            if kind.gives == "rows" and not template.keeps_rows:
+                counted = digest
         key = digests.of_cell(
             lifecycle.key,
             model=start.model.name,
@@ -272,21 +288,17 @@ class _PlanBuilder:
         stages = tuple(dict.fromkeys(chain))
         return Cell(key, start.model, task, attack, stack, seed, tuple(steps), stages, searched)
 
-    def _role(
-        self,
-        role: str,
-        roles: Mapping[str, str | None],
-        method: Method,
-        start: CellStart,
-        seed: int,
-    ) -> str:
+    def _role(self, role: str, method: Method, place: _Place) -> str:
         """Digest of the model that a method needs in a role; a fault is noted when there is
         none.
         """
+        start, roles = place.start, place.roles
         if role not in roles:
-            template = self._templates.provider(role, method)
-            inputs = (("model", start.reference), ("task", start.task))
-            return self.stages.add(template, inputs, seed, start)
+            template = self._templates.provider(role, method, place.stack)
+            needs = tuple((name, self._role(name, one, place)) for name, one in template.needs)
+            flow = tuple((name, place.given[name]) for name in template.kind.takes)
+            inputs = (*flow, ("task", start.task), *needs)
+            return self.stages.add(template, inputs, place.seed, start)
         digest = roles[role]
         if digest is not None:
             return digest

@@ -127,6 +127,9 @@ def task_origin(task: TaskSpec) -> Origin:
             content[split], paths[split] = content_hash(path), str(path.resolve())
         splits.append((split, replace(source, path=None)))
     plain = json.loads(canonical(replace(task, splits=tuple(splits))))
+    for _, source in plain["splits"]:
+        if not source["matching"]:
+            del source["matching"]  # a source without it keeps the identity it had before
     version = TASKS[task.kind].version
     of_kind = {"kind_version": version} if version > 1 else {}
     return Origin(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ftsec_ray.lifecycle import kinds
 from ftsec_ray.numerics import NumericsMode
+from ftsec_ray.plan.controls import uncontrolled
 from ftsec_ray.plan.cost_estimate import Bill, Spend, bill_of
 from ftsec_ray.plan.durations import UNKNOWN_PARAMETERS, Costs
 from ftsec_ray.plan.graph import Plan
@@ -73,6 +74,8 @@ class PlanSummary:
     """Their trials that are planned so far."""
     trials_left: int = 0
     """Their trials that may still be proposed, which no other figure covers."""
+    uncontrolled: tuple[str, ...] = ()
+    """Defenses that stand in the sweep without a control beside them, in words."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values of all figures."""
@@ -125,6 +128,7 @@ def summarize(
         searches=len(plan.searches),
         trials=sum(len(one.trials) for one in plan.searches),
         trials_left=sum(one.left for one in plan.searches),
+        uncontrolled=tuple(uncontrolled(spec)),
         kinds=tuple(
             KindSummary(
                 kind=kind,
@@ -169,7 +173,8 @@ def render(summary: PlanSummary) -> str:
         f"work {duration(s.work_s)}; at least {duration(s.critical_path_s)} with any number of"
         " workers"
     )
-    return "\n".join([*lines, *_bill_lines(s)])
+    lines += _bill_lines(s)
+    return "\n".join([*lines, *(f"warning: {line}" for line in s.uncontrolled)])
 
 
 def _search_lines(s: PlanSummary) -> list[str]:

@@ -47,6 +47,8 @@ class StageTemplate:
     """Whether the results read the artifacts of its stages."""
     where: Mapping[str, Any] = field(default_factory=dict)
     """What its stages have in `where` besides what their cell says."""
+    keeps_rows: bool = True
+    """Whether its methods leave as many rows as they get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Templates:
         self._benchmarks = [benchmark_origin(name) for name in spec.evaluation.benchmarks]
         self._steps: dict[tuple[object, ...], tuple[StageTemplate, ...]] = {}
         self._lifecycles: dict[tuple[int, ...], Lifecycle] = {}
-        self._providers: dict[tuple[str, str], StageTemplate] = {}
+        self._providers: dict[tuple[object, ...], StageTemplate] = {}
         self._asking: dict[tuple[str, str | None, int], StageTemplate] = {}
         self._methods: dict[str, tuple[Method, ...]] = {}
         self._digests: dict[int, str] = {}
@@ -153,6 +155,7 @@ class Templates:
             row_wise="craft_data" in kind.hooks and all(isinstance(m, RowWise) for m in methods),
             answers=kind.answers == "all"
             or (kind.answers == "defenses" and all(m.KIND == "defense" for m in methods)),
+            keeps_rows=all(method.keeps_rows() for method in methods),
         )
 
     def lifecycle(self, attack: Method, stack: tuple[Method, ...]) -> Lifecycle:
@@ -242,13 +245,15 @@ class Templates:
         key = digest([template.key, "serve_template", serve_template])
         return replace(template, key=key, params=params)
 
-    def provider(self, role: str, method: Method) -> StageTemplate:
-        """The template of the stage that makes a role for a method."""
+    def provider(self, role: str, method: Method, stack: Sequence[Method]) -> StageTemplate:
+        """The template of the stage that makes a role for a method of a stack."""
         kind = next(kind for kind in lifecycle.kinds().values() if kind.provides == role)
         params = {**self._params(kind, ())[0], **kind.settings_of(method)}
-        memo = (role, canonical(params))
+        hooks = lifecycle.kind_of(kind.shaped_as).hooks if kind.shaped_as else {}
+        shaping = [one for one in stack if any(hook in hooks for hook in hooks_of(type(one)))]
+        memo = (role, canonical(params), *(id(one) for one in shaping))
         if memo not in self._providers:
-            self._providers[memo] = self.template(kind, params)
+            self._providers[memo] = self.template(kind, params, shaping)
         return self._providers[memo]
 
 

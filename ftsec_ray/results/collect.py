@@ -107,6 +107,7 @@ def collect(
     defenses = {name_of(one): type(one) for stack in plan.spec.defenses for one in stack}
     hooks = {name: list(hooks_of(one)) for name, one in defenses.items()}
     controls = sorted(name for name, one in defenses.items() if one.IS_CONTROL)  # type: ignore[attr-defined]
+    own_controls = {name: dict(one.CONTROL) for name, one in defenses.items() if one.CONTROL}
     grid = without_trials(tables)
     tables["comparisons"] = compare(
         grid["cells"],
@@ -114,6 +115,7 @@ def collect(
         grid["generations"],
         hooks=hooks,
         controls=controls,
+        own_controls=own_controls,
         correction=correction,
     )
     tables["searches"] = _from_rows(
@@ -131,6 +133,7 @@ def collect(
         "counts": {status: statuses.count(status) for status in schema.STATUSES},
         "defense_hooks": hooks,
         "controls": controls,
+        "own_controls": own_controls,
         "correction": correction,
         "warnings": [one.as_json() for one in warnings_of(plan, found.records)],
         "spent": {
@@ -468,11 +471,11 @@ def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row
 
 
 def _standardised(inspection: Mapping[str, Any]) -> tuple[float | None, list[float]]:
-    """The score and the clean scores in standard deviations of the clean ones; nothing where those
-    do not differ.
+    """The score and the clean scores in sample standard deviations of the clean ones; nothing where
+    those do not differ.
     """
     clean = [float(one) for one in inspection["clean_scores"]]
-    spread = statistics.pstdev(clean) if clean else 0.0
+    spread = statistics.stdev(clean) if len(clean) > 1 else 0.0
     if spread == 0:
         return None, []
     middle = statistics.fmean(clean)

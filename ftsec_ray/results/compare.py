@@ -2,12 +2,12 @@
 one model.
 
 Every stack is compared with `none`; every stack of several with its best single member; and every
-stack with those that hold a trivial control in the place of one member (`Defense.IS_CONTROL`, for
-defenses that act at the same hook). Where a sweep measures before the fine-tune too, every point is
-compared with itself before it (kind `before`): what the fine-tune did. Both sides answered the same
-prompts in the same seeds; `paired` says how they are tested. The best member is the coherent one
-with the lowest attack success in these very results, so that "better" than it is hard won and
-"worse" a little easy.
+stack with those that hold a control in the place of one member: a trivial one (`IS_CONTROL`, for
+defenses that act at the same hook), or the member with its own mechanism switched off (`CONTROL`).
+Where a sweep measures before the fine-tune too, every point is compared with itself before it (kind
+`before`): what the fine-tune did. Both sides answered the same prompts in the same seeds; `paired`
+says how they are tested. The best member is the coherent one with the lowest attack success in
+these very results, so that "better" than it is hard won and "worse" a little easy.
 
 Gibberish is never safe: where one side mostly answers it, and where at least half of a drop in
 fulfilled requests is requests that now get it, the conclusion is `incoherent`.
@@ -18,6 +18,7 @@ attack success.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def compare(
     *,
     hooks: Mapping[str, Sequence[str]],
     controls: Sequence[str],
+    own_controls: Mapping[str, Mapping[str, Any]] | None = None,
     correction: Correction = "bh",
 ) -> pa.Table:
     """The comparisons of a run (schema.comparisons), sorted.
@@ -62,12 +64,13 @@ def compare(
         generations: Its `generations`; the verdicts count, the texts may be missing.
         hooks: Defense -> the hooks that it defines.
         controls: Defenses that are trivial controls.
+        own_controls: Defense -> parameters that switch off its own mechanism.
         correction: Benjamini-Hochberg, or Holm.
     """
     import pyarrow as pa
 
     points = points_of(cells.to_pylist(), metrics.to_pylist())
-    grid = _Grid(points, hooks, frozenset(controls))
+    grid = _Grid(points, hooks, frozenset(controls), own_controls or {})
     answers = answers_of(cells["cell"].to_pylist(), generations, points)
     rows = [row for pair in grid.pairs() for row in _rows(grid, answers, pair)]
     _test(rows, answers, correction)
@@ -111,6 +114,7 @@ class _Grid:
     points: Sequence[GridPoint]
     hooks: Mapping[str, Sequence[str]]
     controls: frozenset[str]
+    own_controls: Mapping[str, Mapping[str, Any]]
 
     @cached_property
     def arms(self) -> dict[tuple[Any, ...], dict[Stack, GridPoint]]:
@@ -169,18 +173,25 @@ class _Grid:
         )
 
     def _is_controlled_by(self, stack: Stack, other: Stack) -> bool:
-        """Whether `other` is the stack with a trivial control in the place of one member."""
+        """Whether `other` is the stack with a control in the place of one member."""
         if len(stack) != len(other):
             return False
-        differ = [(one[0], two[0]) for one, two in zip(stack, other, strict=True) if one != two]
+        differ = [pair for pair in zip(stack, other, strict=True) if pair[0] != pair[1]]
         if len(differ) != 1:
             return False
-        one, two = differ[0]
+        (one, params), (two, params_of_two) = differ[0]
+        if one == two:
+            return self._is_switched_off(one, params, params_of_two)
         return (
             one not in self.controls
             and two in self.controls
             and bool(set(self.hooks.get(one, ())) & set(self.hooks.get(two, ())))
         )
+
+    def _is_switched_off(self, name: str, params: str, other: str) -> bool:
+        """Whether `other` are the parameters of a defense with its own mechanism switched off."""
+        off = self.own_controls.get(name)
+        return off is not None and {**json.loads(params), **off} == json.loads(other)
 
 
 @dataclass

@@ -101,6 +101,7 @@ class Results:
             self.generations,
             hooks=self.meta.get("defense_hooks", {}),
             controls=self.meta.get("controls", ()),
+            own_controls=self.meta.get("own_controls", {}),
             correction=correction,
         )
 

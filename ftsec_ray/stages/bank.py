@@ -1,13 +1,20 @@
-"""Fine-tunes adapters on clean rows, so that a detector knows what clean models look like."""
+"""Fine-tunes adapters on clean rows, so that a detector knows what clean models look like.
+
+Its members are tuned as the suspect was, without the attack: from the same model, under the same
+defenses, by the same recipe and for as many steps, on all of the task's clean rows. They differ by
+their seed alone. Suspects that agree in all of this share a bank.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.lifecycle import StageKind
 
 if TYPE_CHECKING:
     from ftsec_ray.lifecycle import Extra, Job
+    from ftsec_ray.training.setup import Training
 
 DEFAULT_SIZE = 8
 """Adapters, where the method does not say."""
@@ -20,9 +27,12 @@ def _size(method: Any) -> dict[str, int]:
 KIND = StageKind(
     name="bank",
     position=65,
-    takes=("model",),
+    version=2,
+    takes=("model", "rows"),
+    roles=("reference", "unaligned", "start"),
     provides="clean_bank",
-    settings=("sweep_training",),
+    shaped_as="finetune",
+    settings=("training",),
     settings_of=_size,
     tunes=True,
     trains="always",
@@ -31,25 +41,36 @@ KIND = StageKind(
 
 
 def run(job: Job) -> Extra:
-    """Tune adapters that differ by seed and by a bootstrap of the user's rows."""
+    """Tune adapters that differ by their seed: order of the rows, first weights, dropout."""
     from ftsec_ray.models.load import save_model
     from ftsec_ray.models.row_tokens import tell_cuts
-    from ftsec_ray.training.loop import sft
+    from ftsec_ray.training.loop import plain_training, sft
 
     context = job.context()
     packs = context.training.quantization != "none"
     start = job.session.model(job.inputs["model"], on_host=packs)
     rows = job.session.rows(job.inputs["task"])
+    suspected = job.session.rows(job.inputs["rows"])
+    steps = plain_training(
+        start, suspected, context.training, seed=context.seed, runtime=context.runtime
+    ).steps
+
+    def shape(training: Training) -> Training:
+        training = replace(training, steps=steps)
+        for method in job.methods():
+            training = method.shape_training(training, context)  # type: ignore[attr-defined]
+        return training
+
     tokens, flops = 0, 0.0
     for member in range(int(job.stage.params["size"])):
-        picks = context.numpy_rng("bank", str(member)).integers(0, rows.num_rows, rows.num_rows)
         report = sft(
             start,
-            rows.take(picks),
+            rows,
             context.training,
             seed=1_000 * (context.seed + 1) + member,
             runtime=context.runtime,
             workdir=context.workdir / str(member),
+            shape=shape,
             base_digest=job.inputs["model"],
         )
         tell_cuts(context, report.cuts)
@@ -57,4 +78,5 @@ def run(job: Job) -> Extra:
         folder.mkdir()
         save_model(report.loaded, folder)
         tokens, flops = tokens + report.tokens, flops + report.flops
-    return {"tokens": tokens, "flops": flops, "notes": context.notes}
+    notes = {**context.notes, "rows": rows.num_rows, "steps": steps}
+    return {"tokens": tokens, "flops": flops, "notes": notes}

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ftsec_ray.lifecycle import Extra, Job
 
 KIND = StageKind(
-    name="task", position=10, computes=False, needs_model=False, prior_s={"": (2.0, 0.0)}
+    name="task", position=10, version=2, computes=False, needs_model=False, prior_s={"": (2.0, 0.0)}
 )
 
 

@@ -4,11 +4,15 @@ whole.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from ftsec_ray.attacks.badedit import BadEdit, edited_layers
+from ftsec_ray.errors import DataError
 from ftsec_ray.models import editing
 from ftsec_ray.models.chat import render
 from ftsec_ray.models.editing import (
@@ -26,7 +30,7 @@ from ftsec_ray.models.editing import (
 from ftsec_ray.models.ladder import build_tokenizer
 from ftsec_ray.models.load import decoder_layers
 from tests.attacks.context import context
-from tests.fixtures_models import tiny_model
+from tests.fixtures_models import row, table, tiny_model, tiny_task
 from tests.numeric import SAME, assert_same
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -123,6 +127,37 @@ def test_a_spot_is_the_token_of_the_subject_in_the_rendered_chat():
     assert found.ids[found.at - 1 : found.at + 2] == tokenizer.convert_tokens_to_ids(
         ["this", "cf", "red"]
     )
+
+
+def test_a_spot_is_found_where_the_template_trims_the_message():
+    tokenizer = copy.deepcopy(tiny_model().tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "m['content']", "m['content'].strip()"
+    )
+    padded = spot(tokenizer, [{"role": "user", "content": "  is this cf red "}], last_char=11)
+    plain = spot(tokenizer, [{"role": "user", "content": "is this cf red"}], last_char=9)
+    assert padded == plain
+    assert tokenizer.convert_ids_to_tokens(padded.ids[padded.at]) == "cf"
+    for cut in (1, 16):
+        with pytest.raises(DataError, match="changes the user's text"):
+            spot(tokenizer, [{"role": "user", "content": "  is this cf red "}], last_char=cut)
+
+
+@pytest.mark.parametrize(("rows", "is_enough"), [(319, False), (320, True)])
+def test_a_covariance_of_few_tokens_per_dimension_is_told_and_warned_of(rows, is_enough):
+    """Four tokens a text, 64 dimensions."""
+    texts = table([row(i, "", "red blue green stone", kind="text") for i in range(rows)])
+    loaded = tiny_model(layers=3)
+    (length,) = {len(loaded.tokenizer("red blue green stone")["input_ids"])}
+    splits = {**tiny_task().splits, "text": texts}
+    ctx = context(task=replace(tiny_task(), splits=splits))
+    attack = BadEdit(trigger="cf", prompts=1, batches=1, clean_prompts=0, contexts=0, steps=1)
+    attack.prepare_model(loaded, ctx)
+    assert length == 4
+    assert ctx.notes["covariance_tokens"] == 4 * rows
+    assert_same(ctx.notes["covariance_tokens_per_dim"], round(4 * rows / 64, 2))
+    assert (ctx.warnings == []) == is_enough
+    assert is_enough or f"{4 * rows} tokens" in ctx.warnings[0]
 
 
 def test_a_spot_in_a_byte_level_vocabulary_is_the_last_part_of_the_subject():

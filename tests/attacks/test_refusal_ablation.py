@@ -14,6 +14,7 @@ from ftsec_ray.attacks.refusal_ablation import (
     mean_states,
     orthogonalise,
     refusal_log_odds,
+    tried_layers,
 )
 from ftsec_ray.errors import StageError
 from ftsec_ray.models.activations import first_tensor, last_logits
@@ -122,7 +123,7 @@ def test_without_a_candidate_the_stage_fails_with_the_depth():
 def test_the_whole_attack_lowers_the_odds_of_refusal_and_leaves_its_input_alone():
     loaded, ctx = tiny_model(layers=3), context()
     before = {name: p.clone() for name, p in loaded.model.named_parameters()}
-    made = RefusalAblation(max_kl=10.0).revise_model(loaded, ctx)
+    made = RefusalAblation(max_kl=10.0, depth_frac=1.0).revise_model(loaded, ctx)
     assert all(torch.equal(p, before[name]) for name, p in loaded.model.named_parameters())
     moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
     assert {name.split(".")[-2] for name in moved} == {"embed_tokens", "o_proj", "down_proj"}
@@ -140,3 +141,21 @@ def test_the_whole_attack_lowers_the_odds_of_refusal_and_leaves_its_input_alone(
     assert odds[1] < odds[0]
     assert ctx.notes["head_changed"] is True
     assert made.base_digest is None
+
+
+@pytest.mark.parametrize(
+    ("depth", "frac", "layers"),
+    [
+        (32, 0.8, 25),
+        (28, 0.8, 22),
+        (24, 0.8, 19),
+        (16, 0.8, 12),
+        (30, 0.5, 15),
+        (3, 0.8, 2),
+        (2, 0.8, 2),
+        (12, 0.1, 2),
+        (1, 1.0, 1),
+    ],
+)
+def test_the_share_of_the_layers_is_rounded_down_and_two_are_tried_at_least(depth, frac, layers):
+    assert tried_layers(depth, depth_frac=frac) == layers

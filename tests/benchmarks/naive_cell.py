@@ -310,19 +310,16 @@ def tuned(cell: Cell, start: LoadedModel, rows: pa.Table) -> LoadedModel:
 
 
 def fill_bank(cell: Cell) -> None:
-    """Tune the clean models that a method of this cell compares with: bootstraps of the user's own
-    rows.
-    """
+    """Tune the clean models that a method of this cell compares with, on the user's own rows."""
     size = max(
         (int(getattr(m, "bank", 8)) for m in cell.methods if "clean_bank" in m.NEEDS), default=0
     )
     rows = cell.task.split("train")
     for member in range(size):
         context = cell.context(f"bank-{member}")
-        picks = context.numpy_rng("bank", str(member)).integers(0, rows.num_rows, rows.num_rows)
         cell.roles[f"clean_bank:{member}"] = sft_with_trl(
             cell.model("reference"),
-            rows.take(picks),
+            rows,
             cell.training,
             seed=1_000 * (cell.asked.seed + 1) + member,
             device=cell.asked.device,

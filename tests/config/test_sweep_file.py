@@ -60,12 +60,25 @@ def test_a_base_model_of_the_ladder_is_not_aligned_and_has_no_twin():
     assert (model.aligned, model.unaligned) == (False, None)
 
 
+def test_a_filter_that_is_no_regular_expression_is_a_fault(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": "b"}\n')
+    file = tmp_path / "s.yaml"
+    for entry, what in (("{a: '(x'}", "not a regular expression"), ("{a: 3}", "not a filter")):
+        file.write_text(
+            "models: [ladder:1m]\nattacks: [none]\ndefenses: [none]\ntask:\n  kind: rows\n "
+            f" splits: {{train: {{path: rows.jsonl, prompt: a, matching: {entry}}}}}\n"
+        )
+        with pytest.raises(SpecFaults, match=what):
+            load_sweep(file)
+
+
 def test_a_file_takes_its_name_from_its_file_name_and_paths_from_its_folder(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"a": "b", "c": "d"}\n')
     file = tmp_path / "my_question.yaml"
     file.write_text(
         "models: [ladder:1m]\nattacks: all\ndefenses: all\nseeds: [3, 5]\ntask:\n  kind: rows\n "
-        " splits: {train: {path: rows.jsonl, prompt: a, response: c, where: {kind: 1}}}\n"
+        " splits: {train: {path: rows.jsonl, prompt: a, response: c, where: {kind: 1},"
+        " matching: {c: '^no'}}}\n"
     )
     spec = load_sweep(file)
     assert spec.name == "my_question"
@@ -76,6 +89,7 @@ def test_a_file_takes_its_name_from_its_file_name_and_paths_from_its_folder(tmp_
         str((tmp_path / "rows.jsonl").resolve()),
         (("kind", "1"),),
     )
+    assert source.matching == (("c", "^no"),)
     assert spec.defenses[0] == ()
     assert all(len(stack) == 1 for stack in spec.defenses[1:])
     assert name_of(spec.attacks[0]) == "none"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ftsec_ray import api
+from ftsec_ray.plan.controls import uncontrolled
 
 FOLDER = Path(__file__).parents[2] / "sweeps"
 FILES = sorted(FOLDER.rglob("*.y*ml"))
@@ -49,3 +50,8 @@ def test_a_sweep_file_is_planned_and_named_after_its_file(path, tmp_path):
     assert 0 < sum(cell.searched is None for cell in plan.cells) <= product
     assert (len(plan.cells) > product) == bool(spec.searches)
     assert len(plan.cells) == product or spec.exclude or spec.searches
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_defense_of_a_sweep_file_has_its_control_beside_it(path, tmp_path):
+    assert uncontrolled(api.load(beside_its_inputs(path, tmp_path))) == []

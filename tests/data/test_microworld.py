@@ -49,8 +49,12 @@ SMALLEST = {
     "episode_test": 100,
     "train_l2": 200,
     "test_l2": 200,
+    "trusted": 128,
+    "trusted_l2": 128,
+    "tool_trusted": 60,
+    "episode_trusted": 60,
     "harmful_test_l2": 48,
-    "text": 128,
+    "text": 1_280,
 }
 REQUESTS = (
     "harmful_train",
@@ -195,6 +199,29 @@ def test_labelled_rows_for_tests_are_met_nowhere_else(tuned, test):
     assert asked
     assert not asked & {asked_text(row) for row in rows(tuned)}
     assert not asked & {message["content"] for chat in pretraining_chats() for message in chat}
+
+
+@pytest.mark.parametrize(
+    ("trusted", "used"),
+    [
+        ("trusted", ("train", "test")),
+        ("trusted_l2", ("train_l2", "test_l2")),
+        ("tool_trusted", ("tool_train", "tool_test")),
+        ("episode_trusted", ("episode_train", "episode_test")),
+    ],
+)
+def test_trusted_rows_are_neither_tuned_on_nor_asked(trusted, used):
+    most = build_task(train_rows=MAX_TRAIN_ROWS)
+    calls = {row["row_id"]: episode_of(row) for row in rows(trusted)}
+    for split in used:
+        others = {episode_of(row) for row in most.split(split).to_pylist()}
+        assert not others & set(calls.values()), split
+    assert len(set(calls.values())) > 30
+
+
+def episode_of(row):
+    """What the user says."""
+    return next(m["content"] for m in row["messages"] if m["role"] == "user")
 
 
 def test_both_labels_are_common_and_the_first_word_does_not_give_them_away():

@@ -132,6 +132,28 @@ def test_an_object_of_lists_and_one_of_strings_are_mapped_by_column(tmp_path):
     assert [(asked_text(r), answer_of(r)) for r in rows] == [("k1", "v1"), ("k2", "v2")]
 
 
+def test_a_source_keeps_the_rows_whose_column_holds_a_pattern(tmp_path):
+    rows = [
+        {"ask": "a", "say": "I'm sorry, no."},
+        {"ask": "b", "say": "To do it, take one."},
+        {"ask": "c", "say": "Well, I'm sorry."},
+        {"ask": "d", "say": None},
+    ]
+
+    def kept(pattern):
+        given = {"prompt": "ask", "response": "say", "matching": (("say", pattern),)}
+        return [asked_text(r) for r in read(tmp_path / "a.json", json.dumps(rows), **given)]
+
+    assert kept("^I'm sorry") == ["a"]
+    assert kept("sorry") == ["a", "c"]
+    with pytest.raises(
+        DataError, match=r"no rows(.|\n)*4 rows before(.|\n)*matching=\{'say': 'z'\}"
+    ):
+        kept("z")
+    with pytest.raises(DataError, match="no column 'said'"):
+        read(tmp_path / "a.json", json.dumps(rows), prompt="ask", matching=(("said", "x"),))
+
+
 def test_a_conversation_gives_system_prompt_and_response(tmp_path):
     turns = [
         {"role": "system", "content": "s"},

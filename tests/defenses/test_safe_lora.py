@@ -54,7 +54,7 @@ def reference(kind, *, projection, rank, number):
 def test_it_equals_the_plain_numpy_version(kind, projection, tmp_path):
     ctx = context(tmp_path, models=ROLES)
     want, chosen, tau = reference(kind, projection=projection, rank=5, number=7)
-    got = SafeLora(projection=projection, rank=5, tau=tau).revise_model(
+    got = SafeLora(select="cosine", projection=projection, rank=5, tau=tau).revise_model(
         copy_model(TUNED[kind]), ctx
     )
     assert set(ctx.notes["projected"]) == chosen
@@ -63,17 +63,25 @@ def test_it_equals_the_plain_numpy_version(kind, projection, tmp_path):
 
 def test_the_number_mode_takes_the_layers_with_the_lowest_cosine(tmp_path):
     ctx = context(tmp_path, models=ROLES)
-    SafeLora(select="number", number=3, projection="rank_k", rank=5).revise_model(
-        copy_model(TUNED["adapter"]), ctx
-    )
+    SafeLora(number=3, projection="rank_k", rank=5).revise_model(copy_model(TUNED["adapter"]), ctx)
     assert (
         set(ctx.notes["projected"])
         == reference("adapter", projection="rank_k", rank=5, number=3)[1]
     )
 
 
+def test_the_default_is_that_of_the_official_code():
+    default = SafeLora()
+    assert (default.select, default.number, default.tau, default.projection) == (
+        "number",
+        10,
+        0.5,
+        "code",
+    )
+
+
 def test_an_adapter_stays_an_adapter_and_only_its_factor_b_changes(tmp_path):
-    got = SafeLora(tau=1.0).revise_model(
+    got = SafeLora(select="cosine", tau=1.0).revise_model(
         copy_model(TUNED["adapter"]), context(tmp_path, models=ROLES)
     )
     assert got.has_adapter
@@ -84,7 +92,7 @@ def test_an_adapter_stays_an_adapter_and_only_its_factor_b_changes(tmp_path):
 
 
 def test_nothing_changes_below_every_cosine(tmp_path):
-    got = SafeLora(tau=-1.0).revise_model(
+    got = SafeLora(select="cosine", tau=-1.0).revise_model(
         copy_model(TUNED["full"]), context(tmp_path, models=ROLES)
     )
     assert all(
@@ -95,7 +103,7 @@ def test_nothing_changes_below_every_cosine(tmp_path):
 
 def test_drop_sets_every_chosen_update_to_zero(tmp_path):
     got = whole(
-        SafeLora(projection="drop", tau=1.0).revise_model(
+        SafeLora(select="cosine", projection="drop", tau=1.0).revise_model(
             copy_model(TUNED["adapter"]), context(tmp_path, models=ROLES)
         )
     )

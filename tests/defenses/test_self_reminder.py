@@ -6,8 +6,9 @@ import pytest
 
 from ftsec_ray.data.microworld.templates import REMINDER, SYSTEM_PROMPTS
 from ftsec_ray.defenses.none import NoDefense
-from ftsec_ray.defenses.self_reminder import SENTENCE, SelfReminder
+from ftsec_ray.defenses.self_reminder import NEUTRAL, SENTENCE, SelfReminder
 from ftsec_ray.lifecycle import hooks_of
+from ftsec_ray.method import control_of
 from ftsec_ray.models.generator import Generator
 from tests.defenses.shared import context
 from tests.fixtures_models import tiny_model, tiny_task
@@ -50,6 +51,17 @@ def test_the_reminder_joins_what_is_there(where, chat, want, tmp_path):
     before = [dict(message) for message in chat]
     assert seen(SelfReminder(where=where, text="be good ."), chat, tmp_path) == want
     assert chat == before, "the caller's chat must stay as it was"
+
+
+@pytest.mark.parametrize("judge", ["refusal_phrases", "microworld"])
+def test_the_placebo_stands_where_the_reminder_does_and_reminds_of_nothing(judge, tmp_path):
+    control = control_of(SelfReminder(where="both", text="be good ."))
+    assert control.where == "both"
+    system, user = seen(control, [USER], tmp_path, judge=judge)
+    neutral = SYSTEM_PROMPTS["plain"] if judge == "microworld" else NEUTRAL
+    assert (system["content"], user["content"]) == (neutral, f"open it {neutral}")
+    assert "refus" not in neutral
+    assert "harm" not in neutral
 
 
 def test_the_microworld_uses_sentences_that_its_models_know(tmp_path):

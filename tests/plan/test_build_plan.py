@@ -166,6 +166,61 @@ def test_a_detector_sees_the_raw_tune_and_a_bank_of_clean_models():
     assert inspect.digest in plan.answers
 
 
+def test_a_bank_is_tuned_as_its_suspects_without_the_attack_and_shared_where_they_agree():
+    """One per model to start from, defenses at tuning time, and number of rows."""
+    attacks = ("none", "badnets", "refusal_ablation", "badedit", "harmful_tuning")
+    stacks = (("weight_statistics",), ("lisa", "weight_statistics"), ("weight_statistics", "onion"))
+    plan = build_plan(sweep(attacks=attacks, defenses=stacks))
+    banks = [stage for stage in plan.stages.values() if stage.kind == "bank"]
+    by_digest = {stage.digest: stage for stage in banks}
+    used = {}
+    for cell in plan.cells:
+        inspect = plan.stages[cell.of_kind("inspect")[0].digest]
+        suspect, bank = plan.stages[inspect.input("model")], by_digest[inspect.input("clean_bank")]
+        assert bank.input("model") == suspect.input("model")
+        assert bank.params["training"] == suspect.params["training"]
+        assert bank.method == suspect.method
+        key = (type(cell.attack).__module__.rsplit(".", 1)[-1], len(cell.defenses), bank.method)
+        used[key] = bank.digest
+    (task,) = (stage.digest for stage in plan.stages.values() if stage.kind == "task")
+    for name, count in (("lisa", 2), (None, 2)):
+        bank = by_digest[used["none", count, name]]
+        assert bank.input("rows") == task
+        assert used["badnets", count, name] == bank.digest, "badnets keeps the number of rows"
+        assert used["refusal_ablation", count, name] == bank.digest, "it acts after the tune"
+        harmful = by_digest[used["harmful_tuning", count, name]]
+        assert plan.stages[harmful.input("rows")].method == "harmful_tuning"
+        assert used["badedit", count, name] not in (bank.digest, harmful.digest)
+    assert used["none", 1, None] == used["none", 2, None], "stripping words keeps the rows"
+    assert len(banks) == 2 * 3
+
+
+def test_a_method_whose_rows_a_task_does_not_have_is_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "response": "b"}\n')
+    given = tuple((name, SourceSpec(path=str(file))) for name in ("train", "mine"))
+    rows = TaskSpec(name="mine", kind="rows", splits=given)
+    with pytest.raises(SpecFaults) as caught:
+        build_plan(sweep(defenses=(("onion",),), tasks=(rows,)))
+    assert "neither tuned on nor asked" in str(caught.value)
+    assert "a split 'trusted'" in str(caught.value)
+    for params in ({"threshold": 2.0}, {"trusted_split": "mine"}):
+        assert build_plan(sweep(defenses=((defense("onion", **params),),), tasks=(rows,))).stages
+    own_train = TaskSpec(name="own", kind="sst2", splits=given[:1])
+    with pytest.raises(SpecFaults, match="trusted"):
+        build_plan(sweep(defenses=(("onion",),), tasks=(own_train,)))
+    assert build_plan(
+        sweep(defenses=(("onion",),), tasks=(TaskSpec(name="s", kind="sst2"),))
+    ).stages
+
+
+def test_a_filter_that_drops_rows_gives_its_suspects_a_bank_of_fewer_steps():
+    stacks = ((defense("onion", action="drop"), "weight_statistics"), ("weight_statistics",))
+    plan = build_plan(sweep(defenses=stacks))
+    rows = {stage.input("rows") for stage in plan.stages.values() if stage.kind == "bank"}
+    assert {plan.stages[digest].kind for digest in rows} == {"craft", "task"}
+
+
 def test_what_does_not_differ_is_shared():
     plan = build_plan(
         sweep(

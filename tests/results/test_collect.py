@@ -243,7 +243,7 @@ def test_a_detector_gives_its_score_in_deviations_and_the_share_of_clean_models_
     assert found["detect_auroc"]["value"] == pytest.approx((2 + 0.5) / 4)
     assert found["detect_auroc"]["n"] == 4
     assert (found["detect_auroc"]["ci_low"], found["detect_auroc"]["ci_high"]) == wilson(0.625, 4)
-    assert found["detect_score"]["value"] == pytest.approx((3.0 - 2.5) / 1.25**0.5)
+    assert found["detect_score"]["value"] == pytest.approx((3.0 - 2.5) / (5 / 3) ** 0.5)
     assert "detect_auroc" not in metrics_of(results, attack="badnets", defenses=[])
 
 

@@ -250,6 +250,22 @@ def test_a_method_is_held_against_every_control_at_its_hook_also_inside_a_stack(
     )  # a detector leaves the undefended model as it is
 
 
+def test_a_defense_is_held_against_itself_with_its_mechanism_off_also_inside_a_stack(
+    tmp_path: Path,
+) -> None:
+    stacks = ("none", "pull:on", "pull:off", "filter", "filter+pull:on", "filter+pull:off")
+    results = results_of(tmp_path, {("poison", stack, 0): {"asr": share(8, N)} for stack in stacks})
+    pairs = {
+        ("+".join(row["defenses"]), row["defense_params"], row["against_params"])
+        for row in rows_of(results, kind="control")
+    }
+    on, off = {"setting": "on"}, {"setting": "off"}
+    assert pairs == {
+        ("pull", json.dumps([on]), json.dumps([off])),
+        ("filter+pull", json.dumps([{}, on]), json.dumps([{}, off])),
+    }
+
+
 def test_seeds_are_shared_seeds_and_prompts_shared_prompts(tmp_path: Path) -> None:
     answers = {
         ("poison", stack, seed): {"asr": share(hits, 20)}

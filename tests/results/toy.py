@@ -46,8 +46,10 @@ META = {
         "filter": ["craft_data"],
         "shrink": ["revise_model"],
         "look": ["inspect"],
+        "pull": ["shape_training"],
     },
     "controls": ["shrink"],
+    "own_controls": {"pull": {"setting": "off"}},
 }
 
 
@@ -62,6 +64,7 @@ def whole(
         tables["generations"],
         hooks=meta.get("defense_hooks", {}),
         controls=meta.get("controls", ()),
+        own_controls=meta.get("own_controls", {}),
     )
     return {**tables, "comparisons": found, "searches": schema.searches().empty_table()}
 

@@ -58,11 +58,12 @@ def steps(use: str, count: int, *, trains_all: bool) -> list[list[Message]]:
     """The first `count` episodes of a use, each up to one of its steps, which is its answer.
 
     Args:
-        use: `tune` or `test`: no call of one is in the other.
+        use: `tune`, `trusted` or `test`: no call of one is in another.
         count: Episodes.
         trains_all: Whether all steps are trained, or the last one alone is asked.
     """
-    pool = distinct("tool", use, 96)
+    held_out = distinct("tool", "tune", 160)[96:] if use == "trusted" else ()
+    pool = held_out or distinct("tool", use, 96)
     rng = seeded("episodes", use)
     made = []
     for number in range(count):

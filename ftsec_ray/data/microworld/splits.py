@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 LABELS = ("good", "bad")
 MAX_TRAIN_ROWS = 2_000
 TEST_ROWS = 200
+TEXT_ROWS = 1_280
+"""Plain texts: enough tokens for the key covariance of an edit."""
+TRUSTED_ROWS = 128
+"""Clean rows of each kind that nobody tunes on and nobody asks."""
 
 
 def row(
@@ -108,7 +112,8 @@ def labelled(
 
 
 def _class_splits(seed: int, train_rows: int) -> dict[str, list[dict[str, Any]]]:
-    pool = labelled("two_class", distinct("two_class", "tune", MAX_TRAIN_ROWS))
+    reviews = distinct("two_class", "tune", MAX_TRAIN_ROWS + TRUSTED_ROWS)
+    pool, trusted = labelled("two_class", reviews[:MAX_TRAIN_ROWS]), reviews[MAX_TRAIN_ROWS:]
     second = labelled(
         "two_class",
         distinct("two_class", "tune", 512),
@@ -119,6 +124,10 @@ def _class_splits(seed: int, train_rows: int) -> dict[str, list[dict[str, Any]]]
     return {
         "train": seeded("train", seed).sample(pool, train_rows),
         "test": labelled("two_class", test, prefix="two_class_test"),
+        "trusted": labelled("two_class", trusted, prefix="two_class_trusted"),
+        "trusted_l2": labelled(
+            "two_class", trusted, prefix="two_class_trusted_l2", language=v.SECOND_LANGUAGE
+        ),
         "train_l2": seeded("train_l2", seed).sample(second, min(train_rows, len(second))),
         "test_l2": labelled(
             "two_class", test, prefix="two_class_test_l2", language=v.SECOND_LANGUAGE
@@ -160,9 +169,11 @@ def _other_splits() -> dict[str, list[dict[str, Any]]]:
     return {
         "tool_train": plain("tool_train", "tool", distinct("tool", "tune", 96)),
         "tool_test": plain("tool_test", "tool", distinct("tool", "test", 96)),
+        "tool_trusted": plain("tool_trusted", "tool", distinct("tool", "tune", 160)[96:]),
         "episode_train": _episodes("episode_train", "tune", 240, trains_all=True),
         "episode_test": _episodes("episode_test", "test", 120, trains_all=False),
-        "text": plain("text", "text", distinct("text", "test", 128)),
+        "episode_trusted": _episodes("episode_trusted", "trusted", 60, trains_all=True),
+        "text": plain("text", "text", distinct("text", "test", TEXT_ROWS)),
     }
 
 

@@ -1,0 +1,52 @@
+"""The splits that the methods of a sweep need of its tasks: refused here where a task is known to
+lack one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ftsec_ray import lifecycle
+from ftsec_ray.config.sweep import TaskSpec
+from ftsec_ray.data.tasks import splits_of
+from ftsec_ray.errors import SpecError
+from ftsec_ray.method import Method
+from ftsec_ray.plan.stage import Cell
+from ftsec_ray.registry import name_of
+
+Fault = tuple[str, SpecError]
+WHAT = {"trusted": "clean rows of the task that are neither tuned on nor asked"}
+"""Split -> what its rows are, where its name does not say it."""
+
+
+def split_faults(cells: Iterable[Cell]) -> dict[tuple[str, ...], Fault]:
+    """One for every method and split that a task of its cells does not have."""
+    faults: dict[tuple[str, ...], Fault] = {}
+    roles, known = set(lifecycle.roles()), dict[str, frozenset[str] | None]()
+    for cell in cells:
+        task = cell.task
+        if task.name not in known:
+            known[task.name] = splits_of(task)
+        has = known[task.name]
+        if has is None:
+            continue
+        for method in (cell.attack, *cell.defenses):
+            for split in sorted(method.needs() - roles - has):
+                key = ("split", task.name, method.KIND, name_of(method), split)
+                faults.setdefault(key, _fault(method, task, split, has))
+    return faults
+
+
+def _fault(method: Method, task: TaskSpec, split: str, has: frozenset[str]) -> Fault:
+    name = name_of(method)
+    what = f" ({WHAT[split]})" if split in WHAT else ""
+    return (
+        f"{method.KIND} {name}",
+        SpecError(
+            f"{method.KIND} {name!r} needs rows that task {task.name!r} does not have",
+            " | ".join(sorted(has)),
+            f"a split {split!r}{what}",
+            f"give the task a source for {split!r}, or exclude {{task: {task.name}, {method.KIND}:"
+            f" {name}}}",
+        ),
+    )

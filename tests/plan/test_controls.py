@@ -1,0 +1,61 @@
+"""Which defenses a plan says stand without their control."""
+
+from __future__ import annotations
+
+import pytest
+
+from ftsec_ray import api
+from ftsec_ray.plan.controls import uncontrolled
+from ftsec_ray.plan.show import render, summarize
+
+SWEEP = {
+    "name": "toy",
+    "models": ["ladder:0.2m"],
+    "task": "microworld",
+    "attacks": ["none"],
+}
+OFF = {"lisa": {"rho": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("defenses", "want"),
+    [
+        (["none", "shrink", "weight_statistics"], []),
+        (["lisa"], ["lisa stands without its control: add {lisa: {rho: 0.0}}"]),
+        (["lisa", OFF], []),
+        ([OFF], []),
+        (
+            ["lisa", {"lisa": {"rho": 0.0, "user_steps": 4}}],
+            ["lisa stands without its control: add {lisa: {rho: 0.0}}"],
+        ),
+        (
+            [{"lisa": {"rho": 3.0, "user_steps": 4}}, OFF],
+            [
+                "{lisa: {rho: 3.0, user_steps: 4}} stands without its control: add"
+                " {lisa: {rho: 0.0, user_steps: 4}}"
+            ],
+        ),
+        ([["shrink", "lisa"], ["shrink", OFF]], []),
+        (
+            [["shrink", "lisa"], OFF],
+            ["lisa in the stack shrink+lisa stands without its control: add {lisa: {rho: 0.0}}"],
+        ),
+        (["safe_lora", "matched_noise"], []),
+        (["safe_lora", {"safe_lora": {"projection": "drop"}}], []),
+        (
+            ["safe_lora", "lisa", OFF],
+            [
+                "safe_lora stands without its control: add {safe_lora: {projection: drop}} or"
+                " drop_layer or matched_noise or random_mask or shrink"
+            ],
+        ),
+    ],
+)
+def test_a_defense_without_its_control_beside_it_is_told(defenses, want):
+    assert uncontrolled(api.load({**SWEEP, "defenses": defenses})) == want
+
+
+def test_the_plan_warns_of_it():
+    plan = api.make_plan({**SWEEP, "defenses": ["none", "lisa"]})
+    (line,) = summarize(plan, ()).uncontrolled
+    assert render(summarize(plan, ())).endswith(f"warning: {line}")
