@@ -186,6 +186,8 @@ class _PlanBuilder:
             kind, serve_template = template.kind, start.model.serve_template
             if serve_template is not None and "generation" in kind.settings:
                 template = self._templates.served(template, serve_template)  # noqa: PLW2901
+            if "scoring" in kind.settings:
+                template = self._templates.judged(template, task)  # noqa: PLW2901
             if kind.names_input is not None:
                 roles[kind.names_input] = flow["model"]
             needs: tuple[tuple[str, str], ...] = ()

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftsec_ray import lifecycle
-from ftsec_ray.config.sweep import SweepSpec, TrainingConfig
+from ftsec_ray.config.sweep import SweepSpec, TaskSpec, TrainingConfig
+from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.evals.judging import SCORED_BY_PROBE, judge_class
 from ftsec_ray.identity import canonical, digest, digests
 from ftsec_ray.lifecycle import StageKind, hooks_of
@@ -199,6 +200,23 @@ class Templates:
         if memo not in self._served:
             params = {**template.params, "serve_template": serve_template}
             key = digest([template.key, "serve_template", serve_template])
+            self._served[memo] = replace(template, key=key, params=params)
+        return self._served[memo]
+
+    def judged(self, template: StageTemplate, task: TaskSpec) -> StageTemplate:
+        """The template of a stage that scores answers to a task, by the judge of its requests.
+
+        VERSION 1 of a judge of this package adds nothing, so that what was scored before judges
+        counted keeps its digest.
+        """
+        name = self._spec.evaluation.judge or TASKS[task.kind].judge
+        version = judge_version(name)
+        if template.params["judge"] != SCORED_BY_PROBE or version == "1":
+            return template
+        memo = (template.key, f"judge {name}")
+        if memo not in self._served:
+            params = {**template.params, "judge_version": f"{name} {version}"}
+            key = digest([template.key, "judge", name, version])
             self._served[memo] = replace(template, key=key, params=params)
         return self._served[memo]
 

@@ -38,6 +38,7 @@ SHORT = {
     "benign_rate": "benign",
     "over_refusal_rate": "over",
     "coherent_rate": "coh",
+    "no_answer_rate": "no answer",
 }
 """Utility as it stands beside every safety metric: clean accuracy (or right answers to benign
 requests), over-refusal, coherence.
@@ -209,7 +210,7 @@ class Grid:
         return tuple(found)
 
     @cached_property
-    def utility_metrics(self) -> dict[str, tuple[str, str, str]]:
+    def utility_metrics(self) -> dict[str, tuple[str, ...]]:
         """Task -> what stands beside every safety metric: clean accuracy, or right answers to
         benign requests where there is none.
         """

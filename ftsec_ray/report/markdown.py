@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftsec_ray.measured import null_share, utility_metrics
+from ftsec_ray.measured import NO_ANSWER, null_share, utility_metrics
 from ftsec_ray.results.points import GridPoint, method_names, points_of
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.stage_warnings import lines_of, warnings_in
@@ -27,7 +27,7 @@ PHASES = ("pre", "during", "post")
 ONE_SEED = "†"
 LEGEND = (
     "Attack success (95 % interval over prompts{seeds}); below it {utility} · over-refusal ·"
-    " coherent answers."
+    " coherent answers{no_answer}."
 )
 LEGEND_ONE = f"{ONE_SEED} One seed: the interval excludes run-to-run variance."
 LEGEND_NULL = (
@@ -74,9 +74,16 @@ def _plain(text: str) -> str:
 
 
 def _legend(grid: str, points: Sequence[GridPoint], results: Results) -> list[str]:
-    clean = utility_metrics(set(results.metrics["metric"].to_pylist()))[0]
+    measured = set(results.metrics["metric"].to_pylist())
+    clean = utility_metrics(measured)[0]
     utility = "clean accuracy" if clean == "cacc" else "right benign answers"
-    found = [LEGEND.format(seeds="; over seeds" if " seeds " in grid else "", utility=utility)]
+    found = [
+        LEGEND.format(
+            seeds="; over seeds" if " seeds " in grid else "",
+            utility=utility,
+            no_answer=" · requests without an answer" if NO_ANSWER in measured else "",
+        )
+    ]
     counts = results.metrics["n_null"].to_pylist()
     if any(counts):
         found.append(LEGEND_NULL)

@@ -66,6 +66,8 @@ _PACKAGES = (
 )
 Row = dict[str, Any]
 _MEASURE = ("metric", "value", "n", "n_null", "ci_low", "ci_high")
+_OPTIONAL = ("head_verdict",)
+"""Columns of `generations` that an evaluation may leave out."""
 _UNSEEN = dict.fromkeys(("n_null", "ci_low", "ci_high"))
 """What a number without verdicts and without an interval leaves open."""
 
@@ -222,14 +224,13 @@ class _Found:
         folder = self.store.fetch(digest)
         wanted = schema.generations()
         wanted = pa.schema([one for one in wanted if one.name not in ("cell", "opinions")])
+        needed = [one.name for one in wanted if one.name not in _OPTIONAL]
         try:
             # Thousands of small files: starting threads for each costs more than reading it.
-            said = (
-                pq.ParquetFile(folder / "generations.parquet")
-                .read(use_threads=False)
-                .select(wanted.names)
-                .cast(wanted)
-            )
+            held = pq.ParquetFile(folder / "generations.parquet").read(use_threads=False)
+            if missing := set(needed) - set(held.schema.names):
+                raise KeyError(*sorted(missing))
+            said = schema.brought_up(held, wanted)
             rows = (
                 pq.ParquetFile(folder / "metrics.parquet")
                 .read(use_threads=False)

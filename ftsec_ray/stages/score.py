@@ -43,7 +43,7 @@ def run(job: Job) -> Extra:
     if judge == SCORED_BY_PROBE:
         evaluation = score(answers, task, scoring_of(job.stage), device=device)
     else:
-        evaluation = opinion(answers, judge, device=device)
+        evaluation = opinion(answers, task, judge, device=device)
     parquet.write_table(evaluation.metrics, job.out / "metrics.parquet")
     parquet.write_table(evaluation.generations, job.out / "generations.parquet", compression="zstd")
     return {"notes": evaluation.notes}
