@@ -7,14 +7,16 @@ user's chat before the attack's does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import Chat, LoadedModel
+from ftsec_ray.models.backends import Backend, Decoding, PaddedGenerate
+from ftsec_ray.models.batches import Pieces, Prompts, by_length, left_padded
 from ftsec_ray.models.chat import answer_ids, render, spoken
 from ftsec_ray.models.chat_format import chat_format
-from ftsec_ray.models.load import check_ids, keeps_logits, placed, whole_model
+from ftsec_ray.models.load import keeps_logits, placed, whole_model
 from ftsec_ray.models.logits import fits
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class Generator:
     soft_suffix: Any = None
     """Embeddings (K, D) placed behind the user's last token, inside the user's turn; None for none.
     """
+    backend: Backend = field(default_factory=PaddedGenerate)
+    """What generates."""
 
     def rewritten(self, chat: Chat) -> Chat:
         """The chat as the model gets it."""
@@ -45,31 +49,18 @@ class Generator:
         """Greedy completions in the order of `chats`, without special tokens; empty answers stay
         empty strings.
         """
-        import torch
+        answers = self.complete_ids(chats, max_new_tokens=max_new_tokens, batch=batch)
+        return [spoken(self.loaded.tokenizer, ids) for ids in answers]
 
-        tokenizer = self.loaded.tokenizer
-        prompts = self.pieces_of(chats, may_think=True)
-        answers = [""] * len(prompts)
-        model = self.loaded.model.eval()
-        for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
-            given = self._left_padded([prompts[i] for i in indices])
-            with torch.inference_mode():
-                out = model.generate(
-                    **given,
-                    do_sample=False,
-                    num_beams=1,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=self._stops(),
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                )
-            # behind embeddings transformers returns the new tokens alone
-            new = out[:, given["input_ids"].shape[1] :] if "input_ids" in given else out
-            for i, ids in zip(indices, new.tolist(), strict=True):
-                answers[i] = spoken(tokenizer, ids)
-        return answers
+    def complete_ids(
+        self, chats: Sequence[Chat], *, max_new_tokens: int, batch: int = 64
+    ) -> list[list[int]]:
+        """New token ids of the greedy completions in the order of `chats`, thoughts included, the
+        stop token not; `models.chat.spoken` makes text of them.
+        """
+        prompts = Prompts(self.pieces_of(chats, may_think=True), self.soft_suffix)
+        decoding = Decoding(max_new_tokens=max_new_tokens, stops=self._stops(), batch=batch)
+        return self.backend.complete(self.loaded, prompts, decoding)
 
     def label_logprobs(
         self, chats: Sequence[Chat], labels: Sequence[str], *, batch: int = 64
@@ -88,7 +79,7 @@ class Generator:
         answers = self._label_ids(halves, prompts, labels)
         scores = torch.zeros(len(prompts), len(labels))
         single = all(len(ids) == 1 for row in answers for ids in row)
-        for indices in _by_length([sum(map(len, p)) for p in prompts], batch):
+        for indices in by_length([sum(map(len, p)) for p in prompts], batch):
             group = [prompts[i] for i in indices]
             if single:
                 logprobs = self._logits(group, last=1)[:, -1].float().log_softmax(-1)
@@ -103,7 +94,7 @@ class Generator:
     def _label_ids(
         self,
         halves: Sequence[tuple[str, str]],
-        prompts: Sequence[tuple[list[int], list[int]]],
+        prompts: Sequence[Pieces],
         labels: Sequence[str],
     ) -> list[list[list[int]]]:
         """Token ids of every label behind every prompt; with the end of the turn where the labels
@@ -119,9 +110,7 @@ class Generator:
             return [[ids + end for ids in row] for row in answers]
         return answers
 
-    def _tail_logprob(
-        self, group: list[tuple[list[int], list[int]]], answers: list[list[int]]
-    ) -> Tensor:
+    def _tail_logprob(self, group: list[Pieces], answers: list[list[int]]) -> Tensor:
         """Summed log-probability of an answer behind each prompt, in nats."""
         import torch
 
@@ -135,11 +124,12 @@ class Generator:
         picked = logprobs.gather(-1, padded.to(logprobs.device).unsqueeze(-1)).squeeze(-1)
         return (picked * counted.to(logprobs.device)).sum(-1)
 
-    def _logits(self, group: list[tuple[list[int], list[int]]], *, last: int) -> Tensor:
+    def _logits(self, group: list[Pieces], *, last: int) -> Tensor:
         """Logits at the last positions at least; at those alone where all would be many."""
         import torch
 
-        given, model = self._left_padded(group), self.loaded.model.eval()
+        given = left_padded(self.loaded, Prompts(group, self.soft_suffix))
+        model = self.loaded.model.eval()
         positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         is_cut = keeps_logits(model) and not fits(model, positions.numel())
         kept = {"logits_to_keep": last} if is_cut else {}
@@ -147,33 +137,30 @@ class Generator:
             logits: Tensor = model(**given, **placed(model, positions), **kept).logits
         return logits
 
-    def _stops(self) -> list[int]:
+    def _stops(self) -> tuple[int, ...]:
         tokenizer = self.loaded.tokenizer
         end = tokenizer(chat_format(tokenizer).end, add_special_tokens=False)["input_ids"]
         stops = {tokenizer.eos_token_id, *end[-1:]}
         settings = getattr(whole_model(self.loaded), "generation_config", None)
         configured = getattr(settings, "eos_token_id", None)
         stops.update(configured if isinstance(configured, list) else [configured])
-        return sorted(stop for stop in stops if stop is not None)
+        return tuple(sorted(stop for stop in stops if stop is not None))
 
     def lengths(self, chats: Sequence[Chat]) -> list[int]:
         """Tokens of every prompt as the model gets it, soft tokens counted."""
-        soft = 0 if self.soft_suffix is None else len(self.soft_suffix)
-        return [len(head) + soft + len(tail) for head, tail in self.pieces_of(chats)]
+        return Prompts(self.pieces_of(chats), self.soft_suffix).lengths()
 
-    def pieces(self, chat: Chat) -> tuple[list[int], list[int]]:
+    def pieces(self, chat: Chat) -> Pieces:
         """Token ids before and after the place of the soft tokens."""
         return self.pieces_of([chat])[0]
 
-    def pieces_of(
-        self, chats: Sequence[Chat], *, may_think: bool = False
-    ) -> list[tuple[list[int], list[int]]]:
+    def pieces_of(self, chats: Sequence[Chat], *, may_think: bool = False) -> list[Pieces]:
         """The pieces of every chat, in one call of the tokenizer."""
         return self._tokenised(
             [self._halves(self.rewritten(chat), may_think=may_think) for chat in chats]
         )
 
-    def _tokenised(self, halves: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    def _tokenised(self, halves: Sequence[tuple[str, str]]) -> list[Pieces]:
         if not halves:
             return []
         tokenizer = self.loaded.tokenizer
@@ -197,37 +184,3 @@ class Generator:
         ]
         before, after = render(tokenizer, marked, generate=True, may_think=may_think).split(_MARK)
         return before, after
-
-    def _left_padded(self, group: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        """What a forward pass takes: token ids, or embeddings where soft tokens stand among them,
-        and the attention mask.
-        """
-        import torch
-
-        check_ids(self.loaded, (ids for pieces in group for ids in pieces))
-        table = whole_model(self.loaded).get_input_embeddings()
-        device = table.weight.device
-        between = 0 if self.soft_suffix is None else len(self.soft_suffix)
-        sizes = [len(head) + between + len(tail) for head, tail in group]
-        width, pad = max(sizes), 0 if between else self.loaded.tokenizer.pad_token_id or 0
-        rows = [
-            [pad] * (width - size) + head + [0] * between + tail
-            for size, (head, tail) in zip(sizes, group, strict=True)
-        ]
-        ids = torch.tensor(rows, dtype=torch.long, device=device)
-        filled = width - torch.tensor(sizes, device=device)[:, None]
-        mask = (torch.arange(width, device=device) >= filled).long()
-        if not between:
-            return {"input_ids": ids, "attention_mask": mask}
-        with torch.no_grad():
-            embeds = table(ids) * mask[..., None]
-        soft = self.soft_suffix.to(device, table.weight.dtype)
-        for row, (_, tail) in enumerate(group):
-            embeds[row, width - len(tail) - between : width - len(tail)] = soft
-        return {"inputs_embeds": embeds, "attention_mask": mask}
-
-
-def _by_length(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    for start in range(0, len(order), batch):
-        yield order[start : start + batch]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 KIND = StageKind(
     name="generate",
     position=90,
-    version=2,
+    version=3,
     hooks={
         "wrap_generation": "Generator -> Generator",
         "probes": "TaskData -> list of Probe",
@@ -33,6 +33,7 @@ def run(job: Job) -> Extra:
     """Ask the probes of the task and of the methods, through the methods' wrappers."""
     from ftsec_ray.evals.ask import ask, write_answers
     from ftsec_ray.evals.probes import default_probes
+    from ftsec_ray.models.backends import unused_settings
     from ftsec_ray.models.chat_format import chat_format, template_hash, under
     from ftsec_ray.models.generator import Generator
     from ftsec_ray.models.load import merged
@@ -62,6 +63,9 @@ def run(job: Job) -> Extra:
         "train_template_hash": trained_under,
         "serve_template_hash": template_hash(tokenizer),
     }
+    unused = unused_settings(generator.loaded.model)
+    if unused:
+        notes["generation_config_unused"] = unused
     if answers.left_out:
         notes["beyond_positions"] = dict(answers.left_out)
         for probe, count in answers.left_out.items():
