@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError
 from ftsec_ray.measured import Measured, utility_metrics
+from ftsec_ray.results.lift import Lift, lifts
 from ftsec_ray.results.points import (
     NONE,
     SUCCESS,
@@ -137,6 +138,8 @@ class Grid:
     """(point, the point compared with, metric) -> its row of `comparisons`."""
     seconds: Mapping[Key, Seconds] = field(default_factory=dict)
     """What a cell of a point costs, mean over its seeds; where the results say so."""
+    lifts: Mapping[Key, Lift] = field(default_factory=dict)
+    """Success of an attacked point over the unattacked, undefended model; where both have it."""
 
     @cached_property
     def _numbers(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
@@ -293,6 +296,7 @@ def build_grid(results: Results) -> Grid:
         place=place,
         metrics=tuple([m for m in order if m in found] + sorted(found - set(order))),
         compared=_compared(cells, place, results),
+        lifts={place[cell]: lift for cell, lift in lifts(results, list(points.values())).items()},
         seconds={
             key: Seconds(*(fmean(one) for one in zip(*known, strict=True)))
             for key, point in points.items()
