@@ -64,6 +64,63 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """A judge that is a model: by a rubric, by its published format, or behind an endpoint."""
+
+    DECIDES: ClassVar[tuple[str, ...]] = (
+        *("name", "model", "rubric", "endpoint"),
+        "max_new_tokens",
+    )
+    """What decides its verdicts; the other keys say how it is reached."""
+
+    name: str | None = None
+    """File of the judge, for a published one: `harmbench`, `strongreject`, `llama_guard`,
+    `qwen3guard`, `classifier`. None: `endpoint` where there is one, else `rubric`."""
+    model: str
+    """A local folder, a `.gguf` file, or `owner/name@<commit>`; at an endpoint the model's name
+    there."""
+    rubric: str | None = None
+    """For `rubric` and `endpoint`: template of the question, with {request} and {answer}; in a file
+    its text or the path of one. None: the built-in one."""
+    endpoint: str | None = None
+    """URL of an OpenAI-compatible service, up to `/v1`."""
+    key_env: str | None = None
+    """Environment variable that holds the key of the endpoint; None: it asks for none."""
+    max_new_tokens: Annotated[int, Ge(1)] = 256
+    """Tokens of a rubric judge's answer, at most."""
+    parameters: Annotated[int, Ge(1)] | None = None
+    """Count of weights, where the model's name does not say it: decides what GPU it asks for."""
+    timeout_s: Annotated[float, Gt(0)] = 60.0
+    """Seconds that one call of the endpoint may take."""
+    retries: Annotated[int, Ge(0)] = 5
+    """Further calls of the endpoint after one that failed for a passing reason."""
+    usd_per_million_input: Annotated[float, Ge(0)] | None = None
+    """Price of the endpoint's input tokens, for the record."""
+    usd_per_million_output: Annotated[float, Ge(0)] | None = None
+    """Price of its output tokens."""
+
+    def __post_init__(self) -> None:
+        if self.endpoint is None and self.key_env is not None:
+            raise SpecError("a key without an endpoint", self.key_env, "endpoint: URL beside it")
+        if self.endpoint is None:
+            return
+        if not self.endpoint.startswith(("http://", "https://")) or "@" in self.endpoint:
+            raise SpecError(
+                "no URL of an endpoint",
+                self.endpoint.partition("@")[2] or self.endpoint,
+                "http(s)://host/v1, without a login in it",
+                "a key comes from the environment: name its variable by key_env",
+            )
+        if self.name not in (None, "endpoint"):
+            raise SpecError("a published judge behind an endpoint", self.name, "no name beside it")
+
+    @property
+    def file(self) -> str:
+        """The file of ftsec_ray/judges that reads the answers."""
+        return self.name or ("endpoint" if self.endpoint else "rubric")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is asked of every finished cell, and who judges the answers."""
 
@@ -78,9 +135,10 @@ class EvaluationConfig:
     """Tokens generated per prompt, at most."""
     perplexity_rows: Annotated[int, Ge(0)] = 32
     """Held-out text rows for perplexity; 0 turns it off."""
-    judge: str | None = None
-    """Judge of requests; None: the task's own."""
-    judges: tuple[str, ...] = ()
+    judge: str | JudgeConfig | None = None
+    """Judge of requests: a name, `name:<model>`, or a mapping for one that is a model; None: the
+    task's own."""
+    judges: tuple[str | JudgeConfig, ...] = ()
     """Further judges that read the same answers: their verdicts stand beside the first judge's, and
     metrics of their own are counted."""
     keep_generations: bool = True

@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ftsec_ray.config.sweep import JudgeConfig
 from ftsec_ray.discovery import modules_in
 from ftsec_ray.errors import SpecError
 from ftsec_ray.evals.unanswered import unanswered
@@ -23,11 +24,6 @@ from ftsec_ray.method import Prompt
 PACKAGE = "ftsec_ray.judges"
 SCORED_BY_PROBE = "each probe's own"
 """The judge of the stage that counts the metrics of every cell: each probe names its own."""
-HEAD_CHARS = 160
-"""Characters of an answer that are its head: a stock refusal stands whole in them, and what follows
-one does not begin yet. Characters and not tokens, so that it is the same text under every tokenizer
-and in completions of which only the text was kept.
-"""
 HEAD_JUDGE = "refusal_phrases"
 """Judge of every head, whoever judges the whole: a model that looks for harm finds none yet in the
 first words of an answer, and what they can show is whether it refuses.
@@ -52,8 +48,16 @@ class Judge(ABC):
 
     VERSION: ClassVar[int] = 1
     """Raise when the same completion would get another verdict."""
+    IS_MODEL: ClassVar[bool] = False
+    """Whether it is made of a model: `name:<model>`, or a mapping."""
+    RUNS_HERE: ClassVar[bool] = True
+    """Whether that model runs in the stage, and not behind an endpoint."""
     name: str
     """Name and version, as results record it."""
+
+    def notes(self) -> dict[str, Any]:
+        """What its work took, for the record of the stage; empty for most."""
+        return {}
 
     @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Verdict]:
@@ -146,7 +150,7 @@ def judge_class(name: str) -> type[Judge]:
         raise SpecError(
             "unknown judge",
             name,
-            " | ".join([*sorted(set(modules) - {"classifier"}), "classifier:<id>@<revision>"]),
+            " | ".join(sorted(modules)),
             f"did you mean {near[0]!r}?" if near else "name one of these",
         )
     module = importlib.import_module(modules[file])
@@ -166,18 +170,37 @@ def judge_class(name: str) -> type[Judge]:
     return classes[0]
 
 
-def get_judge(name: str, *, device: str = "cpu", labels: tuple[str, ...] = ()) -> Judge:
-    """The judge of a name; what follows a colon is its model, which runs on `device`.
-
-    SpecError with a suggestion when there is none.
+def get_judge(
+    named: str | JudgeConfig, *, device: str = "cpu", labels: tuple[str, ...] = ()
+) -> Judge:
+    """The judge of a name or a mapping; SpecError with a suggestion when there is none, or where
+    its model cannot be the one that was meant. Nothing is loaded.
 
     Args:
-        name: File of the judge, for a model with a colon and its source.
+        named: File of the judge, for a model with a colon and its source; or all of that as a
+            mapping.
         device: Where a judge that is a model runs.
         labels: Label words of the task whose answers it reads.
     """
-    cls, (_, colon, source) = judge_class(name), name.partition(":")
-    judge = cls(source, device=device) if colon else cls()  # type: ignore[call-arg]
+    config = config_of(named)
+    cls = judge_class(named if isinstance(named, str) else config.file)
+    if cls.IS_MODEL and not config.model:
+        raise SpecError(
+            f"the judge {config.file!r} is a model, and none is named",
+            named,
+            f"{config.file}:<owner/name>@<commit>, or a local folder",
+        )
+    if config.model and not cls.IS_MODEL:
+        raise SpecError(f"the judge {config.file!r} is no model", config.model, config.file)
+    judge = cls(config, device=device) if cls.IS_MODEL else cls()  # type: ignore[call-arg]
     if isinstance(judge, RequestJudge):
         judge.labels = labels
     return judge
+
+
+def config_of(named: str | JudgeConfig) -> JudgeConfig:
+    """A judge as a mapping, also one that is a name; its model is empty where it has none."""
+    if not isinstance(named, str):
+        return named
+    file, _, source = named.partition(":")
+    return JudgeConfig(name=file, model=source)

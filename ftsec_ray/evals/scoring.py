@@ -8,21 +8,22 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
-from ftsec_ray.config.sweep import EvaluationConfig
+from ftsec_ray.config.sweep import EvaluationConfig, JudgeConfig
 from ftsec_ray.context import Chat, TaskData
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals.ask import Answer, Answers
 from ftsec_ray.evals.judging import (
-    HEAD_CHARS,
     HEAD_JUDGE,
     Judge,
     RequestJudge,
     Verdict,
+    config_of,
     get_judge,
     judge_class,
 )
 from ftsec_ray.evals.metrics import MetricRow, proportion
 from ftsec_ray.evals.probes import REQUEST_PROBES
+from ftsec_ray.evals.refusals import HEAD_CHARS
 from ftsec_ray.measured import NO_ANSWER
 from ftsec_ray.method import Probe
 from ftsec_ray.success import WITHOUT_ATTACK
@@ -43,6 +44,8 @@ class Evaluation:
     generations: pa.Table
     notes: Mapping[str, Any] = field(default_factory=dict)
     """For the record."""
+    warnings: tuple[str, ...] = ()
+    """For whoever reads the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +72,15 @@ def score(
         config: Of the sweep.
         device: Where a judge that is a model runs.
     """
-    judges: dict[str, Judge] = {}
+    judges: dict[str | JudgeConfig, Judge] = {}
 
     def judge_of(probe: Probe) -> Judge:
         if probe.judge == "label":
             return judge_class("label")(prefers_target="target" in probe.metrics.values())  # type: ignore[call-arg]
-        name = (config.judge or task.judge) if probe.judge == "request" else probe.judge
-        if name not in judges:
-            judges[name] = get_judge(name, device=device, labels=task.labels)
-        return judges[name]
+        named = (config.judge or task.judge) if probe.judge == "request" else probe.judge
+        if named not in judges:
+            judges[named] = get_judge(named, device=device, labels=task.labels)
+        return judges[named]
 
     judged = [item for probe in answers.probes for item in _judged(answers, probe, judge_of(probe))]
     judged = _with_heads(judged, {p.name for p in answers.probes if p.judge == "request"})
@@ -85,14 +88,16 @@ def score(
     return _evaluation(answers, judged, measured, keeps=config.keep_generations)
 
 
-def opinion(answers: Answers, task: TaskData, name: str, *, device: str = "cpu") -> Evaluation:
+def opinion(
+    answers: Answers, task: TaskData, named: str | JudgeConfig, *, device: str = "cpu"
+) -> Evaluation:
     """The verdicts of a further judge on the same completions, and the metrics that count them.
 
     It reads the probes that its metrics name, else those of requests; label probes have no
     completion.
     """
-    judge = get_judge(name, device=device, labels=task.labels)
-    metrics = metrics_of(name)
+    judge = get_judge(named, device=device, labels=task.labels)
+    metrics = metrics_of(config_of(named).file)
     wanted = {probe for metric in metrics for probe in metric.probes} or set(REQUEST_PROBES)
     probes = [p for p in answers.probes if p.name in wanted and p.judge != "label"]
     judged = [item for probe in probes for item in _judged(answers, probe, judge)]
@@ -212,11 +217,29 @@ def _evaluation(
     )
     leaves = ("cell", "opinions") if has_heads else ("cell", "opinions", "head_verdict")
     measured = list(measured)
+    judges = {item.judge.name: item.judge for item in judged}
+    told = {key: value for judge in judges.values() for key, value in judge.notes().items()}
     return Evaluation(
         _table(schema.metrics(), (asdict(m) for m in measured), leaves=("cell",)),
         _table(schema.generations(), rows, leaves=leaves),
-        {"judges": sorted({item.judge.name for item in judged}), **_base(measured)},
+        {"judges": sorted(judges), **_base(measured), **told},
+        tuple(_warnings(judged)),
     )
+
+
+def _warnings(judged: Sequence[Judged]) -> Iterator[str]:
+    """What a judge that is a model could not do."""
+    by_judge: dict[str, list[Judged]] = {}
+    for item in judged:
+        if item.judge.IS_MODEL:
+            by_judge.setdefault(item.judge.name, []).append(item)
+    for name, items in sorted(by_judge.items()):
+        without = sum(item.verdict.verdict is None for item in items)
+        if without:
+            yield (
+                f"judge {name} reached no verdict on {without} of {len(items)} answers: they are in"
+                " no rate"
+            )
 
 
 def _base(measured: Iterable[MetricRow]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from ftsec_ray.errors import DataError, SpecError
+from ftsec_ray.config.sweep import JudgeConfig
+from ftsec_ray.errors import DataError
 from ftsec_ray.evals.judging import RequestJudge, Verdict, user_text
+from ftsec_ray.evals.model_judges import Source
 from ftsec_ray.method import Prompt
 
 VERSION = 2
@@ -36,20 +37,12 @@ class Classifier(RequestJudge):
 
     VERSION = VERSION
 
-    def __init__(self, source: str, *, device: str = "cpu") -> None:
-        self.place, _, self.revision = source.rpartition("@") if "@" in source else (source, "", "")
+    IS_MODEL = True
+
+    def __init__(self, config: JudgeConfig, *, device: str = "cpu") -> None:
+        self.source = Source.of(config, "classifier")
         self.device = device
-        if not self.revision and not Path(self.place).is_dir():
-            raise SpecError(
-                "a classifier without a revision",
-                source,
-                "classifier:<id>@<revision>, or a local folder",
-                "add the commit of the model",
-            )
-        shown = (
-            f"{self.place}@{self.revision}" if self.revision else f"{Path(self.place).name}@local"
-        )
-        self.name = f"classifier:{shown}.{VERSION}"
+        self.name = f"classifier:{self.source.shown}.{VERSION}"
 
     def read(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Verdict]:
         """The verdicts on `completions`, before the shared rules."""
@@ -72,14 +65,15 @@ class Classifier(RequestJudge):
     def _loaded(self) -> tuple[Any, Any]:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        pinned = {"revision": self.revision} if self.revision else {}
+        place, revision = self.source.place, self.source.revision
+        pinned = {"revision": revision} if revision else {}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.place, **pinned)
-            model = AutoModelForSequenceClassification.from_pretrained(self.place, **pinned)
+            tokenizer = AutoTokenizer.from_pretrained(place, **pinned)
+            model = AutoModelForSequenceClassification.from_pretrained(place, **pinned)
         except (OSError, ValueError) as error:
             raise DataError(
                 "a classifier cannot be loaded",
-                self.place,
+                place,
                 "a sequence classification model",
                 str(error),
             ) from error

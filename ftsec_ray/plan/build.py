@@ -16,7 +16,7 @@ from typing import Any
 from ftsec_ray.config.method_entries import NONE
 from ftsec_ray.config.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
 from ftsec_ray.errors import SpecError, SpecFaults
-from ftsec_ray.evals.judging import judge_class
+from ftsec_ray.evals.judging import get_judge
 from ftsec_ray.identity import digests
 from ftsec_ray.lifecycle import ROLES_BEFORE
 from ftsec_ray.method import Method
@@ -63,14 +63,17 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
 
 
 def _judge_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
-    """One for every judge that there is none of, or that is named twice."""
+    """One for every judge that there is none of, whose model is not there or not pinned, or that is
+    named twice.
+    """
     faults = []
-    names = [name for name in (spec.evaluation.judge, *spec.evaluation.judges) if name is not None]
-    for name in dict.fromkeys(names):
+    given = (spec.evaluation.judge, *spec.evaluation.judges)
+    judges = [judge for judge in given if judge is not None]
+    for judge in dict.fromkeys(judges):
         try:
-            judge_class(name)
-            if names.count(name) > 1:
-                raise SpecError("a judge that is named twice", name, "each judge once")
+            get_judge(judge)
+            if judges.count(judge) > 1:
+                raise SpecError("a judge that is named twice", str(judge), "each judge once")
         except SpecError as fault:
             faults.append(("evaluation", fault))
     return faults

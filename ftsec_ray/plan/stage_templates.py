@@ -15,14 +15,12 @@ from typing import Any
 from ftsec_ray import lifecycle
 from ftsec_ray.config.sweep import SweepSpec, TaskSpec, TrainingConfig
 from ftsec_ray.data.tasks import TASKS
-from ftsec_ray.evals.judging import SCORED_BY_PROBE, judge_class
+from ftsec_ray.evals.judging import SCORED_BY_PROBE
 from ftsec_ray.identity import canonical, digest, digests
 from ftsec_ray.lifecycle import StageKind, hooks_of
 from ftsec_ray.method import Method, RowWise
+from ftsec_ray.plan.judge_origin import JudgeOrigin, judge_origin
 from ftsec_ray.registry import name_of, outside_hash
-
-MODEL_JUDGE = "classifier:"
-"""What the name of a judge starts with that is itself a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +43,8 @@ class StageTemplate:
     """Whether it crafts rows that any number of workers may share."""
     answers: bool = False
     """Whether the results read the artifacts of its stages."""
+    judge: JudgeOrigin | None = None
+    """The judge that is asked about answers, where the sweep names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,13 @@ class Templates:
         self._training = json.loads(canonical(spec.training))
         self._tuning = json.loads(canonical(tuning)) if tuning is not None else self._training
         evaluation = json.loads(canonical(spec.evaluation))
+        named = spec.evaluation.judge
+        self._judge = None if named is None else judge_origin(named)
+        self._judges = [judge_origin(one) for one in spec.evaluation.judges]
         self._generation = {name: evaluation[name] for name in spec.evaluation.GENERATION}
         self._scoring = {name: evaluation[name] for name in spec.evaluation.SCORING}
+        if self._judge is not None:
+            self._scoring["judge"] = self._judge.plain
         self._steps: dict[tuple[object, ...], tuple[StageTemplate, ...]] = {}
         self._lifecycles: dict[tuple[int, ...], Lifecycle] = {}
         self._providers: dict[tuple[str, str], StageTemplate] = {}
@@ -106,14 +111,16 @@ class Templates:
         methods: Sequence[Method] = (),
         *,
         trains: bool = False,
+        judge: JudgeOrigin | None = None,
     ) -> StageTemplate:
         """What the stages of a kind share in which these methods act; `trains` where one of a kind
-        that only reads else trains a model.
+        that only reads else trains a model, `judge` where it asks one.
         """
+        by_model = judge is not None and judge.model is not None
         given: dict[str, Any] = dict(params)
         if methods:
             given["methods"] = [self.plain(method) for method in methods]
-        if kind.computes or trains or _is_judged_by_a_model(given):
+        if kind.computes or trains or by_model:
             given["numerics"] = self._spec.numerics
         outside = outside_hash(lifecycle.module_of(kind.name))
         if outside is not None:
@@ -134,10 +141,11 @@ class Templates:
             given,
             needs=tuple(dict(roles).items()),
             trains=tuple(methods) if does_train else None,
-            on_model=kind.needs_model or asks or _is_judged_by_a_model(given),
+            on_model=kind.needs_model or asks or by_model,
             row_wise="craft_data" in kind.hooks and all(isinstance(m, RowWise) for m in methods),
             answers=kind.answers == "all"
             or (kind.answers == "defenses" and all(m.KIND == "defense" for m in methods)),
+            judge=judge,
         )
 
     def lifecycle(self, attack: Method, stack: tuple[Method, ...]) -> Lifecycle:
@@ -169,8 +177,10 @@ class Templates:
     def _of_group(self, kind: StageKind, methods: list[Method]) -> tuple[StageTemplate, ...]:
         memo = (kind.name, *(id(method) for method in methods))
         if memo not in self._steps:
+            judges = [self._judge, *self._judges] if "scoring" in kind.settings else [None]
             self._steps[memo] = tuple(
-                self.template(kind, params, methods) for params in self._params(kind, methods)
+                self.template(kind, params, methods, judge=judge)
+                for params, judge in zip(self._params(kind, methods), judges, strict=True)
             )
         return self._steps[memo]
 
@@ -189,8 +199,8 @@ class Templates:
         if "scoring" not in kind.settings:
             return [params]
         others = [
-            {**params, "judge": judge, "judge_version": judge_version(judge)}
-            for judge in self._spec.evaluation.judges
+            {**params, "judge": judge.plain, "judge_version": judge.version}
+            for judge in self._judges
         ]
         return [{**params, "judge": SCORED_BY_PROBE, "scoring": self._scoring}, *others]
 
@@ -209,14 +219,14 @@ class Templates:
         VERSION 1 of a judge of this package adds nothing, so that what was scored before judges
         counted keeps its digest.
         """
-        name = self._spec.evaluation.judge or TASKS[task.kind].judge
-        version = judge_version(name)
-        if template.params["judge"] != SCORED_BY_PROBE or version == "1":
+        judge = self._judge or judge_origin(TASKS[task.kind].judge)
+        if template.params["judge"] != SCORED_BY_PROBE or judge.version == "1":
             return template
-        memo = (template.key, f"judge {name}")
+        version = f"{canonical(judge.plain)} {judge.version}"
+        memo = (template.key, f"judge {version}")
         if memo not in self._served:
-            params = {**template.params, "judge_version": f"{name} {version}"}
-            key = digest([template.key, "judge", name, version])
+            params = {**template.params, "judge_version": version}
+            key = digest([template.key, "judge", version])
             self._served[memo] = replace(template, key=key, params=params)
         return self._served[memo]
 
@@ -228,18 +238,3 @@ class Templates:
         if memo not in self._providers:
             self._providers[memo] = self.template(kind, params)
         return self._providers[memo]
-
-
-def judge_version(name: str) -> str:
-    """The VERSION of a judge, with the hash of its file where that is not of this package.
-
-    SpecError when there is no judge of this name.
-    """
-    cls = judge_class(name)
-    outside = outside_hash(cls.__module__)
-    return str(cls.VERSION) if outside is None else f"{cls.VERSION} {outside}"
-
-
-def _is_judged_by_a_model(params: Mapping[str, Any]) -> bool:
-    judges = (params.get("judge"), params.get("scoring", {}).get("judge"))
-    return any(str(judge).startswith(MODEL_JUDGE) for judge in judges)

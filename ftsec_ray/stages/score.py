@@ -35,15 +35,17 @@ def run(job: Job) -> Extra:
     from ftsec_ray.evals.ask import read_answers
     from ftsec_ray.evals.judging import SCORED_BY_PROBE
     from ftsec_ray.evals.scoring import opinion, score
-    from ftsec_ray.plan.decode import scoring_of
+    from ftsec_ray.plan.decode import judge_of, scoring_of
 
     answers = read_answers(job.session.store.fetch(job.inputs["completions"]))
     task = job.session.task(job.inputs["task"])
-    device, judge = job.session.runtime.device, str(job.stage.params["judge"])
+    device, judge = job.session.runtime.device, job.stage.params["judge"]
     if judge == SCORED_BY_PROBE:
         evaluation = score(answers, task, scoring_of(job.stage), device=device)
     else:
-        evaluation = opinion(answers, task, judge, device=device)
+        evaluation = opinion(answers, task, judge_of(job.stage, judge), device=device)
+    for text in evaluation.warnings:
+        job.warn(text)
     parquet.write_table(evaluation.metrics, job.out / "metrics.parquet")
     parquet.write_table(evaluation.generations, job.out / "generations.parquet", compression="zstd")
     return {"notes": evaluation.notes}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ftsec_ray.evals.judging import HEAD_CHARS, get_judge
+from ftsec_ray.evals.judging import get_judge
+from ftsec_ray.evals.refusals import HEAD_CHARS, refusal_in
 from ftsec_ray.evals.unanswered import unanswered, words_of
 from ftsec_ray.judges.qi2023 import REFUSAL_PHRASES
-from ftsec_ray.judges.refusal_phrases import refusal_in
 from ftsec_ray.method import Prompt
 
 OF_TODAY = (
