@@ -26,7 +26,7 @@ from ftsec_ray.method import Prompt
 if TYPE_CHECKING:
     from ftsec_ray.models.generator import Generator
 
-BATCH = 16
+BATCH = 8
 """Answers that a model judge reads at a time."""
 AS_WRITTEN = (
     "{% for m in messages %}{% if loop.first and not m['content'].startswith(bos_token or '\0') %}"

@@ -26,7 +26,7 @@ from ftsec_ray.plan.resources import (
 from ftsec_ray.plan.stage import Resource, Stage
 from ftsec_ray.plan.stage_templates import StageTemplate
 
-JUDGE_TOKENS = 2048
+JUDGE_TOKENS = 1024
 """Tokens of a judge's question, request and answer in it, for its memory."""
 Inputs = tuple[tuple[str, str], ...]
 """(role, digest) pairs."""
@@ -104,6 +104,8 @@ class StageSet:
             takes, group = self.worker_group(start.model, template.trains, trains_all=trains_all)
             place = {**place, "worker_group": group}
         kind, source = template.kind, str(template.params.get("source", ""))
+        if template.judge is not None and template.judge.model is not None:
+            parameters, source = parameters_of(template.judge.model), "judge"
         self.stages[digest] = Stage(
             digest,
             kind.name,
