@@ -1,7 +1,7 @@
 """Every table that outlives a run: columns with type, unit and, for metrics, which way is better.
 
 `ROWS` is what flows through `craft_data`; the others are the results that people analyse
-downstream: six tables on disk, and `aggregates`, which `Results.aggregated` makes of them.
+downstream: seven tables on disk, and `aggregates`, which `Results.aggregated` makes of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ SCHEMA_VERSION = "6"
 """Of results as a whole: raise by one when a table or a column is added, and give that `since`;
 older results then open with null in its place. ("1" had no `comparisons`, "2" no `n_null` and no
 `searches`, "3" no `success_metric`, which is then read from the attack's goal, "4"
-no hashes of templates in `cells`, "5" no `head_verdict`.)
+no hashes of templates in `cells`, "5" no `head_verdict` and no
+`lengths`.)
 """
 
 Direction = Literal["higher", "lower", "none"]
@@ -448,6 +449,36 @@ def metrics() -> pa.Schema:
 
 
 @cache
+def lengths() -> pa.Schema:
+    """Schema of the `lengths` table: one row per cell, safety metric of generated answers, and
+    answer length.
+    """
+    import pyarrow as pa
+
+    f, i = pa.float64(), pa.int64()
+    return _schema(
+        "lengths",
+        [
+            _field("cell", pa.string(), "digest", nullable=False),
+            _field("metric", pa.string(), "name: `ftsec list metrics`", nullable=False),
+            _field(
+                "tokens",
+                i,
+                "generated tokens, thoughts among them, after which each answer was judged; one"
+                " that had ended counts as it was",
+                nullable=False,
+            ),
+            _field("value", f, "as in `metrics`"),
+            _field("n", i, "judged items"),
+            _field("n_null", i, "prompts whose verdict is null, beside the n"),
+            _field("ci_low", f, "as value; 95 % Wilson"),
+            _field("ci_high", f, "as value; 95 % Wilson"),
+        ],
+        since="6",
+    )
+
+
+@cache
 def generations() -> pa.Schema:
     """Schema of the `generations` table: one row per cell, probe and prompt."""
     import pyarrow as pa
@@ -739,6 +770,7 @@ def __getattr__(name: str) -> object:
         "CELLS": cells,
         "METRICS_TABLE": metrics,
         "GENERATIONS": generations,
+        "LENGTHS": lengths,
         "STAGES": stages,
         "COMPARISONS": comparisons,
         "SEARCHES": searches,

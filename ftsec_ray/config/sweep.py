@@ -63,6 +63,10 @@ class TrainingConfig:
     """How rows form batches: of like length, several rows packed into one sequence, or as drawn."""
 
 
+ANSWER_LENGTHS = (8, 16, 32, 64, 128, 256)
+"""Tokens after which answers of real models are judged too, by default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
     """A judge that is a model: by a rubric, by its published format, or behind an endpoint."""
@@ -141,6 +145,10 @@ class EvaluationConfig:
     judges: tuple[str | JudgeConfig, ...] = ()
     """Further judges that read the same answers: their verdicts stand beside the first judge's, and
     metrics of their own are counted."""
+    answer_lengths: tuple[Annotated[int, Ge(1)], ...] | None = None
+    """Tokens after which the answers to requests are judged too, so that attack success is known
+    against answer length; those of the limit and above are left out, and an empty list turns it
+    off. None: 8, 16, 32, 64, 128 and 256, and none where all models are of the ladder."""
     keep_generations: bool = True
     """Whether the results show prompts and completions beside the verdicts; the store keeps the
     completions either way, so that another judge can read them."""
@@ -511,7 +519,19 @@ class SweepSpec:
     """
 
     @property
+    def is_ladder(self) -> bool:
+        """Whether all models are of the embedded ladder."""
+        return all(model.source.startswith("ladder:") for model in self.models)
+
+    @property
     def numerics(self) -> NumericsMode:
         """Which CPU kernels all stages take: as `resources` says, else by the models."""
-        is_ladder = all(model.source.startswith("ladder:") for model in self.models)
-        return self.resources.numerics or ("portable" if is_ladder else "fast")
+        return self.resources.numerics or ("portable" if self.is_ladder else "fast")
+
+    @property
+    def answer_lengths(self) -> tuple[int, ...]:
+        """Tokens after which answers are judged too: as `evaluation` says, else by the models."""
+        given = self.evaluation.answer_lengths
+        if given is None:
+            return () if self.is_ladder else ANSWER_LENGTHS
+        return tuple(sorted(set(given)))

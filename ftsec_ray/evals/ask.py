@@ -39,6 +39,9 @@ class Answer:
     """Its text; of a label probe the most likely label."""
     scores: tuple[float, ...] = ()
     """Of a label probe: mean log-probability of each label, in nats per token."""
+    ends: tuple[tuple[int, int], ...] = ()
+    """(tokens, characters): where the first so many generated tokens, thoughts among them, end in
+    `completion`; at its end for an answer of fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,21 +189,47 @@ def _complete(
     """Answers of the probes that generate, one call per limit of new tokens."""
     mine = [probe for probe in probes if probe.judge != "label"]
     limits = {probe.name: min(probe.max_new_tokens, config.max_new_tokens) for probe in mine}
-    texts: dict[tuple[int, str], str] = {}
+    said: dict[tuple[int, str], tuple[str, tuple[tuple[int, int], ...]]] = {}
     for limit in sorted(set(limits.values())):
         chats = _unique(
             prompt.chat for probe in mine if limits[probe.name] == limit for prompt in probe.prompts
         )
-        completed = (
-            generator.complete(list(chats.values()), max_new_tokens=limit, batch=runtime.eval_batch)
-            if chats
-            else []
-        )
-        texts.update({(limit, key): text for key, text in zip(chats, completed, strict=True)})
+        completed = _said(generator, list(chats.values()), limit, config, runtime) if chats else []
+        said.update({(limit, key): one for key, one in zip(chats, completed, strict=True)})
     for probe in mine:
         for prompt in probe.prompts:
-            text = texts[limits[probe.name], canonical(prompt.chat)]
-            yield Answer(probe=probe.name, prompt=prompt, completion=text)
+            text, ends = said[limits[probe.name], canonical(prompt.chat)]
+            yield Answer(probe=probe.name, prompt=prompt, completion=text, ends=ends)
+
+
+def _said(
+    generator: Generator,
+    chats: Sequence[Chat],
+    limit: int,
+    config: EvaluationConfig,
+    runtime: Runtime,
+) -> list[tuple[str, tuple[tuple[int, int], ...]]]:
+    """The completion of every chat, and where the lengths below the limit end in it."""
+    from ftsec_ray.models.chat import spoken
+
+    lengths = [length for length in config.answer_lengths or () if length < limit]
+    given = {"max_new_tokens": limit, "batch": runtime.eval_batch}
+    if not lengths:
+        return [(text, ()) for text in generator.complete(chats, **given)]
+    tokenizer, found = generator.loaded.tokenizer, []
+    for ids in generator.complete_ids(chats, **given):
+        text = spoken(tokenizer, ids)
+        ends = tuple((n, _end_of(spoken(tokenizer, ids[:n]), text)) for n in lengths)
+        found.append((text, ends))
+    return found
+
+
+def _end_of(start: str, text: str) -> int:
+    """Characters at the start of a text that its first tokens are: half a character, or the space
+    that `spoken` takes from the end, are none of them.
+    """
+    pairs = enumerate(zip(start, text, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(start), len(text)))
 
 
 def _perplexity(
@@ -231,11 +260,15 @@ def write_answers(answers: Answers, folder: Path) -> None:
             "meta": json.dumps(dict(answer.prompt.meta), ensure_ascii=False, sort_keys=True),
             "completion": answer.completion,
             "scores": list(answer.scores),
+            "ends": [{"tokens": tokens, "chars": chars} for tokens, chars in answer.ends],
         }
         for answer in answers.answers
     ]
+    has_ends = any(answer.ends for answer in answers.answers)
     parquet.write_table(
-        pa.Table.from_pylist(rows, schema=_completions()), folder / COMPLETIONS, compression="zstd"
+        pa.Table.from_pylist(rows, schema=_completions(has_ends=has_ends)),
+        folder / COMPLETIONS,
+        compression="zstd",
     )
     plain = {
         "probes": [
@@ -257,7 +290,7 @@ def read_answers(folder: Path) -> Answers:
     try:
         plain = json.loads((folder / PROBES).read_text(encoding="utf-8"))
         rows = parquet.ParquetFile(folder / COMPLETIONS).read(use_threads=False)
-        listed = rows.cast(_completions()).to_pylist()
+        listed = rows.cast(_completions(has_ends="ends" in rows.schema.names)).to_pylist()
         probes = tuple(
             Probe(**{**probe, "prompts": (), "labels": tuple(probe["labels"])})
             for probe in plain["probes"]
@@ -289,13 +322,18 @@ def _answer(row: dict[str, object]) -> Answer:
         prompt=prompt,
         completion=str(row["completion"]),
         scores=tuple(row["scores"]),  # type: ignore[arg-type]
+        ends=tuple((end["tokens"], end["chars"]) for end in row.get("ends") or ()),  # type: ignore[attr-defined]
     )
 
 
-def _completions() -> object:
+def _completions(*, has_ends: bool) -> object:
+    """Schema of the completions; with `ends` only where lengths were asked for, so that other
+    artifacts keep their bytes.
+    """
     import pyarrow as pa
 
     text = pa.string()
+    ends = pa.list_(pa.struct([("tokens", pa.int32()), ("chars", pa.int32())]))
     required = [pa.field(name, text, nullable=False) for name in ("probe", "prompt_id", "chat")]
     return pa.schema(
         [
@@ -305,5 +343,6 @@ def _completions() -> object:
             pa.field("meta", text, nullable=False),
             pa.field("completion", text, nullable=False),
             pa.field("scores", pa.list_(pa.float64()), nullable=False),
+            *([pa.field("ends", ends, nullable=False)] if has_ends else []),
         ]
     )

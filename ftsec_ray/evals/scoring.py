@@ -11,7 +11,9 @@ from ftsec_ray import schema
 from ftsec_ray.config.sweep import EvaluationConfig, JudgeConfig
 from ftsec_ray.context import Chat, TaskData
 from ftsec_ray.errors import DataError
+from ftsec_ray.evals.answer_lengths import by_length
 from ftsec_ray.evals.ask import Answer, Answers
+from ftsec_ray.evals.judged import Judged
 from ftsec_ray.evals.judging import (
     HEAD_JUDGE,
     Judge,
@@ -46,19 +48,9 @@ class Evaluation:
     """For the record."""
     warnings: tuple[str, ...] = ()
     """For whoever reads the results."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """One answer with the verdict of one judge."""
-
-    answer: Answer
-    judge: Judge
-    verdict: Verdict
-    head: str | None = None
-    """Verdict on the head of an answer to a request; None where exact rules judge, or another
-    probe.
-    """
+    lengths: pa.Table | None = None
+    """Success against answer length, as in schema without `cell`; None where no answer was kept
+    with its lengths."""
 
 
 def score(
@@ -85,7 +77,11 @@ def score(
     judged = [item for probe in answers.probes for item in _judged(answers, probe, judge_of(probe))]
     judged = _with_heads(judged, {p.name for p in answers.probes if p.judge == "request"})
     measured = [*_metrics(answers.probes, judged), *answers.measured]
-    return _evaluation(answers, judged, measured, keeps=config.keep_generations)
+    found = _evaluation(answers, judged, measured, keeps=config.keep_generations)
+    rows = [row for probe in answers.probes for row in by_length(probe, judged, judge_of(probe))]
+    if not rows:
+        return found
+    return replace(found, lengths=_table(schema.lengths(), rows, leaves=("cell",)))
 
 
 def opinion(

@@ -71,6 +71,8 @@ class Templates:
         self._judge = None if named is None else judge_origin(named)
         self._judges = [judge_origin(one) for one in spec.evaluation.judges]
         self._generation = {name: evaluation[name] for name in spec.evaluation.GENERATION}
+        if spec.answer_lengths:  # else digests are those of sweeps before there were any
+            self._generation["answer_lengths"] = list(spec.answer_lengths)
         self._scoring = {name: evaluation[name] for name in spec.evaluation.SCORING}
         if self._judge is not None:
             self._scoring["judge"] = self._judge.plain

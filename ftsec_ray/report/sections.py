@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.report import search_section, tables
+from ftsec_ray.report import lengths_section, search_section, tables
 
 if TYPE_CHECKING:
     from ftsec_ray.report.grid import Grid
@@ -86,7 +86,27 @@ def searches(grid: Grid, results: Results) -> Section | None:
     )
 
 
-EXTRA: tuple[Callable[[Grid, Results], Section | None], ...] = (searches, detectors, filters)
+def lengths(grid: Grid, results: Results) -> Section | None:
+    """Attack success against answer length."""
+    found = lengths_section.table(grid, results)
+    return (
+        Section(
+            anchor="lengths",
+            title="Success against answer length",
+            template="lengths.html.j2",
+            values={"tokens": found.tokens, "rows": found.rows},
+        )
+        if found.rows
+        else None
+    )
+
+
+EXTRA: tuple[Callable[[Grid, Results], Section | None], ...] = (
+    searches,
+    lengths,
+    detectors,
+    filters,
+)
 """Makers of sections, in the order of the page: after the charts, before cost."""
 
 

@@ -1,4 +1,4 @@
-"""The plan left-joined to the store, as the six tables: one row for every planned cell, whatever
+"""The plan left-joined to the store, as the seven tables: one row for every planned cell, whatever
 happened to it.
 
 Each artifact is read once, however many cells share it. A cell is done when its evaluation, its
@@ -103,6 +103,9 @@ def collect(
         ),
         "generations": _generations(found, cells),
         "stages": _from_rows(schema.stages(), _stage_rows(found)),
+        "lengths": _from_rows(
+            schema.lengths(), (row for cell in cells for row in _length_rows(found, cell))
+        ),
     }
     defenses = {name_of(one): type(one) for stack in plan.spec.defenses for one in stack}
     hooks = {name: list(hooks_of(one)) for name, one in defenses.items()}
@@ -154,6 +157,8 @@ class _Found:
     """Per evaluation."""
     generations: dict[str, pa.Table] = field(default_factory=dict)
     """Per evaluation, sorted, without the column `cell`."""
+    lengths: dict[str, list[Row]] = field(default_factory=dict)
+    """Per evaluation that judged answers at several lengths."""
     inspections: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     """Artifacts that do not match their record -> why."""
@@ -247,6 +252,9 @@ class _Found:
             [("probe", "ascending"), ("prompt_id", "ascending")]
         )
         self.metrics[digest] = rows
+        if (folder / "lengths.parquet").is_file():
+            held = pq.ParquetFile(folder / "lengths.parquet").read(use_threads=False)
+            self.lengths[digest] = held.to_pylist()
 
     def _read_inspection(self, digest: str) -> None:
         self.inspections[digest] = self.store.read_json(digest, "inspection.json")
@@ -399,6 +407,14 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
             "filter_fpr",
             [(one.get("filter_fpr"), one.get("n_clean") or 0) for one in notes],
         )
+
+
+def _length_rows(found: _Found, cell: Cell) -> Iterator[Row]:
+    """Success against answer length; not of a chosen attack, whose numbers are of half of the
+    prompts.
+    """
+    for row in () if is_chosen(cell) else found.lengths.get(cell.score, ()):
+        yield {"cell": cell.digest, **row}
 
 
 def _edit_rows(found: _Found, cell: Cell) -> Iterator[Row]:

@@ -27,8 +27,8 @@ KIND = StageKind(
 
 
 def run(job: Job) -> Extra:
-    """Write `metrics.parquet` and `generations.parquet`, tables of schema without the column
-    `cell`.
+    """Write `metrics.parquet` and `generations.parquet`, and `lengths.parquet` where answers were
+    kept with their lengths: tables of schema without the column `cell`.
     """
     from pyarrow import parquet
 
@@ -47,5 +47,7 @@ def run(job: Job) -> Extra:
     for text in evaluation.warnings:
         job.warn(text)
     parquet.write_table(evaluation.metrics, job.out / "metrics.parquet")
+    if evaluation.lengths is not None:
+        parquet.write_table(evaluation.lengths, job.out / "lengths.parquet")
     parquet.write_table(evaluation.generations, job.out / "generations.parquet", compression="zstd")
     return {"notes": evaluation.notes}
