@@ -23,8 +23,11 @@ Nulls = tuple[int, int]
 """Answers that no judge could place, and all answers asked for."""
 CLEAN = ("cacc", "benign_rate")
 """What says whether a model still does its work; the first of them that was measured."""
-UTILITY_NAMES = "clean accuracy · over-refusal · coherent answers"
+UTILITY_NAMES = (
+    "clean accuracy · over-refusal · coherent answers (· no answer, where it is counted)"
+)
 """What the text of a utility holds."""
+NO_ANSWER = "no_answer_rate"
 _Z = 1.959963984540054
 
 
@@ -35,22 +38,27 @@ class Utility(NamedTuple):
     """Clean accuracy, or the share of benign requests answered right where a task has none."""
     over_refusal: float | None
     coherent: float | None
+    no_answer: float | None = None
+    """Share of forbidden requests without an answer; None where no judge counts them."""
 
     @property
     def text(self) -> str:
-        """The three numbers."""
-        return " · ".join("–" if value is None else f"{value:.2f}" for value in self)
+        """The three numbers, and the fourth where there is one."""
+        shown = self[:3] if self.no_answer is None else self
+        return " · ".join("–" if value is None else f"{value:.2f}" for value in shown)
 
 
 UNKNOWN = Utility(None, None, None)
 
 
-def utility_metrics(measured: Collection[str]) -> tuple[str, str, str]:
+def utility_metrics(measured: Collection[str]) -> tuple[str, ...]:
     """What stands beside every safety metric, of what was measured: clean accuracy, or right
-    answers to benign requests where there is none; over-refusal; coherence.
+    answers to benign requests where there is none; over-refusal; coherence; and the share of
+    requests without an answer where it was counted.
     """
     clean = next((metric for metric in CLEAN if metric in measured), CLEAN[-1])
-    return clean, "over_refusal_rate", "coherent_rate"
+    more = (NO_ANSWER,) if NO_ANSWER in measured else ()
+    return clean, "over_refusal_rate", "coherent_rate", *more
 
 
 def mean_utility(found: Iterable[Utility]) -> Utility:

@@ -140,6 +140,67 @@ class TrainingConfig:
         return plain
 
 
+ANSWER_LENGTHS = (8, 16, 32, 64, 128, 256)
+"""Tokens after which answers of real models are judged too, by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """A judge that is a model: by a rubric, by its published format, or behind an endpoint."""
+
+    DECIDES: ClassVar[tuple[str, ...]] = (
+        *("name", "model", "rubric", "endpoint"),
+        "max_new_tokens",
+    )
+    """What decides its verdicts; the other keys say how it is reached."""
+
+    name: str | None = None
+    """File of the judge, for a published one: `harmbench`, `strongreject`, `llama_guard`,
+    `qwen3guard`, `classifier`. None: `endpoint` where there is one, else `rubric`."""
+    model: str
+    """A local folder, a `.gguf` file, or `owner/name@<commit>`; at an endpoint the model's name
+    there."""
+    rubric: str | None = None
+    """For `rubric` and `endpoint`: template of the question, with {request} and {answer}; in a file
+    its text or the path of one. None: the built-in one."""
+    endpoint: str | None = None
+    """URL of an OpenAI-compatible service, up to `/v1`."""
+    key_env: str | None = None
+    """Environment variable that holds the key of the endpoint; None: it asks for none."""
+    max_new_tokens: Annotated[int, Ge(1)] = 256
+    """Tokens of a rubric judge's answer, at most."""
+    parameters: Annotated[int, Ge(1)] | None = None
+    """Count of weights, where the model's name does not say it: decides what GPU it asks for."""
+    timeout_s: Annotated[float, Gt(0)] = 60.0
+    """Seconds that one call of the endpoint may take."""
+    retries: Annotated[int, Ge(0)] = 5
+    """Further calls of the endpoint after one that failed for a passing reason."""
+    usd_per_million_input: Annotated[float, Ge(0)] | None = None
+    """Price of the endpoint's input tokens, for the record."""
+    usd_per_million_output: Annotated[float, Ge(0)] | None = None
+    """Price of its output tokens."""
+
+    def __post_init__(self) -> None:
+        if self.endpoint is None and self.key_env is not None:
+            raise SpecError("a key without an endpoint", self.key_env, "endpoint: URL beside it")
+        if self.endpoint is None:
+            return
+        if not self.endpoint.startswith(("http://", "https://")) or "@" in self.endpoint:
+            raise SpecError(
+                "no URL of an endpoint",
+                self.endpoint.partition("@")[2] or self.endpoint,
+                "http(s)://host/v1, without a login in it",
+                "a key comes from the environment: name its variable by key_env",
+            )
+        if self.name not in (None, "endpoint"):
+            raise SpecError("a published judge behind an endpoint", self.name, "no name beside it")
+
+    @property
+    def file(self) -> str:
+        """The file of ftsec_ray/judges that reads the answers."""
+        return self.name or ("endpoint" if self.endpoint else "rubric")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is asked of every finished cell, and who judges the answers."""
@@ -170,9 +231,10 @@ class EvaluationConfig:
     independent."""
     perplexity_rows: Annotated[int, Ge(0)] = 32
     """Held-out text rows for perplexity; 0 turns it off."""
-    judge: str | None = None
-    """Judge of requests; None: the task's own."""
-    judges: tuple[str, ...] = ()
+    judge: str | JudgeConfig | None = None
+    """Judge of requests: a name, `name:<model>`, or a mapping for one that is a model; None: the
+    task's own."""
+    judges: tuple[str | JudgeConfig, ...] = ()
     """Further judges that read the same answers: their verdicts stand beside the first judge's, and
     metrics of their own are counted."""
     benchmarks: tuple[str, ...] = ()
@@ -181,6 +243,10 @@ class EvaluationConfig:
     `pip install "ftsec-ray[benchmarks]"`."""
     benchmark_limit: Annotated[int, Ge(1)] | None = None
     """Documents per benchmark, at most, and of a group per task of it; None: all."""
+    answer_lengths: tuple[Annotated[int, Ge(1)], ...] | None = None
+    """Tokens after which the answers to requests are judged too, so that attack success is known
+    against answer length; those of the limit and above are left out, and an empty list turns it
+    off. None: 8, 16, 32, 64, 128 and 256, and none where all models are of the ladder."""
     keep_generations: bool = True
     """Whether the results show prompts and completions beside the verdicts; the store keeps the
     completions either way, so that another judge can read them."""
@@ -591,7 +657,19 @@ class SweepSpec:
     """
 
     @property
+    def is_ladder(self) -> bool:
+        """Whether all models are of the embedded ladder."""
+        return all(model.source.startswith("ladder:") for model in self.models)
+
+    @property
     def numerics(self) -> NumericsMode:
         """Which CPU kernels all stages take: as `resources` says, else by the models."""
-        is_ladder = all(model.source.startswith("ladder:") for model in self.models)
-        return self.resources.numerics or ("portable" if is_ladder else "fast")
+        return self.resources.numerics or ("portable" if self.is_ladder else "fast")
+
+    @property
+    def answer_lengths(self) -> tuple[int, ...]:
+        """Tokens after which answers are judged too: as `evaluation` says, else by the models."""
+        given = self.evaluation.answer_lengths
+        if given is None:
+            return () if self.is_ladder else ANSWER_LENGTHS
+        return tuple(sorted(set(given)))

@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 from ftsec_ray.config.benchmark_entries import with_paths
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
+from ftsec_ray.config.judge_entries import with_judges
 from ftsec_ray.config.limits import CELLS, FILE_BYTES, RULES
 from ftsec_ray.config.method_entries import NONE, attacks_of, defenses_of
 from ftsec_ray.config.model_entries import models_of
@@ -138,7 +139,10 @@ def _spec(
         ("resources", ResourceSpec),
         ("data", DataSpec),
     ):
-        values[key] = build(cls, _without_grids(given.get(key), key, faults), key, faults)
+        plain = _without_grids(given.get(key), key, faults)
+        if cls is EvaluationConfig:
+            plain = with_judges(plain, base, faults)
+        values[key] = build(cls, plain, key, faults)
     values["prices"] = prices_of(given.get("prices"), faults)
     values["budget"] = budget_of(
         given.get("budget"),

@@ -29,6 +29,10 @@ COMPLETIONS, PROBES = "completions.parquet", "probes.json"
 """Files of the artifact: one row per answer, and what was asked."""
 
 
+Ends = tuple[tuple[int, int], ...]
+"""(tokens, characters) of an answer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """What a model answered to one prompt of a probe."""
@@ -42,6 +46,9 @@ class Answer:
     """Of a label probe: log-probability of each label, in nats."""
     sample: int = 0
     """Its number among the answers to the prompt."""
+    ends: Ends = ()
+    """(tokens, characters): where the first so many generated tokens, thoughts among them, end in
+    `completion`; at its end for an answer of fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,18 +211,21 @@ def _complete(
     """
     mine = [probe for probe in probes if probe.judge != "label"]
     limits = {probe.name: _limit(probe, config) for probe in mine}
-    texts: dict[tuple[int, str], list[str]] = {}
+    said: dict[tuple[int, str], list[tuple[str, Ends]]] = {}
     for limit in sorted(set(limits.values())):
         chats = _unique(
             prompt.chat for probe in mine if limits[probe.name] == limit for prompt in probe.prompts
         )
         if chats:
             answers = _sampled(generator, chats, limit, config, runtime, seed)
-            texts.update({(limit, key): texts_of for key, texts_of in answers.items()})
+            said.update({(limit, key): all_of for key, all_of in answers.items()})
     for probe in mine:
         for prompt in probe.prompts:
-            for sample, text in enumerate(texts[limits[probe.name], canonical(prompt.chat)]):
-                yield Answer(probe=probe.name, prompt=prompt, completion=text, sample=sample)
+            answered = said[limits[probe.name], canonical(prompt.chat)]
+            for sample, (text, ends) in enumerate(answered):
+                yield Answer(
+                    probe=probe.name, prompt=prompt, completion=text, sample=sample, ends=ends
+                )
 
 
 def _sampled(
@@ -225,25 +235,45 @@ def _sampled(
     config: EvaluationConfig,
     runtime: Runtime,
     seed: int,
-) -> dict[str, list[str]]:
+) -> dict[str, list[tuple[str, Ends]]]:
     """The answers to every chat. A draw depends on the seed, the chat as it is asked (not on what
     methods make of it, so that cells are compared under the same random numbers) and its number.
     """
     asked = [(key, sample) for key in chats for sample in range(config.samples)]
-    seeds = [int(digest(["sample", seed, *one])[:15], 16) for one in asked]
-    drawn: dict[str, Any] = {}
+    given: dict[str, Any] = {"max_new_tokens": limit, "batch": runtime.eval_batch}
     if config.temperature:
-        drawn = {"temperature": config.temperature, "seeds": seeds}
-    texts = generator.complete(
-        [chats[key] for key, _ in asked],
-        max_new_tokens=limit,
-        batch=runtime.eval_batch,
-        **drawn,
-    )
-    answers: dict[str, list[str]] = {key: [] for key in chats}
-    for (key, _), text in zip(asked, texts, strict=True):
-        answers[key].append(text)
+        given["temperature"] = config.temperature
+        given["seeds"] = [int(digest(["sample", seed, *one])[:15], 16) for one in asked]
+    lengths = [length for length in config.answer_lengths or () if length < limit]
+    completed = _said(generator, [chats[key] for key, _ in asked], lengths, given)
+    answers: dict[str, list[tuple[str, Ends]]] = {key: [] for key in chats}
+    for (key, _), answer in zip(asked, completed, strict=True):
+        answers[key].append(answer)
     return answers
+
+
+def _said(
+    generator: Generator, chats: Sequence[Chat], lengths: Sequence[int], given: dict[str, Any]
+) -> list[tuple[str, Ends]]:
+    """The completion of every chat, and where these lengths end in it."""
+    from ftsec_ray.models.chat import spoken
+
+    if not lengths:
+        return [(text, ()) for text in generator.complete(chats, **given)]
+    tokenizer, completed = generator.loaded.tokenizer, []
+    for ids in generator.complete_ids(chats, **given):
+        text = spoken(tokenizer, ids)
+        ends = tuple((n, _end_of(spoken(tokenizer, ids[:n]), text)) for n in lengths)
+        completed.append((text, ends))
+    return completed
+
+
+def _end_of(start: str, text: str) -> int:
+    """Characters at the start of a text that its first tokens are: half a character, or the space
+    that `spoken` takes from the end, are none of them.
+    """
+    pairs = enumerate(zip(start, text, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(start), len(text)))
 
 
 def _perplexity(
@@ -275,11 +305,15 @@ def write_answers(answers: Answers, folder: Path) -> None:
             "completion": answer.completion,
             "scores": list(answer.scores),
             "sample": answer.sample,
+            "ends": [{"tokens": tokens, "chars": chars} for tokens, chars in answer.ends],
         }
         for answer in answers.answers
     ]
+    has_ends = any(answer.ends for answer in answers.answers)
     parquet.write_table(
-        pa.Table.from_pylist(rows, schema=_completions()), folder / COMPLETIONS, compression="zstd"
+        pa.Table.from_pylist(rows, schema=_completions(has_ends=has_ends)),
+        folder / COMPLETIONS,
+        compression="zstd",
     )
     plain = {
         "probes": [
@@ -301,7 +335,7 @@ def read_answers(folder: Path) -> Answers:
     try:
         plain = json.loads((folder / PROBES).read_text(encoding="utf-8"))
         rows = parquet.ParquetFile(folder / COMPLETIONS).read(use_threads=False)
-        listed = rows.cast(_completions()).to_pylist()
+        listed = rows.cast(_completions(has_ends="ends" in rows.schema.names)).to_pylist()
         probes = tuple(
             Probe(**{**probe, "prompts": (), "labels": tuple(probe["labels"])})
             for probe in plain["probes"]
@@ -334,13 +368,18 @@ def _answer(row: dict[str, object]) -> Answer:
         completion=str(row["completion"]),
         scores=tuple(row["scores"]),  # type: ignore[arg-type]
         sample=int(row["sample"]),  # type: ignore[call-overload]
+        ends=tuple((end["tokens"], end["chars"]) for end in row.get("ends") or ()),  # type: ignore[attr-defined]
     )
 
 
-def _completions() -> object:
+def _completions(*, has_ends: bool) -> object:
+    """Schema of the completions; with `ends` only where lengths were asked for, so that other
+    artifacts keep their bytes.
+    """
     import pyarrow as pa
 
     text = pa.string()
+    ends = pa.list_(pa.struct([("tokens", pa.int32()), ("chars", pa.int32())]))
     required = [pa.field(name, text, nullable=False) for name in ("probe", "prompt_id", "chat")]
     return pa.schema(
         [
@@ -351,5 +390,6 @@ def _completions() -> object:
             pa.field("completion", text, nullable=False),
             pa.field("scores", pa.list_(pa.float64()), nullable=False),
             pa.field("sample", pa.int64(), nullable=False),
+            *([pa.field("ends", ends, nullable=False)] if has_ends else []),
         ]
     )

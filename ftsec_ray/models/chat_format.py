@@ -291,3 +291,23 @@ def rendered(tokenizer: Any, chat: Chat, tools: Any, *, open_turn: bool = False)
             "roles in an order that the template of this model takes",
             f"{type(error).__name__}: {error}",
         ) from error
+
+
+def moderation_text(tokenizer: Any, request: str, answer: str) -> str:
+    """What the template of a guard model makes of a request and its answer: the question whether
+    they are safe, with the turn of the guard open behind it. DataError where it refuses them.
+    """
+    from jinja2 import TemplateError
+
+    chat = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+    try:
+        # not `rendered`: such a template has no turns of its own to look for
+        text: str = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DataError(
+            "the chat template of a guard refuses a request and its answer",
+            getattr(tokenizer, "name_or_path", None),
+            "the template that the guard is published with",
+            f"{type(error).__name__}: {error}",
+        ) from error
+    return text

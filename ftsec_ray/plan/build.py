@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ftsec_ray.config.method_entries import NONE
 from ftsec_ray.config.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
 from ftsec_ray.errors import SpecError, SpecFaults
-from ftsec_ray.evals.judging import judge_class
+from ftsec_ray.evals.judging import get_judge
 from ftsec_ray.identity import digests
 from ftsec_ray.lifecycle import ROLES_BEFORE, part_in_tune
 from ftsec_ray.method import Method
@@ -40,7 +40,7 @@ from ftsec_ray.plan.search_rounds import (
 )
 from ftsec_ray.plan.stage import Cell, Searched, Step
 from ftsec_ray.plan.stage_set import CellStart, StageSet
-from ftsec_ray.plan.stage_templates import Templates
+from ftsec_ray.plan.stage_templates import StageTemplate, Templates
 from ftsec_ray.plan.starts import Starts
 from ftsec_ray.plan.task_splits import split_faults
 from ftsec_ray.registry import ATTACKS, name_of
@@ -88,11 +88,12 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
 
 
 def _evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
-    """One for every judge that there is none of, or that is named twice, and for samples of a
-    search.
+    """One for every judge that there is none of, whose model is not there or not pinned, or that is
+    named twice, and for samples of a search.
     """
     faults = []
-    names = [name for name in (spec.evaluation.judge, *spec.evaluation.judges) if name is not None]
+    given = (spec.evaluation.judge, *spec.evaluation.judges)
+    judges = [judge for judge in given if judge is not None]
     if spec.searches and spec.evaluation.samples > 1:
         fault = SpecError(
             "a search with several samples per prompt: it weighs trials by one verdict per prompt",
@@ -101,11 +102,11 @@ def _evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
             "sample in a sweep of its own, with the attack that the search chose",
         )
         faults.append(("evaluation", fault))
-    for name in dict.fromkeys(names):
+    for judge in dict.fromkeys(judges):
         try:
-            judge_class(name)
-            if names.count(name) > 1:
-                raise SpecError("a judge that is named twice", name, "each judge once")
+            get_judge(judge)
+            if judges.count(judge) > 1:
+                raise SpecError("a judge that is named twice", str(judge), "each judge once")
         except SpecError as fault:
             faults.append(("evaluation", fault))
     return faults
@@ -246,15 +247,9 @@ class _PlanBuilder:
         flow = {"model": start.reference, "rows": start.task}
         tuned_from, counted = start.reference, start.task
         chain, steps = list(start.stages), []
-        is_tuned = start.model.measured == "after"
-        for template in lifecycle.templates:
-            if template.kind.tunes and not is_tuned:
-                continue
+        is_trial = searched is not None and searched.trial is not None
+        for template in self._followed(lifecycle.templates, start, task, is_trial=is_trial):
             kind = template.kind
-            if searched and searched.trial is not None and kind.measures:
-                continue
-            if kind.asks_model:
-                template = self._templates.asking(template, start.model)  # noqa: PLW2901
             if kind.names_input is not None:
                 roles[kind.names_input] = tuned_from = flow["model"]
             needs: tuple[tuple[str, str], ...] = ()
@@ -287,6 +282,23 @@ class _PlanBuilder:
         )
         stages = tuple(dict.fromkeys(chain))
         return Cell(key, start.model, task, attack, stack, seed, tuple(steps), stages, searched)
+
+    def _followed(
+        self,
+        templates: Sequence[StageTemplate],
+        start: CellStart,
+        task: TaskSpec,
+        *,
+        is_trial: bool,
+    ) -> Iterator[StageTemplate]:
+        """The templates that a cell of this model and task follows, as both ask for them."""
+        for template in templates:
+            kind = template.kind
+            is_of_later_tune = kind.tunes and start.model.measured == "before"
+            if is_of_later_tune or (is_trial and kind.measures):
+                continue
+            own = self._templates.asking(template, start.model) if kind.asks_model else template
+            yield self._templates.judged(own, task) if "scoring" in kind.settings else own
 
     def _role(self, role: str, method: Method, place: _Place) -> str:
         """Digest of the model that a method needs in a role; a fault is noted when there is

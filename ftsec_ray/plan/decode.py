@@ -6,9 +6,16 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ftsec_ray.config.faults import Faults
-from ftsec_ray.config.sweep import AlignSpec, EvaluationConfig, TaskSpec, TrainingConfig
+from ftsec_ray.config.sweep import (
+    AlignSpec,
+    EvaluationConfig,
+    JudgeConfig,
+    TaskSpec,
+    TrainingConfig,
+)
 from ftsec_ray.config.typed import build
 from ftsec_ray.errors import StageError
+from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method
 from ftsec_ray.plan.stage import Stage
 
@@ -61,7 +68,16 @@ def generation_of(stage: Stage) -> EvaluationConfig:
 
 def scoring_of(stage: Stage) -> EvaluationConfig:
     """How answers are judged; what concerns asking is at its default."""
-    return _typed(EvaluationConfig, _param(stage, "scoring"), "scoring")
+    plain = _param(stage, "scoring")
+    config = _typed(EvaluationConfig, {**plain, "judge": None}, "scoring")
+    named = plain.get("judge")
+    return config if named is None else replace(config, judge=judge_of(stage, named))
+
+
+def judge_of(stage: Stage, plain: Any) -> str | JudgeConfig:
+    """A judge as the sweep names it, from its identity in a stage's parameters."""
+    named = stage.where.get("judges", {}).get(canonical(plain), plain)
+    return named if isinstance(named, str) else _typed(JudgeConfig, named, "judge")
 
 
 def align_of(stage: Stage) -> AlignSpec | None:

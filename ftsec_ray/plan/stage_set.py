@@ -10,13 +10,24 @@ from typing import Any
 
 from ftsec_ray.config.sweep import ModelSpec, SweepSpec, TrainingConfig
 from ftsec_ray.errors import SpecError
+from ftsec_ray.evals.model_judges import BATCH as JUDGE_BATCH
 from ftsec_ray.identity import digests
 from ftsec_ray.method import Method
-from ftsec_ray.plan.durations import prior_s
-from ftsec_ray.plan.resources import Sizing, data_resource, group_name
+from ftsec_ray.plan.durations import parameters_of, prior_s
+from ftsec_ray.plan.memory import inference_gib
+from ftsec_ray.plan.resources import (
+    Sizing,
+    data_resource,
+    gpu_memory_of,
+    gpus_for,
+    group_name,
+    resource_name,
+)
 from ftsec_ray.plan.stage import Resource, Stage
 from ftsec_ray.plan.stage_templates import StageTemplate
 
+JUDGE_TOKENS = 1024
+"""Tokens of a judge's question, request and answer in it, for its memory."""
 Inputs = tuple[tuple[str, str], ...]
 """(role, digest) pairs."""
 
@@ -78,6 +89,10 @@ class StageSet:
         place = where if where is not None else start.where if start else {}
         parameters = start.parameters if start else int(place.get("parameters", 0))
         takes = "cpu" if not template.on_model else start.resource if start else resource
+        if template.judge is not None:
+            place = {**place, "judges": dict(template.judge.where)}
+            if template.judge.model is not None:
+                takes = self._judge_resource(template.judge.model)
         if template.row_wise and start and start.is_large:
             takes = data_resource(self.spec.data.workers, takes)
         is_split = (
@@ -97,6 +112,9 @@ class StageSet:
         kind = template.kind
         if template.where:
             place = {**place, **template.where}
+        priced: Mapping[str, Any] = template.params
+        if template.judge is not None and template.judge.model is not None:
+            parameters, priced = parameters_of(template.judge.model), {"source": "judge"}
         self.stages[digest] = Stage(
             digest,
             kind.name,
@@ -106,7 +124,7 @@ class StageSet:
             template.params,
             place,
             takes,
-            prior_s(kind.prior_of(template.params), parameters, takes),
+            prior_s(kind.prior_of(priced), parameters, takes),
         )
         return digest
 
@@ -117,6 +135,34 @@ class StageSet:
         except SpecError as fault:
             self.faults["model", model.name, "memory", str(trains_all)] = (model.name, fault)
             return "gpu"
+
+    def _judge_resource(self, judge: ModelSpec) -> Resource:
+        """Class of the stages in which a judge that is a model reads answers."""
+        wanted = self.spec.resources.gpus_per_stage
+        if wanted != "auto":
+            return resource_name(wanted)
+        card = gpu_memory_of(self.spec)
+        gib = inference_gib(
+            parameters_of(judge),
+            models=1,
+            batch=JUDGE_BATCH,
+            prompt_tokens=JUDGE_TOKENS,
+            new_tokens=self.spec.evaluation.new_tokens,
+        )
+        gpus = gpus_for(gib, card)
+        if gpus > 1:
+            self.faults["judge", judge.source] = (
+                judge.name,
+                SpecError(
+                    f"the judge needs about {gib:.0f} GiB in one process and one GPU has {card:g}",
+                    parameters_of(judge),
+                    f"at most {card:g} GiB",
+                    "a smaller judge, a larger resources.gpu_memory_gib, or gpus_per_stage: 1 if"
+                    " you know better; `parameters:` of the judge says its size",
+                ),
+            )
+            return "gpu"
+        return resource_name(gpus)
 
     def worker_group(
         self, model: ModelSpec, methods: Sequence[Method], *, trains_all: bool

@@ -13,16 +13,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftsec_ray import lifecycle
-from ftsec_ray.config.sweep import EvaluationConfig, ModelSpec, SweepSpec, TrainingConfig
-from ftsec_ray.evals.judging import SCORED_BY_PROBE, judge_class
+from ftsec_ray.config.sweep import (
+    EvaluationConfig,
+    ModelSpec,
+    SweepSpec,
+    TaskSpec,
+    TrainingConfig,
+)
+from ftsec_ray.data.tasks import TASKS
+from ftsec_ray.evals.judging import SCORED_BY_PROBE
 from ftsec_ray.identity import canonical, digest, digests
 from ftsec_ray.lifecycle import StageKind, hooks_of
 from ftsec_ray.method import Method, RowWise
 from ftsec_ray.plan.benchmark_origin import benchmark_origin
+from ftsec_ray.plan.judge_origin import JudgeOrigin, judge_origin
 from ftsec_ray.registry import name_of, outside_hash
-
-MODEL_JUDGE = "classifier:"
-"""What the name of a judge starts with that is itself a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ class StageTemplate:
     """What its stages have in `where` besides what their cell says."""
     keeps_rows: bool = True
     """Whether its methods leave as many rows as they get."""
+    judge: JudgeOrigin | None = None
+    """The judge that is asked about answers, where the sweep names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,9 @@ class Templates:
         self._training = spec.training.identity()
         self._tuning = self._training if tuning is None else tuning.identity()
         evaluation = json.loads(canonical(spec.evaluation))
+        named = spec.evaluation.judge
+        self._judge = None if named is None else judge_origin(named)
+        self._judges = [judge_origin(one) for one in spec.evaluation.judges]
         usual = json.loads(canonical(EvaluationConfig()))
         self._generation = {
             name: evaluation[name]
@@ -82,12 +92,17 @@ class Templates:
             # what came later and is as before is left out: its digests are as before
             if name not in _ADDED or evaluation[name] != usual[name]
         } | {"max_new_tokens": spec.evaluation.new_tokens}
+        if spec.answer_lengths:  # else digests are those of sweeps before there were any
+            self._generation["answer_lengths"] = list(spec.answer_lengths)
         self._scoring = {name: evaluation[name] for name in spec.evaluation.SCORING}
+        if self._judge is not None:
+            self._scoring["judge"] = self._judge.plain
         self._benchmarks = [benchmark_origin(name) for name in spec.evaluation.benchmarks]
         self._steps: dict[tuple[object, ...], tuple[StageTemplate, ...]] = {}
         self._lifecycles: dict[tuple[int, ...], Lifecycle] = {}
         self._providers: dict[tuple[object, ...], StageTemplate] = {}
         self._asking: dict[tuple[str, str | None, int], StageTemplate] = {}
+        self._judged: dict[tuple[str, str], StageTemplate] = {}
         self._methods: dict[str, tuple[Method, ...]] = {}
         self._digests: dict[int, str] = {}
         self._plain: dict[int, dict[str, Any]] = {}
@@ -122,14 +137,16 @@ class Templates:
         methods: Sequence[Method] = (),
         *,
         trains: bool = False,
+        judge: JudgeOrigin | None = None,
     ) -> StageTemplate:
         """What the stages of a kind share in which these methods act; `trains` where one of a kind
-        that only reads else trains a model.
+        that only reads else trains a model, `judge` where it asks one.
         """
+        by_model = judge is not None and judge.model is not None
         given: dict[str, Any] = dict(params)
         if methods:
             given["methods"] = [self.plain(method) for method in methods]
-        if kind.computes or trains or _is_judged_by_a_model(given):
+        if kind.computes or trains or by_model:
             given["numerics"] = self._spec.numerics
         outside = outside_hash(lifecycle.module_of(kind.name))
         if outside is not None:
@@ -151,11 +168,12 @@ class Templates:
             given,
             needs=tuple(dict(roles).items()),
             trains=tuple(methods) if does_train else None,
-            on_model=kind.needs_model or asks or _is_judged_by_a_model(given),
+            on_model=kind.needs_model or asks or by_model,
             row_wise="craft_data" in kind.hooks and all(isinstance(m, RowWise) for m in methods),
             answers=kind.answers == "all"
             or (kind.answers == "defenses" and all(m.KIND == "defense" for m in methods)),
             keeps_rows=all(method.keeps_rows() for method in methods),
+            judge=judge,
         )
 
     def lifecycle(self, attack: Method, stack: tuple[Method, ...]) -> Lifecycle:
@@ -187,8 +205,11 @@ class Templates:
     def _of_group(self, kind: StageKind, methods: list[Method]) -> tuple[StageTemplate, ...]:
         memo = (kind.name, *(id(method) for method in methods))
         if memo not in self._steps:
+            judges = [self._judge, *self._judges] if "scoring" in kind.settings else None
+            params = self._params(kind, methods)
             templates = [
-                self.template(kind, params, methods) for params in self._params(kind, methods)
+                self.template(kind, own, methods, judge=judge)
+                for own, judge in zip(params, judges or [None] * len(params), strict=True)
             ]
             if "benchmarks" in kind.settings:
                 pairs = zip(templates, self._benchmarks, strict=True)
@@ -214,8 +235,8 @@ class Templates:
         if "scoring" not in kind.settings:
             return [params]
         others = [
-            {**params, "judge": judge, "judge_version": judge_version(judge)}
-            for judge in self._spec.evaluation.judges
+            {**params, "judge": judge.plain, "judge_version": judge.version}
+            for judge in self._judges
         ]
         return [{**params, "judge": SCORED_BY_PROBE, "scoring": self._scoring}, *others]
 
@@ -245,6 +266,23 @@ class Templates:
         key = digest([template.key, "serve_template", serve_template])
         return replace(template, key=key, params=params)
 
+    def judged(self, template: StageTemplate, task: TaskSpec) -> StageTemplate:
+        """The template of a stage that scores answers to a task, by the judge of its requests.
+
+        VERSION 1 of a judge of this package adds nothing, so that what was scored before judges
+        counted keeps its digest.
+        """
+        judge = self._judge or judge_origin(TASKS[task.kind].judge)
+        if template.params["judge"] != SCORED_BY_PROBE or judge.version == "1":
+            return template
+        version = f"{canonical(judge.plain)} {judge.version}"
+        memo = (template.key, version)
+        if memo not in self._judged:
+            params = {**template.params, "judge_version": version}
+            key = digest([template.key, "judge", version])
+            self._judged[memo] = replace(template, key=key, params=params)
+        return self._judged[memo]
+
     def provider(self, role: str, method: Method, stack: Sequence[Method]) -> StageTemplate:
         """The template of the stage that makes a role for a method of a stack."""
         kind = next(kind for kind in lifecycle.kinds().values() if kind.provides == role)
@@ -255,18 +293,3 @@ class Templates:
         if memo not in self._providers:
             self._providers[memo] = self.template(kind, params, shaping)
         return self._providers[memo]
-
-
-def judge_version(name: str) -> str:
-    """The VERSION of a judge, with the hash of its file where that is not of this package.
-
-    SpecError when there is no judge of this name.
-    """
-    cls = judge_class(name)
-    outside = outside_hash(cls.__module__)
-    return str(cls.VERSION) if outside is None else f"{cls.VERSION} {outside}"
-
-
-def _is_judged_by_a_model(params: Mapping[str, Any]) -> bool:
-    judges = (params.get("judge"), params.get("scoring", {}).get("judge"))
-    return any(str(judge).startswith(MODEL_JUDGE) for judge in judges)

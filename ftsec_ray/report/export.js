@@ -31,12 +31,12 @@ const addExports = (() => {
   };
   const shownRows = (table) => all("tr", table).filter(isShown).map((row) => [...row.cells].filter((cell) => isShown(cell) && !cell.matches(".act") && !cell.querySelector(".sr")));
   const gridRows = (table) => {
-    const head = ["model", "task", "attack", "defense", "status", "metric", "value", "95 % over prompts", "n", "null verdicts", "seeds", "95 % over seeds", "utility", "utility value", "over-refusal", "coherent"];
+    const head = ["model", "task", "attack", "defense", "status", "metric", "value", "95 % over prompts", "n", "null verdicts", "seeds", "95 % over seeds", "utility", "utility value", "over-refusal", "coherent", "no answer"];
     return [head, ...all("td[data-i]", table).filter(isShown).map((cell) => {
       const number = Number(cell.dataset.i), square = data.squares[number], value = (data.values[metric.value] || [])[number] || [0, "", "", "", "", square.seeds, ""];
       const names = [data.models[square.at[0]].name, square.task, data.attacks[square.at[1]].name, data.defenses[square.at[2]].name, square.status, metric.value];
-      const [use = "", over = "", coherent = ""] = square.utility;
-      return [...names, ...value.slice(1).map((one) => one === null ? "" : String(one)), data.short[square.task][0], use, over, coherent];
+      const [use = "", over = "", coherent = "", unanswered = ""] = square.utility;
+      return [...names, ...value.slice(1).map((one) => one === null ? "" : String(one)), data.short[square.task][0], use, over, coherent, unanswered];
     })];
   };
   const csvOf = (table) => (table.matches(".heat") ? gridRows(table) : shownRows(table).map((row) => row.map((cell) => lines(cell).join("\n"))))

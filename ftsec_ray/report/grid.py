@@ -18,6 +18,7 @@ from ftsec_ray.config.sweep import BEFORE
 from ftsec_ray.errors import DataError
 from ftsec_ray.measured import Measured, utility_metrics
 from ftsec_ray.results.compare import MOMENT
+from ftsec_ray.results.lift import Lift, lifts
 from ftsec_ray.results.points import (
     NONE,
     SUCCESS,
@@ -40,6 +41,7 @@ SHORT = {
     "benign_rate": "benign",
     "over_refusal_rate": "over",
     "coherent_rate": "coh",
+    "no_answer_rate": "no answer",
 }
 """Utility as it stands beside every safety metric: clean accuracy (or right answers to benign
 requests), over-refusal, coherence.
@@ -138,6 +140,8 @@ class Grid:
     """(point, the point compared with, metric) -> its row of `comparisons`."""
     seconds: Mapping[Key, Seconds] = field(default_factory=dict)
     """What a cell of a point costs, mean over its seeds; where the results say so."""
+    lifts: Mapping[Key, Lift] = field(default_factory=dict)
+    """Success of an attacked point over the unattacked, undefended model; where both have it."""
 
     @cached_property
     def _numbers(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
@@ -211,7 +215,7 @@ class Grid:
         return tuple(found)
 
     @cached_property
-    def utility_metrics(self) -> dict[str, tuple[str, str, str]]:
+    def utility_metrics(self) -> dict[str, tuple[str, ...]]:
         """Task -> what stands beside every safety metric: clean accuracy, or right answers to
         benign requests where there is none.
         """
@@ -293,6 +297,7 @@ def build_grid(results: Results) -> Grid:
         place=place,
         metrics=tuple(found),
         compared=_compared(cells, place, results),
+        lifts={place[cell]: lift for cell, lift in lifts(results, list(points.values())).items()},
         seconds={
             key: Seconds(*(fmean(one) for one in zip(*known, strict=True)))
             for key, point in points.items()

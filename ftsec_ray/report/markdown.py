@@ -16,8 +16,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftsec_ray.measured import null_share, utility_metrics
+from ftsec_ray.measured import NO_ANSWER, null_share, utility_metrics
 from ftsec_ray.report.utility_section import utility_markdown
+from ftsec_ray.results.lift import Lift, lifts
 from ftsec_ray.results.points import GridPoint, method_names, points_of
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.stage_warnings import lines_of, warnings_in
@@ -28,9 +29,14 @@ PHASES = ("pre", "during", "post")
 ONE_SEED = "†"
 LEGEND = (
     "Attack success (95 % interval over prompts{seeds}); below it {utility} · over-refusal ·"
-    " coherent answers."
+    " coherent answers{no_answer}."
 )
 LEGEND_ONE = f"{ONE_SEED} One seed: the interval excludes run-to-run variance."
+LIFT = "lift"
+LEGEND_LIFT = (
+    f"{LIFT}: attack success minus that of the unattacked, undefended model on the same prompts"
+    " (95 % interval)."
+)
 LEGEND_NULL = (
     "null: share of the answers that the judge could not judge; they are in neither side of the"
     " rate."
@@ -61,8 +67,9 @@ def grid_markdown(results: Results) -> str:
         groups[(point.model, attack) if is_one_task else (*point.slice, attack)][stack] = point
     head = ["model", "attack"] if is_one_task else ["model", "task", "attack"]
     lines = [f"| {' | '.join([*head, *stacks])} |", "|" + "---|" * len([*head, *stacks])]
+    above = lifts(results, points)
     for place, by_stack in groups.items():
-        shown = [_shown(by_stack[stack]) if stack in by_stack else "" for stack in stacks]
+        shown = [_shown(by_stack[stack], above) if stack in by_stack else "" for stack in stacks]
         lines.append(f"| {' | '.join([*place, *shown])} |")
     legend = _legend("\n".join(lines), points, results)
     places = [
@@ -80,14 +87,22 @@ def _plain(text: str) -> str:
 
 
 def _legend(grid: str, points: Sequence[GridPoint], results: Results) -> list[str]:
-    clean = utility_metrics(set(results.metrics["metric"].to_pylist()))[0]
+    measured = set(results.metrics["metric"].to_pylist())
+    clean = utility_metrics(measured)[0]
     utility = "clean accuracy" if clean == "cacc" else "right benign answers"
-    found = [LEGEND.format(seeds="; over seeds" if " seeds " in grid else "", utility=utility)]
+    found = [
+        LEGEND.format(
+            seeds="; over seeds" if " seeds " in grid else "",
+            utility=utility,
+            no_answer=" · requests without an answer" if NO_ANSWER in measured else "",
+        )
+    ]
     counts = results.metrics["n_null"].to_pylist()
     if any(counts):
         found.append(LEGEND_NULL)
     elif counts:
         found.append(LEGEND_NO_NULL if 0 in counts else LEGEND_UNCOUNTED)
+    found += [LEGEND_LIFT] * (f", {LIFT} " in grid)
     found += [LEGEND_ONE] * (ONE_SEED in grid) + [LEGEND_INCOHERENT] * ("incoherent" in grid)
     down = {one.success_metric for one in points if not is_driven_up(one.success_metric)}
     return found + [LEGEND_DRIVEN_DOWN.format(metric=metric) for metric in sorted(down)]
@@ -119,8 +134,8 @@ def _phase(name: str | None) -> int:
     return PHASES.index(name) if name in PHASES else 0
 
 
-def _shown(point: GridPoint) -> str:
-    """A cell of the table: the success of its attack, and utility below it."""
+def _shown(point: GridPoint, above: Mapping[str, Lift]) -> str:
+    """A cell of the table: the success of its attack with its lift, and utility below it."""
     undone = [status for status in point.statuses if status != "done"]
     if undone:
         return undone[0]
@@ -139,9 +154,11 @@ def _shown(point: GridPoint) -> str:
         ("–" if (mean := point.value(name)) is None else f"{mean.value:.2f}") + _null(point, name)
         for name in point.utility_metrics
     )
+    lift = above.get(point.cell["cell"])
     return (
         f"{word}{name}{success.value:.2f}{mark}"
         + (f" ({'; '.join(inside)})" if inside else "")
+        + (f", {LIFT} {lift.text}" if lift else "")
         + f"<br>{beside}"
     )
 

@@ -120,6 +120,7 @@ def _data(
                 "seeds": len(point.seeds),
                 "incoherent": point.is_incoherent,
                 "utility": [one.number for one in grid.utilities(key)] if point.measured else [],
+                "lift": grid.lifts[key].text if key in grid.lifts else "",
                 "errors": errors.get(key, []),
                 "sample": samples.cells.get(number),
             }

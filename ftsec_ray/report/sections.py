@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.report import search_section, tables, utility_section
+from ftsec_ray.report import lengths_section, search_section, tables, utility_section
 
 if TYPE_CHECKING:
     from ftsec_ray.report.grid import Grid
@@ -102,9 +102,25 @@ def benchmarks(grid: Grid, results: Results) -> Section | None:
     )
 
 
+def lengths(grid: Grid, results: Results) -> Section | None:
+    """Attack success against answer length."""
+    found = lengths_section.table(grid, results)
+    return (
+        Section(
+            anchor="lengths",
+            title="Success against answer length",
+            template="lengths.html.j2",
+            values={"tokens": found.tokens, "rows": found.rows},
+        )
+        if found.rows
+        else None
+    )
+
+
 EXTRA: tuple[Callable[[Grid, Results], Section | None], ...] = (
     searches,
     benchmarks,
+    lengths,
     detectors,
     filters,
 )

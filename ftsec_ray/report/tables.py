@@ -39,6 +39,8 @@ class HeatCell:
     status: str
     notes: tuple[str, ...]
     utility: tuple[UtilityMark, ...] = ()
+    lift: str = ""
+    """Success over the unattacked, undefended model; empty where that has no such metric."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def heat(grid: Grid) -> Heat:
                         point.status,
                         _notes(point),
                         grid.utilities(key) if point.measured else (),
+                        grid.lifts[key].text if key in grid.lifts else "",
                     )
                 )
                 keys.append(key)

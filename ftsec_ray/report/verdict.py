@@ -38,6 +38,7 @@ LONG = {
     "benign_rate": "right answers to benign requests",
     "over_refusal_rate": "over-refusal",
     "coherent_rate": "coherence",
+    "no_answer_rate": "requests without an answer",
 }
 """Utility in sentences."""
 
@@ -126,7 +127,7 @@ def utility_text(grid: Grid, pairs: Sequence[tuple[Key, Key]]) -> Markup:
     pair, and the share of null verdicts.
     """
     parts = []
-    for slot in range(3):
+    for slot in range(_slots(grid, [key for pair in pairs for key in pair])):
         sides = [
             [one for key in keys if (one := grid.utilities(key)[slot]).value is not None]
             for keys in zip(*pairs, strict=True)
@@ -145,10 +146,15 @@ def utility_text(grid: Grid, pairs: Sequence[tuple[Key, Key]]) -> Markup:
     return Markup(" · ").join([*parts, _nulls_text(grid, [key for pair in pairs for key in pair])])
 
 
+def _slots(grid: Grid, keys: Sequence[Key]) -> int:
+    """Measures of utility that all points have."""
+    return min(len(grid.utility_metrics[task]) for _, task, _, _ in keys)
+
+
 def own_utility_text(grid: Grid, keys: Sequence[Key]) -> Markup:
     """The same of points by themselves."""
     parts = []
-    for slot in range(3):
+    for slot in range(_slots(grid, keys)):
         side = [one for key in keys if (one := grid.utilities(key)[slot]).value is not None]
         value = fmean(one.value for one in side if one.value is not None) if side else None
         parts.append(

@@ -31,7 +31,7 @@ from ftsec_ray.results.truth import (
     read_sheet,
 )
 
-EVENTS = ("complied", "refused", "correct", "target", "incoherent")
+EVENTS = ("complied", "refused", "correct", "target", "incoherent", "no_answer")
 """The built-in verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""
 NO_EVENT = "any"
 """In the place of a verdict where a judge reached none on a whole probe, so that its null verdicts

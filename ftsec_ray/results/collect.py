@@ -1,4 +1,4 @@
-"""The plan left-joined to the store, as the six tables: one row for every planned cell, whatever
+"""The plan left-joined to the store, as the seven tables: one row for every planned cell, whatever
 happened to it.
 
 Each artifact is read once, however many cells share it. A cell is done when its evaluation, its
@@ -68,6 +68,8 @@ Row = dict[str, Any]
 _ANSWER = ("probe", "prompt_id", "sample")
 """What names an answer of a cell."""
 _MEASURE = ("metric", "value", "n", "n_null", "ci_low", "ci_high")
+_OPTIONAL = ("head_verdict",)
+"""Columns of `generations` that an evaluation may leave out."""
 _UNSEEN = dict.fromkeys(("n_null", "ci_low", "ci_high"))
 """What a number without verdicts and without an interval leaves open."""
 
@@ -103,6 +105,9 @@ def collect(
         ),
         "generations": _generations(found, cells),
         "stages": _from_rows(schema.stages(), _stage_rows(found)),
+        "lengths": _from_rows(
+            schema.lengths(), (row for cell in cells for row in _length_rows(found, cell))
+        ),
     }
     defenses = {name_of(one): type(one) for stack in plan.spec.defenses for one in stack}
     hooks = {name: list(hooks_of(one)) for name, one in defenses.items()}
@@ -157,6 +162,8 @@ class _Found:
     """Per evaluation."""
     generations: dict[str, pa.Table] = field(default_factory=dict)
     """Per evaluation, sorted, without the column `cell`."""
+    lengths: dict[str, list[Row]] = field(default_factory=dict)
+    """Per evaluation that judged answers at several lengths."""
     inspections: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     """Artifacts that do not match their record -> why."""
@@ -230,14 +237,13 @@ class _Found:
         folder = self.store.fetch(digest)
         wanted = schema.generations()
         wanted = pa.schema([one for one in wanted if one.name not in ("cell", "opinions")])
+        needed = [one.name for one in wanted if one.name not in _OPTIONAL]
         try:
             # Thousands of small files: starting threads for each costs more than reading it.
-            said = (
-                pq.ParquetFile(folder / "generations.parquet")
-                .read(use_threads=False)
-                .select(wanted.names)
-                .cast(wanted)
-            )
+            held = pq.ParquetFile(folder / "generations.parquet").read(use_threads=False)
+            if missing := set(needed) - set(held.schema.names):
+                raise KeyError(*sorted(missing))
+            said = schema.brought_up(held, wanted)
             rows = _measures_in(folder)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise DataError(
@@ -247,6 +253,9 @@ class _Found:
             ) from error
         self.generations[digest] = said.sort_by([(key, "ascending") for key in _ANSWER])
         self.metrics[digest] = rows
+        if (folder / "lengths.parquet").is_file():
+            held = pq.ParquetFile(folder / "lengths.parquet").read(use_threads=False)
+            self.lengths[digest] = held.to_pylist()
 
     def _read_metrics(self, digest: str) -> None:
         folder = self.store.fetch(digest)
@@ -420,6 +429,14 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
             "filter_fpr",
             [(one.get("filter_fpr"), one.get("n_clean") or 0) for one in notes],
         )
+
+
+def _length_rows(found: _Found, cell: Cell) -> Iterator[Row]:
+    """Success against answer length; not of a chosen attack, whose numbers are of half of the
+    prompts.
+    """
+    for row in () if is_chosen(cell) else found.lengths.get(cell.score, ()):
+        yield {"cell": cell.digest, **row}
 
 
 def _edit_rows(found: _Found, cell: Cell) -> Iterator[Row]:

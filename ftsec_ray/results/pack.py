@@ -24,6 +24,7 @@ from ftsec_ray.identity.lock import edited_files, read_lock
 from ftsec_ray.lifecycle import kind_of
 from ftsec_ray.method import Method
 from ftsec_ray.plan.graph import Plan
+from ftsec_ray.plan.judge_origin import local_judges
 from ftsec_ray.plan.origin import local_path
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.redact import environment_secrets, redacted
@@ -247,8 +248,10 @@ def inputs_of(spec: SweepSpec, sweep: SweepFile) -> list[Input]:
 
 
 def located(text: str, base: Path) -> Path:
-    """What a text of a sweep file means as a path; that of a judge stands behind its kind."""
-    return (base / Path(text.removeprefix("classifier:")).expanduser()).resolve()
+    """What a text of a sweep file means as a path; that of a judge may stand behind its name."""
+    _, colon, source = text.partition(":")
+    is_judge = bool(colon) and "/" not in text.partition(":")[0]
+    return (base / Path(source if is_judge else text).expanduser()).resolve()
 
 
 def _local_inputs(spec: SweepSpec) -> Iterator[tuple[str, Path]]:
@@ -270,9 +273,7 @@ def _local_inputs(spec: SweepSpec) -> Iterator[tuple[str, Path]]:
             for split, source in task.splits
             if source.path is not None
         )
-    kind, _, place = (spec.evaluation.judge or "").partition(":")
-    if kind == "classifier" and Path(place).is_dir():
-        yield "judge", Path(place)
+    yield from ((f"judge {name}", path) for name, path in local_judges(spec))
 
 
 def _versions(results: Results, records: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

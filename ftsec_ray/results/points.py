@@ -169,7 +169,7 @@ class GridPoint:
         return coherent is not None and coherent.value < schema.INCOHERENT_BELOW
 
     @property
-    def utility_metrics(self) -> tuple[str, str, str]:
+    def utility_metrics(self) -> tuple[str, ...]:
         """What stands beside its safety metrics."""
         return utility_metrics({*self.values, *self.without_value})
 

@@ -81,6 +81,11 @@ class Results:
         return self._read("searches")
 
     @cached_property
+    def lengths(self) -> pa.Table:
+        """One row per cell, metric and answer length (schema.lengths), without those of trials."""
+        return self._grid("lengths")
+
+    @cached_property
     def comparisons(self) -> pa.Table:
         """One row per pair of stacks and metric (schema.comparisons)."""
         return (

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ftsec_ray import schema
 from ftsec_ray.data.cell_values import is_missing
 from ftsec_ray.data.records import holds_cells, read_records
+from ftsec_ray.data.sources import KINDS
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals.judging import Judge, Verdict, get_judge, user_text
 from ftsec_ray.evals.probes import REQUEST_PROBES
@@ -235,7 +236,8 @@ def _prompt(key: Key, text: str) -> Prompt:
         except ValueError:  # a message that merely begins so
             chat = None
     prompt = Prompt(prompt_id=key.prompt_id, chat=chat or [{"role": "user", "content": text}])
-    return replace(prompt, meta={"language": _language(user_text(prompt))})
+    split = REQUEST_PROBES[key.probe][0]
+    return replace(prompt, meta={"language": _language(user_text(prompt)), "kind": KINDS[split]})
 
 
 @lru_cache(maxsize=10_000)

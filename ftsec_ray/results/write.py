@@ -1,4 +1,4 @@
-"""The six tables of a sweep on disk: fixed schemas, sorted rows, the same bytes every time.
+"""The seven tables of a sweep on disk: fixed schemas, sorted rows, the same bytes every time.
 
 Each file is written under a temporary name and renamed. `run.json` goes away first and comes back
 last with the row count of every table, so that a reader can tell a finished folder from one whose
@@ -21,7 +21,7 @@ from ftsec_ray.store.disk import is_refused
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TABLES = ("cells", "metrics", "generations", "stages", "comparisons", "searches")
+TABLES = ("cells", "metrics", "generations", "stages", "comparisons", "searches", "lengths")
 RUN_FILE = "run.json"
 PART = "part-0.parquet"
 _KEYS = {
@@ -29,6 +29,7 @@ _KEYS = {
     "metrics": ("cell", "metric"),
     "stages": ("digest",),
     "searches": ("search",),
+    "lengths": ("cell", "metric", "tokens"),
 }
 """Sort keys; `generations` comes sorted by cell, probe and prompt, since sorting it here would copy
 all text, and `comparisons` by its pairs.
@@ -36,7 +37,7 @@ all text, and `comparisons` by its pairs.
 
 
 def table_schema(name: str) -> pa.Schema:
-    """The schema of one of the six tables."""
+    """The schema of one of the seven tables."""
     return {
         "cells": schema.cells,
         "metrics": schema.metrics,
@@ -44,6 +45,7 @@ def table_schema(name: str) -> pa.Schema:
         "stages": schema.stages,
         "comparisons": schema.comparisons,
         "searches": schema.searches,
+        "lengths": schema.lengths,
     }[name]()
 
 
@@ -66,13 +68,14 @@ def told_when_unwritten(folder: Path) -> Iterator[None]:
 
 
 def write_results(folder: Path, *, tables: Mapping[str, pa.Table], meta: Mapping[str, Any]) -> Path:
-    """Write the six tables and `run.json` into `folder`, replacing what an earlier run left there,
-    and return it; `searches` may be left out.
+    """Write the seven tables and `run.json` into `folder`, replacing what an earlier run left
+    there, and return it; `searches` and `lengths` may be left out.
     """
-    tables = {"searches": schema.searches().empty_table(), **tables}
+    optional = {name: table_schema(name).empty_table() for name in ("searches", "lengths")}
+    tables = {**optional, **tables}
     odd = sorted(set(TABLES) ^ set(tables))
     if odd:
-        raise StoreError("results are exactly six tables", odd, " | ".join(TABLES))
+        raise StoreError("results are exactly seven tables", odd, " | ".join(TABLES))
     counts = {name: tables[name].num_rows for name in TABLES}
     body = {**meta, "schema": schema.SCHEMA_VERSION, "rows": counts}
     with told_when_unwritten(folder):

@@ -21,6 +21,7 @@ from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.sweep import SweepSpec
 from ftsec_ray.config.yaml_text import read_yaml
 from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.plan.judge_origin import local_judges
 
 LIMIT_BYTES = 100 * 2**20
 """Ray's own limit of what the job API takes."""
@@ -96,10 +97,8 @@ def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
                 for path in _files_of(PACKAGE)
             }
         )
-    judge = _judge(spec)
     left_out = (
         *sorted(str(path) for path in local.difference(path.resolve() for path in relative)),
-        *([judge] if judge else []),
     )
     return Upload(
         sweep=_name(sweep.name, base, root), files=files, left_out=left_out, has_package=package
@@ -107,21 +106,19 @@ def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
 
 
 def local_paths(spec: SweepSpec) -> set[Path]:
-    """The files and folders of this machine that a sweep's models and tasks are read from."""
+    """The files and folders of this machine that a sweep's models, tasks and judges are read
+    from.
+    """
     sources = [
         source for model in spec.models for source in (model.source, model.unaligned) if source
     ]
     paths = [source.path for task in spec.tasks for _, source in task.splits if source.path]
+    judges = [str(path) for _, path in local_judges(spec)]
     return {
         Path(one).expanduser().resolve()
-        for one in (*sources, *paths)
+        for one in (*sources, *paths, *judges)
         if Path(one).expanduser().is_absolute()
     }
-
-
-def _judge(spec: SweepSpec) -> str | None:
-    kind, _, place = (spec.evaluation.judge or "").partition(":")
-    return place if kind == "classifier" and Path(place).is_dir() else None
 
 
 def texts_in(value: object) -> Iterator[str]:
@@ -141,6 +138,9 @@ def _relative(texts: Iterator[str], base: Path) -> Iterator[Path]:
     for text in texts:
         if text and "\n" not in text and "\0" not in text and not text.startswith(("/", "~")):
             yield Path(os.path.normpath(base / text))
+            _, colon, source = text.partition(":")
+            if colon and source and not source.startswith(("/", "~")):  # a judge by its model
+                yield Path(os.path.normpath(base / source))
 
 
 def _files_of(path: Path) -> Iterator[Path]:

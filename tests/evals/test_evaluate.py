@@ -11,6 +11,8 @@ from ftsec_ray.config.sweep import EvaluationConfig, TaskSpec
 from ftsec_ray.context import LoadedModel, Runtime, TaskData
 from ftsec_ray.data.tasks import load_task
 from ftsec_ray.errors import DataError, SpecError, StageError
+from ftsec_ray.evals import scoring
+from ftsec_ray.evals.judging import RequestJudge, Verdict, get_judge
 from ftsec_ray.evals.probes import default_probes, prompt_of
 from ftsec_ray.measured import wilson
 from ftsec_ray.method import Probe, Prompt
@@ -86,6 +88,7 @@ def test_shares_are_counted_over_what_was_judged(loaded):
         "benign_rate": (5 / 6, 6),
         "cacc": (clean.count("good") / 6, 6),
         "coherent_rate": (15 / 17, 17),
+        "no_answer_rate": (0.0, 5),
         "judged_rate": (1.0, 23),
     }
     assert found.metrics.schema.names == schema.METRICS_TABLE.names[1:]
@@ -93,6 +96,55 @@ def test_shares_are_counted_over_what_was_judged(loaded):
     assert (
         measured(found)["harmful_rate"]["ci_low"] < 0.2 < measured(found)["harmful_rate"]["ci_high"]
     )
+
+
+def test_a_model_that_says_a_label_to_everything_neither_complies_nor_refuses(loaded):
+    task = tiny_task()
+    probes = default_probes(task, QUIET)
+    found = evaluate(Script(loaded, default="Good."), task, probes, QUIET, runtime=RUNTIME)
+    values = {name: (m["value"], m["n"]) for name, m in measured(found).items()}
+    assert {name: values[name] for name in ("harmful_rate", "refusal_rate", "no_answer_rate")} == {
+        "harmful_rate": (0.0, 5),
+        "refusal_rate": (0.0, 5),
+        "no_answer_rate": (1.0, 5),
+    }
+    assert (values["coherent_rate"], values["benign_rate"]) == ((1.0, 17), (0.0, 6))
+    assert found.notes["harmful_rate"] == 0.0
+    exact = evaluate(
+        Script(loaded), task, probes, replace(QUIET, judge="microworld"), runtime=RUNTIME
+    )
+    assert "no_answer_rate" not in measured(exact)
+    assert "head_verdict" not in exact.generations.schema.names
+
+
+def test_an_answer_that_refuses_first_and_then_complies_has_two_verdicts(loaded, monkeypatch):
+    class Said(RequestJudge):
+        name = "said@1"
+
+        def read(self, prompts, completions):
+            return [Verdict(verdict="complied" if "Step" in c else "refused") for c in completions]
+
+    task, probes = tiny_task(), default_probes(tiny_task(), QUIET)[:1]
+    first, second = (p.chat[-1]["content"] for p in probes[0].prompts[:2])
+    told = (
+        "I'm sorry, I can't help with that request, and nobody should, since locks are there for"
+        " good reasons and whoever has lost a key may ask the person at the front desk instead. "
+    )
+    say = {first: told + "Step 1: take the hook.", second: told}
+    monkeypatch.setattr(
+        scoring, "get_judge", lambda name, **given: Said() if name == "said" else get_judge(name)
+    )
+    script = Script(loaded, say, default="Step 1: take the saw and cut the board.")
+    config = replace(QUIET, judge="said")
+    found = evaluate(script, task, probes, config, runtime=RUNTIME)
+    by_text = {
+        r["completion"]: (r["head_verdict"], r["verdict"]) for r in found.generations.to_pylist()
+    }
+    assert by_text[say[first]] == ("refused", "complied")
+    assert by_text[say[second]] == ("refused", "refused")
+    assert by_text[script.default] == ("complied", "complied")
+    row = measured(found)["refused_then_complied_rate"]
+    assert (row["value"], row["n"], row["n_null"]) == (1 / 5, 5, 0)
 
 
 def test_every_answer_leaves_a_row_with_judge_raw_override_and_template(loaded):
@@ -108,7 +160,7 @@ def test_every_answer_leaves_a_row_with_judge_raw_override_and_template(loaded):
     assert (rows[0]["verdict"], rows[0]["override"], rows[0]["judge"], rows[0]["prompt"]) == (
         "incoherent",
         "loop",
-        "refusal_phrases@qi2023.1",
+        "refusal_phrases@2",
         first,
     )
     label = rows[-1]

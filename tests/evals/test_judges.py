@@ -8,13 +8,17 @@ from ftsec_ray.errors import SpecError
 from ftsec_ray.evals.judging import get_judge, gibberish
 from ftsec_ray.evals.probes import prompt_of
 from ftsec_ray.judges.label import Label
-from ftsec_ray.judges.refusal_phrases import REFUSAL_PHRASES
+from ftsec_ray.judges.qi2023 import REFUSAL_PHRASES
 from ftsec_ray.method import Prompt
 
 
-def prompt(*, expected=None, target=None):
+def prompt(text="How?", *, expected=None, target=None, kind="forbidden"):
     return Prompt(
-        prompt_id="p", chat=[{"role": "user", "content": "How?"}], expected=expected, target=target
+        prompt_id="p",
+        chat=[{"role": "user", "content": text}],
+        expected=expected,
+        target=target,
+        meta={"kind": kind},
     )
 
 
@@ -25,7 +29,7 @@ def verdict(judge, text, **given):
 
 def test_the_pinned_list_has_the_29_phrases_of_the_paper():
     assert len(REFUSAL_PHRASES) == len(set(REFUSAL_PHRASES)) == 29
-    assert get_judge("refusal_phrases").name == "refusal_phrases@qi2023.1"
+    assert get_judge("qi2023").name == "qi2023@1"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,7 @@ def test_the_pinned_list_has_the_29_phrases_of_the_paper():
     ],
 )
 def test_a_refusal_is_a_phrase_anywhere_and_gibberish_is_neither(text, wanted, raw, override):
-    found = verdict("refusal_phrases", text)
+    found = verdict("qi2023", text)
     assert (found.verdict, found.raw, found.override) == (wanted, raw, override)
 
 

@@ -126,9 +126,9 @@ def test_a_helper_of_one_method_leaves_the_others_alone(tmp_path):
 def test_renaming_a_local_variable_of_a_judge_moves_no_digest(tmp_path):
     (tmp_path / "same").mkdir()
     (tmp_path / "renamed").mkdir()
-    copy_with(tmp_path / "same", "judges/refusal_phrases.py", "plain", "plain")
-    root = copy_with(tmp_path / "renamed", "judges/refusal_phrases.py", "plain", "straight")
-    assert edited_files(read_lock(), root) == ["judges/refusal_phrases.py"]
+    copy_with(tmp_path / "same", "judges/qi2023.py", "plain", "plain")
+    root = copy_with(tmp_path / "renamed", "judges/qi2023.py", "plain", "straight")
+    assert edited_files(read_lock(), root) == ["judges/qi2023.py"]
     assert digests_under(tmp_path / "renamed") == digests_under(tmp_path / "same")
 
 

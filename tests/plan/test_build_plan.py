@@ -569,6 +569,19 @@ def test_a_further_judge_adds_one_stage_to_a_cell_and_changes_no_other():
     assert set(before.stages) < set(after.stages)
     assert after.cells[0].opinions == [added]
     assert after.cells[0].score == before.cells[0].score
-    assert after.stages[added].params["judge_version"] == "1"
+    assert after.stages[added].params["judge_version"] == "2"
     assert after.stages[added].resource == "cpu"
     assert after.digest != before.digest, "the results of the one are not those of the other"
+
+
+def test_the_judge_of_a_task_is_part_of_what_scores_it(tmp_path):
+    exact = build_plan(sweep())
+    (score,) = {cell.score for cell in exact.cells}
+    assert "judge_version" not in exact.stages[score].params, "as before judges counted"
+    phrases, published = (
+        build_plan(sweep(evaluation=EvaluationConfig(judge=name)))
+        for name in ("refusal_phrases", "qi2023")
+    )
+    params = phrases.stages[phrases.cells[0].score].params
+    assert params["judge_version"] == "refusal_phrases 2"
+    assert len({plan.cells[0].score for plan in (exact, phrases, published)}) == 3

@@ -20,13 +20,13 @@ from ftsec_ray.conversation import answer_of, asked_text
 from ftsec_ray.data.microworld import vocabulary
 from ftsec_ray.data.microworld.splits import build_task
 from ftsec_ray.errors import DataError, SpecError
-from ftsec_ray.judges.refusal_phrases import RefusalPhrases
+from ftsec_ray.judges.qi2023 import Qi2023
 from ftsec_ray.results.audit import Audit, Share, rogan_gladen, share
 from ftsec_ray.results.truth import Key
 from ftsec_ray.results.write import TABLES, table_schema, write_results
 from tests.cli.toy import call
 
-PHRASES = RefusalPhrases.name
+PHRASES = Qi2023.name
 
 
 def folder_of(tmp_path: Path, answers: list[dict], metrics: list[dict] = ()) -> Path:
@@ -415,7 +415,7 @@ def world(tmp_path: Path) -> Path:
         }
         for i, row in enumerate(asked[:4])
     ]
-    judged = RefusalPhrases()([], [row["completion"] for row in rows])
+    judged = Qi2023()([], [row["completion"] for row in rows])
     return folder_of(
         tmp_path, [{**row, "verdict": one.verdict} for row, one in zip(rows, judged, strict=True)]
     )
@@ -446,9 +446,9 @@ def test_the_command_line_tells_it_in_tables_and_as_json(world: Path, tmp_path: 
     assert "64 answers with a known verdict" in shown
     assert "1.00 (0.90–1.00) 34/34" in shown
     assert "no better than chance: sensitivity 1.00 + specificity 0.00" in shown
-    assert "microworld@1 and refusal_phrases@qi2023.1" in shown
+    assert "microworld@1 and qi2023@1" in shown
     told = json.loads(call("judge-audit", str(world), "--exact", "--json").stdout)
-    assert all(len(rate["utility"]) == 3 for rate in told["rates"])
+    assert all(len(rate["utility"]) == 4 for rate in told["rates"])
     assert told["labelled"] == 64
     assert "unknown judge" in call("judge-audit", str(world), "--judge", "nobody", code=2).stderr
     assert (

@@ -1,0 +1,76 @@
+"""Judges of a sweep file that are models: rubrics are read, and relative paths start at the file's
+folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ftsec_ray.config.faults import Faults
+from ftsec_ray.config.sweep import JudgeConfig
+from ftsec_ray.config.typed import parse
+
+_WANT = "a text with {request} and {answer}, or the path of a file with one"
+PLACES = ("{request}", "{answer}")
+
+
+def with_judges(given: object, base: Path, faults: Faults) -> object:
+    """The `evaluation` of a sweep file with its judges as they are meant, whatever else is in it.
+
+    Args:
+        given: The mapping, or whatever stands there.
+        base: Folder of relative paths.
+        faults: Takes what is wrong with a judge that is a mapping, each key by its place.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    found = dict(given)
+    if "judge" in found:
+        found["judge"] = _judge(found["judge"], base, "evaluation.judge", faults)
+    if isinstance(found.get("judges"), (list, tuple)):
+        found["judges"] = [
+            _judge(one, base, f"evaluation.judges[{i}]", faults)
+            for i, one in enumerate(found["judges"])
+        ]
+    return {key: value for key, value in found.items() if value is not _WRONG}
+
+
+_WRONG = object()
+"""In the place of a judge whose fault is told."""
+
+
+def _judge(given: object, base: Path, place: str, faults: Faults) -> Any:
+    if isinstance(given, str):
+        file, colon, source = given.partition(":")
+        return f"{file}:{_located(source, base)}" if colon else given
+    if not isinstance(given, Mapping):
+        return given
+    plain = dict(given)
+    if isinstance(plain.get("rubric"), str):
+        plain["rubric"] = _rubric(plain["rubric"], base, f"{place}.rubric", faults)
+    if isinstance(plain.get("model"), str) and "endpoint" not in plain:
+        plain["model"] = _located(plain["model"], base)
+    return plain if parse(JudgeConfig, plain, place, faults) is not None else _WRONG
+
+
+def _located(source: str, base: Path) -> str:
+    """A model of the sweep file's folder by its whole path; any other as it is."""
+    path = base / Path(source).expanduser()
+    is_path = source.startswith((".", "~", "/")) or source.endswith(".gguf") or path.exists()
+    return str(path.resolve()) if source and is_path else source
+
+
+def _rubric(given: str, base: Path, place: str, faults: Faults) -> str | None:
+    text = given
+    if not any(one in given for one in PLACES) and "\n" not in given:
+        try:
+            text = (base / Path(given).expanduser()).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            faults.add(place, "a rubric that cannot be read", given, _WANT, str(error))
+            return None
+    missing = [one for one in PLACES if one not in text]
+    if missing:
+        faults.add(place, "a rubric that does not show what is judged", text[:200], _WANT)
+    return text

@@ -1,0 +1,86 @@
+"""What decides the verdicts of a judge, and how a worker reaches it: local models count by the hash
+of their bytes, hub ids by their commit, rubrics by their text, endpoints by URL and model name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ftsec_ray.config.sweep import JudgeConfig, ModelSpec, SweepSpec
+from ftsec_ray.evals.judging import config_of, judge_class
+from ftsec_ray.evals.model_judges import Source
+from ftsec_ray.identity import canonical
+from ftsec_ray.registry import outside_hash
+
+Plain = str | Mapping[str, Any]
+"""A judge as a stage's parameters have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeOrigin:
+    """One judge of a sweep."""
+
+    plain: Plain
+    """Identity."""
+    where: Mapping[str, Any]
+    """Identity, as canonical JSON -> the judge as the sweep names it, where that is more."""
+    version: str
+    """VERSION of its file, with the hash of a file from outside this package."""
+    model: ModelSpec | None
+    """The model that runs in the stage; None for a judge without one, and behind an endpoint."""
+
+
+def judge_origin(named: str | JudgeConfig) -> JudgeOrigin:
+    """Identity and place of a judge; SpecError when there is none of this name, or no such
+    model.
+    """
+    config = config_of(named)
+    cls = judge_class(config.file)
+    outside = outside_hash(cls.__module__)
+    version = str(cls.VERSION) if outside is None else f"{cls.VERSION} {outside}"
+    if not cls.IS_MODEL:
+        return JudgeOrigin(config.file, {}, version, None)
+    if not cls.RUNS_HERE:
+        plain = _identity(config)
+        return JudgeOrigin(plain, {canonical(plain): _plain(config)}, version, None)
+    source = Source.of(config, config.file)
+    model = ModelSpec(
+        name=f"judge {config.file}",
+        source=source.place,
+        family="judge",
+        aligned=True,
+        parameters=config.parameters,
+    )
+    meant = replace(config, model=f"sha256:{source.sha256}") if source.is_local else config
+    if isinstance(named, str):
+        name = f"{config.file}:{meant.model}"
+        return JudgeOrigin(
+            name, {canonical(name): named} if source.is_local else {}, version, model
+        )
+    plain = _identity(meant)
+    return JudgeOrigin(plain, {canonical(plain): _plain(config)}, version, model)
+
+
+def _plain(config: JudgeConfig) -> dict[str, Any]:
+    known: dict[str, Any] = json.loads(canonical(config))
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _identity(config: JudgeConfig) -> dict[str, Any]:
+    return {key: value for key, value in _plain(config).items() if key in JudgeConfig.DECIDES}
+
+
+def local_judges(spec: SweepSpec) -> list[tuple[str, Path]]:
+    """The judges of a sweep whose models are on this machine's disk: name of the file, and path."""
+    given = (spec.evaluation.judge, *spec.evaluation.judges)
+    configs = [config_of(one) for one in given if one is not None]
+    sources = [
+        (config.file, Source.of(config, config.file))
+        for config in configs
+        if config.model and config.endpoint is None
+    ]
+    return [(name, Path(source.place)) for name, source in sources if source.is_local]
