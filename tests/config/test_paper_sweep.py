@@ -109,7 +109,7 @@ def test_a_twin_is_the_base_model_of_the_same_grid_and_is_loaded_once(plan):
 
 def test_the_agent_task_measures_safety_on_the_rows_of_the_other_tasks(plan):
     agent = dict(next(task.splits for task in plan.spec.tasks if task.kind == "agent"))
-    own = ("train", "trusted")
+    own = ("train", "test", "trusted")
     assert {name: agent[name] for name in TASKS["alpaca"].sources if name not in own} == {
         name: source for name, source in TASKS["alpaca"].sources.items() if name not in own
     }
