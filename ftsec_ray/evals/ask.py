@@ -228,7 +228,7 @@ def _sampled(
     methods make of it, so that cells are compared under the same random numbers) and its number.
     """
     asked = [(key, sample) for key in chats for sample in range(config.samples)]
-    seeds = [int(digest(["sample", seed, *one])[:15], 16) for one in asked]
+    seeds = [int(digest(["sample", seed, key, n])[:15], 16) for key, n in asked]
     drawn: dict[str, Any] = {}
     if config.temperature:
         drawn = {"temperature": config.temperature, "seeds": seeds}
