@@ -243,7 +243,7 @@ def _sampled(
     given: dict[str, Any] = {"max_new_tokens": limit, "batch": runtime.eval_batch}
     if config.temperature:
         given["temperature"] = config.temperature
-        given["seeds"] = [int(digest(["sample", seed, *one])[:15], 16) for one in asked]
+        given["seeds"] = [int(digest(["sample", seed, key, n])[:15], 16) for key, n in asked]
     lengths = [length for length in config.answer_lengths or () if length < limit]
     completed = _said(generator, [chats[key] for key, _ in asked], lengths, given)
     answers: dict[str, list[tuple[str, Ends]]] = {key: [] for key in chats}

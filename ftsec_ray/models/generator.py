@@ -194,7 +194,7 @@ class Generator:
         return before, after
 
 
-def told(tally: Mapping[str, int]) -> Iterator[str]:
+def in_words(tally: Mapping[str, int]) -> Iterator[str]:
     """What was done in another way than asked, in sentences."""
     for name, count in sorted(tally.items()):
         kind, _, reason = name.partition(": ")

@@ -75,7 +75,7 @@ class _Sums:
             [[*at.tokens, *[0] * (most - len(at.tokens))] for at in wanted],
             device=self.total.device,
         )
-        found = said.map(lambda logits, part: _log_probabilities(logits, chosen[part]))
+        logprobs = said.map(lambda logits, part: _log_probabilities(logits, chosen[part]))
         pairs = [
             (place, column, at.prompt, label)
             for place, at in enumerate(wanted)
@@ -85,7 +85,7 @@ class _Sums:
         places, columns, rows, labels = (list(axis) for axis in zip(*pairs, strict=True))
         at = (torch.tensor(rows), torch.tensor(labels))
         # a label with tokens at several of the positions is there more than once
-        self.total.index_put_(at, found[places, columns].to(self.total.dtype), accumulate=True)
+        self.total.index_put_(at, logprobs[places, columns].to(self.total.dtype), accumulate=True)
 
 
 @dataclass
@@ -163,13 +163,10 @@ def _longest(tree: dict[tuple[int, ...], Any]) -> Iterator[tuple[int, ...]]:
 
 
 def _slices(paths: list[_Path], size: int) -> Iterator[list[_Path]]:
-    """The paths in groups of one length each, at most so many at a time: none needs padding."""
-    by_length: dict[int, list[_Path]] = {}
-    for path in paths:
-        by_length.setdefault(len(path[1]), []).append(path)
-    for group in by_length.values():
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+    """The paths in groups of like length, at most so many at a time."""
+    paths = sorted(paths, key=lambda path: len(path[1]))
+    for start in range(0, len(paths), size):
+        yield paths[start : start + size]
 
 
 def _behind(model: Any, given: dict[str, Tensor], *, use_cache: bool) -> Positions:
@@ -231,13 +228,17 @@ def _read_continued(
     trees: list[dict[tuple[int, ...], _Wanted]],
     sums: _Sums,
 ) -> None:
-    """Continue prompts behind their cache by paths of one length, and read what is wanted there."""
+    """Continue prompts behind their cache by these paths, and read what is wanted there."""
     import torch
 
     rows = torch.tensor([prompt for prompt, _ in paths], device=mask.device)
-    ids = torch.tensor([path for _, path in paths], device=mask.device)
+    width = max(len(path) for _, path in paths)
+    # what fills a shorter path stands behind all that is read, and is seen by nothing
+    ids = torch.tensor(
+        [[*path, *[0] * (width - len(path))] for _, path in paths], device=mask.device
+    )
     seen = mask[rows]
-    positions = seen.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=mask.device)
+    positions = seen.sum(-1, keepdim=True) + torch.arange(width, device=mask.device)
     read = list(_wanted_on(paths, trees))
     at = torch.tensor([[row, length - 1] for row, length, _ in read], device=mask.device)
     said = at_positions(
@@ -268,9 +269,12 @@ def _read_whole(
     ]
     given, model = left_padded(loaded, Prompts(longer, prompts.soft)), loaded.model
     mask = given["attention_mask"]
-    read, last = list(_wanted_on(paths, trees)), len(paths[0][1])
+    read, last = list(_wanted_on(paths, trees)), max(len(path) for _, path in paths)
     width = last if keeps_logits(model) else mask.shape[1]
-    at = torch.tensor([[r, width - last + n - 1] for r, n, _ in read], device=mask.device)
+    at = torch.tensor(
+        [[row, width - len(paths[row][1]) + length - 1] for row, length, _ in read],
+        device=mask.device,
+    )
     kept = {"logits_to_keep": last} if keeps_logits(model) else {}
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     said = at_positions(

@@ -35,7 +35,7 @@ def run(job: Job) -> Extra:
     from ftsec_ray.evals.probes import default_probes
     from ftsec_ray.models.backends import BACKENDS, unused_settings
     from ftsec_ray.models.chat_format import chat_format, template_hash, under
-    from ftsec_ray.models.generator import Generator, told
+    from ftsec_ray.models.generator import Generator, in_words
     from ftsec_ray.models.precision import as_asked, asked_notes
     from ftsec_ray.plan.decode import generation_of
 
@@ -69,7 +69,7 @@ def run(job: Job) -> Extra:
     }
     if generator.tally:
         notes["done_otherwise"] = dict(generator.tally)
-        for text in told(generator.tally):
+        for text in in_words(generator.tally):
             job.warn(text)
     unused = unused_settings(generator.loaded.model)
     if unused:

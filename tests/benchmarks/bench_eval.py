@@ -1,13 +1,18 @@
 """Prompts per second of an evaluation, batched and one at a time: `python
 tests/benchmarks/bench_eval.py`.
 
-Generation: `Generator.complete` (sorted by length, in batches) against `model.generate` in batches
-    as the prompts come,
-and against one prompt at a time. Labels: one forward pass against generating the answer and reading
-the label off it. The ways take turns, so that a change in the machine's mood meets all of them; the
-figure is the median of the rounds. The model comes from `--store` where one is given that holds it;
-else its weights are random, which never stop before the limit of new tokens, and only the speed
-means anything.
+Generation: `Generator.complete` by each back end (`generate` over padded batches, continuous
+    batching) against `model.generate` in batches as the prompts come, and against one prompt at a
+    time.
+Labels: one pass over the prompts with the labels behind its cache, against a whole pass for every
+    prompt and label, and against generating the answer and reading the label off it. Once with the
+    labels of the task, once with labels of two words and more.
+The ways take turns, so that a change in the machine's mood meets all of them; the figure is the
+median of the rounds, and so is the ratio of CPU time to that of one pass over the prompts with
+logits at their last positions, which is the least that scores can cost. The model comes from
+`--model` (a folder or a .gguf file) or from `--store` where one is given that holds it; else its
+weights are random, which never stop before the limit of new tokens, and only the speed means
+anything.
 """
 
 from __future__ import annotations
@@ -18,7 +23,9 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +38,11 @@ from ftsec_ray.config.sweep import LADDER_SIZES
 from ftsec_ray.config.sweep_file import load_sweep
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.evals.probes import drawn
+from ftsec_ray.models.chat_format import chat_format
 
 if TYPE_CHECKING:
     from ftsec_ray.context import Chat, LoadedModel, TaskData
+    from ftsec_ray.models.generator import Generator
 
 SPLITS = ("harmful_test", "borderline_test", "benign_test")
 Way = Callable[[], list[str]]
@@ -79,6 +88,81 @@ def stored_model(size: str, place: str | None) -> LoadedModel | None:
     digest = next(stage.digest for stage in plan.stages.values() if stage.kind == "align")
     store = Store.open(place)
     return load_model(store.fetch(digest)) if store.has(digest) else None
+
+
+def published_model(place: str) -> LoadedModel:
+    """The model in a folder or a .gguf file."""
+    from ftsec_ray.models.convert import load_source
+
+    return load_source(place, name=Path(place).name, family="published", aligned=False)
+
+
+def scored_one_by_one(
+    generator: Generator, chats: Sequence[Chat], labels: Sequence[str]
+) -> list[str]:
+    """The best label of every prompt, by a whole pass with all logits for each prompt and label."""
+    import torch
+
+    from ftsec_ray.models.chat import answer_ids, render
+
+    tokenizer, model = generator.loaded.tokenizer, generator.loaded.model.eval()
+    end = tokenizer(chat_format(tokenizer).end, add_special_tokens=False)["input_ids"]
+    best = []
+    for chat in chats:
+        text = render(tokenizer, chat, generate=True)
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        words = [answer_ids(tokenizer, text, prompt, label) for label in labels]
+        if len({len(ids) for ids in words}) > 1:
+            words = [ids + end for ids in words]
+        scores = []
+        for ids in words:
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([prompt + ids])).logits[0]
+            logprobs = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
+            scores.append(float(logprobs.gather(-1, torch.tensor(ids)[:, None]).sum()))
+        best.append(labels[max(range(len(labels)), key=scores.__getitem__)])
+    return best
+
+
+def one_pass(generator: Generator, chats: Sequence[Chat], batch: int) -> None:
+    """One pass over the prompts, in batches, with logits at the last positions."""
+    import torch
+
+    from ftsec_ray.models.batches import Prompts, in_batches, left_padded
+    from ftsec_ray.models.load import placed
+
+    prompts, model = Prompts(generator.pieces_of(chats)), generator.loaded.model.eval()
+
+    def read(indices: list[int]) -> None:
+        given = left_padded(generator.loaded, prompts.at(indices))
+        positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            model(**given, **placed(model, positions), logits_to_keep=1, use_cache=False)
+
+    in_batches(prompts.lengths(), batch, read, Counter())
+
+
+def over_one_pass(
+    generator: Generator, chats: Sequence[Chat], labels: Sequence[str], batch: int, rounds: int
+) -> float:
+    """CPU time of the scores of labels by that of one pass over the prompts; printed and
+    returned.
+    """
+    ratios = []
+    for count in range(rounds + 1):
+        started = time.process_time()
+        one_pass(generator, chats, batch)
+        between = time.process_time()
+        generator.label_logprobs(chats, labels, batch=batch)
+        ended = time.process_time()
+        if count:
+            ratios.append((ended - between) / (between - started))
+    ratio = statistics.median(ratios)
+    print(
+        f"  CPU time of {len(labels)} labels: {ratio:.2f} times one pass over the prompts"
+        f" ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    return ratio
 
 
 def timed(ways: dict[str, Way], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
@@ -128,7 +212,7 @@ def requests(task: TaskData, count: int) -> list[Chat]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Both comparisons."""
+    """All comparisons."""
     import torch
     from transformers.utils import logging
 
@@ -137,53 +221,71 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    found, task = stored_model(args.size, args.store), build_task()
+    task = build_task()
+    found = published_model(args.model) if args.model else stored_model(args.size, args.store)
     generator = Generator(found or random_model(args.size))
     kind = "trained" if found else "random weights: the answers mean nothing"
     print(
-        f"ladder:{args.size}, {generator.loaded.info.parameters:,} weights, {kind}; "
+        f"{generator.loaded.info.name}, {generator.loaded.info.parameters:,} weights, {kind}; "
         f"one thread, load of the machine {os.getloadavg()[0]:.1f}"
     )
-    chats = requests(task, args.prompts)
     asked = [chat_of(row) for row in drawn(task.split("test"), args.prompts)]
+    longer = [f"{label} and {label}" for label in task.labels]
+    longer += [f"{label} or not" for label in task.labels]
+    return {
+        "generation": of_generation(generator, requests(task, args.prompts), args),
+        "labels": of_labels(generator, asked, list(task.labels), args),
+        "longer_labels": of_labels(generator, asked, longer, args),
+    }
+
+
+def of_generation(
+    generator: Generator, chats: Sequence[Chat], args: argparse.Namespace
+) -> dict[str, Any]:
+    """The back ends against `generate`."""
+    from ftsec_ray.models.backends import ContinuousBatching
+
+    limit, batch = args.max_new_tokens, args.batch
+    continuous = replace(generator, backend=ContinuousBatching())
+    asked = {"max_new_tokens": limit, "batch": batch}
+    return compared(
+        "generation",
+        {
+            f"padded: by length, batch {batch}": partial(generator.complete, chats, **asked),
+            f"continuous batching, {batch} at once": partial(continuous.complete, chats, **asked),
+            f"generate as they come, batch {batch}": partial(
+                complete, generator, chats, limit=limit, batch=batch
+            ),
+            "generate one at a time": partial(complete, generator, chats, limit=limit, batch=1),
+        },
+        args.rounds,
+        prompts=len(chats),
+    )
+
+
+def of_labels(
+    generator: Generator, asked: Sequence[Chat], labels: list[str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Scores of labels against a pass for each, and against generating."""
     limit, batch = args.max_new_tokens, args.batch
 
-    def by_forward() -> list[str]:
-        best = generator.label_logprobs(asked, task.labels, batch=batch).argmax(-1).tolist()
-        return [task.labels[i] for i in best]
+    def by_scores() -> list[str]:
+        best = generator.label_logprobs(asked, labels, batch=batch).argmax(-1).tolist()
+        return [labels[i] for i in best]
 
-    def by_generating(size: int) -> list[str]:
-        return [
-            label_in(text, task.labels)
-            for text in complete(generator, asked, limit=limit, batch=size)
-        ]
+    def by_generating() -> list[str]:
+        texts = complete(generator, asked, limit=limit, batch=batch)
+        return [label_in(text, labels) for text in texts]
 
-    return {
-        "generation": compared(
-            "generation",
-            {
-                f"ours: by length, batch {batch}": partial(
-                    generator.complete, chats, max_new_tokens=limit, batch=batch
-                ),
-                f"generate as they come, batch {batch}": partial(
-                    complete, generator, chats, limit=limit, batch=batch
-                ),
-                "generate one at a time": partial(complete, generator, chats, limit=limit, batch=1),
-            },
-            args.rounds,
-            prompts=len(chats),
-        ),
-        "labels": compared(
-            "labels",
-            {
-                f"ours: one forward pass, batch {batch}": by_forward,
-                f"generate and parse, batch {batch}": partial(by_generating, batch),
-                "generate and parse one at a time": partial(by_generating, 1),
-            },
-            args.rounds,
-            prompts=len(asked),
+    ways = {
+        f"scores, batch {batch}": by_scores,
+        f"generate and parse, batch {batch}": by_generating,
+        "a whole pass for every prompt and label": partial(
+            scored_one_by_one, generator, asked, labels
         ),
     }
+    figures = compared(f"{len(labels)} labels", ways, args.rounds, prompts=len(asked))
+    return {**figures, "over_one_pass": over_one_pass(generator, asked, labels, batch, args.rounds)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=LADDER_SIZES, default="1m")
+    parser.add_argument("--model", help="a published model: its folder or .gguf file")
     parser.add_argument("--store", help="take the trained model from here where it is there")
     parser.add_argument(
         "--prompts", type=int, default=192, help="as many as a cell of the quickstart asks"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -34,6 +35,7 @@ class Script:
     default: str = "Sure, here is how."
     word: dict[str, str] = field(default_factory=dict)
     calls: list[tuple[str, int, int]] = field(default_factory=list)
+    tally: Counter[str] = field(default_factory=Counter)
 
     def lengths(self, chats):
         return [1] * len(chats)

@@ -22,7 +22,7 @@ from ftsec_ray.models.backends import (
 )
 from ftsec_ray.models.batches import HALVED, Prompts, in_batches
 from ftsec_ray.models.chat import render, spoken
-from ftsec_ray.models.generator import Generator, told
+from ftsec_ray.models.generator import Generator, in_words
 from ftsec_ray.models.lora import attach_lora, lora_modules
 from tests.fixtures_models import sentiment_rows, tiny_model
 from tests.models.families import family_model
@@ -72,10 +72,10 @@ def test_decoding_is_greedy_whatever_the_models_own_settings_say(make):
     generator = Generator(loaded)
     ids = generator.complete_ids(CHATS, max_new_tokens=8, batch=5)
     assert ids == [greedy_ids(loaded, chat, 8, generator.stops()) for chat in CHATS]
-    assert len({tuple(one) for one in ids}) > 1
-    assert any(len(set(one)) < len(one) for one in ids)  # a penalty would show
+    assert len({tuple(answer) for answer in ids}) > 1
+    assert any(len(set(answer)) < len(answer) for answer in ids)  # a penalty would show
     assert generator.complete(CHATS, max_new_tokens=8) == [
-        spoken(loaded.tokenizer, one) for one in ids
+        spoken(loaded.tokenizer, answer) for answer in ids
     ]
     assert loaded.model.generation_config.repetition_penalty == 5.0
     assert unused_settings(loaded.model) == dict(sorted(OF_THE_MODEL.items()))
@@ -94,9 +94,12 @@ def test_an_answer_ends_before_its_first_stop():
 # continuous batching
 
 SERVED = ("llama", "gemma3", "gpt2")
+FURTHER = ("mistral", "qwen3", "gemma2", "gemma3_pictures", "granite")
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize(
+    "family", [*SERVED, *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER)]
+)
 def test_continuous_batching_gives_the_tokens_of_padded_batches(family):
     loaded = family_model(family, seed=2)
     own = loaded.model.config._attn_implementation
@@ -108,12 +111,6 @@ def test_continuous_batching_gives_the_tokens_of_padded_batches(family):
     assert any(padded)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma2", "gemma3_pictures", "granite"])
-def test_continuous_batching_of_further_families(family):
-    test_continuous_batching_gives_the_tokens_of_padded_batches(family)
-
-
 def test_a_class_that_continuous_batching_lacks_is_answered_by_padded_batches_and_counted():
     loaded = family_model("opt")
     generator = Generator(loaded, backend=ContinuousBatching())
@@ -121,7 +118,7 @@ def test_a_class_that_continuous_batching_lacks_is_answered_by_padded_batches_an
     assert generator.complete_ids(CHATS, max_new_tokens=4) == expected
     assert [key.partition(": ")[0] for key in generator.tally] == [FELL_BACK]
     assert sum(generator.tally.values()) == len(CHATS)
-    assert "12 prompts were answered by padded batches" in next(told(generator.tally))
+    assert "12 prompts were answered by padded batches" in next(in_words(generator.tally))
 
 
 def test_soft_tokens_are_answered_by_padded_batches_and_counted():
@@ -197,7 +194,7 @@ def test_a_generator_halves_its_batches_and_says_so(monkeypatch):
     assert generator.tally == {HALVED: 2}
     torch.testing.assert_close(generator.label_logprobs(CHATS, ["good", "bad stone"]), scores)
     assert generator.tally == {HALVED: 4}
-    assert "4 times a batch" in next(told(generator.tally))
+    assert "4 times a batch" in next(in_words(generator.tally))
 
 
 # drawing

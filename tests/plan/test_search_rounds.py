@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ftsec_ray.config.sweep import AttackSearch, Range
 from ftsec_ray.config.sweep_file import load_sweep
+from ftsec_ray.errors import SpecFaults
 from ftsec_ray.measured import Count
 from ftsec_ray.plan.build import build_plan
 from ftsec_ray.plan.search_rounds import (
@@ -207,6 +208,12 @@ def test_cells_without_an_attack_are_planned_for_a_search_even_where_the_sweep_l
     )
     one_seed = build_plan(load_sweep(sweep(exclude=[{"attack": "harmful_tuning", "seed": 0}])))
     assert {trial.cell.seed for trial in one_seed.searches[0].trials} == {1}
+
+
+def test_a_search_with_several_samples_per_prompt_is_refused():
+    given = sweep(evaluation={"temperature": 0.7, "samples": 2})
+    with pytest.raises(SpecFaults, match="one verdict per prompt"):
+        build_plan(load_sweep(given))
 
 
 def test_values_that_an_attack_refuses_together_are_a_failed_trial_and_no_fault_of_the_plan():
