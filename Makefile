@@ -3,13 +3,14 @@
 # make check        ruff (lint and format), mypy
 # make lock         ftsec_ray/stages/versions.lock anew: the code changed, the results did not
 # make bench        the figures of tests/benchmarks
+# make gpu-smoke    what only a GPU can show, in under four minutes; says so where there is none
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-slow check lock bench clean
+.PHONY: quickstart test test-slow check lock bench gpu-smoke clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ftsec run sweeps/quickstart.yaml
@@ -34,6 +35,9 @@ lock: $(VENV)/.installed
 bench: quickstart $(VENV)/.installed-dev
 	$(BIN)/python -m pip install -q -e ".[bench]"
 	for f in tests/benchmarks/bench_*.py; do $(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
+
+gpu-smoke: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.gpu_smoke
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
