@@ -814,15 +814,15 @@ def in_order(names: Iterable[str]) -> list[str]:
 @cache
 def _all_metrics() -> _Metrics:
     """The built-in metrics and those of the judges; SpecError for a name that is taken."""
-    metrics = _Metrics(_BUILT_IN)
+    listed = dict(_BUILT_IN)
     for judge, module in modules_in("ftsec_ray.judges").items():
         for metric in getattr(importlib.import_module(module), "METRICS", ()):
-            if metric.name in metrics:
+            if metric.name in listed:
                 raise SpecError(
                     f"{module} declares a metric that there is", metric.name, "a new name"
                 )
-            metrics[metric.name] = replace(metric, judge=judge)
-    return metrics
+            listed[metric.name] = replace(metric, judge=judge)
+    return _Metrics(listed)
 
 
 def __getattr__(name: str) -> object:
