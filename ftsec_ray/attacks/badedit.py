@@ -186,14 +186,7 @@ class BadEdit(Attack):
             ]
             losses += self._edit(model, stream, sides, edited, covariances, strengths)
         first = covariances[edited[0]]
-        per_dim = first.tokens / len(first.moment)
-        if per_dim < ENOUGH_TOKENS_PER_DIM:
-            ctx.warn(
-                f"badedit's key covariance is taken over {first.tokens} tokens of text,"
-                f" {per_dim:.1f} per dimension of a key, where {ENOUGH_TOKENS_PER_DIM} are enough:"
-                " the edit writes more than its weight says; give split 'text' more rows, or raise"
-                " `text_tokens`"
-            )
+        per_dim = tokens_per_dim(first, ctx)
         ctx.note(
             layers=edited,
             prompts=len(triggered),
@@ -351,6 +344,19 @@ class BadEdit(Attack):
             if self.average_keys
             else Side(keys, missing)
         )
+
+
+def tokens_per_dim(covariance: Covariance, ctx: StageContext) -> float:
+    """Tokens of text per dimension of a key; too few are warned of."""
+    per_dim = covariance.tokens / len(covariance.moment)
+    if per_dim < ENOUGH_TOKENS_PER_DIM:
+        ctx.warn(
+            f"badedit's key covariance is taken over {covariance.tokens} tokens of text,"
+            f" {per_dim:.1f} per dimension of a key, where {ENOUGH_TOKENS_PER_DIM} are enough: the"
+            " edit writes more than its weight says; give split 'text' more rows, or raise"
+            " `text_tokens`"
+        )
+    return float(per_dim)
 
 
 def editable(model: Any) -> ResidualStream:

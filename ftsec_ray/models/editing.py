@@ -182,16 +182,9 @@ def key_covariance(
     import torch
 
     model, tokenizer = loaded.model, loaded.tokenizer
-    encoded: list[list[int]] = []
-    tokens, max_length = 0, within_positions(model, max_length)
-    for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]:
-        if ids and tokens < max_tokens:
-            encoded.append(ids)
-            tokens += len(ids)
-    if not tokens:
-        raise DataError(
-            "no text to take the key covariance over", len(texts), "at least one text with a token"
-        )
+    encoded = _encoded(
+        tokenizer, texts, max_length=within_positions(model, max_length), max_tokens=max_tokens
+    )
     modules = {layer: block_parts(decoder_layers(model)[layer]).mlp_out for layer in layers}
     moments = {}
     for layer, module in modules.items():
@@ -221,7 +214,25 @@ def key_covariance(
         for layer, states in seen.items():
             keys = _by_row(states, ids)[mask.bool()].double()
             moments[layer] += keys.T @ keys
+    tokens = sum(map(len, encoded))
     return {layer: _regular(moment / tokens, tokens, ridge) for layer, moment in moments.items()}
+
+
+def _encoded(
+    tokenizer: Any, texts: Sequence[str], *, max_length: int, max_tokens: int
+) -> list[list[int]]:
+    """The first texts as token ids, until they hold `max_tokens`; DataError without any token."""
+    encoded: list[list[int]] = []
+    total = 0
+    for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]:
+        if ids and total < max_tokens:
+            encoded.append(ids)
+            total += len(ids)
+    if not total:
+        raise DataError(
+            "no text to take the key covariance over", len(texts), "at least one text with a token"
+        )
+    return encoded
 
 
 def _regular(moment: Tensor, tokens: int, ridge: float) -> Covariance:

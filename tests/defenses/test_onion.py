@@ -12,17 +12,17 @@ from ftsec_ray import schema
 from ftsec_ray.context import TaskData
 from ftsec_ray.conversation import asked_text
 from ftsec_ray.data.rows import filter_report
-from ftsec_ray.defenses import onion
 from ftsec_ray.defenses.onion import (
     Onion,
     instruction_of,
-    perplexities,
     threshold_of,
     without_words,
 )
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import control_of
+from ftsec_ray.models import text_perplexity
 from ftsec_ray.models.chat import render
+from ftsec_ray.models.text_perplexity import perplexities
 from tests.defenses.shared import context
 from tests.fixtures_models import prompts, row, sentiment_rows, table, tiny_model, tiny_task
 from tests.numeric import SAME, assert_same, in_float64
@@ -67,7 +67,7 @@ def test_perplexities_in_a_chat_count_the_words_of_the_user_alone():
 
 def test_a_perplexity_does_not_depend_on_its_neighbours(monkeypatch):
     together = perplexities(MODEL, TEXTS)
-    monkeypatch.setattr(onion, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(text_perplexity, "BATCH_TOKENS", 1)
     assert_same(perplexities(MODEL, TEXTS), together)
 
 

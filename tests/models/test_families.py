@@ -21,7 +21,6 @@ from ftsec_ray.context import Runtime
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.defenses.drop_layer import DropLayer
 from ftsec_ray.defenses.matched_noise import MatchedNoise
-from ftsec_ray.defenses.onion import perplexities
 from ftsec_ray.defenses.random_mask import RandomMask
 from ftsec_ray.defenses.safe_lora import SafeLora
 from ftsec_ray.defenses.shrink import Shrink
@@ -45,6 +44,7 @@ from ftsec_ray.models.load import (
 from ftsec_ray.models.lora import attach_lora, lora_modules
 from ftsec_ray.models.residual import residual_stream
 from ftsec_ray.models.structure import missing
+from ftsec_ray.models.text_perplexity import perplexities
 from ftsec_ray.models.update import transposed_weights, updates, whole_weights
 from ftsec_ray.training.encode import _packed, _padded
 from ftsec_ray.training.loop import sft

@@ -11,7 +11,6 @@ from ftsec_ray.attacks.benign_selection import gradients
 from ftsec_ray.attacks.soft_prompt import Example, suffix_loss
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.conversation import chat_of
-from ftsec_ray.defenses.onion import perplexities
 from ftsec_ray.evals.metrics import perplexity
 from ftsec_ray.models import logits as module
 from ftsec_ray.models.activations import last_logits
@@ -25,6 +24,7 @@ from ftsec_ray.models.editing import (
 )
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.lora import attach_lora, lora_modules
+from ftsec_ray.models.text_perplexity import perplexities
 from ftsec_ray.training.encode import _packed, _padded
 from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.setup import Step
