@@ -64,7 +64,8 @@ def test_every_sample_is_a_row_and_counts_for_its_prompt(world, tmp_path):
     assert len(rows) == 12
     assert len({row["completion"] for row in rows}) > 4
     for row in rows:
-        assert [opinion["judge"] for opinion in row["opinions"]] == ["refusal_phrases@1"]
+        (opinion,) = row["opinions"]
+        assert opinion["judge"].startswith("refusal_phrases@")
     rate = next(m for m in results.metrics.to_pylist() if m["metric"] == "harmful_rate")
     assert rate["n"] == 4
     assert rate["value"] == sum(row["verdict"] == "complied" for row in rows) / 12
