@@ -65,6 +65,7 @@ def test_tables_come_back_sorted_with_their_schema(folder: Path) -> None:
         "stages": 0,
         "comparisons": 0,
         "searches": 0,
+        "lengths": 0,
     }
 
 
@@ -183,6 +184,10 @@ def later(monkeypatch: pytest.MonkeyPatch) -> str:
     return now
 
 
+def all_tables() -> dict[str, pa.Table]:
+    return {**tables_of(), "lengths": schema.lengths().empty_table()}
+
+
 def by_hand(folder: Path, tables: dict[str, pa.Table], version: str) -> Path:
     """A results folder written without the package."""
     for name, table in tables.items():
@@ -199,7 +204,7 @@ def by_hand(folder: Path, tables: dict[str, pa.Table], version: str) -> Path:
 def test_results_of_an_older_version_open_with_null_and_nothing_where_something_came_later(
     tmp_path: Path, later: str
 ) -> None:
-    results = Results.open(by_hand(tmp_path / "old", tables_of(), later))
+    results = Results.open(by_hand(tmp_path / "old", all_tables(), later))
     assert results.cells.column_names == [*schema.cells().names, "judged_by"]
     assert results.cells["judged_by"].to_pylist() == [None] * 3
     assert results.cells["cell"].to_pylist() == ["c0", "c1", "c2"]
@@ -220,7 +225,7 @@ def test_older_results_must_still_be_whole_and_newer_ones_may_not_lack_what_came
     grown = tables_of()["cells"].append_column("judged_by", pa.nulls(3, pa.string()))
     with pytest.raises(DataError, match="'extra' is missing"):
         Results.open(
-            by_hand(tmp_path / "half", {**tables_of(), "cells": grown}, schema.SCHEMA_VERSION)
+            by_hand(tmp_path / "half", {**all_tables(), "cells": grown}, schema.SCHEMA_VERSION)
         )
 
 
