@@ -166,7 +166,9 @@ def memory_gib(
     )
     held += _BUCKETS * 4 * min(BUCKET, trained) if zero_stage else 0.0
     tokens = micro_batch * max_length
-    held += tokens * _activations(shape, adapter, kept_in, checkpointing=checkpointing, on_gpu=on_gpu)
+    held += tokens * _activations(
+        shape, adapter, kept_in, checkpointing=checkpointing, on_gpu=on_gpu
+    )
     held += _logits(shape, tokens, kept_in)
     return held / _GIB + (CUDA_GIB if on_gpu else 0.0)
 
