@@ -166,8 +166,10 @@ def memory_gib(
     )
     held += _BUCKETS * 4 * min(BUCKET, trained) if zero_stage else 0.0
     tokens = micro_batch * max_length
-    held += tokens * _activations(shape, adapter, dtype, checkpointing=checkpointing, on_gpu=on_gpu)
-    held += _logits(shape, tokens, dtype)
+    held += tokens * _activations(
+        shape, adapter, kept_in, checkpointing=checkpointing, on_gpu=on_gpu
+    )
+    held += _logits(shape, tokens, kept_in)
     return held / _GIB + (CUDA_GIB if on_gpu else 0.0)
 
 
@@ -183,8 +185,7 @@ def _activations(
     block = block_bytes(shape, adapter, dtype, on_gpu=on_gpu)
     if not checkpointing:
         return shape.depth * block
-    stream = 4.0 if adapter == "full" else BYTES[dtype]
-    return shape.depth * stream * shape.width + block
+    return shape.depth * BYTES[dtype] * shape.width + block
 
 
 def _logits(shape: Shape, tokens: int, dtype: str) -> float:

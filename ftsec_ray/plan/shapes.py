@@ -77,7 +77,7 @@ def gguf_header(path: Path) -> dict[str, Any]:
                 if name.startswith("tokenizer."):
                     break
                 found[name.partition(".")[2]] = _value(file, _number(file, "I"))
-    except (OSError, struct.error, UnicodeDecodeError, KeyError):
+    except (OSError, struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
         return {}
     return found
 

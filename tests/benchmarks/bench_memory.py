@@ -1,7 +1,8 @@
 """Peak memory of tunes beside the estimate of the memory table: `python -m
 tests.benchmarks.bench_memory MODEL`.
 
-MODEL is a folder or a .gguf file.
+MODEL is a folder or a .gguf file; where none is named, random weights in the shape of
+SmolLM2-135M.
 Every setting runs in a process of its own on the CPU: it loads the model as a worker does, tunes it
 for two steps, and reports the most memory that the process ever had, less what it had before it
 loaded anything. The estimate is that of `plan.memory` for a CPU plus the model that a worker keeps;
@@ -53,6 +54,31 @@ SETTINGS = (
     Setting("lora", "float32", quantization="int8"),
     Setting("lora", "float32", quantization="nf4"),
 )
+
+
+def random_model(folder: Path) -> str:
+    """A random Llama in the shape of SmolLM2-135M with the tests' word tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.fixtures_models import tiny_tokenizer
+
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1_536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49_152,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "random")
+    tiny_tokenizer().save_pretrained(folder / "random")
+    return str(folder / "random")
 
 
 def prepared(source: str, dtype: str, folder: Path) -> Path:
@@ -132,7 +158,7 @@ def estimate(folder: Path, setting: Setting) -> float:
 def main() -> None:
     """Measure all settings, or the one of a child process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--setting", type=int, help="of a child process")
     arguments = parser.parse_args()
     if arguments.setting is not None:
@@ -140,7 +166,8 @@ def main() -> None:
         return
     print(f"{'setting':34}{'measured':>10}{'estimate':>10}{'ratio':>8}  (GiB; {ROWS} x {LENGTH})")
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {d: prepared(arguments.model, d, Path(scratch)) for d in ("float32", "bfloat16")}
+        source = arguments.model or random_model(Path(scratch))
+        folders = {d: prepared(source, d, Path(scratch)) for d in ("float32", "bfloat16")}
         for index, setting in enumerate(SETTINGS):
             folder = folders[setting.dtype]
             found = subprocess.run(

@@ -27,13 +27,14 @@ from ftsec_ray.defenses.safe_lora import SafeLora
 from ftsec_ray.defenses.shrink import Shrink
 from ftsec_ray.defenses.vaccine import Vaccine
 from ftsec_ray.defenses.weight_statistics import features
+from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.execute.stage_job import change
 from ftsec_ray.lifecycle import hooks_of
 from ftsec_ray.models.activations import last_logits
 from ftsec_ray.models.convert import load_source
 from ftsec_ray.models.families import REASONS, lacking
 from ftsec_ray.models.generator import Generator
-from ftsec_ray.models.load import copy_model, folded, load_model, merged, save_model
+from ftsec_ray.models.load import bare, copy_model, folded, load_model, merged, save_model
 from ftsec_ray.models.lora import attach_lora, lora_modules
 from ftsec_ray.models.precision import as_asked, in_float32, tell_rounding, weights_dtype, widened
 from ftsec_ray.models.structure import missing
@@ -368,3 +369,34 @@ def test_an_adapter_beside_the_base_keeps_small_updates_that_folding_would_lose(
     assert lost > 0.9
     wide = [last_logits(m.model, PROMPTS, pad=0) for m in (widened(start), merged(widened(made)))]
     assert float((wide[1] - wide[0]).abs().max()) > 0.0
+
+
+# attention
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_an_attention_implementation_goes_with_a_model_through_the_store(attention, tmp_path):
+    loaded = half_model("llama")
+    loaded.model.save_pretrained(tmp_path / "published")
+    loaded.tokenizer.save_pretrained(tmp_path / "published")
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "adapter").mkdir()
+    source = load_source(
+        str(tmp_path / "published"), name="m", family="f", aligned=True, attention=attention
+    )
+    save_model(source, tmp_path / "artifact")
+    back = load_model(tmp_path / "artifact")
+    made = tuned(back)
+    save_model(made, tmp_path / "adapter")
+    adapted = load_model(tmp_path / "adapter", base=back)
+    for one in (source, back, made, merged(made), adapted):
+        assert one.attention == attention
+        assert bare(one.model).config._attn_implementation == attention
+
+
+def test_attention_that_is_not_installed_is_a_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EnvironmentFault, match="flash-attn"):
+        load_source(
+            str(tmp_path), name="m", family="f", aligned=True, attention="flash_attention_2"
+        )
