@@ -275,7 +275,8 @@ class Templates:
         judge = self._judge or judge_origin(TASKS[task.kind].judge)
         if template.params["judge"] != SCORED_BY_PROBE or judge.version == "1":
             return template
-        version = f"{canonical(judge.plain)} {judge.version}"
+        name = judge.plain if isinstance(judge.plain, str) else canonical(judge.plain)
+        version = f"{name} {judge.version}"
         memo = (template.key, version)
         if memo not in self._judged:
             params = {**template.params, "judge_version": version}

@@ -44,7 +44,7 @@ def table(grid: Grid, results: Results) -> LengthTable:
             )
             runs[key][row["tokens"]].append(as_success(row["metric"], one))
     tokens = tuple(sorted({length for known in runs.values() for length in known}))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "model": key[0],
             "task": key[1],
@@ -59,10 +59,5 @@ def table(grid: Grid, results: Results) -> LengthTable:
         }
         for key, known in runs.items()
     ]
-    order = {key: place for place, key in enumerate(grid.points)}
-    rows.sort(key=lambda row: (*grid.facets(_key(row)), order[_key(row)]))
+    rows.sort(key=lambda row: (row["facets"], row["task"]))
     return LengthTable(tokens, rows)
-
-
-def _key(row: dict[str, Any]) -> Key:
-    return row["model"], row["task"], row["attack"], row["defense"]
