@@ -37,7 +37,9 @@ EXTRA_USES = {
     "cluster": "starting workers on AWS and GCP",
     "deepspeed": "training a model in several processes",
     "dev": "the tests",
-    "bench": "the benchmarks",
+    "bench": "the timings under tests/benchmarks",
+    "benchmarks": "benchmarks of lm-eval on the finished models",
+    "quantization": "a packed base under an adapter",
 }
 """What the extras of this package are for; which there are, and what each holds, its metadata says.
 """

@@ -148,7 +148,7 @@ def _shown(file: Path, folder: Path) -> str:
 def _read(path: Path, before: Sequence[Path] = ()) -> tuple[dict[str, Any], list[Path]]:
     """What a task file says, and the files that it includes; its own keys win over theirs."""
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - safe
+        config = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(
             "a task file that cannot be read", str(path), "a task of lm-eval as YAML", str(error)

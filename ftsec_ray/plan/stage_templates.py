@@ -22,7 +22,7 @@ from ftsec_ray.config.sweep import (
 )
 from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.evals.judging import SCORED_BY_PROBE
-from ftsec_ray.identity import canonical, digest, digests
+from ftsec_ray.identity import canonical, digests
 from ftsec_ray.lifecycle import StageKind, hooks_of
 from ftsec_ray.method import Method, RowWise
 from ftsec_ray.plan.benchmark_origin import benchmark_origin
@@ -101,8 +101,7 @@ class Templates:
         self._steps: dict[tuple[object, ...], tuple[StageTemplate, ...]] = {}
         self._lifecycles: dict[tuple[int, ...], Lifecycle] = {}
         self._providers: dict[tuple[object, ...], StageTemplate] = {}
-        self._asking: dict[tuple[str, str | None, int], StageTemplate] = {}
-        self._judged: dict[tuple[str, str], StageTemplate] = {}
+        self._changed: dict[tuple[str, str], StageTemplate] = {}
         self._methods: dict[str, tuple[Method, ...]] = {}
         self._digests: dict[int, str] = {}
         self._plain: dict[int, dict[str, Any]] = {}
@@ -244,27 +243,14 @@ class Templates:
         """The template of a stage that asks this model: with its limit of new tokens where answers
         are generated, and under another chat template than its own where the sweep gives one.
         """
+        params: dict[str, Any] = {}
         tokens = self._spec.evaluation.new_tokens_of(model.source)
-        memo = (template.key, model.serve_template, tokens)
-        if memo not in self._asking:
-            self._asking[memo] = self._served(self._limited(template, tokens), model.serve_template)
-        return self._asking[memo]
-
-    def _limited(self, template: StageTemplate, tokens: int) -> StageTemplate:
-        given = template.params.get("generation")
-        if given is None or given["max_new_tokens"] == tokens:
-            return template
-        generation = {**self._generation, "max_new_tokens": tokens}
-        own = {name: template.params[name] for name in ("training",) if name in template.params}
-        methods = self._methods[template.key]
-        return self.template(template.kind, {**own, "generation": generation}, methods)
-
-    def _served(self, template: StageTemplate, serve_template: str | None) -> StageTemplate:
-        if serve_template is None:
-            return template
-        params = {**template.params, "serve_template": serve_template}
-        key = digest([template.key, "serve_template", serve_template])
-        return replace(template, key=key, params=params)
+        generation = template.params.get("generation")
+        if generation is not None and generation["max_new_tokens"] != tokens:
+            params["generation"] = {**generation, "max_new_tokens": tokens}
+        if model.serve_template is not None:
+            params["serve_template"] = model.serve_template
+        return self._with(template, params)
 
     def judged(self, template: StageTemplate, task: TaskSpec) -> StageTemplate:
         """The template of a stage that scores answers to a task, by the judge of its requests.
@@ -276,13 +262,20 @@ class Templates:
         if template.params["judge"] != SCORED_BY_PROBE or judge.version == "1":
             return template
         name = judge.plain if isinstance(judge.plain, str) else canonical(judge.plain)
-        version = f"{name} {judge.version}"
-        memo = (template.key, version)
-        if memo not in self._judged:
-            params = {**template.params, "judge_version": version}
-            key = digest([template.key, "judge", version])
-            self._judged[memo] = replace(template, key=key, params=params)
-        return self._judged[memo]
+        return self._with(template, {"judge_version": f"{name} {judge.version}"})
+
+    def _with(self, template: StageTemplate, params: Mapping[str, Any]) -> StageTemplate:
+        """The template with further params, which its identity holds."""
+        if not params:
+            return template
+        memo = (template.key, canonical(params))
+        if memo not in self._changed:
+            more = {**template.params, **params}
+            changed = self.template(
+                template.kind, more, self._methods[template.key], judge=template.judge
+            )
+            self._changed[memo] = replace(changed, where=template.where)
+        return self._changed[memo]
 
     def provider(self, role: str, method: Method, stack: Sequence[Method]) -> StageTemplate:
         """The template of the stage that makes a role for a method of a stack."""

@@ -206,7 +206,7 @@ def test_measurements_that_are_no_json_fail_the_stage_and_publish_nothing(store,
 
 def test_what_a_job_and_its_hooks_warn_of_is_in_the_notes_once_and_sorted(tmp_path, monkeypatch):
     session = SimpleNamespace(
-        task=lambda digest: None, runtime=None, workdir=lambda digest: tmp_path
+        task=lambda digest: None, runtime=Runtime(), workdir=lambda digest: tmp_path
     )
     stage = Stage("d", "made_up", None, None, (("task", "t"),), {}, {}, "cpu", 1.0)
 
