@@ -436,8 +436,8 @@ def test_what_defends_clearly_is_what_the_corrected_comparisons_say(judged: Resu
         own = [rows[after[0], effect.attack, effect.defense] for _, after in effect.pairs]
         assert effect.clear == sum(row["conclusion"] == "better" for row in own)
         assert re.match(
-            r"cacc\s[\d.]+\s→\s[\d.]+↓? · over\s[\d.]+\s→\s[\d.]+↑? · coh\s[\d.]+\s→\s[\d.]+ ·"
-            r" 0\s%\snull$",
+            r"cacc\s[\d.]+\s→\s[\d.]+↓? · over\s[\d.]+\s→\s[\d.]+↑? · coh\s[\d.]+\s→\s[\d.]+"
+            r"( · no\sanswer\s[\d.]+\s→\s[\d.]+↑?)? · 0\s%\snull$",
             effect.utility,
         )
 
