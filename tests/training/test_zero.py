@@ -196,7 +196,8 @@ def test_an_artifact_of_a_worker_group_has_the_files_of_any_other_and_loads(
         save_model(loaded, again)
         held, read = weights(ours), weights(again)
         assert held.keys() == read.keys()
-        assert all(torch.equal(tensor, read[name]) for name, tensor in held.items())
+        # adapters are float32, other weights keep their dtype
+        assert all(torch.equal(tensor.to(read[n].dtype), read[n]) for n, tensor in held.items())
 
 
 @pytest.mark.parametrize(
