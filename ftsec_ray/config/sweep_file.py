@@ -178,7 +178,8 @@ def _measured(
         for model in models
         if "before" in moments
     ]
-    return (*before, *(models if "after" in moments else ()))
+    # the plain name first: stages that both share are told by it
+    return (*(models if "after" in moments else ()), *before)
 
 
 def _without_grids(given: object, place: str, faults: Faults) -> object:
