@@ -11,12 +11,12 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ftsec_ray.config.sweep import JudgeConfig
-from ftsec_ray.context import Chat
+from ftsec_ray.context import Chat, LoadedModel
 from ftsec_ray.errors import SpecError
 from ftsec_ray.evals.judging import RequestJudge, Verdict, is_forbidden, user_text
 from ftsec_ray.evals.refusals import refusal_in
@@ -93,6 +93,24 @@ class Source:
         return f"{name}@{self.revision or self.sha256[:12]}"
 
 
+@lru_cache(maxsize=1)
+def _loaded(source: Source, sha256: str, template: str | None) -> LoadedModel:
+    """The model of a judge on the CPU: stages that ask one judge follow each other, and reading it
+    can take longer than what it is asked.
+    """
+    del sha256  # a file that changed is another model
+    from ftsec_ray.models.convert import load_source
+
+    return load_source(
+        source.place,
+        name=source.shown,
+        family="judge",
+        aligned=template is None,
+        revision=source.revision or None,
+        chat_template=template,
+    )
+
+
 class Reading(NamedTuple):
     """What a guard says of an answer; None where it does not say."""
 
@@ -117,23 +135,21 @@ class ModelJudge(RequestJudge):
 
     @cached_property
     def generator(self) -> Generator:
-        """The loaded model."""
-        from ftsec_ray.models.convert import load_source
+        """The loaded model; that of the last judge stays in the memory of the process."""
         from ftsec_ray.models.generator import Generator
 
-        loaded = load_source(
-            self.source.place,
-            name=self.source.shown,
-            family="judge",
-            aligned=self.TEMPLATE is None,
-            revision=self.source.revision or None,
-            chat_template=self.TEMPLATE,
-        )
-        loaded.model.to(self.device)
-        return Generator(loaded)
+        return Generator(_loaded(self.source, self.source.sha256, self.TEMPLATE))
 
     def said(self, chats: Sequence[Chat], max_new_tokens: int) -> list[str | None]:
         """What the model says to each chat; None where the chat is longer than it has positions."""
+        model = self.generator.loaded.model
+        model.to(self.device)
+        try:
+            return self._said(chats, max_new_tokens)
+        finally:
+            model.to("cpu")  # the next stage of this process may need the GPU's memory
+
+    def _said(self, chats: Sequence[Chat], max_new_tokens: int) -> list[str | None]:
         from ftsec_ray.models.load import position_limit
 
         limit = position_limit(self.generator.loaded.model)

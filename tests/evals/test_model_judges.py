@@ -5,6 +5,7 @@ model; nothing is downloaded.
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 
 from ftsec_ray.config.sweep import JudgeConfig
 from ftsec_ray.errors import SpecError
-from ftsec_ray.evals import rubrics
+from ftsec_ray.evals import model_judges, rubrics
 from ftsec_ray.evals.judging import get_judge
 from ftsec_ray.evals.model_judges import filled
 from ftsec_ray.judges import harmbench, strongreject
 from ftsec_ray.method import Prompt
+from ftsec_ray.models import convert
+from ftsec_ray.models.convert import load_source
 from ftsec_ray.models.generator import Generator
 from tests.fixtures_models import tiny_model
 
@@ -203,6 +206,28 @@ def test_a_real_model_is_asked_greedily_under_its_template(tmp_path):
 def test_a_judge_that_cannot_be_the_one_meant_is_refused_before_it_is_loaded(named, match):
     with pytest.raises(SpecError, match=match):
         get_judge(named)
+
+
+def test_stages_that_ask_one_judge_in_one_process_load_it_once(folder, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    loads = []
+
+    def load(place, **given):
+        loads.append(place)
+        return load_source(place, **given)
+
+    monkeypatch.setattr(convert, "load_source", load)
+    model_judges._loaded.cache_clear()
+    first, again, another = (
+        get_judge(JudgeConfig(model=str(place), max_new_tokens=4))
+        for place in (folder, folder, other)
+    )
+    assert first([asked()], [LONG]) == again([asked()], [LONG])
+    assert loads == [str(folder)]
+    another([asked()], [LONG])
+    assert loads == [str(folder), str(other)]
+    model_judges._loaded.cache_clear()
 
 
 def test_what_is_filled_in_is_not_read_for_places():
