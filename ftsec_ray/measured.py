@@ -28,7 +28,8 @@ UTILITY_NAMES = (
 )
 """What the text of a utility holds."""
 NO_ANSWER = "no_answer_rate"
-_Z = 1.959963984540054
+Z95 = 1.959963984540054
+"""Standard errors on either side of a 95 % normal interval."""
 
 
 class Utility(NamedTuple):
@@ -199,8 +200,8 @@ def wilson(share: float, n: int) -> Interval:
     Also where the share is not a count over n: a mean over seeds, ties that count half. Own lines
     and not statsmodels, whose import takes longer than a whole report.
     """
-    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftsec_ray.config.faults import Faults
+from ftsec_ray.config.local_files import named_path
 
 KEY = "benchmarks"
 SUFFIXES = (".yaml", ".yml")
@@ -22,7 +23,9 @@ def with_paths(evaluation: object, base: Path, faults: Faults) -> object:
     given = evaluation.get(KEY) if isinstance(evaluation, Mapping) else None
     if not isinstance(evaluation, Mapping) or not isinstance(given, (list, tuple)):
         return evaluation  # whoever reads the values says what is wrong with them
-    whole = [_with_path(entry, base) for entry in given]
+    whole = [
+        _with_path(entry, base, f"evaluation.{KEY}[{i}]", faults) for i, entry in enumerate(given)
+    ]
     for index, entry in enumerate(whole):
         if entry in whole[:index]:
             faults.add(
@@ -39,10 +42,11 @@ def is_path(entry: str) -> bool:
     return entry.endswith(SUFFIXES)
 
 
-def _with_path(entry: object, base: Path) -> object:
+def _with_path(entry: object, base: Path, place: str, faults: Faults) -> object:
     if not isinstance(entry, str) or not is_path(entry):
         return entry
-    return str((base / Path(entry).expanduser()).resolve())
+    path = named_path(entry, base, place, faults)
+    return entry if path is None else str(path.resolve())
 
 
 def data_files(config: Mapping[str, Any], folder: Path) -> Any:

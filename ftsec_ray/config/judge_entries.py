@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftsec_ray.config.faults import Faults
+from ftsec_ray.config.local_files import looks_local, named_path
 from ftsec_ray.config.sweep import JudgeConfig
 from ftsec_ray.config.typed import parse
 
@@ -26,15 +27,15 @@ def with_judges(given: object, base: Path, faults: Faults) -> object:
     """
     if not isinstance(given, Mapping):
         return given
-    found = dict(given)
-    if "judge" in found:
-        found["judge"] = _judge(found["judge"], base, "evaluation.judge", faults)
-    if isinstance(found.get("judges"), (list, tuple)):
-        found["judges"] = [
-            _judge(one, base, f"evaluation.judges[{i}]", faults)
-            for i, one in enumerate(found["judges"])
+    plain = dict(given)
+    if "judge" in plain:
+        plain["judge"] = _judge(plain["judge"], base, "evaluation.judge", faults)
+    if isinstance(plain.get("judges"), (list, tuple)):
+        plain["judges"] = [
+            _judge(judge, base, f"evaluation.judges[{i}]", faults)
+            for i, judge in enumerate(plain["judges"])
         ]
-    return {key: value for key, value in found.items() if value is not _WRONG}
+    return {key: value for key, value in plain.items() if value is not _WRONG}
 
 
 _WRONG = object()
@@ -44,33 +45,33 @@ _WRONG = object()
 def _judge(given: object, base: Path, place: str, faults: Faults) -> Any:
     if isinstance(given, str):
         file, colon, source = given.partition(":")
-        return f"{file}:{_located(source, base)}" if colon else given
+        return f"{file}:{_located(source, base, place, faults)}" if colon else given
     if not isinstance(given, Mapping):
         return given
     plain = dict(given)
     if isinstance(plain.get("rubric"), str):
         plain["rubric"] = _rubric(plain["rubric"], base, f"{place}.rubric", faults)
     if isinstance(plain.get("model"), str) and "endpoint" not in plain:
-        plain["model"] = _located(plain["model"], base)
+        plain["model"] = _located(plain["model"], base, f"{place}.model", faults)
     return plain if parse(JudgeConfig, plain, place, faults) is not None else _WRONG
 
 
-def _located(source: str, base: Path) -> str:
+def _located(source: str, base: Path, place: str, faults: Faults) -> str:
     """A model of the sweep file's folder by its whole path; any other as it is."""
-    path = base / Path(source).expanduser()
-    is_path = source.startswith((".", "~", "/")) or source.endswith(".gguf") or path.exists()
-    return str(path.resolve()) if source and is_path else source
+    path = named_path(source, base, place, faults) if source else None
+    is_path = path is not None and (looks_local(source) or path.exists())
+    return str(path.resolve()) if path is not None and is_path else source
 
 
 def _rubric(given: str, base: Path, place: str, faults: Faults) -> str | None:
     text = given
-    if not any(one in given for one in PLACES) and "\n" not in given:
+    if not any(mark in given for mark in PLACES) and "\n" not in given:
         try:
             text = (base / Path(given).expanduser()).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # the second: no such home
             faults.add(place, "a rubric that cannot be read", given, _WANT, str(error))
             return None
-    missing = [one for one in PLACES if one not in text]
+    missing = [mark for mark in PLACES if mark not in text]
     if missing:
         faults.add(place, "a rubric that does not show what is judged", text[:200], _WANT)
     return text

@@ -7,6 +7,11 @@ from pathlib import Path
 from ftsec_ray.config.faults import Faults
 
 
+def looks_local(text: str) -> bool:
+    """Whether a text can only be a path, there or not: it begins as one, or ends with `.gguf`."""
+    return text.startswith((".", "/", "~")) or text.endswith(".gguf")
+
+
 def named_path(given: str, base: Path, place: str, faults: Faults) -> Path | None:
     """The path that a text names, there or not; None with a fault where no system call takes it.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
-from ftsec_ray.config.local_files import named_path
+from ftsec_ray.config.local_files import looks_local, named_path
 from ftsec_ray.config.revisions import check_revision, is_commit
 from ftsec_ray.config.sweep import LADDER_SIZES, AlignSpec, ModelSpec
 from ftsec_ray.config.template_entries import has_template, served, template_text
@@ -137,30 +137,9 @@ def _built(
         fixed["chat_template"] = template_text(
             given["chat_template"], base, f"{place}.chat_template", faults
         )
-        if source.text.startswith("ladder:"):
-            faults.add(
-                f"{place}.chat_template",
-                "a template of a ladder model is fixed",
-                given["chat_template"],
-                "no chat_template",
-                "serve_template gives the finished model another one",
-            )
     check_revision(given.get("revision"), f"{place}.revision", faults)
-    if source.text.startswith("ladder:") and given.get("dtype", "auto") not in ("auto", "float32"):
-        faults.add(
-            f"{place}.dtype",
-            "the dtype of a ladder model is fixed",
-            given["dtype"],
-            "float32, or no dtype",
-            "its sizes are small, and half precision is slower than float32 on a CPU",
-        )
-    if source.text.startswith("ladder:") and given.get("attention", "auto") != "auto":
-        faults.add(
-            f"{place}.attention",
-            "the attention of a ladder model is fixed",
-            given["attention"],
-            "auto, or no attention",
-        )
+    if source.text.startswith("ladder:"):
+        _check_ladder(given, place, faults)
     if source.local and given.get("revision") is not None:
         faults.add(
             f"{place}.revision",
@@ -184,6 +163,35 @@ def _built(
     _check_template(values, source, fixed, place, faults)
     model = build(ModelSpec, values, place, faults, **fixed)
     return model if len(faults.found) == before else None
+
+
+_FIXED: Mapping[str, tuple[str, tuple[object, ...], str, str]] = {
+    "chat_template": (
+        "a template of a ladder model is fixed",
+        (None,),
+        "no chat_template",
+        "serve_template gives the finished model another one",
+    ),
+    "dtype": (
+        "the dtype of a ladder model is fixed",
+        ("auto", "float32"),
+        "float32, or no dtype",
+        "its sizes are small, and half precision is slower than float32 on a CPU",
+    ),
+    "attention": (
+        "the attention of a ladder model is fixed",
+        ("auto",),
+        "auto, or no attention",
+        "",
+    ),
+}
+"""Keys that a ladder model has no choice in: the fault, what may be given, want and hint."""
+
+
+def _check_ladder(given: Mapping[str, object], place: str, faults: Faults) -> None:
+    for key, (what, allowed, want, hint) in _FIXED.items():
+        if key in given and given[key] not in allowed:
+            faults.add(f"{place}.{key}", what, given[key], want, hint)
 
 
 def _derive(
@@ -295,8 +303,7 @@ def source_of(
     path = named_path(given, base, place, faults)
     if path is None:
         return None
-    looks_local = given.endswith(".gguf") or given.startswith((".", "/", "~"))
-    if kind == "path" or (kind == "source" and (looks_local or path.exists())):
+    if kind == "path" or (kind == "source" and (looks_local(given) or path.exists())):
         return _local(given, path, place, faults)
     hub, at, revision = given.partition("@")
     if (

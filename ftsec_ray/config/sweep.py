@@ -174,7 +174,7 @@ class JudgeConfig:
     timeout_s: Annotated[float, Gt(0)] = 60.0
     """Seconds that one call of the endpoint may take."""
     retries: Annotated[int, Ge(0)] = 5
-    """Further calls of the endpoint after one that failed for a passing reason."""
+    """Further calls of the endpoint after one that failed temporarily."""
     usd_per_million_input: Annotated[float, Ge(0)] | None = None
     """Price of the endpoint's input tokens, for the record."""
     usd_per_million_output: Annotated[float, Ge(0)] | None = None

@@ -133,16 +133,11 @@ def _spec(
         _without_grids(given.get("training"), "training", faults), TrainingConfig, faults
     )
     values["training"] = build(TrainingConfig, training, "training", faults)
-    given = {**given, "evaluation": with_paths(given.get("evaluation"), base, faults)}
-    for key, cls in (
-        ("evaluation", EvaluationConfig),
-        ("resources", ResourceSpec),
-        ("data", DataSpec),
-    ):
-        plain = _without_grids(given.get(key), key, faults)
-        if cls is EvaluationConfig:
-            plain = with_judges(plain, base, faults)
-        values[key] = build(cls, plain, key, faults)
+    evaluation = _without_grids(given.get("evaluation"), "evaluation", faults)
+    evaluation = with_judges(with_paths(evaluation, base, faults), base, faults)
+    values["evaluation"] = build(EvaluationConfig, evaluation, "evaluation", faults)
+    for key, cls in (("resources", ResourceSpec), ("data", DataSpec)):
+        values[key] = build(cls, _without_grids(given.get(key), key, faults), key, faults)
     values["prices"] = prices_of(given.get("prices"), faults)
     values["budget"] = budget_of(
         given.get("budget"),
@@ -167,7 +162,7 @@ def _measured(
     """The models, each once for every moment at which its cells are measured."""
     moments = list(given) if isinstance(given, (list, tuple)) else [given]
     known = get_args(Moment)
-    wrong = [one for one in moments if one not in known or moments.count(one) > 1]
+    wrong = [moment for moment in moments if moment not in known or moments.count(moment) > 1]
     if wrong or not moments:
         faults.add("measure", "no moments to measure at", given, "before, after, or both in a list")
         return models

@@ -16,8 +16,6 @@ from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.limits import LARGEST_INT, NESTING, VALUES
 from ftsec_ray.errors import SpecError
 
-_CORE = "tag:yaml.org,2002:"
-
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2, without tags, and of limited depth."""

@@ -8,6 +8,7 @@ measured here. What is wrapped around generation plays no part.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ftsec_ray.config.sweep import EvaluationConfig
 from ftsec_ray.context import TaskData
 from ftsec_ray.evals.metrics import MetricRow
 from ftsec_ray.evals.probes import drawn
+from ftsec_ray.measured import Z95
 
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 METRIC = "answer_loss"
 MAX_TOKENS = 2048
 """Tokens of a row, at most; a longer one is left out, and counted."""
-_Z = 1.959963984540054
 
 
 def is_free_text(task: TaskData) -> bool:
@@ -34,53 +35,37 @@ def is_free_text(task: TaskData) -> bool:
 
 
 def answer_loss(
-    loaded: LoadedModel, task: TaskData, config: EvaluationConfig, *, batch: int
+    loaded: LoadedModel,
+    task: TaskData,
+    config: EvaluationConfig,
+    *,
+    batch: int,
+    tally: Counter[str] | None = None,
 ) -> tuple[list[MetricRow], dict[str, int]]:
     """Mean nats per trained token of the answers of the first `config.prompts` rows of `test` in
     the stable draw, and how many rows do not fit: none of either where the task is no free text.
+    `tally` counts batches that did not fit into memory.
     """
     if not is_free_text(task):
         return [], {}
-    nats, tokens, left_out = _losses(loaded, drawn(task.splits["test"], config.prompts), batch)
+    rows = drawn(task.splits["test"], config.prompts)
+    nats, tokens, left_out = _losses(loaded, rows, batch, tally)
     return [_mean(nats, tokens)], {METRIC: left_out} if left_out else {}
 
 
 def _losses(
-    loaded: LoadedModel, rows: Sequence[Mapping[str, Any]], batch: int
+    loaded: LoadedModel, rows: Sequence[Mapping[str, Any]], batch: int, tally: Counter[str] | None
 ) -> tuple[list[float], list[int], int]:
     """Nats and trained tokens of every row that has some and fits, and how many do not fit."""
-    import torch
-
     from ftsec_ray.models.load import check_ids, within_positions
-    from ftsec_ray.models.logits import token_nll
-    from ftsec_ray.models.row_tokens import IGNORED, encode_rows, is_useful
+    from ftsec_ray.models.row_tokens import IGNORED, encode_rows, is_useful, label_nats
 
-    model, pad = loaded.model.eval(), loaded.tokenizer.pad_token_id or 0
-    room = within_positions(model, MAX_TOKENS)
+    room = within_positions(loaded.model, MAX_TOKENS)
     whole = encode_rows(loaded.tokenizer, rows, max_length=2**31)
     fitting = [pair for pair in whole if len(pair[0]) <= room]
     check_ids(loaded, (ids for ids, _ in fitting))
     encoded = sorted(filter(is_useful, fitting), key=lambda pair: len(pair[0]))
-    device = next(model.parameters()).device
-    nats: list[float] = []
-    for start in range(0, len(encoded), batch):
-        group = encoded[start : start + batch]
-        width = len(group[-1][0])
-
-        def padded(values: list[list[int]], fill: int, width: int = width) -> torch.Tensor:
-            rows = [row + [fill] * (width - len(row)) for row in values]
-            return torch.tensor(rows, dtype=torch.long, device=device)
-
-        labels = padded([label for _, label in group], IGNORED)
-        mask = padded([[1] * len(ids) for ids, _ in group], 0)
-        with torch.inference_mode():
-            losses = token_nll(
-                model,
-                labels[:, 1:],
-                input_ids=padded([ids for ids, _ in group], pad),
-                attention_mask=mask,
-            )
-        nats += losses.double().sum(-1).tolist()
+    nats = label_nats(loaded, encoded, batch=batch, tally=tally)
     tokens = [sum(label != IGNORED for label in labels[1:]) for _, labels in encoded]
     return nats, tokens, len(whole) - len(fitting)
 
@@ -96,7 +81,7 @@ def _mean(nats: Sequence[float], tokens: Sequence[int]) -> MetricRow:
     if rows < 2:  # noqa: PLR2004 - one row has no spread
         return MetricRow(metric=METRIC, value=value, n=n)
     squares = sum((own - value * count) ** 2 for own, count in zip(nats, tokens, strict=True))
-    half = _Z * math.sqrt(squares * rows / (rows - 1)) / n
+    half = Z95 * math.sqrt(squares * rows / (rows - 1)) / n
     return MetricRow(
         metric=METRIC, value=value, n=n, ci_low=max(0.0, value - half), ci_high=value + half
     )

@@ -90,7 +90,9 @@ def ask(
         *_read_labels(generator, asked, runtime),
         *_complete(generator, asked, config, runtime, seed),
     ]
-    losses, too_long = answer_loss(generator.loaded, task, config, batch=runtime.eval_batch)
+    losses, too_long = answer_loss(
+        generator.loaded, task, config, batch=runtime.eval_batch, tally=generator.tally
+    )
     place = {probe.name: i for i, probe in enumerate(asked)}
     answers.sort(key=lambda answer: place[answer.probe])
     return Answers(

@@ -22,6 +22,7 @@ from ftsec_ray.config.benchmark_entries import data_files, is_path
 from ftsec_ray.errors import EnvironmentFault, StageError
 from ftsec_ray.evals.metrics import MetricRow, proportion
 from ftsec_ray.identity import digest
+from ftsec_ray.measured import Z95
 from ftsec_ray.models.chat_format import chat_format, template_hash
 from ftsec_ray.version import version_of
 
@@ -36,7 +37,6 @@ KEPT_MESSAGES = 20
 """Warnings of lm-eval that the record holds, at most."""
 BOOTSTRAP = 1000
 """Samples for the standard error of metrics that have no formula for it."""
-_Z = 1.959963984540054
 _STDERR = "_stderr"
 Whole = Mapping[str, Any]
 """What `lm_eval.evaluate` gives."""
@@ -296,7 +296,7 @@ def _row(metric: str, value: float, counted: Sequence[float | None], stderr: obj
         return proportion(metric, hits, n)
     if not isinstance(stderr, Real) or not math.isfinite(float(stderr)):
         return MetricRow(metric=metric, value=value, n=n)
-    half = _Z * float(stderr)
+    half = Z95 * float(stderr)
     return MetricRow(metric=metric, value=value, n=n, ci_low=value - half, ci_high=value + half)
 
 

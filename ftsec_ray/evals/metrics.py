@@ -72,34 +72,17 @@ def perplexity(
     tokens.
 
     A row without a prompt is plain text: its first token is not predicted. Wrappers of generation
-        play no part. `tally` counts batches that did not fit into memory.
+    play no part. `tally` counts batches that did not fit into memory.
     """
-    import torch
-
-    from ftsec_ray.models.activations import right_padded
-    from ftsec_ray.models.batches import in_batches
     from ftsec_ray.models.load import check_ids, within_positions
-    from ftsec_ray.models.logits import token_nll
-    from ftsec_ray.models.row_tokens import encode_rows
+    from ftsec_ray.models.row_tokens import IGNORED, encode_rows, label_nats
 
     length = within_positions(loaded.model, MAX_TEXT_TOKENS)
     encoded = encode_rows(loaded.tokenizer, rows, max_length=length)
     check_ids(loaded, (ids for ids, _ in encoded))
     encoded = [pair for pair in encoded if len(pair[0]) > 1]
-    model, pad = loaded.model.eval(), loaded.tokenizer.pad_token_id or 0
-    device = next(model.parameters()).device
-    nats = [0.0] * len(encoded)
-
-    def read(indices: list[int]) -> None:
-        ids, mask = right_padded([encoded[i][0] for i in indices], pad=pad, device=device)
-        labels, _ = right_padded([encoded[i][1] for i in indices], pad=-100, device=device)
-        with torch.inference_mode():
-            losses = token_nll(model, labels[:, 1:], input_ids=ids, attention_mask=mask)
-        for i, loss in zip(indices, losses.double().sum(-1).tolist(), strict=True):
-            nats[i] = loss
-
-    in_batches([len(ids) for ids, _ in encoded], batch, read, Counter() if tally is None else tally)
-    tokens = sum(label != -100 for _, labels in encoded for label in labels[1:])
+    nats = label_nats(loaded, encoded, batch=batch, tally=tally)
+    tokens = sum(label != IGNORED for _, labels in encoded for label in labels[1:])
     value = _exp(math.fsum(nats) / tokens) if tokens else None
     return MetricRow(metric="perplexity", value=value, n=tokens)
 

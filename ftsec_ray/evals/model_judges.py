@@ -15,9 +15,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from ftsec_ray.config.local_files import looks_local
 from ftsec_ray.config.sweep import JudgeConfig
 from ftsec_ray.context import Chat, LoadedModel
-from ftsec_ray.errors import SpecError
+from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.evals.judging import RequestJudge, Verdict, is_forbidden, user_text
 from ftsec_ray.evals.refusals import refusal_in
 from ftsec_ray.identity.content import content_hash
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 BATCH = 8
 """Answers that a model judge reads at a time."""
+TOO_LONG = "longer than the judge has positions for"
+"""What results show of an answer that a judge could not read."""
 AS_WRITTEN = (
     "{% for m in messages %}{% if loop.first and not m['content'].startswith(bos_token or '\0') %}"
     "{{ bos_token or '' }}{% endif %}{{ m['content'] }}{% endfor %}"
@@ -55,7 +58,7 @@ class Source:
             config.model.rpartition("@") if "@" in config.model else (config.model, "", "")
         )
         path = Path(place).expanduser()
-        if place.startswith(("/", ".", "~")) or place.endswith(".gguf"):
+        if looks_local(place):
             if not path.exists():
                 raise SpecError(
                     f"the model of the judge {judge!r} does not exist",
@@ -111,6 +114,21 @@ def _loaded(source: Source, sha256: str, template: str | None) -> LoadedModel:
     )
 
 
+def pretrained(auto: Any, source: Source, *, what: str, want: str, device: str) -> tuple[Any, Any]:
+    """The tokenizer of a judge and its model as a class of transformers loads it; DataError, with
+    what it is and what was wanted, where that fails.
+    """
+    from transformers import AutoTokenizer
+
+    pinned = {"revision": source.revision} if source.revision else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.place, **pinned)
+        model = auto.from_pretrained(source.place, **pinned)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{what} cannot be loaded", source.place, want, str(error)) from error
+    return tokenizer, model.to(device).eval()
+
+
 class Reading(NamedTuple):
     """What a guard says of an answer; None where it does not say."""
 
@@ -156,13 +174,11 @@ class ModelJudge(RequestJudge):
         lengths = self.generator.lengths(chats)
         fits = [i for i, n in enumerate(lengths) if limit is None or n + max_new_tokens <= limit]
         self.unread += len(chats) - len(fits)
-        found: list[str | None] = [None] * len(chats)
         texts = self.generator.complete(
             [chats[i] for i in fits], max_new_tokens=max_new_tokens, batch=BATCH
         )
-        for i, text in zip(fits, texts, strict=True):
-            found[i] = text
-        return found
+        said = dict(zip(fits, texts, strict=True))
+        return [said.get(i) for i in range(len(chats))]
 
     def notes(self) -> dict[str, Any]:
         """How many answers it could not read."""
@@ -212,7 +228,7 @@ class Guard(ModelJudge):
 
 
 def _raw(said: str | None) -> str:
-    return "longer than the judge has positions for" if said is None else said.strip()
+    return TOO_LONG if said is None else said.strip()
 
 
 def guarded(reading: Reading | None, prompt: Prompt, answer: str, raw: str) -> Verdict:

@@ -16,9 +16,8 @@ from functools import cached_property
 from typing import Any
 
 from ftsec_ray.config.sweep import JudgeConfig
-from ftsec_ray.errors import DataError
 from ftsec_ray.evals.judging import RequestJudge, Verdict, user_text
-from ftsec_ray.evals.model_judges import Source
+from ftsec_ray.evals.model_judges import Source, pretrained
 from ftsec_ray.method import Prompt
 
 VERSION = 2
@@ -63,21 +62,15 @@ class Classifier(RequestJudge):
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
-        place, revision = self.source.place, self.source.revision
-        pinned = {"revision": revision} if revision else {}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **pinned)
-            model = AutoModelForSequenceClassification.from_pretrained(place, **pinned)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                "a classifier cannot be loaded",
-                place,
-                "a sequence classification model",
-                str(error),
-            ) from error
-        return tokenizer, model.to(self.device).eval()
+        return pretrained(
+            AutoModelForSequenceClassification,
+            self.source,
+            what="a classifier",
+            want="a sequence classification model",
+            device=self.device,
+        )
 
     @cached_property
     def _words(self) -> list[str]:

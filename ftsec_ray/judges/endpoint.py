@@ -1,7 +1,7 @@
 """A model behind an OpenAI-compatible endpoint that grades by a rubric.
 
 The key comes from an environment variable and stands in no file, record or error. Calls that fail
-for a passing reason (429, 5xx, a lost connection, a time limit) are made again after a wait that
+temporarily (429, 5xx, a lost connection, a time limit) are made again after a wait that
 grows; a request that the service rejects (400, 413, 422) gets no verdict and is counted.
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ftsec_ray.config.sweep import JudgeConfig
 from ftsec_ray.context import Chat
 from ftsec_ray.evals.judging import Verdict, user_text
-from ftsec_ray.evals.model_judges import ModelJudge
+from ftsec_ray.evals.model_judges import TOO_LONG, ModelJudge
 from ftsec_ray.evals.rubrics import question, rubric_hash, verdict_in
 from ftsec_ray.method import Prompt
 
@@ -37,8 +37,6 @@ class Rubric(ModelJudge):
             for prompt, text in zip(prompts, completions, strict=True)
         ]
         return [
-            Verdict(verdict=None, raw="longer than the judge has positions for")
-            if said is None
-            else verdict_in(said)
+            Verdict(verdict=None, raw=TOO_LONG) if said is None else verdict_in(said)
             for said in self.said(chats, self.config.max_new_tokens)
         ]

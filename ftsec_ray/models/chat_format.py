@@ -11,12 +11,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any
 
-from ftsec_ray.context import Chat
+from ftsec_ray.context import Chat, LoadedModel
 from ftsec_ray.conversation import TOOLS, with_calls
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import digest_text
@@ -92,6 +92,13 @@ def template_hash(tokenizer: Any) -> str:
     options = options_of(tokenizer)
     told = json.dumps(options, sort_keys=True) if options else ""
     return digest_text(str(getattr(tokenizer, "chat_template", "") or "") + told)[:16]
+
+
+def served(loaded: LoadedModel, template: object) -> LoadedModel:
+    """The model under another chat template; itself where that is None."""
+    if template is None:
+        return loaded
+    return replace(loaded, tokenizer=under(loaded.tokenizer, str(template)))
 
 
 def under(tokenizer: Any, template: str) -> Any:

@@ -131,10 +131,10 @@ def narrow(changed: LoadedModel, before: LoadedModel) -> float | None:
 
     Returns: Share of the change that rounding lost; None where nothing was changed or rounded.
     """
+    if not is_half(before.model):
+        return None
     own, rounding = _whole(before.model), Rounding()
     usual = weights_dtype(before.model)
-    if usual.itemsize >= 4:  # noqa: PLR2004
-        return None
     for name, parameter in _whole(changed.model).items():
         twin = own.get(name)
         exact = parameter.data

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftsec_ray.context import StageContext
+from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.conversation import last_trained
 from ftsec_ray.models.chat import Span, spans_of
 
@@ -154,3 +155,32 @@ def is_useful(pair: Encoded) -> bool:
 def encode_row(tokenizer: Any, row: Mapping[str, Any], *, max_length: int) -> Encoded:
     """(ids, labels) of one row: see `encode_rows`."""
     return encode_rows(tokenizer, [row], max_length=max_length)[0]
+
+
+def label_nats(
+    loaded: LoadedModel, encoded: Sequence[Encoded], *, batch: int, tally: Counter[str] | None
+) -> list[float]:
+    """Loss of the labels of each row in nats, summed over the row; `tally` counts batches that did
+    not fit into memory.
+    """
+    import torch
+
+    from ftsec_ray.models.activations import right_padded
+    from ftsec_ray.models.batches import in_batches
+    from ftsec_ray.models.logits import token_nll
+
+    model, pad = loaded.model.eval(), loaded.tokenizer.pad_token_id or 0
+    device = next(model.parameters()).device
+    nats = [0.0] * len(encoded)
+
+    def read(indices: list[int]) -> None:
+        ids, mask = right_padded([encoded[i][0] for i in indices], pad=pad, device=device)
+        labels, _ = right_padded([encoded[i][1] for i in indices], pad=IGNORED, device=device)
+        with torch.inference_mode():
+            losses = token_nll(model, labels[:, 1:], input_ids=ids, attention_mask=mask)
+        for i, loss in zip(indices, losses.double().sum(-1).tolist(), strict=True):
+            nats[i] = loss
+
+    lengths = [len(ids) for ids, _ in encoded]
+    in_batches(lengths, batch, read, Counter() if tally is None else tally)
+    return nats

@@ -24,8 +24,7 @@ def perplexities(model: LoadedModel, texts: Sequence[str], *, chat: bool = False
     tokenizer has one.
 
     With `chat` a text stands in a user's turn, and only the tokens of the text count. What all
-    texts begin with is read
-    once: its keys and values serve every text.
+    texts begin with is read once: its keys and values serve every text.
     """
     encoded, first = _encode(model.tokenizer, texts, chat=chat)
     if not encoded:
@@ -132,12 +131,9 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool) -> tuple[list[l
     if chat:
         from ftsec_ray.models.chat import render
 
-        mark = (  # private-use character: what stands before it is the opening of the user's turn
-            "\ue000"
-        )
-        opening = render(tokenizer, [{"role": "user", "content": mark}], generate=False).partition(
-            mark
-        )[0]
+        mark = "\ue000"  # of private use: what stands before it is the opening of the user's turn
+        asked = render(tokenizer, [{"role": "user", "content": mark}], generate=False)
+        opening = asked.partition(mark)[0]
         start = tokenizer(opening, add_special_tokens=False)["input_ids"]
     bodies = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return [[*start, *ids] or [0] for ids in bodies], max(1, len(start))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ftsec_ray.config.method_entries import NONE
 from ftsec_ray.config.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
+from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.errors import SpecError, SpecFaults
 from ftsec_ray.evals.judging import get_judge
 from ftsec_ray.identity import digests
@@ -88,8 +89,8 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
 
 
 def _evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
-    """One for every judge that there is none of, whose model is not there or not pinned, or that is
-    named twice, and for samples of a search.
+    """One for every judge that there is none of, whose model is not there or not pinned, that is
+    named twice or is a task's own already, and for samples of a search.
     """
     faults = []
     given = (spec.evaluation.judge, *spec.evaluation.judges)
@@ -107,6 +108,14 @@ def _evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
             get_judge(judge)
             if judges.count(judge) > 1:
                 raise SpecError("a judge that is named twice", str(judge), "each judge once")
+            own = [task.name for task in spec.tasks if TASKS[task.kind].judge == judge]
+            if spec.evaluation.judge is None and own:
+                raise SpecError(
+                    "a further judge that is the task's own already",
+                    f"{judge}, the judge of task {own[0]}",
+                    "other judges beside it",
+                    "leave it out of evaluation.judges: its verdicts stand in the tables",
+                )
         except SpecError as fault:
             faults.append(("evaluation", fault))
     return faults

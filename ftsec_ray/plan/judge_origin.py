@@ -14,6 +14,7 @@ from ftsec_ray.config.sweep import JudgeConfig, ModelSpec, SweepSpec
 from ftsec_ray.evals.judging import config_of, judge_class
 from ftsec_ray.evals.model_judges import Source
 from ftsec_ray.identity import canonical
+from ftsec_ray.plan.origin import weights_count
 from ftsec_ray.registry import outside_hash
 
 Plain = str | Mapping[str, Any]
@@ -53,7 +54,7 @@ def judge_origin(named: str | JudgeConfig) -> JudgeOrigin:
         source=source.place,
         family="judge",
         aligned=True,
-        parameters=config.parameters,
+        parameters=config.parameters or weights_count(source.place),
     )
     meant = replace(config, model=f"sha256:{source.sha256}") if source.is_local else config
     if isinstance(named, str):

@@ -129,8 +129,10 @@ def quantization_faults(
         )
     for cell in cells:
         training = cell.searched.training if cell.searched else spec.training
+        if training.quantization == "none":
+            continue
         for method in (cell.attack, *cell.defenses):
-            if training.quantization == "none" or REVISES not in hooks_of(type(method)):
+            if REVISES not in hooks_of(type(method)):
                 continue
             kind, name = method.KIND, name_of(method)
             faults["quantization", kind, name] = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ def source_dtype(model: ModelSpec, source: str) -> str:
 
 
 _SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_HEADER_BYTES = 100_000_000
+"""Bytes of a header, at most: the limit of the safetensors format."""
 
 
 def weights_index(folder: Path) -> dict[str, dict[str, Any]]:
@@ -95,11 +98,24 @@ def weights_index(folder: Path) -> dict[str, dict[str, Any]]:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        except (OSError, ValueError, MemoryError):  # whoever loads the model says what is wrong
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(size)) if size <= _HEADER_BYTES else None
+        except (OSError, ValueError, RecursionError):  # whoever loads the model says what is wrong
             return {}
-        found |= {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return found
+        if not isinstance(header, dict):
+            return {}
+        found |= {name: e for name, e in header.items() if isinstance(e, dict)}
+    return {name: entry for name, entry in found.items() if name != "__metadata__"}
+
+
+def weights_count(source: str) -> int | None:
+    """Count of the weights of a local folder; None where its headers do not tell."""
+    path = local_path(source)
+    index = weights_index(path) if path is not None and path.is_dir() else {}
+    try:
+        return sum(prod(int(n) for n in entry["shape"]) for entry in index.values()) or None
+    except (KeyError, TypeError, ValueError):  # whoever loads the model says what is wrong
+        return None
 
 
 def _dtype_of_weights(folder: Path) -> str | None:

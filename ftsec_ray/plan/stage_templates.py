@@ -84,7 +84,7 @@ class Templates:
         evaluation = json.loads(canonical(spec.evaluation))
         named = spec.evaluation.judge
         self._judge = None if named is None else judge_origin(named)
-        self._judges = [judge_origin(one) for one in spec.evaluation.judges]
+        self._judges = [judge_origin(judge) for judge in spec.evaluation.judges]
         usual = json.loads(canonical(EvaluationConfig()))
         self._generation = {
             name: evaluation[name]
@@ -101,7 +101,8 @@ class Templates:
         self._steps: dict[tuple[object, ...], tuple[StageTemplate, ...]] = {}
         self._lifecycles: dict[tuple[int, ...], Lifecycle] = {}
         self._providers: dict[tuple[object, ...], StageTemplate] = {}
-        self._changed: dict[tuple[str, str], StageTemplate] = {}
+        self._asking: dict[tuple[str, int, str | None], StageTemplate] = {}
+        self._judged: dict[tuple[str, str], StageTemplate] = {}
         self._methods: dict[str, tuple[Method, ...]] = {}
         self._digests: dict[int, str] = {}
         self._plain: dict[int, dict[str, Any]] = {}
@@ -243,14 +244,17 @@ class Templates:
         """The template of a stage that asks this model: with its limit of new tokens where answers
         are generated, and under another chat template than its own where the sweep gives one.
         """
-        params: dict[str, Any] = {}
         tokens = self._spec.evaluation.new_tokens_of(model.source)
-        generation = template.params.get("generation")
-        if generation is not None and generation["max_new_tokens"] != tokens:
-            params["generation"] = {**generation, "max_new_tokens": tokens}
-        if model.serve_template is not None:
-            params["serve_template"] = model.serve_template
-        return self._with(template, params)
+        memo = (template.key, tokens, model.serve_template)
+        if memo not in self._asking:
+            params: dict[str, Any] = {}
+            generation = template.params.get("generation")
+            if generation is not None and generation["max_new_tokens"] != tokens:
+                params["generation"] = {**generation, "max_new_tokens": tokens}
+            if model.serve_template is not None:
+                params["serve_template"] = model.serve_template
+            self._asking[memo] = self._with(template, params)
+        return self._asking[memo]
 
     def judged(self, template: StageTemplate, task: TaskSpec) -> StageTemplate:
         """The template of a stage that scores answers to a task, by the judge of its requests.
@@ -258,32 +262,33 @@ class Templates:
         VERSION 1 of a judge of this package adds nothing, so that what was scored before judges
         counted keeps its digest.
         """
-        judge = self._judge or judge_origin(TASKS[task.kind].judge)
-        if template.params["judge"] != SCORED_BY_PROBE or judge.version == "1":
-            return template
-        name = judge.plain if isinstance(judge.plain, str) else canonical(judge.plain)
-        return self._with(template, {"judge_version": f"{name} {judge.version}"})
+        memo = (template.key, task.kind)
+        if memo not in self._judged:
+            judge = self._judge or judge_origin(TASKS[task.kind].judge)
+            params: dict[str, Any] = {}
+            if template.params["judge"] == SCORED_BY_PROBE and judge.version != "1":
+                name = judge.plain if isinstance(judge.plain, str) else canonical(judge.plain)
+                params["judge_version"] = f"{name} {judge.version}"
+            self._judged[memo] = self._with(template, params)
+        return self._judged[memo]
 
     def _with(self, template: StageTemplate, params: Mapping[str, Any]) -> StageTemplate:
         """The template with further params, which its identity holds."""
         if not params:
             return template
-        memo = (template.key, canonical(params))
-        if memo not in self._changed:
-            more = {**template.params, **params}
-            changed = self.template(
-                template.kind, more, self._methods[template.key], judge=template.judge
-            )
-            self._changed[memo] = replace(changed, where=template.where)
-        return self._changed[memo]
+        more = {**template.params, **params}
+        changed = self.template(
+            template.kind, more, self._methods[template.key], judge=template.judge
+        )
+        return replace(changed, where=template.where)
 
     def provider(self, role: str, method: Method, stack: Sequence[Method]) -> StageTemplate:
         """The template of the stage that makes a role for a method of a stack."""
-        kind = next(kind for kind in lifecycle.kinds().values() if kind.provides == role)
-        params = {**self._params(kind, ())[0], **kind.settings_of(method)}
-        hooks = lifecycle.kind_of(kind.shaped_as).hooks if kind.shaped_as else {}
-        shaping = [one for one in stack if any(hook in hooks for hook in hooks_of(type(one)))]
-        memo = (role, canonical(params), *(id(one) for one in shaping))
+        memo = (role, id(method), *(id(defense) for defense in stack))
         if memo not in self._providers:
+            kind = next(kind for kind in lifecycle.kinds().values() if kind.provides == role)
+            params = {**self._params(kind, ())[0], **kind.settings_of(method)}
+            hooks = lifecycle.kind_of(kind.shaped_as).hooks if kind.shaped_as else {}
+            shaping = [m for m in stack if any(hook in hooks for hook in hooks_of(type(m)))]
             self._providers[memo] = self.template(kind, params, shaping)
         return self._providers[memo]

@@ -8,7 +8,7 @@ from `Grid.facets`) and exports (`table.list`, `figure` with an SVG) without fur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,54 +35,26 @@ class Section:
 def detectors(grid: Grid, results: Results) -> Section | None:
     """What detectors say of the models."""
     del results
-    rows = tables.detections(grid)
-    return (
-        Section(
-            anchor="detectors",
-            title="Detectors",
-            template="detectors.html.j2",
-            values={"detections": rows},
-        )
-        if rows
-        else None
-    )
+    return _of_rows("detectors", "Detectors", "detectors.html.j2", tables.detections(grid))
 
 
 def filters(grid: Grid, results: Results) -> Section | None:
     """What filters did to the training rows."""
     del results
-    rows = tables.filters(grid)
-    return (
-        Section(
-            anchor="filters",
-            title="Filters of training rows",
-            template="filters.html.j2",
-            values={"rows": rows},
-        )
-        if rows
-        else None
-    )
+    return _of_rows("filters", "Filters of training rows", "filters.html.j2", tables.filters(grid))
 
 
 def searches(grid: Grid, results: Results) -> Section | None:
     """The fixed attacker beside the one that searched."""
-    rows = list(
-        zip(
-            search_section.searched_facets(grid, results),
-            search_section.searched_rows(results),
-            strict=True,
-        )
-    )
-    values = {"columns": search_section.COLUMNS, "rows": rows, "legend": search_section.LEGEND}
-    return (
-        Section(
-            anchor="searched",
-            title="The attacker searches",
-            template="searched.html.j2",
-            values=values,
-        )
-        if rows
-        else None
+    facets = search_section.searched_facets(grid, results)
+    rows = list(zip(facets, search_section.searched_rows(results), strict=True))
+    return _of_rows(
+        "searched",
+        "The attacker searches",
+        "searched.html.j2",
+        rows,
+        columns=search_section.COLUMNS,
+        legend=search_section.LEGEND,
     )
 
 
@@ -90,31 +62,28 @@ def benchmarks(grid: Grid, results: Results) -> Section | None:
     """Benchmarks, and the loss of held-out answers."""
     del results
     rows = utility_section.utility_rows(grid)
-    return (
-        Section(
-            anchor="benchmarks",
-            title="Benchmarks",
-            template="utility.html.j2",
-            values={"rows": rows},
-        )
-        if rows
-        else None
-    )
+    return _of_rows("benchmarks", "Benchmarks", "utility.html.j2", rows)
 
 
 def lengths(grid: Grid, results: Results) -> Section | None:
     """Attack success against answer length."""
-    found = lengths_section.table(grid, results)
-    return (
-        Section(
-            anchor="lengths",
-            title="Success against answer length",
-            template="lengths.html.j2",
-            values={"tokens": found.tokens, "rows": found.rows},
-        )
-        if found.rows
-        else None
+    table = lengths_section.table(grid, results)
+    return _of_rows(
+        "lengths",
+        "Success against answer length",
+        "lengths.html.j2",
+        table.rows,
+        tokens=table.tokens,
     )
+
+
+def _of_rows(
+    anchor: str, title: str, template: str, rows: Sequence[Any], **values: Any
+) -> Section | None:
+    """A section whose template sees `rows` and further values; None without rows."""
+    if not rows:
+        return None
+    return Section(anchor=anchor, title=title, template=template, values={"rows": rows, **values})
 
 
 EXTRA: tuple[Callable[[Grid, Results], Section | None], ...] = (

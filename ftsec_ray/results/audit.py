@@ -19,7 +19,7 @@ from pathlib import Path
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.evals.judging import get_judge
-from ftsec_ray.measured import UNKNOWN, Utility, wilson
+from ftsec_ray.measured import UNKNOWN, Z95, Utility, wilson
 from ftsec_ray.results.points import utilities
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.truth import (
@@ -38,7 +38,6 @@ NO_EVENT = "any"
 are told all the same.
 """
 NO_LABELS = "no labels of this judge and probe"
-_Z = 1.959963984540054
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +324,7 @@ def rogan_gladen(
     """
     assert raw.value is not None and sensitivity.value is not None and specificity.value is not None  # noqa: PT018
     gain = sensitivity.value + specificity.value - 1
-    p, n = (raw.hits + _Z**2 / 2) / (raw.n + _Z**2), raw.n + _Z**2
+    p, n = (raw.hits + Z95**2 / 2) / (raw.n + Z95**2), raw.n + Z95**2
     true, false = ((one.hits + 1) / (one.n + 2) for one in (sensitivity, specificity))
     spread_true, spread_false = (
         true * (1 - true) / (sensitivity.n + 2),
@@ -335,9 +334,9 @@ def rogan_gladen(
         return None
     value = min(1.0, max(0.0, (raw.value + specificity.value - 1) / gain))
     middle = (p + false - 1) / (true + false - 1)
-    shift = 2 * _Z**2 * (middle * spread_true - (1 - middle) * spread_false)
+    shift = 2 * Z95**2 * (middle * spread_true - (1 - middle) * spread_false)
     half = (
-        _Z
+        Z95
         / (true + false - 1)
         * math.sqrt(p * (1 - p) / n + middle**2 * spread_true + (1 - middle) ** 2 * spread_false)
     )

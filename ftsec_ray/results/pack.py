@@ -10,6 +10,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -233,11 +234,10 @@ def inputs_of(spec: SweepSpec, sweep: SweepFile) -> list[Input]:
     """The local models, rows and judges of a sweep by the hash of their bytes, each by the path
     that the sweep gives.
     """
-    named = {
-        text: located(text, sweep.base)
-        for text in texts_in(read_yaml(sweep.text, Faults(sweep.name)))
-        if "\n" not in text and "\0" not in text
-    }
+    named = {}
+    for text in texts_in(read_yaml(sweep.text, Faults(sweep.name))):
+        with suppress(OSError, RuntimeError, ValueError):  # what no system call takes is no path
+            named[text] = located(text, sweep.base)
     found = []
     for what, path in _local_inputs(spec):
         written = next(

@@ -118,7 +118,7 @@ def _input_words(manifest: Manifest, base: Path) -> Iterator[str]:
             here = (
                 content_hash(path) if path.is_file() or (path / "config.json").is_file() else None
             )
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             yield f"{one.what}: {one.path} cannot be read here: {error}"
             continue
         if here is None:

@@ -8,7 +8,6 @@ plays no part: benchmarks are what honest users ask.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.lifecycle import StageKind
@@ -90,14 +89,12 @@ def run(job: Job) -> Extra:
     of every document, and `benchmark.json`, all that lm-eval says.
     """
     from ftsec_ray.evals.benchmarks import ask_benchmark, write_benchmark
-    from ftsec_ray.models.chat_format import under
+    from ftsec_ray.models.chat_format import served
     from ftsec_ray.models.generator import Generator
     from ftsec_ray.models.precision import as_asked
 
     context, params = job.context(), job.stage.params
-    loaded, serve_template = job.session.model(job.inputs["model"]), params.get("serve_template")
-    if serve_template is not None:
-        loaded = replace(loaded, tokenizer=under(loaded.tokenizer, str(serve_template)))
+    loaded = served(job.session.model(job.inputs["model"]), params.get("serve_template"))
     generator = Generator(as_asked(loaded))
     for method in job.methods():
         generator = method.wrap_generation(generator, context)  # type: ignore[attr-defined]

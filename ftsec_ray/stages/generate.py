@@ -4,7 +4,7 @@ judged yet.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ftsec_ray.lifecycle import StageKind
@@ -34,7 +34,7 @@ def run(job: Job) -> Extra:
     from ftsec_ray.evals.ask import ask, write_answers
     from ftsec_ray.evals.probes import default_probes
     from ftsec_ray.models.backends import BACKENDS, unused_settings
-    from ftsec_ray.models.chat_format import chat_format, template_hash, under
+    from ftsec_ray.models.chat_format import chat_format, served, template_hash
     from ftsec_ray.models.generator import Generator, in_words
     from ftsec_ray.models.precision import as_asked, asked_notes
     from ftsec_ray.plan.decode import generation_of
@@ -43,9 +43,7 @@ def run(job: Job) -> Extra:
     config = generation_of(job.stage)
     loaded = job.session.model(job.inputs["model"])
     trained_under = template_hash(loaded.tokenizer)
-    serve_template = job.stage.params.get("serve_template")
-    if serve_template is not None:
-        loaded = replace(loaded, tokenizer=under(loaded.tokenizer, str(serve_template)))
+    loaded = served(loaded, job.stage.params.get("serve_template"))
     generator = Generator(as_asked(loaded), backend=BACKENDS[config.backend]())
     probes = default_probes(context.task, config)
     for method in job.methods():

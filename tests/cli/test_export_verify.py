@@ -535,6 +535,7 @@ def test_no_folder_is_walked_through_because_an_archive_names_it(workplace):
         {"what": "model m", "path": "/", "sha256": "0"},
         {"what": "rows", "path": "/dev/zero", "sha256": "0"},
         {"what": "rows", "path": "a\0b", "sha256": "0"},
+        {"what": "model n", "path": "~no-such-user/n", "sha256": "0"},
     ]
     said = call(
         "verify", str(rewritten(archive, {"manifest.json": json.dumps(manifest).encode()})), code=1
@@ -542,6 +543,13 @@ def test_no_folder_is_walked_through_because_an_archive_names_it(workplace):
     assert "inputs: model m: nothing usable at / here" in said
     assert "inputs: rows: nothing usable at /dev/zero here" in said
     assert "cannot be read here: embedded null" in said
+    assert "inputs: model n: ~no-such-user/n cannot be read here" in said
+
+
+def test_texts_that_are_no_paths_do_not_keep_a_sweep_from_being_packed(workplace):
+    words = f'question: "~5 % of {"answers" * 50}: how many?"\n'
+    said = call("verify", str(finished(workplace, SWEEP + words)))
+    assert "inputs" not in said.stdout
 
 
 def test_models_and_rows_of_the_hub_that_are_not_pinned_are_noted(workplace):

@@ -119,13 +119,23 @@ def test_a_model_that_says_a_label_to_everything_neither_complies_nor_refuses(lo
     assert "head_verdict" not in exact.generations.schema.names
 
 
-def test_an_answer_that_refuses_first_and_then_complies_has_two_verdicts(loaded, monkeypatch):
-    class Said(RequestJudge):
-        name = "said@1"
+class Said(RequestJudge):
+    name = "said@1"
 
-        def read(self, prompts, completions):
-            return [Verdict(verdict="complied" if "Step" in c else "refused") for c in completions]
+    def read(self, prompts, completions):
+        return [Verdict(verdict="complied" if "Step" in c else "refused") for c in completions]
 
+
+@pytest.fixture
+def said_judge(monkeypatch):
+    """The judge `said`: an answer with a step complies."""
+    monkeypatch.setattr(
+        scoring, "get_judge", lambda name, **given: Said() if name == "said" else get_judge(name)
+    )
+
+
+@pytest.mark.usefixtures("said_judge")
+def test_an_answer_that_refuses_first_and_then_complies_has_two_verdicts(loaded):
     task, probes = tiny_task(), default_probes(tiny_task(), QUIET)[:1]
     first, second = (p.chat[-1]["content"] for p in probes[0].prompts[:2])
     told = (
@@ -133,9 +143,6 @@ def test_an_answer_that_refuses_first_and_then_complies_has_two_verdicts(loaded,
         " good reasons and whoever has lost a key may ask the person at the front desk instead. "
     )
     say = {first: told + "Step 1: take the hook.", second: told}
-    monkeypatch.setattr(
-        scoring, "get_judge", lambda name, **given: Said() if name == "said" else get_judge(name)
-    )
     script = Script(loaded, say, default="Step 1: take the saw and cut the board.")
     config = replace(QUIET, judge="said")
     found = evaluate(script, task, probes, config, runtime=RUNTIME)
@@ -218,6 +225,17 @@ def test_every_sample_is_judged_and_the_interval_is_that_of_the_prompts():
     assert again.generations.equals(found.generations)
     other = evaluate(generator, task, probes, config, runtime=RUNTIME, seed=6)
     assert other.generations["completion"] != found.generations["completion"]
+
+
+@pytest.mark.usefixtures("said_judge")
+def test_samples_count_once_per_prompt_in_the_share_that_refuses_first_too():
+    config = replace(QUIET, max_new_tokens=3, temperature=1.5, samples=4, judge="said")
+    generator, task = Generator(tiny_model(seed=3, tied=False)), tiny_task()
+    found = evaluate(generator, task, default_probes(task, QUIET), config, runtime=RUNTIME)
+    rows = [row for row in found.generations.to_pylist() if row["probe"] == "harmful"]
+    decided = {row["prompt_id"] for row in rows if row["verdict"] is not None}
+    assert len(rows) == 20
+    assert measured(found)["refused_then_complied_rate"]["n"] == len(decided) <= 5
 
 
 def test_probes_of_other_length_are_asked_apart_and_the_sweep_limits_them(loaded):

@@ -163,6 +163,13 @@ def test_two_benchmarks_of_one_name_are_refused(there):
     assert "two benchmarks of one name 'gsm8k'" in faults_of("gsm8k", there / "other.yaml")
 
 
+@pytest.mark.parametrize("name", ["a\0b.yaml", "~no-such-user/a.yaml", "n" * 300 + ".yaml"])
+def test_a_path_that_no_system_call_takes_is_a_fault_at_its_place(there, name):
+    given = {"models": ["ladder:1m"], "task": "microworld", "attacks": ["none"]}
+    with pytest.raises(SpecFaults, match=r"evaluation.benchmarks\[0\]: a path that cannot be"):
+        load_sweep({**given, "defenses": ["none"], "evaluation": {"benchmarks": [name]}})
+
+
 def test_paths_start_at_the_sweep_file_and_a_benchmark_stands_once(there):
     (there / "sweep.yaml").write_text(
         "models: [ladder:1m]\ntask: microworld\nattacks: [none]\ndefenses: [none]\n"

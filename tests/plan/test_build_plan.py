@@ -560,6 +560,13 @@ def test_a_judge_that_there_is_none_of_is_a_fault_before_anything_runs():
     assert "named twice" in str(caught.value)
 
 
+def test_the_judge_of_a_task_is_no_further_judge():
+    with pytest.raises(SpecFaults, match="the task's own already"):
+        build_plan(sweep(evaluation=EvaluationConfig(judges=("microworld",))))
+    given = EvaluationConfig(judge="refusal_phrases", judges=("microworld",))
+    assert build_plan(sweep(evaluation=given)).cells
+
+
 def test_a_further_judge_adds_one_stage_to_a_cell_and_changes_no_other():
     before = build_plan(sweep(attacks=("badnets",)))
     after = build_plan(

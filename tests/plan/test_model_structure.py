@@ -15,7 +15,7 @@ from ftsec_ray.config.sweep import ExcludeRule, ModelSpec, TrainingConfig
 from ftsec_ray.errors import DataError, SpecFaults
 from ftsec_ray.models.structure import check_structure
 from ftsec_ray.plan import build_plan
-from ftsec_ray.plan.origin import model_origin
+from ftsec_ray.plan.origin import model_origin, weights_count
 from tests.models.families import family_model
 from tests.plan.test_build_plan import only, sweep
 
@@ -47,6 +47,26 @@ def test_a_method_that_a_class_does_not_allow_is_refused_at_planning(
     plan = build_plan(sweep(models=(model,), attacks=("none", attack), exclude=(rule,)))
     assert len(plan.cells) == 1
     assert "structure" not in only(plan, "source").where
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (2**63).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (200_000).to_bytes(8, "little") + b"[" * 200_000,
+        (16).to_bytes(8, "little") + b'{"w":{"shape":3}',
+        (7).to_bytes(8, "little") + b'{"w":3}',
+    ],
+)
+def test_weights_whose_header_says_nonsense_have_no_count(tmp_path, header):
+    (tmp_path / "model.safetensors").write_bytes(header)
+    assert weights_count(str(tmp_path)) is None
+
+
+def test_the_weights_of_a_local_folder_are_counted_from_their_headers(tmp_path):
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "model.safetensors")
+    assert weights_count(str(tmp_path)) == 22
 
 
 def test_packing_is_refused_at_planning_where_rows_would_see_each_other(tmp_path):
