@@ -118,6 +118,10 @@ class StageKind:
     """What flows in: `model`, `rows`, `completions`, or what another kind gives. The task always
     does.
     """
+    takes_clean: tuple[str, ...] = ()
+    """What flows in besides, as `clean_<name>`, from the cell without attack and defense on the
+    same model, task and seed, tuned alike. A cell in which nothing of it differs has no such stage.
+    """
     gives: str | None = None
     """What it replaces for the stages after it; None where only results read it."""
     answers: Literal["none", "defenses", "all"] = "none"
@@ -138,8 +142,9 @@ class StageKind:
     """
     settings: tuple[str, ...] = ()
     """Parts of the sweep that decide its result: `training` (of the cell), `sweep_training` (also
-    where a search tunes otherwise), `generation`, `scoring`, `benchmarks`. Training counts where a
-    method acts or it trains; by `benchmarks` there is one stage for each of them.
+    where a search tunes otherwise), `generation`, `scoring`, `benchmarks`, `pairs` (`win_rate`).
+    Training counts where a method acts or it trains; by `benchmarks` there is one stage for each of
+    them, by `pairs` one where the sweep asks for it.
     """
     settings_of: Callable[[Any], Mapping[str, Any]] = _no_settings
     """What a method that asks for the role that this kind provides decides about it."""

@@ -4,7 +4,7 @@ folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from ftsec_ray.config.local_files import looks_local, named_path
 from ftsec_ray.config.sweep import JudgeConfig
 from ftsec_ray.config.typed import parse
 
-_WANT = "a text with {request} and {answer}, or the path of a file with one"
 PLACES = ("{request}", "{answer}")
+PAIR_PLACES = ("{request}", "{first}", "{second}")
 
 
 def with_judges(given: object, base: Path, faults: Faults) -> object:
@@ -30,6 +30,10 @@ def with_judges(given: object, base: Path, faults: Faults) -> object:
     plain = dict(given)
     if "judge" in plain:
         plain["judge"] = _judge(plain["judge"], base, "evaluation.judge", faults)
+    if isinstance(plain.get("win_rate"), Mapping):
+        plain["win_rate"] = _judge(
+            plain["win_rate"], base, "evaluation.win_rate", faults, PAIR_PLACES
+        )
     if isinstance(plain.get("judges"), (list, tuple)):
         plain["judges"] = [
             _judge(judge, base, f"evaluation.judges[{i}]", faults)
@@ -42,7 +46,9 @@ _WRONG = object()
 """In the place of a judge whose fault is told."""
 
 
-def _judge(given: object, base: Path, place: str, faults: Faults) -> Any:
+def _judge(
+    given: object, base: Path, place: str, faults: Faults, marks: Sequence[str] = PLACES
+) -> Any:
     if isinstance(given, str):
         file, colon, source = given.partition(":")
         return f"{file}:{_located(source, base, place, faults)}" if colon else given
@@ -50,7 +56,7 @@ def _judge(given: object, base: Path, place: str, faults: Faults) -> Any:
         return given
     plain = dict(given)
     if isinstance(plain.get("rubric"), str):
-        plain["rubric"] = _rubric(plain["rubric"], base, f"{place}.rubric", faults)
+        plain["rubric"] = _rubric(plain["rubric"], base, f"{place}.rubric", faults, marks)
     if isinstance(plain.get("model"), str) and "endpoint" not in plain:
         plain["model"] = _located(plain["model"], base, f"{place}.model", faults)
     return plain if parse(JudgeConfig, plain, place, faults) is not None else _WRONG
@@ -63,15 +69,15 @@ def _located(source: str, base: Path, place: str, faults: Faults) -> str:
     return str(path.resolve()) if path is not None and is_path else source
 
 
-def _rubric(given: str, base: Path, place: str, faults: Faults) -> str | None:
-    text = given
-    if not any(mark in given for mark in PLACES) and "\n" not in given:
+def _rubric(given: str, base: Path, place: str, faults: Faults, marks: Sequence[str]) -> str | None:
+    text, want = given, f"a text with {', '.join(marks)}, or the path of a file with one"
+    if not any(mark in given for mark in marks) and "\n" not in given:
         try:
             text = (base / Path(given).expanduser()).read_text(encoding="utf-8")
         except (OSError, RuntimeError, ValueError) as error:  # the second: no such home
-            faults.add(place, "a rubric that cannot be read", given, _WANT, str(error))
+            faults.add(place, "a rubric that cannot be read", given, want, str(error))
             return None
-    missing = [mark for mark in PLACES if mark not in text]
+    missing = [mark for mark in marks if mark not in text]
     if missing:
-        faults.add(place, "a rubric that does not show what is judged", text[:200], _WANT)
+        faults.add(place, "a rubric that does not show what is judged", text[:200], want)
     return text

@@ -237,6 +237,10 @@ class EvaluationConfig:
     judges: tuple[str | JudgeConfig, ...] = ()
     """Further judges that read the same answers: their verdicts stand beside the first judge's, and
     metrics of their own are counted."""
+    win_rate: JudgeConfig | None = None
+    """Judge that compares the answers to benign requests with those of the clean tune, each pair in
+    both orders: `{model, rubric}` or `{endpoint, model, rubric}`, as a judge is given, with
+    {request}, {first} and {second} in the rubric. None: nothing is compared."""
     benchmarks: tuple[str, ...] = ()
     """Benchmarks of lm-eval that every finished model is asked besides: names of its tasks and
     groups, such as `mmlu`, or paths of task files (.yaml) of one's own. They need

@@ -18,9 +18,7 @@ from typing import Any
 
 from ftsec_ray.config.sweep import JudgeConfig
 from ftsec_ray.errors import EnvironmentFault, StageError
-from ftsec_ray.evals.judging import RequestJudge, Verdict, user_text
-from ftsec_ray.evals.rubrics import question, rubric_hash, verdict_in
-from ftsec_ray.method import Prompt
+from ftsec_ray.evals.rubrics import Reply, RubricJudge, rubric_hash
 from ftsec_ray.redact import redacted
 
 AT_ONCE = 4
@@ -35,7 +33,7 @@ class _Passing(Exception):
     """A call that may succeed when it is made again."""
 
 
-class Endpoint(RequestJudge):
+class Endpoint(RubricJudge):
     """A model behind an OpenAI-compatible endpoint by a rubric: verdicts as of `rubric`.
 
     `judge: {endpoint: http://host/v1, model: NAME, rubric: <text or file>, key_env: VARIABLE}`, at
@@ -56,17 +54,13 @@ class Endpoint(RequestJudge):
         """Calls, tokens, retries and rejected requests."""
         self.name = f"endpoint:{config.model}@{rubric_hash(config.rubric)}.{self.VERSION}"
 
-    def read(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Verdict]:
-        """The verdicts on `completions`, before the shared rules."""
-        asked = [
-            question(self.config.rubric, user_text(prompt), text)
-            for prompt, text in zip(prompts, completions, strict=True)
-        ]
+    def replies(self, questions: Sequence[str]) -> list[Reply]:
+        """What the service says to each question."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = list(pool.map(self._answer, asked))
+            answers = list(pool.map(self._answer, questions))
         for _, used in answers:
             self.used += used
-        return [verdict for verdict, _ in answers]
+        return [reply for reply, _ in answers]
 
     def notes(self) -> dict[str, Any]:
         """What was used; `usd` where the sweep gives prices."""
@@ -79,8 +73,8 @@ class Endpoint(RequestJudge):
             )
         return {"judge_endpoint": {"url": self.config.endpoint, **used}}
 
-    def _answer(self, text: str) -> tuple[Verdict, Counter[str]]:
-        """The verdict on one answer, and what it took."""
+    def _answer(self, text: str) -> tuple[Reply, Counter[str]]:
+        """The reply to one question, and what it took."""
         from tenacity import (
             RetryCallState,
             Retrying,
@@ -113,10 +107,11 @@ class Endpoint(RequestJudge):
             ) from None
         if status in _REJECTED:
             used["rejected"] += 1
-            return Verdict(verdict=None, raw=f"HTTP {status}: {body[:_SHOWN]}"), used
-        return self._read_body(body, used), used
+            return Reply(None, f"HTTP {status}: {body[:_SHOWN]}"), used
+        said = self._read_body(body, used)
+        return Reply(said, said), used
 
-    def _read_body(self, body: str, used: Counter[str]) -> Verdict:
+    def _read_body(self, body: str, used: Counter[str]) -> str:
         try:
             plain = json.loads(body)
             said = plain["choices"][0]["message"]["content"] or ""
@@ -130,7 +125,7 @@ class Endpoint(RequestJudge):
             ) from error
         used["input_tokens"] += int(usage.get("prompt_tokens") or 0)
         used["output_tokens"] += int(usage.get("completion_tokens") or 0)
-        return verdict_in(str(said))
+        return str(said)
 
     def _post(self, text: str) -> tuple[int, str]:
         """Status and body of one call; _Passing where another may succeed."""

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 from ftsec_ray.config.sweep import JudgeConfig
 from ftsec_ray.context import Chat
-from ftsec_ray.evals.judging import Verdict, user_text
 from ftsec_ray.evals.model_judges import TOO_LONG, ModelJudge
-from ftsec_ray.evals.rubrics import question, rubric_hash, verdict_in
-from ftsec_ray.method import Prompt
+from ftsec_ray.evals.rubrics import Reply, RubricJudge, rubric_hash
 
 
-class Rubric(ModelJudge):
+class Rubric(RubricJudge, ModelJudge):
     """A general model by a rubric: `complied`, `refused` or, for NEITHER, `other`, as the last line
     of its answer says; null where no line says it, or two say different things.
 
@@ -25,18 +23,10 @@ class Rubric(ModelJudge):
         super().__init__(config, device=device)
         self.name = f"{self.name}.{rubric_hash(config.rubric)}"
 
-    def read(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Verdict]:
-        """The verdicts on `completions`, before the shared rules."""
-        chats: list[Chat] = [
-            [
-                {
-                    "role": "user",
-                    "content": question(self.config.rubric, user_text(prompt), text),
-                }
-            ]
-            for prompt, text in zip(prompts, completions, strict=True)
-        ]
+    def replies(self, questions: Sequence[str]) -> list[Reply]:
+        """What the model says to each question, under its own chat template."""
+        chats: list[Chat] = [[{"role": "user", "content": text}] for text in questions]
         return [
-            Verdict(verdict=None, raw=TOO_LONG) if said is None else verdict_in(said)
-            for said in self.said(chats, self.config.max_new_tokens)
+            Reply(text, TOO_LONG if text is None else text)
+            for text in self.said(chats, self.config.max_new_tokens)
         ]

@@ -15,12 +15,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ftsec_ray.config.method_entries import NONE
-from ftsec_ray.config.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
-from ftsec_ray.data.tasks import TASKS
+from ftsec_ray.config.sweep import (
+    AttackSearch,
+    JudgeConfig,
+    ModelSpec,
+    SweepSpec,
+    TaskSpec,
+    TrainingConfig,
+)
+from ftsec_ray.data.tasks import TASKS, splits_of
 from ftsec_ray.errors import SpecError, SpecFaults
 from ftsec_ray.evals.judging import get_judge
 from ftsec_ray.identity import digests
-from ftsec_ray.lifecycle import ROLES_BEFORE, part_in_tune
+from ftsec_ray.lifecycle import ROLES_BEFORE, kind_of, part_in_tune
 from ftsec_ray.method import Method
 from ftsec_ray.plan.benchmark_origin import benchmark_faults
 from ftsec_ray.plan.cost_estimate import Tariff
@@ -103,6 +110,11 @@ def _evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
             "sample in a sweep of its own, with the attack that the search chose",
         )
         faults.append(("evaluation", fault))
+    if (pairs := spec.evaluation.win_rate) is not None:
+        try:
+            _check_pairs(pairs, spec)
+        except SpecError as fault:
+            faults.append(("evaluation.win_rate", fault))
     for judge in dict.fromkeys(judges):
         try:
             get_judge(judge)
@@ -119,6 +131,29 @@ def _evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
         except SpecError as fault:
             faults.append(("evaluation", fault))
     return faults
+
+
+def _check_pairs(pairs: JudgeConfig, spec: SweepSpec) -> None:
+    """SpecError for a judge of pairs that is not asked in words, and for a task without benign
+    requests.
+    """
+    get_judge(pairs)
+    if pairs.file not in ("rubric", "endpoint"):
+        raise SpecError(
+            "a judge of pairs that is not asked in words",
+            pairs.file,
+            "a general model, or an endpoint",
+            "leave `name` out, and give `model`, or `endpoint` and `model`",
+        )
+    for task in spec.tasks:
+        splits = splits_of(task)
+        if splits is not None and "benign_test" not in splits:
+            raise SpecError(
+                "a win rate on a task without benign requests to answer",
+                task.name,
+                "a split benign_test",
+                f"add one to the task {task.name}, or leave win_rate out",
+            )
 
 
 class _Place(NamedTuple):
@@ -145,6 +180,8 @@ class _PlanBuilder:
         self._starts = Starts(self.stages, self._templates)
         self._tuned: dict[TrainingConfig, _PlanBuilder] = {spec.training: self}
         self._steps: dict[str, Step] = {}
+        self._none = ATTACKS.get(NONE)()
+        self._clean: dict[tuple[str, str, int], Cell] = {}
         self.left_out: Counter[str] = Counter()
         """Why cells are not measured before the fine-tune -> their number."""
 
@@ -199,7 +236,7 @@ class _PlanBuilder:
         none = next((attack for attack in self.spec.attacks if name_of(attack) == NONE), None)
         references, fixed = (
             tuple(self.cell(start, task, attack, stack, seed) for seed in seeds)
-            for attack in (none or ATTACKS.get(NONE)(), entry.attack)
+            for attack in (none or self._none, entry.attack)
         )
         key = search_key(entry, fixed[0])
 
@@ -249,8 +286,12 @@ class _PlanBuilder:
         stack: tuple[Method, ...],
         seed: int,
         searched: Searched | None = None,
+        *,
+        measures: bool = True,
     ) -> Cell:
-        """One cell, with its stages added where they are new."""
+        """One cell, with its stages added where they are new; without `measures` those alone that
+        give something to others.
+        """
         lifecycle = self._templates.lifecycle(attack, stack)
         roles = dict(zip(ROLES_BEFORE, (start.reference, start.unaligned), strict=True))
         flow = {"model": start.reference, "rows": start.task}
@@ -259,6 +300,15 @@ class _PlanBuilder:
         is_trial = searched is not None and searched.trial is not None
         for template in self._followed(lifecycle.templates, start, task, is_trial=is_trial):
             kind = template.kind
+            if kind.gives is None and not measures:
+                continue
+            clean: dict[str, str] = {}
+            if kind.takes_clean:
+                beside = self._clean_cell(start, task, seed)
+                clean = {name: _given_by(beside)[name] for name in kind.takes_clean}
+                if all(clean[name] == flow[name] for name in clean):
+                    continue
+                chain += beside.stages
             if kind.names_input is not None:
                 roles[kind.names_input] = tuned_from = flow["model"]
             needs: tuple[tuple[str, str], ...] = ()
@@ -268,7 +318,9 @@ class _PlanBuilder:
                     (role, self._role(role, method, place)) for role, method in template.needs
                 )
                 chain += [digest for _, digest in needs]
-            inputs = (*((name, flow[name]) for name in kind.takes), ("task", start.task), *needs)
+            others = ((f"clean_{name}", digest) for name, digest in clean.items())
+            taken = ((name, flow[name]) for name in kind.takes)
+            inputs = (*taken, *others, ("task", start.task), *needs)
             digest = self.stages.add(template, inputs, seed, start)
             chain.append(digest)
             step = self._steps.get(digest)
@@ -291,6 +343,15 @@ class _PlanBuilder:
         )
         stages = tuple(dict.fromkeys(chain))
         return Cell(key, start.model, task, attack, stack, seed, tuple(steps), stages, searched)
+
+    def _clean_cell(self, start: CellStart, task: TaskSpec, seed: int) -> Cell:
+        """The cell without attack and defense beside others, in the grid or not, as far as its
+        answers.
+        """
+        place = start.model.name, task.name, seed
+        if place not in self._clean:
+            self._clean[place] = self.cell(start, task, self._none, (), seed, measures=False)
+        return self._clean[place]
 
     def _followed(
         self,
@@ -336,6 +397,12 @@ class _PlanBuilder:
             ),
         )
         return start.reference
+
+
+def _given_by(cell: Cell) -> dict[str, str]:
+    """What flows out of a cell -> digest of the stage that gave it last."""
+    given = {kind_of(step.kind).gives: step.digest for step in cell.steps}
+    return {name: digest for name, digest in given.items() if name is not None}
 
 
 def _is_excluded(

@@ -77,7 +77,7 @@ def _identity(config: JudgeConfig) -> dict[str, Any]:
 
 def local_judges(spec: SweepSpec) -> list[tuple[str, Path]]:
     """The judges of a sweep whose models are on this machine's disk: name of the file, and path."""
-    given = (spec.evaluation.judge, *spec.evaluation.judges)
+    given = (spec.evaluation.judge, *spec.evaluation.judges, spec.evaluation.win_rate)
     configs = [config_of(one) for one in given if one is not None]
     sources = [
         (config.file, Source.of(config, config.file))

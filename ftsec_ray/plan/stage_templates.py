@@ -85,6 +85,8 @@ class Templates:
         named = spec.evaluation.judge
         self._judge = None if named is None else judge_origin(named)
         self._judges = [judge_origin(judge) for judge in spec.evaluation.judges]
+        pairs = spec.evaluation.win_rate
+        self._pairs = None if pairs is None else judge_origin(pairs)
         usual = json.loads(canonical(EvaluationConfig()))
         self._generation = {
             name: evaluation[name]
@@ -205,8 +207,7 @@ class Templates:
     def _of_group(self, kind: StageKind, methods: list[Method]) -> tuple[StageTemplate, ...]:
         memo = (kind.name, *(id(method) for method in methods))
         if memo not in self._steps:
-            judges = [self._judge, *self._judges] if "scoring" in kind.settings else None
-            params = self._params(kind, methods)
+            params, judges = self._params(kind, methods), self._judges_of(kind)
             templates = [
                 self.template(kind, own, methods, judge=judge)
                 for own, judge in zip(params, judges or [None] * len(params), strict=True)
@@ -216,6 +217,12 @@ class Templates:
                 templates = [replace(template, where=origin.where) for template, origin in pairs]
             self._steps[memo] = tuple(templates)
         return self._steps[memo]
+
+    def _judges_of(self, kind: StageKind) -> list[JudgeOrigin | None]:
+        """The judge of each of the stages of a kind; empty for a kind without judges."""
+        if "scoring" in kind.settings:
+            return [self._judge, *self._judges]
+        return [self._pairs] if "pairs" in kind.settings and self._pairs else []
 
     def _params(self, kind: StageKind, methods: Sequence[Method]) -> list[dict[str, Any]]:
         """What of the sweep decides the result of a kind; several for a kind done in
@@ -232,12 +239,11 @@ class Templates:
         if "benchmarks" in kind.settings:
             limit = self._spec.evaluation.benchmark_limit
             return [{**params, **origin.params, "limit": limit} for origin in self._benchmarks]
+        if "pairs" in kind.settings:
+            return [{**params, **_read_by(self._pairs)}] if self._pairs else []
         if "scoring" not in kind.settings:
             return [params]
-        others = [
-            {**params, "judge": judge.plain, "judge_version": judge.version}
-            for judge in self._judges
-        ]
+        others = [{**params, **_read_by(judge)} for judge in self._judges]
         return [{**params, "judge": SCORED_BY_PROBE, "scoring": self._scoring}, *others]
 
     def asking(self, template: StageTemplate, model: ModelSpec) -> StageTemplate:
@@ -292,3 +298,7 @@ class Templates:
             shaping = [m for m in stack if any(hook in hooks for hook in hooks_of(type(m)))]
             self._providers[memo] = self.template(kind, params, shaping)
         return self._providers[memo]
+
+
+def _read_by(judge: JudgeOrigin) -> dict[str, Any]:
+    return {"judge": judge.plain, "judge_version": judge.version}

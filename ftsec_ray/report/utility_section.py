@@ -1,5 +1,5 @@
 """What models are good for beyond the utility that stands beside every safety metric: benchmarks,
-and the loss of held-out answers.
+the loss of held-out answers, and how often their answers win over those of the clean tune.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from ftsec_ray.stages.benchmark import PREFIX
 if TYPE_CHECKING:
     from ftsec_ray.report.grid import Grid
 
-LOSS = "answer_loss"
+LOSS, WINS = "answer_loss", "win_rate"
 BENCHMARKS = f"{PREFIX}:"
-LEGEND = "Benchmarks and held-out loss, with their 95 % intervals over documents."
+LEGEND = "Benchmarks, held-out loss and win rate over the clean tune, with their 95 % intervals."
 
 
 def shown(metrics: Iterable[str]) -> list[str]:
     """Those of the metrics that the section is about, in their order."""
     return [
-        name for name in schema.in_order(metrics) if name == LOSS or name.startswith(BENCHMARKS)
+        name
+        for name in schema.in_order(metrics)
+        if name in (LOSS, WINS) or name.startswith(BENCHMARKS)
     ]
 
 

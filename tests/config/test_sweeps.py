@@ -12,12 +12,16 @@ from ftsec_ray import api
 from ftsec_ray.plan.controls import uncontrolled
 
 FOLDER = Path(__file__).parents[2] / "sweeps"
-FILES = sorted(FOLDER.rglob("*.y*ml"))
+FILES = sorted(FOLDER.glob("*.yaml"))
 
 
 def test_there_are_sweep_files_and_each_is_tested():
     assert len(FILES) >= 1
-    assert {path.suffix for path in FOLDER.rglob("*") if path.is_file()} <= {".yaml", ".yml", ".md"}
+    besides = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.is_file()}
+    assert besides - {path.name for path in FILES} - {"README.md"} == {
+        "benchmarks/ag_news_choice.yaml",
+        "refusal_judge.py",
+    }
 
 
 def beside_its_inputs(path, folder):
@@ -27,7 +31,13 @@ def beside_its_inputs(path, folder):
     copy = folder / "sweeps" / path.name
     copy.parent.mkdir()
     shutil.copy(path, copy)
-    for name in re.findall(r"path: ([^,}\s]+)", path.read_text()):
+    shutil.copytree(FOLDER / "benchmarks", copy.parent / "benchmarks")
+    benchmarks = (FOLDER / "benchmarks").glob("*.yaml")
+    data = [
+        name for file in benchmarks for name in re.findall(r"test: ([^,}\s]+)", file.read_text())
+    ]
+    named = re.findall(r"(?:path|model): (\.\.[^,}\s]+)", path.read_text())
+    for name in named + [name.removeprefix("../") for name in data]:
         given = copy.parent / name
         given.parent.mkdir(parents=True, exist_ok=True)
         given.write_text(name)
