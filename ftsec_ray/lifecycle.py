@@ -162,7 +162,10 @@ class StageKind:
     trains: Literal["never", "declared", "always"] = "never"
     """Whether it trains: where a method declares that hook in TRAINS, or always."""
     prior_s: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"": (1.0, 1.0)})
-    """Variant ("" for any other) -> (seconds, seconds more per million weights) on one CPU core."""
+    """Variant ("" for any other) -> (seconds, seconds more per million weights) on one CPU core.
+    Variants: the first part of a source (`ladder`), `judge` where a judge that is a model reads,
+    and `model` where a stage of rows asks a model.
+    """
     amount_of: Callable[[Mapping[str, Any]], float] = _once
     """Params -> how often a stage does what takes the seconds per million weights."""
 
@@ -175,10 +178,14 @@ class StageKind:
         """Whether it asks a finished model, so that `serve_template` decides its result."""
         return not {"generation", "benchmarks"}.isdisjoint(self.settings)
 
-    def prior_of(self, params: Mapping[str, Any]) -> tuple[float, float]:
-        """The prior for a stage with these params; its `source` is such as `ladder:1m`."""
-        source = str(params.get("source", ""))
-        fixed, per_million = self.prior_s.get(source.split(":")[0]) or self.prior_s[""]
+    def prior_of(
+        self, params: Mapping[str, Any], variant: str | None = None
+    ) -> tuple[float, float]:
+        """The prior for a stage with these params; its variant is that of its `source`, such as
+        `ladder:1m`, where none is given.
+        """
+        name = str(params.get("source", "")).split(":")[0] if variant is None else variant
+        fixed, per_million = self.prior_s.get(name) or self.prior_s[""]
         return fixed, per_million * self.amount_of(params)
 
 

@@ -112,9 +112,9 @@ class StageSet:
         kind = template.kind
         if template.where:
             place = {**place, **template.where}
-        priced: Mapping[str, Any] = template.params
+        variant = "model" if template.needs and not kind.needs_model else None
         if template.judge is not None and template.judge.model is not None:
-            parameters, priced = parameters_of(template.judge.model), {"source": "judge"}
+            parameters, variant = parameters_of(template.judge.model), "judge"
         self.stages[digest] = Stage(
             digest,
             kind.name,
@@ -124,7 +124,7 @@ class StageSet:
             template.params,
             place,
             takes,
-            prior_s(kind.prior_of(priced), parameters, takes),
+            prior_s(kind.prior_of(template.params, variant), parameters, takes),
         )
         return digest
 

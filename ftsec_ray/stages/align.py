@@ -4,8 +4,9 @@ refusals.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.lifecycle import StageKind
 
@@ -15,7 +16,21 @@ if TYPE_CHECKING:
     from ftsec_ray.lifecycle import Extra, Job
     from ftsec_ray.training.loop import TuneReport
 
-KIND = StageKind(name="align", position=30, prior_s={"": (2.0, 15.0)})
+_ROWS = 1_536
+"""Rows of the prior, over all epochs."""
+
+
+def _amount(params: Mapping[str, Any]) -> float:
+    """Rows that a loaded model sees, in units of the prior; a rung of the ladder sees as many as it
+    does.
+    """
+    align = params.get("align")
+    if align is None:
+        return 1.0
+    return float((align["safety_rows"] + align["benign_rows"]) * align["epochs"] / _ROWS)
+
+
+KIND = StageKind(name="align", position=30, prior_s={"": (2.0, 15.0)}, amount_of=_amount)
 
 
 def run(job: Job) -> Extra:

@@ -38,17 +38,19 @@ _LOWER = frozenset(
     {"bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity"}
 )
 """Metrics of lm-eval of which less is better."""
-_DOCUMENTS = {"mmlu": (57, 14_042), "gsm8k": (1, 1_319), "ifeval": (1, 541)}
-"""Tasks and documents of the usual benchmarks, as published; others are taken for OTHER."""
-_OTHER = (1, 1_000)
+_DOCUMENTS = {"mmlu": (57, 14_042, 1.0), "gsm8k": (1, 1_319, 8.0), "ifeval": (1, 541, 8.0)}
+"""Tasks and documents of the usual benchmarks, as published, and what a document costs, in units of
+one that is a choice: others generate. A benchmark that is not listed is taken for OTHER."""
+_OTHER = (1, 1_000, 1.0)
 _HUNDRED = 100
 
 
 def _hundreds(params: Mapping[str, Any]) -> float:
-    """Hundreds of documents that a stage asks."""
-    tasks, documents = _DOCUMENTS.get(str(params.get("benchmark")), _OTHER)
+    """Hundreds of documents that a stage asks, each by what it costs."""
+    tasks, documents, cost = _DOCUMENTS.get(str(params.get("benchmark")), _OTHER)
     limit = params.get("limit")
-    return (documents if limit is None else min(documents, tasks * int(limit))) / _HUNDRED
+    asked = documents if limit is None else min(documents, tasks * int(limit))
+    return cost * asked / _HUNDRED
 
 
 KIND = StageKind(
@@ -62,7 +64,7 @@ KIND = StageKind(
     measures=True,
     roles=("reference", "unaligned", "start", "clean_bank"),
     settings=("benchmarks", "training"),
-    prior_s={"": (10.0, 5.0)},
+    prior_s={"": (5.0, 1.0)},
     amount_of=_hundreds,
 )
 

@@ -23,7 +23,7 @@ KIND = StageKind(
     settings=("sweep_training",),
     needs_model=False,
     tunes=True,
-    prior_s={"": (1.0, 0.0)},
+    prior_s={"": (1.0, 0.0), "model": (1.0, 2.5)},  # a filter that asks a model
 )
 
 

@@ -4,13 +4,26 @@ judged yet.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.lifecycle import StageKind
 
 if TYPE_CHECKING:
     from ftsec_ray.lifecycle import Extra, Job
+
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 32, 48
+"""Of what the seconds of the prior are the price: prompts of a probe, and tokens of each."""
+
+
+def _amount(params: Mapping[str, Any]) -> float:
+    """How much a stage asks, in units of the prior."""
+    asked = params["generation"]
+    prompts = asked["prompts"] * asked.get("samples", 1) / _PROMPTS
+    tokens = _PROMPT_TOKENS + asked["max_new_tokens"]
+    return float(prompts * tokens / (_PROMPT_TOKENS + _NEW_TOKENS))
+
 
 KIND = StageKind(
     name="generate",
@@ -25,7 +38,8 @@ KIND = StageKind(
     gives="completions",
     roles=("reference", "unaligned", "start", "clean_bank"),
     settings=("generation", "training"),
-    prior_s={"": (1.0, 5.0)},
+    prior_s={"": (1.0, 2.0)},
+    amount_of=_amount,
 )
 
 

@@ -13,7 +13,7 @@ KIND = StageKind(
     name="source",
     position=20,
     computes=False,  # it does where it trains, as the planner knows
-    prior_s={"": (3.0, 2.0), "ladder": (5.0, 110.0)},
+    prior_s={"": (3.0, 0.5), "ladder": (5.0, 110.0)},
 )
 
 

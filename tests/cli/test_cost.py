@@ -37,16 +37,16 @@ budget: {usd: 0.05, hours: 2}
 """
 TABLE = """\
 node type        a stage asks for           to run      hours  GPU-hours  CPU-hours        usd
-gpu-spot (spot)  1 GPU of 80 GiB, 1 CPU          4     0.0219     0.0219     0.0219     0.0439
-gpu-spot (spot)  1/4 GPU of 80 GiB, 1 CPU        4     0.0039     0.0010     0.0039     0.0020
-gpu-spot (spot)  1/8 GPU of 80 GiB, 1 CPU        6     0.0033     0.0004     0.0033     0.0008
-cpu              1 CPU                           9       0.63       0.00       0.63     0.0317
-all                                             23       0.66     0.0233       0.66     0.0783
+gpu-spot (spot)  1 GPU of 80 GiB, 1 CPU          4     0.0281     0.0281     0.0281     0.0561
+gpu-spot (spot)  1/4 GPU of 80 GiB, 1 CPU        4     0.0047     0.0012     0.0047     0.0024
+gpu-spot (spot)  1/8 GPU of 80 GiB, 1 CPU        6     0.0032     0.0004     0.0032     0.0008
+cpu              1 CPU                           9       0.16       0.00       0.16     0.0080
+all                                             23       0.20     0.0296       0.20     0.0673
 estimated from priors (rough) 100%
 assumed: full nodes (a stage pays for its share of the cheapest node type with room), no start-up or idle time, nothing lost on spot
 model gpt: size unknown, taken as 1e9 weights; give `parameters`
-budget usd 0.05: spent 0, to come 0.0783, MORE THAN ALLOWED
-budget hours 2: spent 0, to come 0.663
+budget usd 0.05: spent 0, to come 0.0673, MORE THAN ALLOWED
+budget hours 2: spent 0, to come 0.197
 """
 
 
@@ -77,8 +77,8 @@ def test_a_plan_without_gpus_and_prices_shows_cpu_hours():
         shown[shown.index("node type") :]
         == """\
 node type  a stage asks for   to run      hours  GPU-hours  CPU-hours
-any        1 CPU                  27     0.0183       0.00     0.0183
-all                               27     0.0183       0.00     0.0183
+any        1 CPU                  27     0.0170       0.00     0.0170
+all                               27     0.0170       0.00     0.0170
 estimated from priors (rough) 100%
 """
     )
@@ -149,7 +149,7 @@ def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_
         return toy.run_stage(stage, out, session)
 
     monkeypatch.setattr("tests.cli.toy.slow", slow, raising=False)
-    monkeypatch.setattr(StageKind, "prior_of", lambda self, params: (1e-5, 0.0))
+    monkeypatch.setattr(StageKind, "prior_of", lambda self, params, variant: (1e-5, 0.0))
     monkeypatch.setattr(toy, "RUNNER", "tests.cli.toy:slow")
     (folder / "small.yaml").write_text(SMALL + f"budget: {{hours: {0.4 / 3600}}}\n")
     stopped = call("run", "small.yaml", code=1).stdout

@@ -8,6 +8,7 @@ import pytest
 
 from ftsec_ray.config.sweep import (
     BudgetSpec,
+    EvaluationConfig,
     ModelSpec,
     NodeType,
     ResourceSpec,
@@ -163,3 +164,16 @@ def test_a_sweep_past_its_budget_says_what_it_takes_and_what_is_allowed():
         "nothing is left to do"
     )
     assert shortfall(build_plan(sweep()), Spend(hours=9e9), bill) is None, "no budget"
+
+
+def test_a_plan_prices_what_is_asked():
+    def hours(**evaluation):
+        plan = build_plan(sweep(evaluation=EvaluationConfig(**evaluation)))
+        return next(s.cost_s for s in plan.stages.values() if s.kind == "generate")
+
+    fixed = 2 * hours(prompts=32, max_new_tokens=48) - hours(prompts=64, max_new_tokens=48)
+    asked = hours(prompts=64, max_new_tokens=48) - fixed
+    assert hours(prompts=8, max_new_tokens=48) - fixed == pytest.approx(asked / 8)
+    more = hours(prompts=64, max_new_tokens=48, samples=4, temperature=1.0) - fixed
+    assert more == pytest.approx(4 * asked)
+    assert hours(prompts=64, max_new_tokens=8) - fixed == pytest.approx(asked / 2)
