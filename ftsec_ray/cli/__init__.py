@@ -14,6 +14,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     from ftsec_ray.cli.plain_output import PIPE_CLOSED, flushed, use_plain_signs
     from ftsec_ray.errors import EnvironmentFault
+    from ftsec_ray.shown_text import for_terminal
 
     use_plain_signs()
     try:
@@ -35,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 f"install {error.name}, on a cluster in the image of all nodes",
             ) from error
     except EnvironmentFault as fault:
-        print(fault, file=sys.stderr)
+        sys.stderr.write(f"{for_terminal(str(fault))}\n")  # Rich may be what is missing
         raise SystemExit(fault.exit_code) from None
     try:
         app(args=None if args is None else list(args), prog_name="ftsec")
