@@ -72,15 +72,7 @@ def _is_hidden(sign: str) -> bool:
 
 
 def _escape(sign: str) -> str:
-    code = ord(sign)
-    short = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(sign)
-    return short or (
-        f"\\x{code:02x}"
-        if code < 0x100
-        else f"\\u{code:04x}"
-        if code < 0x10000
-        else f"\\U{code:08x}"
-    )
+    return sign.encode("unicode_escape").decode()
 
 
 def _named(sign: str) -> str:

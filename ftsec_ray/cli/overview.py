@@ -12,12 +12,12 @@ from ftsec_ray import api
 from ftsec_ray.cli.console import say, say_json
 from ftsec_ray.cli.failure_text import Failure, show_failures
 from ftsec_ray.code_versions import stage_code
+from ftsec_ray.config.yaml_text import redacted_yaml
 from ftsec_ray.plan.cost_estimate import shortfall, spent_of
 from ftsec_ray.plan.durations import Costs, learned_from
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration, render, summarize
 from ftsec_ray.plan.stage import Cell
-from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.read import run_meta
 from ftsec_ray.results.remote_results import local_results
@@ -58,7 +58,7 @@ def other_plan_line(plan: Plan, folder: Path, sweep_text: str | None) -> str | N
     held = run_meta(folder)
     if held is None or held.get("plan") in (None, plan.digest):
         return None
-    if plan.spec.searches and held.get("sweep_text") == redacted(sweep_text or ""):
+    if plan.spec.searches and held.get("sweep_text") == redacted_yaml(sweep_text or ""):
         return None
     counts = held.get("counts")
     cells = sum(counts.values()) if isinstance(counts, dict) else "?"
