@@ -107,7 +107,10 @@ FORMS = (
         rf"\1{GONE}@",
     ),
     _form(
-        "user in a URL", r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/@'\"<>\[\]]{1,200}@", rf"\1{GONE}@"
+        "user in a URL",
+        r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)(?<!abfs://)(?<!abfss://)(?!anonymous@|git@)"
+        r"[^\s/@'\"<>\[\]]{1,200}@",
+        rf"\1{GONE}@",
     ),
     _form(
         "password before a host",
