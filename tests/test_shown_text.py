@@ -144,3 +144,12 @@ def test_nothing_in_the_page_is_marked_safe_but_the_page_itself():
                 (given,) = node.args
                 allowed = isinstance(given, ast.Constant) or path.name == "page.py"
                 assert allowed, f"{path.name}:{node.lineno}: {ast.unparse(given)}"
+
+
+def test_a_traceback_is_shown_without_secrets_and_without_what_acts(monkeypatch, capsys):
+    from ftsec_ray.cli import _show_bug
+
+    monkeypatch.setenv("MY_TOKEN", "plantedtoken1")
+    error = RuntimeError("\x1b[2J\rplantedtoken1")
+    _show_bug(RuntimeError, error, None)
+    assert capsys.readouterr().err == "RuntimeError: \\x1b[2J\\r[MY_TOKEN]\n"

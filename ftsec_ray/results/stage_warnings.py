@@ -40,14 +40,16 @@ class StageWarning:
     """Kind and method of these stages, each once."""
 
     def line(self) -> str:
-        """The warning in one line."""
-        text = " ".join(self.text.split())
+        """The warning in one line, whatever its text."""
+        return " ".join(self._told().split())
+
+    def _told(self) -> str:
         cells = "1 cell" if self.cells == 1 else f"{self.cells} cells"
         if not self.stages:
-            return f"warning: {text} ({cells})"
+            return f"warning: {self.text} ({cells})"
         names = ", ".join(self.places[:_MAX_NAMES]) + ", ..." * (len(self.places) > _MAX_NAMES)
         stages = "1 stage" if self.stages == 1 else f"{self.stages} stages"
-        return f"warning: {text} ({names}: {stages}, {cells})"
+        return f"warning: {self.text} ({names}: {stages}, {cells})"
 
     def as_json(self) -> dict[str, Any]:
         """JSON values, as `run.json` keeps them."""
