@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 from ftsec_ray import schema
 from ftsec_ray.cli import console
-from ftsec_ray.cli.print_audit import audit
+from ftsec_ray.cli.failure_text import Failure, show_failures
 from ftsec_ray.report.markdown import grid_markdown
 from ftsec_ray.report.page import write_report
 from ftsec_ray.results.read import Results
@@ -130,8 +130,8 @@ def test_the_terminal_gets_lines_and_columns_that_no_text_made(
         console.say(line)
     warned = capsys.readouterr().out
     assert len(warned.splitlines()) == 1
-    audit(hostile.folder, labels=None, exact=False, judges=(), as_json=False)
-    audit(hostile.folder, labels=None, exact=False, judges=(), as_json=True)
+    (row,) = [row for row in hostile.cells.to_pylist() if row["status"] == "failed"]
+    show_failures([Failure(cell=row["model"] + EVIL, stage=EVIL, error=row["error"])], more="")
     said = capsys.readouterr()
     assert not ACTS.search(warned + said.out + said.err)
 
