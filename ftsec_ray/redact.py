@@ -2,72 +2,85 @@
 records and reports.
 
 A secret is the value of an environment variable whose name says so (`HF_TOKEN`,
-`AWS_SECRET_ACCESS_KEY`), a text of the credentials file that `GOOGLE_APPLICATION_CREDENTIALS`
-names, the token that `huggingface-cli login` keeps, and whatever has the form of a token of a
-well-known service or stands where a URL has a password or a signature.
+`AWS_SECRET_ACCESS_KEY`), the password in the URL of any variable, a text of the credentials file
+that `GOOGLE_APPLICATION_CREDENTIALS` names, the token that `huggingface-cli login` keeps, and
+whatever has the form of a token of a well-known service or stands where a URL has a password or a
+signature (`secret_forms`). What a digest is made of is never redacted: only what is written.
 """
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import logging
 import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
+
+from ftsec_ray.secret_forms import GONE, form_in, without_forms
+from ftsec_ray.shown_text import for_terminal
 
 T = TypeVar("T")
 MIN_CHARS = 8
 """Shorter values are settings: taking them out would tear ordinary words apart."""
+_SHORT = re.compile(r"(?=.*\d)(?=.*[A-Za-z])\S{6,7}")
+"""But these are no words."""
+_MAX_FILE = 1 << 16
+"""Bytes read of a file that a variable names."""
+_LINE = re.compile(r"[\w+/=.~-]{20,}")
+"""A line of a secret of many lines that is one itself."""
 _NAME = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|APIKEY)(_|$)|(API|ACCESS|SECRET|PRIVATE|AUTH|ACCOUNT)_KEY(_|$)",
+    r"(TOKENS?|SECRETS?|PASS|PASSW(OR)?D|PWD|PASSPHRASE|CRED(ENTIAL)?S?|KEY|KEYS|AUTH|SAS|WEBHOOK|JWT|PAT"
+    r"|PRIVATE|COOKIE|CONNECTION_STRING|CONNSTR)(?=_|$)|SECRET|PASSWORD",
     re.IGNORECASE,
 )
-_FORMS = (
-    (
-        re.compile(
-            r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[A-Za-z0-9_-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}"
-            r"|ya29\.[\w.-]{20,}|xox[abprs]-[\w-]{10,})"
-        ),
-        "[redacted]",
-    ),
-    (re.compile(r"(?s)-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?(-----END \1-----|$)"), "[redacted]"),
-    (re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@'\"]+@"), r"\1[redacted]@"),
-    (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}"), r"\1 [redacted]"),
-    (
-        re.compile(
-            r"(?i)([?&](?:[\w-]*(?:token|secret|signature|password|credential|access_?key|api_?key)[\w-]*|sig)=)[^&\s'\"]+"
-        ),
-        r"\1[redacted]",
-    ),
+_NO_SECRET = re.compile(
+    r"^(PWD|OLDPWD|GPG_KEY|SSH_AUTH_SOCK)$|_(MODE|TYPE|METHOD|PROVIDER|URI|FILE_MODE|NAME|ENABLED)$",
+    re.IGNORECASE,
 )
+"""Names of settings beside secrets, of folders, and of the public key that Python images carry."""
+_URL_PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*:(?!\d{1,5}(?:[/?#]|$))(\S+)@")
+_PAIR = re.compile(r"(?:^|[?&;])([\w-]+)=([^&;]+)")
+_PUBLIC = re.compile(r"(^type|uri|url|domain|email|project_id|client_id)$|^auth_")
+"""Keys of a credentials file that are no secret."""
 
 
 def redacted(text: str) -> str:
     """A text without the secrets of this process's environment and without what has the form of
     one.
     """
-    return _cleaned(text, _secrets())
+    return _secrets().cleaned(text)
 
 
 def environment_secrets() -> dict[str, str]:
     """Secret -> the variable or file of this process's environment that holds it: what nothing
     written may repeat.
     """
-    return _secrets()
+    return dict(_secrets().names)
 
 
 def without_secrets(value: T) -> T:
-    """A value of JSON, with all its texts redacted."""
+    """A value of JSON, with all its texts redacted, those of its keys too."""
     return _walked(value, _secrets())  # type: ignore[return-value]
 
 
+def secrets_in(value: object) -> list[tuple[str, str]]:
+    """(place, what it looks like) of every text of a JSON value that holds a secret; the place is
+    the way of keys and numbers to it, redacted itself.
+    """
+    return list(_found(value, "", _secrets()))
+
+
 def clean_logs() -> None:
-    """Have every log record of this process redacted from now on, whoever writes it: libraries log
-    the addresses that they ask.
+    """Have every log record of this process redacted from now on, whoever writes it, and shown as a
+    terminal can show it: libraries log the addresses that they ask.
     """
     before = logging.getLogRecordFactory()
     if isinstance(before, _CleanRecords):
@@ -87,73 +100,174 @@ class _CleanRecords:
             message = record.getMessage()
         except (TypeError, ValueError):  # arguments that do not fit: logging says so itself
             return record
-        cleaned = redacted(message)
+        cleaned = for_terminal(redacted(message))
         if cleaned != message:
             record.msg, record.args = cleaned, ()
         if record.exc_info and record.exc_info[0] is not None:
-            record.exc_text = redacted(
-                "".join(traceback.format_exception(*record.exc_info)).rstrip()
+            record.exc_text = for_terminal(
+                redacted("".join(traceback.format_exception(*record.exc_info)).rstrip())
             )  # handlers take it as it is
         return record
 
 
-def _cleaned(text: str, secrets: Mapping[str, str]) -> str:
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, f"[{secrets[secret]}]")
-    for form, instead in _FORMS:
-        text = form.sub(instead, text)
-    return text
+@dataclass(frozen=True)
+class _Secrets:
+    """Every way in which a known secret may be written -> the name of where it is from."""
+
+    names: Mapping[str, str]
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str] | None:
+        """The longest first, whatever the case: escapes are written in both."""
+        longest = sorted(self.names, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest)), re.IGNORECASE) if longest else None
+
+    @cached_property
+    def _small(self) -> Mapping[str, str]:
+        return {secret.lower(): name for secret, name in self.names.items()}
+
+    def _name(self, found: re.Match[str]) -> str:
+        return self._small.get(found[0].lower(), "redacted")
+
+    def cleaned(self, text: str) -> str:
+        """A text without them, and without what has the form of a secret."""
+        if self._pattern is not None:
+            text = self._pattern.sub(lambda found: f"[{self._name(found)}]", text)
+        return without_forms(text)
+
+    def kind_of(self, text: str) -> str | None:
+        """What in a text is a secret, in words."""
+        if self._pattern is not None and (found := self._pattern.search(text)):
+            return f"the value of {self._name(found)} in this environment"
+        return form_in(text)
 
 
-def _walked(value: object, secrets: Mapping[str, str]) -> object:
+def _walked(value: object, secrets: _Secrets) -> object:
     if isinstance(value, str):
-        return _cleaned(value, secrets)
+        return secrets.cleaned(value)
     if isinstance(value, Mapping):
-        return {key: _walked(inner, secrets) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
+        found: dict[object, object] = {}
+        for key, inner in value.items():
+            name = secrets.cleaned(key) if isinstance(key, str) else key
+            while name in found:
+                name = f"{name}+"  # two secrets as keys: neither value is lost
+            found[name] = GONE if _is_named_secret(key, inner) else _walked(inner, secrets)
+        return found
+    if isinstance(value, (list, tuple, set, frozenset)):
         return [_walked(inner, secrets) for inner in value]
     return value
 
 
-def _secrets() -> dict[str, str]:
-    """Secret -> name of where it is from."""
-    found: dict[str, str] = {}
-    for name, value in os.environ.items():
-        if _NAME.search(name):
-            for secret in _values(value):
-                if len(secret) >= MIN_CHARS:
-                    found |= {
-                        secret: name,
-                        quote(secret, safe=""): name,
-                        json.dumps(secret)[1:-1]: name,
-                    }
+def _is_named_secret(key: object, value: object) -> bool:
+    """Whether a value is a secret by its key alone, as in `{"api_key": "..."}`."""
+    if not isinstance(key, str) or not isinstance(value, str):
+        return False
+    return not (form_in(value) or form_in(key)) and form_in(f"{key}: {value}") is not None
+
+
+def _found(value: object, place: str, secrets: _Secrets) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        if what := secrets.kind_of(value):
+            yield place, what
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            name = secrets.cleaned(str(key))
+            way = f"{place}.{name}" if place else name
+            if what := secrets.kind_of(str(key)):
+                yield f"a key of {place}" if place else "a key", what
+            if _is_named_secret(key, inner):
+                yield way, "the value of a key"
+            else:
+                yield from _found(inner, way, secrets)
+    elif isinstance(value, (list, tuple)):
+        for number, inner in enumerate(value):
+            yield from _found(inner, f"{place}[{number}]", secrets)
+
+
+def _secrets() -> _Secrets:
+    """Those of this process's environment as it is now."""
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     kept = _text_of(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").strip()
-    return found | ({kept: "HF_TOKEN"} if len(kept) >= MIN_CHARS else {})
+    told = [pair for pair in os.environ.items() if "://" in pair[1] or _is_secret(pair[0])]
+    files = [_text_of(value) if _is_path(value) else None for _, value in told]
+    return _written(tuple(told), tuple(files), kept)
 
 
-def _values(value: str) -> Iterator[str]:
-    """The secrets in the value of a variable: itself, or those of the file that it names."""
-    text = _text_of(value) if value.startswith(("/", "~", "./")) or value.endswith(".json") else ""
-    if not text:
-        yield value.strip()
-        return
+def _is_secret(name: str) -> bool:
+    return bool(_NAME.search(name)) and not _NO_SECRET.search(name)
+
+
+@lru_cache(maxsize=4)
+def _written(
+    told: tuple[tuple[str, str], ...], files: tuple[str | None, ...], kept: str
+) -> _Secrets:
+    """The secrets of these variables, the texts of the files that they name, and the token of a
+    login, in every way in which they may be written.
+    """
+    found: dict[str, str] = {}
+    for (name, value), text in zip(told, files, strict=True):
+        secrets = [*(_values(value, text) if _is_secret(name) else ())]
+        for secret in (*secrets, *_URL_PASSWORD.findall(value)):
+            found = dict.fromkeys(_ways(secret), name) | found
+    return _Secrets(dict.fromkeys(_ways(kept), "HF_TOKEN") | found)
+
+
+def _values(value: str, text: str | None) -> Iterator[str]:
+    """The secrets in the value of a variable: itself and its parts, or those of the text of the
+    file that it names.
+    """
     try:
-        parts = json.loads(text)
+        parts = json.loads(value if text is None else text)
     except ValueError:
-        parts = {"": text.strip()}
+        parts = None
     if isinstance(parts, dict):
         yield from (
             part for key, part in parts.items() if isinstance(part, str) and not _PUBLIC.search(key)
         )
+    elif text is not None:
+        yield text
+    if text is None:
+        yield value
+        yield from (part for key, part in _PAIR.findall(value) if _is_secret(_split_words(key)))
 
 
-_PUBLIC = re.compile(r"(^type|uri|url|domain|email|project_id|client_id)$|^auth_")
-"""Keys of a credentials file that are no secret."""
+def _split_words(key: str) -> str:
+    """`AccountKey` -> `Account_Key`."""
+    return "SAS" if key == "sig" else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key)
+
+
+def _ways(secret: str) -> set[str]:
+    """How a secret may stand in a text: as it is and by its lines, quoted as in a URL, in JSON, in
+    HTML, in Python, and within base64, as the header of basic credentials has it.
+    """
+    secret = secret.strip()
+    found = {secret, *(line for line in secret.splitlines() if _LINE.fullmatch(line.strip()))}
+    plain, raw = json.dumps(secret)[1:-1], secret.encode("utf-8", "surrogateescape")
+    found |= {quote(raw, safe=""), quote(raw), quote_plus(raw)}
+    found |= {html.escape(secret), html.escape(secret).replace("+", "&#43;")}
+    found |= {plain, plain.replace("/", "\\/"), repr(secret)[1:-1]}
+    for before in range(3) if len(raw) >= 12 else ():
+        # Base64 takes three bytes at a time: its first signs depend on what stands in front.
+        text = base64.b64encode(b"\0" * before + raw).decode()
+        core = text[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6]
+        found |= {core, core.replace("+", "-").replace("/", "_")}
+    return {written for written in found if len(written) >= MIN_CHARS or _SHORT.fullmatch(written)}
+
+
+def _is_path(value: str) -> bool:
+    """Whether a value names a file, folder or socket that is there."""
+    try:
+        return value.startswith(("/", "~", ".")) and Path(value).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, no home
+        return False
 
 
 def _text_of(path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError):  # no such file, or no path at all
+        place = Path(path).expanduser()
+        if not place.is_file():  # a pipe would be emptied by a look
+            return ""
+        with place.open(encoding="utf-8") as file:
+            return file.read(_MAX_FILE)
+    except (OSError, ValueError, RuntimeError):  # no such file, or no path at all
         return ""

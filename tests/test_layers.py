@@ -19,6 +19,8 @@ ROOT = Path(ftsec_ray.__file__).parent
 LAYERS = [
     "version",
     "errors",
+    "shown_text",
+    "secret_forms",
     "redact",
     "identity",
     "discovery",

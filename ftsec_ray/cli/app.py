@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ftsec_ray.cli.console import guarded, say
+from ftsec_ray.cli.console import guarded, say, say_json
 from ftsec_ray.schedule.executors import DEFAULT, EXECUTORS, help_text
 
 app = typer.Typer(
@@ -433,11 +433,9 @@ def show(
 @guarded
 def schema() -> None:
     """Print the JSON schema of a sweep file, for editors."""
-    import json
-
     from ftsec_ray.config.json_schema import sweep_schema
 
-    say(json.dumps(sweep_schema(), indent=1))
+    say_json(sweep_schema())
 
 
 @app.command()
@@ -454,14 +452,12 @@ def doctor(
     ] = False,  # noqa: FBT002
 ) -> None:
     """Look at what this machine or cluster can run, and say what is missing."""
-    import json
-
     from ftsec_ray.cli.console import table
     from ftsec_ray.cli.doctor import examine, examine_image, fault_of
 
     findings = list(examine_image() if image else examine(store, address=address))
     if as_json:
-        say(json.dumps([finding.as_json() for finding in findings], indent=1))
+        say_json([finding.as_json() for finding in findings])
     else:
         table(
             "doctor",

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from ftsec_ray import schema
-from ftsec_ray.cli.console import say, table
+from ftsec_ray.cli.console import say, say_json, table
 from ftsec_ray.config.attack_search import is_searchable
 from ftsec_ray.config.docs import sections, summary
 from ftsec_ray.config.faults import nearest
@@ -145,7 +145,7 @@ def list_kind(kind: str, *, as_json: bool) -> None:
         raise SpecError("unknown catalogue", kind, " | ".join(KINDS), nearest(kind, KINDS))
     rows = KINDS[kind]()
     if as_json:
-        say(json.dumps(rows, indent=1))
+        say_json(rows)
         return
     columns = list(rows[0]) if rows else []
     if kind == "metrics":
@@ -195,7 +195,7 @@ def show(name: str, *, as_json: bool) -> None:
             nearest(name, known, "see `ftsec list attacks` and `ftsec list defenses`"),
         )
     if as_json:
-        say(json.dumps([page(registry, name) for registry in found], indent=1))
+        say_json([page(registry, name) for registry in found])
         return
     for index, registry in enumerate(found):
         if index:

@@ -1,5 +1,6 @@
 """Where the command line writes: answers to stdout, progress and errors to stderr, plain when
-nobody watches.
+nobody watches. All that it writes passes `shown`: without secrets, and without what a terminal
+would act on.
 
 Errors that the user can fix are printed without a traceback and leave with the exit code of their
 branch of the tree.
@@ -8,6 +9,7 @@ branch of the tree.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +22,8 @@ from rich.text import Text
 
 from ftsec_ray.cli.plain_output import PIPE_CLOSED, flushed
 from ftsec_ray.errors import EnvironmentFault, FtsecError
-from ftsec_ray.redact import redacted
+from ftsec_ray.redact import redacted, without_secrets
+from ftsec_ray.shown_text import for_terminal
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,9 +59,20 @@ def _console(*, stderr: bool) -> Console:
     )
 
 
+def shown(text: str, *, one_line: bool = False) -> str:
+    """A text as it may stand on a terminal."""
+    return for_terminal(redacted(text), one_line=one_line)
+
+
 def say(text: str = "", *, style: str | None = None, err: bool = False) -> None:
-    """Print text as it is: never markup, never cut."""
-    (stderr() if err else stdout()).print(Text(text, style=style or ""), soft_wrap=True)
+    """Print text: never markup, never cut."""
+    (stderr() if err else stdout()).print(Text(shown(text), style=style or ""), soft_wrap=True)
+
+
+def say_json(value: object) -> None:
+    """Print a value as JSON; its secrets go first, so that what is printed is still JSON."""
+    text = json.dumps(without_secrets(value), indent=1).replace("\x7f", "\\u007f")
+    stdout().print(Text(text), soft_wrap=True)
 
 
 def table(
@@ -70,8 +84,8 @@ def table(
 ) -> None:
     """Print a table: ruled on a terminal, aligned columns elsewhere."""
     console = stdout()
-    shown = Table(
-        title=title if console.is_terminal else None,
+    drawn = Table(
+        title=shown(title, one_line=True) if console.is_terminal else None,
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -79,25 +93,25 @@ def table(
         padding=(0, 2, 0, 0),
     )
     for column in columns:
-        shown.add_column(
-            column,
+        drawn.add_column(
+            shown(column, one_line=True),
             justify="right" if column in right else "left",
             overflow="fold",
             no_wrap=column == columns[0],
         )
     for row in rows:
-        shown.add_row(*(Text("" if value is None else str(value)) for value in row))
+        drawn.add_row(*(Text("" if one is None else shown(str(one), one_line=True)) for one in row))
     if console.is_terminal:
-        console.print(shown)
+        console.print(drawn)
         return
     with console.capture() as captured:
-        console.print(shown)
+        console.print(drawn)
     for line in captured.get().splitlines():
         say(line.rstrip())
 
 
 def _leave(error: FtsecError) -> NoReturn:
-    say(redacted(str(error)), err=True, style="red" if stderr().is_terminal else None)
+    say(str(error), err=True, style="red" if stderr().is_terminal else None)
     raise typer.Exit(error.exit_code) from None
 
 
@@ -125,7 +139,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
                 )
             )
         except KeyboardInterrupt:
-            again = redacted(" ".join(["ftsec", *sys.argv[1:]]))
+            again = " ".join(["ftsec", *sys.argv[1:]])
             say(f"\ninterrupted; finished stages are kept. Continue with: {again}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # a reader such as `head` has enough

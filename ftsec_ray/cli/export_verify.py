@@ -4,12 +4,11 @@ here.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from ftsec_ray import api
-from ftsec_ray.cli.console import say
+from ftsec_ray.cli.console import say, say_json
 from ftsec_ray.identity import sha256
 from ftsec_ray.schedule.job_paths import is_uri
 
@@ -27,7 +26,7 @@ def verify_archive(archive: Path, *, base: Path, store: str, as_json: bool) -> i
         archive, base=base, store=store if is_uri(store) or Path(store).is_dir() else None
     )
     if as_json:
-        say(json.dumps({**asdict(found), "is_equal": found.is_equal}, indent=1))
+        say_json({**asdict(found), "is_equal": found.is_equal})
         return 0 if found.is_equal else 1
     for topic, what in found.differences:
         say(f"{topic}: {what}")

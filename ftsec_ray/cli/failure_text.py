@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ftsec_ray.cli.console import say, stdout
+from ftsec_ray.cli.console import say, shown, stdout
 
 MAX_FAILURES = 10
 """Failures shown; the table `cells` and `status --json` hold all."""
@@ -90,6 +90,7 @@ def _print(text: str, indent: int) -> None:
     """A text behind an indent, wrapped where a window or COLUMNS gives a width; long words (paths)
     stay whole.
     """
+    text = shown(text, one_line=True)
     lines = [text]
     if stdout().is_terminal or os.environ.get("COLUMNS"):
         lines = textwrap.wrap(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ftsec_ray import api
-from ftsec_ray.cli.console import say
+from ftsec_ray.cli.console import say, say_json
 from ftsec_ray.cli.failure_text import Failure, show_failures
 from ftsec_ray.code_versions import stage_code
+from ftsec_ray.config.yaml_text import redacted_yaml
 from ftsec_ray.plan.cost_estimate import shortfall, spent_of
 from ftsec_ray.plan.durations import Costs, learned_from
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration, render, summarize
 from ftsec_ray.plan.stage import Cell
-from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.read import run_meta
 from ftsec_ray.results.remote_results import local_results
@@ -59,7 +58,7 @@ def other_plan_line(plan: Plan, folder: Path, sweep_text: str | None) -> str | N
     held = run_meta(folder)
     if held is None or held.get("plan") in (None, plan.digest):
         return None
-    if plan.spec.searches and held.get("sweep_text") == redacted(sweep_text or ""):
+    if plan.spec.searches and held.get("sweep_text") == redacted_yaml(sweep_text or ""):
         return None
     counts = held.get("counts")
     cells = sum(counts.values()) if isinstance(counts, dict) else "?"
@@ -89,18 +88,15 @@ def print_plan(
     records = held.records(done & set(plan.stages))
     other, warnings = made_by_other_code(plan, records), warnings_of(plan, records)
     if as_json:
-        say(
-            json.dumps(
-                {
-                    **summary.to_json(),
-                    "total": asdict(summary.bill.total),
-                    "gpu_hours": gpu_hours,
-                    "cost": cost,
-                    "made_by_other_code": dict(sorted(other.items())),
-                    "warnings": [one.as_json() for one in warnings],
-                },
-                indent=1,
-            )
+        say_json(
+            {
+                **summary.to_json(),
+                "total": asdict(summary.bill.total),
+                "gpu_hours": gpu_hours,
+                "cost": cost,
+                "made_by_other_code": dict(sorted(other.items())),
+                "warnings": [one.as_json() for one in warnings],
+            }
         )
         return
     say(render(summary))
@@ -146,7 +142,7 @@ def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
     statuses = cell_statuses(plan, done, set(failures))
     warnings = warnings_of(plan, held.records(done & set(plan.stages)))
     if as_json:
-        say(json.dumps(_status_json(plan, statuses, failures, warnings), indent=1))
+        say_json(_status_json(plan, statuses, failures, warnings))
         return
     counts = Counter(statuses.values())
     summary = summarize(plan, done, costs=costs_of(plan, held, done))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from ftsec_ray import api
-from ftsec_ray.cli.console import say, table
+from ftsec_ray.cli.console import say, say_json, table
 from ftsec_ray.measured import UTILITY_NAMES
 from ftsec_ray.results.audit import NO_LABELS, Agreement, Audit, Rate, Share
 from ftsec_ray.results.points import method_names
@@ -25,7 +24,7 @@ def audit(
     results = api.open_results(folder)
     found = api.judge_audit(results, labels=labels, exact=exact, judges=judges)
     if as_json:
-        say(json.dumps(asdict(found), indent=1))
+        say_json(asdict(found))
         return
     _print(found, results)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from ftsec_ray import api
 from ftsec_ray.claims import findings as rules
 from ftsec_ray.claims.contrast import Contrast
 from ftsec_ray.claims.findings import CLAIMS, Finding
-from ftsec_ray.cli.console import say, table
+from ftsec_ray.cli.console import say, say_json, table
 from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.measured import UNKNOWN, UTILITY_NAMES
 
@@ -53,7 +52,7 @@ def print_claims(folder: Path | None, *, as_json: bool, explain: bool) -> None:
             if found is None
             else [asdict(one) for one in found]
         )
-        say(json.dumps(rows, indent=1))
+        say_json(rows)
     elif found is not None:
         _print_findings(found, folder)
 

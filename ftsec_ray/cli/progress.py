@@ -21,7 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from ftsec_ray.cli.console import stderr
+from ftsec_ray.cli.console import shown, stderr
 from ftsec_ray.cli.failure_text import headline
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration
@@ -200,4 +200,6 @@ class LiveProgress:
             self._say(self.tally.line(elapsed))
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            shown(text, one_line=True), markup=False, highlight=False, soft_wrap=True
+        )

@@ -140,7 +140,7 @@ def report_sweep(
     )
     found, page = api.open_results(folder), write_report(folder)
     if as_markdown:
-        print("\n\n".join(filter(None, (grid_markdown(found), searches_markdown(found)))))
+        say("\n\n".join(filter(None, (grid_markdown(found), searches_markdown(found)))))
     else:
         _print_outcome(found, page)
 

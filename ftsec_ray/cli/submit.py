@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ftsec_ray import api
-from ftsec_ray.cli.console import INTERRUPTED, say
+from ftsec_ray.cli.console import INTERRUPTED, say, shown
 from ftsec_ray.schedule.jobs import Job
 
 
@@ -52,7 +52,7 @@ def submit_sweep(
     say(f"results: {job.results}", err=True)
     if not wait:
         _print_commands(job)
-        print(job.id)
+        say(job.id)
         return 0
     say(f"job: {job.id}", err=True)
     try:
@@ -69,5 +69,5 @@ def _print_commands(job: Job) -> None:
 
 
 def _print_log(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(shown(text.replace("\r\n", "\n")))
     sys.stdout.flush()

@@ -7,6 +7,7 @@ and not a silent overwrite.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.limits import LARGEST_INT, NESTING, VALUES
 from ftsec_ray.errors import SpecError
+from ftsec_ray.redact import redacted, secrets_in, without_secrets
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,6 +72,20 @@ def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+
+
+def redacted_yaml(text: str) -> str:
+    """A sweep file without secrets; as JSON, which is YAML too, where only YAML's own escapes and
+    folds put one together.
+    """
+    cleaned = redacted(text)
+    values = read_yaml(text, Faults("sweep"))
+    if not secrets_in(values):
+        return cleaned
+    again = read_yaml(cleaned, Faults("sweep"))
+    if again is not None and not secrets_in(again):
+        return cleaned
+    return json.dumps(without_secrets(values), indent=1, ensure_ascii=False) + "\n"
 
 
 def read_yaml(text: str, faults: Faults) -> Any:

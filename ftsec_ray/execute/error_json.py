@@ -32,8 +32,8 @@ def error_to_json(error: Exception) -> dict[str, str]:
         "class": type(error).__name__,
         "what": redacted(error.what),
         **got,
-        "want": error.want,
-        "fix": error.fix,
+        "want": redacted(error.want),
+        "fix": redacted(error.fix),
         "trace": trace,
     }
 

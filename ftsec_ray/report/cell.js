@@ -107,7 +107,7 @@ const openCell = (() => {
     return make("p", {class: "about"}, ...parts.flatMap((part) => [part, " "]));
   };
   const rest = (numbers) => {
-    const cells = numbers.map((number) => data.squares[number].sample).filter(Boolean).map((sample) => "'" + sample.cell + "'");
+    const cells = numbers.map((number) => data.squares[number].sample).filter(Boolean).map((sample) => "'" + sample.cell.replaceAll("'", "''") + "'");
     return cells.length ? make("p", {class: "ci"}, "The rest is beside this page: ", make("code", {}, "FROM 'generations/*.parquet' WHERE cell IN (" + cells.join(", ") + ")"), " (DuckDB)") : null;
   };
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.report.grid import Grid, Key
 from ftsec_ray.results.answers import codes_of
+from ftsec_ray.shown_text import for_html
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,22 +61,6 @@ class Samples:
     """Prompts of one probe in one cell."""
     left_out: int
     """Finished points of which not even one prompt fits."""
-
-
-def visible(text: str) -> str:
-    """The text with control, format (bidirectional, zero-width), surrogate and unassigned
-    characters as ⟨U+XXXX⟩.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        (
-            c
-            if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn")
-            else f"⟨U+{ord(c):04X}⟩"
-        )
-        for c in text
-    )
 
 
 def is_hidden(probe: str, verdict: str | None, judge: str) -> bool:
@@ -251,7 +235,7 @@ class _Book:
             return -1
         if text not in self.number:
             self.number[text] = len(self.texts)
-            self.texts.append(visible(_cut(text)))
+            self.texts.append(for_html(_cut(text)))
             self.size += (
                 len(script_text(json.dumps(self.texts[-1], ensure_ascii=False)).encode()) + 1
             )

@@ -6,11 +6,12 @@ const addExports = (() => {
     "–": "--", "…": "\\dots{}", "⟨": "$\\langle$", "⟩": "$\\rangle$", "≥": "$\\geq$", "≤": "$\\leq$"};
   const latex = (text) => text.replace(/[\\{}$&#%_^~<>|"'`\-[\]\u00a0−→↑↓·×●–…⟨⟩≥≤]/g, (one) => LATEX[one]);
   const isNumber = (text) => /^[+-]?\d+(\.\d+)?(e[+-]?\d+)?$/i.test(text);
-  /* A cell of a CSV file: quoted where it must be, and never a formula to a spreadsheet. */
+  /* A cell of a CSV file: quoted where it must be, and never a formula to a spreadsheet, be it one that takes a semicolon or a tab for the end of a cell. */
   const csv = (text) => {
     const minus = text.replace("−", "-"), plain = isNumber(minus) ? minus : text;
-    const safe = /^\s*[=+\-@]|^[\t\r\n]/.test(plain) && !isNumber(plain) ? "'" + plain : plain;
-    return /[",\r\n]/.test(safe) || safe !== safe.trim() ? "\"" + safe.replaceAll("\"", "\"\"") + "\"" : safe;
+    const whole = plain.replace(/([;\t]["'\s]*)(?=[=+\-@＝＋－＠])/g, "$1'");
+    const safe = /^["'\s]*[=+\-@＝＋－＠]|^[\t\r\n]/.test(whole) && !isNumber(whole) ? "'" + whole : whole;
+    return /[",;\t\r\n]/.test(safe) || safe !== safe.trim() ? "\"" + safe.replaceAll("\"", "\"\"") + "\"" : safe;
   };
   const isShown = (node) => !node.closest(".off");
   /* The lines of a table cell as a reader sees them: no buttons, and no completion that is still hidden. */
@@ -49,7 +50,7 @@ const addExports = (() => {
       return found.length > 1 ? "\\shortstack[l]{" + found.join(" \\\\ ") + "}" : found[0] || "";
     };
     const body = rows.map((row) => row.map(stack).join(" & ") + " \\\\");
-    const note = table.matches(".heat") ? "% metric: " + metric.value + "\n" : "";
+    const note = table.matches(".heat") ? "% metric: " + metric.value.replace(/\s+/g, " ") + "\n" : "";
     return "% \\usepackage{booktabs,textcomp} and \\usepackage[T1]{fontenc}; other scripts than Latin need XeLaTeX or LuaLaTeX\n" + note
       + "\\begin{tabular}{" + columns + "}\n\\toprule\n" + body[0] + "\n\\midrule\n" + body.slice(1).join("\n") + "\n\\bottomrule\n\\end{tabular}\n";
   };

@@ -11,7 +11,6 @@ called so.
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from ftsec_ray.results.lift import Lift, lifts
 from ftsec_ray.results.points import GridPoint, method_names, points_of
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.stage_warnings import lines_of, warnings_in
+from ftsec_ray.shown_text import for_markdown
 from ftsec_ray.success import is_driven_up
 
 Row = Mapping[str, Any]
@@ -66,24 +66,20 @@ def grid_markdown(results: Results) -> str:
         attack, stack = names[point.cell["cell"]]
         groups[(point.model, attack) if is_one_task else (*point.slice, attack)][stack] = point
     head = ["model", "attack"] if is_one_task else ["model", "task", "attack"]
-    lines = [f"| {' | '.join([*head, *stacks])} |", "|" + "---|" * len([*head, *stacks])]
+    titles = [*head, *map(for_markdown, stacks)]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     above = lifts(results, points)
     for place, by_stack in groups.items():
         shown = [_shown(by_stack[stack], above) if stack in by_stack else "" for stack in stacks]
-        lines.append(f"| {' | '.join([*place, *shown])} |")
+        lines.append(f"| {' | '.join([*map(for_markdown, place), *shown])} |")
     legend = _legend("\n".join(lines), points, results)
     places = [
         (*((point.model,) if is_one_task else point.slice), *names[point.cell["cell"]])
         for point in points
     ]
     legend += utility_markdown(points, places, [*head, "defense"])
-    warned = [f"- {_plain(line)}" for line in lines_of(warnings_in(results.meta))]
+    warned = [f"- {for_markdown(line)}" for line in lines_of(warnings_in(results.meta))]
     return "\n".join([*lines, "", *legend, *([""] * bool(warned)), *warned])
-
-
-def _plain(text: str) -> str:
-    """A text that Markdown and HTML leave as it is: a warning may quote somebody's data."""
-    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(text.split()))
 
 
 def _legend(grid: str, points: Sequence[GridPoint], results: Results) -> list[str]:
@@ -105,7 +101,9 @@ def _legend(grid: str, points: Sequence[GridPoint], results: Results) -> list[st
     found += [LEGEND_LIFT] * (f", {LIFT} " in grid)
     found += [LEGEND_ONE] * (ONE_SEED in grid) + [LEGEND_INCOHERENT] * ("incoherent" in grid)
     down = {one.success_metric for one in points if not is_driven_up(one.success_metric)}
-    return found + [LEGEND_DRIVEN_DOWN.format(metric=metric) for metric in sorted(down)]
+    return found + [
+        LEGEND_DRIVEN_DOWN.format(metric=for_markdown(metric)) for metric in sorted(down)
+    ]
 
 
 def _order(cell: Row) -> tuple[Any, ...]:
@@ -138,7 +136,7 @@ def _shown(point: GridPoint, above: Mapping[str, Lift]) -> str:
     """A cell of the table: the success of its attack with its lift, and utility below it."""
     undone = [status for status in point.statuses if status != "done"]
     if undone:
-        return undone[0]
+        return for_markdown(undone[0])
     metric = point.success_metric
     nulls = _null(point, metric)
     success = point.value()
@@ -148,7 +146,7 @@ def _shown(point: GridPoint, above: Mapping[str, Lift]) -> str:
     if success.over_seeds is not None:
         inside.append("{} seeds {:.2f}–{:.2f}".format(success.seeds, *success.over_seeds))
     word = "incoherent: " if point.is_incoherent else ""
-    name = "" if is_driven_up(metric) else f"1 − {metric} "
+    name = "" if is_driven_up(metric) else f"1 − {for_markdown(metric)} "
     mark = (ONE_SEED if success.seeds == 1 else "") + nulls
     beside = " · ".join(
         ("–" if (mean := point.value(name)) is None else f"{mean.value:.2f}") + _null(point, name)

@@ -1,9 +1,10 @@
 """One self-contained HTML page per sweep: reads the results tables, asks nothing of the network.
 
 Jinja2 escapes every text (autoescape is on and the template marks nothing safe except charts built
-with `Markup.format`). What the script shows later lies in the page once, as JSON, and becomes text
-nodes only. A Content-Security-Policy forbids all loading and allows exactly this page's style and
-script, by hash, and pictures that the script makes itself (`blob:`, for PNG).
+with `Markup.format`), and `for_html` shows what would be hidden or turned round in the whole page
+and in all texts of its script. What the script shows later lies in the page once, as JSON, and
+becomes text nodes only. A Content-Security-Policy forbids all loading and allows exactly this
+page's style and script, by hash, and pictures that the script makes itself (`blob:`, for PNG).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ftsec_ray.results.points import NONE, SUCCESS
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.stage_warnings import warnings_in
 from ftsec_ray.results.write import told_when_unwritten
+from ftsec_ray.shown_text import for_html
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -63,7 +65,7 @@ def render(results: Results) -> str:
     contrasts = contrasts_of.contrasts(grid)
     size_charts, not_drawn = charts.size_charts(grid, verdict)
     style, script = _asset("page.css") + _heat_rules(), "".join(_asset(name) for name in SCRIPTS)
-    return (
+    page = (
         _environment()
         .get_template("page.html.j2")
         .render(
@@ -94,6 +96,7 @@ def render(results: Results) -> str:
             best_rows=_best_rows(grid, verdict),
         )
     )
+    return for_html(page)
 
 
 def _data(
@@ -107,7 +110,7 @@ def _data(
     errors: dict[Key, list[str]] = defaultdict(list)
     for one in failures:
         errors[one["model"], one["task"], one["attack"], one["defense"]].append(
-            f"seed {one['seed']}: {examples_of.visible(one['error'])}"
+            f"seed {one['seed']}: {one['error']}"
         )
     squares = []
     for number, key in enumerate(heat.keys):
@@ -147,8 +150,17 @@ def _data(
 def _script_data(data: Mapping[str, Any]) -> Markup:
     """JSON that cannot end its script element."""
     return Markup(
-        examples_of.script_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+        examples_of.script_text(json.dumps(_shown(data), ensure_ascii=False, separators=(",", ":")))
     )  # noqa: S704 (escaped right here)
+
+
+def _shown(value: Any) -> Any:
+    """A value of JSON whose texts a page can show, those of its keys too."""
+    if isinstance(value, str):
+        return for_html(value)
+    if isinstance(value, Mapping):
+        return {for_html(str(key)): _shown(inner) for key, inner in value.items()}
+    return [_shown(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _environment() -> Environment:
@@ -164,7 +176,6 @@ def _environment() -> Environment:
     environment.filters.update(
         duration=tables.duration,
         metric_title=tables.metric_title,
-        visible=examples_of.visible,
         weights=figures.count,
         share=_share,
         signed=_signed,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray.identity import canonical
 from ftsec_ray.report.grid import seeds_text
 from ftsec_ray.results.points import place_of
+from ftsec_ray.shown_text import for_markdown
 
 if TYPE_CHECKING:
     from ftsec_ray.report.grid import Grid
@@ -48,7 +49,7 @@ def searches_markdown(results: Results) -> str:
     lines = [
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *("| " + " | ".join(map(for_markdown, row)) + " |" for row in rows),
     ]
     return "\n".join([*lines, "", LEGEND])
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray import schema
 from ftsec_ray.measured import Measured
 from ftsec_ray.results.points import NONE, GridPoint
+from ftsec_ray.shown_text import for_markdown
 from ftsec_ray.stages.benchmark import PREFIX
 
 if TYPE_CHECKING:
@@ -77,13 +78,13 @@ def utility_markdown(
     if not metrics:
         return []
     titles = [
-        f"{name.removeprefix(BENCHMARKS)} ({schema.METRICS[name].better} is better)"
+        f"{for_markdown(name.removeprefix(BENCHMARKS))} ({schema.METRICS[name].better} is better)"
         for name in metrics
     ]
     lines = ["", f"| {' | '.join([*head, *titles])} |", "|" + "---|" * len([*head, *titles])]
     for point, place in zip(points, places, strict=True):
         values = [_text(point.value(name)) for name in metrics]
-        lines.append(f"| {' | '.join([*place, *values])} |")
+        lines.append(f"| {' | '.join([*map(for_markdown, place), *values])} |")
     return [*lines, "", LEGEND]
 
 

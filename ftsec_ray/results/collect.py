@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
+from ftsec_ray.config.yaml_text import redacted_yaml
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import canonical
 from ftsec_ray.lifecycle import hooks_of
@@ -25,7 +26,6 @@ from ftsec_ray.measured import wilson
 from ftsec_ray.method import Method
 from ftsec_ray.plan.cost_estimate import BudgetError, bill_of, shortfall, spent
 from ftsec_ray.plan.durations import Costs
-from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.compare import compare
 from ftsec_ray.results.search_results import (
@@ -146,7 +146,7 @@ def collect(
             for cell in cells
             if (spent_on := _spent_on(found, cell)) is not None
         },
-        "sweep_text": redacted(sweep_text or _sweep_text(plan)),
+        "sweep_text": redacted_yaml(sweep_text or _sweep_text(plan)),
     }
     return write_results(folder, tables=tables, meta=meta)
 

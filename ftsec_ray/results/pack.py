@@ -18,7 +18,7 @@ from typing import Any
 from ftsec_ray.code_versions import method_code, stage_entry
 from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.sweep import SweepSpec
-from ftsec_ray.config.yaml_text import read_yaml
+from ftsec_ray.config.yaml_text import read_yaml, redacted_yaml
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import FORMAT_VERSION, canonical, content_hash, sha256
 from ftsec_ray.identity.lock import edited_files, read_lock
@@ -316,7 +316,7 @@ def _refuse_secrets(sweep: SweepFile, members: Mapping[str, bytes | Path]) -> No
     """ArchiveError where a file holds a secret of this environment, or the sweep file anything that
     looks like one.
     """
-    if redacted(sweep.text) != sweep.text:
+    if redacted_yaml(sweep.text) != sweep.text:
         where = [
             number
             for number, line in enumerate(sweep.text.splitlines(), start=1)

@@ -4,14 +4,18 @@ same are one warning.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.redact import redacted
+from ftsec_ray.identity import canonical
+from ftsec_ray.redact import redacted, secrets_in
+from ftsec_ray.registry import name_of
 from ftsec_ray.success import WITHOUT_ATTACK, success_metric
 
 if TYPE_CHECKING:
+    from ftsec_ray.config.sweep import SweepSpec
     from ftsec_ray.plan.graph import Plan
 
 MAX_SHOWN = 20
@@ -36,7 +40,10 @@ class StageWarning:
     """Kind and method of these stages, each once."""
 
     def line(self) -> str:
-        """The warning in one line."""
+        """The warning in one line, whatever its text."""
+        return " ".join(self._told().split())
+
+    def _told(self) -> str:
         cells = "1 cell" if self.cells == 1 else f"{self.cells} cells"
         if not self.stages:
             return f"warning: {self.text} ({cells})"
@@ -65,6 +72,7 @@ def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[St
         )
         for why, count in plan.left_out.items()
     ]
+    warnings += _secrets_of(plan.spec, len(plan.cells))
     for text, digests in stages_of.items():
         stages = [plan.stages[digest] for digest in digests]
         places = {" ".join(filter(None, (stage.kind, stage.method))) for stage in stages}
@@ -77,6 +85,36 @@ def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[St
             )
         )
     return sorted(warnings, key=lambda warning: (-warning.cells, warning.text))
+
+
+def _secrets_of(spec: SweepSpec, cells: int) -> Iterator[StageWarning]:
+    """A warning for every place of a sweep where something looks like a secret."""
+    methods = {
+        "attacks": [[one] for one in spec.attacks],
+        "defenses": spec.defenses,
+    }
+    told = {
+        "question": spec.question,
+        **{
+            kind: [{name_of(one): json.loads(canonical(one)) for one in stack} for stack in stacks]
+            for kind, stacks in methods.items()
+        },
+        **{
+            name: json.loads(canonical(getattr(spec, name)))
+            for name in ("models", "tasks", "training", "evaluation")
+        },
+    }
+    for place, what in dict.fromkeys(secrets_in(told)):
+        yield StageWarning(
+            text=(
+                f"{place} holds what looks like a secret ({what}): results, reports and logs show"
+                " [redacted] there, but the sweep file holds it, and what its stages make may. Take"
+                " it out, and revoke it if others have seen it"
+            ),
+            stages=0,
+            cells=cells,
+            places=(),
+        )
 
 
 def _high_bases(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,5 @@
-"""The seven tables of a sweep on disk: fixed schemas, sorted rows, the same bytes every time.
+"""The seven tables of a sweep on disk: fixed schemas, sorted rows, the same bytes every time, and
+no secret in any text of them.
 
 Each file is written under a temporary name and renamed. `run.json` goes away first and comes back
 last with the row count of every table, so that a reader can tell a finished folder from one whose
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
 from ftsec_ray.errors import EnvironmentFault, StoreError
+from ftsec_ray.redact import without_secrets
+from ftsec_ray.results.redacted_tables import redacted_tables
 from ftsec_ray.store.disk import is_refused
 
 if TYPE_CHECKING:
@@ -77,7 +80,8 @@ def write_results(folder: Path, *, tables: Mapping[str, pa.Table], meta: Mapping
     if odd:
         raise StoreError("results are exactly seven tables", odd, " | ".join(TABLES))
     counts = {name: tables[name].num_rows for name in TABLES}
-    body = {**meta, "schema": schema.SCHEMA_VERSION, "rows": counts}
+    tables = redacted_tables(tables)
+    body = {**without_secrets(dict(meta)), "schema": schema.SCHEMA_VERSION, "rows": counts}
     with told_when_unwritten(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RUN_FILE).unlink(missing_ok=True)

@@ -18,10 +18,11 @@ import pytest
 
 from ftsec_ray import schema
 from ftsec_ray.report.contrasts import MAX_FOREST
-from ftsec_ray.report.examples import _cut, visible
+from ftsec_ray.report.examples import _cut
 from ftsec_ray.report.page import write_report
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
+from ftsec_ray.shown_text import for_html
 from tests import browser, search_toy
 from tests.benchmarks.synthetic import write_synthetic
 from tests.results.toy import whole
@@ -689,7 +690,7 @@ def test_hostile_completions_stay_text_in_the_dialog_and_in_every_export(
     square(page, "ladder:1m", "badnets", "none").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_role("button", name="Show all hidden completions").click()
-    wanted = sorted(visible(_cut(text)) for text in CORPUS)
+    wanted = sorted(for_html(_cut(text)) for text in CORPUS)
     for kind in ("prompt", "completion"):
         assert (
             sorted(dialog.locator(f"table[data-name='prompts-benign'] .{kind}").all_text_contents())

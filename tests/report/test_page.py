@@ -17,12 +17,13 @@ import pytest
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError
 from ftsec_ray.report.contrasts import HELD_FOREST, MAX_FOREST
-from ftsec_ray.report.examples import is_hidden, visible
+from ftsec_ray.report.examples import is_hidden
 from ftsec_ray.report.grid import build_grid
 from ftsec_ray.report.page import write_report
 from ftsec_ray.report.verdict import effects_of
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
+from ftsec_ray.shown_text import for_html
 from tests.results.toy import whole
 
 from .conftest import ATTACKS, HOSTILE, PLAIN
@@ -129,7 +130,7 @@ def test_hostile_completions_stay_text(make_results: Make) -> None:
     assert "⟨U+202E⟩" in page.text
     assert "\x07" not in page.text
     assert "<script>alert" not in page.text
-    assert visible(HOSTILE) in {text for text, _, _ in said(data_of(page))}
+    assert for_html(HOSTILE) in {text for text, _, _ in said(data_of(page))}
 
 
 def test_hostile_names_and_errors_stay_text(make_results: Make) -> None:
@@ -152,7 +153,7 @@ def test_hostile_names_and_errors_stay_text(make_results: Make) -> None:
     )
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
     assert len(page.named("script")) == 2
-    assert visible(HOSTILE) in page.inside("pre")
+    assert for_html(HOSTILE) in page.inside("pre")
 
 
 def test_the_policy_forbids_the_network_and_names_this_script_and_style(make_results: Make) -> None:

@@ -1,0 +1,180 @@
+r"""The forms of secrets of well-known services, as a table: one row per kind, with what stands in
+its place.
+
+No row takes a digest, a commit, a file of base64 or the name of a model: what has no prefix of its
+own counts only behind a name that says what it is. No pattern can be made to run long: each repeat
+is bounded, or ends at a character that its own beginning holds.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+GONE = "[redacted]"
+
+
+@dataclass(frozen=True)
+class Form:
+    """One kind of secret."""
+
+    name: str
+    """In words, as a warning names it."""
+    pattern: re.Pattern[str]
+    instead: str = GONE
+    r"""What stands in its place; `\1` and `\2` are what is kept around it."""
+
+
+def _form(name: str, pattern: str, instead: str = GONE) -> Form:
+    return Form(name, re.compile(pattern), instead)
+
+
+_START = r"(?<![A-Za-z0-9])"
+_MIXED = r"(?=[a-z_-]{0,40}[A-Z0-9])"
+"""Not only small letters, as the words of a name in kebab case are."""
+_KEY_NAME = (
+    r"(?:pass(?:word|wd|phrase)|secret|credentials?|(?:api|access|private|account|encryption|signing"
+    r"|license|master|service|secret|wandb|comet|openai|anthropic|google|gemini|azure|hf|face|ray)"
+    r"[-_ ]?key|shared[-_ ]?access[-_ ]?signature|(?<![a-z])pwd"
+    r"|(?:(?:access|auth|api|bearer|refresh|session|security|hf|hub|bot|user|github|gitlab)[-_ ]?"
+    r"|(?<![a-z_-]))token)"
+)
+_QUERY_NAME = (
+    r"(?:[\w.%-]{0,40}(?:token(?!s)|secret|signature|passw(?:or)?d|pwd|credential|access_?(?:key|id)"
+    r"|api[-_]?key)[\w-]{0,20}|sig|key|auth|pass)"
+)
+
+FORMS = (
+    _form(
+        "private key",
+        r"-----BEGIN ([A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?)-----"
+        r"(?:(?:[^-]++|-(?!----))*+-----END \1-----|(?:[A-Za-z0-9+/=\s:]|\\[nr])*+)",
+    ),
+    _form(
+        "Hugging Face token",
+        rf"{_START}hf_[A-Za-z0-9]{{16,}}|hf_[A-Za-z0-9]{{30,}}|{_START}api_org_[A-Za-z0-9]{{30,}}",
+    ),
+    _form(
+        "GitHub or GitLab token",
+        rf"{_START}(?:gh[pousr]_[A-Za-z0-9]{{20,}}|github_pat_\w{{20,}}|gl[a-z]{{2,5}}-[\w-]{{20,}})",
+    ),
+    _form("OpenAI or Anthropic key", rf"{_START}sk-{_MIXED}[A-Za-z0-9_-]{{20,}}"),
+    _form(
+        "key of a model service",
+        rf"{_START}(?:gsk_[A-Za-z0-9]{{40,}}|r8_[A-Za-z0-9]{{30,}}|nvapi-[\w-]{{40,}}"
+        r"|pplx-[A-Za-z0-9]{40,}|xai-[A-Za-z0-9]{40,}|tgp_v1_[\w-]{30,}|lsv2_[a-z]{2}_[0-9a-f_]{32,}"
+        r"|wandb_v1_\w{30,}|dapi[0-9a-f]{32}(?:-\d)?(?![0-9a-f]))",
+    ),
+    _form(
+        "AWS secret key",
+        r"(?<![A-Za-z0-9])((?:AKIA|ASIA)[A-Z0-9]{16}[\s\"',:;=\\]{1,12}(?:[A-Za-z_]{3,40}"
+        r"[\s\"',:;=\\]{1,12})?)(?![0-9a-f]{40})[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])",
+        rf"\1{GONE}",
+    ),
+    _form(
+        "AWS key id", rf"{_START}(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{{16}}(?![A-Za-z0-9])"
+    ),
+    _form(
+        "Google key",
+        rf"{_START}(?:AIza[\w-]{{35}}|ya29\.[\w.-]{{20,}}|GOCSPX-[\w-]{{20,}}|1//0[\w-]{{30,}})",
+    ),
+    _form(
+        "Slack token",
+        rf"{_START}(?:xox[abceoprs](?:\.xox[a-z])?-[\w-]{{10,}}|xapp-[\w-]{{10,}})",
+    ),
+    _form(
+        "webhook",
+        r"(hooks\.slack\.com/(?:services|workflows)/|discord(?:app)?\.com/api/webhooks/)[\w/-]{8,}",
+        rf"\1{GONE}",
+    ),
+    _form("JSON web token", r"(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{4,}\.[\w-]*"),
+    _form(
+        "token of a package index",
+        rf"{_START}(?:npm_[A-Za-z0-9]{{36}}|pypi-{_MIXED}[\w-]{{40,}})",
+    ),
+    _form(
+        "key of a web service",
+        rf"{_START}(?:SG\.[\w-]{{16,}}\.[\w-]{{16,}}|(?:sk|rk)_(?:live|test)_[0-9A-Za-z]{{16,}}"
+        r"|sq0[a-z]{3}-[\w-]{20,}|SK[0-9a-f]{32}(?![0-9a-f])|\d{8,10}:AA[\w-]{33}"
+        r"|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,38}|shp[a-z]{2}_[0-9a-fA-F]{32}"
+        r"|do[opr]_v1_[0-9a-f]{64}|[0-9a-f]{32}-us\d{1,2}\b|hv[sbr]\.[\w-]{20,}"
+        r"|AGE-SECRET-KEY-1[A-Z0-9]{50,}|key-[0-9a-f]{32}(?![0-9a-f]))",
+    ),
+    _form(
+        "password in a URL",
+        r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/@:'\"<>\[]{0,100}:(?!\d{1,5}(?:[/?#\s]|$))"
+        r"(?:[^\s'\"<>]{0,200}|[^\s@'\"<>]{1,60}(?: (?!\S{0,60}://)[^\s@'\"<>]{1,60}){1,2})@(?=[\w.\[-])",
+        rf"\1{GONE}@",
+    ),
+    _form(
+        "user in a URL",
+        r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)(?<!abfs://)(?<!abfss://)(?!anonymous@|git@)"
+        r"[^\s/@'\"<>\[\]]{1,200}@",
+        rf"\1{GONE}@",
+    ),
+    _form(
+        "password before a host",
+        r"(?<![\w/.-])([\w.-]{1,40}:)[^\s/@'\"<>\[\]]{6,100}"
+        r"@(?=(?:\d{1,3}\.){3}\d|localhost\b|[\w.-]{1,80}:\d{2,5}\b)",
+        rf"\1{GONE}@",
+    ),
+    _form(
+        "signature or key in a URL",
+        rf"(?i)((?:[?&#;]|\\u0026){_QUERY_NAME}=)[^&\s'\"<>\[\\#;]{{4,}}",
+        rf"\1{GONE}",
+    ),
+    _form(
+        "signature of a request",
+        r"(AWS4-HMAC-SHA256[^\r\n'\"]{0,400}?Signature=)[0-9a-f]{8,}",
+        rf"\1{GONE}",
+    ),
+    _form(
+        "Authorization header",
+        r"((?i:authorization)[\"']?\s{0,4}[:=]\s{0,4}[\"']?(?:[A-Za-z][A-Za-z0-9-]{1,30} {1,4})?)"
+        r"(?=\S{0,200}(?:\d|[a-z][A-Z]|[._=]\w))[\w.~+/=:-]{8,}",
+        rf"\1{GONE}",
+    ),
+    _form(
+        "bearer token",
+        r"((?i:\bBearer) {1,4})(?=\S{0,200}(?:\d|[a-z][A-Z]|[._]\w))[\w.~+/=-]{8,}",
+        rf"\1{GONE}",
+    ),
+    _form(
+        "basic credentials",
+        r"(\bBasic {1,4})(?=[A-Za-z+/]{0,200}(?:\d|[a-z][A-Z]|=))[A-Za-z0-9+/_-]{8,}={0,2}",
+        rf"\1{GONE}",
+    ),
+    _form(
+        "value of a key",
+        rf"(?i)({_KEY_NAME}\\?[\"']?\s{{0,4}}(?::|=>?)\s{{0,4}}\\?[\"']?)"
+        r"(?=[^\s\"'\\]{0,200}\d)(?=[^\s\"'\\]{0,200}[a-z])"
+        r"(?!\[|https?:)[^\s\"'\\&,;<>(){}\[\]]{8,}",
+        rf"\1{GONE}",
+    ),
+)
+"""In this order: a row may leave what a later one would take, never the other way round."""
+
+
+HINTS = (
+    r"://|@|-----BEGIN|hf_|api_org_|gh[pousr]_|github_pat_|gl[a-z]+-|sk-|gsk_|r8_|nvapi-|pplx-|xai-"
+    r"|tgp_v1|lsv2_|wandb_v1|dapi|AKIA|ASIA|ABIA|ACCA|A3T|AIza|ya29|GOCSPX|1//0|xox|xapp-"
+    r"|hooks\.slack|webhooks|eyJ|npm_|pypi-|SG\.|[sr]k_(live|test)|sq0|SK[0-9a-f]{32}|:AA|\.[\w-]{6}\."
+    r"|shp[a-z]{2}_|_v1_|-us\d|hv[sbr]\.|AGE-SECRET|key-[0-9a-f]{32}|[?&#;][\w.%-]+=|u0026"
+    r"|AWS4-HMAC|authorization|bearer|basic |(pass|secret|credential|key|signature|pwd|token)[\w-]*"
+    r"[\\\"']*\s*[:=]"
+)
+"""What each text with one of the forms matches, in the syntax of RE2 too: a quick look through
+many texts.
+"""
+
+
+def without_forms(text: str) -> str:
+    """A text without what has one of the forms."""
+    for form in FORMS:
+        text = form.pattern.sub(form.instead, text)
+    return text
+
+
+def form_in(text: str) -> str | None:
+    """The name of the first form that a text holds; None where it holds none."""
+    return next((form.name for form in FORMS if form.pattern.sub(form.instead, text) != text), None)
