@@ -47,7 +47,7 @@ def load_source(
         options["attn_implementation"] = attention
     options |= {"revision": revision} if revision else {}
     options |= {"trust_remote_code": trust_remote_code}
-    with readable(source, "a Hugging Face id, a local model folder or a .gguf file"):
+    with readable("the model", source, "a Hugging Face id, a local model folder or a .gguf file"):
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
         config = AutoConfig.from_pretrained(place, **options)
         _check_config(config, source)
@@ -73,7 +73,7 @@ def load_source(
 
 
 @contextmanager
-def readable(source: str, want: str) -> Iterator[None]:
+def readable(what: str, source: str, want: str) -> Iterator[None]:
     """DataError for whatever goes wrong inside while a model is read, but for want of memory."""
     try:
         yield
@@ -86,7 +86,7 @@ def readable(source: str, want: str) -> Iterator[None]:
             raise
         lines = str(error).strip().splitlines()
         raise DataError(
-            "the model cannot be loaded",
+            f"{what} cannot be loaded",
             source,
             want,
             f"{type(error).__name__}: {lines[0] if lines else ''}",
