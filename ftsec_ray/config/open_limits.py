@@ -17,6 +17,7 @@ MODEL_WEIGHTS = Limit("model_weights", 4 * 10**12, "weights of a model")
 MODEL_LAYERS = Limit("model_layers", 2_000, "layers of a model")
 TEMPLATE_SECONDS = Limit("template_seconds", 10, "seconds that a chat template takes")
 TEMPLATE_BYTES = Limit("template_bytes", 2**29, "bytes of memory that a chat template takes")
+TEMPLATE_CHARS = Limit("template_chars", 2**22, "characters that a chat template makes")
 OPEN_LIMITS = (
     DATA_BYTES,
     DATA_RATIO,
@@ -29,6 +30,7 @@ OPEN_LIMITS = (
     MODEL_LAYERS,
     TEMPLATE_SECONDS,
     TEMPLATE_BYTES,
+    TEMPLATE_CHARS,
 )
 
 
