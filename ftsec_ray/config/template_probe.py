@@ -19,15 +19,18 @@ MANY_TURNS = 64
 
 def conversations() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
     """Chats, each with the functions on offer in it: short ones of every form, and long ones."""
-    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    system = {"role": "system", "content": "c"}
+    user: dict[str, Any] = {"role": "user", "content": "a"}
+    answer: dict[str, Any] = {"role": "assistant", "content": "b"}
+    system: dict[str, Any] = {"role": "system", "content": "c"}
     function = {"name": "f", "arguments": {"a": 1}}
     call = {"id": "callid001", "type": "function", "function": function}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}
     result = {"role": "tool", "content": "d", "name": "f", "tool_call_id": "callid001"}
-    offer = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    offer: list[dict[str, Any]] = [
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    ]
     long = {"role": "user", "content": "word " * (LONG_CHARS // 5)}
-    plain = [
+    plain: list[list[dict[str, Any]]] = [
         [user],
         [user, answer],
         [system, user, answer],
@@ -40,7 +43,8 @@ def conversations() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | N
         [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
         for chat in (plain[1], plain[2])
     ]
-    return [*((chat, None) for chat in (*plain, *in_parts)), ([user], offer), (plain[2], offer)]
+    unoffered = [(chat, None) for chat in (*plain, *in_parts)]
+    return [*unoffered, ([user], offer), (plain[2], offer)]
 
 
 def _environment() -> Any:
@@ -118,7 +122,9 @@ def main() -> None:
     given = json.load(sys.stdin)
     _limited(given["seconds"], given["memory"])
     try:
-        found = {"chars": longest(given["template"], given["values"], given["chars"])}
+        found: dict[str, Any] = {
+            "chars": longest(given["template"], given["values"], given["chars"])
+        }
     except MemoryError:
         found = {"over": "memory"}
     except Exception as error:  # noqa: BLE001 - whoever renders it says what is wrong with it

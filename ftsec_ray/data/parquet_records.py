@@ -60,9 +60,7 @@ def _batches(raw: bytes | bytearray, path: str) -> Any:
         for leaf in leaves
         if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type in _TEXTS
     ]
-    file = pq.ParquetFile(
-        io.BytesIO(raw), page_checksum_verification=True, read_dictionary=texts
-    )
+    file = pq.ParquetFile(io.BytesIO(raw), page_checksum_verification=True, read_dictionary=texts)
     return file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
 
 
@@ -75,11 +73,12 @@ def _bytes_of(column: pa.Array) -> int:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if pa.types.is_dictionary(column.type):
+    kind = column.type
+    if pa.types.is_dictionary(kind):
         lengths = pc.binary_length(column.dictionary)
-        return int(pc.sum(lengths.take(column.indices)).as_py() or 0) + column.indices.nbytes
-    if pa.types.is_struct(column.type):
+        return int(pc.sum(lengths.take(column.indices)).as_py() or 0) + int(column.indices.nbytes)
+    if pa.types.is_struct(kind):
         return sum(_bytes_of(part) for part in column.flatten())
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return _bytes_of(column.flatten()) + column.offsets.nbytes
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _bytes_of(column.flatten()) + int(column.offsets.nbytes)
     return int(column.nbytes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
+from itertools import accumulate
 from pathlib import Path
 
 from ftsec_ray.config.limits import Limit
@@ -15,6 +16,8 @@ from ftsec_ray.data.not_rows import refuse_pointer
 from ftsec_ray.errors import DataError
 
 _PIECE_BYTES = 2**20
+_ROW_BYTES = 64
+"""Of a short row of text."""
 _FREE_BYTES = 64 * 2**20
 """Bytes that a .gz may unpack to whatever its own size: no machine is too small for them."""
 _MAGIC = {
@@ -108,11 +111,31 @@ def refuse_beyond(limit: Limit, count: int, path: str) -> None:
 
 def head_of(path: str, size: int) -> bytes:
     """The first bytes of a file; empty where it cannot be read."""
+    if not Path(path).is_file():
+        return b""
     try:
         with Path(path).open("rb") as file:
             return file.read(size)
     except OSError:
         return b""
+
+
+def holds_more(path: Path, rows: int) -> bool:
+    """Whether a file holds more rows than that, guessed by what it unpacks to: the size of a packed
+    file tells nothing.
+    """
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return int(pq.read_metadata(path).num_rows) > rows
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                pieces = iter(lambda: len(file.read(_PIECE_BYTES)), 0)
+                return any(size > rows * _ROW_BYTES for size in accumulate(pieces))
+    except (OSError, EOFError, ValueError, zlib.error):  # whoever reads the rows says what is wrong
+        return False
+    return path.stat().st_size > rows * _ROW_BYTES
 
 
 def decoded(raw: bytes | bytearray, path: str) -> str:
@@ -125,7 +148,7 @@ def decoded(raw: bytes | bytearray, path: str) -> str:
     if wide is not None:
         raise DataError(
             f"the data file {path} is {wide} text",
-            raw[:_GOT_BYTES],
+            bytes(raw[:_GOT_BYTES]),
             "UTF-8",
             f"iconv -f {wide} -t UTF-8 {Path(path).name} > converted{Path(path).suffix}, or save"
             " it as UTF-8",
@@ -134,7 +157,7 @@ def decoded(raw: bytes | bytearray, path: str) -> str:
     if place >= 0:
         raise DataError(
             f"line {raw.count(10, 0, place) + 1} of {path} holds a NUL byte",
-            raw[max(0, place - 20) : place + 20],
+            bytes(raw[max(0, place - 20) : place + 20]),
             "UTF-8 text",
             "the file is binary or damaged: download it again, or take the byte out",
         )
@@ -172,7 +195,7 @@ def _refuse_format(raw: bytes | bytearray, path: str, wanted: str, *, allowed: b
         return
     raise DataError(
         f"the data file {path} is not {wanted}" + (f" but {name}" if name else ""),
-        raw[:_GOT_BYTES],
+        bytes(raw[:_GOT_BYTES]),
         f"{wanted}, as its name says",
         "unpack or convert it, or give it the name of what it is",
     )

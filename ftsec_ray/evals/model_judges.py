@@ -19,7 +19,7 @@ from ftsec_ray.config.local_files import looks_local
 from ftsec_ray.config.revisions import is_commit, is_hub_id
 from ftsec_ray.config.sweep import JudgeConfig
 from ftsec_ray.context import Chat, LoadedModel
-from ftsec_ray.errors import DataError, SpecError
+from ftsec_ray.errors import SpecError
 from ftsec_ray.evals.judging import RequestJudge, Verdict, is_forbidden, user_text
 from ftsec_ray.evals.refusals import refusal_in
 from ftsec_ray.identity.content import content_hash

@@ -84,7 +84,7 @@ def _check_link(link: Path, folder: Path, allowed: list[Path]) -> None:
     except (OSError, RuntimeError) as error:  # the second: links in a circle
         raise SpecError(
             "a link that leads nowhere",
-            f"{link} -> {os.readlink(link)}",
+            f"{link} -> {link.readlink()}",
             "files, or links to files of the same folder",
             "fetch the file that it stands for, or remove the link",
         ) from error
@@ -93,7 +93,7 @@ def _check_link(link: Path, folder: Path, allowed: list[Path]) -> None:
     is_inside = target.is_relative_to(allowed[0])
     raise SpecError(
         "a link to a folder" if is_inside else "a link that leads out of the folder",
-        f"{link.relative_to(folder)} -> {os.readlink(link)}, in {folder}",
+        f"{link.relative_to(folder)} -> {link.readlink()}, in {folder}",
         "files, and links to files of the same folder or, in a cache of the Hugging Face hub, of"
         " its repository's blobs",
         "put a copy of what it leads to in its place (`cp -rL` copies a folder so), after a look at"
