@@ -70,7 +70,7 @@ def _check_part(
             if key in _NEEDED and size is not None and not isinstance(size, list):
                 _refuse(key, size, place, "a whole number", "")
             continue
-        if key in _NEEDED and (size < 1 or size != int(size)):
+        if key in _NEEDED and (size < 1 or size % 1 != 0):
             _refuse(key, size, place, "a whole number, >= 1", "")
         counts = key in (*_LAYERS, *_EXPERTS, *_HEADS)
         limit = MODEL_LAYERS if counts else MODEL_WEIGHTS

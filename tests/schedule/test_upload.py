@@ -81,11 +81,12 @@ def test_what_lies_behind_a_link_inside_is_sent_under_the_name_of_the_link(
 def test_a_link_out_of_the_folder_on_the_way_to_what_is_named_is_refused(
     sweep: Path, tmp_path: Path, place: str
 ):
-    (tmp_path / "a" / place).rename(tmp_path / "outside")
-    (tmp_path / "a" / place).symlink_to(tmp_path / "outside")
+    outside = tmp_path / f"outside{Path(place).suffix}"
+    (tmp_path / "a" / place).rename(outside)
+    (tmp_path / "a" / place).symlink_to(outside)
     with pytest.raises(SpecError, match="out of the folder that would be sent") as caught:
         upload.upload_of(sweep, load_sweep(sweep), package=False)
-    assert str(tmp_path / "outside") in str(caught.value.got)
+    assert str(outside) in str(caught.value.got)
     assert "--shared-disk" in str(caught.value)
 
 
