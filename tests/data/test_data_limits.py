@@ -50,7 +50,7 @@ def test_a_gzip_unpacks_to_so_many_times_its_size(tmp_path, monkeypatch):
         ("a.json", "[" + "[]," * 1000 + "[]]", "VALUES"),
         ("a.jsonl", '{"a":[' + "{}," * 1000 + "{}]}", "VALUES"),
         ("a.csv", "," * 1001, "VALUES"),
-        ("a.tsv", "\t" * 1001, "VALUES"),
+        ("a.tsv", "a\t" * 1001, "VALUES"),
         ("a.csv", ",".join(f"c{i}" for i in range(21)), "COLUMNS"),
         ("a.jsonl", "\n".join(f'{{"k{i}": 1}}' for i in range(21)), "COLUMNS"),
         ("a.txt", "x" * 20_001, "BYTES"),
