@@ -147,6 +147,7 @@ def submit(
     submission_id: str | None = None,
     package: bool | None = None,
     shared_disk: bool = False,
+    before_sending: Callable[[Upload], None] | None = None,
 ) -> Job:
     """Have a running Ray cluster run a sweep file as a job, and return the job; nothing is sent
     when the file has a fault.
@@ -163,6 +164,7 @@ def submit(
         package: Whether this machine's ftsec_ray is sent along; None: when it is a checkout or an
             editable install.
         shared_disk: Whether all nodes mount this machine's absolute paths at the same place.
+        before_sending: Called with what is about to be sent.
     """
     from ftsec_ray.schedule import job_paths, jobs, upload
 
@@ -192,6 +194,8 @@ def submit(
         if count is not None
         for part in (name, str(count))
     ]
+    if before_sending is not None:
+        before_sending(sent)
     return _sent(
         head, command, sent, job_id=job_id, name=whole.spec.name, store=store, results=results
     )

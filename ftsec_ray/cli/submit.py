@@ -10,6 +10,9 @@ from pathlib import Path
 from ftsec_ray import api
 from ftsec_ray.cli.console import INTERRUPTED, say, shown
 from ftsec_ray.schedule.jobs import Job
+from ftsec_ray.schedule.upload import Upload
+
+_COLUMNS = 80
 
 
 def submit_sweep(
@@ -39,6 +42,7 @@ def submit_sweep(
         submission_id=submission_id,
         package=package,
         shared_disk=shared_disk,
+        before_sending=_print_files,
     )
     size = f"{job.sent_bytes / 1024:.0f} KiB sent" + (
         ", this ftsec_ray with it" if job.has_package else ""
@@ -61,6 +65,12 @@ def submit_sweep(
         say(f"\nno longer waiting; the job {job.id} runs on", err=True)
         _print_commands(job)
         return INTERRUPTED
+
+
+def _print_files(sent: Upload) -> None:
+    say("to be sent:", err=True)
+    for line in sent.listed(_COLUMNS):
+        say(line, err=True)
 
 
 def _print_commands(job: Job) -> None:

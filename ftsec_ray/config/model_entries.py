@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
 from ftsec_ray.config.local_files import looks_local, named_path
-from ftsec_ray.config.revisions import check_revision, is_commit
+from ftsec_ray.config.revisions import check_revision, is_commit, is_hub_id
 from ftsec_ray.config.sweep import LADDER_SIZES, AlignSpec, ModelSpec
 from ftsec_ray.config.template_entries import has_template, served, template_text
 from ftsec_ray.config.typed import build, unknown_keys
@@ -41,7 +41,6 @@ _KEYS = (
 _READ_HERE = frozenset(
     {"path", "id", "source", "align", "unaligned", "name", "chat_template", "serve_template"}
 )
-_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _SIZE = re.compile(r"[-_]?\d+(\.\d+)?[kmb](?=[-_.]|$)")
 _ALIGNED = re.compile(r"(^|[-_.])(instruct|chat|it|dpo|rlhf|sft)(?=[-_.]|$)")
 _BASE = re.compile(r"(^|[-_.])(base|pt|pretrained)(?=[-_.]|$)")
@@ -306,12 +305,7 @@ def source_of(
     if kind == "path" or (kind == "source" and (looks_local(given) or path.exists())):
         return _local(given, path, place, faults)
     hub, at, revision = given.partition("@")
-    if (
-        re.fullmatch(_HUB_ID, hub)
-        and "--" not in hub
-        and ".." not in given
-        and (not at or is_commit(revision))
-    ):
+    if is_hub_id(hub) and (not at or is_commit(revision)):
         return _named(_Source(hub, _slug(hub.rsplit("/", 1)[-1]), revision=revision or None))
     faults.add(
         place,

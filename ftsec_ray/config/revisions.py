@@ -1,4 +1,6 @@
-"""Revisions of models and data sets on the Hugging Face hub: commits, and nothing that moves."""
+"""Ids and revisions of models and data sets on the Hugging Face hub: revisions are commits, and
+nothing that moves.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,12 @@ import re
 from ftsec_ray.config.faults import Faults
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text is `owner/name`, as the hub takes it."""
+    return _HUB_ID.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
 def is_commit(revision: object) -> bool:

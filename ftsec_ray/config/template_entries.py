@@ -14,7 +14,10 @@ from pathlib import Path
 
 from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.local_files import named_path
+from ftsec_ray.config.open_limits import MODEL_JSON_BYTES, raised_by
 from ftsec_ray.config.sweep import ModelSpec
+from ftsec_ray.config.template_limits import check_template
+from ftsec_ray.errors import SpecError
 
 OWN = "own"
 """The template that the model was trained under, among those that it is served under."""
@@ -33,7 +36,7 @@ def template_text(given: object, base: Path, place: str, faults: Faults) -> str 
         if path is None:
             return None
         try:
-            text = path.read_text(encoding="utf-8")
+            text = _read(path)
         except (OSError, UnicodeDecodeError, ValueError) as error:
             faults.add(place, "a chat template that cannot be read", given, _WANT, str(error))
             return None
@@ -41,7 +44,24 @@ def template_text(given: object, base: Path, place: str, faults: Faults) -> str 
     if fault:
         faults.add(place, "a chat template that is no Jinja", given[:200], _WANT, fault)
         return None
+    try:
+        check_template(text)
+    except SpecError as error:
+        faults.add(place, error.what, error.got, error.want, error.fix)
+        return None
     return text
+
+
+def _read(path: Path) -> str:
+    """The text of a template's file; ValueError for one that is no file, or too large."""
+    if not path.is_file():
+        raise ValueError("there is no such file")
+    if path.stat().st_size > MODEL_JSON_BYTES.value:
+        raise ValueError(
+            f"it has {path.stat().st_size:,} bytes, and may have {MODEL_JSON_BYTES.value:,}:"
+            f" {raised_by(MODEL_JSON_BYTES)}"
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def _syntax_fault(text: str) -> str | None:
@@ -58,6 +78,8 @@ def _syntax_fault(text: str) -> str | None:
         environment.parse(text)
     except TemplateSyntaxError as error:
         return f"line {error.lineno}: {error.message}"
+    except (RecursionError, ValueError, MemoryError) as error:
+        return f"it is nested too deep, or holds too large a number: {type(error).__name__}"
     return None
 
 

@@ -5,15 +5,21 @@ another format than its name says.
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
+from itertools import accumulate
 from pathlib import Path
 
+from ftsec_ray.config.limits import Limit
+from ftsec_ray.config.open_limits import DATA_BYTES, DATA_RATIO, raised_by
 from ftsec_ray.data.not_rows import refuse_pointer
 from ftsec_ray.errors import DataError
 
-MAX_UNPACKED_BYTES = 4 * 2**30
-"""Bytes that a .gz may unpack to: a few kilobytes can hold terabytes of zeros."""
 _PIECE_BYTES = 2**20
+_ROW_BYTES = 64
+"""Of a short row of text."""
+_FREE_BYTES = 64 * 2**20
+"""Bytes that a .gz may unpack to whatever its own size: no machine is too small for them."""
 _MAGIC = {
     b"PK\x03\x04": "a zip archive (or a spreadsheet)",
     b"PK\x05\x06": "an empty zip archive",
@@ -50,20 +56,17 @@ _WIDE = {
 _GOT_BYTES = 60
 
 
-def read_raw(path: str, *, is_packed: bool, is_parquet: bool) -> bytes:
+def read_raw(path: str, *, is_packed: bool, is_parquet: bool) -> bytes | bytearray:
     """The bytes of a file, unpacked where its name ends in .gz; DataError when it cannot be read,
-    is empty, or is of another format.
+    is empty, too large, or of another format.
     """
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise _unreadable(path, "a readable file", error) from error
+    raw: bytes | bytearray = _plain(path)
     refuse_pointer(raw, path)
     if is_packed and raw:
         _refuse_format(raw, path, "a gzip archive", allowed=b"\x1f\x8b")
-        raw = _unpacked(path)
+        raw = _unpacked(path, len(raw))
         refuse_pointer(raw, path)
-    if not raw.removeprefix(b"\xef\xbb\xbf").strip():
+    if _is_blank(raw):
         raise DataError(
             f"the data file {path} is empty",
             f"{len(raw)} bytes",
@@ -77,7 +80,65 @@ def read_raw(path: str, *, is_packed: bool, is_parquet: bool) -> bytes:
     return raw
 
 
-def decoded(raw: bytes, path: str) -> str:
+def _is_blank(raw: bytes | bytearray) -> bool:
+    """Whether there is white space alone, looked at without a copy of the file."""
+    start = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
+    return re.compile(rb"\s*\Z").match(raw, start) is not None
+
+
+def _plain(path: str) -> bytes:
+    """The bytes of a file as it lies there."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise DataError("a data file cannot be read: it is no plain file", path, "a file")
+        refuse_beyond(DATA_BYTES, Path(path).stat().st_size, path)
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise _unreadable(path, "a readable file", error) from error
+
+
+def refuse_beyond(limit: Limit, count: int, path: str) -> None:
+    """DataError when a file holds more than a limit allows."""
+    most = limit.value
+    if count > most:
+        raise DataError(
+            f"too many {limit.counts}",
+            f"{count:,} in {path}",
+            f"at most {most:,}",
+            f"give fewer rows; {raised_by(limit)}",
+        )
+
+
+def head_of(path: str, size: int) -> bytes:
+    """The first bytes of a file; empty where it cannot be read."""
+    if not Path(path).is_file():
+        return b""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""
+
+
+def holds_more(path: Path, rows: int) -> bool:
+    """Whether a file holds more rows than that, guessed by what it unpacks to: the size of a packed
+    file tells nothing.
+    """
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return int(pq.read_metadata(path).num_rows) > rows
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                pieces = iter(lambda: len(file.read(_PIECE_BYTES)), 0)
+                return any(size > rows * _ROW_BYTES for size in accumulate(pieces))
+    except (OSError, EOFError, ValueError, zlib.error):  # whoever reads the rows says what is wrong
+        return False
+    return path.stat().st_size > rows * _ROW_BYTES
+
+
+def decoded(raw: bytes | bytearray, path: str) -> str:
     """The text of UTF-8 bytes, without a byte order mark; DataError that names the encoding or the
     line where they are not that.
     """
@@ -87,7 +148,7 @@ def decoded(raw: bytes, path: str) -> str:
     if wide is not None:
         raise DataError(
             f"the data file {path} is {wide} text",
-            raw[:_GOT_BYTES],
+            bytes(raw[:_GOT_BYTES]),
             "UTF-8",
             f"iconv -f {wide} -t UTF-8 {Path(path).name} > converted{Path(path).suffix}, or save"
             " it as UTF-8",
@@ -96,7 +157,7 @@ def decoded(raw: bytes, path: str) -> str:
     if place >= 0:
         raise DataError(
             f"line {raw.count(10, 0, place) + 1} of {path} holds a NUL byte",
-            raw[max(0, place - 20) : place + 20],
+            bytes(raw[max(0, place - 20) : place + 20]),
             "UTF-8 text",
             "the file is binary or damaged: download it again, or take the byte out",
         )
@@ -112,7 +173,7 @@ def decoded(raw: bytes, path: str) -> str:
         ) from error
 
 
-def _looks_wide(raw: bytes) -> bool:
+def _looks_wide(raw: bytes | bytearray) -> bool:
     """Whether bytes without a mark are UTF-16 of mostly Latin text: every other byte is 0."""
     head = raw[:512]
     return len(head) >= 4 and any(
@@ -121,7 +182,7 @@ def _looks_wide(raw: bytes) -> bool:
     )
 
 
-def _refuse_format(raw: bytes, path: str, wanted: str, *, allowed: bytes = b"") -> None:
+def _refuse_format(raw: bytes | bytearray, path: str, wanted: str, *, allowed: bytes = b"") -> None:
     """DataError where bytes begin as another format does, or not as `allowed`."""
     if allowed and raw.startswith(allowed):
         return
@@ -134,30 +195,32 @@ def _refuse_format(raw: bytes, path: str, wanted: str, *, allowed: bytes = b"") 
         return
     raise DataError(
         f"the data file {path} is not {wanted}" + (f" but {name}" if name else ""),
-        raw[:_GOT_BYTES],
+        bytes(raw[:_GOT_BYTES]),
         f"{wanted}, as its name says",
         "unpack or convert it, or give it the name of what it is",
     )
 
 
-def _unpacked(path: str) -> bytes:
-    """What a .gz of one or more members holds, read in pieces up to the limit."""
-    pieces, size = [], 0
+def _unpacked(path: str, size: int) -> bytearray:
+    """What a .gz of one or more members holds, read in pieces up to what its `size` allows."""
+    most = min(DATA_BYTES.value, max(_FREE_BYTES, DATA_RATIO.value * size))
+    limit = DATA_BYTES if most == DATA_BYTES.value else DATA_RATIO
+    raw = bytearray()
     try:
         with gzip.open(path) as file:
             while piece := file.read(_PIECE_BYTES):
-                pieces.append(piece)
-                size += len(piece)
-                if size > MAX_UNPACKED_BYTES:
+                raw += piece
+                if len(raw) > most:
                     raise DataError(
                         f"the archive {path} unpacks to too much",
-                        f"more than {size:,} bytes from {Path(path).stat().st_size:,}",
-                        f"at most {MAX_UNPACKED_BYTES:,} bytes",
-                        "give the rows unpacked, or fewer of them",
+                        f"more than {most:,} bytes from {size:,}",
+                        f"at most {DATA_BYTES.value:,} bytes, and {DATA_RATIO.value:,} times the"
+                        f" packed size beyond {_FREE_BYTES:,}",
+                        f"give the rows unpacked, or fewer of them; {raised_by(limit)}",
                     )
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, "a whole gzip archive", error) from error
-    return b"".join(pieces)
+    return raw
 
 
 def _unreadable(path: str, want: str, error: Exception) -> DataError:

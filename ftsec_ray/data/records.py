@@ -12,10 +12,13 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ftsec_ray.config.open_limits import DATA_COLUMNS, DATA_ROWS, DATA_VALUES
 from ftsec_ray.data.cell_values import refuse_broken_text
 from ftsec_ray.data.not_rows import (
     json_value,
@@ -24,7 +27,8 @@ from ftsec_ray.data.not_rows import (
     refuse_page,
     refuse_separator,
 )
-from ftsec_ray.data.raw_files import decoded, read_raw
+from ftsec_ray.data.parquet_records import parquet_records
+from ftsec_ray.data.raw_files import decoded, head_of, read_raw, refuse_beyond
 from ftsec_ray.errors import DataError
 
 Record = dict[str, Any]
@@ -32,6 +36,7 @@ FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 CELLS = (".csv", ".tsv")
 """Formats in which every value is text."""
 MAX_CELL_CHARS = 16 * 2**20
+_MAX_DEPTH = 100
 _LOOK_BYTES = 2**20
 _ESCAPED = re.compile(r"\\u([dD][89a-fA-F]|0000)")
 """How JSON writes half a character and NUL: no text that was read as UTF-8 holds them otherwise."""
@@ -55,10 +60,12 @@ def read_records(path: str) -> list[Record]:
         _refuse_text(path, kind)
         raise
     if kind == ".parquet":
-        records = _parquet(raw, path)
+        records = parquet_records(raw, path)
         must_look = True
     else:
         text = decoded(raw, path)
+        del raw  # the text is as large
+        _refuse_many(text, path, kind)
         _refuse_foreign(text, path, kind)
         reader = {
             ".jsonl": _json_lines,
@@ -67,7 +74,7 @@ def read_records(path: str) -> list[Record]:
             ".tsv": _tsv,
             ".txt": _lines,
         }[kind]
-        records = list(reader(text, path))
+        records = _within(reader(text, path), path)
         must_look = kind in (".jsonl", ".json") and _ESCAPED.search(text) is not None
     if not records:
         raise DataError(
@@ -76,10 +83,31 @@ def read_records(path: str) -> list[Record]:
             "at least one row",
             "make or download the file again",
         )
+    refuse_beyond(DATA_COLUMNS, len(columns_of(records)), path)
     if must_look:
         for number, record in enumerate(records, 1):
             refuse_broken_text(record, f"row {number} of {path}")
     return records
+
+
+def _within(records: Iterator[Record], path: str) -> list[Record]:
+    """The records, as long as they are not too many."""
+    most = DATA_ROWS.value
+    found = list(islice(records, most + 1))
+    refuse_beyond(DATA_ROWS, len(found), path)
+    return found
+
+
+_VALUE_MARKS = {".jsonl": ",[{", ".json": ",[{", ".csv": ",\n", ".tsv": "\t\n"}
+"""What stands in front of a value: a small file of brackets is a large heap of objects."""
+
+
+def _refuse_many(text: str, path: str, kind: str) -> None:
+    """DataError for a text that would be too many rows or values, before there is one of them."""
+    marks = _VALUE_MARKS.get(kind, "")
+    refuse_beyond(DATA_VALUES, sum(text.count(mark) for mark in marks), path)
+    if kind in (".jsonl", ".tsv", ".txt"):
+        refuse_beyond(DATA_ROWS, text.count("\n"), path)
 
 
 def format_of(path: str) -> tuple[str, bool]:
@@ -98,8 +126,8 @@ def holds_cells(path: str | None) -> bool:
 def _refuse_text(path: str, kind: str) -> None:
     """Where a file is no archive or Parquet: the better message if it is a page or an error."""
     try:
-        text = Path(path).read_bytes()[:_LOOK_BYTES].decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError):
+        text = head_of(path, _LOOK_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
         return
     _refuse_foreign(text, path, kind)
 
@@ -115,29 +143,14 @@ def columns_of(records: list[Record]) -> list[str]:
     return list(dict.fromkeys(column for record in records for column in record))
 
 
-def _parquet(raw: bytes, path: str) -> list[Record]:
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(io.BytesIO(raw), page_checksum_verification=True)
-        records: list[Record] = table.to_pylist()
-    except Exception as error:  # noqa: BLE001 - damaged pages raise whatever their bytes lead to
-        raise DataError(
-            "a data file cannot be read",
-            path,
-            "a whole Parquet file",
-            f"{type(error).__name__}: {error}; download or write it again",
-        ) from error
-    return records
-
-
 def _lines(text: str, path: str) -> Iterator[Record]:  # noqa: ARG001
     yield from ({"text": line.strip()} for line in text.split("\n") if line.strip())
 
 
 def _header(cells: list[str], path: str) -> list[str]:
     header = [name.strip() for name in cells]
-    twice = sorted({name for name in header if name and header.count(name) > 1})
+    refuse_beyond(DATA_COLUMNS, len(header), path)
+    twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
     if twice:
         raise DataError(
             f"{path} has two columns of one name",
@@ -251,4 +264,22 @@ def _record(item: Any, number: int, path: str) -> Record:
         raise DataError(
             f"row {number} of {path} is no row", item, "an object, a string or a list of messages"
         )
+    if any(isinstance(value, (dict, list)) and _is_deep(value) for value in item.values()):
+        raise DataError(
+            f"row {number} of {path} is nested too deep",
+            None,
+            f"at most {_MAX_DEPTH} lists and objects inside one another",
+            "keep the columns that are needed",
+        )
     return item
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether there are more lists and objects inside one another than rows have."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [one for values in inner for one in values if isinstance(one, (dict, list))]
+        if not level:
+            return False
+    return True

@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from ftsec_ray.config.open_limits import DATA_BYTES, DATA_ROWS
+from ftsec_ray.config.revisions import is_commit
 from ftsec_ray.config.sweep import SourceSpec
 from ftsec_ray.conversation import Message, exchange, message
 from ftsec_ray.data.cell_values import is_missing, label_text, matches, plain_text, values_there
 from ftsec_ray.data.conversations import COLUMNS, is_conversation, messages_of, tools_of
+from ftsec_ray.data.raw_files import refuse_beyond
 from ftsec_ray.data.records import Record, columns_of, holds_cells, read_records
 from ftsec_ray.data.rows import Row, from_rows, new_row
 from ftsec_ray.errors import DataError, EnvironmentFault
@@ -129,11 +132,11 @@ def place_of(spec: SourceSpec) -> str:
 
 
 def _hub_records(spec: SourceSpec) -> list[Record]:
-    if not spec.revision:
+    if not is_commit(spec.revision):
         raise DataError(
-            "a data set without a revision",
-            spec.dataset,
-            "the commit of the data set",
+            "a data set without a commit",
+            f"{spec.dataset}@{spec.revision or ''}",
+            "the commit of the data set, 40 hex digits",
             "add `revision: <commit>`",
         )
     try:
@@ -156,6 +159,8 @@ def _hub_records(spec: SourceSpec) -> list[Record]:
             "a reachable data set with this configuration and split",
             f"{type(error).__name__}: {error}; without a network give the rows as a local `path`",
         ) from error
+    refuse_beyond(DATA_ROWS, loaded.num_rows, place_of(spec))
+    refuse_beyond(DATA_BYTES, loaded.data.nbytes, place_of(spec))
     records: list[Record] = loaded.to_list()
     return records
 

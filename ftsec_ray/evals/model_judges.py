@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ftsec_ray.config.local_files import looks_local
+from ftsec_ray.config.revisions import is_commit, is_hub_id
 from ftsec_ray.config.sweep import JudgeConfig
 from ftsec_ray.context import Chat, LoadedModel
-from ftsec_ray.errors import DataError, SpecError
+from ftsec_ray.errors import SpecError
 from ftsec_ray.evals.judging import RequestJudge, Verdict, is_forbidden, user_text
 from ftsec_ray.evals.refusals import refusal_in
 from ftsec_ray.identity.content import content_hash
@@ -52,7 +53,7 @@ class Source:
     @classmethod
     def of(cls, config: JudgeConfig, judge: str) -> Source:
         """The source that a judge names; SpecError for a path with nothing there, and for an id
-        without a revision.
+        without a commit.
         """
         place, _, revision = (
             config.model.rpartition("@") if "@" in config.model else (config.model, "", "")
@@ -76,6 +77,13 @@ class Source:
                 f"{judge}:<owner/name>@<commit>, or a local folder",
                 "add the commit of the model: without it other weights could give other verdicts"
                 " under the same name",
+            )
+        if not is_hub_id(place) or not is_commit(revision):
+            raise SpecError(
+                f"a {judge} that is neither a local model nor a commit of the Hugging Face hub",
+                config.model,
+                "<owner/name>@<40 hex digits, lower case>, a local folder or a .gguf file",
+                "a branch or tag moves; the files page of the model names its commit",
             )
         return cls(place, revision)
 
@@ -120,12 +128,14 @@ def pretrained(auto: Any, source: Source, *, what: str, want: str, device: str) 
     """
     from transformers import AutoTokenizer
 
+    from ftsec_ray.models.convert import checked_folder, readable
+
+    if source.is_local:
+        checked_folder(Path(source.place))
     pinned = {"revision": source.revision} if source.revision else {}
-    try:
+    with readable(what, source.place, want):
         tokenizer = AutoTokenizer.from_pretrained(source.place, **pinned)
-        model = auto.from_pretrained(source.place, **pinned)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{what} cannot be loaded", source.place, want, str(error)) from error
+        model = auto.from_pretrained(source.place, use_safetensors=True, **pinned)
     return tokenizer, model.to(device).eval()
 
 
@@ -205,8 +215,11 @@ class Guard(ModelJudge):
     def _own_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        from ftsec_ray.models.convert import readable
+
         pinned = {"revision": self.source.revision} if self.source.revision else {}
-        return AutoTokenizer.from_pretrained(self.source.place, **pinned)
+        with readable("the tokenizer of a guard", self.source.place, "a published guard"):
+            return AutoTokenizer.from_pretrained(self.source.place, **pinned)
 
     @staticmethod
     @abstractmethod

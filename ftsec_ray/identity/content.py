@@ -16,6 +16,7 @@ from typing import IO
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity.cache_folder import cache_folder
 from ftsec_ray.identity.canonical import digest
+from ftsec_ray.identity.folder_files import plain_files
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _REMEMBER_BYTES = 16 * 2**20
@@ -24,7 +25,7 @@ _REMEMBER_BYTES = 16 * 2**20
 
 def content_hash(path: Path) -> str:
     """SHA-256 of a file, or of the names and bytes of a folder's files; SpecError when there is
-    nothing at `path`.
+    nothing at `path`, and for a link that leads out of the folder.
     """
     if path.is_file():
         return _file_hash(path)
@@ -36,13 +37,16 @@ def content_hash(path: Path) -> str:
             "check the spelling; paths are "
             "relative to the folder of the sweep file or to the working directory",
         )
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not _is_aside(p.relative_to(path)))
+    files = plain_files(path, skips=is_aside)
     if not files:
         raise SpecError("an empty folder", str(path), "a folder with a model or rows in it")
     return digest([[str(p.relative_to(path)), _file_hash(p)] for p in files])
 
 
-def _is_aside(relative: Path) -> bool:
+def is_aside(relative: Path) -> bool:
+    """Whether what stands at a path in a folder is no part of its content: a description, or
+    hidden.
+    """
     return relative.suffix == ".md" or any(part.startswith(".") for part in relative.parts)
 
 

@@ -16,9 +16,10 @@ from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any
 
+from ftsec_ray.config.template_limits import check_template
 from ftsec_ray.context import Chat, LoadedModel
 from ftsec_ray.conversation import TOOLS, with_calls
-from ftsec_ray.errors import DataError
+from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.identity import digest_text
 
 FIXED_DATE = datetime(2024, 7, 26)  # noqa: DTZ001 - a label, and no point in time
@@ -169,12 +170,26 @@ def _shared(one: str, other: str) -> int:
 
 def _tried(tokenizer: Any, chat: Chat, **how: Any) -> str | None:
     """What the template renders (see `_applied`), or None where it refuses."""
-    from jinja2 import TemplateError
-
     try:
         return _applied(tokenizer, chat, **how)
-    except (TemplateError, TypeError, KeyError, AttributeError, ValueError, IndexError):
+    except _refusals():
         return None  # templates index, join and compare what they do not expect
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What a template raises that does not take a conversation, on purpose or not."""
+    from jinja2 import TemplateError
+
+    given = (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RuntimeError)
+    return (TemplateError, AssertionError, *given)
+
+
+def _limited(template: str) -> None:
+    """DataError for a template that takes too much time, memory or text."""
+    try:
+        check_template(template)
+    except SpecError as error:
+        raise DataError(*error.args) from error
 
 
 def _applied(
@@ -195,10 +210,12 @@ def _applied(
             "a tokenizer with a chat_template",
             "use an instruction-tuned model, or give the model a `chat_template:`",
         )
+    template = tokenizer.get_chat_template(None, tools)
+    _limited(template)
     text: str = tokenizer.apply_chat_template(
         chat,
         tools=tools,
-        chat_template=_dated(tokenizer.get_chat_template(None, tools)),
+        chat_template=_dated(template),
         tokenize=False,
         add_generation_prompt=open_turn,
         enable_thinking=bool(options_of(tokenizer).get("thinking", False)),
@@ -281,8 +298,6 @@ def _joined(chat: Chat) -> Chat:
 
 def rendered(tokenizer: Any, chat: Chat, tools: Any, *, open_turn: bool = False) -> str:
     """What the template makes of a fitted conversation; DataError where it refuses it."""
-    from jinja2 import TemplateError
-
     try:
         return _applied(
             tokenizer,
@@ -291,7 +306,7 @@ def rendered(tokenizer: Any, chat: Chat, tools: Any, *, open_turn: bool = False)
             open_turn=open_turn,
             in_parts=chat_format(tokenizer).in_parts,
         )
-    except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+    except _refusals() as error:
         raise DataError(
             "the chat template refuses a conversation",
             [m["role"] for m in chat],
@@ -304,13 +319,12 @@ def moderation_text(tokenizer: Any, request: str, answer: str) -> str:
     """What the template of a guard model makes of a request and its answer: the question whether
     they are safe, with the turn of the guard open behind it. DataError where it refuses them.
     """
-    from jinja2 import TemplateError
-
     chat = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
     try:
+        _limited(tokenizer.get_chat_template(None, None))
         # not `rendered`: such a template has no turns of its own to look for
         text: str = tokenizer.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+    except _refusals() as error:
         raise DataError(
             "the chat template of a guard refuses a request and its answer",
             getattr(tokenizer, "name_or_path", None),

@@ -8,14 +8,19 @@ template or a padding token is given one or refused here, so that no later stage
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ftsec_ray.context import LoadedModel, ModelInfo
-from ftsec_ray.errors import DataError
+from ftsec_ray.errors import DataError, FtsecError, SpecError, is_out_of_memory
 from ftsec_ray.models.chat import adds_bos, render
 from ftsec_ray.models.chat_format import OPTIONS, chat_format
+from ftsec_ray.models.config_sizes import check_sizes
 from ftsec_ray.models.load import NEEDS_GPU, check_attention, count_parameters, model_class
+from ftsec_ray.models.published_folder import check_folder
+from ftsec_ray.models.weight_files import gguf_weights
 
 
 def load_source(
@@ -37,28 +42,21 @@ def load_source(
     from transformers import AutoConfig, AutoTokenizer
 
     check_attention(attention)
-    place, options = _place(source)
+    place, options = _place(source, runs_code=trust_remote_code)
     if attention not in (None, NEEDS_GPU):
         options["attn_implementation"] = attention
     options |= {"revision": revision} if revision else {}
     options |= {"trust_remote_code": trust_remote_code}
-    try:
+    with readable("the model", source, "a Hugging Face id, a local model folder or a .gguf file"):
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
         config = AutoConfig.from_pretrained(place, **options)
+        _check_config(config, source)
         cls = model_class(config)
         if "gguf_file" not in options:
             _without_pad_outside(config)
-            options["config"] = config
+            options |= {"config": config, "use_safetensors": True}
         is_own = dtype == "auto" and "gguf_file" in options  # its blocks have no dtype to keep
         model = cls.from_pretrained(place, dtype="float32" if is_own else dtype, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise DataError(
-            "the model cannot be loaded",
-            source,
-            "a Hugging Face id, a local model folder or a .gguf file",
-            f"{type(error).__name__}:"
-            f" {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-        ) from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if thinking:
@@ -74,7 +72,28 @@ def load_source(
     )
 
 
-def _place(source: str) -> tuple[str, dict[str, Any]]:
+@contextmanager
+def readable(what: str, source: str, want: str) -> Iterator[None]:
+    """DataError for whatever goes wrong inside while a model is read, but for want of memory."""
+    try:
+        yield
+    except FtsecError:
+        raise
+    except BaseException as error:
+        # A tokenizer that is damaged can make its library panic, which is no Exception.
+        is_panic = type(error).__name__ == "PanicException"
+        if not (isinstance(error, Exception) or is_panic) or is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines()
+        raise DataError(
+            f"{what} cannot be loaded",
+            source,
+            want,
+            f"{type(error).__name__}: {lines[0] if lines else ''}",
+        ) from error
+
+
+def _place(source: str, *, runs_code: bool) -> tuple[str, dict[str, Any]]:
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -85,7 +104,28 @@ def _place(source: str) -> tuple[str, dict[str, Any]]:
                 "check the path in the sweep",
             )
         return str(path.parent), {"gguf_file": path.name}
-    return (str(path) if path.is_dir() else source), {}
+    if path.is_dir():
+        checked_folder(path, runs_code=runs_code)
+        return str(path), {}
+    return source, {}
+
+
+def checked_folder(folder: Path, *, runs_code: bool = False) -> None:
+    """`check_folder` for a stage: DataError, since the sweep file was right when it was planned."""
+    try:
+        check_folder(folder, runs_code=runs_code)
+    except SpecError as error:
+        raise DataError(*error.args) from error
+
+
+def _check_config(config: Any, source: str) -> None:
+    """DataError where the configuration, as transformers reads it, states sizes of no model."""
+    path = Path(source).expanduser()
+    weights = gguf_weights(path) if path.suffix == ".gguf" else None
+    try:
+        check_sizes(config.to_dict(), weights, source)
+    except SpecError as error:
+        raise DataError(*error.args) from error
 
 
 def _dequantized(model: Any) -> None:

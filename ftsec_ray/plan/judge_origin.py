@@ -14,6 +14,7 @@ from ftsec_ray.config.sweep import JudgeConfig, ModelSpec, SweepSpec
 from ftsec_ray.evals.judging import config_of, judge_class
 from ftsec_ray.evals.model_judges import Source
 from ftsec_ray.identity import canonical
+from ftsec_ray.models.published_folder import check_folder
 from ftsec_ray.plan.origin import weights_count
 from ftsec_ray.registry import outside_hash
 
@@ -49,6 +50,8 @@ def judge_origin(named: str | JudgeConfig) -> JudgeOrigin:
         plain = _identity(config)
         return JudgeOrigin(plain, {canonical(plain): _plain(config)}, version, None)
     source = Source.of(config, config.file)
+    if source.is_local and Path(source.place).is_dir():
+        check_folder(Path(source.place))
     model = ModelSpec(
         name=f"judge {config.file}",
         source=source.place,

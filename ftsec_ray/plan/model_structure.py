@@ -13,7 +13,8 @@ from ftsec_ray.lifecycle import hooks_of
 from ftsec_ray.models.families import PACKED_ROWS, lacking
 from ftsec_ray.models.ladder import linear_paths_of
 from ftsec_ray.models.targets import ALL_LINEAR, layer_of, target_fault
-from ftsec_ray.plan.origin import known_config, local_path, weights_index
+from ftsec_ray.models.weight_files import weights_index
+from ftsec_ray.plan.origin import known_config, local_path
 from ftsec_ray.plan.stage import Cell, Stage
 from ftsec_ray.registry import name_of
 

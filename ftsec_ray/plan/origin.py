@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import canonical
 from ftsec_ray.identity.content import content_hash
+from ftsec_ray.models.published_folder import check_folder
+from ftsec_ray.models.weight_files import counted, weights_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
         given["dtype"] = dtype
     if path is not None:
         kind = "gguf" if source.endswith(".gguf") else "folder"
+        if path.is_dir():
+            check_folder(path, runs_code=model.trust_remote_code)
         return Origin(
             {"source": kind, "sha256": content_hash(path), **given},
             {"path": str(path.resolve())},
@@ -86,36 +89,13 @@ def source_dtype(model: ModelSpec, source: str) -> str:
 
 
 _SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_HEADER_BYTES = 100_000_000
-"""Bytes of a header, at most: the limit of the safetensors format."""
-
-
-def weights_index(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name of a weight -> its dtype and shape, as the headers of the safetensors files of a folder
-    tell; empty where there are none to read.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(size)) if size <= _HEADER_BYTES else None
-        except (OSError, ValueError, RecursionError):  # whoever loads the model says what is wrong
-            return {}
-        if not isinstance(header, dict):
-            return {}
-        found |= {name: e for name, e in header.items() if isinstance(e, dict)}
-    return {name: entry for name, entry in found.items() if name != "__metadata__"}
 
 
 def weights_count(source: str) -> int | None:
     """Count of the weights of a local folder; None where its headers do not tell."""
     path = local_path(source)
     index = weights_index(path) if path is not None and path.is_dir() else {}
-    try:
-        return sum(prod(int(n) for n in entry["shape"]) for entry in index.values()) or None
-    except (KeyError, TypeError, ValueError):  # whoever loads the model says what is wrong
-        return None
+    return counted(index.values()) or None
 
 
 def _dtype_of_weights(folder: Path) -> str | None:
@@ -129,7 +109,7 @@ def known_config(source: str) -> Mapping[str, Any]:
     file = path / "config.json" if path is not None and path.is_dir() else None
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
-    except (OSError, ValueError):  # whoever loads the model says what is wrong with it
+    except (OSError, ValueError, RecursionError):  # whoever loads the model says what is wrong
         return {}
     return config if isinstance(config, dict) else {}
 

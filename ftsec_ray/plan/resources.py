@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ftsec_ray.config.sweep import MicroworldOptions, ModelSpec, SweepSpec, TaskSpec
 from ftsec_ray.context import WorkerGroup
+from ftsec_ray.data.raw_files import holds_more
 from ftsec_ray.data.tasks import TASKS
 from ftsec_ray.errors import SpecError
 from ftsec_ray.lifecycle import hooks_of, roles
@@ -32,8 +33,6 @@ DEFAULT_GPU_MEMORY_GIB = 80.0
 MAX_WORKERS = 64
 """Processes of a worker group that are looked at when the sweep does not say how many."""
 _GIB = 2**30
-_ROW, _PACKED_ROW = 64, 16
-"""Bytes of a short row in a file, as text and packed."""
 
 
 def gpus_for(gib: float, gpu_memory_gib: float) -> float:
@@ -90,8 +89,7 @@ def is_large(task: TaskSpec, above: int) -> bool:
     if source.rows is not None or source.path is None:
         return source.rows is None or source.rows > above
     path = Path(source.path).expanduser()
-    packed = path.suffix in (".gz", ".parquet")
-    return path.is_file() and path.stat().st_size > above * (_PACKED_ROW if packed else _ROW)
+    return path.is_file() and holds_more(path, above)
 
 
 def gpu_memory_of(spec: SweepSpec) -> float:

@@ -20,14 +20,17 @@ from pathlib import Path
 from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.sweep import SweepSpec
 from ftsec_ray.config.yaml_text import read_yaml
-from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.errors import EnvironmentFault, SpecError
+from ftsec_ray.identity.folder_files import plain_files
 from ftsec_ray.plan.judge_origin import local_judges
+from ftsec_ray.schedule.key_files import refuse_keys
 
 LIMIT_BYTES = 100 * 2**20
 """Ray's own limit of what the job API takes."""
 PACKAGE = Path(__file__).resolve().parents[1]
 _NO_DATE = (1980, 1, 1, 0, 0, 0)
 _SHOWN = 3
+_LISTED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,22 @@ class Upload:
     def bytes(self) -> int:
         """Bytes of all files, before they are packed."""
         return sum(path.stat().st_size for path in self.files.values())
+
+    def listed(self, columns: int) -> list[str]:
+        """A line for every file, with its size and place, none longer than `columns`; one line for
+        the package, and one for what is beyond the first hundred.
+        """
+        ours = f"{PACKAGE.name}/"
+        sizes = {name: path.stat().st_size for name, path in sorted(self.files.items())}
+        own = [name for name in sizes if not (self.has_package and name.startswith(ours))]
+        lines = [_line(sizes[name], name, columns) for name in own[:_LISTED]]
+        groups = [("more files", own[_LISTED:])]
+        groups.append((f"files of {ours}", [name for name in sizes if name not in set(own)]))
+        for what, names in groups:
+            if names:
+                size = sum(sizes[name] for name in names)
+                lines.append(_line(size, f"{len(names)} {what}", columns))
+        return lines
 
     def write(self, target: Path) -> Path:
         """Pack the files into a zip whose bytes depend on theirs alone; EnvironmentFault above the
@@ -84,12 +103,14 @@ def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
     base = sweep.parent.resolve()
     local = local_paths(spec)
     texts = texts_in(read_yaml(sweep.read_text(encoding="utf-8"), Faults(str(sweep))))
-    # A link keeps its own place, since the sweep names that one; what it leads to is sent.
+    # A link inside the folder keeps its own place, since the sweep names that one.
     relative = sorted({path for path in _relative(texts, base) if path.resolve() in local})
     root = Path(os.path.commonpath([base, *(path.parent for path in relative)]))
     files = {_name(sweep.name, base, root): base / sweep.name}
     for path in relative:
+        _check_place(path, root)
         files.update({_name(one, path.parent, root): one for one in _files_of(path)})
+    refuse_keys(files)
     if package:
         files.update(
             {
@@ -143,17 +164,38 @@ def _relative(texts: Iterator[str], base: Path) -> Iterator[Path]:
                 yield Path(os.path.normpath(base / source))
 
 
-def _files_of(path: Path) -> Iterator[Path]:
-    """A file, or the files of a folder without hidden ones and caches."""
-    if path.is_file():
-        yield path
-        return
-    for one in sorted(path.rglob("*")):
-        parts = one.relative_to(path).parts
-        if one.is_file() and not any(
-            part.startswith(".") or part == "__pycache__" for part in parts
-        ):
-            yield one
+def _check_place(path: Path, root: Path) -> None:
+    """SpecError where a link on the way to a path leads out of the folder that is sent."""
+    target = path.resolve()
+    if not target.is_relative_to(root.resolve()):
+        raise SpecError(
+            "a link that leads out of the folder that would be sent",
+            f"{path} -> {target}",
+            f"files below {root}",
+            "put a copy in its place, after a look at what it is: a link in a downloaded folder can"
+            " name any file of this machine. Or name it by absolute path (--shared-disk)",
+        )
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file, or the files of a folder without hidden ones and caches; SpecError for a link that
+    leads out of it.
+    """
+    return [path] if path.is_file() else plain_files(path, skips=_is_left)
+
+
+def _is_left(relative: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+
+
+def _line(size: int, name: str, columns: int) -> str:
+    """A size in KiB and a name, its middle left out where it is too long."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    size_text = f"{size / 1024:>10,.1f} KiB  "
+    room = max(columns - len(size_text), 8)
+    if len(shown) > room:
+        shown = f"{shown[: room // 2 - 2]}...{shown[len(shown) - (room - room // 2) + 1 :]}"
+    return size_text + shown
 
 
 def _name(path: str | Path, base: Path, root: Path) -> str:

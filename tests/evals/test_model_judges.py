@@ -200,6 +200,13 @@ def test_a_real_model_is_asked_greedily_under_its_template(tmp_path):
         ("microworld:owner/name@abc", "is no model"),
         ("rubrik", "did you mean 'rubric'"),
         (JudgeConfig(model="owner/name"), "without a revision"),
+        (JudgeConfig(model="owner/name@main"), "nor a commit"),
+        ("harmbench:owner/name@../../x", "nor a commit"),
+        ("harmbench:owner/name@--upload-pack=x", "nor a commit"),
+        ("harmbench:../x@" + "0" * 40, "does not exist"),
+        ("harmbench:a/../b@" + "0" * 40, "nor a commit"),
+        ("qwen3guard:owner/name@" + "A" * 40, "nor a commit"),
+        ("qwen3guard:owner/name@" + "0" * 40 + "\n", "nor a commit"),
         (JudgeConfig(name="target", model="owner/name@abc"), "is no model"),
     ],
 )

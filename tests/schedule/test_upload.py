@@ -11,8 +11,9 @@ import pytest
 
 import ftsec_ray
 from ftsec_ray.config.sweep_file import load_sweep
-from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.errors import EnvironmentFault, SpecError
 from ftsec_ray.schedule import upload
+from ftsec_ray.schedule.key_files import is_key_name
 
 SWEEP = """\
 models: [{path: ../models/tiny, family: tiny, aligned: true}, ladder:0.2m]
@@ -66,12 +67,110 @@ def test_the_sweep_and_what_it_names_by_relative_path_keep_their_places(
     assert (tmp_path / "there" / sent.sweep).read_text() == sweep.read_text()
 
 
-def test_what_lies_behind_a_link_is_sent_under_the_name_of_the_link(sweep: Path, tmp_path: Path):
-    (tmp_path / "a/models").rename(tmp_path / "elsewhere")
-    (tmp_path / "a/models").symlink_to(tmp_path / "elsewhere")
+def test_what_lies_behind_a_link_inside_is_sent_under_the_name_of_the_link(
+    sweep: Path, tmp_path: Path
+):
+    (tmp_path / "a/models").rename(tmp_path / "a/elsewhere")
+    (tmp_path / "a/models").symlink_to(tmp_path / "a/elsewhere")
     sent = upload.upload_of(sweep, load_sweep(sweep), package=False)
     assert "models/tiny/config.json" in sent.files
     assert sent.left_out == (str(tmp_path / "far/test.jsonl"),)
+
+
+@pytest.mark.parametrize("place", ["models", "models/tiny", "rows", "rows/train.jsonl"])
+def test_a_link_out_of_the_folder_on_the_way_to_what_is_named_is_refused(
+    sweep: Path, tmp_path: Path, place: str
+):
+    outside = tmp_path / f"outside{Path(place).suffix}"
+    (tmp_path / "a" / place).rename(outside)
+    (tmp_path / "a" / place).symlink_to(outside)
+    with pytest.raises(SpecError, match="out of the folder that would be sent") as caught:
+        upload.upload_of(sweep, load_sweep(sweep), package=False)
+    assert str(outside) in str(caught.value.got)
+    assert "--shared-disk" in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "../../far/test.jsonl", "../../far", "gone"])
+def test_a_link_out_of_a_model_folder_is_refused(sweep: Path, tmp_path: Path, target: str):
+    spec = load_sweep(sweep)
+    (tmp_path / "a/models/tiny/notes.txt").symlink_to(target)
+    with pytest.raises(SpecError, match=r"notes\.txt -> ") as caught:
+        upload.upload_of(sweep, spec, package=False)
+    assert "out of the folder" in caught.value.what or "nowhere" in caught.value.what
+
+
+KEYS = [
+    *("id_rsa", "id_ed25519.pub", "server.pem", "Server.KEY", "a.p12", "a.pfx", "a.kdbx", "b.env"),
+    *("credentials", "credentials.json", "aws_credentials.csv", "client_secret_12.json"),
+    *("my-service-account.json", "kubeconfig", "kubeconfig.yaml", "prod.kubeconfig", "token"),
+    *("hf_token", "hf_token.txt", "my_token.txt", "api_key.txt", "secrets.yaml", "secret.txt"),
+    *("password.txt", "x.tfstate", "terraform.tfvars", "rclone.conf", "_netrc", "a.gpg", "x.ovpn"),
+    *("gcloud/a.json", "keyrings/login", "authorized_keys", "known_hosts", "passwd", "shadow"),
+]
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_file_that_holds_keys_by_its_name_is_refused_and_named(
+    sweep: Path, tmp_path: Path, name: str
+):
+    spec = load_sweep(sweep)
+    path = tmp_path / "a/models/tiny" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x")
+    with pytest.raises(SpecError, match="look like keys") as caught:
+        upload.upload_of(sweep, spec, package=False)
+    assert f"models/tiny/{name}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "-----BEGIN OPENSSH PRIVATE KEY-----\n",
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "PuTTY-User-Key-File-3: x",
+    ],
+)
+def test_a_private_key_under_a_harmless_name_is_refused(sweep: Path, tmp_path: Path, head: str):
+    spec = load_sweep(sweep)
+    (tmp_path / "a/models/tiny/notes.txt").write_text(head + "\nabc")
+    with pytest.raises(SpecError, match=r"models/tiny/notes\.txt"):
+        upload.upload_of(sweep, spec, package=False)
+
+
+HIDDEN = [".env", ".netrc", ".ssh/id_rsa", ".aws/credentials", ".git/config", ".cache/token"]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_files_of_a_folder_stay_here(sweep: Path, tmp_path: Path, name: str):
+    path = tmp_path / "a/models/tiny" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x")
+    sent = upload.upload_of(sweep, load_sweep(sweep), package=False)
+    assert not [one for one in sent.files if "/." in one]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"),
+        *("added_tokens.json", "tokenizer.model", "model.safetensors", "merges.txt", "keys.jsonl"),
+    ],
+)
+def test_the_files_of_models_are_no_keys(name: str):
+    assert not is_key_name(f"models/tiny/{name}")
+
+
+def test_what_is_sent_is_listed_with_sizes_in_short_lines(sweep: Path, tmp_path: Path):
+    long = "n" * 90 + ".json"
+    (tmp_path / "a/models/tiny" / long).write_text("x" * 2048)
+    (tmp_path / "a/models/tiny/bad\x1b[2J.txt").write_text("x")
+    lines = upload.upload_of(sweep, load_sweep(sweep), package=True).listed(80)
+    assert all(len(line) <= 80 and line.isprintable() for line in lines)
+    assert any(line.endswith("KiB  rows/train.jsonl") for line in lines)
+    assert any(line.lstrip().startswith("2.0 KiB  models/tiny/nnn") for line in lines)
+    assert any("\\x1b[2J" in line for line in lines)
+    assert lines[-1].endswith(" files of ftsec_ray/"), "one line for the package"
+    assert len(lines) == 6
 
 
 def test_a_sweep_without_files_is_sent_alone(tmp_path: Path):

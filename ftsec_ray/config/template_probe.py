@@ -1,0 +1,136 @@
+"""Renders small conversations with one chat template, in a process of its own that may take so much
+time and memory and no more; `template_limits` starts it.
+
+A script of the standard library and Jinja alone, so that it starts in a fraction of a second. The
+environment is that of transformers, which renders the template afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from datetime import datetime
+from typing import Any
+
+LONG_CHARS = 20_000
+MANY_TURNS = 64
+
+
+def conversations() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
+    """Chats, each with the functions on offer in it: short ones of every form, and long ones."""
+    user: dict[str, Any] = {"role": "user", "content": "a"}
+    answer: dict[str, Any] = {"role": "assistant", "content": "b"}
+    system: dict[str, Any] = {"role": "system", "content": "c"}
+    function = {"name": "f", "arguments": {"a": 1}}
+    call = {"id": "callid001", "type": "function", "function": function}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "content": "d", "name": "f", "tool_call_id": "callid001"}
+    offer: list[dict[str, Any]] = [
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    ]
+    long = {"role": "user", "content": "word " * (LONG_CHARS // 5)}
+    plain: list[list[dict[str, Any]]] = [
+        [user],
+        [user, answer],
+        [system, user, answer],
+        [user, called, result, answer],
+        [user, user],
+        [long, answer],
+        [system, *[user, answer] * MANY_TURNS],
+    ]
+    in_parts = [
+        [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
+        for chat in (plain[1], plain[2])
+    ]
+    unoffered = [(chat, None) for chat in (*plain, *in_parts)]
+    return [*unoffered, ([user], offer), (plain[2], offer)]
+
+
+def _environment() -> Any:
+    from jinja2 import TemplateError, ext, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(ext.Extension):
+        """The mark of transformers around what the assistant says."""
+
+        tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            call = self.call_method("_said")
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _said(self, caller: Any) -> Any:
+            return caller()
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, **how: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **how})
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime  # noqa: DTZ001
+    return environment
+
+
+def _limited(seconds: int, memory: int) -> None:
+    import resource
+
+    for kind, most in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with contextlib.suppress(OSError, ValueError):  # a system without this limit
+            resource.setrlimit(kind, (least, least))
+
+
+def longest(template: str, values: dict[str, Any], most: int) -> int:
+    """Characters of the longest text that the template makes, or of the first beyond `most`; what
+    it refuses counts as empty.
+    """
+    made = _environment().from_string(template)
+    length = 0
+    for chat, tools in conversations():
+        for open_turn in (False, True):
+            try:
+                text = made.render(
+                    messages=chat, tools=tools, add_generation_prompt=open_turn, **values
+                )
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - templates refuse what they do not expect in any way
+                continue
+            length = max(length, len(text))
+            if length > most:
+                return length
+    return length
+
+
+def main() -> None:
+    """Read the template and its limits from stdin, and write what was found to stdout."""
+    given = json.load(sys.stdin)
+    _limited(given["seconds"], given["memory"])
+    try:
+        found: dict[str, Any] = {
+            "chars": longest(given["template"], given["values"], given["chars"])
+        }
+    except MemoryError:
+        found = {"over": "memory"}
+    except Exception as error:  # noqa: BLE001 - whoever renders it says what is wrong with it
+        found = {"refused": type(error).__name__}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

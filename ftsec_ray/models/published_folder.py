@@ -1,0 +1,214 @@
+"""A model folder from a stranger, looked at before anything in it is loaded: what its files name
+lies in it and is part of its hash, nothing has to be unpickled, and its sizes are those of its
+weights.
+
+Reads JSON and the headers of safetensors alone, so that a plan can ask.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ftsec_ray.config.open_limits import MODEL_JSON_BYTES, TOKENIZER_BYTES, raised_by
+from ftsec_ray.errors import SpecError
+from ftsec_ray.identity.content import is_aside
+from ftsec_ray.identity.folder_files import plain_files
+from ftsec_ray.models.config_sizes import check_sizes
+from ftsec_ray.models.weight_files import weights_of
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+_READ = ("config.json", "tokenizer_config.json", "generation_config.json")
+_OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "added_tokens", "spiece", "sentencepiece")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+_NOT_READ = "special_tokens_map_file"
+"""A key that older versions of transformers write, and none reads."""
+_MAX_DEPTH = 64
+"""Levels of a configuration inside one another; published ones have under ten."""
+_CODE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
+
+
+def check_folder(folder: Path, *, runs_code: bool = False) -> None:
+    """SpecError for a model folder that would load what is not in it, has to be unpickled, or
+    states sizes that its weights do not have.
+
+    Args:
+        folder: With a `config.json`.
+        runs_code: Whether code that comes with the model runs (`trust_remote_code`).
+    """
+    files = plain_files(folder, skips=is_aside)
+    names = {path.relative_to(folder).as_posix() for path in files}
+    for path in files:
+        _check_size(path, path.relative_to(folder).as_posix())
+    known = {name: _mapping(folder / name) for name in _READ if name in names}
+    if "adapter_config.json" in names:
+        raise SpecError(
+            "a model folder with an adapter in it",
+            str(folder / "adapter_config.json"),
+            "whole weights: an adapter names a base model, which is no part of this folder",
+            "merge the adapter into its base (`merge_and_unload` of peft) and save that, or take"
+            " adapter_config.json out",
+        )
+    _check_names(folder, names, known, runs_code=runs_code)
+    loaded = _weight_files(folder, names, known.get("config.json", {}))
+    check_sizes(known.get("config.json", {}), weights_of(loaded), str(folder / "config.json"))
+
+
+def _check_size(path: Path, name: str) -> None:
+    is_tokenizer = name.startswith(_OF_TOKENIZERS) and name != "tokenizer_config.json"
+    if not is_tokenizer and path.suffix not in (".json", ".jinja"):
+        return
+    limit = TOKENIZER_BYTES if is_tokenizer or name.endswith(".index.json") else MODEL_JSON_BYTES
+    size, most = path.stat().st_size, limit.value
+    if size > most:
+        raise SpecError(
+            f"too many {limit.counts}",
+            f"{size:,} in {path}",
+            f"at most {most:,}",
+            raised_by(limit),
+        )
+
+
+def _mapping(path: Path) -> Mapping[str, Any]:
+    """What a configuration holds; SpecError where it is no mapping, or nested beyond reason."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        depth = _depth(value)
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            "a file of a model that is not JSON", str(path), "a JSON object", str(error)
+        ) from error
+    except RecursionError:
+        value, depth = {}, _MAX_DEPTH + 1
+    if depth > _MAX_DEPTH:
+        raise SpecError(
+            "a file of a model that is nested too deep",
+            str(path),
+            f"at most {_MAX_DEPTH} levels of lists and objects inside one another",
+            "no published model needs more: take the file for hostile",
+        )
+    if not isinstance(value, dict):
+        raise SpecError("a file of a model that holds no object", str(path), "a JSON object")
+    return value
+
+
+def _depth(value: object) -> int:
+    """Levels of a value; not more than one beyond the limit is looked at."""
+    level, depth = [value], 0
+    while level and depth <= _MAX_DEPTH:
+        inner = [list(v.values()) if isinstance(v, dict) else v for v in level]
+        level = [one for v in inner if isinstance(v, list) for one in v]
+        depth += any(isinstance(v, list) for v in inner)
+    return depth
+
+
+def _check_names(
+    folder: Path, names: set[str], known: Mapping[str, Mapping[str, Any]], *, runs_code: bool
+) -> None:
+    """SpecError where a configuration names a file that is not one of the folder."""
+    for name, config in known.items():
+        for key, named in _named_files(config):
+            if named not in names:
+                _outside(folder / name, key, named)
+        if not runs_code:
+            continue
+        for key, code in _code(config.get("auto_map")):
+            module = str(code).partition(".")[0]
+            if not _CODE.fullmatch(str(code)) or f"{module}.py" not in names:
+                raise SpecError(
+                    "code of a model that is not in its folder",
+                    f"{key}: {code!r} in {folder / name}",
+                    "module.Class, with module.py in the folder: then it is part of the model's"
+                    " hash",
+                    "copy the code next to the weights and name it so, after reading it",
+                )
+
+
+def _code(auto_map: object) -> Iterator[tuple[str, object]]:
+    """The places and names of code in an `auto_map`: texts, or lists of them with None."""
+    given = auto_map if isinstance(auto_map, dict) else {"AutoTokenizer": auto_map}
+    for key, value in given.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                yield f"auto_map.{key}", one
+
+
+def _named_files(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys of a configuration under which transformers finds the name of a file, and what
+    stands there.
+    """
+    weights = config.get("transformers_weights")
+    if weights is not None:
+        yield "transformers_weights", str(weights)
+    fast = config.get("fast_tokenizer_files")
+    for one in fast if isinstance(fast, list) else []:
+        yield "fast_tokenizer_files", str(one)
+    for key, value in config.items():
+        # paths of the author's machine stay behind here often: only one that can be read matters
+        is_path = key.endswith("_file") and key != _NOT_READ and isinstance(value, str) and value
+        if is_path and ("/" in value or "\\" in value) and _is_there(value):
+            yield key, value
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _outside(file: Path, key: str, named: str) -> NoReturn:
+    raise SpecError(
+        "a model that names a file outside of its folder",
+        f"{key}: {named[:200]!r} in {file}",
+        "files of the folder, which are part of its hash; none that are hidden or end in .md",
+        "put the file into the folder and name it by its name alone, or take the model from its"
+        " publisher",
+    )
+
+
+def _weight_files(folder: Path, names: set[str], config: Mapping[str, Any]) -> list[Path]:
+    """The files that the weights are loaded from, each in the folder; SpecError where they would
+    have to be unpickled.
+    """
+    given = config.get("transformers_weights")
+    first = str(given) if given else WEIGHTS if WEIGHTS in names else INDEX
+    if first not in names:
+        pickles = sorted(name for name in names if name.endswith((*_PICKLES, ".bin.index.json")))
+        if pickles:
+            _unpickled(folder, pickles[0])
+        return []  # whoever loads the model says what is missing
+    listed = [first]
+    if first.endswith(".index.json"):
+        listed = _listed(folder / first)
+        for name in listed:
+            if name not in names:
+                _outside(folder / first, "weight_map", name)
+    for name in listed:
+        if not name.endswith(".safetensors"):
+            _unpickled(folder, name)
+    return [folder / name for name in listed]
+
+
+def _listed(index: Path) -> list[str]:
+    weight_map = _mapping(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SpecError(
+            "an index of weights without a weight_map",
+            str(index),
+            "an object from names of weights to names of .safetensors files of the folder",
+        )
+    return sorted(set(weight_map.values()))
+
+
+def _unpickled(folder: Path, name: str) -> NoReturn:
+    raise SpecError(
+        "weights that are not safetensors",
+        f"{name} in {folder}",
+        "*.safetensors, or a .gguf file: to read a pickle is to run whatever its author put in it",
+        "take the safetensors of the same model, or convert it on a machine that you can lose",
+    )

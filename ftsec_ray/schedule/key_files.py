@@ -1,0 +1,77 @@
+"""Files that hold keys, tokens or passwords by their name or their first bytes: none is sent to a
+cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from ftsec_ray.errors import SpecError
+
+NAMES = (
+    # private keys and stores of them
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.ppk", "*.p12"),
+    *("*.pfx", "*.p8", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.pgp", "*.asc", "*.ovpn"),
+    *("secring.*", "*.age", "*.kdb", "wallet.dat", "authorized_keys", "known_hosts"),
+    # passwords and tokens in files that programs read by themselves
+    *(".env", ".env.*", "*.env", "env.local", ".netrc", "_netrc", ".npmrc", ".pypirc"),
+    *(".git-credentials", ".pgpass", "pgpass.conf", ".my.cnf", ".htpasswd", "*.htpasswd"),
+    *(".dockercfg", ".boto", ".s3cfg", ".vault-token", "rclone.conf", "*.tfstate", "*.tfstate.*"),
+    *("*.tfvars", "stored_tokens", "shadow", ".bash_history", ".zsh_history", ".python_history"),
+    # what clouds and the hub hand out
+    *("credentials", "credentials.*", "*credentials.json", "*_credentials.*", "client_secret*"),
+    *("*service_account*.json", "*service-account*.json", "*serviceaccount*.json"),
+    *("kubeconfig*", "*.kubeconfig", "accesskeys.csv", "*_accesskeys.csv", "azureprofile.json"),
+    # by what people call them
+    *("token", "token.txt", "token.json", "*.token", "*_token", "*_token.txt", "*-token.txt"),
+    *("hf_token*", "api_key*", "apikey*", "*_api_key", "*_api_key.txt", "secret", "secret.*"),
+    *("secrets", "secrets.*", "*.secret", "*.secrets", "*_secret.txt", "password", "password.*"),
+    *("passwords", "passwords.*", "passwd"),
+)
+"""Patterns of names, in lower case."""
+FOLDERS = frozenset(
+    (
+        *(".ssh", ".aws", ".azure", ".gnupg", ".kube", ".docker", ".git", ".hg", ".svn"),
+        *(".huggingface", ".password-store", ".config", ".gsutil", ".terraform.d", ".cargo"),
+        *(".sigstore", ".oci", ".databricks", ".kaggle", "gcloud", "keyrings"),
+    )
+)
+"""Folders whose files are all taken for keys."""
+_MARKS = (b"PRIVATE KEY-----", b"PRIVATE KEY BLOCK-----", b"PuTTY-User-Key-File")
+_LOOK_BYTES = 4096
+_SHOWN = 3
+
+
+def is_key_name(name: str) -> bool:
+    """Whether a place with `/` between its parts is that of a file with keys, by the parts."""
+    parts = PurePosixPath(name.casefold()).parts
+    return any(part in FOLDERS for part in parts[:-1]) or any(
+        fnmatchcase(parts[-1], pattern) for pattern in NAMES
+    )
+
+
+def refuse_keys(files: Mapping[str, Path]) -> None:
+    """SpecError when one of the files would send a key, a token or a password.
+
+    Args:
+        files: By the places at which they would be sent; a link counts by what it leads to, too.
+    """
+    found = sorted(name for name, path in files.items() if _is_key(name, path))
+    if found:
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise SpecError(
+            "files that look like keys or passwords would be sent to the cluster",
+            " | ".join(found[:_SHOWN]) + more,
+            "the files of the sweep, its models and its rows alone",
+            "take them out of the folder that the sweep names, or rename what is no key",
+        )
+
+
+def _is_key(name: str, path: Path) -> bool:
+    if is_key_name(name) or is_key_name(path.resolve().name):
+        return True
+    with path.open("rb") as file:
+        head = file.read(_LOOK_BYTES)
+    return any(mark in head for mark in _MARKS)

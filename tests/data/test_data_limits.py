@@ -1,0 +1,113 @@
+"""Small files of rows that are large in memory: each is refused by a limit that the error names."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ftsec_ray.data.raw_files import holds_more
+from ftsec_ray.data.records import read_records
+from ftsec_ray.errors import DataError
+
+
+def fault(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_records(str(path))
+    return str(caught.value)
+
+
+def equal_rows(path: Path, value: object, rows: int) -> Path:
+    """A Parquet file that says a value once and a number of rows of it."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([value]))
+    pq.write_table(pa.table({"prompt": column}), path, dictionary_pagesize_limit=2**24)
+    return path
+
+
+def test_a_gzip_unpacks_to_so_many_times_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("ftsec_ray.data.raw_files._FREE_BYTES", 1000)
+    file = tmp_path / "a.txt.gz"
+    file.write_bytes(gzip.compress(b"x\n" * 2**21))
+    told = fault(file)
+    assert "unpacks to too much" in told
+    assert "set FTSEC_MAX_DATA_RATIO in the environment" in told
+    monkeypatch.setenv("FTSEC_MAX_DATA_RATIO", "2000")
+    monkeypatch.setenv("FTSEC_MAX_DATA_ROWS", "3000000")
+    assert len(read_records(str(file))) == 2**21
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "variable"),
+    [
+        ("a.txt", "a\n" * 101, "ROWS"),
+        ("a.jsonl", '{"a": 1}\n' * 101, "ROWS"),
+        ("a.json", "[" + '"a",' * 100 + '"a"]', "ROWS"),
+        ("a.csv", "a\n" + "1\n" * 101, "ROWS"),
+        ("a.json", "[" + "[]," * 1000 + "[]]", "VALUES"),
+        ("a.jsonl", '{"a":[' + "{}," * 1000 + "{}]}", "VALUES"),
+        ("a.csv", "," * 1001, "VALUES"),
+        ("a.tsv", "a\t" * 1001, "VALUES"),
+        ("a.csv", ",".join(f"c{i}" for i in range(21)), "COLUMNS"),
+        ("a.jsonl", "\n".join(f'{{"k{i}": 1}}' for i in range(21)), "COLUMNS"),
+        ("a.txt", "x" * 20_001, "BYTES"),
+    ],
+)
+def test_a_text_of_too_much_is_refused_with_the_variable_that_raises_the_limit(
+    tmp_path, monkeypatch, name, text, variable
+):
+    for what, most in (("ROWS", 100), ("VALUES", 1000), ("COLUMNS", 20), ("BYTES", 20_000)):
+        monkeypatch.setenv(f"FTSEC_MAX_DATA_{what}", str(most))
+    (tmp_path / name).write_text(text)
+    told = fault(tmp_path / name)
+    assert f"set FTSEC_MAX_DATA_{variable} in the environment" in told
+    assert "at most" in told
+
+
+def test_equal_rows_of_a_parquet_file_count_as_they_would_be_unpacked(tmp_path):
+    large = equal_rows(tmp_path / "large.parquet", "x" * 900_000, 4_000)
+    assert large.stat().st_size < 2_000_000
+    assert "set FTSEC_MAX_DATA_BYTES" in fault(large)
+    many = equal_rows(tmp_path / "many.parquet", "x", 2_000_001)
+    assert many.stat().st_size < 20_000
+    assert "set FTSEC_MAX_DATA_ROWS" in fault(many)
+    few = equal_rows(tmp_path / "few.parquet", "hello", 3_000)
+    assert read_records(str(few)) == [{"prompt": "hello"}] * 3_000
+
+
+def test_one_row_with_a_list_of_equal_values_is_counted_by_its_values(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTSEC_MAX_DATA_VALUES", "1000")
+    pq.write_table(pa.table({"a": [[0] * 5000]}), tmp_path / "a.parquet")
+    assert "set FTSEC_MAX_DATA_VALUES" in fault(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("depth", [101, 800])
+def test_rows_that_are_nested_too_deep_are_refused(tmp_path, depth):
+    (tmp_path / "a.jsonl").write_text('{"prompt":' + "[" * depth + "]" * depth + "}\n")
+    assert "nested too deep" in fault(tmp_path / "a.jsonl")
+
+
+def test_what_is_no_plain_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    (tmp_path / "b.txt").symlink_to("/dev/zero")
+    for name in ("a.jsonl", "b.txt"):
+        assert "no plain file" in fault(tmp_path / name)
+
+
+def test_a_page_of_comments_is_looked_at_once(tmp_path):
+    (tmp_path / "a.csv").write_text("<!--a-->" * 40 + "x\n")
+    assert "a header alone" in fault(tmp_path / "a.csv"), "not read in 2**40 ways"
+
+
+def test_a_plan_takes_a_packed_file_for_large_by_what_it_unpacks_to(tmp_path):
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"x" * 64 * 1001))
+    assert packed.stat().st_size < 1000
+    assert (holds_more(packed, 1000), holds_more(packed, 1001)) == (True, False)
+    rows = equal_rows(tmp_path / "a.parquet", "x", 1001)
+    assert (holds_more(rows, 1000), holds_more(rows, 1001)) == (True, False)
+    packed.write_bytes(b"no archive")
+    assert not holds_more(packed, 1)
