@@ -21,6 +21,7 @@ LAYERS = [
     "errors",
     "redact",
     "identity",
+    "durable",
     "discovery",
     "numerics",
     "schema",
