@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
@@ -352,7 +353,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     real = os.fsync
 
     def note(descriptor):
-        seen.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        seen.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         real(descriptor)
 
     real_rename = durable.Path.rename
