@@ -9,6 +9,12 @@
 An artifact is done when its record exists. On a local disk its folder is written aside and renamed;
 elsewhere the files go up first, under a name of their own attempt, and the record last. Of two
 publishers the later one discards its copy. Nothing is ever unpickled.
+
+What is damaged costs its own stage: a record that is none is put aside with a warning, a stray file
+is left out with one. A store that takes no writes is read all the same. Users of one store need one
+group and a set-group-id root (`chgrp GROUP STORE && chmod 2775 STORE`): all that is made below it
+is then the group's, whatever the umask. Elsewhere the umask holds, and what another user keeps for
+themselves is told before any work.
 """
 
 from __future__ import annotations
