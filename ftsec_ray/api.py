@@ -268,12 +268,13 @@ def run_plan(
     whole = make_plan(whole, store)
     part = limited(whole, limit)
     report = None
-    if not part.needed(store.done()):
+    needed = part.needed(store.sound(part.kinds)[0])
+    if not needed:
         held = whole_results(whole, folder)
         if held is not None and (folder / REPORT_FILE).is_file():
             return Outcome(results=held, page=folder / REPORT_FILE, report=None, plan=whole)
     else:
-        store.check_writable()
+        store.check_writable({stage.digest for stage in needed})
         check_folder(folder, "results", "--results")
         if cluster_address(address) is None:
             check_gpus(whole.spec)
@@ -402,7 +403,7 @@ def export(
     page = folder / REPORT_FILE if (folder / REPORT_FILE).is_file() else write_report(folder)
     target = Path(out) if out is not None else Path(f"{whole.spec.name}-{whole.digest[:8]}.zip")
     target.parent.mkdir(parents=True, exist_ok=True)
-    return pack(whole, held, page, file, kept.records(kept.done() & set(whole.stages)), target)
+    return pack(whole, held, page, file, kept.sound(whole.kinds)[1], target)
 
 
 def verify(

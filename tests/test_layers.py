@@ -23,6 +23,7 @@ LAYERS = [
     "secret_forms",
     "redact",
     "identity",
+    "durable",
     "discovery",
     "numerics",
     "schema",

@@ -76,7 +76,7 @@ def print_plan(
     """Print what a plan holds, what of it is done, and what the rest takes."""
     held = Store.open(store)
     plan = api.make_plan(sweep, held)
-    done = held.done()
+    done, records = held.sound(plan.kinds)
     spent = spent_of(plan, held, done) if plan.spec.budget else None
     folder = api.results_folder(local_results(results), plan.spec.name)
     warning = other_plan_line(plan, folder, api.text_of(sweep))
@@ -85,7 +85,6 @@ def print_plan(
     summary = summarize(plan, done, costs=costs_of(plan, held, done), spent=spent)
     gpu_hours = summary.bill.total.gpu_hours
     cost = None if gpu_price is None else gpu_hours * gpu_price
-    records = held.records(done & set(plan.stages))
     other, warnings = made_by_other_code(plan, records), warnings_of(plan, records)
     if as_json:
         say_json(
@@ -138,9 +137,10 @@ def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
     """Print which cells of a sweep are done, failed or pending, and why the failed ones failed."""
     held = Store.open(store)
     plan = api.make_plan(sweep, held)
-    done, failures = held.done(), held.failures()
+    done, records = held.sound(plan.kinds)
+    failures = held.failures()
     statuses = cell_statuses(plan, done, set(failures))
-    warnings = warnings_of(plan, held.records(done & set(plan.stages)))
+    warnings = warnings_of(plan, records)
     if as_json:
         say_json(_status_json(plan, statuses, failures, warnings))
         return

@@ -52,12 +52,12 @@ def run_sweep(
     held = Store.open(store)
     whole = api.make_plan(sweep, held)
     part = api.limited(whole, limit)
-    done = held.done()
+    done, records = held.sound(part.kinds)
     costs = costs_of(part, held, done)
     folder = api.results_folder(local_results(results), whole.spec.name)
-    other = made_by_other_code(part, held.records(done & set(part.stages)))
+    other = made_by_other_code(part, records)
     if other:
-        say(other_code_line(other, len(done & set(part.stages))), err=True)
+        say(other_code_line(other, len(records)), err=True)
     warning = other_plan_line(whole, folder, api.text_of(sweep))
     if warning:
         say(warning, err=True)

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any, Literal
 from ftsec_ray import numerics
 from ftsec_ray.code_versions import stage_code
 from ftsec_ray.context import Runtime
-from ftsec_ray.errors import EnvironmentFault, FtsecError, is_out_of_memory
+from ftsec_ray.errors import EnvironmentFault, FtsecError, StoreError, is_out_of_memory
 from ftsec_ray.execute.watchdog import watched
 from ftsec_ray.plan.stage import Stage, workers_of
 from ftsec_ray.redact import redacted, without_secrets
@@ -115,7 +116,8 @@ def run_unit(
 def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: int) -> StageResult:
     host = socket.gethostname()
     if store.has(stage.digest):
-        store.drop_verdict(stage.digest)
+        with suppress(StoreError, OSError):  # a leftover is no fault of the stage
+            store.drop_verdict(stage.digest)
         return StageResult(digest=stage.digest, status="cached", attempt=attempt, host=host)
     meter = _Meter()
     folder: Path | None = None
@@ -146,8 +148,9 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
         store.leave_work(stage.digest)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-    store.drop_verdict(stage.digest)
-    store.drop_work(stage.digest)
+    with suppress(StoreError, OSError):
+        store.drop_verdict(stage.digest)
+        store.drop_work(stage.digest)
     return StageResult(
         digest=stage.digest, status="done", wall_s=measured["wall_s"], attempt=attempt, host=host
     )
@@ -216,7 +219,9 @@ def _bad(
         return StageResult(status="retry", damaged=str(error.got), **common)
     verdict = StageResult(status="failed", **common)
     if common["error_code"] != "disk_full":  # there is no room for it
-        store.write_verdict(stage.digest, asdict(verdict))
+        # A store that takes no writes any more is told by the error itself.
+        with suppress(StoreError, OSError):
+            store.write_verdict(stage.digest, asdict(verdict))
     return verdict
 
 

@@ -51,6 +51,11 @@ class Plan:
         return sum(len(cell.stages) for cell in self.cells)
 
     @cached_property
+    def kinds(self) -> dict[str, str]:
+        """Digest of every stage -> its kind."""
+        return {digest: stage.kind for digest, stage in self.stages.items()}
+
+    @cached_property
     def answers(self) -> set[str]:
         """Digests of the stages whose artifacts the results read: evaluations, inspections, and
         filters of defenses.

@@ -171,7 +171,7 @@ class _Found:
     @cached_property
     def records(self) -> dict[str, Row]:
         """Records of the plan's finished stages."""
-        held = self.store.records(self.store.done() & set(self.plan.stages))
+        held = self.store.sound(self.plan.kinds)[1]
         return {digest: record for digest, record in held.items() if digest not in self.broken}
 
     @cached_property
@@ -227,8 +227,16 @@ class _Found:
         try:
             read(digest)
         except DamagedArtifact as damage:
-            self.broken[digest] = str(damage)
-            self.records.pop(digest, None)
+            self._drop(digest, str(damage))
+        except (DataError, OSError, ValueError, KeyError, TypeError) as error:
+            # Its files are those of its record, and not what its kind of stage writes.
+            self.store.put_aside(digest, str(error).splitlines()[0] if str(error) else "unreadable")
+            self._drop(digest, str(error))
+
+    def _drop(self, digest: str, why: str) -> None:
+        self.broken[digest] = why
+        for held in (self.records, self.metrics, self.generations, self.lengths, self.inspections):
+            held.pop(digest, None)
 
     def _read_evaluation(self, digest: str) -> None:
         import pyarrow as pa

@@ -7,12 +7,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.schedule.cluster_address import VARIABLE, as_given, cluster_address
+from ftsec_ray.schedule.own_ray import own_ray
 
 _LOGGERS = ("ray", "ray.tune", "ray.data", "ray.train")
 _SWITCHES = {
@@ -68,43 +69,26 @@ def _connected(
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            count = (workers or 0) * resources.cpus_per_stage or os.cpu_count() or 1
-            ray.init(
-                address="local",
-                num_cpus=max(1, round(max(count, least_cpus) + 0.499)),
-                include_dashboard=False,
-                **quiet,
-            )
-    except Exception as error:  # Ray has no class of its own for a start that takes too long
-        raise EnvironmentFault(
-            f"cannot reach or start Ray: {error}",
-            as_given(None if address == cluster_address(None) else address),
-            "a running cluster",
-            f"--address HOST:6379 of a Ray head, no {VARIABLE} in the environment, or --executor"
-            " local",
-        ) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            if address:
+                ray.init(address=address, **quiet)
+                stack.callback(ray.shutdown)
+            else:
+                count = (workers or 0) * resources.cpus_per_stage or os.cpu_count() or 1
+                cores = max(1, round(max(count, least_cpus) + 0.499))
+                stack.enter_context(own_ray(cores, **quiet))
+        except EnvironmentFault:
+            raise
+        except Exception as error:  # Ray has no class of its own for a start that takes too long
+            raise EnvironmentFault(
+                f"cannot reach or start Ray: {error}",
+                as_given(None if address == cluster_address(None) else address),
+                "a running cluster",
+                f"--address HOST:6379 of a Ray head, no {VARIABLE} in the environment, or"
+                " --executor local",
+            ) from error
         yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def setting(name: str, value: str) -> Iterator[None]:
-    """An environment variable of this process for a while."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from ftsec_ray.schedule.cluster_capacity import (
     stall_fault,
 )
 from ftsec_ray.schedule.dispatcher import Dispatcher
-from ftsec_ray.schedule.ray_session import setting
+from ftsec_ray.schedule.own_ray import setting
 from ftsec_ray.schedule.ray_worker import RayWorker
 from ftsec_ray.schedule.trials import (
     NewestFirst,

@@ -9,13 +9,19 @@
 An artifact is done when its record exists. On a local disk its folder is written aside and renamed;
 elsewhere the files go up first, under a name of their own attempt, and the record last. Of two
 publishers the later one discards its copy. Nothing is ever unpickled.
+
+What is damaged costs its own stage: a record that is none is put aside with a warning, a stray file
+is left out with one. A store that takes no writes is read all the same. Users of one store need one
+group and a set-group-id root (`chgrp GROUP STORE && chmod 2775 STORE`): all that is made below it
+is then the group's, whatever the umask. Elsewhere the umask holds, and what another user keeps for
+themselves is told before any work.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -100,9 +106,9 @@ class Store(ABC):
     def failures(self) -> dict[str, dict[str, Any]]:
         """Verdicts of all stages that failed and have not succeeded since."""
 
-    def check_writable(self) -> None:
-        """EnvironmentFault where artifacts cannot be made; what only a write can tell is told
-        then.
+    def check_writable(self, wanted: Collection[str] = ()) -> None:
+        """EnvironmentFault where artifacts, those `wanted` above all, cannot be made; what only a
+        write can tell is told then.
         """
         return
 
@@ -111,6 +117,30 @@ class Store(ABC):
         told.
         """
         return
+
+    def sound(self, kinds: Mapping[str, str]) -> tuple[set[str], dict[str, dict[str, Any]]]:
+        """Digests of all artifacts, and the records of those of some stages. An artifact whose
+        record is damaged, or is that of another kind of stage, is in neither: it is put aside with
+        a warning, and its stage runs again.
+
+        Args:
+            kinds: Digest of a stage -> its kind.
+        """
+        done = self.done()
+        wanted = done & kinds.keys()
+        records = self.records(wanted)
+        for digest, record in list(records.items()):
+            if record.get("kind", kinds[digest]) != kinds[digest]:
+                fault = f"its record is of a stage {record['kind']!r:.60}, not {kinds[digest]!r}"
+                self.put_aside(digest, fault)
+                del records[digest]
+        return done - (wanted - records.keys()), records
+
+    @abstractmethod
+    def put_aside(self, digest: str, fault: str) -> None:
+        """Take a damaged artifact out of the way, with a warning; where the store may only be read
+        it counts as absent in this process.
+        """
 
     def records(self, digests: set[str]) -> dict[str, dict[str, Any]]:
         """Records of those of the artifacts that are there."""

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
+import pwd
 import shutil
 import socket
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -16,8 +19,17 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from ftsec_ray.durable import make_folder
 from ftsec_ray.errors import EnvironmentFault, StoreError
 from ftsec_ray.store.record import checked_digest
+
+_LOG = logging.getLogger("ftsec_ray.store")
+
+
+@cache
+def warn_once(text: str) -> None:
+    """A warning of this process, however often there is reason for it."""
+    _LOG.warning("warning: %s", text)
 
 
 @cache
@@ -35,7 +47,8 @@ def own_folder(parent: Path, digest: str) -> Path:
     """A fresh empty folder of this process."""
     path = parent / own_name(digest)
     with room(parent):
-        path.mkdir(parents=True)
+        make_folder(parent)
+        path.mkdir()
     return path
 
 
@@ -118,11 +131,12 @@ def check_folder(folder: Path, what: str, option: str) -> None:
         option: The option that names it.
     """
     try:
-        with room(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            return
     except OSError as error:
+        if is_full(error):
+            raise disk_full(error, folder) from error
         raise EnvironmentFault(
             f"the {what} folder cannot be written: {error.strerror or error}",
             str(folder),
@@ -131,9 +145,45 @@ def check_folder(folder: Path, what: str, option: str) -> None:
         ) from error
 
 
+def check_may_write(path: Path, *, is_stuck: bool = False) -> None:
+    """EnvironmentFault where a folder of the store, perhaps another user's, takes no files from
+    this one, or where something `is_stuck` in it; what is not there can be made.
+    """
+    try:
+        status = path.lstat() if is_stuck else path.stat()
+    except OSError:
+        return
+    is_open = stat.S_ISDIR(status.st_mode) and os.access(path, os.R_OK | os.W_OK | os.X_OK)
+    if is_open and not is_stuck:
+        return
+    try:
+        owner = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:
+        owner = str(status.st_uid)
+    raise EnvironmentFault(
+        "a part of the store cannot be written by this user",
+        f"{path} (owner {owner}, mode {stat.S_IMODE(status.st_mode):o})",
+        "a store of this user alone, or one that its group shares",
+        "give another one with --store; or share this one: its owner runs `chgrp -R GROUP STORE &&"
+        " chmod -R g+rwX STORE && find STORE -type d -exec chmod g+s {} +`",
+    )
+
+
+def _may_not_write(error: OSError, place: Path) -> StoreError:
+    return StoreError(
+        f"the store cannot be written: {error.strerror or error}",
+        str(error.filename or place),
+        "a place in which this user may make files",
+        "look at the owner, the mode and the mount of it, or give another one with --store: what"
+        " is done stays done",
+    )
+
+
 @contextmanager
 def room(place: Path) -> Iterator[None]:
-    """Turns errors of a full disk into the StoreError that says so."""
+    """Turns errors of a full disk, and of a place that may not be written, into the StoreError that
+    says so.
+    """
     try:
         yield
     except shutil.Error as error:  # copytree gathers its errors
@@ -148,4 +198,6 @@ def room(place: Path) -> Iterator[None]:
     except OSError as error:
         if is_full(error):
             raise disk_full(error, place) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise _may_not_write(error, place) from error
         raise

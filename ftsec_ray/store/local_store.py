@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ftsec_ray.durable import make_folder, plain_bytes, put_text, settle
+from ftsec_ray.errors import EnvironmentFault, StoreError
 from ftsec_ray.store.artifact_store import Store, artifact_key
-from ftsec_ray.store.disk import check_folder, drop_dead, entries, own_folder, room
+from ftsec_ray.store.disk import (
+    check_folder,
+    check_may_write,
+    drop_dead,
+    entries,
+    own_folder,
+    room,
+    warn_once,
+)
 from ftsec_ray.store.record import (
     RECORD,
+    RECORD_LIMIT,
     checked_digest,
     damaged,
     dumped,
     fault_of,
     files_of,
     is_digest,
+    record_of,
     verdict_of,
 )
 from ftsec_ray.store.work_folders import WorkFolders
@@ -33,23 +44,54 @@ class LocalStore(Store):
         self.root = root.absolute()
         self.uri = str(self.root)
         self._verified: set[str] = set()
+        self._damaged: set[str] = set()
+        """Artifacts that are damaged and cannot be moved: as if they were not there."""
         self._work = WorkFolders(self.root / "work")
 
     def _folder(self, digest: str) -> Path:
         return self.root / artifact_key(digest)
 
     def done(self) -> set[str]:
-        """Digests of all artifacts, by one listing."""
+        """Digests of all artifacts, by one listing; a stray file or folder among them is left out
+        with a warning.
+        """
         found = set()
         for prefix in entries(self.root / "artifacts"):
-            for entry in entries(Path(prefix.path)):
-                if os.path.exists(f"{entry.path}/{RECORD}"):  # noqa: PTH110 - ten thousand times, and Path costs more than the call
+            if not prefix.is_dir():
+                self._tell_stray(prefix)
+                continue
+            for entry in self._entries(Path(prefix.path)):
+                if not is_digest(entry.name) or entry.name[:2] != prefix.name:
+                    self._tell_stray(entry)
+                elif entry.name in self._damaged:
+                    continue
+                elif _is_written(record := f"{entry.path}/{RECORD}"):
                     found.add(entry.name)
+                elif os.path.lexists(record):
+                    warn_once(
+                        f"the record of an artifact is empty or no plain file: {record!r}; its"
+                        " stage runs again where it is needed"
+                    )
         return found
+
+    def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
+        """What a folder holds; nothing, with a warning, where this user may not look."""
+        try:
+            return entries(folder)
+        except EnvironmentFault as fault:
+            warn_once(f"{fault.what}: {str(folder)!r}; its artifacts count as absent: {fault.fix}")
+            return []
+
+    def _tell_stray(self, entry: os.DirEntry[str]) -> None:
+        if not entry.name.startswith("."):
+            warn_once(
+                f"the store holds what is no artifact: {entry.path!r}; it is left as it is: move it"
+                " elsewhere"
+            )
 
     def has(self, digest: str) -> bool:
         """Whether an artifact is done."""
-        return (self._folder(digest) / RECORD).is_file()
+        return digest not in self._damaged and _is_written(str(self._folder(digest) / RECORD))
 
     def scratch(self, digest: str) -> Path:
         """A fresh empty folder on the filesystem of the store."""
@@ -70,7 +112,7 @@ class LocalStore(Store):
                     dumped({**record, "digest": digest, "files": files_of(staged)}),
                     encoding="utf-8",
                 )
-                final.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(final.parent)
                 self._take_place(staged, final)
         finally:  # after a rename there is nothing left to remove
             shutil.rmtree(staged, ignore_errors=True)
@@ -79,54 +121,100 @@ class LocalStore(Store):
     def _take_place(self, staged: Path, final: Path) -> None:
         for _ in range(2):
             try:
-                staged.rename(final)
+                settle(staged, final)
             except OSError:
-                if not final.exists():
+                if not os.path.lexists(final):
                     raise
-                if (final / RECORD).is_file():
+                if self._record_fault(final.name) is None:
                     return
-                self._quarantine(
-                    final
-                )  # a folder without a record is no artifact and must not block one
+                # A folder without a record is no artifact and must not block one.
+                self.put_aside(final.name, "it lay where an artifact goes")
             else:
+                self._damaged.discard(final.name)
                 return
+        raise StoreError(
+            "a damaged artifact is in the way and cannot be moved",
+            str(final),
+            "a store that this user may change",
+            "have its owner remove it, or give another store with --store",
+        )
 
     def fetch(self, digest: str) -> Path:
         """The artifact's own folder, checked once per process."""
         folder = self._folder(digest)
         if digest in self._verified and folder.is_dir():
             return folder
-        fault = fault_of(folder, self.record(digest))
+        record = self.record(digest)
+        try:
+            fault = "it is a link" if folder.is_symlink() else fault_of(folder, record)
+        except OSError as error:
+            self._count_as_absent(digest, f"it cannot be read: {error.strerror or error}")
+            raise damaged(digest, f"it cannot be read: {error}") from error
         if fault is not None:
-            self._quarantine(folder)
+            self.put_aside(digest, fault)
             raise damaged(digest, fault)
         self._verified.add(digest)
         return folder
 
     def record(self, digest: str) -> dict[str, Any]:
         """The record of an artifact."""
-        folder = self._folder(digest)
+        if digest in self._damaged:
+            raise damaged(digest, "it is not in the store as its record says")
+        path = self._folder(digest) / RECORD
         try:
-            found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            return record_of(plain_bytes(path, RECORD_LIMIT), digest)
+        except (FileNotFoundError, NotADirectoryError):
             raise damaged(digest, "it is not in the store") from None
-        except (OSError, ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict) or found.get("digest") != digest:
-            self._quarantine(folder)
-            raise damaged(digest, "its record is not that of an artifact")
-        return found
+        except ValueError as error:
+            self.put_aside(digest, str(error))
+            raise damaged(digest, str(error)) from None
+        except OSError as error:  # it may be sound, and another user's
+            fault = f"its record cannot be read: {error.strerror or error}"
+            self._count_as_absent(digest, fault)
+            raise damaged(digest, fault) from error
 
-    def _quarantine(self, folder: Path) -> None:
-        aside = self.root / "quarantine" / f"{folder.name}.{uuid.uuid4().hex[:8]}"
-        self._verified.discard(folder.name)
-        with suppress(OSError):  # another worker was first, or this store may only be read
-            aside.parent.mkdir(parents=True, exist_ok=True)
+    def _record_fault(self, digest: str) -> str | None:
+        try:
+            record_of(plain_bytes(self._folder(digest) / RECORD, RECORD_LIMIT), digest)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
+
+    def put_aside(self, digest: str, fault: str) -> None:
+        """Move a damaged artifact to `quarantine/`."""
+        folder = self._folder(digest)
+        aside = self.root / "quarantine" / f"{digest}.{uuid.uuid4().hex[:8]}"
+        self._verified.discard(digest)
+        try:
+            make_folder(aside.parent)
             folder.rename(aside)
+        except OSError:
+            if os.path.lexists(folder):  # else another worker was first
+                self._count_as_absent(digest, fault)
+        else:
+            warn_once(
+                f"a damaged artifact is put aside and its stage runs again: {str(folder)!r}:"
+                f" {fault}; it is kept in {str(aside)!r}, which may be removed"
+            )
 
-    def check_writable(self) -> None:
-        """EnvironmentFault unless files can be made under the root."""
+    def _count_as_absent(self, digest: str, fault: str) -> None:
+        self._damaged.add(digest)
+        self._verified.discard(digest)
+        warn_once(
+            f"an artifact counts as absent: {str(self._folder(digest))!r}: {fault}; this user"
+            " cannot move it, so its stage cannot run again in this store before its owner removes"
+            " it or changes its mode"
+        )
+
+    def check_writable(self, wanted: Collection[str] = ()) -> None:
+        """EnvironmentFault unless files can be made under the root, and in its folders."""
         check_folder(self.root, "store", "--store")
+        inner = [self.root / name for name in ("artifacts", "staging", "work", "verdicts")]
+        prefixes = [Path(entry.path) for entry in entries(inner[0]) if len(entry.name) == 2]
+        for folder in [*inner, *prefixes]:
+            check_may_write(folder)
+        for digest in sorted(self._damaged.intersection(wanted)):
+            check_may_write(self._folder(digest), is_stuck=True)
 
     def drop_leftovers(self) -> None:
         """Remove what processes of this machine that are no more were writing."""
@@ -152,14 +240,13 @@ class LocalStore(Store):
         """Keep why a stage failed."""
         path = self._verdict(digest)
         with room(self.root):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-            aside.write_text(dumped(verdict), encoding="utf-8")
-            aside.rename(path)
+            make_folder(path.parent)
+            put_text(path, dumped(verdict))
 
     def drop_verdict(self, digest: str) -> None:
         """Forget why a stage failed."""
-        self._verdict(digest).unlink(missing_ok=True)
+        with room(self.root):
+            self._verdict(digest).unlink(missing_ok=True)
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """Verdicts of all stages that failed and have not succeeded since."""
@@ -172,9 +259,20 @@ class LocalStore(Store):
         return {digest: verdict for digest, verdict in found.items() if verdict is not None}
 
 
-def _text_of(path: Path) -> str:
-    """The text of a file; none where it cannot be read."""
+def _text_of(path: Path) -> bytes:
+    """The bytes of a verdict; none where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return plain_bytes(path, RECORD_LIMIT)
+    except (OSError, ValueError):
+        return b""
+
+
+def _is_written(path: str) -> bool:
+    """Whether there is a plain file that is not empty: ten thousand times, and Path costs more than
+    the call.
+    """
+    try:
+        status = os.lstat(path)
     except OSError:
-        return ""
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0

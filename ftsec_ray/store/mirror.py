@@ -18,7 +18,15 @@ from pathlib import Path
 
 from ftsec_ray.errors import StoreError
 from ftsec_ray.store.object_io import ObjectIO
-from ftsec_ray.store.record import RECORD, dumped, fault_of, files_of, listing_fault, member_fault
+from ftsec_ray.store.record import (
+    RECORD,
+    RECORD_LIMIT,
+    dumped,
+    fault_of,
+    files_of,
+    listing_fault,
+    member_fault,
+)
 from ftsec_ray.store.work_folders import STEPS
 
 POLL_S = 5.0
@@ -97,7 +105,7 @@ class WorkMirror:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
-            record = json.loads(self._calls.read(f"{self._root}/{step}/{RECORD}"))
+            record = json.loads(self._calls.read(f"{self._root}/{step}/{RECORD}", RECORD_LIMIT))
             if not isinstance(record, Mapping) or listing_fault(record) is not None:
                 return True
             for name in record["files"]:
@@ -107,7 +115,7 @@ class WorkMirror:
                 aside.rename(self._folder / step)
         except FileNotFoundError:
             return False
-        except ValueError:
+        except (ValueError, RecursionError):
             return (
                 True  # a damaged checkpoint is none: the stage starts from an earlier one, or anew
             )

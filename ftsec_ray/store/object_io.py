@@ -75,9 +75,12 @@ class ObjectIO:
         """Write a text, so that a reader sees all of it or nothing."""
         self._call("write to the store", self._write, key, text)
 
-    def read(self, key: str) -> str:
-        """The text of an object."""
-        return self._call("read from the store", self._read, key).decode(errors="replace")
+    def read(self, key: str, limit: int) -> bytes:
+        """The bytes of an object; ValueError where it has more than `limit`."""
+        found = self._call("read from the store", self._read, key, limit + 1)
+        if len(found) > limit:
+            raise ValueError(f"{key.rsplit('/', 1)[-1]} has more than {limit} bytes")
+        return found
 
     def receive(self, key: str, path: Path) -> None:
         """Fetch a file."""
@@ -111,9 +114,9 @@ class ObjectIO:
         if aside != key:
             self._fs.move(aside, key)
 
-    def _read(self, key: str) -> bytes:
-        with self._fs.open_input_stream(key) as source:
-            return bytes(source.read())
+    def _read(self, key: str, count: int) -> bytes:
+        with self._fs.open_input_stream(key, compression=None) as source:
+            return bytes(source.read(count))
 
     def _receive(self, key: str, path: Path) -> None:
         with self._fs.open_input_stream(key) as source, path.open("wb") as sink:

@@ -16,7 +16,6 @@ a lifecycle rule that aborts incomplete multipart uploads removes them.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import uuid
@@ -31,11 +30,20 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray.errors import StoreError
 from ftsec_ray.identity.cache_folder import cache_folder
 from ftsec_ray.store.artifact_store import Store, artifact_key
-from ftsec_ray.store.disk import disk_full, drop_dead, is_full, own_folder, own_name, room
+from ftsec_ray.store.disk import (
+    disk_full,
+    drop_dead,
+    is_full,
+    own_folder,
+    own_name,
+    room,
+    warn_once,
+)
 from ftsec_ray.store.mirror import WorkMirror
 from ftsec_ray.store.object_io import ObjectIO
 from ftsec_ray.store.record import (
     RECORD,
+    RECORD_LIMIT,
     DamagedArtifact,
     checked_digest,
     damaged,
@@ -44,6 +52,7 @@ from ftsec_ray.store.record import (
     files_of,
     is_digest,
     listing_fault,
+    record_of,
     verdict_of,
 )
 from ftsec_ray.store.uri import checked_uri, filesystem_of
@@ -74,6 +83,8 @@ class RemoteStore(Store):
             cache or cache_folder() / "artifacts" / hashlib.sha256(uri.encode()).hexdigest()[:16]
         )
         self._verified: dict[str, Path] = {}
+        self._damaged: set[str] = set()
+        """Artifacts that are damaged and cannot be moved: as if they were not there."""
         self._work = WorkFolders(self.cache / "work")
         self._mirrors: dict[str, WorkMirror] = {}
 
@@ -95,12 +106,13 @@ class RemoteStore(Store):
 
     def done(self) -> set[str]:
         """Digests of all artifacts, by one listing of their records."""
-        parts = [
-            info.path.rsplit("/", 2)
-            for info in self._calls.files(f"{self._root}/artifacts", recursive=True)
-            if info.size
-        ]
-        found = {part[-2] for part in parts if part[-1] == RECORD}
+        found: set[str] = set()
+        for info in self._calls.files(f"{self._root}/artifacts", recursive=True):
+            prefix, digest, name = ("", "", *info.path.rsplit("/", 3)[-3:])[-3:]
+            if not is_digest(digest) or digest[:2] != prefix or name != RECORD:
+                warn_once(f"the store holds what is no artifact: {info.path!r}; remove it")
+            elif info.size and digest not in self._damaged:
+                found.add(digest)
         if not found:
             self._check_bucket()
         return found
@@ -121,27 +133,24 @@ class RemoteStore(Store):
     def has(self, digest: str) -> bool:
         """Whether an artifact is done; an empty record is that of a writer that was interrupted."""
         info = self._calls.info(self._key(digest))
-        return bool(info.is_file and info.size)
+        return bool(info.is_file and info.size) and digest not in self._damaged
 
     def record(self, digest: str) -> dict[str, Any]:
         """The record of an artifact."""
+        if digest in self._damaged:
+            raise damaged(digest, "it is not in the store as its record says")
         try:
-            text = self._calls.read(self._key(digest))
+            text = self._calls.read(self._key(digest), RECORD_LIMIT)
+            if not text:
+                raise damaged(digest, "its record is empty")
+            found = record_of(text, digest)
+            if not _ATTEMPT.fullmatch(str(found.get("payload"))):
+                raise ValueError("its record is not that of an artifact")
         except FileNotFoundError:
             raise damaged(digest, "it is not in the store") from None
-        if not text:
-            raise damaged(digest, "its record is empty")
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = None
-        if (
-            not isinstance(found, dict)
-            or not _ATTEMPT.fullmatch(str(found.get("payload")))
-            or found.get("digest") != digest
-        ):
-            self._quarantine(digest)
-            raise damaged(digest, "its record is not that of an artifact")
+        except ValueError as error:
+            self.put_aside(digest, str(error))
+            raise damaged(digest, str(error)) from None
         return found
 
     def records(self, digests: set[str]) -> dict[str, dict[str, Any]]:
@@ -213,7 +222,7 @@ class RemoteStore(Store):
             newer = self.record(digest)  # another worker may have made it again in the meantime
             fault = self._fetched(digest, newer) if newer["payload"] != record["payload"] else fault
         if fault is not None:
-            self._quarantine(digest)
+            self.put_aside(digest, fault)
             raise damaged(digest, fault)
         return self._verified[digest]
 
@@ -266,15 +275,29 @@ class RemoteStore(Store):
                 return f"{name} is missing"
         return None
 
-    def _quarantine(self, digest: str) -> None:
+    def put_aside(self, digest: str, fault: str) -> None:
         """Take the record away, so that the artifact counts as absent; its files stay for whoever
         looks into the matter.
         """
         self._verified.pop(digest, None)
-        aside = f"{self._root}/quarantine/{digest}.{uuid.uuid4().hex[:8]}.json"
-        with suppress(FileNotFoundError):  # another worker was first
-            self._calls.write(aside, self._calls.read(self._key(digest)))
-        self._calls.drop_file(self._key(digest))
+        key, aside = self._key(digest), f"{self._root}/quarantine/{digest}.{uuid.uuid4().hex[:8]}"
+        try:
+            with suppress(FileNotFoundError, ValueError):  # another worker was first; too large
+                text = self._calls.read(key, RECORD_LIMIT).decode(errors="replace")
+                self._calls.write(f"{aside}.json", text)
+            self._calls.drop_file(key)
+        except (StoreError, OSError) as error:
+            self._damaged.add(digest)
+            why = error.what if isinstance(error, StoreError) else error
+            warn_once(
+                f"an artifact counts as absent: {key!r}: {fault}; its record cannot be moved"
+                f" ({why}), so its stage cannot run again in this store before it is removed"
+            )
+        else:
+            warn_once(
+                f"a damaged artifact is put aside and its stage runs again: {key!r}: {fault}; its"
+                f" record is kept in {f'{aside}.json'!r}, which may be removed"
+            )
 
     # Work folders and leftovers.
 
@@ -355,6 +378,6 @@ class RemoteStore(Store):
 
     def _verdict_or_none(self, digest: str) -> dict[str, Any] | None:
         try:
-            return verdict_of(self._calls.read(self._verdict(digest)))
-        except FileNotFoundError:  # its stage has succeeded in the meantime
+            return verdict_of(self._calls.read(self._verdict(digest), RECORD_LIMIT))
+        except (FileNotFoundError, ValueError):  # its stage has succeeded in the meantime; rubbish
             return None

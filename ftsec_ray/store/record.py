@@ -5,6 +5,7 @@ it names.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ from typing import Any
 
 from ftsec_ray.errors import StoreError
 from ftsec_ray.identity import DIGEST_CHARS, sha256
+from ftsec_ray.success import WITHOUT_ATTACK
 
 RECORD = "record.json"
 _PICKLES = re.compile(
@@ -19,14 +21,21 @@ _PICKLES = re.compile(
     re.IGNORECASE,
 )
 """Names under which libraries keep, and would load, pickled objects."""
-_VERDICT: dict[str, type | tuple[type, ...]] = {
-    "error_code": str,
-    "error": str,
-    "host": str,
-    "attempt": int,
-    "wall_s": (int, float),
-}
-"""What the columns of a table take of a verdict; a value of another type counts as absent."""
+RECORD_LIMIT = 32 * 2**20
+"""Bytes of a record or a verdict at most: one of a hundred thousand files has less."""
+_WHOLE = ("attempt", "tokens", "peak_bytes", "gpu_peak_bytes")
+_COUNTS = ("wall_s", "cpu_s", "gpu_s", "cost_s", "started", "flops", *_WHOLE)
+"""Fields of a record or a verdict that are zero or more, some of them whole numbers."""
+_RATES = (
+    *("filter_tpr", "filter_fpr", "n_poisoned", "n_clean", WITHOUT_ATTACK),
+    *("target_nll_before", "target_nll_after", "prompts"),
+)
+_HASHES = ("train_template_hash", "serve_template_hash")
+"""What tables and warnings take of the notes of a stage: numbers, and texts."""
+_TEXTS = ("kind", "method", "resource", "host", "code", "error", "error_code")
+_MAPS = ("where", "params", "notes", "versions", "files")
+_MAX_DIGITS = 40
+"""Of a whole number: a seed has 20 at most, and no table takes more."""
 _DIGEST = re.compile(rf"[0-9a-f]{{{DIGEST_CHARS}}}")
 
 
@@ -148,20 +157,87 @@ def fault_of(folder: Path, record: Mapping[str, Any]) -> str | None:
     return None
 
 
-def verdict_of(text: str) -> dict[str, Any] | None:
-    """The verdict in a text; None where it is not one, so that a damaged verdict hides no cell."""
+def record_of(text: bytes | str, digest: str) -> dict[str, Any]:
+    """The record in a text, whose fields have the types that its readers expect; ValueError says
+    why it is not the record of a digest.
+    """
+    found = _parsed(text)
+    if not isinstance(found, dict) or found.get("digest") != digest:
+        raise ValueError("its record is not that of an artifact")
+    fault = next(filter(None, (_field_fault(name, value) for name, value in found.items())), None)
+    fault = fault or _notes_fault(found.get("notes") or {})
+    if fault is not None:
+        raise ValueError(f"its record says {fault}")
+    return found
+
+
+def verdict_of(text: bytes | str) -> dict[str, Any] | None:
+    """The verdict in a text, without fields of another type than its readers expect; None where it
+    is not one, so that a damaged verdict hides no cell.
+    """
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = _parsed(text)
+    except ValueError:
         return None
     if not isinstance(found, dict):
         return None
-    held = {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, _VERDICT.get(name, object)) and not isinstance(value, bool)
-    }
+    held = {name: value for name, value in found.items() if _field_fault(name, value) is None}
     return {"error_code": None, "error": None, **held}
+
+
+def _parsed(text: bytes | str) -> Any:
+    """JSON without NaN and infinities; ValueError where it is none, or nests too deep."""
+    try:
+        return json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole)
+    except (ValueError, RecursionError, MemoryError) as error:
+        why = "nests too deep" if isinstance(error, RecursionError) else str(error)[:200]
+        raise ValueError(f"its record cannot be read: {why}") from error
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:_MAX_DIGITS]} is no finite number")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a whole number of {len(text)} digits")
+    return int(text)
+
+
+def _field_fault(name: str, value: Any) -> str | None:
+    """What is wrong with a field of a record or a verdict; None where it can be used."""
+    if value is None and name not in _MAPS:
+        return None
+    if name in _WHOLE:
+        good, want = _is_count(value) and isinstance(value, int), "a whole number from 0 on"
+    elif name in _COUNTS:
+        good, want = _is_count(value), "a number from 0 on"
+    elif name in _TEXTS:
+        good, want = isinstance(value, str), "a text"
+    elif name in _MAPS:
+        good, want = isinstance(value, dict), "a mapping"
+    else:
+        return None
+    return None if good else f"{name}: {value!r:.60}, which is not {want}"
+
+
+def _notes_fault(notes: Mapping[str, Any]) -> str | None:
+    info, warnings = notes.get("info") or {}, notes.get("warnings") or []
+    if not isinstance(info, dict) or not _is_count(info.get("parameters", 0)):
+        return f"notes.info: {info!r:.60}, which does not tell a model's size"
+    if not isinstance(warnings, list):
+        return f"notes.warnings: {warnings!r:.60}, which is not a list"
+    odd = [name for name in _RATES if not (notes.get(name) is None or _is_count(notes[name]))]
+    odd += [name for name in _HASHES if not isinstance(notes.get(name) or "", str)]
+    return f"notes.{odd[0]}: {notes[odd[0]]!r:.60}, which no table takes" if odd else None
+
+
+def _is_count(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value < (2**63 if isinstance(value, int) else math.inf)
 
 
 def damaged(digest: str, fault: str) -> DamagedArtifact:

@@ -13,9 +13,11 @@ import errno
 import fcntl
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
+from ftsec_ray.durable import is_shared, make_folder
 from ftsec_ray.store.disk import drop_dead, own_folder, room
 from ftsec_ray.store.record import checked_digest
 
@@ -44,7 +46,7 @@ class WorkFolders:
         folder = self._root / checked_digest(digest)
         if self._hold(folder):
             with room(self._root):
-                folder.mkdir(exist_ok=True)
+                make_folder(folder)
             return folder
         if digest not in self._own:
             self._own[digest] = own_folder(self._root, digest)
@@ -93,9 +95,12 @@ class WorkFolders:
             return True
         path = self._lock(folder)
         with room(self._root):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             while True:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    descriptor = self._open(path)
+                except PermissionError:  # another user's, who may be at work
+                    return False
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -109,6 +114,15 @@ class WorkFolders:
                     self._held[folder] = descriptor
                     return True
                 os.close(descriptor)  # its holder removed it between the two calls
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o644)
+        with suppress(PermissionError):  # made by another user, who has seen to it
+            if is_shared(path.parent):
+                os.fchmod(descriptor, 0o664)
+        return descriptor
 
     @staticmethod
     def _is_at(path: Path, descriptor: int) -> bool:

@@ -13,11 +13,9 @@ how gradients become new weights. Both read and write the same checkpoints.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import LoadedModel, Runtime
-from ftsec_ray.errors import DataError, StageError
+from ftsec_ray.errors import StageError
 from ftsec_ray.identity import digest
 from ftsec_ray.models.load import (
     bare,
@@ -44,6 +42,7 @@ from ftsec_ray.models.row_tokens import CutTally
 from ftsec_ray.training.encode import batcher, encode_table, steps_per_epoch
 from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.setup import AfterStep, Backward, Batch, Objective, Saved, Step, Training
+from ftsec_ray.training.step_checkpoints import newest_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -344,7 +343,7 @@ def run(
             "check the methods that freeze layers",
         )
     report = TuneReport(loaded)
-    saved = process.agreed(_newest(workdir, training.steps))
+    saved = process.agreed(newest_checkpoint(workdir, training.steps, trainable_of(model)))
     if saved is not None:
         _resume(model, saved, step, report)
     process.begin(model, config, saved)
@@ -356,7 +355,9 @@ def run(
         if step.index < training.steps and process.is_due(
             time.monotonic() - saved_at >= runtime.checkpoint_every_s
         ):
-            _checkpoint(workdir, process.state(), step, report)
+            save_checkpoint(
+                workdir, process.state(), step, losses=report.losses, tokens=report.tokens
+            )
             saved_at = time.monotonic()
     process.finish()
     weights = count_parameters(model)
@@ -409,62 +410,6 @@ def _has_bf16(device: str) -> bool:
     import torch
 
     return device.startswith("cuda") and torch.cuda.is_bf16_supported()
-
-
-def _checkpoint(
-    workdir: Path, tensors: Mapping[str, Tensor], step: Step, report: TuneReport
-) -> None:
-    """Write step `index` aside, then rename; older checkpoints go last. A process without tensors
-    leaves that to another.
-    """
-    from safetensors.torch import save_file
-
-    if not tensors:
-        return
-    tensors = {**tensors, **{f"memory/{key}": value for key, value in step.memory.items()}}
-    final = workdir / f"step-{step.index:08d}"
-    part = workdir / f".{final.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-        part / "state.safetensors",
-    )
-    (part / "state.json").write_text(
-        json.dumps(
-            {
-                "index": step.index,
-                "total": step.total,
-                "losses": report.losses,
-                "tokens": report.tokens,
-            }
-        ),
-        encoding="utf-8",
-    )
-    part.rename(final)
-    for old in workdir.glob("step-*"):
-        if old != final:  # by a rename first: whoever copies it meanwhile sees all of it or none
-            gone = old.with_name(f".{old.name}.old")
-            old.rename(gone)
-            shutil.rmtree(gone)
-
-
-def _newest(workdir: Path, steps: int) -> Saved | None:
-    """The last checkpoint, if there is one."""
-    from safetensors.torch import load_file
-
-    found = sorted(workdir.glob("step-*")) if workdir.exists() else []
-    if not found:
-        return None
-    state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-    if state["total"] != steps:
-        raise DataError(
-            "a checkpoint of another tune",
-            state["total"],
-            f"{steps} steps",
-            f"remove {found[-1].name} from the work folder",
-        )
-    return Saved(state, load_file(found[-1] / "state.safetensors"))
 
 
 def _resume(model: Any, saved: Saved, step: Step, report: TuneReport) -> None:

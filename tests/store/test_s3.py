@@ -231,7 +231,7 @@ def test_an_artifact_made_again_while_it_is_judged_is_not_put_aside(s3, store, m
     def slow(self, digest, record, folder):
         fault = real(self, digest, record, folder)
         if record["by"] == "first":  # meanwhile another worker finds the damage and repairs it
-            store._quarantine(ONE)
+            store.put_aside(ONE, "spoilt")
             publish(store, text="again")
         return fault
 

@@ -275,7 +275,7 @@ def test_ten_thousand_artifacts_are_listed(tmp_path):
         digest = f"{i:032x}"[::-1]
         folder = tmp_path / "store" / "artifacts" / digest[:2] / digest
         folder.mkdir(parents=True)
-        (folder / "record.json").touch()
+        (folder / "record.json").write_text("{}")
         expected.add(digest)
     assert store.done() == expected
 
