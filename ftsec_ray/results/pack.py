@@ -31,12 +31,8 @@ from ftsec_ray.plan.stage import Cell
 from ftsec_ray.redact import environment_secrets, redacted
 from ftsec_ray.registry import name_of, outside_hash
 from ftsec_ray.results.archive import (
-    ARTIFACTS,
     CHUNK,
     FORMAT,
-    MANIFEST,
-    PLAN,
-    ArchiveError,
     Code,
     CodeVersion,
     Input,
@@ -47,6 +43,8 @@ from ftsec_ray.results.archive import (
     PackedPlan,
     PackedStage,
 )
+from ftsec_ray.results.archive_limits import ArchiveError
+from ftsec_ray.results.archive_zip import ARTIFACTS, MANIFEST, PLAN, SIGNATURE, name_fault
 from ftsec_ray.results.read import Results, held_tables
 from ftsec_ray.results.write import PART, RUN_FILE
 from ftsec_ray.schedule.upload import texts_in

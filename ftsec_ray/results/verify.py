@@ -23,14 +23,13 @@ from ftsec_ray.plan.build import build_plan
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.search_rounds import OutcomeLookup, nothing_known
 from ftsec_ray.results.archive import (
-    ARTIFACTS,
-    PLAN,
     Archive,
     Manifest,
     PackedArtifact,
     PackedCell,
     PackedPlan,
 )
+from ftsec_ray.results.archive_zip import ARTIFACTS, PLAN
 from ftsec_ray.results.pack import located, packed_plan
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.search_results import look_at_results
