@@ -1,5 +1,5 @@
-"""How large an archive may be, packed and unpacked: one from a stranger must not take the machine of
-whoever verifies it.
+"""How large an archive may be, packed and unpacked: one from a stranger must not take the machine
+of whoever verifies it.
 
 An archive cannot raise its own limits; the variables of the environment do.
 """

@@ -28,8 +28,8 @@ from ftsec_ray.plan.durations import Costs
 from ftsec_ray.redact import redacted
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.compare import compare
+from ftsec_ray.results.planned_columns import cell_columns, defense_facts, stage_columns
 from ftsec_ray.results.search_results import (
-    attack_params,
     is_chosen,
     reported,
     reported_rates,
@@ -109,18 +109,15 @@ def collect(
             schema.lengths(), (row for cell in cells for row in _length_rows(found, cell))
         ),
     }
-    defenses = {name_of(one): type(one) for stack in plan.spec.defenses for one in stack}
-    hooks = {name: list(hooks_of(one)) for name, one in defenses.items()}
-    controls = sorted(name for name, one in defenses.items() if one.IS_CONTROL)  # type: ignore[attr-defined]
-    own_controls = {name: dict(one.CONTROL) for name, one in defenses.items() if one.CONTROL}
+    facts = defense_facts(plan.spec)
     grid = without_trials(tables)
     tables["comparisons"] = compare(
         grid["cells"],
         grid["metrics"],
         grid["generations"],
-        hooks=hooks,
-        controls=controls,
-        own_controls=own_controls,
+        hooks=facts["defense_hooks"],
+        controls=facts["controls"],
+        own_controls=facts["own_controls"],
         correction=correction,
     )
     tables["searches"] = _from_rows(
@@ -136,9 +133,7 @@ def collect(
         "plan": plan.digest,
         "versions": _versions(),
         "counts": {status: statuses.count(status) for status in schema.STATUSES},
-        "defense_hooks": hooks,
-        "controls": controls,
-        "own_controls": own_controls,
+        **facts,
         "correction": correction,
         "warnings": [one.as_json() for one in warnings_of(plan, found.records)],
         "spent": {
@@ -325,28 +320,12 @@ def _inspections(cell: Cell) -> list[str]:
 def _cell_row(found: _Found, cell: Cell) -> Row:
     status, code, error = _outcome(found, cell)
     return {
-        "cell": cell.digest,
-        "sweep": found.plan.spec.name,
-        "model": cell.model.name,
-        "family": cell.model.family,
+        **cell_columns(found.plan.spec.name, cell),
         "model_params": found.parameters.get(cell.model.name),
-        "aligned": cell.model.aligned,
-        "measured": cell.model.measured,
-        "task": cell.task.name,
-        "attack": cell.attack_name,
-        "attack_phase": cell.attack.PHASE,
-        "attack_params": attack_params(cell),
-        "success_metric": success_metric(cell.attack),
-        "defenses": [name_of(one) for one in cell.defenses],
-        "defense_phases": [one.PHASE for one in cell.defenses],
-        "defense_params": canonical(list(cell.defenses)),
-        "seed": cell.seed,
         "status": status,
         "error_code": code,
         "error": error,
         **_templates(found, cell),
-        "search": cell.searched.key if cell.searched else None,
-        "search_trial": cell.searched.trial if cell.searched else None,
     }
 
 
@@ -568,12 +547,9 @@ def _stage_rows(found: _Found) -> Iterator[Row]:
             bad.add(digest)
         told = record or verdict
         yield {
-            "digest": digest,
-            "kind": stage.kind,
-            "method": stage.method,
+            **stage_columns(found.plan, digest),
             **{key: record.get(key) for key in _MEASURED},
             "wall_s": told.get("wall_s"),
-            "cells_served": found.plan.cells_of(digest),
             "cached": digest in cached and bool(record),
             "attempt": told.get("attempt"),
             "status": status,

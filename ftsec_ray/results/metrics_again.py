@@ -150,7 +150,7 @@ def _counted(rows: Sequence[Row]) -> Iterator[Row]:
     """What the engine counts in the judged answers of one cell: by the judges of its probes, then
     by further judges.
     """
-    prompts = {row["prompt_id"]: Prompt(prompt_id=row["prompt_id"], chat=()) for row in rows}
+    prompts = {row["prompt_id"]: Prompt(prompt_id=row["prompt_id"], chat=[]) for row in rows}
     judges: dict[str, Judge] = {}
 
     def judged(row: Row, judge: str, verdict: str | None, head: str | None = None) -> Judged:
@@ -230,12 +230,9 @@ def _judge_of(name: str) -> str:
 def _is_of_verdicts(cell: Row, name: str) -> bool:
     """Whether a metric is a share of verdicts that the tables hold for this cell."""
     metric = schema.METRICS.get(name)
-    if metric is None or not metric.probes:
-        is_counted = name == "judged_rate"
-    else:
-        is_counted = True
-    is_chosen = cell["search"] is not None and cell["search_trial"] is None
-    return is_counted and not (is_chosen and (not metric or not metric.probes or metric.judge))
+    if cell["search"] is not None and cell["search_trial"] is None:
+        return metric is not None and bool(metric.probes) and not metric.judge
+    return name == "judged_rate" or (metric is not None and bool(metric.probes))
 
 
 def _expected(cell: Row) -> frozenset[str]:
