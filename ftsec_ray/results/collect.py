@@ -8,7 +8,6 @@ where one of them failed.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
 from ftsec_ray.errors import DataError
-from ftsec_ray.identity import canonical
 from ftsec_ray.lifecycle import hooks_of
 from ftsec_ray.measured import wilson
-from ftsec_ray.method import Method
 from ftsec_ray.plan.cost_estimate import BudgetError, bill_of, shortfall, spent
 from ftsec_ray.plan.durations import Costs
 from ftsec_ray.redact import redacted
-from ftsec_ray.registry import name_of
 from ftsec_ray.results.compare import compare
-from ftsec_ray.results.planned_columns import cell_columns, defense_facts, stage_columns
+from ftsec_ray.results.planned_columns import (
+    cell_columns,
+    defense_facts,
+    stage_columns,
+    sweep_fields,
+)
 from ftsec_ray.results.search_results import (
     is_chosen,
     reported,
@@ -141,7 +142,7 @@ def collect(
             for cell in cells
             if (spent_on := _spent_on(found, cell)) is not None
         },
-        "sweep_text": redacted(sweep_text or _sweep_text(plan)),
+        "sweep_text": redacted(sweep_text or sweep_fields(plan.spec)),
     }
     return write_results(folder, tables=tables, meta=meta)
 
@@ -565,29 +566,3 @@ _MEASURED = ("cpu_s", "gpu_s", "peak_bytes", "tokens", "flops")
 def _versions() -> dict[str, str]:
     told = {name: version_of(name) for name in ("python", *_PACKAGES)}
     return {name: version for name, version in told.items() if version}
-
-
-def _sweep_text(plan: Plan) -> str:
-    """The sweep's own fields as JSON, methods by name; where it runs is left out."""
-    spec = plan.spec
-
-    def named(method: Method) -> Any:
-        return {name_of(method): json.loads(canonical(method))}
-
-    plain = {
-        "name": spec.name,
-        "question": spec.question,
-        "models": [json.loads(canonical(one)) for one in spec.models],
-        "task": [json.loads(canonical(one)) for one in spec.tasks],
-        "attacks": [named(one) for one in spec.attacks],
-        "searches": [
-            {"attack": named(one.attack), **json.loads(canonical(one.search))}
-            for one in spec.searches
-        ],
-        "defenses": [[named(one) for one in stack] for stack in spec.defenses],
-        "seeds": list(spec.seeds),
-        "exclude": [json.loads(canonical(one)) for one in spec.exclude],
-        "training": json.loads(canonical(spec.training)),
-        "evaluation": json.loads(canonical(spec.evaluation)),
-    }
-    return json.dumps(plain, indent=1, ensure_ascii=False)

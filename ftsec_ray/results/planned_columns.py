@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ftsec_ray.config.sweep import SweepSpec
 from ftsec_ray.identity import canonical
 from ftsec_ray.lifecycle import hooks_of
+from ftsec_ray.method import Method
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
@@ -56,3 +58,28 @@ def defense_facts(spec: SweepSpec) -> dict[str, Any]:
         "controls": sorted(name for name, one in defenses.items() if one.IS_CONTROL),  # type: ignore[attr-defined]
         "own_controls": {name: dict(one.CONTROL) for name, one in defenses.items() if one.CONTROL},
     }
+
+
+def sweep_fields(spec: SweepSpec) -> str:
+    """The sweep's own fields as JSON, methods by name; where it runs is left out."""
+
+    def named(method: Method) -> Any:
+        return {name_of(method): json.loads(canonical(method))}
+
+    plain = {
+        "name": spec.name,
+        "question": spec.question,
+        "models": [json.loads(canonical(one)) for one in spec.models],
+        "task": [json.loads(canonical(one)) for one in spec.tasks],
+        "attacks": [named(one) for one in spec.attacks],
+        "searches": [
+            {"attack": named(one.attack), **json.loads(canonical(one.search))}
+            for one in spec.searches
+        ],
+        "defenses": [[named(one) for one in stack] for stack in spec.defenses],
+        "seeds": list(spec.seeds),
+        "exclude": [json.loads(canonical(one)) for one in spec.exclude],
+        "training": json.loads(canonical(spec.training)),
+        "evaluation": json.loads(canonical(spec.evaluation)),
+    }
+    return json.dumps(plain, indent=1, ensure_ascii=False)

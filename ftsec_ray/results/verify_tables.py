@@ -25,7 +25,12 @@ from ftsec_ray.results.archive_limits import ArchiveError, check_table
 from ftsec_ray.results.archive_zip import PAGE
 from ftsec_ray.results.metrics_again import cell_words, metrics_again
 from ftsec_ray.results.paired import Correction
-from ftsec_ray.results.planned_columns import cell_columns, defense_facts, stage_columns
+from ftsec_ray.results.planned_columns import (
+    cell_columns,
+    defense_facts,
+    stage_columns,
+    sweep_fields,
+)
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.search_results import look_at_results, search_row
 from ftsec_ray.results.stage_warnings import StageWarning
@@ -230,7 +235,8 @@ def _facts_differ(plan: Plan, meta: RunMeta, sweep_text: str) -> list[str]:
         **defense_facts(plan.spec),
     }
     wrong = [name for name, value in told.items() if value != planned[name]]
-    if meta.sweep_text != redacted(sweep_text) and _values(meta.sweep_text) != _values(sweep_text):
+    texts = (redacted(sweep_text), redacted(sweep_fields(plan.spec)))  # of a file, of a mapping
+    if meta.sweep_text not in texts and _values(meta.sweep_text) != _values(sweep_text):
         wrong.append("sweep_text")
     return [f"{RUN_FILE}: not as the sweep has it: {', '.join(wrong)}"] * bool(wrong)
 

@@ -525,8 +525,8 @@ def test_no_folder_is_walked_through_because_an_archive_names_it(workplace):
     said = call(
         "verify", str(rewritten(archive, {"manifest.json": json.dumps(manifest).encode()})), code=1
     ).stdout
-    assert "inputs: model m: nothing usable at / here" in said
-    assert "inputs: rows: nothing usable at /dev/zero here" in said
+    assert f"inputs: model m: / is not opened: / lies outside of {workplace} (--inside" in said
+    assert "inputs: rows: /dev/zero is not opened: /dev/zero lies outside" in said
     assert "cannot be read here: embedded null" in said
     assert "inputs: model n: ~no-such-user/n cannot be read here" in said
 
@@ -602,18 +602,18 @@ def test_no_secret_is_packed(workplace, monkeypatch):
     (workplace / "small.yaml").write_text(SWEEP)
     monkeypatch.setenv("MY_API_KEY", "microworld")  # stands in the sweep
     assert "line 3" in call("export", "small.yaml", code=2).stderr
-    monkeypatch.setenv("MY_API_KEY", "refuses to")
-    table = workplace / "results/small/cells/part-0.parquet"
+    monkeypatch.setenv("MY_API_KEY", "h0 is what it")
+    table = workplace / "results/small/generations/part-0.parquet"
     whole = pq.read_table(table)
-    place = whole.column_names.index("attack_phase")
+    place = whole.column_names.index("raw")
     pq.write_table(
         whole.set_column(
-            place, whole.schema.field(place), pa.array(["it refuses to"] * whole.num_rows)
+            place, whole.schema.field(place), pa.array(["h0 is what it says"] * whole.num_rows)
         ),
         table,
     )
     said = call("export", "small.yaml", code=2).stderr
-    assert "MY_API_KEY in results/cells/part-0.parquet" in said
+    assert "MY_API_KEY in results/generations/part-0.parquet" in said
     monkeypatch.setenv("MY_API_KEY", "About these numbers")
     said = call("export", "small.yaml", code=2).stderr
     assert "MY_API_KEY in results/report.html" in said
