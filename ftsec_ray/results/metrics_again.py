@@ -219,7 +219,7 @@ def _is_doubled(answers: pa.Table) -> bool:
     keys = zip(
         *(answers[name].to_pylist() for name in ("probe", "prompt_id", "sample")), strict=True
     )
-    return len(set(keys)) != answers.num_rows
+    return len(set(keys)) != int(answers.num_rows)
 
 
 def _judge_of(name: str) -> str:
