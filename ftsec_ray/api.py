@@ -373,6 +373,7 @@ def export(
     store: str | Path = DEFAULT_STORE,
     results: str | Path = DEFAULT_RESULTS,
     out: str | Path | None = None,
+    sign: str | Path | None = None,
 ) -> Path:
     """Pack a sweep, its plan, its versions, its tables and its report into one zip and return where
     it is.
@@ -380,10 +381,13 @@ def export(
     Args:
         sweep: A path, a YAML text or a mapping.
         store: Where its artifacts are: their checksums go along, they do not.
-        results: As for `run`; what it left there is packed as it is.
+        results: As for `run`; the tables that it left there are packed as they are, and the report
+            is made from them.
         out: The archive; None: `<sweep name>-<first digits of the plan>.zip` in the working folder.
+        sign: Private key (Ed25519, in OpenSSH's format) of whoever publishes it; None signs
+            nothing.
     """
-    from ftsec_ray.report.page import REPORT_FILE, write_report
+    from ftsec_ray.report.page import render
     from ftsec_ray.results.pack import pack, sweep_file
     from ftsec_ray.results.remote_results import local_results
     from ftsec_ray.store.artifact_store import Store
@@ -400,29 +404,50 @@ def export(
             "the sweep, the code or an input has changed since: `ftsec run SWEEP` does what is"
             " missing and collects anew",
         )
-    page = folder / REPORT_FILE if (folder / REPORT_FILE).is_file() else write_report(folder)
     target = Path(out) if out is not None else Path(f"{whole.spec.name}-{whole.digest[:8]}.zip")
     target.parent.mkdir(parents=True, exist_ok=True)
-    return pack(whole, held, page, file, kept.sound(whole.kinds)[1], target)
+    return pack(
+        whole,
+        held,
+        render(held),
+        file,
+        kept.sound(whole.kinds)[1],
+        target,
+        sign=None if sign is None else Path(sign),
+    )
 
 
 def verify(
-    archive: str | Path, *, base: str | Path = ".", store: str | Path | None = None
+    archive: str | Path,
+    *,
+    base: str | Path = ".",
+    store: str | Path | None = None,
+    inside: str | Path | None = None,
+    signer: str | Path | None = None,
 ) -> Verification:
-    """Say what of an archive would differ here: its sweep is planned again; code, packages, inputs
-    and checksums are compared.
+    """Say what of an archive would differ here: its sweep is planned again, metrics, comparisons
+    and report are made again; code, packages, inputs, checksums and signature are compared.
 
     Args:
         archive: What `export` wrote.
         base: Folder at which the relative paths of its sweep start here.
         store: A store that may hold artifacts of the same stages, to compare their bytes; None
             compares none.
+        inside: Folder out of which no file is opened because the archive names it; None: `base`.
+        signer: File with the public keys of those who may have signed it, one a line as in
+            `id_ed25519.pub`; None asks for none.
     """
+    from ftsec_ray.report.page import render
     from ftsec_ray.results.verify import verify_archive
     from ftsec_ray.store.artifact_store import Store
 
     return verify_archive(
-        Path(archive), base=Path(base), store=None if store is None else Store.open(store)
+        Path(archive),
+        base=Path(base),
+        store=None if store is None else Store.open(store),
+        render=render,
+        inside=None if inside is None else Path(inside),
+        signer=None if signer is None else Path(signer),
     )
 
 

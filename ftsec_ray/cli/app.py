@@ -298,13 +298,21 @@ def export(
             "--out", metavar="FILE", help="The archive; default: <sweep name>-<plan>.zip."
         ),
     ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(
+            "--sign",
+            metavar="KEY",
+            help="Sign it with a private SSH key (Ed25519), such as ~/.ssh/id_ed25519.",
+        ),
+    ] = None,
 ) -> None:
     """Pack sweep, plan, versions, tables and report of a finished run into one archive for `ftsec
     verify`.
     """
     from ftsec_ray.cli.export_verify import export_sweep
 
-    export_sweep(sweep, store=store, results=results, out=out)
+    export_sweep(sweep, store=store, results=results, out=out, sign=sign)
 
 
 @app.command()
@@ -319,14 +327,37 @@ def verify(
         typer.Option("--base", metavar="DIR", help="Where relative paths of its sweep start here."),
     ] = Path(),
     store: Store = DEFAULT_STORE,
+    inside: Annotated[
+        Path | None,
+        typer.Option(
+            "--inside",
+            metavar="DIR",
+            help="The archive gets no file opened out of this folder; default: --base.",
+            show_default=False,
+        ),
+    ] = None,
+    signer: Annotated[
+        Path | None,
+        typer.Option(
+            "--signer",
+            metavar="PUBKEY",
+            help="File of public SSH keys, one of which must have signed the archive.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,  # noqa: FBT002
 ) -> None:
-    """Plan the sweep of an archive here and say what would differ: code, packages, inputs, tables.
-    Exit 0: nothing, 1: something.
+    """Plan the sweep of an archive here, make its metrics, comparisons and report again, and say
+    what differs and what cannot be checked. Exit 0: all that was checked agrees, 1: something
+    differs, 2: no archive.
     """
     from ftsec_ray.cli.export_verify import verify_archive
 
-    raise typer.Exit(verify_archive(archive, base=base, store=store, as_json=as_json))
+    raise typer.Exit(
+        verify_archive(
+            archive, base=base, store=store, inside=inside, signer=signer, as_json=as_json
+        )
+    )
 
 
 @app.command("judge-audit")

@@ -76,7 +76,7 @@ def score(
 
     judged = [item for probe in answers.probes for item in _judged(answers, probe, judge_of(probe))]
     judged = _with_heads(judged, {p.name for p in answers.probes if p.judge == "request"})
-    measured = [*_metrics(answers.probes, judged), *answers.measured]
+    measured = [*rates(answers.probes, judged), *answers.measured]
     evaluation = _evaluation(answers, judged, measured, keeps=config.keep_generations)
     rows = [row for probe in answers.probes for row in by_length(probe, judged, judge_of(probe))]
     if not rows:
@@ -151,7 +151,7 @@ def _scores(probe: Probe, answer: Answer) -> str:
     )
 
 
-def _metrics(probes: Sequence[Probe], judged: Sequence[Judged]) -> Iterator[MetricRow]:
+def rates(probes: Sequence[Probe], judged: Sequence[Judged]) -> Iterator[MetricRow]:
     """The metrics of the probes, then how many answers are coherent and how many were judged at
     all.
     """

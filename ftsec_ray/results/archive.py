@@ -8,43 +8,40 @@ what would differ.
     results/report.html, results/run.json, results/<table>/part-0.parquet
 
 A zip without time stamps, its names sorted: the same content gives the same bytes. It holds no
-weights and no rows of the user. Checksums tell damage and not forgery: publish the archive's own
-SHA-256 beside a number. `pack` writes them.
+weights and no rows of the user. Checksums tell damage and not forgery: sign the archive, or publish
+its own SHA-256 beside a number. `pack` writes them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import stat
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ftsec_ray.errors import DataError
 from ftsec_ray.identity.content import stream_sha256
-from ftsec_ray.store.record import listing_fault, member_fault
+from ftsec_ray.results.archive_limits import ArchiveError, check_json
+from ftsec_ray.results.archive_zip import (
+    BROKEN,
+    FIX,
+    MANIFEST,
+    SIGNATURE,
+    name_fault,
+    opened,
+    read,
+)
+from ftsec_ray.store.record import listing_fault
 
 T = TypeVar("T")
 FORMAT = 2
 """Raise when an older package could not read the archive any more. 2: VERSIONs and hashes of the
 lock in place of hashed source.
 """
-MANIFEST, PLAN, ARTIFACTS = "manifest.json", "plan.json", "artifacts.json"
 CHUNK = 1 << 20
 """Bytes copied at a time."""
-_MAX_TEXT_BYTES = 512 * 2**20
-"""Larger than any plan; more is a mistake or an attack on the reader's memory."""
-
-
-class ArchiveError(DataError):
-    """A file that is no archive of a sweep, or an archive that must not be written."""
-
-    code = "archive"
-    exit_code = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,81 +182,72 @@ class Archive:
     damage: dict[str, str] = field(default_factory=dict)
     """File that is not as the manifest says -> what is wrong with it."""
 
+    signature: bytes | None = None
+    """What a publisher signed the manifest with: see archive_signature."""
+    signed: bytes = b""
+    """The bytes of the manifest."""
+
     @classmethod
     def open(cls, path: Path) -> Archive:
-        """The archive in a file, every checksum looked at; ArchiveError when it is none or of a
-        newer format.
+        """The archive in a file, every checksum looked at; ArchiveError when it is none, of a newer
+        format, holds what no archive may hold, or is larger than the limits allow.
         """
-        want, fix = (
-            "a zip that `ftsec export` wrote",
-            "get it again, or give the path of an archive",
-        )
-        if not path.is_file():
-            raise ArchiveError("no such archive", str(path), want, fix)
-        try:
-            with zipfile.ZipFile(path) as archive:
-                entries = {entry.filename: entry for entry in archive.infolist()}
-                for name in sorted(entries):
-                    fault = member_fault(name)
-                    if fault is not None:
-                        raise ArchiveError(
-                            f"a file that no archive may hold: {fault}",
-                            name,
-                            "names inside of one folder, and no pickles",
-                            "do not unpack it",
-                        )
-                if MANIFEST not in entries:
-                    raise ArchiveError(
-                        f"{path.name} is not an archive of a sweep",
-                        sorted(entries)[:8],
-                        f"a zip with {MANIFEST}",
-                        fix,
-                    )
-                manifest = _manifest(_read(archive, entries[MANIFEST], _MAX_TEXT_BYTES))
-                twice = len(archive.infolist()) - len(entries)
-                return cls(
-                    path,
-                    manifest,
-                    {
-                        **_damage(archive, entries, manifest),
-                        **({"names": f"{twice} of them occur twice"} if twice else {}),
-                    },
+        with opened(path) as (archive, entries):
+            if MANIFEST not in entries:
+                raise ArchiveError(
+                    f"{path.name} is not an archive of a sweep",
+                    sorted(entries)[:8],
+                    f"a zip with {MANIFEST}",
+                    FIX,
                 )
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as broken:
-            raise ArchiveError(
-                f"{path.name} is not a whole zip archive", str(broken), want, fix
-            ) from broken
+            content = read(archive, entries[MANIFEST])
+            manifest = _manifest(content)
+            return cls(
+                path,
+                manifest,
+                _damage(archive, entries, manifest),
+                read(archive, entries[SIGNATURE]) if SIGNATURE in entries else None,
+                content,
+            )
 
     def read(self, name: str, shape: type[T]) -> T | None:
         """The values of a JSON file of the archive; None when the file is damaged or not of this
-        shape.
+        shape. ArchiveError where it holds more values than any that ftsec writes.
         """
-        text = self.text(name)
-        return None if text is None else _parsed(text, shape)
+        content = self._bytes(name)
+        if content is None:
+            return None
+        check_json(content, name)
+        return _parsed(content, shape)
 
     def text(self, name: str) -> str | None:
         """A text of the archive; None when it is damaged."""
+        content = self._bytes(name)
+        return None if content is None else content.decode(errors="replace")
+
+    def _bytes(self, name: str) -> bytes | None:
         if name in self.damage or name not in self.manifest.files:
             return None
-        with zipfile.ZipFile(self.path) as archive:
-            return _read(archive, archive.getinfo(name), _MAX_TEXT_BYTES).decode(errors="replace")
+        with opened(self.path) as (archive, entries):
+            return read(archive, entries[name])
 
     def unpack(self, under: str, folder: Path) -> Path:
         """Write the undamaged files below a name of the archive into a folder, and return it."""
-        with zipfile.ZipFile(self.path) as archive:
+        with opened(self.path) as (archive, entries):
             for name in sorted(self.manifest.files):
                 if name.startswith(f"{under}/") and name not in self.damage:
                     target = folder / name.removeprefix(f"{under}/")
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(name) as source, target.open("wb") as sink:
+                    with archive.open(entries[name]) as source, target.open("wb") as sink:
                         shutil.copyfileobj(source, sink, CHUNK)
         return folder
 
 
 def _manifest(content: bytes) -> Manifest:
+    check_json(content, MANIFEST)
     try:
         plain = json.loads(content)
-    except ValueError as broken:
+    except (ValueError, RecursionError) as broken:
         raise ArchiveError(
             f"its {MANIFEST} is not JSON", str(broken), "JSON as ftsec writes it"
         ) from broken
@@ -278,22 +266,29 @@ def _manifest(content: bytes) -> Manifest:
             f"format {FORMAT}",
             "verify it with the ftsec_ray that its manifest names",
         )
-    fault = listing_fault(plain)
-    found = _parsed(content.decode(errors="replace"), Manifest)
+    found = _parsed(content, Manifest)
+    fault = listing_fault(plain) or _names_fault(plain["files"])
     if found is None or fault is not None or found.file not in found.files:
         raise ArchiveError(
             f"its {MANIFEST} does not say what a manifest says",
-            fault or sorted(plain),
+            fault or sorted(plain)[:8],
             "a manifest as ftsec writes it",
         )
     return found
 
 
-def _parsed(text: str, shape: type[T]) -> T | None:
+def _names_fault(files: Mapping[str, Any]) -> str | None:
+    """What is wrong with the files that a manifest lists; None for those that an archive has."""
+    if MANIFEST in files or SIGNATURE in files:
+        return "it lists itself"
+    return next((fault for name in files if (fault := name_fault(name)) is not None), None)
+
+
+def _parsed(content: bytes, shape: type[T]) -> T | None:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(shape).validate_json(text)
+        return TypeAdapter(shape).validate_json(content)
     except ValidationError:
         return None
 
@@ -304,7 +299,7 @@ def _damage(
     found = {
         name: "not in its manifest"
         for name in entries
-        if name != MANIFEST and name not in manifest.files
+        if name not in (MANIFEST, SIGNATURE) and name not in manifest.files
     }
     for name, expected in manifest.files.items():
         fault = _fault(archive, entries.get(name), expected)
@@ -318,24 +313,11 @@ def _fault(
 ) -> str | None:
     if entry is None:
         return "missing"
-    if stat.S_ISLNK(entry.external_attr >> 16):
-        return "a link"
     if entry.file_size != expected["bytes"]:
         return f"{entry.file_size} bytes instead of {expected['bytes']}"
     try:
         with archive.open(entry) as stream:
             same = stream_sha256(stream) == expected["sha256"]
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as broken:
+    except BROKEN as broken:
         return f"it cannot be read back: {broken}"
     return None if same else "its bytes have changed"
-
-
-def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> bytes:
-    if entry.file_size > limit:
-        raise ArchiveError(
-            f"{entry.filename} is larger than any that ftsec writes",
-            f"{entry.file_size} bytes",
-            f"at most {limit}",
-        )
-    with archive.open(entry) as stream:
-        return stream.read(limit)

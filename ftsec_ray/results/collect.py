@@ -8,7 +8,6 @@ where one of them failed.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 from ftsec_ray import schema
 from ftsec_ray.config.yaml_text import redacted_yaml
 from ftsec_ray.errors import DataError
-from ftsec_ray.identity import canonical
 from ftsec_ray.lifecycle import hooks_of
 from ftsec_ray.measured import wilson
-from ftsec_ray.method import Method
 from ftsec_ray.plan.cost_estimate import BudgetError, bill_of, shortfall, spent
 from ftsec_ray.plan.durations import Costs
-from ftsec_ray.registry import name_of
 from ftsec_ray.results.compare import compare
+from ftsec_ray.results.planned_columns import (
+    cell_columns,
+    defense_facts,
+    stage_columns,
+    sweep_fields,
+)
 from ftsec_ray.results.search_results import (
-    attack_params,
     is_chosen,
     reported,
     reported_rates,
@@ -109,18 +110,15 @@ def collect(
             schema.lengths(), (row for cell in cells for row in _length_rows(found, cell))
         ),
     }
-    defenses = {name_of(one): type(one) for stack in plan.spec.defenses for one in stack}
-    hooks = {name: list(hooks_of(one)) for name, one in defenses.items()}
-    controls = sorted(name for name, one in defenses.items() if one.IS_CONTROL)  # type: ignore[attr-defined]
-    own_controls = {name: dict(one.CONTROL) for name, one in defenses.items() if one.CONTROL}
+    facts = defense_facts(plan.spec)
     grid = without_trials(tables)
     tables["comparisons"] = compare(
         grid["cells"],
         grid["metrics"],
         grid["generations"],
-        hooks=hooks,
-        controls=controls,
-        own_controls=own_controls,
+        hooks=facts["defense_hooks"],
+        controls=facts["controls"],
+        own_controls=facts["own_controls"],
         correction=correction,
     )
     tables["searches"] = _from_rows(
@@ -136,9 +134,7 @@ def collect(
         "plan": plan.digest,
         "versions": _versions(),
         "counts": {status: statuses.count(status) for status in schema.STATUSES},
-        "defense_hooks": hooks,
-        "controls": controls,
-        "own_controls": own_controls,
+        **facts,
         "correction": correction,
         "warnings": [one.as_json() for one in warnings_of(plan, found.records)],
         "spent": {
@@ -146,7 +142,7 @@ def collect(
             for cell in cells
             if (spent_on := _spent_on(found, cell)) is not None
         },
-        "sweep_text": redacted_yaml(sweep_text or _sweep_text(plan)),
+        "sweep_text": redacted_yaml(sweep_text or sweep_fields(plan.spec)),
     }
     return write_results(folder, tables=tables, meta=meta)
 
@@ -333,28 +329,12 @@ def _inspections(cell: Cell) -> list[str]:
 def _cell_row(found: _Found, cell: Cell) -> Row:
     status, code, error = _outcome(found, cell)
     return {
-        "cell": cell.digest,
-        "sweep": found.plan.spec.name,
-        "model": cell.model.name,
-        "family": cell.model.family,
+        **cell_columns(found.plan.spec.name, cell),
         "model_params": found.parameters.get(cell.model.name),
-        "aligned": cell.model.aligned,
-        "measured": cell.model.measured,
-        "task": cell.task.name,
-        "attack": cell.attack_name,
-        "attack_phase": cell.attack.PHASE,
-        "attack_params": attack_params(cell),
-        "success_metric": success_metric(cell.attack),
-        "defenses": [name_of(one) for one in cell.defenses],
-        "defense_phases": [one.PHASE for one in cell.defenses],
-        "defense_params": canonical(list(cell.defenses)),
-        "seed": cell.seed,
         "status": status,
         "error_code": code,
         "error": error,
         **_templates(found, cell),
-        "search": cell.searched.key if cell.searched else None,
-        "search_trial": cell.searched.trial if cell.searched else None,
     }
 
 
@@ -576,12 +556,9 @@ def _stage_rows(found: _Found) -> Iterator[Row]:
             bad.add(digest)
         told = record or verdict
         yield {
-            "digest": digest,
-            "kind": stage.kind,
-            "method": stage.method,
+            **stage_columns(found.plan, digest),
             **{key: record.get(key) for key in _MEASURED},
             "wall_s": told.get("wall_s"),
-            "cells_served": found.plan.cells_of(digest),
             "cached": digest in cached and bool(record),
             "attempt": told.get("attempt"),
             "status": status,
@@ -597,29 +574,3 @@ _MEASURED = ("cpu_s", "gpu_s", "peak_bytes", "tokens", "flops")
 def _versions() -> dict[str, str]:
     told = {name: version_of(name) for name in ("python", *_PACKAGES)}
     return {name: version for name, version in told.items() if version}
-
-
-def _sweep_text(plan: Plan) -> str:
-    """The sweep's own fields as JSON, methods by name; where it runs is left out."""
-    spec = plan.spec
-
-    def named(method: Method) -> Any:
-        return {name_of(method): json.loads(canonical(method))}
-
-    plain = {
-        "name": spec.name,
-        "question": spec.question,
-        "models": [json.loads(canonical(one)) for one in spec.models],
-        "task": [json.loads(canonical(one)) for one in spec.tasks],
-        "attacks": [named(one) for one in spec.attacks],
-        "searches": [
-            {"attack": named(one.attack), **json.loads(canonical(one.search))}
-            for one in spec.searches
-        ],
-        "defenses": [[named(one) for one in stack] for stack in spec.defenses],
-        "seeds": list(spec.seeds),
-        "exclude": [json.loads(canonical(one)) for one in spec.exclude],
-        "training": json.loads(canonical(spec.training)),
-        "evaluation": json.loads(canonical(spec.evaluation)),
-    }
-    return json.dumps(plain, indent=1, ensure_ascii=False)

@@ -31,12 +31,8 @@ from ftsec_ray.plan.stage import Cell
 from ftsec_ray.redact import environment_secrets, redacted
 from ftsec_ray.registry import name_of, outside_hash
 from ftsec_ray.results.archive import (
-    ARTIFACTS,
     CHUNK,
     FORMAT,
-    MANIFEST,
-    PLAN,
-    ArchiveError,
     Code,
     CodeVersion,
     Input,
@@ -47,10 +43,28 @@ from ftsec_ray.results.archive import (
     PackedPlan,
     PackedStage,
 )
+from ftsec_ray.results.archive_limits import (
+    TEXT_BYTES,
+    UNPACKED,
+    ArchiveError,
+    check,
+    check_json,
+    check_table,
+)
+from ftsec_ray.results.archive_signature import signature_of
+from ftsec_ray.results.archive_zip import (
+    ARTIFACTS,
+    MANIFEST,
+    PAGE,
+    PLAN,
+    SIGNATURE,
+    SWEEP_FOLDER,
+    name_fault,
+)
 from ftsec_ray.results.read import Results, held_tables
 from ftsec_ray.results.write import PART, RUN_FILE
 from ftsec_ray.schedule.upload import texts_in
-from ftsec_ray.store.record import dumped, member_fault
+from ftsec_ray.store.record import dumped
 
 _NO_DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -80,12 +94,11 @@ def sweep_file(sweep: object) -> SweepFile:
         return SweepFile(name="sweep.yaml", text=sweep, base=Path.cwd())
     if isinstance(sweep, (str, Path)):
         path = Path(sweep)
-        fault = member_fault(path.name)
-        if fault is not None:
+        if name_fault(f"{SWEEP_FOLDER}/{path.name}") is not None:
             raise SpecError(
                 "a sweep file whose name no archive can hold",
                 path.name,
-                "printable characters",
+                "printable characters, and the ending .yaml",
                 "rename the file",
             )
         return SweepFile(
@@ -102,24 +115,28 @@ def sweep_file(sweep: object) -> SweepFile:
 def pack(
     plan: Plan,
     results: Results,
-    page: Path,
+    page: str,
     sweep: SweepFile,
     records: Mapping[str, Mapping[str, Any]],
     target: Path,
+    *,
+    sign: Path | None = None,
 ) -> Path:
     """Write the archive of a plan and its results to `target` and return it; ArchiveError when a
-    secret would get into it.
+    secret would get into it, or more than whoever verifies it reads by default.
 
     Args:
         plan: The plan as this machine makes it.
         results: Its tables.
-        page: Its report.
+        page: Its report, made from these tables.
         sweep: The file that gave the plan.
         records: Records of the plan's finished stages, as far as a store holds them.
         target: Replaced when it is there.
+        sign: Private key of the publisher; None signs nothing.
     """
     members: dict[str, bytes | Path] = {
-        f"sweep/{sweep.name}": sweep.text.encode(),
+        f"{SWEEP_FOLDER}/{sweep.name}": sweep.text.encode(),
+        PAGE: page.encode(),
         PLAN: _json(asdict(packed_plan(plan))),
         ARTIFACTS: _json(
             {
@@ -127,7 +144,6 @@ def pack(
                 for digest, record in sorted(records.items())
             }
         ),
-        f"results/{page.name}": page,
         **{
             f"results/{name}": results.folder / name
             for name in (RUN_FILE, *(f"{table}/{PART}" for table in held_tables(results.meta)))
@@ -136,7 +152,7 @@ def pack(
     manifest = Manifest(
         format=FORMAT,
         sweep=plan.spec.name,
-        file=f"sweep/{sweep.name}",
+        file=f"{SWEEP_FOLDER}/{sweep.name}",
         plan=plan.digest,
         versions=_versions(results, records),
         code=code_of(plan),
@@ -144,7 +160,16 @@ def pack(
         files={name: _checksum(one) for name, one in sorted(members.items())},
     )
     _refuse_secrets(sweep, members)
-    members[MANIFEST] = _json(asdict(manifest))
+    held = _json(asdict(manifest))
+    members[MANIFEST] = held
+    _refuse_what_is_too_large(members)
+    if sign is not None:
+        members[SIGNATURE] = signature_of(held, sign)
+    _write(members, target)
+    return target
+
+
+def _write(members: Mapping[str, bytes | Path], target: Path) -> None:
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with zipfile.ZipFile(scratch, "w") as archive:
@@ -157,7 +182,22 @@ def pack(
         ) from error
     finally:
         scratch.unlink(missing_ok=True)
-    return target
+
+
+def _refuse_what_is_too_large(members: Mapping[str, bytes | Path]) -> None:
+    """ArchiveError for what `ftsec verify` would not read."""
+    sizes = {
+        name: len(one) if isinstance(one, bytes) else one.stat().st_size
+        for name, one in members.items()
+    }
+    check(UNPACKED, sum(sizes.values()), "the archive")
+    for name, one in members.items():
+        if isinstance(one, Path) and one.name == PART:
+            check_table(one, name)
+        elif name.endswith(".json"):
+            check_json(one if isinstance(one, bytes) else one.read_bytes(), name)
+        else:
+            check(TEXT_BYTES, sizes[name], name)
 
 
 def packed_plan(plan: Plan) -> PackedPlan:

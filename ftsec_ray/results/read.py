@@ -257,7 +257,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise DataError(f"{what} ({folder})", held, f"{RUN_FILE} beside {', '.join(TABLES)}", _FIX)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as broken:
+    except (ValueError, RecursionError) as broken:
         raise DataError(
             f"{path} is not JSON", str(broken), "JSON as ftsec writes it", _FIX
         ) from broken

@@ -1,37 +1,33 @@
-"""What of an archive would differ here, in words: the sweep is planned again, and code, packages,
-inputs and tables are compared.
+"""What of an archive would differ here, in words: the sweep is planned again, its metrics,
+comparisons and report are made again, and code, packages and inputs are compared.
 
-Nothing is run. Equal digests mean that this machine would do the same work; whether it gave the
-same bytes is told for the artifacts that a store here holds as well.
+Nothing is run, and no file is opened that the archive names outside of one folder. Equal digests
+mean that this machine would do the same work; whether it gave the same bytes is told for the
+artifacts that a store here holds as well.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ftsec_ray.config.faults import Faults
+from ftsec_ray.config.limits import FILE_BYTES
 from ftsec_ray.config.sweep_file import load_sweep
-from ftsec_ray.errors import DataError, SpecError, SpecFaults
+from ftsec_ray.config.yaml_text import read_yaml
+from ftsec_ray.errors import SpecError, SpecFaults
 from ftsec_ray.identity import content_hash
 from ftsec_ray.plan.build import build_plan
 from ftsec_ray.plan.graph import Plan
-from ftsec_ray.plan.search_rounds import OutcomeLookup, nothing_known
-from ftsec_ray.results.archive import (
-    ARTIFACTS,
-    PLAN,
-    Archive,
-    Manifest,
-    PackedArtifact,
-    PackedCell,
-    PackedPlan,
-)
-from ftsec_ray.results.pack import located, packed_plan
+from ftsec_ray.plan.search_rounds import nothing_known
+from ftsec_ray.results.archive import Archive, Manifest, PackedArtifact, PackedPlan
+from ftsec_ray.results.archive_signature import look_at_signature
+from ftsec_ray.results.archive_zip import ARTIFACTS, PLAN
+from ftsec_ray.results.pack import located
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.search_results import look_at_results
 from ftsec_ray.results.verify_code import (
@@ -41,12 +37,17 @@ from ftsec_ray.results.verify_code import (
     maker_words,
     version_words,
 )
+from ftsec_ray.results.verify_findings import Findings
+from ftsec_ray.results.verify_plan import plans_differ, unpinned
+from ftsec_ray.results.verify_tables import Render, look_at_tables, open_tables
+from ftsec_ray.schedule.upload import texts_in
 
 if TYPE_CHECKING:
     from ftsec_ray.store.artifact_store import Store
 
 Topic = str
-"""archive | tables | versions | code | inputs | plan | artifacts"""
+"""archive | signature | versions | code | inputs | plan | tables | metrics | comparisons | searches
+| report | artifacts"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,52 +58,108 @@ class Verification:
     cells: int
     stages: int
     differences: tuple[tuple[Topic, str], ...]
-    """(topic, what differs) in words; empty when everything is equal here."""
+    """(topic, what differs) in words; empty when all that was checked agrees."""
+    checked: tuple[str, ...]
+    """What was made again here and agrees."""
+    unchecked: tuple[str, ...]
+    """What nothing here can tell."""
+    signature: str
+    """Who signed it."""
     notes: tuple[str, ...]
-    """What could not be compared."""
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing would differ here."""
+        """Whether all that was checked agrees; `unchecked` says what was not."""
         return not self.differences
 
 
-def verify_archive(path: Path, *, base: Path, store: Store | None) -> Verification:
+def verify_archive(
+    path: Path,
+    *,
+    base: Path,
+    store: Store | None,
+    render: Render,
+    inside: Path | None = None,
+    signer: Path | None = None,
+) -> Verification:
     """Compare an archive with this machine; ArchiveError when the file is none.
 
     Args:
         path: The archive.
         base: Folder at which the relative paths of its sweep start here.
         store: Where artifacts of the same stages may be; None compares none.
+        render: Makes the page of some results.
+        inside: Folder out of which no file is opened because the archive names it; None: `base`.
+        signer: File with the public keys of those who may have signed it; None asks for none.
     """
     archive = Archive.open(path)
     manifest, packed = archive.manifest, archive.read(PLAN, PackedPlan)
-    found: list[tuple[Topic, str]] = [
+    found = Findings()
+    found.add_each(
         ("archive" if not name.startswith("results/") else "tables", f"{name}: {why}")
         for name, why in archive.damage.items()
-    ]
-    found += [("versions", one) for one in version_words(manifest.versions)]
-    found += [("code", one) for one in code_words(manifest.code)]
-    found += [("inputs", one) for one in _input_words(manifest, base)]
+    )
+    signature = look_at_signature(found, archive, signer)
+    found.add("versions", version_words(manifest.versions))
+    found.add("code", code_words(manifest.code))
+    inside = (base if inside is None else inside).resolve()
+    found.add("inputs", _input_words(manifest, base, inside))
     notes: list[str] = []
     if packed is None:
         if PLAN not in archive.damage:
-            found.append(("archive", f"{PLAN}: not a plan as ftsec writes it"))
-        notes.append("the plan is damaged: digests and tables were not compared")
+            found.add("archive", [f"{PLAN}: not a plan as ftsec writes it"])
+        found.unchecked.append("plan, digests, tables and report: the plan is damaged")
     else:
-        found += [("archive", one) for one in digest_words(manifest, packed)]
-        found += [("code", one) for one in maker_words(archive, packed)]
-        found += [("tables", one) for one in _table_words(archive, packed)]
-        found += [("plan", one) for one in _plan_words(archive, packed, base)]
-        notes += list(_unpinned(packed))
-        found += [("artifacts", one) for one in _artifact_words(archive, packed, store, notes)]
+        _look_at_packed(found, archive, packed, _Here(base, inside, store, render, notes))
     return Verification(
         sweep=_clean(manifest.sweep),
         cells=len(packed.cells) if packed else 0,
         stages=len(packed.stages) if packed else 0,
-        differences=tuple((topic, _clean(what)) for topic, what in found),
+        differences=tuple((topic, _clean(what)) for topic, what in found.differences),
+        checked=tuple(map(_clean, found.checked)),
+        unchecked=tuple(map(_clean, found.unchecked)),
+        signature=_clean(signature),
         notes=tuple(map(_clean, notes)),
     )
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What this machine has to compare an archive with."""
+
+    base: Path
+    inside: Path
+    store: Store | None
+    render: Render
+    notes: list[str]
+
+
+def _look_at_packed(found: Findings, archive: Archive, packed: PackedPlan, here: _Here) -> None:
+    manifest = archive.manifest
+    with found.hostile("archive", PLAN):
+        words = list(digest_words(manifest, packed))
+        found.add("archive", words)
+        if not words:
+            found.checked.append(
+                f"digests of {len(packed.cells)} cells and {len(packed.stages)} stages"
+            )
+        found.add("code", maker_words(archive, packed))
+    with tempfile.TemporaryDirectory(prefix="ftsec-verify-") as scratch:
+        tables = Path(scratch) / "results"
+        tables.mkdir()
+        results, plan = open_tables(found, archive, tables), None
+        with found.hostile("plan", "the plan here"):
+            plan = _plan_here(found, archive, here, Path(scratch), results)
+        if plan is not None:
+            words = list(plans_differ(packed, plan))
+            found.add("plan", words)
+            plan = None if words or plan.digest != manifest.plan else plan
+        if results is not None:
+            look_at_tables(found, archive, packed, plan, results, here.render)
+    with found.hostile("archive", PLAN):
+        here.notes.extend(unpinned(packed))
+    with found.hostile("artifacts", ARTIFACTS):
+        found.add("artifacts", _artifact_words(archive, packed, here.store, found, here.notes))
 
 
 def _clean(text: str) -> str:
@@ -110,16 +167,21 @@ def _clean(text: str) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def _input_words(manifest: Manifest, base: Path) -> Iterator[str]:
+def _input_words(manifest: Manifest, base: Path, inside: Path) -> Iterator[str]:
     for one in manifest.inputs:
         try:
             path = located(one.path, base)
+            fault = _place_fault(path, inside)
+            if fault is not None:
+                yield f"{one.what}: {one.path} {fault}"
+                continue
             # No other folder is a model, and none is walked through because an archive names it.
             here = (
                 content_hash(path) if path.is_file() or (path / "config.json").is_file() else None
             )
-        except (OSError, RuntimeError, ValueError) as error:
-            yield f"{one.what}: {one.path} cannot be read here: {error}"
+        except (OSError, RuntimeError, ValueError, SpecError) as error:
+            told = getattr(error, "what", error)
+            yield f"{one.what}: {one.path} cannot be read here: {told}"
             continue
         if here is None:
             yield f"{one.what}: nothing usable at {one.path} here (looked for {path})"
@@ -127,161 +189,72 @@ def _input_words(manifest: Manifest, base: Path) -> Iterator[str]:
             yield f"{one.what}: {one.path} has other bytes here"
 
 
+def _place_fault(path: Path, inside: Path) -> str | None:
+    """Why a path, its links followed, is not opened because an archive names it."""
+    if not path.is_relative_to(inside):
+        return (
+            f"is not opened: {path} lies outside of {inside} (--inside DIR allows another folder)"
+        )
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return "is not opened: neither a plain file nor a folder"
+    return None
+
+
 # The plan.
 
 
-def _plan_words(archive: Archive, packed: PackedPlan, base: Path) -> Iterator[str]:
+def _plan_here(
+    found: Findings, archive: Archive, here: _Here, scratch: Path, results: Results | None
+) -> Plan | None:
+    """The plan that this machine makes of the archive's sweep; None where it makes none."""
     text = archive.text(archive.manifest.file)
     if text is None:
-        return
-    with tempfile.TemporaryDirectory(prefix="ftsec-verify-") as scratch:
-        file = Path(scratch) / Path(archive.manifest.file).name
-        file.write_text(text, encoding="utf-8")
-        try:
-            spec = load_sweep(file, base=base)
-            plan = build_plan(
-                spec, _known(archive, Path(scratch) / "results") if spec.searches else nothing_known
-            )
-        except SpecError as error:
-            faults = error.faults if isinstance(error, SpecFaults) else (("sweep", error),)
-            yield from (
+        return None
+    file = scratch / Path(archive.manifest.file).name
+    file.write_text(text, encoding="utf-8")
+    outside = list(_outside(text, here.base, here.inside)) if FILE_BYTES.value >= len(text) else []
+    if outside:
+        found.add("plan", [f"not made here: the sweep names {one}" for one in outside])
+        return None
+    try:
+        spec = load_sweep(file, base=here.base)
+        # The archive's own tables tell of the trials of searches: no store is needed to plan a
+        # searched sweep to its end.
+        known = look_at_results(results) if spec.searches and results else nothing_known
+        return build_plan(spec, known)
+    except SpecError as error:
+        faults = error.faults if isinstance(error, SpecFaults) else (("sweep", error),)
+        found.add(
+            "plan",
+            [
                 f"cannot be planned here: {place}: {fault.what}, {fault.got!r}"
                 for place, fault in faults
-            )
-            return
-        except OSError as error:
-            yield f"cannot be planned here: {error}"
-            return
-    yield from _plans_differ(packed, plan)
-
-
-def _known(archive: Archive, folder: Path) -> OutcomeLookup:
-    """What the archive's own tables tell of the trials of searches, so that a searched sweep is
-    planned to its end without a store.
-    """
-    try:
-        return look_at_results(Results.open(archive.unpack("results", folder)))
-    except DataError:  # told with the tables
-        return nothing_known
-
-
-def _plans_differ(packed: PackedPlan, plan: Plan) -> Iterator[str]:
-    here = packed_plan(plan)
-    if len(here.cells) != len(packed.cells):
-        yield f"the sweep gives {len(here.cells)} cells here and {len(packed.cells)} there"
-    other = {cell.cell for cell in packed.cells} - {cell.cell for cell in here.cells}
-    if other:
-        yield f"{len(other)} of {len(packed.cells)} cells have another digest here"
-    anew = Counter(stage.name for stage in packed.stages if stage.digest not in plan.stages)
-    if anew:
-        yield (
-            f"{sum(anew.values())} of {len(packed.stages)} stages have another digest here and"
-            f" would run anew: {listed(f'{name} ({count})' for name, count in anew.most_common())}"
+            ],
         )
-    elif not other and here != packed:
-        yield "the plan here has the same digests in another order, or further stages"
-    changes = dict.fromkeys(
-        one
-        for pair in zip(packed.cells, here.cells, strict=False)
-        for one in _cells_differ(*pair, packed, here)
-    )
-    if changes:
-        yield f"parameters: {listed(changes)}"
+    except OSError as error:
+        found.add("plan", [f"cannot be planned here: {error}"])
+    return None
 
 
-def _cells_differ(
-    there: PackedCell, here: PackedCell, packed: PackedPlan, mine: PackedPlan
-) -> Iterator[str]:
-    """How two cells at one place of the grid differ in what the sweep and its defaults say; code
-    and inputs are told elsewhere.
-    """
-    if there.cell == here.cell:
-        return
-    if there.names != here.names:
-        yield f"cell {_cell_words(there)} is {_cell_words(here)} here"
-        return
-    theirs, ours = ({stage.digest: stage for stage in one.stages} for one in (packed, mine))
-    for old, new in zip_longest(
-        (theirs.get(one) for one in there.stages), (ours[one] for one in here.stages)
-    ):
-        if old is None or new is None or old.name != new.name:
-            yield f"cell {_cell_words(there)} has other stages here"
-            return
-        yield from (f"{old.name}: {one}" for one in _leaves_differ(old.params, new.params))
+def _outside(text: str, base: Path, inside: Path) -> Iterator[str]:
+    """What a sweep names that is on this machine and may not be opened for an archive."""
+    for one in dict.fromkeys(texts_in(read_yaml(text, Faults("sweep")))):
+        with suppress(OSError, RuntimeError, ValueError):  # what no system call takes is no path
+            path = located(one, base)
+            fault = _place_fault(path, inside) if path.exists() else None
+            if fault is not None:
+                yield f"{one}, which {fault}"
 
 
-def _cell_words(cell: PackedCell) -> str:
-    return (
-        f"{cell.model} x {cell.task} x {cell.attack.name} x"
-        f" {'+'.join(one.name for one in cell.defenses) or 'none'}, seed {cell.seed}"
-    )
-
-
-def _leaves_differ(there: object, here: object, place: str = "") -> Iterator[str]:
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for key in sorted({*there, *here}):
-            if key not in ("sha256", "content"):  # the bytes of inputs
-                yield from _leaves_differ(
-                    there.get(key), here.get(key), f"{place}.{key}" if place else str(key)
-                )
-    elif (
-        isinstance(there, (list, tuple))
-        and isinstance(here, (list, tuple))
-        and len(there) == len(here)
-    ):
-        for index, pair in enumerate(zip(there, here, strict=True)):
-            yield from _leaves_differ(*pair, f"{place}[{index}]")
-    elif there != here:
-        yield f"{place} {there!r} there, {here!r} here"
-
-
-def _unpinned(packed: PackedPlan) -> Iterator[str]:
-    """Models and rows of the hub that the sweep pins to no revision."""
-    found: dict[str, None] = {}
-    for stage in packed.stages:
-        if (
-            stage.kind == "source"
-            and stage.params.get("source") == "hub"
-            and not stage.params.get("revision")
-        ):
-            found[f"model {stage.params.get('id')}"] = None
-        if stage.kind == "task":
-            with suppress(KeyError, TypeError, ValueError, AttributeError):  # a plan made by hand
-                found.update(
-                    {
-                        f"rows {source['dataset']}": None
-                        for _, source in stage.params["task"]["splits"]
-                        if source["dataset"] and not source["revision"]
-                    }
-                )
-    if found:
-        yield f"not pinned to a revision, so they may be others here: {listed(found)}"
-
-
-# Tables and artifacts.
-
-
-def _table_words(archive: Archive, packed: PackedPlan) -> Iterator[str]:
-    """Whether the tables open, and are of the plan."""
-    with tempfile.TemporaryDirectory(prefix="ftsec-verify-") as scratch:
-        try:
-            results = Results.open(archive.unpack("results", Path(scratch)))
-        except DataError as fault:
-            if not any(name.startswith("results/") for name in archive.damage):  # told already
-                yield f"they cannot be opened: {fault.what.replace(scratch, 'results')}"
-            return
-        if results.meta.get("plan") != archive.manifest.plan:
-            yield "they are of another plan than the archive"
-        for name, column, wanted in (
-            ("cells", "cell", {cell.cell for cell in packed.cells}),
-            ("stages", "digest", {stage.digest for stage in packed.stages}),
-        ):
-            if set(results.table(name, trials=True)[column].to_pylist()) != wanted:
-                yield f"the table {name} does not hold the {name} of the plan"
+# Artifacts.
 
 
 def _artifact_words(
-    archive: Archive, packed: PackedPlan, store: Store | None, notes: list[str]
+    archive: Archive,
+    packed: PackedPlan,
+    store: Store | None,
+    found: Findings,
+    notes: list[str],
 ) -> Iterator[str]:
     """Artifacts that the store here holds with other bytes; what is not compared is noted."""
     artifacts = archive.read(ARTIFACTS, dict[str, PackedArtifact]) or {}
@@ -289,7 +262,7 @@ def _artifact_words(
     named = {stage.digest: stage.name for stage in packed.stages}
     both = set() if store is None else store.done() & set(named) & set(there)
     if store is None or not both:
-        notes.append("no store here holds an artifact of its stages: bytes were not compared")
+        found.unchecked.append("artifacts: no store here holds one of these stages")
         return
     records = store.records(both)
     other = {

@@ -16,7 +16,6 @@ from ftsec_ray.identity.lock import edited_files, read_lock
 from ftsec_ray.lifecycle import kinds
 from ftsec_ray.registry import ATTACKS, DEFENSES
 from ftsec_ray.results.archive import (
-    ARTIFACTS,
     Archive,
     Code,
     CodeVersion,
@@ -27,6 +26,7 @@ from ftsec_ray.results.archive import (
     PackedPlan,
     PackedStage,
 )
+from ftsec_ray.results.archive_zip import ARTIFACTS
 from ftsec_ray.results.pack import code_of_kind, code_of_method
 from ftsec_ray.version import version_of
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from ftsec_ray import schema
 from ftsec_ray.cli.app import app
 from ftsec_ray.errors import StageError
+from ftsec_ray.evals.metrics import proportion
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.schedule import execution as schedule_run
 from ftsec_ray.schedule.executors import EXECUTORS
@@ -30,6 +31,12 @@ attacks: [none, {badnets: {rate: {grid: [0.1, 0.3]}}}]
 defenses: [none, shrink]
 """
 """Six cells."""
+ANSWERS = [
+    {"probe": "harmful", "prompt_id": f"h{number}", "judge": "toy", "verdict": verdict, "sample": 0}
+    for number, verdict in enumerate(("complied", "complied", "refused", "incoherent"))
+]
+HITS = {"harmful_rate": 2, "refusal_rate": 1, "coherent_rate": 3, "judged_rate": 4}
+"""Metric -> how many of the answers it counts."""
 failing: set[str | None] = set()
 """Methods whose stages fail."""
 warned: dict[str, list[str]] = {}
@@ -54,17 +61,11 @@ def run_stage(stage: Stage, out: Path, session: Session) -> Mapping[str, Any]:
         raise StageError("made to fail", stage.method, "another method")
     ran.append(stage.kind)
     if stage.kind == "score":
-        kept = [one for one in schema.generations() if one.name != "cell"]
-        pq.write_table(pa.schema(kept).empty_table(), out / "generations.parquet")
+        kept = pa.schema([one for one in schema.generations() if one.name != "cell"])
+        pq.write_table(pa.Table.from_pylist(ANSWERS, kept), out / "generations.parquet")
         rows = [
-            {
-                "metric": "harmful_rate",
-                "value": 0.5,
-                "n": 4,
-                "n_null": 0,
-                "ci_low": 0.1,
-                "ci_high": 0.9,
-            }
+            vars(proportion(metric, hits, 4, n_null=None if metric == "judged_rate" else 0))
+            for metric, hits in HITS.items()
         ]
         pq.write_table(pa.Table.from_pylist(rows), out / "metrics.parquet")
     (out / "toy.txt").write_text(stage.kind)

@@ -1,0 +1,208 @@
+"""A publisher's signature of an archive: Ed25519 over the bytes of its manifest, which holds the
+checksum of every other file.
+
+Keys are those of OpenSSH, which most people have (`~/.ssh/id_ed25519`); `cryptography` reads them
+and signs. What is signed begins with a line of its own, so that no signature made for something
+else is one of an archive.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray.errors import EnvironmentFault
+from ftsec_ray.results.archive import Archive
+from ftsec_ray.results.archive_limits import ArchiveError
+from ftsec_ray.results.verify_findings import Findings
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+_PURPOSE = b"ftsec_ray archive, signature 1\n"
+_MAX_KEY_BYTES = 1 << 16
+_WANT_KEY = "an Ed25519 key in OpenSSH's format"
+_MAKE_KEY = "make one without a passphrase: ssh-keygen -t ed25519 -N '' -f signing_key"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """What an archive holds of its publisher."""
+
+    format: int
+    key: str
+    """Public key as OpenSSH writes it: `ssh-ed25519 AAAA...`."""
+    signature: str
+    """Base64."""
+
+
+def signature_of(manifest: bytes, key: Path) -> bytes:
+    """The signature of a manifest with the private key in a file; ArchiveError for a file that
+    holds no key that can sign here.
+    """
+    _needs_cryptography()
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    try:
+        private = load_ssh_private_key(_key_bytes(key), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as fault:
+        is_locked = "password" in str(fault).lower() or "encrypt" in str(fault).lower()
+        raise ArchiveError(
+            f"{key} is encrypted" if is_locked else f"{key} is not a private key to sign with",
+            str(fault)[:120],
+            f"{_WANT_KEY}, without a passphrase",
+            _MAKE_KEY,
+        ) from fault
+    if not isinstance(private, Ed25519PrivateKey):
+        raise ArchiveError(
+            f"{key} is a key of another kind", type(private).__name__, _WANT_KEY, _MAKE_KEY
+        )
+    made = Signature(
+        format=1,
+        key=_openssh(private.public_key()),
+        signature=base64.b64encode(private.sign(_PURPOSE + manifest)).decode(),
+    )
+    return (json.dumps(asdict(made), sort_keys=True, indent=1) + "\n").encode()
+
+
+def look_at_signature(found: Findings, archive: Archive, signer: Path | None) -> str:
+    """Who signed an archive, in words; a signature that does not hold, or is of nobody in `signer`,
+    is put down as a difference.
+    """
+    allowed = None if signer is None else _public_keys(signer)
+    if archive.signature is None:
+        if signer is not None:
+            found.add("signature", [f"there is none; {signer} was to have signed it"])
+        found.unchecked.append("who published it: it is not signed, so anybody can have made it")
+        return "none"
+    told = _parsed(archive.signature)
+    if told is None:
+        found.add("signature", ["it is not a signature as `ftsec export --sign` writes it"])
+        return "damaged"
+    try:
+        _needs_cryptography()
+    except EnvironmentFault as absent:
+        found.unchecked.append(f"signature: {absent.what}; {absent.fix}")
+        return "not checked"
+    who = f"{told.key.split()[0]} {fingerprint(told.key)}"
+    if not _holds(told, archive.signed):
+        found.add("signature", [f"that of {who} does not hold: the manifest was changed"])
+        return f"broken, of {who}"
+    if allowed is not None and told.key not in allowed:
+        found.add("signature", [f"it is of {who}, whose key is not in {signer}"])
+        return f"of {who}, who is not in {signer}"
+    if allowed is None:
+        found.unchecked.append(f"whose key {who} is: --signer FILE names the publisher's")
+        return f"of {who}"
+    found.checked.append(f"signed by {who}, who is in {signer}")
+    return f"of {who}, who is in {signer}"
+
+
+def fingerprint(key: str) -> str:
+    """The SHA-256 of a public key as `ssh-keygen -l` shows it."""
+    blob = base64.b64decode(key.split()[1])
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+
+
+def _holds(told: Signature, manifest: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        _public(told.key).verify(
+            base64.b64decode(told.signature, validate=True), _PURPOSE + manifest
+        )
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def _parsed(content: bytes) -> Signature | None:
+    from pydantic import TypeAdapter, ValidationError
+
+    if len(content) > _MAX_KEY_BYTES:
+        return None
+    try:
+        told = TypeAdapter(Signature).validate_json(content)
+        fingerprint(told.key)
+    except (ValidationError, ValueError, IndexError):
+        return None
+    is_known = told.format == 1 and told.key.startswith("ssh-ed25519 ") and told.key.isprintable()
+    return told if is_known else None
+
+
+def _public_keys(file: Path) -> frozenset[str]:
+    """The keys of a file, one a line, as in `id_ed25519.pub`, `authorized_keys` or
+    https://github.com/<name>.keys; those of other kinds cannot have signed.
+    """
+    _needs_cryptography()
+    lines = _key_bytes(file).decode(errors="replace").splitlines()
+    keys = [line.split()[:2] for line in lines if line.startswith("ssh-ed25519 ")]
+    try:
+        found = frozenset(_openssh(_public(" ".join(key))) for key in keys)
+    except ValueError as fault:
+        raise ArchiveError(
+            f"{file} holds a public key that cannot be read", str(fault)[:120], _WANT_KEY
+        ) from fault
+    if not found:
+        kinds = sorted({line.split()[0][:40] for line in lines if line.strip()})[:4]
+        raise ArchiveError(
+            f"{file} holds no public key that can have signed an archive",
+            kinds,
+            f"{_WANT_KEY}: lines that begin with `ssh-ed25519`",
+            "take the publisher's .pub file; of a private key, ssh-keygen -y -f KEY prints it",
+        )
+    return found
+
+
+def _public(key: str) -> Ed25519PublicKey:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+    try:
+        found = load_ssh_public_key(key.encode())
+    except UnsupportedAlgorithm as fault:
+        raise ValueError(str(fault)) from fault
+    if not isinstance(found, Ed25519PublicKey):
+        raise ValueError(f"a key of another kind: {type(found).__name__}")  # noqa: TRY004
+    return found
+
+
+def _openssh(key: Ed25519PublicKey) -> str:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def _key_bytes(file: Path) -> bytes:
+    if not file.is_file():
+        raise ArchiveError("no such key file", str(file), _WANT_KEY, _MAKE_KEY)
+    if file.stat().st_size > _MAX_KEY_BYTES:
+        raise ArchiveError(
+            "a key file that is too large",
+            f"{file.stat().st_size:,} bytes",
+            f"at most {_MAX_KEY_BYTES:,}: {_WANT_KEY}",
+        )
+    try:
+        return file.read_bytes()
+    except OSError as fault:
+        raise ArchiveError(f"{file} cannot be read", str(fault), _WANT_KEY) from fault
+
+
+def _needs_cryptography() -> Any:
+    try:
+        import cryptography
+    except ImportError as missing:
+        raise EnvironmentFault(
+            "signatures need the package `cryptography`",
+            missing.name,
+            "an installed cryptography",
+            "pip install 'ftsec-ray[sign]'",
+        ) from missing
+    return cryptography

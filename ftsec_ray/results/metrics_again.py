@@ -1,0 +1,260 @@
+"""The metrics of every cell made again from the verdicts in `generations`, by the code that counts
+them in the engine.
+
+Whoever edits a metric, a verdict or an answer of finished results has to edit all three. What no
+verdict of the table gives (perplexity, detections, benchmarks, ...) is named and not made again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray import schema
+from ftsec_ray.data.triggers import HIJACK
+from ftsec_ray.errors import SpecError
+from ftsec_ray.evals.ask import Answer
+from ftsec_ray.evals.judged import Judged, share_of_verdict
+from ftsec_ray.evals.judging import Judge, Verdict, judge_class
+from ftsec_ray.evals.probes import REQUEST_PROBES
+from ftsec_ray.evals.scoring import metrics_of, rates
+from ftsec_ray.method import Probe, Prompt
+from ftsec_ray.results.answers import codes_of
+from ftsec_ray.results.archive_limits import CELL_ANSWERS, check
+from ftsec_ray.results.search_results import reported_rates
+from ftsec_ray.success import ASR, source_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Row = dict[str, Any]
+MEASURES = ("value", "n", "n_null", "ci_low", "ci_high")
+_ALWAYS = frozenset(
+    {
+        "coherent_rate",
+        "judged_rate",
+        "cacc",
+        *(name for _, metrics in REQUEST_PROBES.values() for name in metrics),
+    }
+)
+"""Metrics that every cell has whose model was asked the probes that they count."""
+_TOLERANCE = 1e-9
+_COLUMNS = ("probe", "prompt_id", "sample", "judge", "verdict", "head_verdict", "opinions")
+
+
+@dataclass
+class Remade:
+    """Metrics told and made again, of all cells."""
+
+    agree: int = 0
+    differ: list[str] = field(default_factory=list)
+    """In words."""
+    unchecked: Counter[str] = field(default_factory=Counter)
+    """Metric that no verdict gives -> cells that have it."""
+    answers: int = 0
+
+
+def metrics_again(cells: pa.Table, metrics: pa.Table, generations: pa.Table) -> Remade:
+    """Every row of `metrics` held against the verdicts in `generations`; the tables of one run,
+    trials among them.
+    """
+    found = Remade(answers=generations.num_rows)
+    told: dict[str, list[Row]] = {}
+    for row in metrics.to_pylist():
+        told.setdefault(row["cell"], []).append(row)
+    answers = _by_cell(generations)
+    rows = {row["cell"]: row for row in cells.to_pylist()}
+    for table, held in (("metrics", told), ("generations", answers)):
+        foreign = set(held) - set(rows)
+        if foreign:
+            found.differ.append(f"{table}: rows of {len(foreign)} cells that there are not")
+    for digest, cell in rows.items():
+        _compare(found, cell, told.get(digest, []), answers.get(digest))
+    return found
+
+
+def cell_words(cell: Mapping[str, Any]) -> str:
+    """A row of `cells` in words."""
+    return (
+        f"{cell['model']} x {cell['task']} x {cell['attack']} x"
+        f" {'+'.join(cell['defenses'] or ()) or 'none'}, seed {cell['seed']}"
+    )
+
+
+def _by_cell(generations: pa.Table) -> dict[str, pa.Table]:
+    """Cell -> its answers, whatever their order."""
+    import numpy as np
+
+    codes, cells = codes_of(generations["cell"])
+    order = np.argsort(codes, kind="stable")
+    ends = np.searchsorted(codes[order], np.arange(len(cells) + 1))
+    light = generations.select(list(_COLUMNS))
+    found = {}
+    for place, cell in enumerate(cells):
+        check(CELL_ANSWERS, int(ends[place + 1] - ends[place]), f"cell {cell}")
+        found[cell] = light.take(order[ends[place] : ends[place + 1]])
+    return found
+
+
+def _compare(found: Remade, cell: Row, told: list[Row], answers: pa.Table | None) -> None:
+    """Put down how the metrics of one cell agree with its answers."""
+    named = {row["metric"]: row for row in told}
+    where = cell_words(cell)
+    if len(named) != len(told):
+        found.differ.append(f"{where}: a metric occurs twice")
+    if answers is not None and _is_doubled(answers):
+        found.differ.append(f"{where}: an answer occurs twice")
+    made = _made(cell, named, answers)
+    for name, row in named.items():
+        if name in made:
+            _hold(found, where, row, made[name])
+        elif _is_of_verdicts(cell, name):
+            found.differ.append(f"{where}: {name} {_text(row)} told, no answers to count")
+        else:
+            found.unchecked[name] += 1
+            if not _is_within(row):
+                found.differ.append(f"{where}: {name} {_text(row)} is outside of its own interval")
+    missing = set(made) & _expected(cell) - set(named)
+    found.differ += [f"{where}: {name} is missing" for name in schema.in_order(missing)]
+
+
+def _hold(found: Remade, where: str, told: Row, made: Mapping[str, Any]) -> None:
+    if all(_same(told[key], made[key]) for key in MEASURES):
+        found.agree += 1
+    else:
+        found.differ.append(
+            f"{where}: {told['metric']} {_text(told)} told, {_text(made)} by its answers"
+        )
+
+
+def _made(cell: Row, named: Mapping[str, Row], answers: pa.Table | None) -> dict[str, Row]:
+    """The metrics that the answers of a cell give."""
+    if answers is None:
+        return {}
+    if cell["search"] is not None and cell["search_trial"] is None:
+        # Of a chosen setting the tables hold the half of the prompts that reports.
+        own = [name for name in named if name != ASR and not _judge_of(name)]
+        made = {row["metric"]: row for row in reported_rates(own, answers)}
+    else:
+        made = {row["metric"]: row for row in _counted(answers.to_pylist())}
+    source = source_of(ASR, cell["success_metric"])
+    if ASR not in made and source in made:
+        made[ASR] = {**made[source], "metric": ASR}
+    return made
+
+
+def _counted(rows: Sequence[Row]) -> Iterator[Row]:
+    """What the engine counts in the judged answers of one cell: by the judges of its probes, then
+    by further judges.
+    """
+    prompts = {row["prompt_id"]: Prompt(prompt_id=row["prompt_id"], chat=[]) for row in rows}
+    judges: dict[str, Judge] = {}
+
+    def judged(row: Row, judge: str, verdict: str | None, head: str | None = None) -> Judged:
+        if judge not in judges:
+            judges[judge] = _held_judge(judge)
+        answer = Answer(
+            probe=row["probe"],
+            prompt=prompts[row["prompt_id"]],
+            completion="",
+            sample=row["sample"] or 0,
+        )
+        return Judged(
+            answer=answer, judge=judges[judge], verdict=Verdict(verdict=verdict), head=head
+        )
+
+    items = [judged(row, row["judge"] or "", row["verdict"], row["head_verdict"]) for row in rows]
+    probes = [
+        Probe(name=name, prompts=(), judge="", metrics=_metrics_over(name))
+        for name in dict.fromkeys(row["probe"] for row in rows)
+    ]
+    yield from (vars(one) for one in rates(probes, items))
+    opinions: dict[str, list[Judged]] = {}
+    for row in rows:
+        for one in row["opinions"] or ():
+            said = judged(row, one["judge"] or "", one["verdict"])
+            opinions.setdefault(schema.judge_file(one["judge"] or ""), []).append(said)
+    for file, said_all in opinions.items():
+        for metric in metrics_of(file):
+            asked = [item for item in said_all if item.answer.probe in metric.probes]
+            yield vars(share_of_verdict(metric.name, asked, metric.verdict))
+
+
+def _metrics_over(probe: str) -> dict[str, str]:
+    """The metrics that are shares of the verdicts on one probe; those over several, and those of
+    further judges, are counted apart.
+    """
+    return {
+        name: metric.verdict
+        for name, metric in schema.METRICS.items()
+        if metric.probes == (probe,) and not metric.judge and name != "no_answer_rate"
+    }
+
+
+class _UnknownJudge(Judge):
+    """A judge that is not installed here."""
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Verdict]:
+        """No verdicts: its own are in the table."""
+        raise NotImplementedError
+
+
+def _held_judge(name: str) -> Judge:
+    """The judge of a name in the tables, for what its class says of its verdicts; nothing is
+    loaded.
+    """
+    try:
+        cls = judge_class(schema.judge_file(name))
+    except SpecError:
+        cls = _UnknownJudge
+    judge = cls.__new__(cls)
+    judge.name = name
+    return judge
+
+
+def _is_doubled(answers: pa.Table) -> bool:
+    keys = zip(
+        *(answers[name].to_pylist() for name in ("probe", "prompt_id", "sample")), strict=True
+    )
+    return len(set(keys)) != int(answers.num_rows)
+
+
+def _judge_of(name: str) -> str:
+    metric = schema.METRICS.get(name)
+    return metric.judge if metric else ""
+
+
+def _is_of_verdicts(cell: Row, name: str) -> bool:
+    """Whether a metric is a share of verdicts that the tables hold for this cell."""
+    metric = schema.METRICS.get(name)
+    if cell["search"] is not None and cell["search_trial"] is None:
+        return metric is not None and bool(metric.probes) and not metric.judge
+    return name == "judged_rate" or (metric is not None and bool(metric.probes))
+
+
+def _expected(cell: Row) -> frozenset[str]:
+    """Metrics of verdicts that a cell must have where its answers give them."""
+    success = cell["success_metric"]
+    return _ALWAYS | ({ASR, success} - {None, HIJACK} if success else set())
+
+
+def _same(told: object, made: object) -> bool:
+    if isinstance(told, float) and isinstance(made, float):
+        return math.isclose(told, made, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return told == made
+
+
+def _is_within(row: Row) -> bool:
+    value, low, high = row["value"], row["ci_low"], row["ci_high"]
+    if None in (value, low, high):
+        return True
+    return bool(low - _TOLERANCE <= value <= high + _TOLERANCE)
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    value = "null" if row["value"] is None else f"{row['value']:.3g}"
+    null = f", {row['n_null']} null" if row["n_null"] else ""
+    return f"{value} (n {row['n']}{null})"

@@ -1,0 +1,85 @@
+"""What the tables hold of a plan alone, whatever became of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ftsec_ray.config.sweep import SweepSpec
+from ftsec_ray.identity import canonical
+from ftsec_ray.lifecycle import hooks_of
+from ftsec_ray.method import Method
+from ftsec_ray.plan.graph import Plan
+from ftsec_ray.plan.stage import Cell
+from ftsec_ray.registry import name_of
+from ftsec_ray.results.search_results import attack_params
+from ftsec_ray.success import success_metric
+
+
+def cell_columns(sweep: str, cell: Cell) -> dict[str, Any]:
+    """The columns of a row of `cells` that say what the cell is."""
+    return {
+        "cell": cell.digest,
+        "sweep": sweep,
+        "model": cell.model.name,
+        "family": cell.model.family,
+        "aligned": cell.model.aligned,
+        "measured": cell.model.measured,
+        "task": cell.task.name,
+        "attack": cell.attack_name,
+        "attack_phase": cell.attack.PHASE,
+        "attack_params": attack_params(cell),
+        "success_metric": success_metric(cell.attack),
+        "defenses": [name_of(one) for one in cell.defenses],
+        "defense_phases": [one.PHASE for one in cell.defenses],
+        "defense_params": canonical(list(cell.defenses)),
+        "seed": cell.seed,
+        "search": cell.searched.key if cell.searched else None,
+        "search_trial": cell.searched.trial if cell.searched else None,
+    }
+
+
+def stage_columns(plan: Plan, digest: str) -> dict[str, Any]:
+    """The columns of a row of `stages` that say what the stage is."""
+    stage = plan.stages[digest]
+    return {
+        "digest": digest,
+        "kind": stage.kind,
+        "method": stage.method,
+        "cells_served": plan.cells_of(digest),
+    }
+
+
+def defense_facts(spec: SweepSpec) -> dict[str, Any]:
+    """What `run.json` says of the defenses of a sweep, for the comparisons."""
+    defenses = {name_of(one): type(one) for stack in spec.defenses for one in stack}
+    return {
+        "defense_hooks": {name: list(hooks_of(one)) for name, one in defenses.items()},
+        "controls": sorted(name for name, one in defenses.items() if one.IS_CONTROL),  # type: ignore[attr-defined]
+        "own_controls": {name: dict(one.CONTROL) for name, one in defenses.items() if one.CONTROL},
+    }
+
+
+def sweep_fields(spec: SweepSpec) -> str:
+    """The sweep's own fields as JSON, methods by name; where it runs is left out."""
+
+    def named(method: Method) -> Any:
+        return {name_of(method): json.loads(canonical(method))}
+
+    plain = {
+        "name": spec.name,
+        "question": spec.question,
+        "models": [json.loads(canonical(one)) for one in spec.models],
+        "task": [json.loads(canonical(one)) for one in spec.tasks],
+        "attacks": [named(one) for one in spec.attacks],
+        "searches": [
+            {"attack": named(one.attack), **json.loads(canonical(one.search))}
+            for one in spec.searches
+        ],
+        "defenses": [[named(one) for one in stack] for stack in spec.defenses],
+        "seeds": list(spec.seeds),
+        "exclude": [json.loads(canonical(one)) for one in spec.exclude],
+        "training": json.loads(canonical(spec.training)),
+        "evaluation": json.loads(canonical(spec.evaluation)),
+    }
+    return json.dumps(plain, indent=1, ensure_ascii=False)

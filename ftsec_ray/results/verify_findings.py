@@ -1,0 +1,54 @@
+"""What a look at an archive finds, put down as it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from jinja2 import TemplateError
+
+from ftsec_ray.errors import FtsecError
+from ftsec_ray.results.archive_limits import ArchiveError
+
+HOSTILE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    FtsecError,
+    LookupError,
+    RecursionError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
+"""What values that ftsec never wrote raise in code that reads its own tables."""
+
+
+@dataclass
+class Findings:
+    """What was found of an archive so far, in words."""
+
+    differences: list[tuple[str, str]] = field(default_factory=list)
+    """(topic, what differs)."""
+    checked: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    def add(self, topic: str, words: Iterable[str]) -> None:
+        """Put down differences of one topic."""
+        self.differences += [(topic, one) for one in words]
+
+    def add_each(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Put down differences of several topics."""
+        self.differences += pairs
+
+    @contextmanager
+    def hostile(self, topic: str, what: str) -> Iterator[None]:
+        """Makes a difference of what the values of a forger raise; not of what exceeds a limit."""
+        try:
+            yield
+        except ArchiveError:
+            raise
+        except HOSTILE as fault:
+            told = str(getattr(fault, "what", fault))[:100]
+            self.add(topic, [f"{what} cannot be checked: {type(fault).__name__}: {told}"])

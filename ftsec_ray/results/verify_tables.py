@@ -1,0 +1,379 @@
+"""Whether the tables and the page of an archive follow from its plan and from the verdicts that it
+holds: each is made again by the code that made it, and compared.
+
+Checksums agree with whatever their author wrote down last. What is made again here has to agree
+with itself, so that one number cannot be edited alone. What nothing in an archive tells is named.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray import schema
+from ftsec_ray.config.faults import Faults
+from ftsec_ray.config.yaml_text import read_yaml
+from ftsec_ray.plan.graph import Plan
+from ftsec_ray.redact import redacted
+from ftsec_ray.results.archive import Archive, PackedPlan
+from ftsec_ray.results.archive_limits import ArchiveError, check_table
+from ftsec_ray.results.archive_zip import PAGE
+from ftsec_ray.results.metrics_again import cell_words, metrics_again
+from ftsec_ray.results.paired import Correction
+from ftsec_ray.results.planned_columns import (
+    cell_columns,
+    defense_facts,
+    stage_columns,
+    sweep_fields,
+)
+from ftsec_ray.results.read import Results
+from ftsec_ray.results.search_results import look_at_results, search_row
+from ftsec_ray.results.stage_warnings import StageWarning
+from ftsec_ray.results.verify_code import listed
+from ftsec_ray.results.verify_findings import HOSTILE, Findings
+from ftsec_ray.results.write import PART, RUN_FILE, TABLES
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Render = Callable[[Results], str]
+"""Makes the page of some results."""
+_TOLERANCE = 1e-6
+"""Relative; p-values of another version of scipy differ by less."""
+_SHOWN = 3
+_ALWAYS_UNCHECKED = (
+    "completions and verdicts: that these models gave these answers, and their judges these"
+    " verdicts",
+    "weights: an archive holds none",
+    "stages: their durations, tokens, hosts, errors and warnings, and the package versions told",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunMeta:
+    """What `run.json` says, as this version writes it."""
+
+    schema: str
+    rows: dict[str, int]
+    sweep: str
+    question: str | None
+    plan: str
+    versions: dict[str, str]
+    counts: dict[str, int]
+    defense_hooks: dict[str, list[str]]
+    controls: list[str]
+    own_controls: dict[str, dict[str, Any]]
+    correction: Correction
+    warnings: list[StageWarning]
+    spent: dict[str, list[float]]
+    sweep_text: str
+
+
+def look_at_tables(
+    found: Findings,
+    archive: Archive,
+    packed: PackedPlan,
+    plan: Plan | None,
+    results: Results,
+    render: Render,
+) -> None:
+    """Put down what of the tables and the page does not follow from the plan and the verdicts.
+
+    Args:
+        found: Takes the findings.
+        archive: Opened, its checksums looked at.
+        packed: Its plan.
+        plan: The same as this machine makes it; None where it makes another one.
+        results: Its tables, as `open_tables` gave them.
+        render: Makes a page.
+    """
+    meta = archive.read(f"results/{RUN_FILE}", RunMeta)
+    if (
+        meta is None
+        or set(results.meta) != set(RunMeta.__annotations__)
+        or set(meta.rows) != set(TABLES)
+    ):
+        found.add("tables", [f"{RUN_FILE} is not as ftsec writes it for schema {_NOW}"])
+        found.unchecked.append("metrics, comparisons and report: not of this schema")
+        return
+    if not _is_of_plan(found, archive, packed, results):
+        return
+    with found.hostile("tables", "the tables of cells and stages"):
+        _look_at_plan(found, results, meta, archive, plan)
+    with found.hostile("metrics", "metrics"):
+        _look_at_metrics(found, results)
+    with found.hostile("comparisons", "comparisons"):
+        _look_at_comparisons(found, results, meta)
+    if results.table("searches").num_rows or (plan is not None and plan.searches):
+        with found.hostile("searches", "searches"):
+            _look_at_searches(found, results, plan)
+    with found.hostile("report", "report.html"):
+        _look_at_page(found, archive, results, render)
+
+
+_NOW = schema.SCHEMA_VERSION
+
+
+def open_tables(found: Findings, archive: Archive, folder: Path) -> Results | None:
+    """The results in an archive, unpacked into a folder; None where they cannot be opened, and
+    ArchiveError where they are larger than the limits allow.
+    """
+    found.unchecked += _ALWAYS_UNCHECKED
+    try:
+        archive.read(f"results/{RUN_FILE}", dict)  # under the limits of JSON
+        archive.unpack("results", folder)
+        for name in TABLES:
+            if (folder / name / PART).is_file():
+                check_table(folder / name / PART, f"results/{name}/{PART}")
+        return Results.open(folder)
+    except ArchiveError:
+        raise
+    except HOSTILE as fault:
+        if not any(name.startswith("results/") for name in archive.damage):  # told already
+            told = str(getattr(fault, "what", fault)).replace(str(folder), "results")
+            found.add("tables", [f"they cannot be opened: {told}"])
+        found.unchecked.append("tables and report: they cannot be opened")
+        return None
+
+
+def _is_of_plan(found: Findings, archive: Archive, packed: PackedPlan, results: Results) -> bool:
+    """Whether the tables are of the plan; then their size is bounded by it."""
+    words = []
+    if results.meta.get("plan") != archive.manifest.plan:
+        words.append("they are of another plan than the archive")
+    for name, column, wanted in (
+        ("cells", "cell", [cell.cell for cell in packed.cells]),
+        ("stages", "digest", [stage.digest for stage in packed.stages]),
+    ):
+        if sorted(map(str, results.table(name, trials=True)[column].to_pylist())) != sorted(wanted):
+            words.append(f"the table {name} does not hold the {name} of the plan")
+    found.add("tables", words)
+    if words:
+        found.unchecked.append("metrics, comparisons and report: they are of another plan")
+    return not words
+
+
+# What the plan decides.
+
+
+def _look_at_plan(
+    found: Findings, results: Results, meta: RunMeta, archive: Archive, plan: Plan | None
+) -> None:
+    cells = results.table("cells", trials=True).to_pylist()
+    statuses = [row["status"] for row in cells]
+    counts = {status: statuses.count(status) for status in schema.STATUSES}
+    if meta.counts != counts or set(statuses) - set(schema.STATUSES):
+        found.add("tables", [f"{RUN_FILE}: counts {meta.counts}, the cells give {counts}"])
+    if plan is None:
+        found.unchecked.append("cells and stages by the plan: this machine plans another one")
+        return
+    stages = results.stages.to_pylist()
+    words = list(_cells_differ(plan, cells)) + list(_stages_differ(plan, stages))
+    words += _statuses_differ(plan, cells, stages)
+    words += _facts_differ(plan, meta, archive.text(archive.manifest.file) or "")
+    found.add("tables", words)
+    if not words:
+        found.checked.append(f"{len(cells)} cells and {len(stages)} stages as the plan has them")
+
+
+def _cells_differ(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    planned = {cell.digest: cell_columns(plan.spec.name, cell) for cell in plan.cells}
+    wrong = [
+        f"{cell_words(planned[row['cell']])}: {name} {row[name]!r}, planned {value!r}"
+        for row in rows
+        for name, value in planned[row["cell"]].items()
+        if row[name] != value
+    ]
+    if wrong:
+        yield f"cells: {len(wrong)} values are not those of the plan: {_first(wrong)}"
+
+
+def _stages_differ(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    wrong = [
+        f"{row['digest']}: {name} {row[name]!r}, planned {value!r}"
+        for row in rows
+        for name, value in stage_columns(plan, row["digest"]).items()
+        if row[name] != value
+    ]
+    if wrong:
+        yield f"stages: {len(wrong)} values are not those of the plan: {_first(wrong)}"
+
+
+def _statuses_differ(
+    plan: Plan, cells: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """A cell is done when the stages are that its numbers come from."""
+    done = {row["digest"] for row in stages if row["status"] == "done"}
+    answers = {cell.digest: cell.answers for cell in plan.cells}
+    wrong = [
+        f"{cell_words(row)} is {row['status']}"
+        for row in cells
+        if (row["status"] == "done") != done.issuperset(answers[row["cell"]])
+    ]
+    return [f"cells: {len(wrong)} have another status than their stages: {_first(wrong)}"] * bool(
+        wrong
+    )
+
+
+def _facts_differ(plan: Plan, meta: RunMeta, sweep_text: str) -> list[str]:
+    """What `run.json` says of the sweep, against the sweep."""
+    told = {
+        "sweep": meta.sweep,
+        "question": meta.question or "",
+        "defense_hooks": meta.defense_hooks,
+        "controls": meta.controls,
+        "own_controls": meta.own_controls,
+    }
+    planned = {
+        "sweep": plan.spec.name,
+        "question": plan.spec.question or "",
+        **defense_facts(plan.spec),
+    }
+    wrong = [name for name, value in told.items() if value != planned[name]]
+    texts = (redacted(sweep_text), redacted(sweep_fields(plan.spec)))  # of a file, of a mapping
+    if meta.sweep_text not in texts and _values(meta.sweep_text) != _values(sweep_text):
+        wrong.append("sweep_text")
+    return [f"{RUN_FILE}: not as the sweep has it: {', '.join(wrong)}"] * bool(wrong)
+
+
+def _values(text: str) -> object:
+    """What a sweep file says, without its comments."""
+    return read_yaml(text, Faults("sweep"))
+
+
+# What the verdicts decide.
+
+
+def _look_at_metrics(found: Findings, results: Results) -> None:
+    cells, metrics, generations = (
+        results.table(name, trials=True) for name in ("cells", "metrics", "generations")
+    )
+    again = metrics_again(cells, metrics, generations)
+    if again.differ:
+        found.add(
+            "metrics",
+            [
+                f"{len(again.differ)} do not follow from the verdicts in `generations`:"
+                f" {_first(again.differ)}"
+            ],
+        )
+    if again.agree:
+        found.checked.append(
+            f"{again.agree} metrics follow from the verdicts on {again.answers} answers"
+        )
+    if again.unchecked:
+        names = schema.in_order(again.unchecked)
+        found.unchecked.append(f"metrics that no verdict gives: {listed(names)}")
+    if generations.num_rows and generations["completion"].null_count == generations.num_rows:
+        found.unchecked.append("texts of answers: the sweep kept none (keep_generations: false)")
+    if results.table("lengths", trials=True).num_rows:
+        found.unchecked.append(
+            "success by answer length: the verdicts on shorter answers are not kept"
+        )
+
+
+def _look_at_comparisons(found: Findings, results: Results, meta: RunMeta) -> None:
+    told, made = results.table("comparisons"), results.compared(meta.correction)
+    wrong = list(_rows_differ(told, made, ("model", "attack", "defenses", "kind", "metric")))
+    if wrong:
+        found.add("comparisons", [f"{len(wrong)} do not follow from the tables: {_first(wrong)}"])
+    else:
+        found.checked.append(f"{told.num_rows} comparisons follow from metrics and verdicts")
+
+
+def _look_at_searches(found: Findings, results: Results, plan: Plan | None) -> None:
+    if plan is None:
+        found.unchecked.append("searches: this machine plans another one")
+        return
+    import pyarrow as pa
+
+    told = results.table("searches")
+    rows = [search_row(one, look_at_results(results)) for one in plan.searches]
+    made = pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["search"])), schema.searches())
+    # Of a chosen setting the tables hold the answers of the reporting half alone.
+    unknown = {name for name in made.column_names if name.startswith("choose_")}
+    wrong = list(_rows_differ(told, made, ("model", "attack", "defenses"), unknown))
+    if wrong:
+        found.add("searches", [f"{len(wrong)} do not follow from the tables: {_first(wrong)}"])
+    else:
+        found.checked.append(f"{told.num_rows} searches follow from the answers to their trials")
+    found.unchecked.append("searches: what the chosen settings measured on the choosing half")
+
+
+def _rows_differ(
+    told: pa.Table,
+    made: pa.Table,
+    names: Sequence[str],
+    unknown: set[str] = frozenset(),  # type: ignore[assignment]
+) -> Iterator[str]:
+    """Rows of two sorted tables that are not the same, each in words by these columns."""
+    if told.equals(made):
+        return
+    if told.num_rows != made.num_rows:
+        yield f"{told.num_rows} rows told, {made.num_rows} by the tables"
+        return
+    for one, other in zip_longest(told.to_pylist(), made.to_pylist()):
+        columns = [
+            key for key in other if key not in unknown and not _is_close(one[key], other[key])
+        ]
+        if columns:
+            key = columns[0]
+            yield (
+                f"{' x '.join(_plain(other[name]) for name in names)}: {key} {_plain(one[key])}"
+                f" told, {_plain(other[key])} by the tables"
+            )
+
+
+def _is_close(one: object, other: object) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        both_nan = math.isnan(one) and math.isnan(other)
+        return both_nan or math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return one == other
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "+".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def _first(words: Sequence[str]) -> str:
+    more = f"; and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return "; ".join(words[:_SHOWN]) + more
+
+
+# The page.
+
+_PART_NAMES = re.compile(r'<(?:section|div|header|footer)[^>]* id="([\w-]+)"|<(style|script|h2)\b')
+
+
+def _look_at_page(found: Findings, archive: Archive, results: Results, render: Render) -> None:
+    told = archive.text(PAGE)
+    if told is None:
+        if PAGE not in archive.damage:
+            found.add("report", ["there is none in the archive"])
+        return
+    made = render(results)
+    if told == made:
+        found.checked.append("report.html follows from the tables, byte for byte")
+        return
+    found.add("report", [f"report.html is not the page of these tables: {_page_words(told, made)}"])
+
+
+def _page_words(told: str, made: str) -> str:
+    """Where two pages begin to differ."""
+    ours, theirs = made.splitlines(), told.splitlines()
+    pairs = enumerate(zip_longest(theirs, ours), start=1)
+    line = next((number for number, (one, other) in pairs if one != other), len(ours))
+    parts = [
+        next(filter(None, match.groups()))
+        for match in _PART_NAMES.finditer("\n".join(ours[: line - 1]))
+    ]
+    same = len(set(theirs) & set(ours))
+    where = f"from line {line} on" + (f", in the part `{parts[-1]}`" if parts else "")
+    return f"it differs {where}; {same} of its {len(theirs)} lines are the same"
