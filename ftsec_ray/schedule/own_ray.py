@@ -66,7 +66,7 @@ def _read_environment() -> None:
     """Have Ray look at the variables again: it reads them once per process. The mode goes first: a
     thread that still ends must not ask for a token that is no more.
     """
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
