@@ -490,7 +490,7 @@ def test_texts_of_an_archive_cannot_steer_the_terminal(workplace):
     manifest["versions"]["\x1b]0;evil\x07"] = ["1\x1b[1A"]
     changed = rewritten(archive, {"manifest.json": json.dumps(manifest).encode()})
     said = call("verify", str(changed), code=1).output
-    assert "versions: \ufffd]0;evil\ufffd 1\ufffd[1A there" in said
+    assert "versions: \\x1b]0;evil\\x07 1\\x1b[1A there" in said
     assert "\x1b" not in said
 
 
