@@ -188,7 +188,8 @@ def _walked(value: object, secrets: Secrets) -> object:
             name = secrets.cleaned(key) if isinstance(key, str) else key
             while name in found:
                 name = f"{name}+"  # two secrets as keys: neither value is lost
-            found[name] = GONE if _is_named_secret(key, inner) else _walked(inner, secrets)
+            is_secret = _is_named_secret(key, inner) or _is_named_secret(name, inner)
+            found[name] = GONE if is_secret else _walked(inner, secrets)
         return found
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_walked(inner, secrets) for inner in value]

@@ -210,6 +210,11 @@ def test_the_keys_of_mappings_are_cleaned_and_no_value_is_lost():
     }
 
 
+def test_what_was_cleaned_once_holds_no_secret():
+    for key in (f"?key=SK{HEX[:32]}", "http://u:p@h:1:Authorization key", "b?AWSAccessKeyId=AK12"):
+        assert secrets_in(without_secrets({key: "x1y2z3w4"})) == []
+
+
 def test_a_secret_is_told_by_its_place_and_not_by_itself(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "plantedvalue77")
     value = {

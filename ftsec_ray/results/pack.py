@@ -423,8 +423,8 @@ def _refuse_secrets(results: Results, members: Mapping[str, bytes | Path]) -> No
 
 def _holds_secret(place: str, what: str, name: str) -> ArchiveError:
     return ArchiveError(
-        "a secret would get into the archive",
-        f"{place} of {name}: {what}",
+        f"a secret would get into the archive: {place} of {name}",
+        what,
         "files without it",
         "`ftsec report` writes tables and report again without secrets",
     )
