@@ -31,13 +31,24 @@ T = TypeVar("T")
 MIN_CHARS = 8
 """Shorter values are settings: taking them out would tear ordinary words apart."""
 _SHORT = re.compile(r"(?=.*\d)(?=.*[A-Za-z])\S{6,7}")
-"""But these are no words."""
+"""But these are no words; they count where they stand alone, and not within a digest."""
+_SETTINGS = frozenset(
+    {
+        *("password", "passphrase", "postgres", "postgresql", "username", "disabled", "required"),
+        *("optional", "undefined", "redacted", "anonymous", "placeholder"),
+        *("changeme", "change-me", "change_me"),
+    }
+)
+"""Values that stand in for a secret, or say how one is used."""
+_ROUNDS = 4
+"""Times that a text is gone through at most, until nothing of it changes."""
 _MAX_FILE = 1 << 16
 """Bytes read of a file that a variable names."""
 _LINE = re.compile(r"[\w+/=.~-]{20,}")
 """A line of a secret of many lines that is one itself."""
 _NAME = re.compile(
-    r"(TOKENS?|SECRETS?|PASS|PASSW(OR)?D|PWD|PASSPHRASE|CRED(ENTIAL)?S?|KEY|KEYS|AUTH|SAS|WEBHOOK|JWT|PAT"
+    r"(TOKENS?|SECRETS?|PASS|PASSW(OR)?D|PWD|PASSPHRASE|CRED(ENTIAL)?S?|(?:API|ACCESS|SECRET|SIGNING"
+    r"|ENCRYPTION|PRIVATE|MASTER)KEYS?|(?<![A-Z])(?:KEYS?|AUTH|SAS|PAT)|WEBHOOK|JWT"
     r"|PRIVATE|COOKIE|CONNECTION_STRING|CONNSTR)(?=_|$)|SECRET|PASSWORD",
     re.IGNORECASE,
 )
@@ -56,26 +67,24 @@ def redacted(text: str) -> str:
     """A text without the secrets of this process's environment and without what has the form of
     one.
     """
-    return _secrets().cleaned(text)
+    return known_secrets().cleaned(text)
 
 
-def environment_secrets() -> dict[str, str]:
-    """Secret -> the variable or file of this process's environment that holds it: what nothing
-    written may repeat.
-    """
-    return dict(_secrets().names)
+def environment_secret_in(text: str) -> str | None:
+    """The variable or file of this process's environment whose secret a text holds."""
+    return known_secrets().source_in(text)
 
 
 def without_secrets(value: T) -> T:
     """A value of JSON, with all its texts redacted, those of its keys too."""
-    return _walked(value, _secrets())  # type: ignore[return-value]
+    return known_secrets().taken_out_of(value)
 
 
 def secrets_in(value: object) -> list[tuple[str, str]]:
     """(place, what it looks like) of every text of a JSON value that holds a secret; the place is
     the way of keys and numbers to it, redacted itself.
     """
-    return list(_found(value, "", _secrets()))
+    return list(_found(value, "", known_secrets()))
 
 
 def clean_logs() -> None:
@@ -111,16 +120,17 @@ class _CleanRecords:
 
 
 @dataclass(frozen=True)
-class _Secrets:
-    """Every way in which a known secret may be written -> the name of where it is from."""
+class Secrets:
+    """What this process knows as secrets, for a look through many texts."""
 
     names: Mapping[str, str]
+    """Every way in which one may be written -> the variable or file that holds it."""
 
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:
         """The longest first, whatever the case: escapes are written in both."""
         longest = sorted(self.names, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest)), re.IGNORECASE) if longest else None
+        return re.compile("|".join(map(_alone, longest)), re.IGNORECASE) if longest else None
 
     @cached_property
     def _small(self) -> Mapping[str, str]:
@@ -131,9 +141,30 @@ class _Secrets:
 
     def cleaned(self, text: str) -> str:
         """A text without them, and without what has the form of a secret."""
-        if self._pattern is not None:
-            text = self._pattern.sub(lambda found: f"[{self._name(found)}]", text)
-        return without_forms(text)
+        for _ in range(_ROUNDS):
+            before = text
+            if self._pattern is not None:
+                text = self._pattern.sub(lambda found: f"[{self._name(found)}]", text)
+            text = without_forms(text)
+            if text == before:
+                break
+        return text
+
+    def taken_out_of(self, value: T) -> T:
+        """A value of JSON with all its texts cleaned."""
+        return _walked(value, self)  # type: ignore[return-value]
+
+    def source_in(self, text: str) -> str | None:
+        """Where the first of them that a text holds is from; None where it holds none."""
+        return next(
+            (
+                source
+                for secret, source in self.names.items()
+                if secret in text
+                and (len(secret) >= MIN_CHARS or re.search(_alone(secret), text) is not None)
+            ),
+            None,
+        )
 
     def kind_of(self, text: str) -> str | None:
         """What in a text is a secret, in words."""
@@ -142,7 +173,13 @@ class _Secrets:
         return form_in(text)
 
 
-def _walked(value: object, secrets: _Secrets) -> object:
+def _alone(secret: str) -> str:
+    """A pattern of a secret; a short one only where no letter or digit stands beside it."""
+    plain = re.escape(secret)
+    return plain if len(secret) >= MIN_CHARS else rf"(?<![A-Za-z0-9]){plain}(?![A-Za-z0-9])"
+
+
+def _walked(value: object, secrets: Secrets) -> object:
     if isinstance(value, str):
         return secrets.cleaned(value)
     if isinstance(value, Mapping):
@@ -151,7 +188,8 @@ def _walked(value: object, secrets: _Secrets) -> object:
             name = secrets.cleaned(key) if isinstance(key, str) else key
             while name in found:
                 name = f"{name}+"  # two secrets as keys: neither value is lost
-            found[name] = GONE if _is_named_secret(key, inner) else _walked(inner, secrets)
+            is_secret = _is_named_secret(key, inner) or _is_named_secret(name, inner)
+            found[name] = GONE if is_secret else _walked(inner, secrets)
         return found
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_walked(inner, secrets) for inner in value]
@@ -165,7 +203,7 @@ def _is_named_secret(key: object, value: object) -> bool:
     return not (form_in(value) or form_in(key)) and form_in(f"{key}: {value}") is not None
 
 
-def _found(value: object, place: str, secrets: _Secrets) -> Iterator[tuple[str, str]]:
+def _found(value: object, place: str, secrets: Secrets) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         if what := secrets.kind_of(value):
             yield place, what
@@ -184,8 +222,10 @@ def _found(value: object, place: str, secrets: _Secrets) -> Iterator[tuple[str, 
             yield from _found(inner, f"{place}[{number}]", secrets)
 
 
-def _secrets() -> _Secrets:
-    """Those of this process's environment as it is now."""
+def known_secrets() -> Secrets:
+    """Those of this process's environment as it is now: files are read, so take them once for many
+    texts.
+    """
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     kept = _text_of(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").strip()
     told = [pair for pair in os.environ.items() if "://" in pair[1] or _is_secret(pair[0])]
@@ -200,7 +240,7 @@ def _is_secret(name: str) -> bool:
 @lru_cache(maxsize=4)
 def _written(
     told: tuple[tuple[str, str], ...], files: tuple[str | None, ...], kept: str
-) -> _Secrets:
+) -> Secrets:
     """The secrets of these variables, the texts of the files that they name, and the token of a
     login, in every way in which they may be written.
     """
@@ -208,8 +248,10 @@ def _written(
     for (name, value), text in zip(told, files, strict=True):
         secrets = [*(_values(value, text) if _is_secret(name) else ())]
         for secret in (*secrets, *_URL_PASSWORD.findall(value)):
-            found = dict.fromkeys(_ways(secret), name) | found
-    return _Secrets(dict.fromkeys(_ways(kept), "HF_TOKEN") | found)
+            small = secret.strip().lower()
+            if small not in _SETTINGS and small not in name.lower():
+                found = dict.fromkeys(_ways(secret), name) | found
+    return Secrets(dict.fromkeys(_ways(kept), "HF_TOKEN") | found)
 
 
 def _values(value: str, text: str | None) -> Iterator[str]:

@@ -23,10 +23,29 @@ class Form:
     pattern: re.Pattern[str]
     instead: str = GONE
     r"""What stands in its place; `\1` and `\2` are what is kept around it."""
+    words: tuple[str, ...] = ()
+    """Each text with one holds one of these, in small letters; empty where that is not known."""
+    hint: re.Pattern[str] | None = None
+    """What each text with one matches, and faster than the pattern."""
+
+    def taken_out_of(self, text: str, small: str) -> str:
+        """A text without secrets of this kind, given the text in small letters too."""
+        if self.words and not any(word in small for word in self.words):
+            return text
+        if self.hint is not None and self.hint.search(text) is None:
+            return text
+        return self.pattern.sub(self.instead, text)
 
 
-def _form(name: str, pattern: str, instead: str = GONE) -> Form:
-    return Form(name, re.compile(pattern), instead)
+def _form(
+    name: str,
+    pattern: str,
+    instead: str = GONE,
+    *,
+    words: tuple[str, ...] = (),
+    hint: str | None = None,
+) -> Form:
+    return Form(name, re.compile(pattern), instead, words, re.compile(hint) if hint else None)
 
 
 _START = r"(?<![A-Za-z0-9])"
@@ -41,8 +60,14 @@ _KEY_NAME = (
 )
 _QUERY_NAME = (
     r"(?:[\w.%-]{0,40}(?:token(?!s)|secret|signature|passw(?:or)?d|pwd|credential|access_?(?:key|id)"
-    r"|api[-_]?key)[\w-]{0,20}|sig|key|auth|pass)"
+    r"|api[-_]?key)[\w-]{0,20}|sig|pass)"
 )
+_QUERY_VALUE = r"[^&\s'\"<>\[\\#;]"
+_RANDOM = r"(?=[\w.~+/:-]{0,200}\d|(?:[\w.~+/:-]{0,40}?[a-z][A-Z]){4})"
+"""A digit, or capitals amid small letters more often than a name in camel case has them."""
+_VALUE_START = r"(?::|=>?)\s{0,4}\\?[\"']?"
+_VALUE = r"(?=[^\s\"'\\]{0,200}\d)(?!\[|https?:)[^\s\"'\\&,;<>(){}\[\]]{8,}"
+_NO_CALL = r"(?:(?<=[\"'])|(?![A-Za-z_][\w.]{0,100}\())"
 
 FORMS = (
     _form(
@@ -53,6 +78,7 @@ FORMS = (
     _form(
         "Hugging Face token",
         rf"{_START}hf_[A-Za-z0-9]{{16,}}|hf_[A-Za-z0-9]{{30,}}|{_START}api_org_[A-Za-z0-9]{{30,}}",
+        words=("hf_", "api_org_"),
     ),
     _form(
         "GitHub or GitLab token",
@@ -87,7 +113,11 @@ FORMS = (
         r"(hooks\.slack\.com/(?:services|workflows)/|discord(?:app)?\.com/api/webhooks/)[\w/-]{8,}",
         rf"\1{GONE}",
     ),
-    _form("JSON web token", r"(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{4,}\.[\w-]*"),
+    _form(
+        "JSON web token",
+        r"(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{4,}\.[\w-]*",
+        words=("eyj",),
+    ),
     _form(
         "token of a package index",
         rf"{_START}(?:npm_[A-Za-z0-9]{{36}}|pypi-{_MIXED}[\w-]{{40,}})",
@@ -102,26 +132,31 @@ FORMS = (
     ),
     _form(
         "password in a URL",
-        r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/@:'\"<>\[]{0,100}:(?!\d{1,5}(?:[/?#\s]|$))"
+        r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/@:'\"<>\[?#]{0,100}:(?!\d{1,5}(?:[/?#\s]|$))"
         r"(?:[^\s'\"<>]{0,200}|[^\s@'\"<>]{1,60}(?: (?!\S{0,60}://)[^\s@'\"<>]{1,60}){1,2})@(?=[\w.\[-])",
         rf"\1{GONE}@",
+        words=("://",),
     ),
     _form(
         "user in a URL",
-        r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)(?<!abfs://)(?<!abfss://)(?!anonymous@|git@)"
-        r"[^\s/@'\"<>\[\]]{1,200}@",
+        r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)(?<!abfs://)(?<!abfss://)(?<!wasb://)(?<!wasbs://)"
+        r"(?!anonymous@|git@)[^\s/@'\"<>\[\]?#]{1,200}@",
         rf"\1{GONE}@",
+        words=("://",),
     ),
     _form(
         "password before a host",
         r"(?<![\w/.-])([\w.-]{1,40}:)[^\s/@'\"<>\[\]]{6,100}"
         r"@(?=(?:\d{1,3}\.){3}\d|localhost\b|[\w.-]{1,80}:\d{2,5}\b)",
         rf"\1{GONE}@",
+        words=("@",),
     ),
     _form(
         "signature or key in a URL",
-        rf"(?i)((?:[?&#;]|\\u0026){_QUERY_NAME}=)[^&\s'\"<>\[\\#;]{{4,}}",
+        rf"(?i)((?:[?&#;]|\\u0026)(?:{_QUERY_NAME}=|(?:key|auth)=(?={_QUERY_VALUE}{{16}})))"
+        rf"{_QUERY_VALUE}{{4,}}",
         rf"\1{GONE}",
+        words=("=",),
     ),
     _form(
         "signature of a request",
@@ -131,25 +166,31 @@ FORMS = (
     _form(
         "Authorization header",
         r"((?i:authorization)[\"']?\s{0,4}[:=]\s{0,4}[\"']?(?:[A-Za-z][A-Za-z0-9-]{1,30} {1,4})?)"
-        r"(?=\S{0,200}(?:\d|[a-z][A-Z]|[._=]\w))[\w.~+/=:-]{8,}",
+        rf"{_RANDOM}[\w.~+/=:-]{{8,}}",
         rf"\1{GONE}",
+        words=("authorization",),
     ),
     _form(
         "bearer token",
-        r"((?i:\bBearer) {1,4})(?=\S{0,200}(?:\d|[a-z][A-Z]|[._]\w))[\w.~+/=-]{8,}",
+        rf"((?i:\bBearer) {{1,4}}){_RANDOM}[\w.~+/=-]{{8,}}",
         rf"\1{GONE}",
+        words=("bearer",),
     ),
     _form(
         "basic credentials",
-        r"(\bBasic {1,4})(?=[A-Za-z+/]{0,200}(?:\d|[a-z][A-Z]|=))[A-Za-z0-9+/_-]{8,}={0,2}",
+        r"(\bBasic {1,4})(?=[A-Za-z0-9+/]{0,200}=|[A-Za-z+/]{0,200}\d[A-Za-z0-9+/]{0,200}[a-z][A-Z]"
+        r"|[A-Za-z0-9+/]{0,200}[a-z][A-Z][A-Za-z0-9+/]{0,200}\d|(?:[A-Za-z+/]{0,40}?[a-z][A-Z]){4})"
+        r"[A-Za-z0-9+/_-]{8,}={0,2}",
         rf"\1{GONE}",
+        words=("basic ",),
     ),
     _form(
         "value of a key",
-        rf"(?i)({_KEY_NAME}\\?[\"']?\s{{0,4}}(?::|=>?)\s{{0,4}}\\?[\"']?)"
-        r"(?=[^\s\"'\\]{0,200}\d)(?=[^\s\"'\\]{0,200}[a-z])"
-        r"(?!\[|https?:)[^\s\"'\\&,;<>(){}\[\]]{8,}",
+        rf"(?i)({_KEY_NAME}\\?[\"']?\s{{0,4}}{_VALUE_START}){_NO_CALL}"
+        rf"(?=[^\s\"'\\]{{0,200}}[a-z]){_VALUE}",
         rf"\1{GONE}",
+        words=("pass", "secret", "credential", "key", "signature", "pwd", "token"),
+        hint=_VALUE_START + _VALUE,
     ),
 )
 """In this order: a row may leave what a later one would take, never the other way round."""
@@ -170,11 +211,13 @@ many texts.
 
 def without_forms(text: str) -> str:
     """A text without what has one of the forms."""
+    small = text.casefold()
     for form in FORMS:
-        text = form.pattern.sub(form.instead, text)
+        text = form.taken_out_of(text, small)
     return text
 
 
 def form_in(text: str) -> str | None:
     """The name of the first form that a text holds; None where it holds none."""
-    return next((form.name for form in FORMS if form.pattern.sub(form.instead, text) != text), None)
+    small = text.casefold()
+    return next((form.name for form in FORMS if form.taken_out_of(text, small) != text), None)

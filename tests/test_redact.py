@@ -101,6 +101,8 @@ def test_the_password_in_the_url_and_the_key_in_the_connection_of_any_variable_a
         *(("PWD", "/work/of/somebody"), ("OLDPWD", "/work/of/somebody"), ("MY_TOKEN", "1")),
         *(("SECRET", "true"), ("PASSWORD", "secret"), ("SSH_AUTH_SOCK", "/tmp/agent.12")),
         *(("GPG_KEY", "A035C8C19219BA821ECEA86B64E628F8D684696D"), ("RAY_AUTH_MODE", "disabled!")),
+        *(("NV_CUDA_COMPAT_PACKAGE", "cuda-compat-12-2"), ("DB_PASSWORD", "postgres")),
+        *(("DB_PASSWORD", "Changeme"), ("MONKEY", "bananas-1234"), ("RAY_AUTH", "disabled")),
         *(("MY_TOKEN", "/"), ("MY_TOKEN", ""), ("AUTH_TYPE", "kerberos")),
     ],
 )

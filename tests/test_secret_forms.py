@@ -66,7 +66,8 @@ KEPT: dict[str, tuple[str, ...]] = {
         "me:secret7@db.example:5432",
     ),
     "signature or key in a URL": (
-        *(f"https://h/x?{name}=abcd1234&a=1" for name in ("token", "sig", "key", "auth", "pwd")),
+        *(f"https://h/x?{name}=abcd1234&a=1" for name in ("token", "sig", "pass", "pwd")),
+        *(f"https://h/x?{name}=abcd1234abcd1234&a=1" for name in ("key", "auth")),
         *(f"/c?a=1&{name}=abcd%3D1234" for name in ("api-key", "client_secret", "Signature")),
         *(f"b?{name}=AK%2F2" for name in ("X-Amz-Credential", "AWSAccessKeyId", "GoogleAccessId")),
         *(
@@ -80,7 +81,7 @@ KEPT: dict[str, tuple[str, ...]] = {
         *("Authorization: token keykeykey12", '"authorization": "ApiKey a.bcdefgh12"'),
         "Authorization=keykeykey12",
     ),
-    "bearer token": ("Bearer keykeykey12", "bearer abcdefghij.klm", "BEARER aBcDeFgHiJ"),
+    "bearer token": ("Bearer keykeykey12", "bearer abcdefghij.k1m", "BEARER aBcDeFgHiJ"),
     "basic credentials": ("Basic dXNlcjpwYXNzd29yZA==",),
     "value of a key": (
         *(
@@ -165,6 +166,10 @@ def test_each_row_is_the_one_that_takes_its_texts(name):
         *("mail bob@example.com", "a:b@c", "2024-05-06T17:46:00", "C:\\Users\\me", "10:20:30 @ 5"),
         *("secret: true", "secrets", "token", "a token: the cheapest one", "passphrase: null"),
         "sig=0.05 and key=value; auth=none",
+        *("password = hashlib.sha256(pw.encode())", "secret_key = secrets.token_hex(32)"),
+        *("Basic JavaScript", "AUTHORIZATION: PolicyBased", "Bearer authentication.Then"),
+        *("wasbs://container@host.blob/x", "https://example.com?mail=me@x.org"),
+        *("https://h?a=b:c@x.org", "https://h/?key=12345", "https://h/?a=1&auth=basic"),
         "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----",
         "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----",
     ],
@@ -203,6 +208,11 @@ def test_the_keys_of_mappings_are_cleaned_and_no_value_is_lost():
         "tokens": 7,
         "token": None,
     }
+
+
+def test_what_was_cleaned_once_holds_no_secret():
+    for key in (f"?key=SK{HEX[:32]}", "http://u:p@h:1:Authorization key", "b?AWSAccessKeyId=AK12"):
+        assert secrets_in(without_secrets({key: "x1y2z3w4"})) == []
 
 
 def test_a_secret_is_told_by_its_place_and_not_by_itself(monkeypatch):

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ftsec_ray import api
-from ftsec_ray.cli.console import say, say_json, stdout
+from ftsec_ray.cli.console import say, say_json, shown, stdout
 from ftsec_ray.identity import sha256
 from ftsec_ray.results.archive_limits import within_memory
 from ftsec_ray.schedule.job_paths import is_uri
@@ -55,7 +55,7 @@ def verify_archive(
     for what in found.unchecked:
         _say(f"not checked: {what}")
     for note in found.notes:
-        say(f"note: {note}", err=True)
+        say(shown(f"note: {note}", one_line=True), err=True)
     topics = dict.fromkeys(topic for topic, _ in found.differences)
     said = (
         "nothing would differ here, of what was checked"
@@ -68,6 +68,7 @@ def verify_archive(
 
 def _say(text: str) -> None:
     """One finding: a line by itself in a file or pipe, folded between words on a terminal."""
+    text = shown(text, one_line=True)
     if not sys.stdout.isatty():
         say(text)
         return

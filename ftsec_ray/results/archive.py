@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.identity.content import stream_sha256
 from ftsec_ray.results.archive_limits import ArchiveError, check_json
 from ftsec_ray.results.archive_zip import (
@@ -232,14 +233,24 @@ class Archive:
             return read(archive, entries[name])
 
     def unpack(self, under: str, folder: Path) -> Path:
-        """Write the undamaged files below a name of the archive into a folder, and return it."""
+        """Write the undamaged files below a name of the archive into a folder, and return it;
+        EnvironmentFault where the folder has no room for them.
+        """
         with opened(self.path) as (archive, entries):
             for name in sorted(self.manifest.files):
                 if name.startswith(f"{under}/") and name not in self.damage:
                     target = folder / name.removeprefix(f"{under}/")
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(entries[name]) as source, target.open("wb") as sink:
-                        shutil.copyfileobj(source, sink, CHUNK)
+                    try:
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        with archive.open(entries[name]) as source, target.open("wb") as sink:
+                            shutil.copyfileobj(source, sink, CHUNK)
+                    except OSError as fault:
+                        raise EnvironmentFault(
+                            f"{self.path.name} cannot be unpacked",
+                            str(fault),
+                            "room in the folder of temporary files",
+                            "make room, or name another folder by TMPDIR",
+                        ) from fault
         return folder
 
 

@@ -85,12 +85,19 @@ def opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, Mapping[str, zipfile.Z
     check(PACKED, path.stat().st_size, path.name)
     try:
         _check_end(path)
-        with zipfile.ZipFile(path) as archive:
-            yield archive, _members(archive, path)
+        archive = zipfile.ZipFile(path)
     except (*BROKEN, UnicodeError) as broken:
-        raise ArchiveError(f"{path.name} is not a whole zip archive", str(broken), WANT, FIX) from (
-            broken
-        )
+        raise _no_zip(path, broken) from broken
+    with archive:
+        try:
+            members = _members(archive, path)
+        except (*BROKEN, UnicodeError) as broken:
+            raise _no_zip(path, broken) from broken
+        yield archive, members
+
+
+def _no_zip(path: Path, broken: Exception) -> ArchiveError:
+    return ArchiveError(f"{path.name} is not a whole zip archive", str(broken), WANT, FIX)
 
 
 def _check_end(path: Path) -> None:
@@ -160,6 +167,9 @@ def _check_size(entry: zipfile.ZipInfo) -> None:
 
 
 def read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """The bytes of a member, never more than its entry tells."""
-    with archive.open(entry) as stream:
-        return stream.read(entry.file_size + 1)
+    """The bytes of a member, never more than its entry tells; ArchiveError for damaged ones."""
+    try:
+        with archive.open(entry) as stream:
+            return stream.read(entry.file_size + 1)
+    except (*BROKEN, UnicodeError) as broken:
+        raise _no_zip(Path(archive.filename or ""), broken) from broken

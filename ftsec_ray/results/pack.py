@@ -19,7 +19,7 @@ from ftsec_ray.code_versions import method_code, stage_entry
 from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.sweep import SweepSpec
 from ftsec_ray.config.yaml_text import read_yaml, redacted_yaml
-from ftsec_ray.errors import SpecError
+from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.identity import FORMAT_VERSION, canonical, content_hash, sha256
 from ftsec_ray.identity.lock import edited_files, read_lock
 from ftsec_ray.lifecycle import kind_of
@@ -28,7 +28,7 @@ from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.judge_origin import local_judges
 from ftsec_ray.plan.origin import local_path
 from ftsec_ray.plan.stage import Cell
-from ftsec_ray.redact import environment_secrets, redacted
+from ftsec_ray.redact import environment_secret_in, redacted, secrets_in
 from ftsec_ray.registry import name_of, outside_hash
 from ftsec_ray.results.archive import (
     CHUNK,
@@ -44,6 +44,8 @@ from ftsec_ray.results.archive import (
     PackedStage,
 )
 from ftsec_ray.results.archive_limits import (
+    CELL_ANSWERS,
+    PACKED,
     TEXT_BYTES,
     UNPACKED,
     ArchiveError,
@@ -61,8 +63,10 @@ from ftsec_ray.results.archive_zip import (
     SWEEP_FOLDER,
     name_fault,
 )
+from ftsec_ray.results.planned_columns import facts_that_differ
 from ftsec_ray.results.read import Results, held_tables
-from ftsec_ray.results.write import PART, RUN_FILE
+from ftsec_ray.results.redacted_tables import secret_in_table
+from ftsec_ray.results.write import PART, RUN_FILE, table_schema
 from ftsec_ray.schedule.upload import texts_in
 from ftsec_ray.store.record import dumped
 
@@ -123,7 +127,8 @@ def pack(
     sign: Path | None = None,
 ) -> Path:
     """Write the archive of a plan and its results to `target` and return it; ArchiveError when a
-    secret would get into it, or more than whoever verifies it reads by default.
+    secret would get into it, or more than whoever verifies it reads by default, and DataError when
+    the sweep changed since its results were collected.
 
     Args:
         plan: The plan as this machine makes it.
@@ -134,6 +139,8 @@ def pack(
         target: Replaced when it is there.
         sign: Private key of the publisher; None signs nothing.
     """
+    _refuse_secrets_of_sweep(sweep)
+    _refuse_changed_sweep(plan, results, sweep)
     members: dict[str, bytes | Path] = {
         f"{SWEEP_FOLDER}/{sweep.name}": sweep.text.encode(),
         PAGE: page.encode(),
@@ -159,10 +166,11 @@ def pack(
         inputs=inputs_of(plan.spec, sweep),
         files={name: _checksum(one) for name, one in sorted(members.items())},
     )
-    _refuse_secrets(sweep, members)
+    _refuse_secrets(results, members)
     held = _json(asdict(manifest))
     members[MANIFEST] = held
     _refuse_what_is_too_large(members)
+    _refuse_too_many_answers(results)
     if sign is not None:
         members[SIGNATURE] = signature_of(held, sign)
     _write(members, target)
@@ -175,6 +183,7 @@ def _write(members: Mapping[str, bytes | Path], target: Path) -> None:
         with zipfile.ZipFile(scratch, "w") as archive:
             for name, content in sorted(members.items()):
                 _add(archive, name, content)
+        check(PACKED, scratch.stat().st_size, "the archive", writes=True)
         scratch.replace(target)
     except OSError as error:
         raise ArchiveError(
@@ -190,14 +199,23 @@ def _refuse_what_is_too_large(members: Mapping[str, bytes | Path]) -> None:
         name: len(one) if isinstance(one, bytes) else one.stat().st_size
         for name, one in members.items()
     }
-    check(UNPACKED, sum(sizes.values()), "the archive")
+    check(UNPACKED, sum(sizes.values()), "the archive", writes=True)
     for name, one in members.items():
         if isinstance(one, Path) and one.name == PART:
-            check_table(one, name)
+            check_table(one, name, table_schema(one.parent.name), writes=True)
         elif name.endswith(".json"):
-            check_json(one if isinstance(one, bytes) else one.read_bytes(), name)
+            held = one if isinstance(one, bytes) else one.read_bytes()
+            check_json(held, name, writes=True)
         else:
-            check(TEXT_BYTES, sizes[name], name)
+            check(TEXT_BYTES, sizes[name], name, writes=True)
+
+
+def _refuse_too_many_answers(results: Results) -> None:
+    """ArchiveError for a cell of more answers than `ftsec verify` makes metrics of."""
+    import pyarrow.compute as pc
+
+    for one in pc.value_counts(results.table("generations", trials=True)["cell"]).to_pylist():
+        check(CELL_ANSWERS, one["counts"], f"cell {one['values']}", writes=True)
 
 
 def packed_plan(plan: Plan) -> PackedPlan:
@@ -352,45 +370,61 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | Path) -> None:
         shutil.copyfileobj(source, sink, CHUNK)
 
 
-def _refuse_secrets(sweep: SweepFile, members: Mapping[str, bytes | Path]) -> None:
-    """ArchiveError where a file holds a secret of this environment, or the sweep file anything that
+def _refuse_secrets_of_sweep(sweep: SweepFile) -> None:
+    """ArchiveError where the sweep file holds a secret of this environment or anything that looks
+    like one.
+    """
+    if redacted_yaml(sweep.text) == sweep.text:
+        return
+    where = [
+        number
+        for number, line in enumerate(sweep.text.splitlines(), start=1)
+        if redacted(line) != line
+    ]
+    raise ArchiveError(
+        "the sweep file holds a secret, or what looks like one",
+        f"line {', '.join(map(str, where))}" if where else sweep.name,
+        "a sweep that anybody may read",
+        "take it out; tokens and passwords come from the environment",
+    )
+
+
+def _refuse_changed_sweep(plan: Plan, results: Results, sweep: SweepFile) -> None:
+    """DataError where the sweep says what the results were not collected with: whoever verifies the
+    archive would take it for a forgery.
+    """
+    changed = facts_that_differ(plan, results.meta, sweep.text)
+    if changed:
+        raise DataError(
+            "the sweep file changed since its results were collected",
+            ", ".join(changed),
+            f"what {results.folder / RUN_FILE} says of the sweep",
+            "`ftsec report SWEEP` collects them again, without a run",
+        )
+
+
+def _refuse_secrets(results: Results, members: Mapping[str, bytes | Path]) -> None:
+    """ArchiveError where a file holds a secret of this environment, or the results anything that
     looks like one.
     """
-    if redacted_yaml(sweep.text) != sweep.text:
-        where = [
-            number
-            for number, line in enumerate(sweep.text.splitlines(), start=1)
-            if redacted(line) != line
-        ]
-        raise ArchiveError(
-            "the sweep file holds a secret, or what looks like one",
-            f"line {', '.join(map(str, where))}" if where else sweep.name,
-            "a sweep that anybody may read",
-            "take it out; tokens and passwords come from the environment",
-        )
-    secrets = environment_secrets()
-    for name, content in members.items():
-        found = next(
-            (source for secret, source in secrets.items() if _holds(content, secret)), None
-        )
+    for name in held_tables(results.meta):
+        found = secret_in_table(results.table(name, trials=True))
         if found is not None:
-            raise ArchiveError(
-                "a secret would get into the archive",
-                f"{found} in {name}",
-                "files without it",
-                "`ftsec report` writes tables and report again without the secrets of the"
-                " environment",
-            )
+            raise _holds_secret(*found, f"results/{name}/{PART}")
+    for place, what in secrets_in(results.meta):
+        raise _holds_secret(f"`{place}`", what, f"results/{RUN_FILE}")
+    for name, content in members.items():
+        if not name.endswith(f"/{PART}"):
+            text = content if isinstance(content, bytes) else content.read_bytes()
+            source = environment_secret_in(text.decode("utf-8", "surrogateescape"))
+            if source is not None:
+                raise _holds_secret("a text", f"the value of {source} in this environment", name)
 
 
-def _holds(content: bytes | Path, secret: str) -> bool:
-    if isinstance(content, Path) and content.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-
-        texts = [
-            column for column in pq.read_table(content).columns if pa.types.is_string(column.type)
-        ]
-        return any(pc.any(pc.match_substring(column, secret)).as_py() for column in texts)
-    return secret.encode() in (content if isinstance(content, bytes) else content.read_bytes())
+def _holds_secret(place: str, what: str, name: str) -> ArchiveError:
+    return ArchiveError(
+        f"a secret would get into the archive: {place} of {name}",
+        what,
+        "files without it",
+        "`ftsec report` writes tables and report again without secrets",
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.sweep import SweepSpec
+from ftsec_ray.config.yaml_text import read_yaml
 from ftsec_ray.identity import canonical
 from ftsec_ray.lifecycle import hooks_of
 from ftsec_ray.method import Method
@@ -83,3 +86,30 @@ def sweep_fields(spec: SweepSpec) -> str:
         "evaluation": json.loads(canonical(spec.evaluation)),
     }
     return json.dumps(plain, indent=1, ensure_ascii=False)
+
+
+def facts_that_differ(plan: Plan, meta: Mapping[str, Any], sweep_text: str) -> list[str]:
+    """What `run.json` says of the sweep other than the sweep itself, by key: no digest of a plan
+    holds the question, the budget or where it runs.
+
+    Args:
+        plan: Of the sweep.
+        meta: What `run.json` holds.
+        sweep_text: The sweep file.
+    """
+    planned = {
+        "sweep": plan.spec.name,
+        "question": plan.spec.question or "",
+        **defense_facts(plan.spec),
+    }
+    told = {**{name: meta.get(name) for name in planned}, "question": meta.get("question") or ""}
+    wrong = [name for name, value in planned.items() if told[name] != value]
+    kept = str(meta.get("sweep_text"))
+    if kept not in (sweep_text, sweep_fields(plan.spec)) and _values(kept) != _values(sweep_text):
+        wrong.append("sweep_text")
+    return wrong
+
+
+def _values(text: str) -> object:
+    """What a sweep file says, without its comments."""
+    return read_yaml(text, Faults("sweep"))

@@ -2,63 +2,112 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ftsec_ray.redact import environment_secrets, redacted
+from ftsec_ray.redact import Secrets, known_secrets
 from ftsec_ray.secret_forms import HINTS
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_PARAMS = ("attack_params", "defense_params", "against_params")
-"""Columns that tell cells apart: two that differ in a secret alone must still differ, and the same
+_JSON = frozenset({"attack_params", "defense_params", "against_params", "params", "training"})
+_APART = frozenset({*_JSON, "prompt_id"})
+"""Columns that tell rows apart: two that differ in a secret alone must still differ, and the same
 has the same name in all tables.
 """
-_MARK = re.compile(r"(\[(?:redacted|\w*[A-Z]\w*))\]")
+_DIGESTS = frozenset(
+    {"cell", "digest", "search", "template_hash", "train_template_hash", "serve_template_hash"}
+)
+"""Columns that ftsec makes of digests: a short secret that is a part of one by chance is none."""
 
 
 def redacted_tables(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
     """The tables with the secrets in their columns of texts, and of lists of texts, redacted."""
     import pyarrow as pa
 
-    hints = "|".join([HINTS, *map(re.escape, sorted(environment_secrets()))])
+    secrets = known_secrets()
     found: dict[tuple[str, int], dict[str, str]] = {}
+    told_apart: dict[str, str] = {}
     for name, table in tables.items():
-        for number, field in enumerate(table.schema):
-            is_list = pa.types.is_list(field.type)
-            if pa.types.is_string(field.type.value_type if is_list else field.type):
-                column = table.column(number).combine_chunks()
-                instead = _instead(column.flatten() if is_list else column, hints)
-                if instead:
-                    found[name, number] = instead
-    params: dict[str, str] = {}
-    for (name, number), instead in found.items():
-        if tables[name].schema.names[number] in _PARAMS:
-            params |= instead
-    apart = _apart(params)
+        for number, texts in _texts_of(table):
+            column = table.schema.names[number]
+            instead = _instead(column, texts, secrets)
+            if instead:
+                found.setdefault((name, number), {}).update(instead)
+            if column in _APART:
+                told_apart |= instead
+    apart = _apart(told_apart, {"redacted", *secrets.names.values()})
     cleaned = dict(tables)
     for (name, number), instead in found.items():
         field = tables[name].schema.field(number)
-        own = apart if field.name in _PARAMS else instead
+        own = apart if field.name in _APART else instead
         values = [_replaced(one, own) for one in tables[name].column(number).to_pylist()]
         cleaned[name] = cleaned[name].set_column(number, field, pa.array(values, field.type))
     return cleaned
 
 
-def _instead(texts: pa.Array, hints: str) -> dict[str, str]:
+def secret_in_table(table: pa.Table) -> tuple[str, str] | None:
+    """(column, what it looks like) of the first secret that `redacted_tables` would take out; None
+    where it would take out none.
+    """
+    secrets = known_secrets()
+    for number, texts in _texts_of(table):
+        column = table.schema.names[number]
+        for text in _instead(column, texts, secrets):
+            return f"`{column}`", secrets.kind_of(text) or "the value of a key"
+    return None
+
+
+def _texts_of(table: pa.Table) -> Iterator[tuple[int, pa.Array]]:
+    """(number of the column, its texts) of the columns that may hold a secret."""
+    import pyarrow as pa
+
+    for number, field in enumerate(table.schema):
+        is_list = pa.types.is_list(field.type)
+        is_text = pa.types.is_string(field.type.value_type if is_list else field.type)
+        if is_text and field.name not in _DIGESTS:
+            column = table.column(number)
+            for chunk in column.chunks:
+                yield number, chunk.flatten() if is_list else chunk
+
+
+def _instead(column: str, texts: pa.Array, secrets: Secrets) -> dict[str, str]:
     """Text -> the text without its secrets, of those that hold any. Arrow looks through all texts,
     and only those with a hint are read one by one.
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    is_odd = pc.fill_null(
-        pc.match_substring_regex(texts, hints, ignore_case=True),
-        False,  # noqa: FBT003
-    )
-    odd = pc.unique(texts.filter(is_odd)).to_pylist()
-    return {text: clean for text in odd if (clean := redacted(text)) != text}
+    hints = "|".join([HINTS, *map(re.escape, sorted(secrets.names))])
+    odd = texts
+    # A secret that is no UTF-8, or too long for a pattern of Arrow: then each text is read.
+    with suppress(pa.ArrowInvalid, UnicodeEncodeError):
+        is_odd = pc.match_substring_regex(texts, hints, ignore_case=True)
+        odd = texts.filter(pc.fill_null(is_odd, False))  # noqa: FBT003
+    cleaned = _cleaned_json if column in _JSON else _cleaned_text
+    return {
+        text: clean
+        for text in pc.unique(odd).drop_null().to_pylist()
+        if (clean := cleaned(text, secrets)) != text
+    }
+
+
+def _cleaned_text(text: str, secrets: Secrets) -> str:
+    return secrets.cleaned(text)
+
+
+def _cleaned_json(text: str, secrets: Secrets) -> str:
+    """JSON stays JSON, whatever of it is the secret."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return secrets.cleaned(text)
+    clean = secrets.taken_out_of(value)
+    return text if clean == value else json.dumps(clean, sort_keys=True, separators=(",", ":"))
 
 
 def _replaced(value: str | list[str] | None, instead: Mapping[str, str]) -> object:
@@ -67,11 +116,12 @@ def _replaced(value: str | list[str] | None, instead: Mapping[str, str]) -> obje
     return value if value is None else instead.get(value, value)
 
 
-def _apart(instead: Mapping[str, str]) -> dict[str, str]:
+def _apart(instead: Mapping[str, str], names: set[str]) -> dict[str, str]:
     """Texts that became equal, told apart by a number: `[redacted]`, `[redacted, 2]`."""
+    mark = re.compile(rf"\[({'|'.join(map(re.escape, names))})\]")
     seen: dict[str, int] = {}
     found = {}
     for text, clean in sorted(instead.items()):
         count = seen[clean] = seen.get(clean, 0) + 1
-        found[text] = _MARK.sub(rf"\1, {count}]", clean) if count > 1 else clean
+        found[text] = mark.sub(rf"[\1, {count}]", clean) if count > 1 else clean
     return found

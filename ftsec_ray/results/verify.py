@@ -52,7 +52,9 @@ Topic = str
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a look at an archive found."""
+    """What a look at an archive found. Its texts may quote the archive as it is: they are for no
+    terminal before `shown_text` has been through them.
+    """
 
     sweep: str
     cells: int
@@ -112,14 +114,14 @@ def verify_archive(
     else:
         _look_at_packed(found, archive, packed, _Here(base, inside, store, render, notes))
     return Verification(
-        sweep=_clean(manifest.sweep),
+        sweep=manifest.sweep,
         cells=len(packed.cells) if packed else 0,
         stages=len(packed.stages) if packed else 0,
-        differences=tuple((topic, _clean(what)) for topic, what in found.differences),
-        checked=tuple(map(_clean, found.checked)),
-        unchecked=tuple(map(_clean, found.unchecked)),
-        signature=_clean(signature),
-        notes=tuple(map(_clean, notes)),
+        differences=tuple(found.differences),
+        checked=tuple(found.checked),
+        unchecked=tuple(found.unchecked),
+        signature=signature,
+        notes=tuple(notes),
     )
 
 
@@ -160,11 +162,6 @@ def _look_at_packed(found: Findings, archive: Archive, packed: PackedPlan, here:
         here.notes.extend(unpinned(packed))
     with found.hostile("artifacts", ARTIFACTS):
         found.add("artifacts", _artifact_words(archive, packed, here.store, found, here.notes))
-
-
-def _clean(text: str) -> str:
-    """A text of the archive without what would steer a terminal."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _input_words(manifest: Manifest, base: Path, inside: Path) -> Iterator[str]:

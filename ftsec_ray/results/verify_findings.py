@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pyarrow as pa
 from jinja2 import TemplateError
 
-from ftsec_ray.errors import FtsecError
+from ftsec_ray.errors import EnvironmentFault, FtsecError, StoreError
 from ftsec_ray.results.archive_limits import ArchiveError
 
 HOSTILE = (
@@ -17,12 +18,16 @@ HOSTILE = (
     AttributeError,
     FtsecError,
     LookupError,
+    OSError,
     RecursionError,
     TemplateError,
     TypeError,
     ValueError,
+    pa.ArrowException,
 )
 """What values that ftsec never wrote raise in code that reads its own tables."""
+NOT_OF_THE_ARCHIVE = (ArchiveError, EnvironmentFault, StoreError)
+"""What ends a look all the same: the archive may not be read, or this machine cannot."""
 
 
 @dataclass
@@ -44,10 +49,12 @@ class Findings:
 
     @contextmanager
     def hostile(self, topic: str, what: str) -> Iterator[None]:
-        """Makes a difference of what the values of a forger raise; not of what exceeds a limit."""
+        """Makes a difference of what the values of a forger raise; not of what exceeds a limit or
+        what this machine lacks.
+        """
         try:
             yield
-        except ArchiveError:
+        except NOT_OF_THE_ARCHIVE:
             raise
         except HOSTILE as fault:
             told = str(getattr(fault, "what", fault))[:100]

@@ -16,27 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
-from ftsec_ray.config.faults import Faults
-from ftsec_ray.config.yaml_text import read_yaml
 from ftsec_ray.plan.graph import Plan
-from ftsec_ray.redact import redacted
 from ftsec_ray.results.archive import Archive, PackedPlan
-from ftsec_ray.results.archive_limits import ArchiveError, check_table
+from ftsec_ray.results.archive_limits import check_table
 from ftsec_ray.results.archive_zip import PAGE
 from ftsec_ray.results.metrics_again import cell_words, metrics_again
 from ftsec_ray.results.paired import Correction
 from ftsec_ray.results.planned_columns import (
     cell_columns,
-    defense_facts,
+    facts_that_differ,
     stage_columns,
-    sweep_fields,
 )
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.search_results import look_at_results, search_row
 from ftsec_ray.results.stage_warnings import StageWarning
 from ftsec_ray.results.verify_code import listed
-from ftsec_ray.results.verify_findings import HOSTILE, Findings
-from ftsec_ray.results.write import PART, RUN_FILE, TABLES
+from ftsec_ray.results.verify_findings import HOSTILE, NOT_OF_THE_ARCHIVE, Findings
+from ftsec_ray.results.write import PART, RUN_FILE, TABLES, table_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -101,7 +97,11 @@ def look_at_tables(
         found.add("tables", [f"{RUN_FILE} is not as ftsec writes it for schema {_NOW}"])
         found.unchecked.append("metrics, comparisons and report: not of this schema")
         return
-    if not _is_of_plan(found, archive, packed, results):
+    is_of_plan = searched = False
+    with found.hostile("tables", "the tables"):
+        is_of_plan = _is_of_plan(found, archive, packed, results)
+        searched = bool(results.table("searches").num_rows or (plan and plan.searches))
+    if not is_of_plan:
         return
     with found.hostile("tables", "the tables of cells and stages"):
         _look_at_plan(found, results, meta, archive, plan)
@@ -109,7 +109,7 @@ def look_at_tables(
         _look_at_metrics(found, results)
     with found.hostile("comparisons", "comparisons"):
         _look_at_comparisons(found, results, meta)
-    if results.table("searches").num_rows or (plan is not None and plan.searches):
+    if searched:
         with found.hostile("searches", "searches"):
             _look_at_searches(found, results, plan)
     with found.hostile("report", "report.html"):
@@ -129,9 +129,10 @@ def open_tables(found: Findings, archive: Archive, folder: Path) -> Results | No
         archive.unpack("results", folder)
         for name in TABLES:
             if (folder / name / PART).is_file():
-                check_table(folder / name / PART, f"results/{name}/{PART}")
+                where = f"results/{name}/{PART}"
+                check_table(folder / name / PART, where, table_schema(name))
         return Results.open(folder)
-    except ArchiveError:
+    except NOT_OF_THE_ARCHIVE:
         raise
     except HOSTILE as fault:
         if not any(name.startswith("results/") for name in archive.damage):  # told already
@@ -175,7 +176,8 @@ def _look_at_plan(
     stages = results.stages.to_pylist()
     words = list(_cells_differ(plan, cells)) + list(_stages_differ(plan, stages))
     words += _statuses_differ(plan, cells, stages)
-    words += _facts_differ(plan, meta, archive.text(archive.manifest.file) or "")
+    wrong = facts_that_differ(plan, results.meta, archive.text(archive.manifest.file) or "")
+    words += [f"{RUN_FILE}: not as the sweep has it: {', '.join(wrong)}"] * bool(wrong)
     found.add("tables", words)
     if not words:
         found.checked.append(f"{len(cells)} cells and {len(stages)} stages as the plan has them")
@@ -218,32 +220,6 @@ def _statuses_differ(
     return [f"cells: {len(wrong)} have another status than their stages: {_first(wrong)}"] * bool(
         wrong
     )
-
-
-def _facts_differ(plan: Plan, meta: RunMeta, sweep_text: str) -> list[str]:
-    """What `run.json` says of the sweep, against the sweep."""
-    told = {
-        "sweep": meta.sweep,
-        "question": meta.question or "",
-        "defense_hooks": meta.defense_hooks,
-        "controls": meta.controls,
-        "own_controls": meta.own_controls,
-    }
-    planned = {
-        "sweep": plan.spec.name,
-        "question": plan.spec.question or "",
-        **defense_facts(plan.spec),
-    }
-    wrong = [name for name, value in told.items() if value != planned[name]]
-    texts = (redacted(sweep_text), redacted(sweep_fields(plan.spec)))  # of a file, of a mapping
-    if meta.sweep_text not in texts and _values(meta.sweep_text) != _values(sweep_text):
-        wrong.append("sweep_text")
-    return [f"{RUN_FILE}: not as the sweep has it: {', '.join(wrong)}"] * bool(wrong)
-
-
-def _values(text: str) -> object:
-    """What a sweep file says, without its comments."""
-    return read_yaml(text, Faults("sweep"))
 
 
 # What the verdicts decide.

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 import ftsec_ray
 from ftsec_ray.errors import EnvironmentFault, SpecError
-from ftsec_ray.results.archive_limits import LIMITS, ArchiveError, within_memory
+from ftsec_ray.results.archive_limits import LIMITS, ArchiveError, check_table, within_memory
 from ftsec_ray.results.read import Results
 from tests.cli import toy
 from tests.cli.toy import call
@@ -301,6 +302,61 @@ def test_a_forged_archive_is_found_out_though_its_checksums_agree(held, name):
     assert any(told in one for one in words), words
 
 
+def test_bytes_that_are_no_text_are_a_difference_and_no_traceback(held):
+    table = table_of(held, "cells")
+    raw = pa.array([b"\xff\xfe"] * table.num_rows, pa.binary()).view(pa.string())
+    put(held, "cells", table.set_column(0, table.schema.field(0), raw))
+    said = call("verify", str(packed(held)), code=1).stdout
+    assert "tables: the tables cannot be checked: UnicodeDecodeError" in said
+
+
+def test_a_disk_that_is_full_is_not_a_damaged_archive(held, made, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ftsec_ray.results.archive.shutil.copyfileobj", full)
+    said = call("verify", str(made), code=3).stderr
+    assert "small.zip cannot be unpacked" in said
+    assert "No space left on device" in said
+    assert "make room, or name another folder by TMPDIR" in said
+
+
+def test_columns_of_another_schema_are_not_decoded(tmp_path):
+    import ftsec_ray.schema as tables
+
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"cell": ["a" * 100] * 100, "x": ["b"] * 100}), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("decoded"))
+        check_table(path, "x", tables.cells())
+
+
+def test_a_question_that_changed_after_the_run_is_refused_and_not_packed_as_a_forgery(
+    made, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(made.parent)
+    (tmp_path / "small.yaml").write_text(SWEEP.replace("Does it hold?", "Does it still hold?"))
+    said = call("export", str(tmp_path / "small.yaml"), "--out", "new.zip", code=1).stderr
+    assert "the sweep file changed since its results were collected" in said
+    assert "got:  'question, sweep_text'" in said
+    assert "ftsec report SWEEP" in said
+    assert not Path("new.zip").exists()
+
+
+def test_a_token_in_tables_of_older_code_is_not_packed(made, tmp_path, monkeypatch):
+    shutil.copytree(made.parent, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    path = next(Path("results").rglob("stages/part-0.parquet"))
+    table = pq.ParquetFile(path).read()
+    place = table.schema.get_field_index("error")
+    errors = pa.array([f"403 hf_{'aB3dE5gH1j' * 3}"] * table.num_rows)
+    pq.write_table(table.set_column(place, table.schema.field(place), errors), path)
+    said = call("export", "small.yaml", "--out", "new.zip", code=2).stderr
+    assert "would get into the archive: `error` of results/stages/part-0.parquet\n" in said
+    assert "got:  'Hugging Face token'" in said
+    assert not Path("new.zip").exists()
+
+
 def test_forged_metrics_with_a_page_made_from_them_are_found_out_too(held):
     with_rows("metrics", all_zero)(held)
     folder = Path("unpacked")
@@ -521,6 +577,14 @@ def test_what_verify_would_not_read_is_not_packed(made, monkeypatch):
     monkeypatch.setenv("FTSEC_MAX_ARCHIVE_ROWS", "5")
     said = call("export", "small.yaml", "--out", "other.zip", code=2).stderr
     assert "too many rows in a table of an archive" in said
+    assert "split the sweep; or set FTSEC_MAX_ARCHIVE_ROWS" in said
+    assert "do not unpack it" not in said
+    monkeypatch.delenv("FTSEC_MAX_ARCHIVE_ROWS")
+    for name in ("CELL_ANSWERS", "BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"FTSEC_MAX_ARCHIVE_{name}", "3")
+            said = call("export", "small.yaml", "--out", "other.zip", code=2).stderr
+        assert f"or set FTSEC_MAX_ARCHIVE_{name} in the environment" in said
     assert not Path("other.zip").exists()
 
 
@@ -535,7 +599,7 @@ def bomb_of_lists(held: Members) -> Path:
     text = (
         json.dumps(content)[:-1]
         + ', "x": ['
-        + ",".join(f"[{one}]" for one in map(repr, range(1_500_000)))
+        + ",".join(f"[{one}]" for one in map(repr, range(2_600_000)))
         + f'], "y": "{draw}"}}'
     )
     held["manifest.json"] = text.encode()
@@ -549,7 +613,8 @@ def bomb_of_nesting(held: Members) -> Path:
 
 def bomb_of_rows(held: Members) -> Path:
     table = table_of(held, "metrics").slice(0, 1)
-    put(held, "metrics", pa.concat_tables([table] * 1_200_000).combine_chunks())
+    many = pa.concat_tables([table] * 1000).combine_chunks()
+    put(held, "metrics", pa.concat_tables([many] * 5200))
     return packed(held)
 
 
@@ -563,15 +628,15 @@ def bomb_of_text(held: Members) -> Path:
     )
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        writer.write_table(pa.concat_tables([long] * 1000))
+        writer.write_table(pa.concat_tables([long] * 4200))
     held["results/generations/part-0.parquet"] = sink.getvalue()
-    edit(held, "results/run.json", lambda meta: meta["rows"].update(generations=1000))
+    edit(held, "results/run.json", lambda meta: meta["rows"].update(generations=4200))
     return packed(held)
 
 
 def bomb_of_a_list(held: Members) -> Path:
     rows = table_of(held, "cells").to_pylist()
-    rows[0]["defenses"] = [None] * 3_000_000
+    rows[0]["defenses"] = [None] * 5_200_000
     put(held, "cells", pa.Table.from_pylist(rows, table_of(held, "cells").schema))
     return packed(held)
 

@@ -151,5 +151,5 @@ def test_parameters_that_differ_in_a_secret_alone_still_tell_cells_apart(
     folder = write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta)
     again = Results.open(folder)
     names = {row["attack_params"] for row in again.cells.to_pylist()}
-    assert names == {'{"trigger": "[redacted]"}', '{"trigger": "[redacted, 2]"}'}
+    assert names == {'{"trigger":"[redacted]"}', '{"trigger":"[redacted, 2]"}'}
     assert {row["attack_params"] for row in again.comparisons.to_pylist()} <= names
