@@ -111,3 +111,30 @@ def test_a_plan_takes_a_packed_file_for_large_by_what_it_unpacks_to(tmp_path):
     assert (holds_more(rows, 1000), holds_more(rows, 1001)) == (True, False)
     packed.write_bytes(b"no archive")
     assert not holds_more(packed, 1)
+
+
+NESTED = {
+    "conversations": pa.array([[{"role": "user", "content": f"a{i % 3}"}] for i in range(300)]),
+    "map": pa.array([[("a", f"b{i % 3}")] for i in range(300)], pa.map_(pa.string(), pa.string())),
+    "pairs": pa.array([["a", f"b{i % 3}"] for i in range(300)], pa.list_(pa.string(), 2)),
+}
+
+
+@pytest.mark.parametrize("form", NESTED)
+def test_nested_texts_in_several_row_groups_are_read(tmp_path, form):
+    pq.write_table(pa.table({"a": NESTED[form]}), tmp_path / "a.parquet", row_group_size=100)
+    read = [record["a"] for record in read_records(str(tmp_path / "a.parquet"))]
+    assert read == NESTED[form].to_pylist()
+
+
+@pytest.mark.parametrize("form", ["map", "pairs"])
+def test_nested_texts_of_a_parquet_file_count_as_they_would_be_unpacked(
+    tmp_path, monkeypatch, form
+):
+    large = "x" * 10_000
+    kind = NESTED[form].type
+    row = [("a", large)] if form == "map" else [large, large]
+    pq.write_table(pa.table({"a": pa.array([row] * 500, kind)}), tmp_path / "a.parquet")
+    assert len(read_records(str(tmp_path / "a.parquet"))) == 500
+    monkeypatch.setenv("FTSEC_MAX_DATA_BYTES", "1000000")
+    assert "set FTSEC_MAX_DATA_BYTES" in fault(tmp_path / "a.parquet")
