@@ -24,6 +24,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
         ("{{ 'x' * 5000000 }}", "CHARS"),
         (LOOP, "SECONDS"),
         ("{% if messages[0].content|length > 999 %}" + LOOP + "{% endif %}a", "SECONDS"),
+        ("{% if 1 < messages[0].content|length < 20000 %}" + LOOP + "{% endif %}a", "SECONDS"),
     ],
 )
 def test_a_template_beyond_a_limit_is_refused_with_the_variable_that_raises_it(
