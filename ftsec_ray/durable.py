@@ -16,7 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What a filesystem answers that cannot sync a file or a folder."""
+"""What a filesystem answers that cannot sync a file."""
+_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""What it answers where a name in a folder may be lost; others refuse to sync folders at all."""
 _GROUP_FOLDER = stat.S_ISGID | stat.S_IRWXG
 _GROUP_FILE = stat.S_IRGRP | stat.S_IWGRP
 
@@ -105,11 +107,12 @@ def _sync(path: Path, *, shared: bool) -> None:
     if shared:
         wanted = stat.S_IMODE(status.st_mode) | (_GROUP_FOLDER if is_folder else _GROUP_FILE)
         os.chmod(path, wanted)  # noqa: PTH101
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno not in _NO_SYNC:
+        if error.errno in _LOST if is_folder else error.errno not in _NO_SYNC:
             raise
-    finally:
-        os.close(descriptor)

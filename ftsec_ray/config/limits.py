@@ -11,10 +11,20 @@ from dataclasses import dataclass
 
 from ftsec_ray.errors import SpecError
 
+_PREFIX = "FTSEC_MAX_"
+
+
+def limits_set() -> dict[str, str]:
+    """The variables of this environment that set limits, for processes on other machines: counts
+    alone, whatever else has such a name.
+    """
+    given = {name: value for name, value in os.environ.items() if name.startswith(_PREFIX)}
+    return {name: value for name, value in given.items() if value.isdecimal()}
+
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit of a sweep file."""
+    """One limit of a sweep file, or of the files that it names."""
 
     name: str
     default: int
@@ -24,7 +34,7 @@ class Limit:
     @property
     def variable(self) -> str:
         """The variable of the environment that sets it."""
-        return f"FTSEC_MAX_{self.name.upper()}"
+        return f"{_PREFIX}{self.name.upper()}"
 
     @property
     def value(self) -> int:

@@ -53,7 +53,7 @@ def template_text(given: object, base: Path, place: str, faults: Faults) -> str 
 
 
 def _read(path: Path) -> str:
-    """The text of a template's file; ValueError for one that is no file, or too large."""
+    """The text of a file with a template; ValueError for one that is no file, or too large."""
     if not path.is_file():
         raise ValueError("there is no such file")
     if path.stat().st_size > MODEL_JSON_BYTES.value:
@@ -137,6 +137,7 @@ def has_template(folder: Path) -> bool:
     if not config.is_file():
         return not (folder / "tokenizer.json").is_file()
     try:
-        return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
+        text = _read(config)
+        return bool(json.loads(text).get("chat_template"))
+    except (OSError, ValueError, AttributeError, RecursionError):
         return True

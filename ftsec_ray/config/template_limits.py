@@ -25,6 +25,8 @@ from ftsec_ray.errors import EnvironmentFault, SpecError
 _PROBE = Path(__file__).with_name("template_probe.py")
 _TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+_PASSED_ON = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
+"""Variables of the environment without which some interpreters do not start."""
 _WAITS = 4
 """Times the limit of seconds that are waited for: a busy machine gives a process a share."""
 _START_S = 30
@@ -58,6 +60,7 @@ def _answer(given: str, seconds: int) -> dict[str, Any]:
     """What the process found; which limit ended it, where one did."""
     # neither the secrets of this environment nor its settings are for a template
     environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUTF8": "1"}
+    environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     try:
         done = subprocess.run(  # noqa: S603 - our own script under our own interpreter
             [sys.executable, "-B", str(_PROBE)],

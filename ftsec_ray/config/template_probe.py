@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import sys
 from datetime import datetime
 from typing import Any
 
 LONG_CHARS = 20_000
 MANY_TURNS = 64
+DRAWN = 8
+"""Chats that are drawn anew by each process."""
+_LETTERS = "etaoinshrdlucmfw"
 
 
 def conversations() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
@@ -43,8 +47,27 @@ def conversations() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | N
         [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
         for chat in (plain[1], plain[2])
     ]
-    unoffered = [(chat, None) for chat in (*plain, *in_parts)]
+    unoffered = [(chat, None) for chat in (*plain, *in_parts, *_drawn())]
     return [*unoffered, ([user], offer), (plain[2], offer)]
+
+
+def _drawn() -> list[list[dict[str, Any]]]:
+    """Chats of some turns whose texts have lengths of all magnitudes: what looks like a fixed chat
+    of the others cannot be told from real ones.
+    """
+    draw = random.SystemRandom()
+
+    def text() -> str:
+        words: list[str] = []
+        for _ in range(round(2 ** draw.uniform(0, 11))):
+            words.append("".join(draw.choices(_LETTERS, k=draw.randint(1, 9))))
+        return " ".join(words).capitalize() + draw.choice("?.!")
+
+    turns = [draw.choice((1, 2, 2, 3, 4, 6)) for _ in range(DRAWN)]
+    return [
+        [{"role": ("user", "assistant")[i % 2], "content": text()} for i in range(count)]
+        for count in turns
+    ]
 
 
 def _environment() -> Any:

@@ -61,7 +61,14 @@ def _batches(raw: bytes | bytearray, path: str) -> Any:
         if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type in _TEXTS
     ]
     file = pq.ParquetFile(io.BytesIO(raw), page_checksum_verification=True, read_dictionary=texts)
-    return file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
+    # one group at a time: Arrow joins no nested texts of several
+    return (
+        batch
+        for group in range(known.num_row_groups)
+        for batch in file.iter_batches(
+            batch_size=_BATCH_ROWS, row_groups=[group], use_threads=False
+        )
+    )
 
 
 def _unpacked_bytes(batch: pa.RecordBatch) -> int:
@@ -81,4 +88,10 @@ def _bytes_of(column: pa.Array) -> int:
         return sum(_bytes_of(part) for part in column.flatten())
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _bytes_of(column.flatten()) + int(column.offsets.nbytes)
+    if pa.types.is_fixed_size_list(kind):
+        return _bytes_of(column.flatten())
+    if pa.types.is_map(kind):
+        start, end = column.offsets[0].as_py(), column.offsets[-1].as_py()
+        parts = (part.slice(start, end - start) for part in (column.keys, column.items))
+        return sum(_bytes_of(part) for part in parts) + int(column.offsets.nbytes)
     return int(column.nbytes)

@@ -100,12 +100,21 @@ def _within(records: Iterator[Record], path: str) -> list[Record]:
 
 _VALUE_MARKS = {".jsonl": ",[{", ".json": ",[{", ".csv": ",\n", ".tsv": "\t\n"}
 """What stands in front of a value: a small file of brackets is a large heap of objects."""
+_IN_JSON = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[,\[{]', re.DOTALL)
+_IN_CSV = re.compile(r'(?<![^,\r\n])"(?:[^"]++|"")*+"?|[,\n]')
+_UNQUOTED = {".jsonl": _IN_JSON, ".json": _IN_JSON, ".csv": _IN_CSV}
+"""A text in quotes, to its end or that of the file, or a mark outside of any: slower to count, and
+right for texts full of punctuation.
+"""
 
 
 def _refuse_many(text: str, path: str, kind: str) -> None:
     """DataError for a text that would be too many rows or values, before there is one of them."""
-    marks = _VALUE_MARKS.get(kind, "")
-    refuse_beyond(DATA_VALUES, sum(text.count(mark) for mark in marks), path)
+    count = sum(text.count(mark) for mark in _VALUE_MARKS.get(kind, ""))
+    if count > DATA_VALUES.value and kind in _UNQUOTED:
+        found = (match for match in _UNQUOTED[kind].finditer(text) if match[0][0] != '"')
+        count = sum(1 for _ in islice(found, DATA_VALUES.value + 1))
+    refuse_beyond(DATA_VALUES, count, path)
     if kind in (".jsonl", ".tsv", ".txt"):
         refuse_beyond(DATA_ROWS, text.count("\n"), path)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from heapq import nsmallest
 from typing import TYPE_CHECKING
 
 from ftsec_ray.config.open_limits import DATA_BYTES, DATA_ROWS
@@ -83,7 +84,12 @@ def read_source(
             instruction,
             f"a template with {PLACEHOLDER}",
         )
-    records = read_records(spec.path) if spec.path is not None else _hub_records(spec)
+    is_text = (kind or KINDS.get(split_name)) == "text"
+    records, at = (
+        _hub_records(spec, is_text=is_text)
+        if spec.path is None
+        else (read_records(spec.path), None)
+    )
     columns = columns_of(records)
     mapping = (
         _mapping(spec, columns, place, takes_label=bool(labels))
@@ -95,7 +101,10 @@ def read_source(
         or KINDS.get(split_name)
         or (CLASS_KINDS.get(len(labels)) if mapping.label else "how_to")
     )
-    chosen = _drawn(spec, records, is_text=kind == "text", prompt=mapping.prompt)
+    chosen = records
+    if at is None:
+        at = _drawn(spec, records, is_text=is_text, prompt=mapping.prompt)
+        chosen = [records[i] for i in at]
     if not chosen:
         _check_where(spec, records, place, split_name)
         raise DataError(
@@ -114,7 +123,8 @@ def read_source(
         kind=kind,
     )
     return from_rows(
-        build.row(f"{split_name}/{index:07d}", index + 1, records[index]) for index in chosen
+        build.row(f"{split_name}/{index:07d}", index + 1, record)
+        for index, record in zip(at, chosen, strict=True)
     )
 
 
@@ -131,7 +141,10 @@ def place_of(spec: SourceSpec) -> str:
     return f"{spec.dataset}{f'/{spec.config}' if spec.config else ''}[{spec.split}]@{spec.revision}"
 
 
-def _hub_records(spec: SourceSpec) -> list[Record]:
+def _hub_records(spec: SourceSpec, *, is_text: bool) -> tuple[list[Record], list[int] | None]:
+    """The rows of a data set; with their positions in it where they are the drawn ones already,
+    since few of a large one can be told without a look at all.
+    """
     if not is_commit(spec.revision):
         raise DataError(
             "a data set without a commit",
@@ -159,10 +172,15 @@ def _hub_records(spec: SourceSpec) -> list[Record]:
             "a reachable data set with this configuration and split",
             f"{type(error).__name__}: {error}; without a network give the rows as a local `path`",
         ) from error
-    refuse_beyond(DATA_ROWS, loaded.num_rows, place_of(spec))
-    refuse_beyond(DATA_BYTES, loaded.data.nbytes, place_of(spec))
-    records: list[Record] = loaded.to_list()
-    return records
+    at = None
+    if spec.rows is not None and not (spec.where or spec.matching or is_text):
+        at = _draw(spec, range(loaded.num_rows))
+    # without a row left, whoever says so counts those that there are
+    table = loaded.with_format("arrow")[at or slice(None)]
+    refuse_beyond(DATA_ROWS, table.num_rows, place_of(spec))
+    refuse_beyond(DATA_BYTES, table.nbytes, place_of(spec))
+    records: list[Record] = table.to_pylist()
+    return records, at or None
 
 
 def _mapping(spec: SourceSpec, columns: list[str], place: str, *, takes_label: bool) -> _Mapping:
@@ -237,10 +255,14 @@ def _drawn(spec: SourceSpec, records: list[Record], *, is_text: bool, prompt: st
         and all(_holds(record.get(column), pattern) for column, pattern in spec.matching)
         and not (is_text and (is_missing(record.get(prompt)) or not str(record[prompt]).strip()))
     ]
-    if spec.rows is None and not spec.skip:
-        return fits
-    order = sorted(fits, key=lambda i: (unit_interval("draw", i), i))
-    return sorted(order[spec.skip : None if spec.rows is None else spec.skip + spec.rows])
+    return fits if spec.rows is None and not spec.skip else _draw(spec, fits)
+
+
+def _draw(spec: SourceSpec, fits: Sequence[int]) -> list[int]:
+    """Those of the positions that `skip` and `rows` of a source leave, ascending."""
+    most = len(fits) if spec.rows is None else spec.skip + spec.rows
+    order = nsmallest(most, fits, key=lambda i: (unit_interval("draw", i), i))
+    return sorted(order[spec.skip :])
 
 
 def _holds(value: object, pattern: str) -> bool:

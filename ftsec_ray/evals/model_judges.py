@@ -126,14 +126,15 @@ def pretrained(auto: Any, source: Source, *, what: str, want: str, device: str) 
     """The tokenizer of a judge and its model as a class of transformers loads it; DataError, with
     what it is and what was wanted, where that fails.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    from ftsec_ray.models.convert import checked_folder, readable
+    from ftsec_ray.models.convert import check_config, checked_folder, readable, refuse_adapter
 
-    if source.is_local:
-        checked_folder(Path(source.place))
+    weights = checked_folder(Path(source.place)) if source.is_local else None
     pinned = {"revision": source.revision} if source.revision else {}
     with readable(what, source.place, want):
+        refuse_adapter(source.place, source.place, source.revision or None)
+        check_config(AutoConfig.from_pretrained(source.place, **pinned), weights, source.place)
         tokenizer = AutoTokenizer.from_pretrained(source.place, **pinned)
         model = auto.from_pretrained(source.place, use_safetensors=True, **pinned)
     return tokenizer, model.to(device).eval()

@@ -27,6 +27,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray.config.limits import limits_set
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.data.external_sort import ExternalSort
 from ftsec_ray.data.rows import (
@@ -300,7 +301,7 @@ def _surveyed(spec: CrafterSpec, pool: WorkerPool) -> Survey:
 
 def _environment(spec: CrafterSpec) -> dict[str, Any]:
     """What Ray starts a worker with: one that it has at hand may have imported torch."""
-    return {"env_vars": environment_of(spec.runtime.numerics)}
+    return {"env_vars": {**limits_set(), **environment_of(spec.runtime.numerics)}}
 
 
 def _survey_task(spec: CrafterSpec) -> Survey:

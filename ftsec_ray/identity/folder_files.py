@@ -71,11 +71,13 @@ def _below(top: Path, skips: Callable[[Path], bool]) -> Iterator[Path]:
 
 
 def _blobs(folder: Path) -> list[Path]:
-    """Where the files of a snapshot lie, if the folder is one."""
+    """Where the files of a snapshot lie, if the folder is one, or in one."""
     here = folder.resolve()
-    repository = here.parent.parent
-    is_snapshot = here.parent.name == "snapshots" and _HUB_REPOSITORY.fullmatch(repository.name)
-    return [repository / "blobs"] if is_snapshot else []
+    return [
+        snapshots.parent / "blobs"
+        for snapshots in here.parents
+        if snapshots.name == "snapshots" and _HUB_REPOSITORY.fullmatch(snapshots.parent.name)
+    ]
 
 
 def _check_link(link: Path, folder: Path, allowed: list[Path]) -> None:

@@ -4,7 +4,7 @@ a kilobyte can ask for a model of terabytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, NoReturn
 
@@ -33,6 +33,7 @@ _PRODUCTS = (
     (_INNER, _WIDTHS),
     (_LEARNED_POSITIONS, _WIDTHS),
     (("num_attention_heads",), ("head_dim",), _WIDTHS),
+    (_EXPERTS, _WIDTHS),
     (_EXPERTS, ("moe_intermediate_size",), _WIDTHS),
 )
 """Counts of weights that every model with these sizes has."""
@@ -47,7 +48,8 @@ def check_sizes(config: Mapping[str, Any], weights: Weights | None, place: str) 
     have.
 
     Args:
-        config: As `config.json` has it; the ones inside it (`text_config`) are looked at too.
+        config: As `config.json` has it, or completed; those inside it (`text_config`), at whatever
+            level, are looked at too.
         weights: What the files of the model hold; None where that is not known.
         place: Of the configuration, for errors.
     """
@@ -56,8 +58,16 @@ def check_sizes(config: Mapping[str, Any], weights: Weights | None, place: str) 
         packed = _PACKED if config.get("quantization_config") else 1
         most = min(most, max(weights.count, 1) * _SHARED * packed)
     layers = MODEL_LAYERS.value if weights is None else max(weights.tensors, 1) * _SHARED
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+    for part in _parts(config):
         _check_part(part, most, layers, place, is_known=weights is not None)
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    waiting = [config]
+    while waiting:
+        part = waiting.pop()
+        yield part
+        waiting += [value for value in part.values() if isinstance(value, dict)]
 
 
 def _check_part(
@@ -67,20 +77,19 @@ def _check_part(
     for key in (*_NEEDED, *_INNER, *_EXPERTS, *_LEARNED_POSITIONS, *_OTHER):
         size = part.get(key)
         if isinstance(size, bool) or not isinstance(size, (int, float)):
-            if key in _NEEDED and size is not None and not isinstance(size, list):
+            if key in _NEEDED and size is not None and not isinstance(size, (list, dict)):
                 _refuse(key, size, place, "a whole number", "")
             continue
         if key in _NEEDED and (size < 1 or size % 1 != 0):
             _refuse(key, size, place, "a whole number, >= 1", "")
-        counts = key in (*_LAYERS, *_EXPERTS, *_HEADS)
-        limit = MODEL_LAYERS if counts else MODEL_WEIGHTS
+        limit = MODEL_LAYERS if key in (*_LAYERS, *_HEADS) else MODEL_WEIGHTS
         if not size <= limit.value:  # NaN too
             _refuse(key, size, place, f"at most {limit.value:,}", raised_by(limit))
         if key in _LAYERS and size > layers:
             _refuse(key, size, place, f"at most {layers:,}, by the tensors of its weights", "")
     for keys in _PRODUCTS:
         found = [next((k for k in names if _is_size(part.get(k))), None) for names in keys]
-        if None in found:
+        if None in found or (keys[0] == _EXPERTS and part.get("is_moe") is False):
             continue
         count = prod(int(part[key]) for key in found if key is not None)
         if count > most:
@@ -90,7 +99,7 @@ def _check_part(
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _refuse(key: str, got: object, place: str, want: str, fix: str) -> NoReturn:

@@ -9,7 +9,7 @@ template or a padding token is given one or refused here, so that no later stage
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ftsec_ray.models.chat_format import OPTIONS, chat_format
 from ftsec_ray.models.config_sizes import check_sizes
 from ftsec_ray.models.load import NEEDS_GPU, check_attention, count_parameters, model_class
 from ftsec_ray.models.published_folder import check_folder
-from ftsec_ray.models.weight_files import gguf_weights
+from ftsec_ray.models.weight_files import Weights, gguf_weights
 
 
 def load_source(
@@ -42,15 +42,16 @@ def load_source(
     from transformers import AutoConfig, AutoTokenizer
 
     check_attention(attention)
-    place, options = _place(source, runs_code=trust_remote_code)
+    place, options, weights = _place(source, runs_code=trust_remote_code)
     if attention not in (None, NEEDS_GPU):
         options["attn_implementation"] = attention
     options |= {"revision": revision} if revision else {}
     options |= {"trust_remote_code": trust_remote_code}
     with readable("the model", source, "a Hugging Face id, a local model folder or a .gguf file"):
+        refuse_adapter(place, source, revision)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
         config = AutoConfig.from_pretrained(place, **options)
-        _check_config(config, source)
+        check_config(config, weights, source)
         cls = model_class(config)
         if "gguf_file" not in options:
             _without_pad_outside(config)
@@ -93,7 +94,8 @@ def readable(what: str, source: str, want: str) -> Iterator[None]:
         ) from error
 
 
-def _place(source: str, *, runs_code: bool) -> tuple[str, dict[str, Any]]:
+def _place(source: str, *, runs_code: bool) -> tuple[str, dict[str, Any], Weights | None]:
+    """What transformers loads a source by, its options for that, and what the weights hold."""
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -103,25 +105,43 @@ def _place(source: str, *, runs_code: bool) -> tuple[str, dict[str, Any]]:
                 "a .gguf file",
                 "check the path in the sweep",
             )
-        return str(path.parent), {"gguf_file": path.name}
+        return str(path.parent), {"gguf_file": path.name}, gguf_weights(path)
     if path.is_dir():
-        checked_folder(path, runs_code=runs_code)
-        return str(path), {}
-    return source, {}
+        return str(path), {}, checked_folder(path, runs_code=runs_code)
+    return source, {}, None
 
 
-def checked_folder(folder: Path, *, runs_code: bool = False) -> None:
+def checked_folder(folder: Path, *, runs_code: bool = False) -> Weights | None:
     """`check_folder` for a stage: DataError, since the sweep file was right when it was planned."""
     try:
-        check_folder(folder, runs_code=runs_code)
+        return check_folder(folder, runs_code=runs_code)
     except SpecError as error:
         raise DataError(*error.args) from error
 
 
-def _check_config(config: Any, source: str) -> None:
-    """DataError where the configuration, as transformers reads it, states sizes of no model."""
-    path = Path(source).expanduser()
-    weights = gguf_weights(path) if path.suffix == ".gguf" else None
+def refuse_adapter(place: str, source: str, revision: str | None = None) -> None:
+    """DataError where an adapter lies with a model: transformers would load the base that the
+    adapter names in its place.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    found = None
+    with suppress(OSError, ValueError):  # loading asks the same, and says what is wrong
+        found = find_adapter_config_file(place, revision=revision)
+    if found is not None:
+        raise DataError(
+            "a model with an adapter in it",
+            source,
+            "whole weights: an adapter names a base model, which is no part of this one",
+            "merge the adapter into its base (`merge_and_unload` of peft) and save that, or take"
+            " the base model",
+        )
+
+
+def check_config(config: Any, weights: Weights | None, source: str) -> None:
+    """DataError where the configuration, as transformers completes it, states sizes of no model,
+    or that the weights do not have.
+    """
     try:
         check_sizes(config.to_dict(), weights, source)
     except SpecError as error:

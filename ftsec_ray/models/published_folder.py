@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from ftsec_ray.config.open_limits import MODEL_JSON_BYTES, TOKENIZER_BYTES, raised_by
@@ -18,12 +18,19 @@ from ftsec_ray.errors import SpecError
 from ftsec_ray.identity.content import is_aside
 from ftsec_ray.identity.folder_files import plain_files
 from ftsec_ray.models.config_sizes import check_sizes
-from ftsec_ray.models.weight_files import weights_of
+from ftsec_ray.models.weight_files import Weights, weights_of
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 _READ = ("config.json", "tokenizer_config.json", "generation_config.json")
-_OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "added_tokens", "spiece", "sentencepiece")
+_OF_TOKENIZERS = (
+    *("tokenizer", "tekken", "vocab", "merges", "added_tokens", "spiece", "sentencepiece"),
+)
+_NOT_LOADED = ("trainer_state.json",)
+"""Of any size: no one who loads a model reads them."""
+_OWN_FILES = re.compile(r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|[\w.-]+\.model")
+"""Files of a folder that transformers takes before the paths in its tokenizer_config.json."""
+_OWN_KEYS = ("tokenizer_file", "vocab_file", "merges_file")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _NOT_READ = "special_tokens_map_file"
 """A key that older versions of transformers write, and none reads."""
@@ -32,9 +39,10 @@ _MAX_DEPTH = 64
 _CODE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 
 
-def check_folder(folder: Path, *, runs_code: bool = False) -> None:
-    """SpecError for a model folder that would load what is not in it, has to be unpickled, or
-    states sizes that its weights do not have.
+def check_folder(folder: Path, *, runs_code: bool = False) -> Weights | None:
+    """How much the weights of a model folder hold, None where that is not known; SpecError for a
+    folder that would load what is not in it, has to be unpickled, or states sizes that its weights
+    do not have.
 
     Args:
         folder: With a `config.json`.
@@ -54,11 +62,20 @@ def check_folder(folder: Path, *, runs_code: bool = False) -> None:
             " adapter_config.json out",
         )
     _check_names(folder, names, known, runs_code=runs_code)
-    loaded = _weight_files(folder, names, known.get("config.json", {}))
-    check_sizes(known.get("config.json", {}), weights_of(loaded), str(folder / "config.json"))
+    weights = weights_of(_weight_files(folder, names, known.get("config.json", {})))
+    check_sizes(known.get("config.json", {}), weights, str(folder / "config.json"))
+    return weights
 
 
 def _check_size(path: Path, name: str) -> None:
+    # checkpoints lie in folders of their own, where a model is not loaded from
+    if name in _NOT_LOADED or ("/" in name and not name.endswith((".jinja", ".index.json"))):
+        return
+    _check_size_as(path, name)
+
+
+def _check_size_as(path: Path, name: str) -> None:
+    """SpecError for a file that is too large for what its name says."""
     is_tokenizer = name.startswith(_OF_TOKENIZERS) and name != "tokenizer_config.json"
     if not is_tokenizer and path.suffix not in (".json", ".jinja"):
         return
@@ -111,9 +128,10 @@ def _check_names(
 ) -> None:
     """SpecError where a configuration names a file that is not one of the folder."""
     for name, config in known.items():
-        for key, named in _named_files(config):
+        for key, named in _named_files(config, names):
             if named not in names:
                 _outside(folder / name, key, named)
+            _check_size_as(folder / named, PurePosixPath(named).name)
         if not runs_code:
             continue
         for key, code in _code(config.get("auto_map")):
@@ -137,9 +155,9 @@ def _code(auto_map: object) -> Iterator[tuple[str, object]]:
                 yield f"auto_map.{key}", one
 
 
-def _named_files(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _named_files(config: Mapping[str, Any], names: set[str]) -> Iterator[tuple[str, str]]:
     """The keys of a configuration under which transformers finds the name of a file, and what
-    stands there.
+    stands there, in a folder of files with such names.
     """
     weights = config.get("transformers_weights")
     if weights is not None:
@@ -150,8 +168,16 @@ def _named_files(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in config.items():
         # paths of the author's machine stay behind here often: only one that can be read matters
         is_path = key.endswith("_file") and key != _NOT_READ and isinstance(value, str) and value
-        if is_path and ("/" in value or "\\" in value) and _is_there(value):
+        if not is_path or _is_own(key, value, names):
+            continue
+        if ("/" in value or "\\" in value) and _is_there(value):
             yield key, value
+
+
+def _is_own(key: str, value: str, names: set[str]) -> bool:
+    """Whether the folder has a file that is loaded in the place of the one that a key names."""
+    own = "tokenizer.json" if key == "tokenizer_file" else PurePosixPath(value).name
+    return key in _OWN_KEYS and own in names and _OWN_FILES.fullmatch(own) is not None
 
 
 def _is_there(path: str) -> bool:

@@ -52,22 +52,31 @@ def weights_index(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+_MOST_DIMENSIONS = 64
+"""Of a shape; no library has arrays of more."""
+
+
 def counted(entries: Iterable[Mapping[str, Any]]) -> int | None:
     """Weights in the entries of headers; None where a shape is none."""
     try:
-        return sum(prod(int(n) for n in entry["shape"]) for entry in entries)
+        shapes = [entry["shape"] for entry in entries]
+        if any(len(shape) > _MOST_DIMENSIONS for shape in shapes):
+            return None
+        return sum(prod(int(n) for n in shape) for shape in shapes)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None  # whoever loads the model says what is wrong
 
 
 def weights_of(files: Iterable[Path]) -> Weights | None:
     """What files hold together; None where there are none, or a header cannot be read."""
+    files = list(files)
     headers = [header_of(file) for file in files]
     known = [header for header in headers if header is not None]
     count = counted(entry for header in known for entry in header.values())
     if not headers or len(known) < len(headers) or count is None:
         return None
-    return Weights(count, sum(len(header) for header in known))
+    held = sum(file.stat().st_size for file in files) * _LEAST_BITS
+    return Weights(min(count, held), sum(len(header) for header in known))
 
 
 def gguf_weights(file: Path) -> Weights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from ftsec_ray.config.limits import limits_set
 from ftsec_ray.context import Runtime
 from ftsec_ray.execute.unit import DEFAULT_RUNNER, DEFAULT_SESSION
 from ftsec_ray.execute.worker_spec import WorkerSpec
@@ -95,6 +96,7 @@ def execute(
         runner=runner,
         session=session,
         environment={
+            **limits_set(),
             **(worker_environment() if chosen.uses_ray else {}),
             **environment_of(runtime.numerics),
         },

@@ -2,8 +2,9 @@
 exit code.
 
 A job is told where its store is and nothing that is secret: neither its command nor its runtime
-environment holds a variable of this machine, since both can be read by everybody who sees the
-cluster's dashboard. Credentials come from the nodes' own environment.
+environment holds a variable of this machine but the limits that are set here (`FTSEC_MAX_...`),
+since both can be read by everybody who sees the cluster's dashboard. Credentials come from the
+nodes' own environment.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
+from ftsec_ray.config.limits import limits_set
 from ftsec_ray.errors import EnvironmentFault
 
 if TYPE_CHECKING:
@@ -183,7 +185,7 @@ def hand_over(
                 entrypoint=shlex.join(command),
                 submission_id=submission_id,
                 metadata={"job_name": name},
-                runtime_env={"working_dir": str(archive)},
+                runtime_env={"working_dir": str(archive), "env_vars": limits_set()},
             )
     except (OSError, RuntimeError, RayError) as error:
         if "already exists" in str(error):

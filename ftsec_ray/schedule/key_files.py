@@ -4,6 +4,7 @@ cluster.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -35,11 +36,21 @@ FOLDERS = frozenset(
     (
         *(".ssh", ".aws", ".azure", ".gnupg", ".kube", ".docker", ".git", ".hg", ".svn"),
         *(".huggingface", ".password-store", ".config", ".gsutil", ".terraform.d", ".cargo"),
-        *(".sigstore", ".oci", ".databricks", ".kaggle", "gcloud", "keyrings"),
+        *(".sigstore", ".oci", ".databricks", ".kaggle", ".local"),
     )
 )
-"""Folders whose files are all taken for keys."""
-_MARKS = (b"PRIVATE KEY-----", b"PRIVATE KEY BLOCK-----", b"PuTTY-User-Key-File")
+"""Folders whose files are all taken for keys; gcloud and keyrings lie in two of them."""
+_ROWS = re.compile(r"(.+)\.(jsonl|csv|tsv|parquet)(\.gz)?")
+_NAMES_OF_ROWS = ("secret", "secrets", "password", "passwords", "credentials")
+"""Names, before the end, of rows about such things; programs keep none of their own so."""
+_KEY_TABLES = ("credentials.csv",)
+"""But the one in which AWS hands out keys."""
+_MARKS = (
+    *(b"PRIVATE KEY-----", b"PRIVATE KEY BLOCK-----", b"PuTTY-User-Key-File"),
+    b"Access key ID,Secret access key",
+)
+_EXPORTED = re.compile(rb'\W*("?name"?,)?"?url"?,"?username"?,"?password"?\b')
+"""The first line of the passwords that a browser exports."""
 _LOOK_BYTES = 4096
 _SHOWN = 3
 
@@ -47,9 +58,12 @@ _SHOWN = 3
 def is_key_name(name: str) -> bool:
     """Whether a place with `/` between its parts is that of a file with keys, by the parts."""
     parts = PurePosixPath(name.casefold()).parts
-    return any(part in FOLDERS for part in parts[:-1]) or any(
-        fnmatchcase(parts[-1], pattern) for pattern in NAMES
-    )
+    if any(part in FOLDERS for part in parts[:-1]):
+        return True
+    rows = _ROWS.fullmatch(parts[-1])
+    if rows is not None and rows[1] in _NAMES_OF_ROWS and parts[-1] not in _KEY_TABLES:
+        return False
+    return any(fnmatchcase(parts[-1], pattern) for pattern in NAMES)
 
 
 def refuse_keys(files: Mapping[str, Path]) -> None:
@@ -74,4 +88,4 @@ def _is_key(name: str, path: Path) -> bool:
         return True
     with path.open("rb") as file:
         head = file.read(_LOOK_BYTES)
-    return any(mark in head for mark in _MARKS)
+    return any(mark in head for mark in _MARKS) or _EXPORTED.match(head) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -25,6 +26,7 @@ from ftsec_ray.store.disk import (
 from ftsec_ray.store.record import (
     RECORD,
     RECORD_LIMIT,
+    DamagedArtifact,
     checked_digest,
     damaged,
     dumped,
@@ -148,8 +150,7 @@ class LocalStore(Store):
         try:
             fault = "it is a link" if folder.is_symlink() else fault_of(folder, record)
         except OSError as error:
-            self._count_as_absent(digest, f"it cannot be read: {error.strerror or error}")
-            raise damaged(digest, f"it cannot be read: {error}") from error
+            raise self._unreadable(digest, "it cannot be read", error) from error
         if fault is not None:
             self.put_aside(digest, fault)
             raise damaged(digest, fault)
@@ -168,10 +169,17 @@ class LocalStore(Store):
         except ValueError as error:
             self.put_aside(digest, str(error))
             raise damaged(digest, str(error)) from None
-        except OSError as error:  # it may be sound, and another user's
-            fault = f"its record cannot be read: {error.strerror or error}"
+        except OSError as error:
+            raise self._unreadable(digest, "its record cannot be read", error) from error
+
+    def _unreadable(self, digest: str, what: str, error: OSError) -> DamagedArtifact:
+        """The error for what may be sound: another user's, or out of reach at the moment."""
+        fault = f"{what}: {error.strerror or error}"
+        if error.errno in (errno.EACCES, errno.EPERM):
             self._count_as_absent(digest, fault)
-            raise damaged(digest, fault) from error
+        else:
+            warn_once(f"an artifact is left as it is: {str(self._folder(digest))!r}: {fault}")
+        return damaged(digest, fault)
 
     def _record_fault(self, digest: str) -> str | None:
         try:

@@ -68,6 +68,8 @@ may take hours.
 _READERS = 16
 """Small objects read at a time: reading them is waiting."""
 _ATTEMPT = re.compile(r"[0-9a-f]{12}")
+_Stamp = tuple[datetime, int]
+"""Time and size of an object."""
 
 
 class RemoteStore(Store):
@@ -85,6 +87,9 @@ class RemoteStore(Store):
         self._verified: dict[str, Path] = {}
         self._damaged: set[str] = set()
         """Artifacts that are damaged and cannot be moved: as if they were not there."""
+        self._stamps: dict[str, _Stamp] = {}
+        """Of every record, as they were last listed."""
+        self._held: dict[str, tuple[_Stamp, dict[str, Any]]] = {}
         self._work = WorkFolders(self.cache / "work")
         self._mirrors: dict[str, WorkMirror] = {}
 
@@ -107,12 +112,16 @@ class RemoteStore(Store):
     def done(self) -> set[str]:
         """Digests of all artifacts, by one listing of their records."""
         found: set[str] = set()
+        stamps = {}
         for info in self._calls.files(f"{self._root}/artifacts", recursive=True):
             prefix, digest, name = ("", "", *info.path.rsplit("/", 3)[-3:])[-3:]
             if not is_digest(digest) or digest[:2] != prefix or name != RECORD:
                 warn_once(f"the store holds what is no artifact: {info.path!r}; remove it")
             elif info.size and digest not in self._damaged:
                 found.add(digest)
+                if info.mtime is not None:
+                    stamps[digest] = (info.mtime, info.size)
+        self._stamps = stamps
         if not found:
             self._check_bucket()
         return found
@@ -154,13 +163,22 @@ class RemoteStore(Store):
         return found
 
     def records(self, digests: set[str]) -> dict[str, dict[str, Any]]:
-        """Records of those of the artifacts that are there, several read at a time."""
+        """Records of those of the artifacts that are there, several read at a time; one that was
+        read is not read again before `done` lists another in its place.
+        """
 
         def found(digest: str) -> dict[str, Any] | None:
+            stamp = self._stamps.get(digest)
+            known, held = self._held.get(digest, (None, {}))
+            if known is not None and known == stamp:
+                return dict(held)
             try:
-                return self.record(digest)
+                record = self.record(digest)
             except DamagedArtifact:
                 return None
+            if stamp is not None:
+                self._held[digest] = (stamp, record)
+            return dict(record)
 
         return self._each(found, sorted(digests))
 
@@ -185,6 +203,7 @@ class RemoteStore(Store):
     def publish(self, digest: str, folder: Path, record: Mapping[str, Any]) -> None:
         """Send the files, then the record; a copy that comes second is discarded."""
         attempt = uuid.uuid4().hex[:12]
+        self._held.pop(digest, None)
         try:
             if self.has(digest):
                 return
@@ -280,6 +299,7 @@ class RemoteStore(Store):
         looks into the matter.
         """
         self._verified.pop(digest, None)
+        self._held.pop(digest, None)
         key, aside = self._key(digest), f"{self._root}/quarantine/{digest}.{uuid.uuid4().hex[:8]}"
         try:
             with suppress(FileNotFoundError, ValueError):  # another worker was first; too large

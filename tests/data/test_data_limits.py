@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ftsec_ray.config.sweep import SourceSpec
 from ftsec_ray.data.raw_files import holds_more
 from ftsec_ray.data.records import read_records
+from ftsec_ray.data.sources import read_source
 from ftsec_ray.errors import DataError
 
 
@@ -111,3 +116,72 @@ def test_a_plan_takes_a_packed_file_for_large_by_what_it_unpacks_to(tmp_path):
     assert (holds_more(rows, 1000), holds_more(rows, 1001)) == (True, False)
     packed.write_bytes(b"no archive")
     assert not holds_more(packed, 1)
+
+
+NESTED = {
+    "conversations": pa.array([[{"role": "user", "content": f"a{i % 3}"}] for i in range(300)]),
+    "map": pa.array([[("a", f"b{i % 3}")] for i in range(300)], pa.map_(pa.string(), pa.string())),
+    "pairs": pa.array([["a", f"b{i % 3}"] for i in range(300)], pa.list_(pa.string(), 2)),
+}
+
+
+@pytest.mark.parametrize("form", NESTED)
+def test_nested_texts_in_several_row_groups_are_read(tmp_path, form):
+    pq.write_table(pa.table({"a": NESTED[form]}), tmp_path / "a.parquet", row_group_size=100)
+    read = [record["a"] for record in read_records(str(tmp_path / "a.parquet"))]
+    assert read == NESTED[form].to_pylist()
+
+
+@pytest.mark.parametrize("form", ["map", "pairs"])
+def test_nested_texts_of_a_parquet_file_count_as_they_would_be_unpacked(
+    tmp_path, monkeypatch, form
+):
+    large = "x" * 10_000
+    kind = NESTED[form].type
+    row = [("a", large)] if form == "map" else [large, large]
+    pq.write_table(pa.table({"a": pa.array([row] * 500, kind)}), tmp_path / "a.parquet")
+    assert len(read_records(str(tmp_path / "a.parquet"))) == 500
+    monkeypatch.setenv("FTSEC_MAX_DATA_BYTES", "1000000")
+    assert "set FTSEC_MAX_DATA_BYTES" in fault(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", json.dumps({"a": "x = [1, 2, {}], " * 900 + '\\"[\n'}) + "\n"),
+        ("a.json", json.dumps([{"a": ", [ \\ " * 900}])),
+        ("a.csv", 'a,b\nx"y,"' + "1,\n" * 900 + '""2,3"\n'),
+    ],
+)
+def test_punctuation_inside_texts_counts_as_no_value(tmp_path, monkeypatch, name, text):
+    monkeypatch.setenv("FTSEC_MAX_DATA_VALUES", "1000")
+    (tmp_path / name).write_text(text)
+    assert len(read_records(str(tmp_path / name))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '[{"a": "\\\\"}, ' + "[]," * 2000 + "1]"),
+        ("a.csv", 'x"' + "," * 2000),
+        ("a.csv", '"x"y"' + "," * 2000),
+    ],
+)
+def test_a_quote_that_opens_no_text_hides_no_values(tmp_path, monkeypatch, name, text):
+    monkeypatch.setenv("FTSEC_MAX_DATA_VALUES", "1000")
+    (tmp_path / name).write_text(text)
+    assert "set FTSEC_MAX_DATA_VALUES" in fault(tmp_path / name)
+
+
+def test_few_rows_of_a_large_data_set_are_read_without_the_others(monkeypatch):
+    whole = datasets.Dataset.from_dict({"prompt": [f"question {i}" for i in range(500)]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: whole)
+    few = SourceSpec(dataset="owner/name", split="train", revision="0" * 40, rows=5, skip=3)
+    told = read_source(few, split_name="benign_train").to_pylist()
+    monkeypatch.setenv("FTSEC_MAX_DATA_ROWS", "100")
+    monkeypatch.setenv("FTSEC_MAX_DATA_BYTES", "1000")
+    assert read_source(few, split_name="benign_train").to_pylist() == told
+    assert len(told) == 5
+    for all_of_it in (replace(few, rows=None), replace(few, where=(("prompt", "question 1"),))):
+        with pytest.raises(DataError, match="set FTSEC_MAX_DATA_ROWS"):
+            read_source(all_of_it, split_name="benign_train")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ftsec_ray.errors import SpecError
+from ftsec_ray.errors import DataError, SpecError
 from ftsec_ray.identity.content import content_hash
+from ftsec_ray.models.convert import check_config, checked_folder, load_source, refuse_adapter
 from ftsec_ray.models.published_folder import check_folder
 
 CONFIG = {
@@ -204,3 +205,115 @@ def test_files_of_hundreds_of_megabytes_are_refused_with_the_variable_that_allow
         file.truncate(300 * 2**20)
     with pytest.raises(SpecError, match=r"FTSEC_MAX_(TOKENIZER|MODEL_JSON)_BYTES"):
         check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-5/tokenizer.json", "tekken.json", "trainer_state.json"]
+)
+def test_files_that_are_large_in_honest_folders_are_no_fault(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    with (folder / name).open("ab") as file:
+        file.truncate(17 * 2**20)
+    check_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["sub/a.jinja", "sub/a.index.json", "sub/tokenizer.1.0.0.json"])
+def test_files_of_subfolders_that_can_be_loaded_are_limited(folder, name):
+    (folder / "sub").mkdir()
+    with (folder / name).open("ab") as file:
+        file.truncate(300 * 2**20)
+    change(folder, "tokenizer_config.json", fast_tokenizer_files=["sub/tokenizer.1.0.0.json"])
+    (folder / "sub/tokenizer.1.0.0.json").touch()
+    with pytest.raises(SpecError, match=r"FTSEC_MAX_(TOKENIZER|MODEL_JSON)_BYTES"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("tokenizer_file", "tokenizer.json"), ("vocab_file", "vocab.json"), ("a_file", "vocab.json")],
+)
+def test_a_path_of_the_authors_machine_gives_way_to_the_folders_own_file(folder, key, name):
+    cached = folder.parent / "cache" / name
+    cached.parent.mkdir()
+    cached.write_text("{}")
+    change(folder, "tokenizer_config.json", **{key: str(cached)})
+    with pytest.raises(SpecError, match="names a file outside of its folder"):
+        check_folder(folder)
+    (folder / name).write_text("{}")
+    if key == "a_file":
+        with pytest.raises(SpecError, match="names a file outside of its folder"):
+            check_folder(folder)
+    else:
+        check_folder(folder)
+
+
+def test_a_snapshot_may_be_named_by_one_of_its_subfolders(folder):
+    repository = folder.parent / "models--owner--name"
+    part = repository / "snapshots" / ("0" * 40) / "fp16"
+    (repository / "blobs").mkdir(parents=True)
+    part.mkdir(parents=True)
+    for file in folder.iterdir():
+        (repository / "blobs" / file.name).write_bytes(file.read_bytes())
+        (part / file.name).symlink_to(f"../../../blobs/{file.name}")
+    check_folder(part)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"a": {"b": {"vocab_size": 10**9, "hidden_size": 4}}},
+        {"vocab_size": 1e9},
+        {"intermediate_size": 1e9},
+    ],
+)
+def test_sizes_two_levels_down_and_floats_count(folder, sizes):
+    change(folder, "config.json", **sizes)
+    with pytest.raises(SpecError, match="sizes that it cannot have"):
+        check_folder(folder)
+
+
+def test_a_header_that_claims_more_than_its_file_lifts_no_limit(folder):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    change(folder, "config.json", vocab_size=10**9)
+    with pytest.raises(SpecError, match="its weights have no more"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"num_experts": 16384, "is_moe": False}, {"num_hidden_layers": {"vision": 1, "language": 1}}],
+)
+def test_sizes_that_some_published_models_have_are_taken(folder, sizes):
+    change(folder, "config.json", **sizes)
+    check_folder(folder)
+
+
+def test_sizes_that_are_left_to_defaults_are_those_of_the_weights(tmp_path):
+    from transformers import AutoConfig
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 900000000}')
+    weights(tmp_path / "model.safetensors", [1, 1])
+    config = AutoConfig.from_pretrained(str(tmp_path))
+    with pytest.raises(DataError, match="sizes that it cannot have"):
+        check_config(config, checked_folder(tmp_path), "m")
+
+
+def test_an_adapter_beside_a_gguf_file_or_on_the_hub_is_refused_before_it_is_loaded(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    change(tmp_path, "adapter_config.json", base_model_name_or_path="other/base")
+    given = {"name": "m", "family": "m", "aligned": False}
+    with pytest.raises(DataError, match="a model with an adapter in it"):
+        load_source(str(tmp_path / "m.gguf"), **given)
+    finder = "transformers.utils.find_adapter_config_file"
+    monkeypatch.setattr(finder, lambda place, revision: f"{place}@{revision}")
+    with pytest.raises(DataError, match="a model with an adapter in it"):
+        load_source("owner/name", revision="0" * 40, **given)
+
+    def offline(place: str, revision: str | None) -> str:
+        raise OSError(place, revision)
+
+    monkeypatch.setattr(finder, offline)
+    refuse_adapter("owner/name", "owner/name")

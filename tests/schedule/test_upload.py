@@ -105,7 +105,7 @@ KEYS = [
     *("my-service-account.json", "kubeconfig", "kubeconfig.yaml", "prod.kubeconfig", "token"),
     *("hf_token", "hf_token.txt", "my_token.txt", "api_key.txt", "secrets.yaml", "secret.txt"),
     *("password.txt", "x.tfstate", "terraform.tfvars", "rclone.conf", "_netrc", "a.gpg", "x.ovpn"),
-    *("gcloud/a.json", "keyrings/login", "authorized_keys", "known_hosts", "passwd", "shadow"),
+    *("authorized_keys", "known_hosts", "passwd", "shadow", "credentials.csv", "secrets.jsonl.age"),
 ]
 
 
@@ -123,14 +123,33 @@ def test_a_file_that_holds_keys_by_its_name_is_refused_and_named(
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        *("data/secrets.jsonl", "passwords.csv", "credentials.jsonl", "secret.parquet"),
+        *("password.tsv.gz", "gcloud/sweep.yaml", "keyrings/rows.csv"),
+    ],
+)
+def test_rows_about_secrets_are_no_keys(name: str):
+    assert not is_key_name(name)
+
+
+@pytest.mark.parametrize("name", [".config/gcloud/a.json", "h/.local/share/keyrings/login"])
+def test_the_folders_in_which_programs_keep_keys_are_told_by_where_they_lie(name: str):
+    assert is_key_name(name)
+
+
+@pytest.mark.parametrize(
     "head",
     [
+        "name,url,username,password,note\nExample,https://example.org,a,b,",
+        '"url","username","password","httpRealm"\n"https://example.org","a","b",',
+        "\ufeffUser name,Password,Access key ID,Secret access key\na,,AKIA,s",
         "-----BEGIN OPENSSH PRIVATE KEY-----\n",
         "-----BEGIN RSA PRIVATE KEY-----",
         "PuTTY-User-Key-File-3: x",
     ],
 )
-def test_a_private_key_under_a_harmless_name_is_refused(sweep: Path, tmp_path: Path, head: str):
+def test_a_key_under_a_harmless_name_is_refused(sweep: Path, tmp_path: Path, head: str):
     spec = load_sweep(sweep)
     (tmp_path / "a/models/tiny/notes.txt").write_text(head + "\nabc")
     with pytest.raises(SpecError, match=r"models/tiny/notes\.txt"):

@@ -385,6 +385,48 @@ def test_a_filesystem_without_sync_is_used_as_it_is(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_text() == "x"
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EBADF, errno.EPERM, errno.EIO])
+def test_a_text_that_has_its_name_is_written_unless_its_folder_lost_that(
+    tmp_path, monkeypatch, number
+):
+    real = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(durable.os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            durable.put_text(tmp_path / "a", "x")
+    else:
+        durable.put_text(tmp_path / "a", "x")
+        assert (tmp_path / "a").read_text() == "x"
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE])
+def test_an_artifact_that_is_out_of_reach_for_a_moment_is_read_the_next_time(
+    tmp_path, monkeypatch, caplog, number
+):
+    store = Store.open(tmp_path)
+    store.publish(BAD, store.scratch(BAD), RECORD)
+    real = os.open
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith(f"{BAD}/record.json"):
+            raise OSError(number, os.strerror(number))
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(durable.os, "open", refuse)
+        with pytest.raises(DamagedArtifact, match="its record cannot be read"):
+            store.fetch(BAD)
+    assert "another user" not in caplog.text
+    assert store.fetch(BAD).is_dir()
+    assert set(store.sound({BAD: "score"})[1]) == {BAD}
+
+
 def test_a_full_disk_leaves_no_part_of_a_text(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")

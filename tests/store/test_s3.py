@@ -335,6 +335,21 @@ def test_what_is_done_costs_one_request_for_a_thousand_artifacts(s3, store):
     assert len(s3.requests) <= 2 * 20
 
 
+def test_records_are_read_once_until_others_take_their_place(s3, store):
+    digests = fill(s3, store, 20)
+    kinds = dict.fromkeys(digests, "toy")
+    kinds = {digest: store.record(digest)["kind"] for digest in kinds}
+    first = store.sound(kinds)
+    s3.requests.clear()
+    assert store.sound(kinds) == first
+    assert len(s3.requests) <= 2, "a listing alone"
+    other = fresh(store)
+    other.put_aside(digests[0], "a test")
+    assert store.sound(kinds)[0] == set(digests[1:])
+    publish(other, digests[0], text="made again")
+    assert store.sound(kinds)[1][digests[0]]["files"] != first[1][digests[0]]["files"]
+
+
 def test_an_artifact_costs_few_requests(s3, store):
     s3.requests.clear()
     publish(store, parts=2)
