@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -72,6 +73,16 @@ def ask_benchmark(
         batch: Prompts per forward pass.
         metric_of: Names the metrics.
     """
+    try:
+        return _answer(generator, benchmark, limit=limit, batch=batch, metric_of=metric_of)
+    finally:
+        # lm-eval leaves the model in cycles, for which Python seldom looks in so large a process
+        gc.collect()
+
+
+def _answer(
+    generator: Generator, benchmark: str, *, limit: int | None, batch: int, metric_of: MetricOf
+) -> BenchmarkAnswer:
     # bootstraps in this process: a worker of Ray has one core
     os.environ.setdefault("LMEVAL_DISABLE_MULTIPROC", "1")
     try:

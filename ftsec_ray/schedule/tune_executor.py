@@ -39,7 +39,7 @@ from ftsec_ray.schedule.trials import (
     StopWhenStalled,
     TrialMonitor,
 )
-from ftsec_ray.schedule.tune_internals import check_tune, workers_with
+from ftsec_ray.schedule.tune_internals import check_tune, memory_kills_are_deaths, workers_with
 from ftsec_ray.schedule.unit_leases import UnitLeases
 
 WINDOW = 4096
@@ -152,7 +152,7 @@ def _run_tuner(
             ),
         ),
     )
-    with setting("TUNE_MAX_PENDING_TRIALS_PG", str(window)):
+    with setting("TUNE_MAX_PENDING_TRIALS_PG", str(window)), memory_kills_are_deaths():
         tuner.fit()
     if searcher.fault is not None:
         raise searcher.fault

@@ -34,6 +34,7 @@ PRIVATE: Mapping[str, tuple[str, ...]] = {
     ),
     "ray.air.execution._internal.actor_manager:RayActorManager": (
         "_live_actors_to_ray_actors_resources",
+        "_actor_task_failed",
     ),
     "ray.tune.utils.object_cache:_ObjectCache": ("num_cached_objects", "has_cached_object"),
     "ray.tune.execution.class_cache:": ("ENV_VARS_TO_PROPAGATE", "DEFAULT_ENV_VARS"),
@@ -82,6 +83,28 @@ def _of(owner: Any, name: str) -> Any:
         return getattr(owner, name)
     except AttributeError as error:
         raise _lacks(name, f"{type(owner).__name__}.") from error
+
+
+@contextmanager
+def memory_kills_are_deaths() -> Iterator[None]:
+    """A worker that Ray kills for its memory in the middle of a unit has died, as any other: Tune
+    knows that error from actors that end, and from a task it ends the whole run.
+    """
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    owner = importlib.import_module("ray.air.execution._internal.actor_manager").RayActorManager
+    failed = owner._actor_task_failed  # noqa: SLF001
+
+    def told(self: Any, task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=str(exception))
+        failed(self, task, exception)
+
+    owner._actor_task_failed = told  # noqa: SLF001
+    try:
+        yield
+    finally:
+        owner._actor_task_failed = failed  # noqa: SLF001
 
 
 # What Tune's schedulers are given.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -138,6 +140,24 @@ def expected(scores, documents):
         float(choice == one["answer"])
         for choice, one in zip(scores.argmax(-1).tolist(), documents, strict=True)
     ]
+
+
+@pytest.mark.parametrize("text", [CHOOSE, SAY])
+def test_a_model_that_was_asked_is_let_go(task_file, text):
+    path = task_file(text, "words" if text == CHOOSE else "sayings", documents())
+    tokenizer = build_tokenizer([*QUESTIONS, *LABELS])
+    model = build_model("0.2m", seed=3, vocab_size=len(tokenizer)).eval()
+    info = ModelInfo(name="l", family="l", parameters=1, aligned=True)
+    kept = weakref.ref(model)
+    generator = Generator(LoadedModel(model, tokenizer, info))
+    gc.collect()
+    gc.disable()  # as in a large process, where the collector seldom looks at all objects
+    try:
+        asked(generator, path, limit=2)
+        del generator, model
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -62,3 +62,24 @@ def test_an_attribute_that_is_gone_within_a_run_is_told_as_well():
     with pytest.raises(EnvironmentFault, match=r"no Wrapper\. ?_tune_controller") as caught:
         tune_internals.controller_of(Wrapper())
     assert "--executor actors" in caught.value.fix
+
+
+def test_a_worker_that_ray_kills_for_its_memory_has_died_for_tune_as_well():
+    from types import SimpleNamespace
+
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    manager, told = RayActorManager(resource_manager=None), []
+    actor = SimpleNamespace(actor_id="a", _on_error=lambda _, error: told.append(error))
+    task = SimpleNamespace(_tracked_actor=actor, _on_error=lambda _, error: told.append(error))
+    manager._cleanup_actor = lambda tracked_actor: None
+    killed = OutOfMemoryError("killed due to the node running low on memory")
+    with pytest.raises(RuntimeError, match="unexpected exception"):
+        manager._actor_task_failed(task, killed)
+    with tune_internals.memory_kills_are_deaths():
+        manager._actor_task_failed(task, killed)
+    assert [type(error) for error in told] == [RayActorError, RayActorError]
+    assert "low on memory" in str(told[0])
+    with pytest.raises(RuntimeError):
+        manager._actor_task_failed(task, killed)
