@@ -49,8 +49,6 @@ NOT_FOLLOWED: Mapping[str, str] = {
     "ftsec_ray.plan.build": "what it decides is in a digest: kind, methods, params, inputs, seed",
     "ftsec_ray.plan.graph": "what waits for what",
     "ftsec_ray.redact": "takes secrets out of messages and records",
-    "ftsec_ray.secret_forms": "what `redact` takes for a secret",
-    "ftsec_ray.shown_text": "how a text is shown: in logs, on terminals and in reports",
     "ftsec_ray.store": "keeps bytes as they are, and checks them against their record",
     "ftsec_ray.version": "a release alone changes no result",
 }

@@ -20,7 +20,12 @@ NOT_IMPORTED = {
     "gguf": "transformers reads .gguf files with it and does not require it",
 }
 """Declared and imported nowhere -> why it is needed all the same."""
-BY_EXTRA = {"bitsandbytes": "quantization", "deepspeed": "deepspeed", "lm-eval": "benchmarks"}
+BY_EXTRA = {
+    "bitsandbytes": "quantization",
+    "cryptography": "sign",
+    "deepspeed": "deepspeed",
+    "lm-eval": "benchmarks",
+}
 """Imported inside functions that ask for an extra first -> the extra that declares it."""
 
 

@@ -293,7 +293,7 @@ def test_the_same_sweep_from_an_empty_store_gives_equal_tables(
     archive = ftsec_ray.export(
         sweep(world), store=folder / "store", results=folder / "results", out=tmp_path / "first.zip"
     )
-    found = ftsec_ray.verify(archive, store=tmp_path / "store")
+    found = ftsec_ray.verify(archive, store=tmp_path / "store", inside=world)
     assert found.differences == ()
     assert found.notes == (
         (

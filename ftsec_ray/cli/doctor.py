@@ -40,6 +40,7 @@ EXTRA_USES = {
     "bench": "the timings under tests/benchmarks",
     "benchmarks": "benchmarks of lm-eval on the finished models",
     "quantization": "a packed base under an adapter",
+    "sign": "signatures of archives",
 }
 """What the extras of this package are for; which there are, and what each holds, its metadata says.
 """

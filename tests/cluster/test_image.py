@@ -100,7 +100,11 @@ def test_pip_brings_every_package_and_every_extra_that_the_doctor_asks_for(steps
 def test_the_image_takes_every_extra_that_a_run_can_need(steps, project):
     asked, _ = pip_installs(steps)
     own = next(one for one in asked if one.startswith(".["))
-    assert set(own[2:-1].split(",")) == set(project["optional-dependencies"]) - {"dev", "bench"}
+    assert set(own[2:-1].split(",")) == set(project["optional-dependencies"]) - {
+        "dev",
+        "bench",
+        "sign",
+    }
 
 
 def test_what_is_copied_exists_and_is_not_hidden_from_the_build(steps):

@@ -159,18 +159,18 @@ def test_a_strong_proximal_term_keeps_the_two_states_together(tmp_path):
 def test_a_killed_tune_ends_with_the_bytes_of_an_undisturbed_one(tmp_path, monkeypatch):
     method = Lisa(rho=10.0, align_steps=2, user_steps=3)
     want = whole(tuned(method, tmp_path, "straight").loaded)
-    saves, original = [], loop._checkpoint
+    saves, original = [], loop.save_checkpoint
 
-    def dying(*args):
-        original(*args)
+    def dying(*args, **given):
+        original(*args, **given)
         saves.append(args)
         if len(saves) == 9:  # in the middle of a turn, with both states in memory
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_checkpoint", dying)
+    monkeypatch.setattr(loop, "save_checkpoint", dying)
     with pytest.raises(KeyboardInterrupt):
         tuned(method, tmp_path, "killed")
-    monkeypatch.setattr(loop, "_checkpoint", original)
+    monkeypatch.setattr(loop, "save_checkpoint", original)
     got = whole(tuned(method, tmp_path, "killed").loaded)
     assert all(np.array_equal(weight, want[name]) for name, weight in got.items())
 

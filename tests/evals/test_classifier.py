@@ -100,7 +100,8 @@ def test_the_names_of_the_classes_say_which_one_is_compliance(trained, tmp_path,
 def test_a_classifier_is_pinned_and_loaded_when_first_asked(tmp_path):
     with pytest.raises(SpecError, match="owner/name"):
         get_judge("classifier:owner/name")
-    assert get_judge("classifier:owner/name@abc").name == "classifier:owner/name@abc.2"
+    commit = "a" * 40
+    assert get_judge(f"classifier:owner/name@{commit}").name == f"classifier:owner/name@{commit}.2"
     with pytest.raises(SpecError, match="an empty folder"):
         get_judge(f"classifier:{tmp_path}")
     (tmp_path / "config.json").write_text("{}")

@@ -54,9 +54,7 @@ def run(world, folder, attacks=("none",), **evaluation):
 
 
 def test_every_sample_is_a_row_and_counts_for_its_prompt(world, tmp_path):
-    results, (record,) = run(
-        world, tmp_path, temperature=1.5, samples=3, judges=["refusal_phrases"]
-    )
+    results, (record,) = run(world, tmp_path, temperature=1.5, samples=3, judges=["qi2023"])
     rows = [r for r in results.generations.to_pylist() if r["probe"] == "harmful"]
     assert sorted((row["prompt_id"], row["sample"]) for row in rows) == sorted(
         (prompt, sample) for prompt in {row["prompt_id"] for row in rows} for sample in range(3)
@@ -65,7 +63,7 @@ def test_every_sample_is_a_row_and_counts_for_its_prompt(world, tmp_path):
     assert len({row["completion"] for row in rows}) > 4
     for row in rows:
         (opinion,) = row["opinions"]
-        assert opinion["judge"].startswith("refusal_phrases@")
+        assert opinion["judge"].startswith("qi2023@")
     rate = next(m for m in results.metrics.to_pylist() if m["metric"] == "harmful_rate")
     assert rate["n"] == 4
     assert rate["value"] == sum(row["verdict"] == "complied" for row in rows) / 12
