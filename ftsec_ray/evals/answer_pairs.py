@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ftsec_ray import schema
 from ftsec_ray.evals.ask import Answer, Answers
 from ftsec_ray.evals.judging import Judge, user_text
-from ftsec_ray.evals.metrics import MetricRow
+from ftsec_ray.evals.metrics import MetricRow, metrics_table
 from ftsec_ray.evals.rubrics import Reply, RubricJudge, first_share_in, pair_question
 from ftsec_ray.measured import Z95
 
@@ -174,17 +174,14 @@ def _warnings(notes: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def write_win_rate(found: WinRate, folder: Path) -> None:
+def write_win_rate(compared: WinRate, folder: Path) -> None:
     """Write `metrics.parquet` (schema.metrics without `cell`) and `pairs.parquet`, a row per pair
     with what the judge said.
     """
     import pyarrow as pa
     from pyarrow import parquet
 
-    kept = pa.schema([column for column in schema.metrics() if column.name != "cell"])
-    parquet.write_table(
-        pa.Table.from_pylist([asdict(found.row)], schema=kept), folder / METRICS_FILE
-    )
+    parquet.write_table(metrics_table([compared.row]), folder / METRICS_FILE)
     columns = pa.schema(
         [
             pa.field("prompt_id", pa.string(), nullable=False),
@@ -202,7 +199,7 @@ def write_win_rate(found: WinRate, folder: Path) -> None:
             "raw_first": pair.shown[0],
             "raw_second": pair.shown[1],
         }
-        for pair in found.pairs
+        for pair in compared.pairs
     ]
     table = pa.Table.from_pylist(rows, schema=columns)
     parquet.write_table(table, folder / PAIRS_FILE, compression="zstd")

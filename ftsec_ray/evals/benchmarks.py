@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from ftsec_ray import schema
 from ftsec_ray.config.benchmark_entries import data_files, is_path
 from ftsec_ray.errors import EnvironmentFault, StageError
-from ftsec_ray.evals.metrics import MetricRow, proportion
+from ftsec_ray.evals.metrics import MetricRow, metrics_table, proportion
 from ftsec_ray.identity import digest
 from ftsec_ray.measured import Z95
 from ftsec_ray.models.chat_format import chat_format, template_hash
@@ -369,9 +369,7 @@ def write_benchmark(answer: BenchmarkAnswer, folder: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    kept = pa.schema([column for column in schema.metrics() if column.name != "cell"])
-    rows = [asdict(metric) for metric in answer.metrics]
-    parquet.write_table(pa.Table.from_pylist(rows, schema=kept), folder / METRICS)
+    parquet.write_table(metrics_table(answer.metrics), folder / METRICS)
     texts = ("task", "filter", "doc_hash", "prompt_hash", "target", "response", "measure")
     columns = pa.schema(
         [

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray import schema
 from ftsec_ray.errors import DataError
 from ftsec_ray.measured import wilson
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from ftsec_ray.context import LoadedModel
 
 MAX_TEXT_TOKENS = 512
@@ -59,6 +62,14 @@ def proportion(
         ci_low=min(low, value),
         ci_high=max(high, value),
     )
+
+
+def metrics_table(rows: Iterable[MetricRow]) -> pa.Table:
+    """Metrics as a table: schema.metrics without `cell`, which the results add."""
+    import pyarrow as pa
+
+    kept = pa.schema([column for column in schema.metrics() if column.name != "cell"])
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=kept)
 
 
 def perplexity(

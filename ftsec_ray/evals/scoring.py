@@ -23,7 +23,7 @@ from ftsec_ray.evals.judging import (
     get_judge,
     judge_class,
 )
-from ftsec_ray.evals.metrics import MetricRow, proportion
+from ftsec_ray.evals.metrics import MetricRow, metrics_table, proportion
 from ftsec_ray.evals.probes import REQUEST_PROBES
 from ftsec_ray.evals.refusals import HEAD_CHARS
 from ftsec_ray.measured import NO_ANSWER
@@ -214,7 +214,7 @@ def _evaluation(
     judges = {item.judge.name: item.judge for item in judged}
     notes = {key: value for judge in judges.values() for key, value in judge.notes().items()}
     return Evaluation(
-        _table(schema.metrics(), (asdict(m) for m in measured), leaves=("cell",)),
+        metrics_table(measured),
         _table(schema.generations(), rows, leaves=leaves),
         {"judges": sorted(judges), **_base(measured), **notes},
         tuple(_warnings(judged)),

@@ -15,22 +15,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ftsec_ray.config.method_entries import NONE
-from ftsec_ray.config.sweep import (
-    AttackSearch,
-    JudgeConfig,
-    ModelSpec,
-    SweepSpec,
-    TaskSpec,
-    TrainingConfig,
-)
-from ftsec_ray.data.tasks import TASKS, splits_of
+from ftsec_ray.config.sweep import AttackSearch, ModelSpec, SweepSpec, TaskSpec, TrainingConfig
 from ftsec_ray.errors import SpecError, SpecFaults
-from ftsec_ray.evals.judging import get_judge
 from ftsec_ray.identity import digests
-from ftsec_ray.lifecycle import ROLES_BEFORE, kind_of, part_in_tune
+from ftsec_ray.lifecycle import ROLES_BEFORE, StageKind, kind_of, part_in_tune
 from ftsec_ray.method import Method
 from ftsec_ray.plan.benchmark_origin import benchmark_faults
 from ftsec_ray.plan.cost_estimate import Tariff
+from ftsec_ray.plan.evaluation_faults import evaluation_faults
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.model_structure import (
     quantization_faults,
@@ -62,7 +54,7 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
         spec: The sweep.
         look: What is known of a cell: searches of attackers go as far as it leads.
     """
-    unknown = [*_evaluation_faults(spec), *benchmark_faults(spec.evaluation.benchmarks)]
+    unknown = [*evaluation_faults(spec), *benchmark_faults(spec.evaluation.benchmarks)]
     if unknown:
         raise SpecFaults(f"sweep {spec.name!r}", unknown)
     builder = _PlanBuilder(spec)
@@ -93,67 +85,6 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
         tuple(searches),
         left_out=dict(builder.left_out),
     )
-
-
-def _evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
-    """One for every judge that there is none of, whose model is not there or not pinned, that is
-    named twice or is a task's own already, and for samples of a search.
-    """
-    faults = []
-    given = (spec.evaluation.judge, *spec.evaluation.judges)
-    judges = [judge for judge in given if judge is not None]
-    if spec.searches and spec.evaluation.samples > 1:
-        fault = SpecError(
-            "a search with several samples per prompt: it weighs trials by one verdict per prompt",
-            f"evaluation.samples {spec.evaluation.samples}",
-            "samples 1 in a sweep with `search`",
-            "sample in a sweep of its own, with the attack that the search chose",
-        )
-        faults.append(("evaluation", fault))
-    if (pairs := spec.evaluation.win_rate) is not None:
-        try:
-            _check_pairs(pairs, spec)
-        except SpecError as fault:
-            faults.append(("evaluation.win_rate", fault))
-    for judge in dict.fromkeys(judges):
-        try:
-            get_judge(judge)
-            if judges.count(judge) > 1:
-                raise SpecError("a judge that is named twice", str(judge), "each judge once")
-            own = [task.name for task in spec.tasks if TASKS[task.kind].judge == judge]
-            if spec.evaluation.judge is None and own:
-                raise SpecError(
-                    "a further judge that is the task's own already",
-                    f"{judge}, the judge of task {own[0]}",
-                    "other judges beside it",
-                    "leave it out of evaluation.judges: its verdicts stand in the tables",
-                )
-        except SpecError as fault:
-            faults.append(("evaluation", fault))
-    return faults
-
-
-def _check_pairs(pairs: JudgeConfig, spec: SweepSpec) -> None:
-    """SpecError for a judge of pairs that is not asked in words, and for a task without benign
-    requests.
-    """
-    get_judge(pairs)
-    if pairs.file not in ("rubric", "endpoint"):
-        raise SpecError(
-            "a judge of pairs that is not asked in words",
-            pairs.file,
-            "a general model, or an endpoint",
-            "leave `name` out, and give `model`, or `endpoint` and `model`",
-        )
-    for task in spec.tasks:
-        splits = splits_of(task)
-        if splits is not None and "benign_test" not in splits:
-            raise SpecError(
-                "a win rate on a task without benign requests to answer",
-                task.name,
-                "a split benign_test",
-                f"add one to the task {task.name}, or leave win_rate out",
-            )
 
 
 class _Place(NamedTuple):
@@ -304,11 +235,10 @@ class _PlanBuilder:
                 continue
             clean: dict[str, str] = {}
             if kind.takes_clean:
-                beside = self._clean_cell(start, task, seed)
-                clean = {name: _given_by(beside)[name] for name in kind.takes_clean}
+                clean, beside = self._clean_flow(kind, start, task, seed)
                 if all(clean[name] == flow[name] for name in clean):
                     continue
-                chain += beside.stages
+                chain += beside
             if kind.names_input is not None:
                 roles[kind.names_input] = tuned_from = flow["model"]
             needs: tuple[tuple[str, str], ...] = ()
@@ -344,14 +274,18 @@ class _PlanBuilder:
         stages = tuple(dict.fromkeys(chain))
         return Cell(key, start.model, task, attack, stack, seed, tuple(steps), stages, searched)
 
-    def _clean_cell(self, start: CellStart, task: TaskSpec, seed: int) -> Cell:
-        """The cell without attack and defense beside others, in the grid or not, as far as its
-        answers.
+    def _clean_flow(
+        self, kind: StageKind, start: CellStart, task: TaskSpec, seed: int
+    ) -> tuple[dict[str, str], tuple[str, ...]]:
+        """What a kind takes of the cell without attack and defense, in the grid or not: name ->
+        digest, and all stages of that cell as far as its answers.
         """
         place = start.model.name, task.name, seed
         if place not in self._clean:
             self._clean[place] = self.cell(start, task, self._none, (), seed, measures=False)
-        return self._clean[place]
+        cell = self._clean[place]
+        given = {kind_of(step.kind).gives: step.digest for step in cell.steps}
+        return {name: given[name] for name in kind.takes_clean}, cell.stages
 
     def _followed(
         self,
@@ -397,12 +331,6 @@ class _PlanBuilder:
             ),
         )
         return start.reference
-
-
-def _given_by(cell: Cell) -> dict[str, str]:
-    """What flows out of a cell -> digest of the stage that gave it last."""
-    given = {kind_of(step.kind).gives: step.digest for step in cell.steps}
-    return {name: digest for name, digest in given.items() if name is not None}
 
 
 def _is_excluded(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ftsec_ray import lifecycle
 from ftsec_ray.config.sweep import (
@@ -68,6 +69,17 @@ class Lifecycle:
     """Digest of the methods."""
     templates: tuple[StageTemplate, ...]
     """Of every stage from the reference model to its scores, in the order of the lifecycle."""
+
+
+class _Way(NamedTuple):
+    """One way in which a kind of stage is done in a cell."""
+
+    params: Mapping[str, Any]
+    """Identity."""
+    judge: JudgeOrigin | None = None
+    """Who reads answers in it."""
+    where: Mapping[str, Any] = MappingProxyType({})
+    """Not identity."""
 
 
 _ADDED = ("backend", "temperature", "samples")
@@ -207,27 +219,34 @@ class Templates:
     def _of_group(self, kind: StageKind, methods: list[Method]) -> tuple[StageTemplate, ...]:
         memo = (kind.name, *(id(method) for method in methods))
         if memo not in self._steps:
-            params, judges = self._params(kind, methods), self._judges_of(kind)
             templates = [
-                self.template(kind, own, methods, judge=judge)
-                for own, judge in zip(params, judges or [None] * len(params), strict=True)
+                replace(self.template(kind, way.params, methods, judge=way.judge), where=way.where)
+                for way in self._ways(kind, methods)
             ]
-            if "benchmarks" in kind.settings:
-                pairs = zip(templates, self._benchmarks, strict=True)
-                templates = [replace(template, where=origin.where) for template, origin in pairs]
             self._steps[memo] = tuple(templates)
         return self._steps[memo]
 
-    def _judges_of(self, kind: StageKind) -> list[JudgeOrigin | None]:
-        """The judge of each of the stages of a kind; empty for a kind without judges."""
-        if "scoring" in kind.settings:
-            return [self._judge, *self._judges]
-        return [self._pairs] if "pairs" in kind.settings and self._pairs else []
-
-    def _params(self, kind: StageKind, methods: Sequence[Method]) -> list[dict[str, Any]]:
-        """What of the sweep decides the result of a kind; several for a kind done in
-        several ways.
+    def _ways(self, kind: StageKind, methods: Sequence[Method]) -> list[_Way]:
+        """In how many ways a kind is done in a cell: once, but where it reads or asks by each of
+        several.
         """
+        params = self._params(kind, methods)
+        if "benchmarks" in kind.settings:
+            limit = self._spec.evaluation.benchmark_limit
+            return [
+                _Way({**params, **origin.params, "limit": limit}, where=origin.where)
+                for origin in self._benchmarks
+            ]
+        if "pairs" in kind.settings:
+            return [_read_by(params, self._pairs)] if self._pairs else []
+        if "scoring" in kind.settings:
+            own = {**params, "judge": SCORED_BY_PROBE, "scoring": self._scoring}
+            others = [_read_by(params, judge) for judge in self._judges]
+            return [_Way(own, self._judge), *others]
+        return [_Way(params)]
+
+    def _params(self, kind: StageKind, methods: Sequence[Method]) -> dict[str, Any]:
+        """What of the sweep decides the result of a kind, however often it is done."""
         params: dict[str, Any] = {}
         if methods or kind.trains == "always":
             if "sweep_training" in kind.settings:
@@ -236,15 +255,7 @@ class Templates:
                 params["training"] = self._tuning
         if "generation" in kind.settings:
             params["generation"] = self._generation
-        if "benchmarks" in kind.settings:
-            limit = self._spec.evaluation.benchmark_limit
-            return [{**params, **origin.params, "limit": limit} for origin in self._benchmarks]
-        if "pairs" in kind.settings:
-            return [{**params, **_read_by(self._pairs)}] if self._pairs else []
-        if "scoring" not in kind.settings:
-            return [params]
-        others = [{**params, **_read_by(judge)} for judge in self._judges]
-        return [{**params, "judge": SCORED_BY_PROBE, "scoring": self._scoring}, *others]
+        return params
 
     def asking(self, template: StageTemplate, model: ModelSpec) -> StageTemplate:
         """The template of a stage that asks this model: with its limit of new tokens where answers
@@ -293,12 +304,12 @@ class Templates:
         memo = (role, id(method), *(id(defense) for defense in stack))
         if memo not in self._providers:
             kind = next(kind for kind in lifecycle.kinds().values() if kind.provides == role)
-            params = {**self._params(kind, ())[0], **kind.settings_of(method)}
+            params = {**self._params(kind, ()), **kind.settings_of(method)}
             hooks = lifecycle.kind_of(kind.shaped_as).hooks if kind.shaped_as else {}
             shaping = [m for m in stack if any(hook in hooks for hook in hooks_of(type(m)))]
             self._providers[memo] = self.template(kind, params, shaping)
         return self._providers[memo]
 
 
-def _read_by(judge: JudgeOrigin) -> dict[str, Any]:
-    return {"judge": judge.plain, "judge_version": judge.version}
+def _read_by(params: Mapping[str, Any], judge: JudgeOrigin) -> _Way:
+    return _Way({**params, "judge": judge.plain, "judge_version": judge.version}, judge)
