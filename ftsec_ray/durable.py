@@ -15,9 +15,11 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a filesystem answers where a disk or a quota is used up."""
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """What a filesystem answers that cannot sync a file."""
-_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+_LOST = (errno.EIO, *FULL)
 """What it answers where a name in a folder may be lost; others refuse to sync folders at all."""
 _GROUP_FOLDER = stat.S_ISGID | stat.S_IRWXG
 _GROUP_FILE = stat.S_IRGRP | stat.S_IWGRP
@@ -92,7 +94,7 @@ def plain_bytes(path: Path, limit: int) -> bytes:
             raise ValueError(f"{path.name} is no plain file")
         if status.st_size > limit:
             raise ValueError(f"{path.name} has {status.st_size} bytes, more than {limit}")
-        with os.fdopen(os.dup(descriptor), "rb") as file:
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(limit + 1)
     finally:
         os.close(descriptor)
@@ -116,3 +118,8 @@ def _sync(path: Path, *, shared: bool) -> None:
     except OSError as error:
         if error.errno in _LOST if is_folder else error.errno not in _NO_SYNC:
             raise
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that a disk or a quota is used up."""
+    return error.errno in FULL

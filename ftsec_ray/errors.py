@@ -14,7 +14,8 @@ arguments are positional and equal `args`, so that each error survives the way b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class FtsecError(Exception):
@@ -108,3 +109,12 @@ def is_out_of_memory(error: BaseException) -> bool:
             for sign in ("can't allocate memory", "not enough memory", "cuda out of memory")
         )
     )
+
+
+@contextmanager
+def as_data_error() -> Iterator[None]:
+    """A fault that a stage meets: DataError, since the sweep file was right when it was planned."""
+    try:
+        yield
+    except SpecError as error:
+        raise DataError(*error.args) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from ftsec_ray.errors import SpecError
 
@@ -46,16 +47,18 @@ class Limit:
             raise SpecError(f"{self.variable} is not a count", given, "a whole number, >= 1")
         return int(given)
 
-    def exceeded_by(self, count: int) -> SpecError | None:
-        """The fault of a file that holds `count` of them; None within the limit."""
+    def exceeded_by(self, count: int, *, where: str = "", fix: str = "") -> SpecError | None:
+        """The fault of a file that holds `count` of them; None within the limit. `where` names the
+        file, `fix` says what else than splitting the sweep helps.
+        """
         most = self.value
         if count <= most:
             return None
         return SpecError(
             f"too many {self.counts}",
-            f"{count:,}",
+            f"{count:,} in {where}" if where else f"{count:,}",
             f"at most {most:,}",
-            f"split the sweep, or set {self.variable} in the environment",
+            fix or f"split the sweep, or set {self.variable} in the environment",
         )
 
 
@@ -69,3 +72,18 @@ CELLS = Limit("cells", 20_000, "cells, before exclude")
 LIMITS = (FILE_BYTES, VALUES, NESTING, POINTS, RULES, CELLS)
 LARGEST_INT = 2**63 - 1
 """Ints in a sweep file have 64 bits, so that each fits a column and a float."""
+
+
+def is_deeper(value: object, most: int) -> bool:
+    """Whether a value of JSON has more than so many lists and objects inside one another."""
+    level: list[Any] = [value]
+    for _ in range(most + 1):
+        holders = [inner for inner in level if isinstance(inner, (dict, list))]
+        if not holders:
+            return False
+        level = [
+            inner
+            for holder in holders
+            for inner in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+    return True

@@ -18,20 +18,6 @@ MODEL_LAYERS = Limit("model_layers", 2_000, "layers of a model")
 TEMPLATE_SECONDS = Limit("template_seconds", 10, "seconds that a chat template takes")
 TEMPLATE_BYTES = Limit("template_bytes", 2**29, "bytes of memory that a chat template takes")
 TEMPLATE_CHARS = Limit("template_chars", 2**22, "characters that a chat template makes")
-OPEN_LIMITS = (
-    DATA_BYTES,
-    DATA_RATIO,
-    DATA_ROWS,
-    DATA_VALUES,
-    DATA_COLUMNS,
-    MODEL_JSON_BYTES,
-    TOKENIZER_BYTES,
-    MODEL_WEIGHTS,
-    MODEL_LAYERS,
-    TEMPLATE_SECONDS,
-    TEMPLATE_BYTES,
-    TEMPLATE_CHARS,
-)
 
 
 def raised_by(limit: Limit) -> str:

@@ -99,14 +99,9 @@ def _plain(path: str) -> bytes:
 
 def refuse_beyond(limit: Limit, count: int, path: str) -> None:
     """DataError when a file holds more than a limit allows."""
-    most = limit.value
-    if count > most:
-        raise DataError(
-            f"too many {limit.counts}",
-            f"{count:,} in {path}",
-            f"at most {most:,}",
-            f"give fewer rows; {raised_by(limit)}",
-        )
+    fix = f"give fewer rows; {raised_by(limit)}"
+    if fault := limit.exceeded_by(count, where=path, fix=fix):
+        raise DataError(*fault.args)
 
 
 def head_of(path: str, size: int) -> bytes:

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ftsec_ray.config.limits import is_deeper
 from ftsec_ray.config.open_limits import DATA_COLUMNS, DATA_ROWS, DATA_VALUES
 from ftsec_ray.data.cell_values import refuse_broken_text
 from ftsec_ray.data.not_rows import (
@@ -273,7 +274,7 @@ def _record(item: Any, number: int, path: str) -> Record:
         raise DataError(
             f"row {number} of {path} is no row", item, "an object, a string or a list of messages"
         )
-    if any(isinstance(value, (dict, list)) and _is_deep(value) for value in item.values()):
+    if any(is_deeper(value, _MAX_DEPTH) for value in item.values()):
         raise DataError(
             f"row {number} of {path} is nested too deep",
             None,
@@ -281,14 +282,3 @@ def _record(item: Any, number: int, path: str) -> Record:
             "keep the columns that are needed",
         )
     return item
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether there are more lists and objects inside one another than rows have."""
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        inner = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [one for values in inner for one in values if isinstance(one, (dict, list))]
-        if not level:
-            return False
-    return True

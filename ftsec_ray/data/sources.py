@@ -84,7 +84,8 @@ def read_source(
             instruction,
             f"a template with {PLACEHOLDER}",
         )
-    is_text = (kind or KINDS.get(split_name)) == "text"
+    kind = kind or KINDS.get(split_name)
+    is_text = kind == "text"
     records, at = (
         _hub_records(spec, is_text=is_text)
         if spec.path is None
@@ -96,11 +97,7 @@ def read_source(
         if records
         else _Mapping("", None, None, None)
     )
-    kind = (
-        kind
-        or KINDS.get(split_name)
-        or (CLASS_KINDS.get(len(labels)) if mapping.label else "how_to")
-    )
+    kind = kind or (CLASS_KINDS.get(len(labels)) if mapping.label else "how_to")
     chosen = records
     if at is None:
         at = _drawn(spec, records, is_text=is_text, prompt=mapping.prompt)

@@ -19,7 +19,7 @@ from typing import Any
 from ftsec_ray.config.template_limits import check_template
 from ftsec_ray.context import Chat, LoadedModel
 from ftsec_ray.conversation import TOOLS, with_calls
-from ftsec_ray.errors import DataError, SpecError
+from ftsec_ray.errors import DataError, as_data_error
 from ftsec_ray.identity import digest_text
 
 FIXED_DATE = datetime(2024, 7, 26)  # noqa: DTZ001 - a label, and no point in time
@@ -186,10 +186,8 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def _limited(template: str) -> None:
     """DataError for a template that takes too much time, memory or text."""
-    try:
+    with as_data_error():
         check_template(template)
-    except SpecError as error:
-        raise DataError(*error.args) from error
 
 
 def _applied(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftsec_ray.context import LoadedModel, ModelInfo
-from ftsec_ray.errors import DataError, FtsecError, SpecError, is_out_of_memory
+from ftsec_ray.errors import DataError, FtsecError, as_data_error, is_out_of_memory
 from ftsec_ray.models.chat import adds_bos, render
 from ftsec_ray.models.chat_format import OPTIONS, chat_format
 from ftsec_ray.models.config_sizes import check_sizes
@@ -112,11 +112,9 @@ def _place(source: str, *, runs_code: bool) -> tuple[str, dict[str, Any], Weight
 
 
 def checked_folder(folder: Path, *, runs_code: bool = False) -> Weights | None:
-    """`check_folder` for a stage: DataError, since the sweep file was right when it was planned."""
-    try:
+    """`check_folder` for a stage: what it finds is a DataError."""
+    with as_data_error():
         return check_folder(folder, runs_code=runs_code)
-    except SpecError as error:
-        raise DataError(*error.args) from error
 
 
 def refuse_adapter(place: str, source: str, revision: str | None = None) -> None:
@@ -142,10 +140,8 @@ def check_config(config: Any, weights: Weights | None, source: str) -> None:
     """DataError where the configuration, as transformers completes it, states sizes of no model,
     or that the weights do not have.
     """
-    try:
+    with as_data_error():
         check_sizes(config.to_dict(), weights, source)
-    except SpecError as error:
-        raise DataError(*error.args) from error
 
 
 def _dequantized(model: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+from ftsec_ray.config.limits import is_deeper
 from ftsec_ray.config.open_limits import MODEL_JSON_BYTES, TOKENIZER_BYTES, raised_by
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity.content import is_aside
@@ -80,28 +81,22 @@ def _check_size_as(path: Path, name: str) -> None:
     if not is_tokenizer and path.suffix not in (".json", ".jinja"):
         return
     limit = TOKENIZER_BYTES if is_tokenizer or name.endswith(".index.json") else MODEL_JSON_BYTES
-    size, most = path.stat().st_size, limit.value
-    if size > most:
-        raise SpecError(
-            f"too many {limit.counts}",
-            f"{size:,} in {path}",
-            f"at most {most:,}",
-            raised_by(limit),
-        )
+    if fault := limit.exceeded_by(path.stat().st_size, where=str(path), fix=raised_by(limit)):
+        raise fault
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:
     """What a configuration holds; SpecError where it is no mapping, or nested beyond reason."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-        depth = _depth(value)
+        is_deep = is_deeper(value, _MAX_DEPTH)
     except (OSError, ValueError) as error:
         raise SpecError(
             "a file of a model that is not JSON", str(path), "a JSON object", str(error)
         ) from error
     except RecursionError:
-        value, depth = {}, _MAX_DEPTH + 1
-    if depth > _MAX_DEPTH:
+        value, is_deep = {}, True
+    if is_deep:
         raise SpecError(
             "a file of a model that is nested too deep",
             str(path),
@@ -111,16 +106,6 @@ def _mapping(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise SpecError("a file of a model that holds no object", str(path), "a JSON object")
     return value
-
-
-def _depth(value: object) -> int:
-    """Levels of a value; not more than one beyond the limit is looked at."""
-    level, depth = [value], 0
-    while level and depth <= _MAX_DEPTH:
-        inner = [list(v.values()) if isinstance(v, dict) else v for v in level]
-        level = [one for v in inner if isinstance(v, list) for one in v]
-        depth += any(isinstance(v, list) for v in inner)
-    return depth
 
 
 def _check_names(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,22 @@ class Weights:
 
 def header_of(file: Path) -> dict[str, dict[str, Any]] | None:
     """Name of a weight -> its dtype, shape and place in a safetensors file; None where it cannot
-    be read.
+    be read. A file that stands as it was is read once.
     """
     try:
+        status = file.stat()
+    except OSError:
+        return None
+    return _header(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _header(file: Path, size: int, changed_ns: int) -> dict[str, dict[str, Any]] | None:
+    del size, changed_ns  # a file that changed is another one
+    try:
         with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size)) if size <= _HEADER_BYTES else None
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if length <= _HEADER_BYTES else None
     except (OSError, ValueError, RecursionError):  # whoever loads the model says what is wrong
         return None
     if not isinstance(header, dict):

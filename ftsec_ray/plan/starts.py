@@ -27,6 +27,8 @@ class Starts:
         self._stages = stages
         self._templates = templates
         self._sweep = {"sweep": stages.spec.name}
+        self._origins: dict[tuple[str, ...], Origin] = {}
+        self._large: dict[str, bool] = {}
 
     def of(self, model: ModelSpec, task: TaskSpec) -> CellStart:
         """The reference model on a task, and its unaligned twin."""
@@ -76,7 +78,7 @@ class Starts:
             },
             parameters_of(model),
             self._stages.resource(model),
-            is_large(task, self._stages.spec.data.ray_above),
+            self._is_large(task),
             tuple(chain),
         )
 
@@ -85,6 +87,11 @@ class Starts:
         is_split = self._stages.sizing.is_split(model, trains_all=True)
         is_single = is_ladder or (model.align is not None and not is_split)
         return self._stages.resource(model, trains_all=True) if is_single else "cpu"
+
+    def _is_large(self, task: TaskSpec) -> bool:
+        if task.name not in self._large:
+            self._large[task.name] = is_large(task, self._stages.spec.data.ray_above)
+        return self._large[task.name]
 
     def _task(self, task: TaskSpec) -> str:
         """Digest of the stage that reads a task."""
@@ -112,8 +119,10 @@ class Starts:
         return self._stages.add(template, (), None, None, where=where, resource=takes), where
 
     def _origin(self, place: str, key: tuple[str, ...], find: Callable[[], Origin]) -> Origin:
-        try:
-            return find()
-        except SpecError as fault:
-            self._stages.faults[key] = (place, fault)
-            return Origin({"missing": list(key)}, {})
+        if key not in self._origins:  # files are looked at once, however many cells start there
+            try:
+                self._origins[key] = find()
+            except SpecError as fault:
+                self._stages.faults[key] = (place, fault)
+                self._origins[key] = Origin({"missing": list(key)}, {})
+        return self._origins[key]

@@ -63,14 +63,9 @@ def check(limit: Limit, count: int, where: str, *, writes: bool = False) -> None
     """ArchiveError where `where` holds more than the limit allows; `writes` says that the archive
     is being made here.
     """
-    most = limit.value
-    if count > most:
-        raise ArchiveError(
-            f"{where}: too many {limit.counts}",
-            f"{count:,}",
-            f"at most {most:,}",
-            (_TO_WRITE if writes else _TO_READ).format(limit.variable),
-        )
+    fix = (_TO_WRITE if writes else _TO_READ).format(limit.variable)
+    if fault := limit.exceeded_by(count, fix=fix):
+        raise ArchiveError(f"{where}: {fault.what}", fault.got, fault.want, fault.fix)
 
 
 def check_json(content: bytes, where: str, *, writes: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ftsec_ray.config.sweep import ResourceSpec
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.schedule.cluster_address import VARIABLE, as_given, cluster_address
-from ftsec_ray.schedule.own_ray import own_ray
+from ftsec_ray.schedule.own_ray import own_ray, setting
 
 _LOGGERS = ("ray", "ray.tune", "ray.data", "ray.train")
 _SWITCHES = {
@@ -96,17 +96,13 @@ def _quiet(switches: Mapping[str, str]) -> Iterator[None]:
     """Environment variables where the user sets no others, and Ray's loggers kept to errors."""
     loggers = {name: logging.getLogger(name) for name in _LOGGERS}
     levels = {name: logger.level for name, logger in loggers.items()}
-    before = {name: os.environ.get(name) for name in switches}
-    os.environ.update({name: os.environ.get(name, value) for name, value in switches.items()})
-    for logger in loggers.values():
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with ExitStack() as put_back:
+        for name, value in switches.items():
+            put_back.enter_context(setting(name, os.environ.get(name, value)))
+        for logger in loggers.values():
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, logger in loggers.items():
+                logger.setLevel(levels[name])

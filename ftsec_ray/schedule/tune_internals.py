@@ -1,5 +1,6 @@
 """Everything that this package uses of Ray and that Ray does not offer: attributes of Tune's
-controller, and two variables of a module. Nothing else reads a private name of Ray.
+controller, and two variables of a module. Besides it only `own_ray` reads private names of Ray, of
+how it starts.
 
 Where the installed Ray lacks one of them, the executor `tune` says so before it starts anything;
 the others need none.

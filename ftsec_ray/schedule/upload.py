@@ -55,10 +55,11 @@ class Upload:
         """
         ours = f"{PACKAGE.name}/"
         sizes = {name: path.stat().st_size for name, path in sorted(self.files.items())}
+        packaged = [name for name in sizes if self.has_package and name.startswith(ours)]
         own = [name for name in sizes if not (self.has_package and name.startswith(ours))]
         lines = [_line(sizes[name], name, columns) for name in own[:_LISTED]]
         groups = [("more files", own[_LISTED:])]
-        groups.append((f"files of {ours}", [name for name in sizes if name not in set(own)]))
+        groups.append((f"files of {ours}", packaged))
         for what, names in groups:
             if names:
                 size = sum(sizes[name] for name in names)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from ftsec_ray.durable import make_folder
+from ftsec_ray.durable import is_full, make_folder
 from ftsec_ray.errors import EnvironmentFault, StoreError
 from ftsec_ray.store.record import checked_digest
 
@@ -85,11 +85,6 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
             "a folder that this user may read",
             "give another one with --store, or change the owner or the mode of this one",
         ) from error
-
-
-def is_full(error: OSError) -> bool:
-    """Whether an error says that a disk or a quota is used up."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_refused(error: OSError) -> bool:

@@ -161,9 +161,8 @@ class LocalStore(Store):
         """The record of an artifact."""
         if digest in self._damaged:
             raise damaged(digest, "it is not in the store as its record says")
-        path = self._folder(digest) / RECORD
         try:
-            return record_of(plain_bytes(path, RECORD_LIMIT), digest)
+            return self._held_record(digest)
         except (FileNotFoundError, NotADirectoryError):
             raise damaged(digest, "it is not in the store") from None
         except ValueError as error:
@@ -181,9 +180,12 @@ class LocalStore(Store):
             warn_once(f"an artifact is left as it is: {str(self._folder(digest))!r}: {fault}")
         return damaged(digest, fault)
 
+    def _held_record(self, digest: str) -> dict[str, Any]:
+        return record_of(plain_bytes(self._folder(digest) / RECORD, RECORD_LIMIT), digest)
+
     def _record_fault(self, digest: str) -> str | None:
         try:
-            record_of(plain_bytes(self._folder(digest) / RECORD, RECORD_LIMIT), digest)
+            self._held_record(digest)
         except (OSError, ValueError) as error:
             return str(error)
         return None

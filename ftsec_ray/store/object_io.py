@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from ftsec_ray.durable import is_full
 from ftsec_ray.errors import StoreError
-from ftsec_ray.store.disk import is_full
 from ftsec_ray.store.retry import retried
 from ftsec_ray.store.uri import OBJECT_STORES
 

@@ -27,13 +27,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray.durable import is_full
 from ftsec_ray.errors import StoreError
 from ftsec_ray.identity.cache_folder import cache_folder
 from ftsec_ray.store.artifact_store import Store, artifact_key
 from ftsec_ray.store.disk import (
     disk_full,
     drop_dead,
-    is_full,
     own_folder,
     own_name,
     room,
@@ -141,8 +141,10 @@ class RemoteStore(Store):
 
     def has(self, digest: str) -> bool:
         """Whether an artifact is done; an empty record is that of a writer that was interrupted."""
+        if digest in self._damaged:
+            return False
         info = self._calls.info(self._key(digest))
-        return bool(info.is_file and info.size) and digest not in self._damaged
+        return bool(info.is_file and info.size)
 
     def record(self, digest: str) -> dict[str, Any]:
         """The record of an artifact."""

@@ -10,7 +10,6 @@ The two newest are kept: where the last one is torn, training goes on from the o
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -22,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.durable import make_folder, plain_bytes, settle
+from ftsec_ray.durable import FULL, is_full, make_folder, plain_bytes, settle
 from ftsec_ray.identity import sha256
 from ftsec_ray.training.setup import Saved, Step
 
@@ -70,9 +69,9 @@ def save_checkpoint(
 
 def _is_full(error: Exception) -> bool:
     """Whether there was no room; safetensors says so in words alone."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    told = isinstance(error, OSError) and error.errno in codes
-    return told or any(f"os error {code}" in str(error) for code in codes)
+    if isinstance(error, OSError) and is_full(error):
+        return True
+    return any(f"os error {code}" in str(error) for code in FULL)
 
 
 def _write(final: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import ipaddress
 import json
 import os
@@ -14,6 +13,7 @@ import pytest
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.schedule import own_ray as module
 from ftsec_ray.schedule.own_ray import PRIVATE, own_ray
+from ftsec_ray.schedule.tune_internals import has_private
 
 MARK = "FTSEC_TEST_OF_OWN_RAY"
 RUN = f"""
@@ -141,10 +141,7 @@ def test_a_local_run_asks_for_a_token_of_its_own_whatever_the_variables_say(run)
 
 @pytest.mark.parametrize("place", PRIVATE)
 def test_the_installed_ray_has_what_is_used_of_its_own_modules(place):
-    name, _, owner = place.partition(":")
-    found = importlib.import_module(name)
-    found = getattr(found, owner) if owner else found
-    assert [one for one in PRIVATE[place] if not hasattr(found, one)] == []
+    assert [name for name in PRIVATE[place] if not has_private(place, name)] == []
 
 
 def test_a_ray_that_would_listen_elsewhere_is_not_used(monkeypatch):
