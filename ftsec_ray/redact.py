@@ -188,7 +188,7 @@ def _walked(value: object, secrets: Secrets) -> object:
             name = secrets.cleaned(key) if isinstance(key, str) else key
             while name in found:
                 name = f"{name}+"  # two secrets as keys: neither value is lost
-            is_secret = _is_named_secret(key, inner) or _is_named_secret(name, inner)
+            is_secret = any(_is_named_secret(one, inner) for one in dict.fromkeys((key, name)))
             found[name] = GONE if is_secret else _walked(inner, secrets)
         return found
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -200,7 +200,7 @@ def _is_named_secret(key: object, value: object) -> bool:
     """Whether a value is a secret by its key alone, as in `{"api_key": "..."}`."""
     if not isinstance(key, str) or not isinstance(value, str):
         return False
-    return not (form_in(value) or form_in(key)) and form_in(f"{key}: {value}") is not None
+    return form_in(f"{key}: {value}") is not None and not (form_in(value) or form_in(key))
 
 
 def _found(value: object, place: str, secrets: Secrets) -> Iterator[tuple[str, str]]:
@@ -233,6 +233,7 @@ def known_secrets() -> Secrets:
     return _written(tuple(told), tuple(files), kept)
 
 
+@lru_cache(maxsize=1024)
 def _is_secret(name: str) -> bool:
     return bool(_NAME.search(name)) and not _NO_SECRET.search(name)
 

@@ -64,3 +64,11 @@ def source_of(metric: str, success: str | None) -> str:
     if metric != ASR or success is None or not is_driven_up(success):
         return metric
     return success
+
+
+def with_asr(rows: dict[str, dict[str, Any]], success: str | None) -> dict[str, dict[str, Any]]:
+    """Metrics of a cell by name, with `asr` where another of them is it for its attack."""
+    source = source_of(ASR, success)
+    if ASR in rows or source not in rows:
+        return rows
+    return {**rows, ASR: {**rows[source], "metric": ASR}}

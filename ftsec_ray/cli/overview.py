@@ -13,11 +13,11 @@ from ftsec_ray.cli.console import say, say_json
 from ftsec_ray.cli.failure_text import Failure, show_failures
 from ftsec_ray.code_versions import stage_code
 from ftsec_ray.config.yaml_text import redacted_yaml
-from ftsec_ray.plan.cost_estimate import shortfall, spent_of
+from ftsec_ray.plan.cost_estimate import shortfall, spent
 from ftsec_ray.plan.durations import Costs, learned_from
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import duration, render, summarize
-from ftsec_ray.plan.stage import Cell
+from ftsec_ray.plan.stage import Cell, cell_text
 from ftsec_ray.registry import name_of
 from ftsec_ray.results.read import run_meta
 from ftsec_ray.results.remote_results import local_results
@@ -77,12 +77,12 @@ def print_plan(
     held = Store.open(store)
     plan = api.make_plan(sweep, held)
     done, records = held.sound(plan.kinds)
-    spent = spent_of(plan, held, done) if plan.spec.budget else None
+    took = spent(plan, records, held.failures()) if plan.spec.budget else None
     folder = api.results_folder(local_results(results), plan.spec.name)
     warning = other_plan_line(plan, folder, api.text_of(sweep))
     if warning:
         say(warning, err=True)
-    summary = summarize(plan, done, costs=costs_of(plan, held, done), spent=spent)
+    summary = summarize(plan, done, costs=costs_of(plan, held, done), spent=took)
     gpu_hours = summary.bill.total.gpu_hours
     cost = None if gpu_price is None else gpu_hours * gpu_price
     other, warnings = made_by_other_code(plan, records), warnings_of(plan, records)
@@ -121,16 +121,14 @@ def cell_statuses(plan: Plan, done: set[str], failed: set[str]) -> dict[str, str
 
 def cell_name(cell: Cell) -> str:
     """A cell in words."""
-    stack = "+".join(name_of(defense) for defense in cell.defenses) or "none"
     trial = (
         f", trial {cell.searched.trial}"
         if cell.searched and cell.searched.trial is not None
         else ""
     )
-    return (
-        f"{cell.model.name} x {cell.task.name} x {cell.attack_name} x {stack}, seed"
-        f" {cell.seed}{trial}"
-    )
+    stack = [name_of(defense) for defense in cell.defenses]
+    names = cell.model.name, cell.task.name, cell.attack_name
+    return f"{cell_text(*names, stack, cell.seed)}{trial}"
 
 
 def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
@@ -151,7 +149,8 @@ def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
         f" failed, {counts['pending']} pending; {summary.done} of {summary.stages} stages held,"
         f" {summary.to_run} to run ({duration(summary.work_s)} of work)"
     )
-    over = shortfall(plan, spent_of(plan, held, done), summary.bill) if plan.spec.budget else None
+    took = spent(plan, records, failures)
+    over = shortfall(plan, took, summary.bill) if plan.spec.budget else None
     if over is not None:
         say(f"pending: {over.what}; allowed: {over.want}")
     for line in lines_of(warnings):

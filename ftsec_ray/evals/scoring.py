@@ -97,8 +97,13 @@ def opinion(
     wanted = {probe for metric in metrics for probe in metric.probes} or set(REQUEST_PROBES)
     probes = [p for p in answers.probes if p.name in wanted and p.judge != "label"]
     judged = [item for probe in probes for item in _judged(answers, probe, judge)]
-    measured = [_share(judged, metric.name, metric.probes, metric.verdict) for metric in metrics]
+    measured = opinion_rates(config_of(named).file, judged)
     return _evaluation(answers, judged, measured, keeps=False)
+
+
+def opinion_rates(judge: str, judged: Sequence[Judged]) -> list[MetricRow]:
+    """The metrics that count the verdicts of a further judge, by the name of its file."""
+    return [_share(judged, m.name, m.probes, m.verdict) for m in metrics_of(judge)]
 
 
 def metrics_of(judge: str) -> list[schema.Metric]:

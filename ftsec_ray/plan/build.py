@@ -103,11 +103,14 @@ class _PlanBuilder:
     """Makes cells: of the grid, and of searches, whose cells may be fine-tuned otherwise."""
 
     def __init__(
-        self, spec: SweepSpec, stages: StageSet | None = None, tuning: TrainingConfig | None = None
+        self,
+        spec: SweepSpec,
+        stages: StageSet | None = None,
+        templates: Templates | None = None,
     ) -> None:
         self.spec = spec
         self.stages = stages or StageSet(spec)
-        self._templates = Templates(spec, tuning)
+        self._templates = templates or Templates(spec)
         self._starts = Starts(self.stages, self._templates)
         self._tuned: dict[TrainingConfig, _PlanBuilder] = {spec.training: self}
         self._steps: dict[str, Step] = {}
@@ -201,7 +204,8 @@ class _PlanBuilder:
         training = searched.training
         if training not in self._tuned:
             stages = self.stages.tuned_otherwise(training)
-            self._tuned[training] = _PlanBuilder(self.spec, stages, training)
+            templates = self._templates.tuned_otherwise(training)
+            self._tuned[training] = _PlanBuilder(self.spec, stages, templates)
         builder = self._tuned[training]
         sizing = builder.stages.sizing
         takes = sizing.resource(start.model)

@@ -4,7 +4,7 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -189,3 +189,8 @@ class Unit:
     def affinity(self) -> str:
         """Name of the base model that the unit loads; empty for none."""
         return str(self.stages[0].where.get("model", ""))
+
+
+def cell_text(model: str, task: str, attack: str, defenses: Sequence[str], seed: int | None) -> str:
+    """A cell in words, by the names of what it is made of."""
+    return f"{model} x {task} x {attack} x {'+'.join(defenses) or 'none'}, seed {seed}"

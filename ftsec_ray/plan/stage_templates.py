@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -89,10 +90,10 @@ _ADDED = ("backend", "temperature", "samples")
 class Templates:
     """The templates of one sweep, each made on first sight."""
 
-    def __init__(self, spec: SweepSpec, tuning: TrainingConfig | None = None) -> None:
+    def __init__(self, spec: SweepSpec) -> None:
         self._spec = spec
         self._training = spec.training.identity()
-        self._tuning = self._training if tuning is None else tuning.identity()
+        self._tuning = self._training
         evaluation = json.loads(canonical(spec.evaluation))
         named = spec.evaluation.judge
         self._judge = None if named is None else judge_origin(named)
@@ -112,6 +113,18 @@ class Templates:
         if self._judge is not None:
             self._scoring["judge"] = self._judge.plain
         self._benchmarks = [benchmark_origin(name) for name in spec.evaluation.benchmarks]
+        self._forget()
+
+    def tuned_otherwise(self, tuning: TrainingConfig) -> Templates:
+        """Those of the same sweep for cells that are fine-tuned otherwise: its judges and
+        benchmarks are not looked at again.
+        """
+        other = copy(self)
+        other._tuning = tuning.identity()
+        other._forget()
+        return other
+
+    def _forget(self) -> None:
         self._steps: dict[tuple[object, ...], tuple[StageTemplate, ...]] = {}
         self._lifecycles: dict[tuple[int, ...], Lifecycle] = {}
         self._providers: dict[tuple[object, ...], StageTemplate] = {}

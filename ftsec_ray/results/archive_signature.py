@@ -13,7 +13,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ftsec_ray.errors import EnvironmentFault
 from ftsec_ray.results.archive import Archive
@@ -195,9 +195,9 @@ def _key_bytes(file: Path) -> bytes:
         raise ArchiveError(f"{file} cannot be read", str(fault), _WANT_KEY) from fault
 
 
-def _needs_cryptography() -> Any:
+def _needs_cryptography() -> None:
     try:
-        import cryptography
+        import cryptography  # noqa: F401
     except ImportError as missing:
         raise EnvironmentFault(
             "signatures need the package `cryptography`",
@@ -205,4 +205,3 @@ def _needs_cryptography() -> Any:
             "an installed cryptography",
             "pip install 'ftsec-ray[sign]'",
         ) from missing
-    return cryptography

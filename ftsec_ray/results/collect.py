@@ -41,7 +41,7 @@ from ftsec_ray.results.search_results import (
 from ftsec_ray.results.stage_warnings import warnings_of
 from ftsec_ray.results.write import write_results
 from ftsec_ray.store import DamagedArtifact
-from ftsec_ray.success import ASR, source_of, success_metric
+from ftsec_ray.success import success_metric, with_asr
 from ftsec_ray.version import version_of
 
 if TYPE_CHECKING:
@@ -394,9 +394,7 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
             reported = reported_rates(own, found.generations[scores])
             own |= {row["metric"]: row for row in reported}
         rows |= own
-    source = source_of(ASR, success_metric(cell.attack))
-    if ASR not in rows and source in rows:
-        rows[ASR] = {**rows[source], "metric": ASR}
+    rows = with_asr(rows, success_metric(cell.attack))
     measured = [row for one in cell.measurements for row in found.metrics.get(one, ())]
     for row in [*rows.values(), *measured]:
         yield {"cell": cell.digest, **{key: row[key] for key in _MEASURE}}

@@ -11,21 +11,24 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
 from ftsec_ray.data.triggers import HIJACK
 from ftsec_ray.errors import SpecError
 from ftsec_ray.evals.ask import Answer
-from ftsec_ray.evals.judged import Judged, share_of_verdict
+from ftsec_ray.evals.judged import Judged
 from ftsec_ray.evals.judging import Judge, Verdict, judge_class
 from ftsec_ray.evals.probes import REQUEST_PROBES
-from ftsec_ray.evals.scoring import metrics_of, rates
+from ftsec_ray.evals.scoring import opinion_rates, rates
+from ftsec_ray.measured import NO_ANSWER
 from ftsec_ray.method import Probe, Prompt
+from ftsec_ray.plan.stage import cell_text
 from ftsec_ray.results.answers import codes_of
 from ftsec_ray.results.archive_limits import CELL_ANSWERS, check
-from ftsec_ray.results.search_results import reported_rates
-from ftsec_ray.success import ASR, source_of
+from ftsec_ray.results.search_results import is_chosen_row, reported_rates
+from ftsec_ray.success import ASR, with_asr
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,10 +81,8 @@ def metrics_again(cells: pa.Table, metrics: pa.Table, generations: pa.Table) -> 
 
 def cell_words(cell: Mapping[str, Any]) -> str:
     """A row of `cells` in words."""
-    return (
-        f"{cell['model']} x {cell['task']} x {cell['attack']} x"
-        f" {'+'.join(cell['defenses'] or ()) or 'none'}, seed {cell['seed']}"
-    )
+    defenses = cell["defenses"] or ()
+    return cell_text(cell["model"], cell["task"], cell["attack"], defenses, cell["seed"])
 
 
 def _by_cell(generations: pa.Table) -> dict[str, pa.Table]:
@@ -134,16 +135,13 @@ def _made(cell: Row, named: Mapping[str, Row], answers: pa.Table | None) -> dict
     """The metrics that the answers of a cell give."""
     if answers is None:
         return {}
-    if cell["search"] is not None and cell["search_trial"] is None:
+    if is_chosen_row(cell):
         # Of a chosen setting the tables hold the half of the prompts that reports.
         own = [name for name in named if name != ASR and not _judge_of(name)]
         made = {row["metric"]: row for row in reported_rates(own, answers)}
     else:
         made = {row["metric"]: row for row in _counted(answers.to_pylist())}
-    source = source_of(ASR, cell["success_metric"])
-    if ASR not in made and source in made:
-        made[ASR] = {**made[source], "metric": ASR}
-    return made
+    return with_asr(made, cell["success_metric"])
 
 
 def _counted(rows: Sequence[Row]) -> Iterator[Row]:
@@ -178,9 +176,7 @@ def _counted(rows: Sequence[Row]) -> Iterator[Row]:
             said = judged(row, one["judge"] or "", one["verdict"])
             opinions.setdefault(schema.judge_file(one["judge"] or ""), []).append(said)
     for file, said_all in opinions.items():
-        for metric in metrics_of(file):
-            asked = [item for item in said_all if item.answer.probe in metric.probes]
-            yield vars(share_of_verdict(metric.name, asked, metric.verdict))
+        yield from map(vars, opinion_rates(file, said_all))
 
 
 def _metrics_over(probe: str) -> dict[str, str]:
@@ -190,7 +186,7 @@ def _metrics_over(probe: str) -> dict[str, str]:
     return {
         name: metric.verdict
         for name, metric in schema.METRICS.items()
-        if metric.probes == (probe,) and not metric.judge and name != "no_answer_rate"
+        if metric.probes == (probe,) and not metric.judge and name != NO_ANSWER
     }
 
 
@@ -202,14 +198,19 @@ class _UnknownJudge(Judge):
         raise NotImplementedError
 
 
+@cache
+def _held_class(file: str) -> type[Judge]:
+    try:
+        return judge_class(file)
+    except SpecError:
+        return _UnknownJudge
+
+
 def _held_judge(name: str) -> Judge:
     """The judge of a name in the tables, for what its class says of its verdicts; nothing is
     loaded.
     """
-    try:
-        cls = judge_class(schema.judge_file(name))
-    except SpecError:
-        cls = _UnknownJudge
+    cls = _held_class(schema.judge_file(name))
     judge = cls.__new__(cls)
     judge.name = name
     return judge
@@ -230,7 +231,7 @@ def _judge_of(name: str) -> str:
 def _is_of_verdicts(cell: Row, name: str) -> bool:
     """Whether a metric is a share of verdicts that the tables hold for this cell."""
     metric = schema.METRICS.get(name)
-    if cell["search"] is not None and cell["search_trial"] is None:
+    if is_chosen_row(cell):
         return metric is not None and bool(metric.probes) and not metric.judge
     return name == "judged_rate" or (metric is not None and bool(metric.probes))
 

@@ -125,7 +125,9 @@ class Results:
         """
         if name not in TABLES:
             raise DataError("no such results table", name, " | ".join(TABLES))
-        if trials:
+        if trials and name == "cells":
+            return self._all_cells
+        if trials and name not in ("stages", "searches"):  # those are the same with trials
             return self._read(name)
         return getattr(self, name) if hasattr(type(self), name) else self._read(name)
 

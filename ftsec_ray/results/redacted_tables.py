@@ -25,6 +25,10 @@ _DIGESTS = frozenset(
 """Columns that ftsec makes of digests: a short secret that is a part of one by chance is none."""
 
 
+_GROUP = 1024
+"""Chunks of a column that are looked at together: a table has one for each cell."""
+
+
 def redacted_tables(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
     """The tables with the secrets in their columns of texts, and of lists of texts, redacted."""
     import pyarrow as pa
@@ -63,16 +67,21 @@ def secret_in_table(table: pa.Table) -> tuple[str, str] | None:
 
 
 def _texts_of(table: pa.Table) -> Iterator[tuple[int, pa.Array]]:
-    """(number of the column, its texts) of the columns that may hold a secret."""
+    """(number of the column, some of its texts, each once) of the columns that may hold a
+    secret.
+    """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     for number, field in enumerate(table.schema):
         is_list = pa.types.is_list(field.type)
         is_text = pa.types.is_string(field.type.value_type if is_list else field.type)
         if is_text and field.name not in _DIGESTS:
             column = table.column(number)
-            for chunk in column.chunks:
-                yield number, chunk.flatten() if is_list else chunk
+            for start in range(0, column.num_chunks, _GROUP):
+                group = column.chunks[start : start + _GROUP]
+                parts = [chunk.flatten() if is_list else chunk for chunk in group]
+                yield number, pc.unique(pa.chunked_array(parts))
 
 
 def _instead(column: str, texts: pa.Array, secrets: Secrets) -> dict[str, str]:
@@ -88,16 +97,11 @@ def _instead(column: str, texts: pa.Array, secrets: Secrets) -> dict[str, str]:
     with suppress(pa.ArrowInvalid, UnicodeEncodeError):
         is_odd = pc.match_substring_regex(texts, hints, ignore_case=True)
         odd = texts.filter(pc.fill_null(is_odd, False))  # noqa: FBT003
-    cleaned = _cleaned_json if column in _JSON else _cleaned_text
-    return {
-        text: clean
-        for text in pc.unique(odd).drop_null().to_pylist()
-        if (clean := cleaned(text, secrets)) != text
-    }
-
-
-def _cleaned_text(text: str, secrets: Secrets) -> str:
-    return secrets.cleaned(text)
+    pairs = [
+        (text, _cleaned_json(text, secrets) if column in _JSON else secrets.cleaned(text))
+        for text in odd.drop_null().to_pylist()
+    ]
+    return {text: clean for text, clean in pairs if clean != text}
 
 
 def _cleaned_json(text: str, secrets: Secrets) -> str:

@@ -122,6 +122,11 @@ def is_chosen(cell: Cell) -> bool:
     return cell.searched is not None and cell.searched.trial is None
 
 
+def is_chosen_row(row: Mapping[str, Any]) -> bool:
+    """`is_chosen` of a row of the table `cells`."""
+    return row["search"] is not None and row["search_trial"] is None
+
+
 def reported(generations: pa.Table) -> pa.Table:
     """The answers to the prompts of the reporting half."""
     return generations.filter(

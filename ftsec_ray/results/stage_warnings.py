@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.identity import canonical
-from ftsec_ray.redact import redacted, secrets_in
+from ftsec_ray.redact import known_secrets, secrets_in
 from ftsec_ray.registry import name_of
 from ftsec_ray.success import WITHOUT_ATTACK, success_metric
 
@@ -60,12 +61,13 @@ def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[St
     """The warnings in the records (by digest) of a plan's stages, those of most cells first, and
     the base rates from which success cannot be told apart.
     """
+    clean = cache(known_secrets().cleaned)
     stages_of: dict[str, set[str]] = {}
     for text, digest in _high_bases(plan, records):
-        stages_of.setdefault(text, set()).add(digest)
+        stages_of.setdefault(clean(text), set()).add(digest)
     for digest in plan.stages:
         for text in (records.get(digest, {}).get("notes") or {}).get("warnings") or ():
-            stages_of.setdefault(redacted(str(text)), set()).add(digest)
+            stages_of.setdefault(clean(str(text)), set()).add(digest)
     warnings = [
         StageWarning(
             text=f"not measured before the fine-tune: {why}", stages=0, cells=count, places=()
@@ -136,7 +138,7 @@ def _high_bases(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Iterato
                 " and without a defense: an attack's success there says little without its lift"
                 " over that, and an answer that the judge takes for compliance may be none"
             )
-            yield redacted(text), digest
+            yield text, digest
 
 
 def warnings_in(meta: Mapping[str, Any]) -> list[StageWarning]:

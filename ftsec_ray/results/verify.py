@@ -209,7 +209,8 @@ def _plan_here(
         return None
     file = scratch / Path(archive.manifest.file).name
     file.write_text(text, encoding="utf-8")
-    outside = list(_outside(text, here.base, here.inside)) if FILE_BYTES.value >= len(text) else []
+    is_read = FILE_BYTES.exceeded_by(len(text)) is None
+    outside = list(_outside(text, here.base, here.inside)) if is_read else []
     if outside:
         found.add("plan", [f"not made here: the sweep names {one}" for one in outside])
         return None

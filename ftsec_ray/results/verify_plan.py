@@ -10,6 +10,7 @@ from contextlib import suppress
 from itertools import zip_longest
 
 from ftsec_ray.plan.graph import Plan
+from ftsec_ray.plan.stage import cell_text
 from ftsec_ray.results.archive import PackedCell, PackedPlan
 from ftsec_ray.results.pack import packed_plan
 from ftsec_ray.results.verify_code import listed
@@ -62,10 +63,8 @@ def _cells_differ(
 
 
 def _cell_words(cell: PackedCell) -> str:
-    return (
-        f"{cell.model} x {cell.task} x {cell.attack.name} x"
-        f" {'+'.join(one.name for one in cell.defenses) or 'none'}, seed {cell.seed}"
-    )
+    defenses = [defense.name for defense in cell.defenses]
+    return cell_text(cell.model, cell.task, cell.attack.name, defenses, cell.seed)
 
 
 def _leaves_differ(there: object, here: object, place: str = "") -> Iterator[str]:

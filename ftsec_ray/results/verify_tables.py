@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
 from ftsec_ray.plan.graph import Plan
+from ftsec_ray.plan.search_rounds import nothing_known
 from ftsec_ray.results.archive import Archive, PackedPlan
 from ftsec_ray.results.archive_limits import check_table
 from ftsec_ray.results.archive_zip import PAGE
@@ -269,7 +270,8 @@ def _look_at_searches(found: Findings, results: Results, plan: Plan | None) -> N
     import pyarrow as pa
 
     told = results.table("searches")
-    rows = [search_row(one, look_at_results(results)) for one in plan.searches]
+    look = look_at_results(results) if plan.searches else nothing_known
+    rows = [search_row(search, look) for search in plan.searches]
     made = pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["search"])), schema.searches())
     # Of a chosen setting the tables hold the answers of the reporting half alone.
     unknown = {name for name in made.column_names if name.startswith("choose_")}

@@ -96,10 +96,10 @@ def memory_kills_are_deaths() -> Iterator[None]:
     owner = importlib.import_module("ray.air.execution._internal.actor_manager").RayActorManager
     failed = owner._actor_task_failed  # noqa: SLF001
 
-    def told(self: Any, task: Any, exception: Exception) -> None:
+    def told(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
             exception = RayActorError(error_msg=str(exception))
-        failed(self, task, exception)
+        failed(self, tracked_actor_task=tracked_actor_task, exception=exception)
 
     owner._actor_task_failed = told  # noqa: SLF001
     try:

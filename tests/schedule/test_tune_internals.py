@@ -77,10 +77,10 @@ def test_a_worker_that_ray_kills_for_its_memory_has_died_for_tune_as_well():
     manager._cleanup_actor = lambda tracked_actor: None
     killed = OutOfMemoryError("killed due to the node running low on memory")
     with pytest.raises(RuntimeError, match="unexpected exception"):
-        manager._actor_task_failed(task, killed)
+        manager._actor_task_failed(tracked_actor_task=task, exception=killed)
     with tune_internals.memory_kills_are_deaths():
-        manager._actor_task_failed(task, killed)
+        manager._actor_task_failed(tracked_actor_task=task, exception=killed)
     assert [type(error) for error in told] == [RayActorError, RayActorError]
     assert "low on memory" in str(told[0])
     with pytest.raises(RuntimeError):
-        manager._actor_task_failed(task, killed)
+        manager._actor_task_failed(tracked_actor_task=task, exception=killed)
