@@ -233,7 +233,7 @@ def is_answered(given: Any, folder: Path) -> None:
 
 
 MUTATIONS = int(os.environ.get("FTSEC_TEST_MUTATIONS", "60"))
-"""Of each kind; the shipped sweeps were tried with ten thousand."""
+"""More of them, with what the slowest took: `python -m tests.benchmarks.bench_hostile_sweeps`."""
 
 
 @pytest.mark.timeout(0 if MUTATIONS > 1000 else 300)
