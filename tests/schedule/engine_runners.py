@@ -119,6 +119,13 @@ def runs(folder: Path, what: str = "ran") -> list[str]:
     )
 
 
+def _wait_until_begun(count: int, folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while len(set(runs(folder, "began"))) < count:
+        assert time.monotonic() < deadline, f"fewer than {count} units began side by side"
+        time.sleep(0.05)
+
+
 def write(stage: Stage, out: Path, session: Bench) -> dict[str, Any]:
     """A file that holds a digest of the inputs' bytes; fails, sleeps or dies as its params say."""
     params = stage.params
@@ -135,6 +142,8 @@ def write(stage: Stage, out: Path, session: Bench) -> dict[str, Any]:
     if params.get("die"):
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(params.get("sleep", 0.0))
+    if "until_begun" in params:
+        _wait_until_begun(params["until_begun"], Path(params["log"]))
     if params.get("stuck_once") and not Path(params["stuck_once"]).exists():
         Path(params["stuck_once"]).touch()
         ctypes.PyDLL(None).sleep(

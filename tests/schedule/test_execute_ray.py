@@ -166,9 +166,9 @@ def test_no_more_units_run_at_a_time_than_the_sweep_allows(run, store, tmp_path)
         (running.add if event.kind == "started" else running.discard)(event.unit)
         most = max(most, len(running))
 
-    report = run(
-        plan_of([stage_of(f"s{i}", sleep=0.3) for i in range(8)]), store, workers=2, on_event=watch
-    )
+    log = str(tmp_path)
+    stages = [stage_of(f"s{i}", log=log, until_begun=2, sleep=0.3) for i in range(8)]
+    report = run(plan_of(stages), store, workers=2, on_event=watch)
     assert report.is_complete
     assert most == 2
 
