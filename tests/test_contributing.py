@@ -16,28 +16,18 @@ from pathlib import Path
 import pytest
 
 from ftsec_ray.version import __version__
+from tests.test_end_to_end import filled, sweep
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(ftsec_ray/[\w/]+\.py)`:\n\n```python\n(.*?)```", TEXT, re.M | re.S))
 """Path -> the whole file, as the document shows it."""
-SWEEP = """
-name: walks
-models: [ladder:0.2m]
-task: {kind: microworld, options: {train_rows: 64}}
-attacks: [none]
-defenses: [none, [shuffle, rounding]]
-training: {epochs: 0.25, batch_size: 8}
-evaluation: {prompts: 6, max_new_tokens: 12, perplexity_rows: 2, judges: [terse]}
-"""
 RUN = """
 import json
-from dataclasses import replace
 from pathlib import Path
-from ftsec_ray.models import ladder
 import ftsec_ray
-ladder.SIZES = {name: replace(size, steps=4, align_steps=2) for name, size in ladder.SIZES.items()}
-results = ftsec_ray.run(Path("sweep.yaml"), executor="local", store="store", results="out")
+sweep = json.loads(Path("sweep.json").read_text())
+results = ftsec_ray.run(sweep, executor="local", store="store", results="out")
 print(json.dumps({
     "metrics": results.metrics.select(["cell", "metric", "value", "n"]).to_pylist(),
     "answers": results.generations.select(["cell", "probe", "completion"]).to_pylist(),
@@ -131,8 +121,16 @@ def test_the_metric_of_the_judge_is_listed_and_the_hook_of_the_stage_kind(packag
     assert kinds.index("compress_model") < kinds.index("wrap_generation")
 
 
+@pytest.mark.timeout(600)
 def test_a_sweep_runs_the_methods_the_judge_the_metric_and_the_stage_kinds(package):
-    (package / "sweep.yaml").write_text(SWEEP)
+    changes = {
+        "attacks": ["none"],
+        "defenses": ["none", ["shuffle", "rounding"]],
+        "evaluation": {"prompts": 8, "max_new_tokens": 4, "judges": ["terse"]},
+    }
+    (package / "world").mkdir()
+    described = sweep(filled(package / "world"), **changes)
+    (package / "sweep.json").write_text(json.dumps(described))
     told = json.loads(says(package, "-c", RUN).strip().splitlines()[-1])
     assert told["status"] == ["done", "done"]
     assert ["craft", "shuffle"] in told["stages"]
@@ -146,10 +144,11 @@ def test_a_sweep_runs_the_methods_the_judge_the_metric_and_the_stage_kinds(packa
             for answer in told["answers"]
             if (answer["cell"], answer["probe"]) == (cell, "benign")
         ]
-        assert len(words) == 6
-        assert measured[cell, "answer_words"]["value"] == pytest.approx(sum(words) / 6)
-        assert measured[cell, "answer_words"]["n"] == 6
-        assert measured[cell, "terse_rate"]["value"] == sum(count <= 8 for count in words) / 6
+        assert words
+        assert measured[cell, "answer_words"]["value"] == pytest.approx(sum(words) / len(words))
+        assert measured[cell, "answer_words"]["n"] == len(words)
+        terse = sum(count <= 8 for count in words)
+        assert measured[cell, "terse_rate"]["value"] == terse / len(words)
 
 
 def test_the_plug_in_of_the_document_is_found_by_its_entry_point(tmp_path):
