@@ -1,6 +1,6 @@
 """The version of the package, in one place, and how those of other packages are told."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def version_of(package: str) -> str:

@@ -6,10 +6,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -175,55 +171,6 @@ def test_a_hook_acts_and_the_same_seed_gives_the_same_result(
         rows = runs[0]
         assert from_rows(rows).num_rows == len(rows)
         assert len({row["row_id"] for row in rows}) == len(rows)
-
-
-def test_the_method_of_the_readme_is_one_file_and_acts(tmp_path):
-    root = Path(__file__).parents[1]
-    block = (
-        (root / "README.md")
-        .read_text(encoding="utf-8")
-        .split("## Add a method")[1]
-        .split("```python\n")[1]
-        .split("```")[0]
-    )
-    shutil.copytree(
-        root / "ftsec_ray", tmp_path / "ftsec_ray", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    (tmp_path / "ftsec_ray/defenses/shuffle.py").write_text(block)
-
-    def said(*command):
-        given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path,
-            env=given,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    assert "share" in said("-m", "ftsec_ray", "show", "shuffle")
-    crafted = json.loads(
-        said(
-            "-c",
-            """
-import json
-from pathlib import Path
-from ftsec_ray.context import Runtime, StageContext
-from ftsec_ray.registry import DEFENSES
-from tests.fixtures_models import prompts, tiny_task
-task = tiny_task()
-context = StageContext(seed=0, task=task, runtime=Runtime(), workdir=Path("w"), load=None, training=None)
-crafted = DEFENSES.get("shuffle")().craft_data(task.split("train"), context)
-print(json.dumps([prompts(rows) for rows in (task.split("train"), crafted)]))
-""",
-        )
-    )
-    changed = [one != other for one, other in zip(*crafted, strict=True)]
-    assert 0.2 < sum(changed) / len(changed) < 0.8
-    assert all(
-        sorted(one.split()) == sorted(other.split()) for one, other in zip(*crafted, strict=True)
-    )
 
 
 @pytest.mark.parametrize("name", DEFENSES.names())
