@@ -273,13 +273,14 @@ def limit_table() -> str:
     return rows_table(("variable", "default", "what is counted"), rows)
 
 
+@cache
 def sweeps_table() -> str:
     """The sweep files of the repository."""
     rows = []
     for path in FILES:
         with tempfile.TemporaryDirectory() as folder:
-            spec = api.make_plan(beside_its_inputs(path, Path(folder))).spec
-            plan = api.make_plan(spec)
+            plan = api.make_plan(beside_its_inputs(path, Path(folder)))
+        spec = plan.spec
         planned = sum(cell.searched is None for cell in plan.cells)
         places = len(spec.models) * len(spec.tasks) * len(spec.defenses)
         trials = sum(one.search.trials for one in spec.searches) * places
