@@ -48,18 +48,17 @@ PLACES = {
 }
 """Name of a table -> the mapping of the sweep file whose keys it lists."""
 TYPES = {
-    "sweep.models": "a model, or a list of models",
-    "sweep.task": "a task, or a list of tasks",
-    "sweep.attacks": "`all`, an attack, or a list of attacks",
-    "sweep.defenses": "`all`, a defense, or a list of defenses and stacks",
-    "sweep.seeds": "integer, >= 1, or a list of integers, >= 0",
-    "sweep.exclude": "a list of mappings",
+    "sweep.models": "model or list of models",
+    "sweep.task": "task or list of tasks",
+    "sweep.attacks": "`all`, attack, or list of attacks",
+    "sweep.defenses": "`all`, defense, or list of defenses and stacks",
+    "sweep.exclude": "list of mappings",
     "sweep.measure": "`before`, `after`, or both in a list",
-    "models.serve_template": "text, a list, or a mapping of names to texts",
-    "sweep.prices": "a mapping of machines",
-    "search.metric": "name of a metric",
-    "task.splits": "a mapping",
-    "task.source": "text or a mapping",
+    "models.serve_template": "text, list of texts, or mapping of names to texts",
+    "sweep.prices": "mapping of machines",
+    "search.metric": "text",
+    "task.splits": "mapping",
+    "task.source": "text or mapping",
 }
 """Types that say more in words than the schema does."""
 DEFAULTS = {

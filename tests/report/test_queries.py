@@ -132,9 +132,11 @@ def test_there_are_ten_and_each_is_tested_here(document):
 def test_every_block_of_sql_and_python_runs(path, results):
     connection = duckdb.connect()
     for block in blocks_of(path, "sql"):
-        connection.execute(block)
+        assert connection.execute(block).fetchall(), block
     for block in blocks_of(path, "python"):
-        exec(block, {})
+        names: dict = {}
+        exec(block, names)
+        assert "ftsec_ray" in names, block
 
 
 def test_1_attack_success(sql, asr, utility):
