@@ -155,7 +155,9 @@ def _mapping_of(
         about = {key: value[key] for key in ("description",) if key in value}
         plain = about | changed.get(name, value)
         properties[name] = _or_grid(plain) if grid and name not in changed else plain
-    required = [name for name in schema.get("required", ()) if name in properties]
+    required = [
+        name for name in schema.get("required", ()) if name in known and name not in changed
+    ]
     text = {key: schema[key] for key in ("description",) if key in schema}
     return text | _mapping(properties, *required)
 

@@ -20,6 +20,7 @@ from tests.document_blocks import DOCUMENTS, README, RESULTS, ROOT, SWEEP_FILE, 
 from tests.shipped_sweeps import FILES
 from tests.sweep_reference import BLOCK, PLACES, TABLES, mapping_at, whole_schema, written
 
+jsonschema = pytest.importorskip("jsonschema")
 SMALLEST = {
     "name": "example",
     "models": "ladder:0.2m",
@@ -140,7 +141,9 @@ def test_a_key_without_a_default_is_refused(monkeypatch):
 def test_what_is_said_by_hand_is_about_keys_that_exist(known):
     for place in getattr(sweep_reference, known):
         table, _, key = place.partition(".")
-        assert key in mapping_at(PLACES[table])["properties"], place
+        mapping = mapping_at(PLACES[table])
+        assert key in mapping["properties"], place
+        assert known != "DEFAULTS" or key not in mapping.get("required", ()), place
 
 
 def test_the_splits_of_a_task_are_all_listed():
@@ -178,7 +181,9 @@ def parsed(block: str) -> Any:
 def test_an_example_loads(block, folder):
     given = parsed(block)
     assert load_sweep({**SMALLEST, **given}, base=folder)
-    assert set(given) <= set(KEYS)
+    as_json = json.loads(json.dumps({**SMALLEST, **given}))
+    faults = jsonschema.Draft202012Validator(whole_schema()).iter_errors(as_json)
+    assert [(fault.json_path, fault.message) for fault in faults] == []
 
 
 def test_an_example_with_a_slip_does_not_load(folder):
