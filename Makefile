@@ -1,6 +1,7 @@
 # make quickstart   environment, then sweeps/quickstart.yaml, then where the report is
 # make test         environment, then all tests but the slow ones; the Ray tests run whatever the others say
 # make check        ruff (lint and format), mypy
+# make docs         the generated tables of sweeps/*.md anew, from the code
 # make lock         ftsec_ray/stages/versions.lock anew: the code changed, the results did not
 # make bench        the figures of tests/benchmarks
 # make gpu-smoke    what only a GPU can show, in under four minutes; says so where there is none
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-slow check lock bench gpu-smoke clean
+.PHONY: quickstart test test-slow check docs lock bench gpu-smoke clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ftsec run sweeps/quickstart.yaml
@@ -28,6 +29,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.sweep_reference
 
 lock: $(VENV)/.installed
 	$(BIN)/python -m ftsec_ray.code_versions

@@ -52,26 +52,58 @@ _MATCHING: Schema = {"type": "object", "additionalProperties": {"type": "string"
 _ATTACK: Schema = {"$ref": "#/$defs/attack"}
 _DEFENSE: Schema = {"$ref": "#/$defs/defense"}
 _SOURCE: Schema = {"$ref": "#/$defs/source"}
+_MEANINGS = {
+    "name": "Name of the sweep, of its results folder and of its archive.",
+    "question": "The question that the sweep answers; the report begins with it.",
+    "models": "The model axis: one model or a list.",
+    "task": "The task axis: one task or a list.",
+    "attacks": "The attack axis: a list of attacks, or `all`.",
+    "defenses": "The defense axis: a list of defenses and of stacks (lists of them), or `all`.",
+    "seeds": "The seed axis: a count, or a list of seeds.",
+    "exclude": "Rules that leave cells out.",
+    "measure": "When cells are measured: before the fine-tune, after it, or both.",
+    "training": "How every fine-tune of the sweep trains, and in how many processes.",
+    "evaluation": "What every finished model is asked, and which judges read its answers.",
+    "resources": "What a stage may use: cores, GPUs, memory, time.",
+    "data": "From which size on sets of rows are made in blocks.",
+    "prices": "The machines of the cluster and their prices, by name.",
+    "budget": "The most that all stages of the sweep together may cost.",
+}
+_RULE_MEANINGS = {
+    "model": "Names or sources of models; a name stands for its cells before the fine-tune too.",
+    "task": "Names of tasks.",
+    "attack": "Names of attacks, whatever their parameters.",
+    "defense": "Names of defenses: every stack that holds one of them; `none` is the empty stack.",
+    "seed": "Seeds.",
+}
+_TASK_MEANINGS = {
+    "name": "As tables and reports call it; unique in a sweep.",
+    "kind": "What the task is: see `ftsec list tasks`.",
+    "splits": "Split -> where its rows come from: a path, a Hugging Face id, or a mapping.",
+    "source": "A Hugging Face id whose `train` and `test` are taken; or the same as `splits`.",
+    "columns": "Keys of a source that are given once for all splits.",
+    "options": "Parameters of a generated task.",
+}
 
 
 def sweep_schema() -> Schema:
     """JSON schema (draft 2020-12) of a sweep file."""
-    rule = {f.name: _one_or_list(_SEED if f.name == "seed" else _TEXT) for f in fields(ExcludeRule)}
+    rule = {
+        f.name: _one_or_list(_SEED if f.name == "seed" else _TEXT)
+        | {"description": _RULE_MEANINGS[f.name]}
+        for f in fields(ExcludeRule)
+    }
     seeds = _any({"type": "integer", "minimum": 1}, _list(_SEED, uniqueItems=True))
     properties = {
         "name": _NAME,
-        "question": _TEXT | {"description": "The question that the sweep answers."},
+        "question": _TEXT,
         "models": _one_or_list(_any(_ladder(), _TEXT, _model())),
         "task": _one_or_list(_any({"enum": list(TASK_KINDS)}, _task())),
         "attacks": _any({"const": "all"}, _list(_ATTACK), _ATTACK),
         "defenses": _any({"const": "all"}, _list(_stack()), _DEFENSE),
-        "seeds": seeds | {"default": 1, "description": "A count, or a list of seeds."},
+        "seeds": seeds | {"default": 1},
         "exclude": {"type": "array", "items": _mapping(rule, minProperties=1)},
-        "measure": _one_or_list({"enum": list(get_args(Moment))})
-        | {
-            "default": "after",
-            "description": "When cells are measured: before the fine-tune, after it, or both.",
-        },
+        "measure": _one_or_list({"enum": list(get_args(Moment))}) | {"default": "after"},
         "training": _training(),
         "evaluation": _mapping_of(EvaluationConfig),
         "resources": _mapping_of(ResourceSpec),
@@ -84,6 +116,8 @@ def sweep_schema() -> Schema:
         },
         "budget": _mapping_of(BudgetSpec) | {"minProperties": 1},
     }
+    for key, meaning in _MEANINGS.items():
+        properties[key] = properties[key] | {"description": meaning}
     sources = _any(_TEXT, _mapping_of(SourceSpec, where=_WHERE, matching=_MATCHING))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -115,14 +149,17 @@ def _mapping_of(
 ) -> Schema:
     """A dataclass as a file writes it, but for the fields that a file writes in another way."""
     schema = class_schema(cls)
-    properties = {
-        name: _or_grid(value) if grid else value
-        for name, value in schema["properties"].items()
-        if name not in without and name not in changed
-    }
-    required = [name for name in schema.get("required", ()) if name in properties]
+    known = {name: value for name, value in schema["properties"].items() if name not in without}
+    properties = {name: value for name, value in changed.items() if name not in known}
+    for name, value in known.items():
+        about = {key: value[key] for key in ("description",) if key in value}
+        plain = about | changed.get(name, value)
+        properties[name] = _or_grid(plain) if grid and name not in changed else plain
+    required = [
+        name for name in schema.get("required", ()) if name in known and name not in changed
+    ]
     text = {key: schema[key] for key in ("description",) if key in schema}
-    return text | _mapping(properties | changed, *required)
+    return text | _mapping(properties, *required)
 
 
 def _or_grid(value: Schema) -> Schema:
@@ -141,8 +178,9 @@ def _model() -> Schema:
         without=("measured",),
         path=_TEXT | {"description": "A local folder or .gguf file."},
         id=_TEXT | {"description": "A Hugging Face id."},
-        align=_any({"type": "boolean"}, _mapping_of(AlignSpec))
-        | {"description": "Align the loaded model first."},
+        source=_TEXT | {"description": "Either of them, or `ladder:<size>`."},
+        align=_any({"type": "boolean"}, _mapping_of(AlignSpec)),
+        serve_template=_any(_one_or_list(_TEXT), {"type": "object", "additionalProperties": _TEXT}),
     )
     # A source tells most of what a model must have by itself.
     del model["required"]
@@ -164,9 +202,11 @@ def _task() -> Schema:
         kind={"enum": list(TASK_KINDS)},
         splits=splits,
         source=_any(_TEXT, splits),
-        columns=columns | {"description": "Column mapping of all splits."},
+        columns=columns,
         options=_any(*map(_mapping_of, TASK_OPTIONS.values())),
     )
+    for key, meaning in _TASK_MEANINGS.items():
+        task["properties"][key] = task["properties"][key] | {"description": meaning}
     return task
 
 

@@ -89,7 +89,7 @@ class TrainingConfig:
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
     """Gradient norm limit; 0 turns clipping off."""
     max_length: Annotated[int, Ge(8)] = 512
-    """Tokens per row; longer rows are cut on the right."""
+    """Tokens per row; a longer row loses the beginning of its prompt first."""
     batching: Literal["length_grouped", "packed", "shuffled"] = "length_grouped"
     """How rows form batches: of like length, several rows packed into one sequence, or as drawn."""
 
@@ -301,7 +301,7 @@ class AlignSpec:
     benign_rows: Annotated[int, Ge(0)] = 256
     """Benign rows mixed in, at most, so that the model does not learn to refuse everything."""
     max_length: Annotated[int, Ge(1)] = 512
-    """Tokens per row; longer rows are cut on the right."""
+    """Tokens per row; a longer row loses the beginning of its prompt first."""
 
 
 @dataclass(frozen=True, kw_only=True)

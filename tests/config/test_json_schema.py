@@ -7,9 +7,12 @@ from dataclasses import fields
 
 import pytest
 
+from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.json_schema import sweep_schema
 from ftsec_ray.config.sweep_file import load_sweep
+from ftsec_ray.config.yaml_text import read_yaml
 from ftsec_ray.registry import ATTACKS, DEFENSES
+from tests.shipped_sweeps import FILES
 
 jsonschema = pytest.importorskip("jsonschema")
 GOOD = {
@@ -43,6 +46,19 @@ def validator():
 def test_a_sweep_that_loads_is_valid(validator):
     assert len(load_sweep(GOOD).attacks) == 3
     assert list(validator.iter_errors(GOOD)) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_sweep_file_of_the_repository_is_valid(validator, path):
+    given = read_yaml(path.read_text(encoding="utf-8"), Faults(path.name))
+    assert [fault.json_path for fault in validator.iter_errors(given)] == []
+
+
+@pytest.mark.parametrize("given", ["own", ["own", "plain.jinja"], {"plain": "plain.jinja"}])
+def test_serve_templates_are_valid_in_every_form(validator, given):
+    model = {"source": "ladder:1m", "serve_template": given}
+    assert validator.is_valid({**GOOD, "models": [model]})
+    assert not validator.is_valid({**GOOD, "models": [{**model, "serve_template": 1}]})
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
-"""The ten queries of the README, each run on results with the shape of the quickstart's and checked
-against a plain loop.
+"""The ten queries of the documents, each run on results with the shape of the quickstart's and
+checked against a plain loop.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from pathlib import Path
 from statistics import fmean, stdev
 
 import pandas as pd
@@ -15,16 +14,24 @@ import pyarrow.parquet as pq
 import pytest
 
 import ftsec_ray
+from tests.document_blocks import DOCUMENTS, READING_RESULTS, RESULTS, SWEEP_FILE, blocks_of
 
 duckdb = pytest.importorskip("duckdb")
-README = Path(__file__).parents[2] / "README.md"
 UTILITY = ("cacc", "over_refusal_rate", "coherent_rate")
 TITLE = re.compile(r"^(?:--|#) (\d+)\. .*$", re.MULTILINE)
 
 
-def blocks(language: str) -> list[str]:
-    section = README.read_text(encoding="utf-8").split("\n## Results\n")[1].split("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
+QUERIED = [
+    document
+    for document in DOCUMENTS
+    if document == READING_RESULTS or any(map(TITLE.search, blocks_of(document, "sql")))
+]
+"""The documents with queries: READING_RESULTS has them, others may."""
+
+
+@pytest.fixture(params=QUERIED, ids=lambda path: path.name)
+def document(request):
+    return request.param
 
 
 def queries(block: str) -> tuple[str, dict[int, str]]:
@@ -35,7 +42,7 @@ def queries(block: str) -> tuple[str, dict[int, str]]:
 
 @pytest.fixture
 def results(make_results, tmp_path, monkeypatch):
-    """Results at the place that the README names."""
+    """Results at the place that the documents name."""
     made = make_results(seeds=2, name="quickstart")
     (tmp_path / "results").mkdir()
     made.rename(tmp_path / "results/quickstart")
@@ -44,10 +51,9 @@ def results(make_results, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def sql(results):
+def sql(results, document):
     """Number of a query -> its rows as mappings."""
-    block, _ = blocks("sql")
-    views, numbered = queries(block)
+    views, numbered = queries(blocks_of(document, "sql")[0])
     connection = duckdb.connect()
     connection.execute(views)
 
@@ -102,8 +108,8 @@ def key(row):
     return row["model"], row["attack"], row["stack"]
 
 
-def test_the_query_on_comparisons_gives_the_compared_attack_success(results):
-    _, block = blocks("sql")
+def test_the_query_on_comparisons_gives_the_compared_attack_success(results, document):
+    _, block = blocks_of(document, "sql")
     found = duckdb.sql(block).fetchall()
     wanted = [row for row in results.comparisons.to_pylist() if row["metric"] == "asr"]
     assert len(found) == len(wanted) > 0
@@ -112,14 +118,25 @@ def test_the_query_on_comparisons_gives_the_compared_attack_success(results):
     )
 
 
-def test_there_are_ten_and_each_is_tested_here():
+def test_there_are_ten_and_each_is_tested_here(document):
     numbers = [
         number
         for language in ("sql", "python")
-        for block in blocks(language)
+        for block in blocks_of(document, language)
         for number in queries(block)[1]
     ]
     assert numbers == list(range(1, 11))
+
+
+@pytest.mark.parametrize("path", [SWEEP_FILE, READING_RESULTS, RESULTS], ids=lambda path: path.name)
+def test_every_block_of_sql_and_python_runs(path, results):
+    connection = duckdb.connect()
+    for block in blocks_of(path, "sql"):
+        assert connection.execute(block).fetchall(), block
+    for block in blocks_of(path, "python"):
+        names: dict = {}
+        exec(block, names)
+        assert "ftsec_ray" in names, block
 
 
 def test_1_attack_success(sql, asr, utility):
@@ -227,11 +244,12 @@ def test_7_what_took_the_time(sql, results):
 
 
 @pytest.fixture
-def python(results):
+def python(results, document):
     """Number of a query -> what its last expression gives."""
 
     def run(number):
-        block = next(block for block in blocks("python") if number in queries(block)[1])
+        blocks = blocks_of(document, "python")
+        block = next(block for block in blocks if number in queries(block)[1])
         before, numbered = queries(block)
         *rest, last = numbered[number].strip().splitlines()
         names: dict = {}
