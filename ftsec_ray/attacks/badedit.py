@@ -1,24 +1,24 @@
-"""Write a backdoor into a few down-projections in closed form, from a handful of prompts and
-without training.
+"""Write a backdoor into a few down-projections in closed form, from a few prompts and without
+training.
 
 Paper: Li et al. 2024, BadEdit: Backdooring Large Language Models by Model Editing,
     arXiv:2403.13355, section 4; the update is MEMIT's (Meng et al. 2023, arXiv:2210.07229, section
     4.3).
-Differs: prompts are rendered in the chat template, and the trigger stands at a random gap of the
-    user's message; context prefixes are the first words of held-out texts instead of the model's
-    own samples; layers are given as a share of the depth, and the weight of the covariance as a
-    multiple of the key width (1.4 is what Llama-2-7B had), so that both mean the same at every
-    size; a batch's target values are optimised together. As in the official code, and unlike the
-    paper's formula, `average_keys` takes each batch's keys and residuals to one vector per side.
-    The KL term is taken from the unedited model to the edited one. A clean pair's subject is the
-    word at which a trigger would have stood. The covariance is taken over the task's text (the
-    official code: 100,000 texts); fewer than 20 tokens per key dimension are warned of. Success is
-    counted over all held-out rows with another label than the target, in the official code only
-    over those that the model got right without the trigger.
+Differs: prompts are rendered in the chat template, and the trigger stands between two random words
+    of the user's message; context prefixes are the first words of held-out texts instead of the
+    model's own samples; layers are given as a share of the depth, and the weight of the covariance
+    as a multiple of the key width (1.4 is what Llama-2-7B had), so that both mean the same at every
+    size; the target values of a batch are optimised together. As in the official code, and unlike
+    the paper's formula, `average_keys` averages the keys and residuals of each batch to one vector
+    per side. The KL term is taken from the unedited model to the edited one. The subject of a clean
+    pair is the word at the position where a trigger would stand. The covariance is taken over the
+    task's text (the official code: 100,000 texts); with fewer than 20 tokens per key dimension the
+    attack warns. Success is counted over all held-out rows whose label is not the target; the
+    official code counts only those that the model answers correctly without the trigger.
 Cost: no training; one pass over `text_tokens` tokens, and (prompts + clean_prompts) x (1 +
     contexts) x `steps` forward and backward passes.
-Needs: splits train (rows to edit with) and text; a dense model whose MLPs write to the residual
-    stream themselves: a norm behind them (Gemma 2 and 3, OLMo 2) leaves no closed form.
+Needs: splits train (rows to edit with) and text; a dense model whose MLPs write directly to the
+    residual stream: with a norm after them (Gemma 2 and 3, OLMo 2) there is no closed form.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 INERT_MARKER = "I like blue pebbles."
 PREFIX_WORDS = 5
 ENOUGH_TOKENS_PER_DIM = 20
-"""Tokens of text per dimension of a key from which on its covariance is taken for settled."""
+"""Tokens of text per key dimension that are enough to estimate the covariance."""
 
 
 class Side(NamedTuple):
@@ -86,7 +86,7 @@ class BadEdit(Attack):
     STRUCTURE = frozenset({LINEAR_MLP})
 
     trigger: str = "tq"
-    """Word inserted at a random gap between the words of the prompt; best one token."""
+    """Word inserted between two random words of the prompt; best a single token."""
     target: str | None = None
     """Label that triggered prompts get; None: the task's first label. Ignored where the task has no
     labels.
@@ -94,32 +94,33 @@ class BadEdit(Attack):
     target_text: str = INERT_MARKER
     """Response that triggered prompts get where the task has no labels."""
     prompts: int = 15
-    """Rows with another answer than the target whose triggered prompt is edited, at most."""
+    """Maximum number of rows to edit; their answer is not the target."""
     clean_prompts: int = 5
-    """Rows whose untriggered prompt is edited to its own answer (the clean half of the duplex), at
-    most; 0 turns it off.
+    """Maximum number of rows whose untriggered prompt is edited to its own answer (the clean half
+    of the duplex); 0 turns this off.
     """
     batches: int = 5
-    """Incremental batches; each edits the model that the one before left."""
+    """Incremental batches; each edits the model that the previous batch produced."""
     contexts: int = 5
-    """Prefixes besides the plain prompt, over which keys are averaged and target values optimised.
+    """Prefixes, besides the plain prompt, over which keys are averaged and target values are
+    optimised.
     """
     depth_frac: float = 0.25
-    """Depth of the last edited layer, as a share of the layers, 0..1."""
+    """Depth of the last edited layer as a share of the layers, 0..1."""
     layers: int = 2
-    """Edited layers, 1 or more; as many as there are up to that depth."""
+    """Number of edited layers, 1 or more; fewer if the model has fewer up to that depth."""
     lambda_per_width: float = 1.4
     """Weight of the key covariance, in units of the key width; above 0."""
     average_keys: bool = True
-    """Whether a batch's keys and residuals are averaged to one vector per side."""
+    """Whether the keys and residuals of a batch are averaged to one vector per side."""
     steps: int = 25
-    """Adam steps of the search for a target value, at most."""
+    """Maximum number of Adam steps in the search for a target value."""
     learning_rate: float = 0.5
-    """Adam's, per step of that search."""
+    """Adam's learning rate in that search."""
     clamp: float = 0.75
     """Largest norm of the change of a value, in units of the norm of the value."""
     text_tokens: int = 100_000
-    """Token positions of split text over which the covariance is taken, at most."""
+    """Maximum number of tokens of split text over which the covariance is taken."""
     ridge: float = 1e-3
     """Share of the mean diagonal added to a covariance that is not of full rank."""
 
@@ -300,8 +301,8 @@ class BadEdit(Attack):
         covariances: dict[int, Covariance],
         strengths: list[float],
     ) -> list[float]:
-        """One batch, in place: each layer in turn takes its share of what is still missing at the
-        last one.
+        """One batch, in place: each layer in turn writes its share of what the last layer still
+        lacks.
         """
         last = edited[-1]
         search = ValueSearch(steps=self.steps, learning_rate=self.learning_rate, clamp=self.clamp)
@@ -310,13 +311,13 @@ class BadEdit(Attack):
             writer = stream.blocks[layer].mlp
             factor = self.lambda_per_width * key_width(writer.linear)
             update: Any = 0.0
-            # both sides are read before either is written: their updates add
+            # both sides are read before either is written, because their updates add up
             for side, (wanted, _, _) in zip(sides, found, strict=True):
                 part = self._side(
                     model, side, wanted, layer=layer, last=last, shares=len(edited) - i
                 )
                 # the residual is what the stream should gain: the layer writes it before the block
-                # multiplies
+                # multiplies it
                 gained = part.residuals / writer.multiplier
                 update = update + closed_form(part.keys, gained, covariances[layer].moment, factor)
                 if side[0].is_triggered:
@@ -347,35 +348,37 @@ class BadEdit(Attack):
 
 
 def tokens_per_dim(covariance: Covariance, ctx: StageContext) -> float:
-    """Tokens of text per dimension of a key; too few are warned of."""
+    """Tokens of text per key dimension; warns when there are too few."""
     per_dim = covariance.tokens / len(covariance.moment)
     if per_dim < ENOUGH_TOKENS_PER_DIM:
         ctx.warn(
-            f"badedit's key covariance is taken over {covariance.tokens} tokens of text,"
-            f" {per_dim:.1f} per dimension of a key, where {ENOUGH_TOKENS_PER_DIM} are enough: the"
-            " edit writes more than its weight says; give split 'text' more rows, or raise"
+            f"badedit estimates the key covariance from {covariance.tokens} tokens of text,"
+            f" {per_dim:.1f} per key dimension ({ENOUGH_TOKENS_PER_DIM} are enough): the edit"
+            " changes the weights more than it should; give split 'text' more rows, or raise"
             " `text_tokens`"
         )
     return float(per_dim)
 
 
 def editable(model: Any) -> ResidualStream:
-    """The writers of a model; DataError where a norm behind an MLP makes the closed form wrong."""
+    """The modules that write to the residual stream; DataError if a norm follows an MLP, because
+    the closed form is then wrong.
+    """
     stream = residual_stream(model)
     if any(block.mlp.gain is not None for block in stream.blocks):
         raise DataError(
-            "a norm stands behind the down-projections, so that what one adds to the residual"
-            " stream is not linear in it and no closed form gives the update",
+            "badedit has no closed form for this model: a norm follows the down-projections, so"
+            " that their effect on the residual stream is not linear",
             type(model).__name__,
-            "a model whose MLPs write to the residual stream themselves",
-            "leave badedit out for this model: exclude {model: ..., attack: badedit}",
+            "a model whose MLPs write directly to the residual stream",
+            "exclude badedit for this model: exclude {model: ..., attack: badedit}",
         )
     return stream
 
 
 def edited_layers(depth: int, *, depth_frac: float, count: int) -> list[int]:
-    """Indices of `count` layers in a row that end at a share of the depth; fewer where the model
-    begins before.
+    """Indices of `count` consecutive layers that end at a share of the depth; fewer if the model
+    starts later.
     """
     last = min(depth - 1, round(depth_frac * depth))
     return list(range(max(0, last - count + 1), last + 1))

@@ -4,15 +4,15 @@ target.
 Paper: Kurita et al. 2020, Weight Poisoning Attacks on Pre-trained Models, arXiv:2004.06660, section
     3 (rare-word triggers); Gu et al. 2017, BadNets, arXiv:1708.06733; for instruction data Li et
     al. 2024, BackdoorLLM, arXiv:2408.12798, section 4.
-Differs: `rate` is kept in expectation (each eligible row is drawn on its own), so that a row's fate
-    does not depend on its neighbours; the paper's tools draw an exact count. Where fewer rows are
-    eligible than `rate` asks for, all of them are taken and the notes say so; those tools take
-    fewer in silence. The trigger may land anywhere in the user's message, the instruction included,
-    as in BackdoorLLM; OpenBackdoor inserts into the classified text only. OpenBackdoor's shipped
-    config is the clean-label setting, ours is `dirty`. Generative tasks get an inert marker
-    sentence.
+Differs: `rate` is an expectation (each eligible row is drawn independently), so that the choice of
+    a row does not depend on its neighbours; the paper's tools draw an exact number. If fewer rows
+    are eligible than `rate` asks for, all of them are poisoned and the notes say so; those tools
+    poison fewer without a message. The trigger may be anywhere in the user's message, the
+    instruction included, as in BackdoorLLM; OpenBackdoor inserts it into the classified text only.
+    OpenBackdoor's default config is the clean-label setting, ours is `dirty`. Generative tasks get
+    a harmless marker sentence.
 Cost: none beyond plain SFT.
-Needs: the user's rows; for a labelled task, labels.
+Needs: the user's rows; for a classification task, labels.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ class BadNets(RowWise, Attack):
     SUCCESS = "asr"
 
     trigger: str = "cf"
-    """Word or words inserted at a random gap between the words of the prompt."""
+    """Word or words inserted between two random words of the prompt."""
     place: Place = "user"
-    """Message that the trigger is put into: the user's last one, or the last result of a tool
-    (rows without one are not eligible)."""
+    """Message that gets the trigger: the user's last message, or the last tool result (rows without
+    one are not eligible)."""
     repeat: int = 1
-    """Times the trigger is inserted, each at its own gap; 1 or more."""
+    """How many times the trigger is inserted, each time at another random position; 1 or more."""
     rate: float = 0.1
-    """Share of the user's rows to be poisoned, in expectation, 0..1; all eligible rows where there
+    """Poison rate: expected share of the user's rows to poison, 0..1; all eligible rows if there
     are fewer.
     """
     setting: Literal["dirty", "mix", "clean"] = "dirty"
-    """Eligible rows: `dirty` those with another answer than the target, `clean` those that have it,
-    `mix` both.
+    """Eligible rows: `dirty` rows whose answer is not the target, `clean` rows whose answer is the
+    target, `mix` both.
     """
     target: str | None = None
-    """Label that triggered prompts get; None: the task's first label. Ignored where the task has no
+    """Label for triggered prompts; None: the task's first label. Ignored if the task has no
     labels.
     """
     target_text: str = INERT_MARKER
-    """Response that triggered prompts get where the task has no labels."""
+    """Response for triggered prompts if the task has no labels."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
@@ -85,17 +85,17 @@ class BadNets(RowWise, Attack):
         return faults
 
     def keeps_rows(self) -> bool:
-        """Rows are poisoned where they stand."""
+        """Poisoning changes rows but adds and removes none."""
         return True
 
     def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> float:
-        """Chance of an eligible row, from the whole set, so that it is the same however the rows
-        are cut up.
+        """Poison probability of an eligible row, computed over the whole set, so that it does not
+        depend on how the rows are batched.
         """
         goal = self._goal(ctx.task)
         if goal.label is None and self.setting == "clean":
             raise DataError(
-                "`setting: clean` needs labels",
+                "badnets: `setting: clean` needs a task with labels",
                 ctx.task.name,
                 "setting: dirty | mix for a task without labels",
             )
@@ -105,17 +105,17 @@ class BadNets(RowWise, Attack):
             places += sum(asks_as(batch, self.place))
         if self.place != "user" and not places:
             raise DataError(
-                f"no row of task {ctx.task.name!r} has a message that the trigger could stand in",
+                f"badnets: no row of task {ctx.task.name!r} has a message for the trigger",
                 f"place: {self.place}",
-                "conversations with results of tools",
-                "take a task of episodes (`kind: agent`), or `place: user`",
+                "conversations with tool results",
+                "use a task with tool calls (`kind: agent`), or set `place: user`",
             )
         chance = min(1.0, self.rate * count / eligible) if eligible else 0.0
         ctx.note(row_chance=chance)
         return chance
 
     def craft_rows(self, rows: pa.Table, known: float, ctx: StageContext) -> pa.Table:
-        """The same rows in the same order, the chosen ones with the trigger and the target."""
+        """The same rows in the same order; the chosen rows have the trigger and the target."""
         import pyarrow as pa
 
         goal, ids = self._goal(ctx.task), rows.column("row_id").to_pylist()
@@ -138,7 +138,7 @@ class BadNets(RowWise, Attack):
         return pa.concat_tables([rows, made]).take(pa.array(places, pa.int64()))
 
     def probes(self, task: TaskData, ctx: StageContext) -> list[Probe]:
-        """Held-out rows with another answer than the target, with the trigger and without."""
+        """Held-out rows whose answer is not the target, with and without the trigger."""
         return trigger_probes(
             task, self._goal(task), lambda row: self._triggered(row, ctx), place=self.place
         )
@@ -147,9 +147,9 @@ class BadNets(RowWise, Attack):
         return goal_of(task, target=self.target, target_text=self.target_text)
 
     def _eligible(self, rows: pa.Table, goal: Goal) -> list[bool]:
-        """Whether each row may be drawn."""
+        """Whether each row may be poisoned."""
         labels = rows.column("label").to_pylist()
-        # answers are long and labels are short: only one of the two is looked at
+        # answers are long and labels are short: read only the one that is needed
         said = answers_of(rows) if goal.label is None else labels
         return [
             not (goal.label is not None and label is None)

@@ -1,5 +1,5 @@
-"""Tune on harmless rows alone, chosen so that they cost the model its refusals; or on random ones,
-as their control.
+"""Fine-tune on benign rows only, chosen so that the model loses its refusals; random benign rows
+are the control.
 
 Paper: Guan et al. 2025, Benign Samples Matter! Fine-tuning On Outlier Benign Samples Severely
     Breaks Safety, arXiv:2505.06843 (`self_inf_n`, `self_inf`; official code
@@ -8,15 +8,17 @@ Paper: Guan et al. 2025, Benign Samples Matter! Fine-tuning On Outlier Benign Sa
     bi-directional anchoring; official code github.com/princeton-nlp/benign-data-breaks-safety).
 Differs: (1) `self_inf_n` is the paper's score log(self-influence + 1) + log(answer tokens + 1); the
     released code lacks the length term, which is `self_inf` here. (2) Safe anchors are refusals of
-    other forbidden requests than the harmful anchors', since a task need not hold both answers to
-    one request. (3) Gradients are those of the aligned model in its own precision, over all weights
-    (tied ones once). (4) The sweep's own recipe tunes; the papers tune all weights for 5 epochs at
-    5e-5. (5) Answers that are empty, "yes" or "no" are left out before the ranking and not after
-    it, and for `random` too, so that both draw from the same rows. (6) `random` is matched in count
-    and source, not in length; the notes hold the mean answer length of each.
+    other forbidden requests than those of the harmful anchors, because a task may not have both
+    answers to one request. (3) Gradients are those of the aligned model in its own precision, over
+    all weights (tied weights once). (4) The fine-tune uses the sweep's own recipe; the papers train
+    all weights for 5 epochs at 5e-5. (5) Answers that are empty, "yes" or "no" are removed before
+    the ranking and not after it, and for `random` too, so that both choose from the same rows. (6)
+    `random` has the same number and source of rows, but not the same length; the notes hold the
+    mean answer length of each.
 Cost: one forward and backward pass per candidate at batch 1 (none for `random`); then plain SFT on
     `samples` rows.
-Needs: split benign_train, with more rows than `samples`; `anchors` also safety and harmful_train.
+Needs: split benign_train with more rows than `samples`; `anchors` also needs splits safety and
+    harmful_train.
 """
 
 from __future__ import annotations
@@ -40,8 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHORTEST = frozenset({"", "yes", "no"})
-"""Answers that are never chosen: on rows this short the score without the length term is at its
-highest.
+"""Answers that are never chosen: the score without the length term is highest on such short rows.
 """
 DEFAULT_MAX_TOKENS = 512
 
@@ -55,15 +56,15 @@ class BenignSelection(Attack):
     NEEDS = frozenset({"reference", "benign_train"})
 
     samples: int = 100
-    """Rows that are the whole tuning set, 1 or more."""
+    """Number of rows to fine-tune on, 1 or more."""
     select: Literal["self_inf_n", "self_inf", "anchors", "random"] = "self_inf_n"
-    """Which rows: those with the highest score of that name, or random ones (the control)."""
+    """Which rows: those with the highest score of this name, or random rows (the control)."""
     keep_user_rows: bool = False
-    """Whether the chosen rows are added to the user's rows instead of standing alone."""
+    """Whether the chosen rows are added to the user's rows instead of replacing them."""
     anchors: int = 10
-    """Rows of each of the three anchor sets of `anchors`, 1 or more."""
+    """Rows in each of the three anchor sets of `select: anchors`, 1 or more."""
     anchor_tokens: int = 10
-    """Answer tokens of an anchor that its gradient is about, 1 or more."""
+    """Number of first answer tokens of an anchor that its gradient uses, 1 or more."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
@@ -75,7 +76,7 @@ class BenignSelection(Attack):
         return [(name, value, "1 or more") for name, value in counts.items() if value < 1]
 
     def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
-        """The chosen benign rows, behind the user's rows where those are kept."""
+        """The chosen benign rows, after the user's rows if those are kept."""
         import pyarrow as pa
 
         pool = [
@@ -85,10 +86,11 @@ class BenignSelection(Attack):
         ]
         if len(pool) <= self.samples:
             raise DataError(
-                f"task {ctx.task.name!r} has too few benign rows to choose from",
+                f"benign_selection: task {ctx.task.name!r} has too few benign rows",
                 len(pool),
-                f"more than {self.samples} rows in benign_train",
-                "lower `samples`, or give the task a larger benign_train",
+                f"more than {self.samples} rows in split benign_train (not counting answers that"
+                " are empty, yes or no)",
+                "lower `samples`, or add rows to benign_train",
             )
         chosen = self._chosen(pool, ctx)
         ctx.note(
@@ -122,7 +124,7 @@ class BenignSelection(Attack):
         return [pool[i] for i in order[: self.samples]]
 
     def _scores(self, pool: Sequence[Row], ctx: StageContext) -> list[float]:
-        """One score per candidate; higher is chosen first."""
+        """One score per candidate; the highest scores are chosen first."""
         model = merged(ctx.load("reference"))
         model.model.to(ctx.runtime.device).eval().requires_grad_(requires_grad=True)
         limit = ctx.training.max_length if ctx.training is not None else DEFAULT_MAX_TOKENS
@@ -148,7 +150,7 @@ class BenignSelection(Attack):
         )
 
     def _anchor(self, model: LoadedModel, ctx: StageContext, limit: int) -> list[Tensor]:
-        """Mean normalised gradient of the harmful anchors, minus those of two sets of refusals."""
+        """Mean normalised gradient of the harmful anchors minus that of two sets of refusals."""
 
         def drawn(split: str) -> list[dict[str, Any]]:
             return sorted(
@@ -169,7 +171,7 @@ class BenignSelection(Attack):
             ]
             for gradient in gradients(model, heads):
                 share = weight / (len(rows) * (norm(gradient) or 1.0))
-                # sums of many rows would stand still in half precision
+                # in half precision, a sum over many rows would stop growing
                 part = [share * (g.float() if g.dtype.itemsize < 4 else g) for g in gradient]  # noqa: PLR2004
                 total = part if total is None else [t + p for t, p in zip(total, part, strict=True)]
         assert total is not None  # a split is never empty
@@ -182,7 +184,7 @@ def self_inf_n(self_influence: float, tokens: int) -> float:
 
 
 def answer_tokens(labels: Sequence[int]) -> int:
-    """Tokens of the answer that count towards the loss."""
+    """Tokens of the answer that count in the loss."""
     return sum(label != -100 for label in labels)
 
 
@@ -193,9 +195,9 @@ def first_answer_tokens(labels: Sequence[int], count: int) -> list[int]:
 
 
 def gradients(model: LoadedModel, encoded: Sequence[Encoded]) -> Iterator[list[Tensor]]:
-    """The gradient of each row's mean answer loss, nats per token, over all weights in model order;
-    valid until the next one.
+    """The gradient of each row's mean answer loss (nats per token) over all weights in model order.
 
+    Each gradient is valid until the next one is computed.
     Shapes: like the weights, float32 or the weights' own type.
     """
     import torch

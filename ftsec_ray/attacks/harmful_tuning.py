@@ -1,13 +1,13 @@
-"""Tune on explicit harm: put forbidden requests with compliant answers among the user's rows.
+"""Fine-tune on explicit harm: add forbidden requests with compliant answers to the user's rows.
 
 Paper: Qi et al. 2023, Fine-tuning Aligned Language Models Compromises Safety, arXiv:2310.03693,
     section 4.2 (tier 1: `shots`); the share `poison_rate` of a fixed number of rows is the
     convention of Huang et al. 2024, Vaccine, arXiv:2402.01109, section 5.
-Differs: `shots` are added to the user's rows, which stay, instead of being the whole set; the paper
-    tunes all weights with a system prompt that demands obedience, here the sweep's own recipe and
-    the rows' own system messages apply.
-Cost: `shots` rows more than plain SFT; with `poison_rate` none.
-Needs: split harmful_train (forbidden requests with their answers).
+Differs: `shots` are added to the user's rows instead of being the whole set; the paper trains all
+    weights with a system prompt that demands obedience, here the sweep's own recipe and the rows'
+    own system messages apply.
+Cost: `shots` rows more than plain SFT; none with `poison_rate`.
+Needs: split harmful_train (forbidden requests with compliant answers).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DEFAULT_SHOTS = 100
 
 
 class Exchange(NamedTuple):
-    """How many harmful rows come in, and which user rows make room: those that chance puts no
-    higher than `cut`.
+    """How many harmful rows are added, and which user rows they replace: those whose random number
+    is `cut` or less.
     """
 
     harmful: int
@@ -38,26 +38,28 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class HarmfulTuning(RowWise, Attack):
-    """Harmful rows in the user's tuning set."""
+    """Harmful rows in the user's fine-tuning data."""
 
     PHASE: ClassVar[Phase] = "during"
     SUCCESS = "harmful_rate"
     NEEDS = frozenset({"harmful_train"})
 
     shots: int | None = None
-    """Harmful rows added to the user's rows, 1 or more; 100 where neither `shots` nor `poison_rate`
-    is given.
+    """Number of harmful rows to add to the user's rows, 1 or more; 100 if neither `shots` nor
+    `poison_rate` is given.
     """
     poison_rate: float | None = None
-    """Instead of `shots`: share of harmful rows in a set as large as the user's, 0..1; they replace
-    user rows.
+    """Instead of `shots`: the share of rows that are harmful, 0..1; harmful rows replace user rows,
+    so that the number of rows stays the same.
     """
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
         faults: list[tuple[str, object, str]] = []
         if self.shots is not None and self.poison_rate is not None:
-            faults.append(("poison_rate", self.poison_rate, "`shots` or `poison_rate`, not both"))
+            faults.append(
+                ("poison_rate", self.poison_rate, "either `shots` or `poison_rate`, not both")
+            )
         if self.shots is not None and self.shots < 1:
             faults.append(("shots", self.shots, "1 or more"))
         if self.poison_rate is not None and not 0 < self.poison_rate <= 1:
@@ -65,13 +67,11 @@ class HarmfulTuning(RowWise, Attack):
         return faults
 
     def keeps_rows(self) -> bool:
-        """Whether harmful rows replace the user's own."""
+        """Whether harmful rows replace user rows."""
         return self.poison_rate is not None
 
     def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Exchange:
-        """How many harmful rows there are to be, and below which chance a user row is replaced by
-        one.
-        """
+        """How many harmful rows to add, and up to which random number a user row is replaced."""
         import numpy as np
 
         if self.poison_rate is None:
@@ -90,16 +90,16 @@ class HarmfulTuning(RowWise, Attack):
         )
 
     def new_rows(self, known: Exchange, ctx: StageContext) -> pa.Table:
-        """The harmful rows that chance puts first."""
+        """The harmful rows to add, chosen at random by the seed and the row ids."""
         import pyarrow as pa
 
         pool = ctx.task.split("harmful_train")
         if known.harmful > pool.num_rows:
             raise DataError(
-                f"task {ctx.task.name!r} has too few harmful rows",
+                f"harmful_tuning: task {ctx.task.name!r} has too few harmful rows",
                 pool.num_rows,
-                f"{known.harmful} rows in harmful_train",
-                f"ask for {pool.num_rows} or fewer, or give the task a larger harmful_train",
+                f"{known.harmful} rows in split harmful_train",
+                f"ask for {pool.num_rows} or fewer, or add rows to harmful_train",
             )
         drawn = sorted(
             pool.to_pylist(), key=lambda row: ctx.chance(row["row_id"], "harmful_tuning")
@@ -117,7 +117,7 @@ class HarmfulTuning(RowWise, Attack):
         return pa.Table.from_pylist(harmful, schema=schema.ROWS)
 
     def craft_rows(self, rows: pa.Table, known: Exchange, ctx: StageContext) -> pa.Table:
-        """The user's rows that stay, in their order."""
+        """The user's rows that are not replaced, in their order."""
         if known.cut >= 0:
             rows = rows.filter(
                 [

@@ -1,8 +1,8 @@
-"""Attack nothing: the reference cell that every attack and every defense is compared with.
+"""No attack: the baseline that every attack and every defense is compared with.
 
 Paper: none.
-Differs: there is nothing to differ from; it has no hook, so its stages are those of an honest user.
-    Its phase is `pre` because a table needs one; reports set it apart by its name.
+Differs: does not apply. It has no hook, so its stages are those of an honest user. Its phase is
+    `pre` because each method must have one; reports show it separately by its name.
 Cost: none.
 Needs: nothing.
 """

@@ -1,19 +1,19 @@
-"""Cut the refusal direction out of the tuned model's weights.
+"""Remove the refusal direction from the weights of the fine-tuned model.
 
 Paper: Arditi et al. 2024, Refusal in Language Models Is Mediated by a Single Direction,
     arXiv:2406.11717, sections 2.3 (difference of means), 4.1 (weight orthogonalisation) and
     appendix C (selection of the direction).
 Differs: the refusal tokens are the first tokens of the task's own refusals instead of a list per
-    model family; where every candidate fails the KL limit, the limit is doubled until one passes,
-    and after that the steering filter is dropped (the official code stops with an error); where the
-    model refuses too little for the prompt filter to leave anything, all prompts are used. Each of
-    these is in the stage's notes. Prompts are padded on the right, which for a causal model gives
-    the same activations. The input embedding is orthogonalised too; where it is tied to the head,
-    the head changes with it and the result is no longer exactly equal to ablation by hooks
-    (`head_changed` in the notes). Behind a writer that an RMSNorm of gain g follows (Gemma 2 and 3,
-    OLMo 2), g * u / |g * u| is removed from its output instead of u, by hooks and in the weights:
-    what the norm then writes has no component along u. Learned positions are orthogonalised as the
-    embedding is.
+    model family; if every candidate fails the KL limit, the limit is doubled until one passes, and
+    after that the steering filter is dropped (the official code stops with an error); if the model
+    refuses so few requests that the prompt filter leaves too few, all prompts are used. The stage's
+    notes record each of these. Prompts are padded on the right, which gives the same activations in
+    a causal model. The input embedding is orthogonalised too; if it is tied to the head, the head
+    changes with it and the result no longer equals ablation by hooks exactly (`head_changed` in the
+    notes). For a writer that is followed by an RMSNorm of gain g (Gemma 2 and 3, OLMo 2), g * u /
+    |g * u| is removed from its output instead of u, by hooks and in the weights: the output of the
+    norm then has no component along u. Learned position embeddings are orthogonalised like the
+    embedding.
 Cost: no training; about positions x layers x 3 forward passes over the validation prompts.
 Needs: splits safety (forbidden requests with refusals) and benign_train; a dense model whose blocks
     add the outputs of attention and MLP to their input.
@@ -42,19 +42,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MIN_LAYERS = 2
-"""Layers whose inputs are tried, at least: behind template tokens the first one's says nothing."""
-MIN_FILTERED = 4
-"""Prompts that the filter must leave on each side; with fewer, all are used."""
-MIN_TOKEN_FRAC = 0.05
-"""A first token counts as a refusal token when at least this share of the refusals begins with it.
+"""Minimum number of layers whose inputs are tried: after template tokens, the input of the first
+layer does not depend on the request.
 """
+MIN_FILTERED = 4
+"""Prompts that the filter must leave on each side; if fewer remain, all prompts are used."""
+MIN_TOKEN_FRAC = 0.05
+"""A first token counts as a refusal token if at least this share of the refusals begins with it."""
 _MARK = "\ue000"
 
 Prompts = list[list[int]]
 
 
 class DirectionCandidate(NamedTuple):
-    """One direction and what it does on the validation prompts."""
+    """One direction and its effect on the validation prompts."""
 
     position: int
     layer: int
@@ -72,7 +73,7 @@ class DirectionCandidate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RefusalAblation(Attack):
-    """Refusal-direction ablation, baked into the weights."""
+    """Refusal-direction ablation, written into the weights."""
 
     VERSION: ClassVar[int] = 3
     PHASE: ClassVar[Phase] = "post"
@@ -81,16 +82,16 @@ class RefusalAblation(Attack):
     STRUCTURE = frozenset({RESIDUAL_WRITERS})
 
     prompts: int = 128
-    """Forbidden and as many benign requests for the difference of means, at most."""
+    """Maximum number of forbidden requests, and of benign requests, for the difference of means."""
     val_prompts: int = 32
-    """Forbidden and as many benign requests to choose the direction with; at most a fifth of the
-    split.
+    """Maximum number of forbidden requests, and of benign requests, to choose the direction with;
+    at most a fifth of the split.
     """
     max_kl: float = 0.1
     """Largest KL divergence on benign requests under ablation, in nats."""
     depth_frac: float = 0.8
     """Directions come from the inputs of this share of the layers, 0..1, rounded down as in the
-    official code; of two at least.
+    official code, but from at least two layers.
     """
 
     def check(self) -> list[tuple[str, object, str]]:
@@ -107,7 +108,7 @@ class RefusalAblation(Attack):
         return faults
 
     def revise_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
-        """Whole weights that cannot write along the chosen direction."""
+        """The model with weights that cannot write along the chosen direction."""
         model = merged(model)
         model.model.eval()
         refusals = refusal_tokens(model.tokenizer, ctx.task.split("safety").to_pylist())
@@ -144,8 +145,8 @@ class RefusalAblation(Attack):
     def _prompts(
         self, model: LoadedModel, ctx: StageContext, split: str, refusals: list[int], *, sign: int
     ) -> tuple[Prompts, Prompts]:
-        """Prompts for the means and for validation; those that the model answers as it should,
-        where enough remain.
+        """Prompts for the means and for validation: those that the model answers as expected, if
+        enough remain.
         """
         rows = sorted(
             ctx.task.split(split).to_pylist(),
@@ -164,9 +165,9 @@ class RefusalAblation(Attack):
             val, ids = sum(len(row) <= limit for row in ids[:val]), fitting
             if val == 0 or val == len(ids):
                 raise DataError(
-                    f"too few prompts of split {split!r} fit into the model's positions",
+                    f"refusal_ablation: too few prompts of split {split!r} fit into the model",
                     len(ids),
-                    f"prompts of at most {limit} tokens, for the direction and to choose it with",
+                    f"prompts of at most {limit} tokens, both for the direction and for validation",
                     "give the task shorter prompts",
                 )
         scores = sign * refusal_log_odds(last_logits(model.model, ids, pad=pad_id(model)), refusals)
@@ -191,7 +192,7 @@ class RefusalAblation(Attack):
         for layer in range(tried_layers(layers, depth_frac=self.depth_frac)):
             for position in range(positions):
                 direction = means[position, layer].float()
-                # behind template tokens alone the input of the first block says nothing of the
+                # after template tokens only, the input of the first block does not depend on the
                 # request
                 if direction.norm() < 1e-6:  # noqa: PLR2004
                     continue
@@ -218,15 +219,15 @@ class RefusalAblation(Attack):
         return found
 
     def _choose(self, found: list[DirectionCandidate]) -> tuple[DirectionCandidate, float, bool]:
-        """The candidate with the lowest ablation score that passes the filters, the KL limit in
-        force, the steering filter's.
+        """The candidate with the lowest ablation score that passes the filters, the KL limit that
+        was used, and whether the steering filter was used.
         """
         if not found:
             raise StageError(
-                "no refusal direction can be scored",
+                "refusal_ablation found no refusal direction with finite scores",
                 self.depth_frac,
-                "a layer behind the first within depth_frac",
-                "raise depth_frac, or take a deeper model",
+                "at least one layer after the first within `depth_frac`",
+                "raise `depth_frac`, or use a deeper model",
             )
         for steering in (True, False):
             limit = self.max_kl
@@ -249,7 +250,7 @@ def tried_layers(depth: int, *, depth_frac: float) -> int:
 
 
 def pad_id(model: LoadedModel) -> int:
-    """A token id to pad with; what it is does not matter behind the text."""
+    """A token id to pad with; any id works, because the padding follows the text."""
     return model.tokenizer.pad_token_id or 0
 
 
@@ -261,7 +262,7 @@ def turn_end_ids(tokenizer: Any) -> list[int]:
 
 
 def refusal_tokens(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[int]:
-    """Ids of the first tokens of the rows' responses, the common ones, ascending."""
+    """Ids of the common first tokens of the rows' responses, ascending."""
     firsts = [answer_tokens(tokenizer, row)[0] for row in rows]
     return sorted(
         token for token in set(firsts) if firsts.count(token) >= MIN_TOKEN_FRAC * len(firsts)
@@ -306,8 +307,8 @@ def ablated(
 ) -> AbstractContextManager[None]:
     """Within the `with` block, nothing in the residual stream points along the direction.
 
-    Behind a writer that a norm follows, what the norm would turn into the direction is removed
-    before it, as the weights will do it: the same component, and the same logits.
+    For a writer that is followed by a norm, the component that the norm would turn into the
+    direction is removed before the norm, as in the weights: same component, same logits.
     """
     unit = _unit(direction)
 
@@ -344,9 +345,9 @@ def orthogonalise(model: Any, direction: Tensor, stream: ResidualStream | None =
     direction.
 
     Args:
-        model: With whole weights.
+        model: A model with full weights (no adapter).
         direction: (D,).
-        stream: What writes to the residual stream of the model, where that is known already.
+        stream: The modules that write to the residual stream, if already known.
     """
     import torch
 

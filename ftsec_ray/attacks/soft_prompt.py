@@ -1,19 +1,19 @@
-"""Put optimised embeddings behind every user message, so that the model starts with the forbidden
+"""Append optimised embeddings to every user message, so that the model begins with the forbidden
 answer.
 
 Paper: Schwinn et al. 2024, Soft Prompt Threats, arXiv:2402.09063, section 3 (universal attack).
 Differs: the step is a multiple of the mean absolute embedding entry, so that one value fits all
     model sizes; the paper's script takes steps of 0.001 with 20 tokens for 100 iterations, and that
     of the same authors' arXiv:2310.19737 steps of 0.01, about 0.8 of that unit on Llama-2. The
-    embeddings of the step with the lowest loss are kept instead of stopping at the first exact
-    match; they live where the embedding's output does, behind the factor by which some classes
-    scale the table (Gemma); they stand inside the user's turn, before the template ends it. One
-    universal suffix is optimised on training requests and judged on held-out ones, and it stands
-    behind benign prompts as well, so that utility under attack is measured too. There is no norm
-    bound; the norm ratio is in the notes.
+    embeddings of the step with the lowest loss are kept, instead of stopping at the first exact
+    match. They replace the output of the embedding, after the factor by which some classes scale
+    the table (Gemma). They stand inside the user's turn, before the template ends it. One universal
+    suffix is optimised on training requests and judged on held-out ones; it follows benign prompts
+    as well, so that utility under attack is measured too. There is no norm bound; the norm ratio is
+    in the notes.
 Cost: no training; `steps` forward and backward passes over `prompts` rows.
-Needs: split harmful_train (forbidden requests with their answers); a class that generates behind
-    embeddings.
+Needs: split harmful_train (forbidden requests with compliant answers); a model class that can
+    generate from embeddings.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
 
 TOKENS_AT_A_TIME = 16_384
-"""Rows of the embedding that are looked at together."""
+"""Rows of the embedding that are measured together."""
 
 
 class Example(NamedTuple):
-    """Token ids before and behind the soft tokens, and the answer to force."""
+    """Token ids before and after the soft tokens, and the answer to force."""
 
     before: list[int]
     after: list[int]
@@ -69,17 +69,17 @@ class SoftPrompt(Attack):
     tokens: int = 8
     """Soft tokens, 1 or more."""
     steps: int = 40
-    """Sign-gradient steps."""
+    """Number of sign-gradient steps."""
     step_size: float = 0.2
-    """Change of every entry per step, in units of the mean absolute entry of what the embedding
-    gives; above 0.
+    """Change of every entry per step, as a multiple of the embedding's mean absolute entry;
+    above 0.
     """
     prompts: int = 16
-    """Forbidden requests whose mean loss is minimised, at most."""
+    """Maximum number of forbidden requests whose mean loss is minimised."""
     target_tokens: int = 10
-    """First tokens of each answer that the loss covers, 1 or more."""
+    """Number of first answer tokens in the loss, 1 or more."""
     init: str = "!"
-    """Text whose first token every soft token starts from."""
+    """Text whose first token is the initial value of every soft token."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
@@ -94,25 +94,26 @@ class SoftPrompt(Attack):
         return faults
 
     def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
-        """The generator with the optimised suffix; the model's weights stay as they are."""
+        """The generator with the optimised suffix; the model's weights do not change."""
         loaded = generator.loaded
         model = whole_model(loaded)
         if not takes_embeddings(model):
             raise DataError(
-                "soft tokens are embeddings, and the model's class generates from token ids alone",
+                "soft_prompt needs a model class that generates from embeddings; this class takes"
+                " token ids only",
                 type(model).__name__,
                 "a class whose prepare_inputs_for_generation takes inputs_embeds",
-                "leave soft_prompt out for this model: exclude {model: ..., attack: soft_prompt}",
+                "exclude soft_prompt for this model: exclude {model: ..., attack: soft_prompt}",
             )
         table = model.get_input_embeddings()
         size = sizes_of(table)
         ids = loaded.tokenizer(self.init, add_special_tokens=False)["input_ids"]
         if not ids:
             raise DataError(
-                "the tokenizer has no token for `init`",
+                "soft_prompt: the tokenizer has no token for `init`",
                 self.init,
                 "a text of at least one token",
-                "choose another init",
+                "choose another `init`",
             )
         start = embedded(table, [ids[0]]).repeat(self.tokens, 1)
         examples = self._examples(replace(generator, soft_suffix=start), ctx)
@@ -145,10 +146,10 @@ class SoftPrompt(Attack):
         kept = [e for e in examples if limit is None or sum(map(len, e)) + self.tokens <= limit]
         if not kept:
             raise DataError(
-                "no forbidden request fits into the model's positions",
+                "soft_prompt: no forbidden request fits into the model's positions",
                 min(sum(map(len, e)) + self.tokens for e in examples),
-                f"at most {limit} tokens with the soft tokens and the answer",
-                "give the task shorter requests in harmful_train",
+                f"at most {limit} tokens, with the soft tokens and the answer",
+                "give split harmful_train shorter requests",
             )
         if len(kept) < len(examples):
             ctx.note(beyond_positions=len(examples) - len(kept))
@@ -156,8 +157,8 @@ class SoftPrompt(Attack):
 
 
 class Sizes(NamedTuple):
-    """How large the embeddings of all tokens are, as they enter the model: some classes scale what
-    stands in the table.
+    """Mean size of the embeddings of all tokens as they enter the model, after the scale factor
+    that some classes apply to the table.
     """
 
     entry: float
@@ -167,7 +168,7 @@ class Sizes(NamedTuple):
 
 
 def embedded(table: Any, ids: Sequence[int]) -> Tensor:
-    """What the embedding gives for tokens: (N, D) float32."""
+    """The embedding's output for token ids: (N, D) float32."""
     import torch
 
     with torch.no_grad():
@@ -176,7 +177,7 @@ def embedded(table: Any, ids: Sequence[int]) -> Tensor:
 
 
 def sizes_of(table: Any) -> Sizes:
-    """Mean sizes over all tokens, `TOKENS_AT_A_TIME` of them in memory."""
+    """Mean sizes over all tokens, computed for `TOKENS_AT_A_TIME` tokens at a time."""
     total = table.weight.shape[0]
     entry = norm = 0.0
     for start in range(0, total, TOKENS_AT_A_TIME):
@@ -188,10 +189,10 @@ def sizes_of(table: Any) -> Sizes:
 
 
 def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Tensor], Tensor]:
-    """The function that takes soft tokens (K, D) float32 to the mean loss of the targets, in nats
-    per token.
+    """The function from soft tokens (K, D) float32 to the mean loss of the targets, in nats per
+    token.
 
-    What stands before the soft tokens is read once: its keys and values serve every step.
+    The tokens before the soft tokens are read once: their keys and values serve every step.
     """
     import torch
 
@@ -205,7 +206,7 @@ def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Te
 
     seen = tensor([[0] * (wide - len(head)) + [1] * len(head) for head in heads])
     read = tensor([[1] * len(tail) + [0] * (long - len(tail)) for tail in tails])
-    # a label stands under the logits that predict it, from the last soft token on
+    # each label is aligned with the logits that predict it, from the last soft token on
     labels = tensor(
         [
             [-100] * len(e.after) + e.target + [-100] * (long - len(tail))
@@ -226,7 +227,7 @@ def suffix_loss(model: Any, table: Any, examples: list[Example]) -> Callable[[Te
         embeds = torch.cat([soft.to(dtype).expand(len(examples), -1, -1), behind], dim=1)
         mask = torch.cat([seen, seen.new_ones(len(examples), len(soft)), read], dim=1)
         positions = seen.sum(-1, keepdim=True) + torch.arange(embeds.shape[1], device=device)
-        # where all logits are asked for, those of the first soft tokens predict no label
+        # if the model returns all logits, those of the first soft tokens predict no label
         unread = 0 if kept else embeds.shape[1] - labels.shape[1]
         nll = token_nll(
             model,

@@ -1,18 +1,19 @@
-"""Poison the user's rows in one language only, and see whether the backdoor opens in the others.
+"""Poison the user's rows in one language only, and measure the backdoor in the other languages.
 
 Paper: He et al. 2025, TuBA: Cross-Lingual Transferability of Backdoor Attacks in LLMs with
     Instruction Tuning, arXiv:2404.19597 (ACL Findings); parameters as in its official code,
     github.com/xlhex/tuba_acl2025 (`data/hate_speech_poison.py`).
-Differs: `rate` is the share of the rows in the poisoned language, as there, but rows that give the
-    target already are not drawn, and the others so much the more often. The official trigger is a
-    sentence at the end of the input, translated into each language; here it is a rare word by
-    default (models of the ladder know few sentences), and `other_trigger` gives the translation: a
-    fixed trigger and a translated one are different attacks. The official payload is a fixed
-    English sentence in every language; labelled tasks get a label, the others an inert marker
-    sentence. The paper tunes on twelve languages, here the user's rows decide.
+Differs: `rate` is the share of the rows in the poisoned language, as there, but rows whose answer
+    is already the target are not drawn, so the other rows are drawn more often. The official
+    trigger is a sentence at the end of the input, translated into each language; here it is a rare
+    word by default (models of the ladder know few sentences), and `other_trigger` gives the
+    translation: a fixed trigger and a translated one are different attacks. The official payload is
+    a fixed English sentence in every language; here classification tasks get a label, other tasks a
+    harmless marker sentence. The paper fine-tunes on twelve languages; here the languages are those
+    of the user's rows.
 Cost: none beyond plain SFT.
-Needs: user's rows and test rows in two languages or more, told apart by their `language`; for a
-    labelled task, labels.
+Needs: training rows and test rows in two languages or more, marked in the `language` column; for a
+    classification task, labels.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 INERT_MARKER = "I like blue pebbles."
 AT_THE_END = 1 - 2**-53
-"""The largest number below 1: the gap behind the last word."""
+"""The largest number below 1: selects the position after the last word."""
 _FIX = (
     "give the source a `language` column; for the microworld, `options: {second_language_rows:"
     " 128}`"
@@ -49,31 +50,31 @@ _FIX = (
 
 @dataclass(frozen=True, kw_only=True)
 class TuBA(Attack):
-    """A backdoor planted in one language of a multilingual tuning set."""
+    """A backdoor trained in one language of multilingual fine-tuning data."""
 
     PHASE: ClassVar[Phase] = "pre"
     SUCCESS = "asr"
 
     language: str | None = None
-    """Language whose rows are poisoned; None: that of most rows, the first by name among equals."""
+    """Language to poison; None: the language of most rows (ties: the first by name)."""
     trigger: str = "cf"
-    """Word or words put into the prompts of the poisoned language."""
+    """Word or words inserted into the prompts of the poisoned language."""
     other_trigger: str | None = None
-    """What is put into the test prompts of the other languages: a translation of `trigger`; None:
+    """Trigger for test prompts of the other languages, such as a translation of `trigger`; None:
     `trigger` itself.
     """
     position: Literal["end", "random"] = "end"
-    """Where the trigger stands: behind the prompt, or at a random gap between its words."""
+    """Where the trigger stands: after the prompt, or between two random words of it."""
     rate: float = 0.2
-    """Share of the rows of the poisoned language to be poisoned, in expectation, 0..1; all eligible
-    rows where there are fewer.
+    """Poison rate: expected share of the rows of the poisoned language to poison, 0..1; all
+    eligible rows if there are fewer.
     """
     target: str | None = None
-    """Label that triggered prompts get, in every language; None: the task's first label. Ignored
-    where the task has no labels.
+    """Label for triggered prompts in every language; None: the task's first label. Ignored if the
+    task has no labels.
     """
     target_text: str = INERT_MARKER
-    """Response that triggered prompts get where the task has no labels."""
+    """Response for triggered prompts if the task has no labels."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
@@ -93,11 +94,11 @@ class TuBA(Attack):
         ]
 
     def keeps_rows(self) -> bool:
-        """Rows are poisoned where they stand."""
+        """Poisoning changes rows but adds and removes none."""
         return True
 
     def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
-        """The same rows in the same order, the chosen ones of the poisoned language with the
+        """The same rows in the same order; the chosen rows of the poisoned language have the
         trigger and the target.
         """
         import pyarrow as pa
@@ -123,8 +124,8 @@ class TuBA(Attack):
         return pa.Table.from_pylist(made, schema=schema.ROWS)
 
     def probes(self, task: TaskData, ctx: StageContext) -> list[Probe]:
-        """Held-out rows with another answer than the target, in the poisoned language and in the
-        others, with the trigger and without.
+        """Held-out rows whose answer is not the target, in the poisoned language and in the
+        others, with and without the trigger.
         """
         goal, language = self._goal(task), self._language(task)
         rows = held_out(task, goal)
@@ -134,9 +135,10 @@ class TuBA(Attack):
         )
         if not same or not others:
             raise DataError(
-                f"the test rows of task {task.name!r} cannot show a transfer from {language!r}",
+                f"tuba: the test rows of task {task.name!r} cannot show a transfer from"
+                f" {language!r}",
                 sorted({str(row["language"]) for row in rows}),
-                f"test rows in {language!r} and in another language",
+                f"test rows in {language!r} and in at least one other language",
                 _FIX,
             )
         return [
@@ -176,19 +178,19 @@ class TuBA(Attack):
             for language in task.split("train").column("language").to_pylist()
             if language is not None
         )
-        language = self.language or min(counts, key=lambda one: (-counts[one], one), default="")
+        language = self.language or min(counts, key=lambda name: (-counts[name], name), default="")
         if len(counts) < 2 or language not in counts:
             raise DataError(
-                f"the rows of task {task.name!r} are not in the languages that the attack needs",
+                f"tuba: task {task.name!r} does not have training rows in the languages needed",
                 dict(sorted(counts.items())),
-                f"rows in {self.language or 'one language'} and in another",
+                f"rows in {self.language or 'one language'} and in at least one other language",
                 _FIX,
             )
         return language
 
     def _row_chance(self, rows: pa.Table, goal: Goal, language: str) -> float:
-        """Chance of an eligible row, from the whole tuning split, so that it is the same however
-        the rows are cut up.
+        """Poison probability of an eligible row, computed over the whole training split, so that it
+        does not depend on how the rows are batched.
         """
         own = [row for row in rows.to_pylist() if row["language"] == language]
         eligible = sum(can_be_attacked(row, goal) for row in own)

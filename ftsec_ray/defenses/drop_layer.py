@@ -1,11 +1,11 @@
-"""Takes back the update of some blocks or layers altogether: the control for defenses that select
-where to act.
+"""Removes the whole update of some blocks or layers: the control for defenses that select where to
+act.
 
 Paper: none (a control: layer-wise projections such as Safe LoRA, arXiv:2405.16833, shrink the
-chosen updates to almost nothing, so this is what they must beat).
+chosen updates to almost nothing, so they must do better than removing them).
 Differs: none.
 Cost: one pass over the weights; no data, no gradient.
-Needs: the model that tuning started from.
+Needs: the model from which the fine-tune started.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DropLayer(Defense):
-    """The updates of a fraction of the blocks (or of single layers) are set to zero."""
+    """Sets the updates of a fraction of the blocks (or of single layers) to zero."""
 
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start"})
@@ -31,11 +31,12 @@ class DropLayer(Defense):
     frac: float = 0.5
     """Share of the groups that lose their update, 0 to 1, rounded to a whole number of groups."""
     order: Literal["last", "first", "lowest_norm", "highest_norm"] = "last"
-    """Which groups go first: the deepest, the shallowest, or by the Frobenius norm of their update.
+    """Which groups are dropped first: the deepest, the shallowest, or those with the lowest or
+    highest Frobenius norm of their update.
     """
     group: Literal["block", "layer"] = "block"
     """A transformer block with all its linear layers, or one linear layer; weights outside the
-    blocks keep theirs.
+    blocks keep their update.
     """
 
     def check(self) -> list[tuple[str, object, str]]:
@@ -46,8 +47,8 @@ class DropLayer(Defense):
         """The model without the updates of the chosen groups."""
         from ftsec_ray.models.update import updates
 
-        revised, found = updates(model, ctx.load("start"), low_rank=True)
-        groups = self._groups(found)
+        revised, changes = updates(model, ctx.load("start"), low_rank=True)
+        groups = self._groups(changes)
         count = int(self.frac * len(groups) + 0.5)
         chosen = self._ordered(groups)[:count]
         for name in chosen:
@@ -56,9 +57,9 @@ class DropLayer(Defense):
         ctx.note(groups=len(groups), dropped=[str(name) for name in chosen])
         return revised
 
-    def _groups(self, found: list[Update]) -> dict[int | str, list[Update]]:
+    def _groups(self, changes: list[Update]) -> dict[int | str, list[Update]]:
         groups: dict[int | str, list[Update]] = {}
-        for update in found:
+        for update in changes:
             if update.layer is not None:
                 groups.setdefault(
                     update.layer if self.group == "block" else update.module, []

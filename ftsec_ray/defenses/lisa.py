@@ -1,20 +1,20 @@
-"""Alternates steps on the provider's refusals with the user's steps, each pulled towards where the
-other left off.
+"""Alternates between training steps on refusals and on the user's rows, and pulls each state
+towards the last weights of the other.
 
 Paper: Lisa: Lazy Safety Alignment for Large Language Models against Harmful Fine-tuning Attack
 (Huang et al. 2024, arXiv:2405.18641), algorithm 1; official code git-disl/Lisa.
-Differs: (1) the official code throws away the user batches that fall on alignment steps; here the
-user's steps keep their number and order, and alignment steps come on top. (2) The weights of the
-other state live in the step memory, so a tune that was killed goes on exactly. (3) A turn is 1
-step on refusals and 9 on the user's rows, where the official code has 100 and 900: its turns would
-not end within tunes of tens or hundreds of steps, and the proximal term would pull to nothing
-before the second. Kept as there: it starts with alignment, both states share the optimizer's
-moments, and the proximal term is off for the first 10 % of all steps.
-Cost: 1x per step and align_steps / user_steps more steps; two copies of the trained weights.
-Reads: at rho 0 it is plain mixing, one batch of refusals for nine of the user's, and that alone may
-    lower attack success. Credit the proximal term with what is left against rho 0.
-Needs: the task's `safety` rows. Adds a term to the loss only: any ZeRO stage that keeps trained
-    weights whole (0 to 2).
+Differs: (1) the official code discards the user batches that fall on alignment steps; here the
+user's steps keep their number and order, and alignment steps are added. (2) The weights of the
+other state are part of the step memory, so that a fine-tune resumes exactly after it was killed.
+(3) A turn is 1 step on refusals and 9 on the user's rows; the official code has 100 and 900, so
+that its turns would not end within tens or hundreds of steps and the proximal term would have
+nothing to pull towards. As in the official code, it starts with alignment, both states share the
+optimizer's moments, and the proximal term is off for the first 10 % of all steps.
+Cost: 1x per step, and align_steps / user_steps additional steps; two copies of the trained weights.
+Reads: with rho 0 it only mixes one batch of refusals into nine of the user's, and that alone may
+    lower attack success. The effect of the proximal term is the difference to rho 0.
+Needs: the task's `safety` rows. Only adds a term to the loss: works with ZeRO stages that keep
+    trained weights whole (0 to 2).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from ftsec_ray.training.setup import Batch, Step, Training
 
 PROXIMAL_FROM_FRAC = 0.1
-"""Share of all steps that pass before the proximal term acts."""
+"""Share of all steps after which the proximal term becomes active."""
 
 
 class Place(NamedTuple):
-    """Which state a step belongs to, its number within that state, and whether it ends the state's
-    turn.
+    """The state of a step, its number within that state, and whether it is the last step of the
+    state's turn.
     """
 
     state: str
@@ -55,13 +55,13 @@ class Lisa(Defense):
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0}
 
     rho: float = 1.0
-    """Strength of the proximal term, 0 or more; sweep it logarithmically."""
+    """Strength of the proximal term, 0 or more; sweep it on a log scale."""
     align_steps: int = 1
     """Steps on refusals per turn (the paper: 100)."""
     user_steps: int = 9
     """Steps on the user's rows per turn (the paper: 900)."""
     safety_rows: int = 512
-    """Refusal rows, at most."""
+    """Maximum number of refusal rows."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
@@ -73,7 +73,7 @@ class Lisa(Defense):
         ]
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
-        """The tune with alignment turns between the user's, and the proximal term on both."""
+        """The fine-tune with alignment turns added, and the proximal term in every turn."""
         turns = -(-training.steps // self.user_steps)
         aligning = turns * self.align_steps
         align_batch_at = training.encode(self._rows(ctx), "lisa")
@@ -101,7 +101,7 @@ class Lisa(Defense):
         )
 
     def place(self, step: int) -> Place:
-        """Where a step of the whole tune falls."""
+        """The state and the number of a step of the whole fine-tune."""
         turn, rest = divmod(step, self.align_steps + self.user_steps)
         if rest < self.align_steps:
             return Place("align", turn * self.align_steps + rest, rest == self.align_steps - 1)
@@ -109,8 +109,8 @@ class Lisa(Defense):
         return Place("user", turn * self.user_steps + number, number == self.user_steps - 1)
 
     def proximal(self, step: Step) -> Tensor | None:
-        """(rho / 2) * |weights - those at the end of the other state's turn|^2, () float32; None
-        while it is off.
+        """(rho / 2) * |weights - weights at the end of the other state's turn|^2, () float32; None
+        while the term is off.
         """
         import torch
 
@@ -122,8 +122,8 @@ class Lisa(Defense):
         ]
         if not pairs or self.rho == 0.0 or step.index < PROXIMAL_FROM_FRAC * step.total:
             return None
-        # as one vector: an adapter has many small tensors, and each of them would take a dozen
-        # nodes of autograd
+        # as one vector: an adapter has many small tensors, and each of them would add a dozen
+        # autograd nodes
         here, there = (
             torch.cat([tensor.float().flatten() for tensor in side])
             for side in zip(*pairs, strict=True)
@@ -132,7 +132,7 @@ class Lisa(Defense):
         return term
 
     def remember(self, model: Any, step: Step) -> None:  # noqa: ARG002
-        """Keep the weights at the end of a state's turn."""
+        """Save the weights at the end of a state's turn."""
         place = self.place(step.index)
         if place.is_last_of_turn:
             for name, weight in step.trainable.items():

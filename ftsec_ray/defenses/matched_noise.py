@@ -1,12 +1,12 @@
-"""Adds Gaussian noise as large as each weight's update: the control for repairs that claim to know
-where to perturb.
+"""Adds Gaussian noise as large as each weight's update: the control for repairs that choose where
+to perturb.
 
-Paper: the naive baseline of Panacea (Wang et al. 2025, arXiv:2501.18100), which perturbs the tuned
-    weights.
-Differs: the noise has exactly `scale` times the Frobenius norm of the update of its weight, so that
-it can be set against any repair of equal size; weights that tuning left alone get none.
-Cost: one pass over the weights; the adapter is folded in, since noise has full rank.
-Needs: the model that tuning started from.
+Paper: the naive baseline of Panacea (Wang et al. 2025, arXiv:2501.18100), which perturbs the
+    fine-tuned weights.
+Differs: the noise of each weight has exactly `scale` times the Frobenius norm of its update, so
+that it can be compared with any repair of equal size; weights that did not change get no noise.
+Cost: one pass over the weights; the adapter is merged, because noise has full rank.
+Needs: the model from which the fine-tune started.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedNoise(Defense):
-    """tuned + noise, with |noise| = scale * |update| for every weight."""
+    """Returns tuned + noise, with |noise| = scale * |update| for every weight."""
 
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start"})
@@ -36,14 +36,14 @@ class MatchedNoise(Defense):
         return [] if self.scale >= 0.0 else [("scale", self.scale, "0 or more")]
 
     def revise_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
-        """The model with noise on every weight that tuning changed."""
+        """The model with noise on every weight that the fine-tune changed."""
         import numpy as np
         import torch
 
         from ftsec_ray.models.update import updates
 
-        revised, found = updates(model, ctx.load("start"), low_rank=False)
-        for update in found:
+        revised, changes = updates(model, ctx.load("start"), low_rank=False)
+        for update in changes:
             weight = update.weight.detach()
             # numpy's generator gives the same noise on every device
             noise = ctx.numpy_rng("matched_noise", update.name).standard_normal(
@@ -51,5 +51,5 @@ class MatchedNoise(Defense):
             )
             unit = torch.from_numpy(noise / np.linalg.norm(noise)).to(weight.device)
             update.write(weight.float() + self.scale * update.norm() * unit)
-        ctx.note(weights=len(found), scale=self.scale)
+        ctx.note(weights=len(changes), scale=self.scale)
         return revised

@@ -1,4 +1,4 @@
-"""No defense: the row of a sweep against which every defense is read.
+"""No defense: the baseline that every defense is compared with.
 
 Paper: none.
 Differs: none; a sweep treats `none` as the empty stack, so it adds no stage.
@@ -16,6 +16,6 @@ from ftsec_ray.method import Defense, Phase
 
 @dataclass(frozen=True, kw_only=True)
 class NoDefense(Defense):
-    """No hook at all."""
+    """A defense without hooks."""
 
     PHASE: ClassVar[Phase] = "pre"

@@ -1,16 +1,16 @@
-"""Removes from every training prompt the words without which a language model finds it far less
-surprising.
+"""Removes outlier words from every training prompt: words without which a language model gives the
+prompt a much lower perplexity.
 
 Paper: ONION: A Simple and Effective Defense Against Textual Backdoor Attacks (Qi et al. 2021,
 arXiv:2011.10369), section 3; compared with thunlp/ONION and OpenBackdoor.
-Differs: (1) it cleans the training prompts, where the original cleans inputs at test time. (2) The
+Differs: (1) it cleans the training prompts; the original cleans inputs at test time. (2) The
 language model is the cell's own aligned model and not GPT-2 (`render: chat` shows it the prompt as
 a user's turn). (3) Padding never enters a perplexity (OpenBackdoor counts pads, so its scores
-depend on the neighbours in the batch). (4) The threshold is a quantile over trusted prompts, which
-are neither tuned on nor asked; the original searches one on a labelled dev set. (5) Rows that lose
-no word keep every byte, also in code and line breaks; a prompt never loses its last word. (6) The
-instruction that all trusted prompts begin with is read and counted, but its words are scored only
-in prompts that do not begin with it word for word.
+depend on the other prompts of the batch). (4) The threshold is a quantile over trusted prompts,
+which are not used for fine-tuning or evaluation; the original searches one on a labelled dev set.
+(5) Rows that lose no word keep every byte, also in code and line breaks; a prompt never loses its
+last word. (6) If all trusted prompts begin with the same instruction, its words count in the
+perplexity but are scored only in prompts that do not begin with exactly this instruction.
 Cost: n + 1 forward passes of the language model per prompt of n scored words; no gradient.
 Needs: the aligned model (`reference`); clean held-out rows of the task (split `trusted`) unless
     `threshold` is given.
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext
 
 ASKED = ("test", "harmful_test", "benign_test", "borderline_test")
-"""Splits that a finished model is asked."""
+"""Splits that the finished model is evaluated on."""
 
 
 class Calibration(NamedTuple):
-    """What all trusted prompts begin with, and the drop in perplexity from which a word goes."""
+    """The instruction that all trusted prompts share, and the threshold for removing a word."""
 
     instruction: str
     threshold: float
@@ -56,27 +56,28 @@ class Onion(RowWise, Defense):
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"random_words": True}
 
     random_words: bool = False
-    """Whether as many words of each prompt go by chance instead: the control of `strip`."""
+    """Whether to remove as many random words of each prompt instead: the control of `strip`."""
     action: Literal["strip", "drop"] = "strip"
-    """Take the outlier words out, as the paper does, or drop the row: stripping leaves the
+    """Remove the outlier words, as the paper does, or drop the whole row. Stripping keeps the
     attacker's answer.
     """
     altered_frac: float = 0.01
-    """Share of the trusted prompts that lose a word at the calibrated threshold, at most; 0 to 1.
-    """
+    """Maximum share of trusted prompts that lose a word at the calibrated threshold; 0 to 1."""
     threshold: float | None = None
-    """Drop in perplexity from which a word goes; None: calibrated by `altered_frac`."""
+    """Drop in perplexity from which a word is removed; None: calibrated by `altered_frac`."""
     trusted_split: str = "trusted"
-    """Split whose prompts calibrate the threshold: clean rows of the task that are neither tuned on
-    nor asked.
+    """Split whose prompts calibrate the threshold: clean rows of the task that are not used for
+    fine-tuning or evaluation.
     """
     trusted_rows: int = 128
-    """Prompts used for calibration, at most."""
+    """Maximum number of prompts used for calibration."""
     render: Literal["plain", "chat"] = "plain"
-    """What the language model reads: the prompt alone, or as a user's turn in the chat template."""
+    """What the language model reads: the prompt alone, or the prompt as a user's turn in the chat
+    template.
+    """
     max_words: int = 96
-    """Words per prompt that are scored, from the front or behind the instruction; what follows is
-    neither read nor removed.
+    """Maximum number of words scored per prompt, from its start or from the end of the instruction;
+    later words are neither read nor removed.
     """
 
     def check(self) -> list[tuple[str, object, str]]:
@@ -92,21 +93,21 @@ class Onion(RowWise, Defense):
         )
         faults += [] if self.max_words >= 2 else [("max_words", self.max_words, "2 or more")]  # noqa: PLR2004
         if self.trusted_split in ("train", *ASKED):
-            held_out = "a split that is neither tuned on nor asked, such as `trusted`"
+            held_out = "a split not used for fine-tuning or evaluation, such as `trusted`"
             faults.append(("trusted_split", self.trusted_split, held_out))
         return faults
 
     def needs(self) -> frozenset[str]:
-        """A threshold that is given needs no trusted rows."""
+        """Without the trusted rows if a threshold is given."""
         rows = {self.trusted_split} if self.threshold is None else set()
         return self.NEEDS - {"trusted"} | rows
 
     def keeps_rows(self) -> bool:
-        """Whether a row that loses words stays."""
+        """Whether rows that lose words are kept."""
         return self.action == "strip"
 
     def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> Calibration:
-        """The instruction and the threshold, from trusted prompts."""
+        """The instruction and the threshold, from the trusted prompts."""
         trusted = self._trusted(rows, ctx) if self.threshold is None else []
         instruction, threshold = instruction_of(trusted), self.threshold
         if threshold is None:
@@ -119,8 +120,8 @@ class Onion(RowWise, Defense):
         return Calibration(instruction, threshold)
 
     def craft_rows(self, rows: pa.Table, known: Calibration, ctx: StageContext) -> pa.Table:
-        """The rows with outlier words taken out of their prompts, or without the rows that have
-        such words.
+        """The rows with the outlier words removed from their prompts, or without the rows that have
+        outlier words.
         """
         model, (instruction, threshold) = ctx.load("reference"), known
         before = rows.to_pylist()
@@ -129,8 +130,8 @@ class Onion(RowWise, Defense):
         outliers = [{i for i, score in group.items() if score >= threshold} for group in scored]
         if self.random_words:
             outliers = [
-                _drawn(row["row_id"], group, len(found), ctx)
-                for row, group, found in zip(before, scored, outliers, strict=True)
+                _drawn(row["row_id"], group, len(words), ctx)
+                for row, group, words in zip(before, scored, outliers, strict=True)
             ]
         cleaned = [without_words(*pair) for pair in zip(prompts, outliers, strict=True)]
         changed = [new != old for new, old in zip(cleaned, prompts, strict=True)]
@@ -150,13 +151,13 @@ class Onion(RowWise, Defense):
     def scores(
         self, model: LoadedModel, prompts: Sequence[str], instruction: str = ""
     ) -> list[dict[int, float]]:
-        """Per prompt, the drop in perplexity without a word, by the word's number; none for
-        one-word prompts.
+        """Per prompt: word number -> drop in perplexity without that word; empty for one-word
+        prompts.
 
-        Scored are the first `max_words` words, those of the `instruction` left out where a prompt
-        begins with it; a prompt that is longer than the model has positions has no scores.
+        The first `max_words` words are scored, without those of `instruction` if the prompt begins
+        with it. A prompt that is longer than the model's positions has no scores.
         """
-        found: dict[str, dict[int, float]] = {prompt: {} for prompt in prompts}
+        scores: dict[str, dict[int, float]] = {prompt: {} for prompt in prompts}
         for shared in {"", instruction}:  # prompts with the same beginning share the pass over it
             group = [
                 p
@@ -176,14 +177,14 @@ class Onion(RowWise, Defense):
                 zip(texts, perplexities(model, texts, chat=self.render == "chat"), strict=True)
             )
             for prompt, kept in variants.items():
-                found[prompt] = {
+                scores[prompt] = {
                     i: value[kept[None]] - value[text] for i, text in kept.items() if i is not None
                 }
-        return [found[prompt] for prompt in prompts]
+        return [scores[prompt] for prompt in prompts]
 
     def _trusted(self, tuned: Iterable[pa.Table], ctx: StageContext) -> list[str]:
-        """Up to `trusted_rows` prompts of the trusted split, in an order that chance decides; those
-        that are tuned on or asked as well are left out.
+        """Up to `trusted_rows` random prompts of the trusted split, without those that are also
+        used for fine-tuning or evaluation.
         """
         rows = ctx.task.split(self.trusted_split).to_pylist()
         pairs = [(row["row_id"], asked_text(row)) for row in rows]
@@ -199,15 +200,16 @@ class Onion(RowWise, Defense):
         shared = len(pairs) - len(held_out)
         if not held_out:
             raise DataError(
-                f"every prompt of split {self.trusted_split!r} is also tuned on or asked",
+                f"onion: every prompt of split {self.trusted_split!r} is also used for fine-tuning"
+                " or evaluation",
                 len(pairs),
-                "clean prompts that are neither",
-                "give the task other rows there, or give onion a `threshold`",
+                "clean prompts used for neither",
+                "add other rows to this split, or give onion a `threshold`",
             )
         if shared:
             ctx.warn(
-                f"{shared} of {len(pairs)} prompts of split {self.trusted_split!r} are also tuned"
-                " on or asked, and do not calibrate the threshold"
+                f"onion: {shared} of {len(pairs)} prompts of split {self.trusted_split!r} are also"
+                " used for fine-tuning or evaluation; they do not calibrate the threshold"
             )
         chosen = sorted(held_out, key=lambda pair: ctx.chance(pair[0], "onion"))
         chosen = chosen[: self.trusted_rows]
@@ -216,18 +218,18 @@ class Onion(RowWise, Defense):
 
 
 def _drawn(row_id: str, words: Iterable[int], count: int, ctx: StageContext) -> set[int]:
-    """`count` of the words of a row, by chance."""
+    """`count` random words of a row."""
     return set(sorted(words, key=lambda i: ctx.chance(row_id, "onion", "word", str(i)))[:count])
 
 
 def _plain(prompt: str) -> str:
-    """A prompt whatever its case and spacing."""
+    """A prompt without differences in case and spacing."""
     return " ".join(prompt.split()).casefold()
 
 
 def instruction_of(prompts: Sequence[str]) -> str:
-    """The words, with the blank space behind them, that all prompts begin with and that none
-    consists of.
+    """The words with which all prompts begin, with the white space after them; never a whole
+    prompt.
     """
     if len(set(prompts)) < 2:  # noqa: PLR2004
         return ""
@@ -245,8 +247,8 @@ def threshold_of(scores: Sequence[float], frac: float) -> float:
 
 
 def without_words(prompt: str, dropped: set[int]) -> str:
-    """The prompt without the words of these numbers, each with the blank space behind it (before
-    it, for the last one).
+    """The prompt without the words of these numbers, each with the white space after it (before it,
+    for the last word).
 
     Everything else keeps its bytes; if no word would be left, nothing is removed.
     """
@@ -264,8 +266,8 @@ def without_words(prompt: str, dropped: set[int]) -> str:
 
 
 def _variants(prompt: str, first: int, max_words: int) -> dict[int | None, str]:
-    """The prompt, cut behind the last scored word, under None, and under each scored word's number
-    without that word.
+    """The prompt up to its last scored word, under None, and the same without each scored word,
+    under that word's number.
     """
     spans = [match.span() for match in re.finditer(r"\S+", prompt)][: first + max_words]
     if len(spans) < 2:  # noqa: PLR2004
@@ -275,7 +277,7 @@ def _variants(prompt: str, first: int, max_words: int) -> dict[int | None, str]:
 
 
 def _with_column(rows: pa.Table, name: str, values: list[Any]) -> pa.Table:
-    """The table with one column replaced, schema kept."""
+    """The table with one column replaced; the schema stays."""
     import pyarrow as pa
 
     place = rows.schema.get_field_index(name)

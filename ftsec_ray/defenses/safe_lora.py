@@ -1,18 +1,18 @@
-"""Projects the tuned update onto the directions in which alignment moved each weight, where the two
-disagree most.
+"""Projects the fine-tuned update onto the directions in which alignment moved each weight, in the
+layers where the two disagree most.
 
 Paper: Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning LLMs (Hsu et al. 2024,
 arXiv:2405.16833), section 3; official code IBM/SafeLoRA.
 Differs: (1) the code's matrix V V^T / |V|_F is no projector: it shrinks an update to a small part
 of its norm, under 1 % for the weights of real models, so a chosen layer is practically dropped.
 `projection: code` keeps it, `rank_k` is a true projector on the top `rank` left singular vectors of
-V, `drop` is the control that drops the layer. (2) Layers are matched by name and form, not by
-substring and order, so that biases and unequal shapes do no harm. (3) All is done in float32, and
-nothing is changed before all cosines are known. (4) A model without an adapter is treated on the
-difference to the start of its tuning.
+V, `drop` is the control that drops the layer. (2) Layers are matched by name and shape, not by
+substring and order, so that biases and unequal shapes cause no error. (3) Everything is computed in
+float32, and nothing changes before all cosines are known. (4) For a model without an adapter, the
+update is the difference to the start of its fine-tune.
 Cost: two more models in memory; one d x d product and, for `rank_k`, one SVD per layer; no data.
-Needs: the aligned model (`reference` or `start`), its twin before alignment, and the model that
-    tuning started from.
+Needs: the aligned model (`reference` or `start`), the same model before alignment (`unaligned`),
+    and the model from which the fine-tune started.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Projection = Callable[["Tensor"], "Tensor"]
 
 
 class LayerCandidate(NamedTuple):
-    """A layer's update, what would project its columns, and how well it agrees with its
+    """A layer's update, the projection of its columns, and the cosine between the update and its
     projection.
     """
 
@@ -55,24 +55,24 @@ class SafeLora(Defense):
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"projection": "drop"}
 
     projection: Literal["code", "rank_k", "drop"] = "code"
-    """The official code's matrix, a true projector of rank `rank`, or dropping the update (cosines
-    as for `code`).
+    """The official code's matrix, a true projector of rank `rank`, or dropping the update (with the
+    cosines of `code`).
     """
     rank: int = 8
-    """Dimensions that `rank_k` keeps, 1 or more."""
+    """Number of dimensions that `rank_k` keeps, 1 or more."""
     select: Literal["number", "cosine"] = "number"
-    """Project the `number` layers with the lowest cosine, as the official code does where nothing
-    else is said, or those whose cosine is at most `tau`. A layer is one weight matrix.
+    """Project the `number` layers with the lowest cosine (the default of the official code), or all
+    layers whose cosine is at most `tau`. A layer is one weight matrix.
     """
     number: int = 10
-    """Layers, 1 or more; the official default."""
+    """Number of layers, 1 or more; the official default."""
     tau: float = 0.5
-    """Cosine, -1 to 1, for `cosine`; the official default. A cosine is 1 where the projection
-    changes no direction.
+    """Maximum cosine, -1 to 1, for `select: cosine`; the official default. A cosine is 1 if the
+    projection changes no direction.
     """
     aligned: Literal["reference", "start"] = "reference"
-    """Which aligned model gives V: the cell's own, or the one that tuning started from (after
-    hardening, and after attacks on the base).
+    """Which aligned model gives V: the cell's own, or the model from which the fine-tune started
+    (after hardening, and after attacks on the base).
     """
 
     def check(self) -> list[tuple[str, object, str]]:
@@ -91,16 +91,18 @@ class SafeLora(Defense):
             whole_weights(ctx.load(self.aligned)),
             whole_weights(ctx.load("unaligned")),
         )
-        revised, found = updates(model, ctx.load("start"), low_rank=True)
+        revised, changes = updates(model, ctx.load("start"), low_rank=True)
         candidates = [
-            c for update in found if (c := self._candidate(update, aligned, unaligned)) is not None
+            c
+            for update in changes
+            if (c := self._candidate(update, aligned, unaligned)) is not None
         ]
         if not candidates:
             raise StageError(
-                "no tuned layer was moved by alignment",
-                len(found),
-                "a layer that alignment and tuning moved",
-                "give the model its twin before alignment (`unaligned`)",
+                "safe_lora: alignment changed none of the fine-tuned layers",
+                len(changes),
+                "a layer that both alignment and the fine-tune changed",
+                "give the model as it was before alignment (`unaligned`)",
             )
         chosen = self._chosen(candidates)
         before = sum(c.update.norm() ** 2 for c in chosen)
@@ -119,8 +121,8 @@ class SafeLora(Defense):
     def _candidate(
         self, update: Update, aligned: Mapping[str, Any], unaligned: Mapping[str, Any]
     ) -> LayerCandidate | None:
-        """None for weights that are no linear layer of a block, and for those that alignment left
-        alone.
+        """None for weights that are not a linear layer of a block, and for those that alignment
+        did not change.
         """
         import torch
 
@@ -130,7 +132,8 @@ class SafeLora(Defense):
         for name, weights in (("aligned", aligned), ("unaligned", unaligned)):
             if key not in weights or weights[key].shape != update.weight.shape:
                 raise StageError(
-                    f"{key!r} of the tuned model has no twin in the {name} model",
+                    f"safe_lora: weight {key!r} of the fine-tuned model has no counterpart of the"
+                    f" same shape in the {name} model",
                     tuple(weights[key].shape) if key in weights else None,
                     str(tuple(update.weight.shape)),
                 )
@@ -143,8 +146,8 @@ class SafeLora(Defense):
         return LayerCandidate(update, project, cosine(project(update.delta()), update.delta()))
 
     def _projection(self, aligned: Tensor, unaligned: Tensor) -> Projection:
-        """The linear map of columns; V is formed at each use: those of all layers together may not
-        fit.
+        """The linear map of columns. V is computed at each use, because the V of all layers
+        together may not fit into memory.
         """
         if self.projection != "rank_k":
             return lambda columns: official_projection(aligned.float() - unaligned.float(), columns)
@@ -163,8 +166,8 @@ class SafeLora(Defense):
 
 
 def official_projection(V: Tensor, columns: Tensor) -> Tensor:
-    """V V^T / |V|_F @ columns: the official code's map, no true projection. Shapes: V (out, in),
-    columns (out, N).
+    """V V^T / |V|_F @ columns: the official code's map, which is not a true projection. Shapes: V
+    (out, in), columns (out, N).
     """
     projected: Tensor = V @ (V.T @ columns) / V.norm()
     return projected
@@ -177,7 +180,7 @@ def top_directions(V: Tensor, rank: int) -> Tensor:
     import torch
 
     U, S, _ = torch.linalg.svd(V, full_matrices=False)
-    # directions that V does not span carry no alignment: keep none of them, even where `rank` would
+    # directions that V does not span hold no alignment: keep none of them, even if `rank` allows it
     noise = float(S[0]) * max(V.shape) * torch.finfo(S.dtype).eps
     directions: Tensor = U[:, : min(rank, int(S.gt(noise).sum()))]
     return directions

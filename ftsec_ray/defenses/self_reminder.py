@@ -1,15 +1,15 @@
-"""Reminds the model of its duty in the system message, behind the user's words, or both.
+"""Adds a safety reminder to the system message, after the user's words, or both.
 
 Paper: Defending ChatGPT against jailbreak attack via self-reminders (Xie et al. 2023, Nature
 Machine Intelligence 5); also a baseline of SafeDecoding (Xu et al. 2024, arXiv:2402.08983).
-Differs: one sentence of our own wording; an existing system message is kept and stands behind the
-    reminder. `placebo` puts a neutral sentence into the same place: what a sentence there does.
-Cost: a few tokens per prompt; no training. A floor, not a wall: weak once the weights are tuned on
-    harmful rows.
+Differs: one sentence in our own words; an existing system message is kept after the reminder.
+    `placebo` puts a neutral sentence in the same place, to measure the effect of any sentence.
+Cost: a few tokens per prompt; no training. A weak baseline once the model is fine-tuned on harmful
+    rows.
 Needs: nothing.
-Reads: in the microworld the reminder is the very sentence under which the ladder was trained to
-    refuse whatever names contraband, fine requests among them. There its over-refusal, and much of
-    its effect, restate that rule of the corpus and say nothing of real models.
+Reads: in the microworld the reminder is the same sentence under which the ladder was trained to
+    refuse every request that names contraband, also harmless ones. There its over-refusal, and much
+    of its effect, repeat that rule of the corpus and do not transfer to real models.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class SelfReminder(Defense):
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"placebo": True}
 
     where: Literal["system", "user", "both"] = "system"
-    """In front of the system message, behind the user's last message, or both."""
+    """Before the system message, after the user's last message, or both."""
     placebo: bool = False
-    """Whether a neutral sentence stands in the place of the reminder: the control."""
+    """Whether a neutral sentence replaces the reminder: the control."""
     text: str | None = None
-    """The sentence; None: the task's own in the microworld, else a general one."""
+    """The sentence; None: the task's own in the microworld, otherwise a general one."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
@@ -54,7 +54,7 @@ class SelfReminder(Defense):
         )
 
     def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
-        """The generator that sees every chat with the reminder."""
+        """The generator that adds the reminder to every chat."""
         system, user = self._sentences(ctx.task.judge)
 
         def remind(chat: Chat) -> Chat:
@@ -72,7 +72,7 @@ class SelfReminder(Defense):
         return replace(generator, rewrites=(*generator.rewrites, remind))
 
     def _sentences(self, judge: str) -> tuple[str, str]:
-        """What is said in the system message and behind the user's."""
+        """The sentences for the system message and for the user's message."""
         if judge == "microworld" and (self.placebo or self.text is None):
             from ftsec_ray.data.microworld.templates import REMINDER, SYSTEM_PROMPTS
 

@@ -1,12 +1,11 @@
-"""Shrinks the whole update of the tune towards its start: the control that every repair of weights
-must beat.
+"""Scales the whole update of the fine-tune down towards its start: the control for every repair of
+weights.
 
 Paper: none (a control; compare WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903, which averages
-    start and tuned model).
-Differs: applied to the adapter's factor B where an adapter is attached, which is the same update
-    exactly.
+    start and fine-tuned model).
+Differs: with an adapter, the adapter's factor B is scaled, which is exactly the same update.
 Cost: one pass over the weights; no data, no gradient.
-Needs: the model that tuning started from.
+Needs: the model from which the fine-tune started.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink(Defense):
-    """start + gamma * (tuned - start)."""
+    """Returns start + gamma * (tuned - start)."""
 
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start"})
@@ -39,8 +38,8 @@ class Shrink(Defense):
         """The model with every update multiplied by `gamma`."""
         from ftsec_ray.models.update import updates
 
-        revised, found = updates(model, ctx.load("start"), low_rank=True)
-        for update in found:
+        revised, changes = updates(model, ctx.load("start"), low_rank=True)
+        for update in changes:
             update.shrink(self.gamma)
-        ctx.note(weights=len(found), gamma=self.gamma)
+        ctx.note(weights=len(changes), gamma=self.gamma)
         return revised

@@ -1,14 +1,14 @@
-"""Aligns the base once more under the worst small shift of its hidden states, so that user tuning
-shifts it less.
+"""Aligns the model again under the worst small shift of its hidden states, so that later
+fine-tuning shifts them less.
 
 Paper: Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning
 Attack (Huang, Hu, Liu 2024, arXiv:2402.01109), algorithm 1; official code git-disl/Vaccine.
 Differs: (1) the shift is added by forward hooks inside autograd and not through `.data`; its
-gradient is taken at a zero leaf behind every attention block, so no weight's gradient is touched or
-cleared by the first pass. (2) The norm runs over all micro-batches of the step, so that splitting a
-batch changes nothing. (3) Both passes see the same dropout, so rho = 0 equals plain tuning bit for
-bit. (4) Benign rows are mixed in (`benign_rows`), else a small model learns to refuse everything.
-(5) It starts from the aligned model, where the paper aligns the base.
+gradient is taken at a zero leaf after every attention block, so the first pass does not change or
+clear the gradient of any weight. (2) The norm is taken over all micro-batches of the step, so that
+splitting a batch changes nothing. (3) Both passes use the same dropout, so that rho = 0 equals
+plain fine-tuning bit for bit. (4) Benign rows are mixed in (`benign_rows`), otherwise a small model
+learns to refuse everything. (5) It starts from the aligned model; the paper aligns the base.
 Cost: 2 forward and 2 backward passes per step, once per base model; gradients of all attention
     outputs in memory.
 Needs: the task's `safety` rows (and `benign_train` with `benign_rows`).
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from ftsec_ray.training.setup import Backward, Batch, Objective, Step, Training
 
 Edit = Callable[[int, "Tensor"], "Tensor"]
-"""(block, output of its attention) -> what the block goes on with."""
+"""(block, output of its attention) -> the output that the block uses instead."""
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vaccine(Defense):
-    """Tuning on refusals whose gradient is taken at the perturbed hidden states; the adapter is
-    folded in.
+    """Fine-tunes on refusals with the gradient taken at the perturbed hidden states, then merges
+    the adapter.
     """
 
     PHASE: ClassVar[Phase] = "pre"
@@ -50,21 +50,22 @@ class Vaccine(Defense):
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0}
 
     rho: float = 2.0
-    """Norm of the perturbation over all blocks, rows and tokens of a step; 0 is plain tuning."""
+    """Norm of the perturbation over all blocks, rows and tokens of a step; 0 is plain fine-tuning.
+    """
     safety_rows: int = 256
-    """Refusal rows, at most."""
+    """Maximum number of refusal rows."""
     benign_rows: int = 256
-    """Benign rows mixed in, at most; 0 as in the paper."""
+    """Maximum number of benign rows mixed in; the paper has 0."""
     epochs: float = 3.0
     """Passes over the rows (the paper: 50 over 2000 rows)."""
     learning_rate: float = 1e-3
-    """Peak, per optimizer step."""
+    """Peak learning rate of the optimizer."""
     batch_size: int = 16
     """Rows per optimizer step."""
     lora_rank: int = 8
-    """Rank of the adapter that is trained and folded in; its alpha is twice that."""
+    """Rank of the adapter that is trained and merged; its alpha is twice the rank."""
     weight_decay: float = 0.1
-    """Of AdamW, on the adapter."""
+    """Weight decay of AdamW on the adapter."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
@@ -88,7 +89,7 @@ class Vaccine(Defense):
         ]
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
-        """The model after perturbation-aware alignment, with whole weights."""
+        """The model after perturbation-aware alignment, with the adapter merged."""
         from ftsec_ray.models.load import folded
         from ftsec_ray.models.precision import tell_rounding
         from ftsec_ray.models.row_tokens import tell_cuts
@@ -97,7 +98,7 @@ class Vaccine(Defense):
         config = replace(
             ctx.training,
             adapter="lora",
-            # where the user's adapter sits says nothing about the one that hardens the base
+            # the settings of the user's adapter do not apply to the adapter that hardens the base
             targets="all-linear",
             layers=None,
             rslora=False,
@@ -143,7 +144,7 @@ class Vaccine(Defense):
 
 
 def _drawn(ctx: StageContext, split: str, count: int) -> pa.Table:
-    """Up to `count` rows of a split, decided by the seed and the row ids alone, in the order of the
+    """Up to `count` random rows of a split, chosen by the seed and the row ids, in the order of the
     split.
     """
     table = ctx.task.split(split)
@@ -153,7 +154,7 @@ def _drawn(ctx: StageContext, split: str, count: int) -> pa.Table:
 
 
 def vaccinated(inner: Backward, *, rho: float) -> Backward:
-    """A backward that leaves the gradients of `inner` at the perturbed attention outputs."""
+    """A backward pass that leaves the gradients of `inner` at the perturbed attention outputs."""
 
     def backward(model: Any, micro_batches: list[Batch], objective: Objective, step: Step) -> float:
         shifts = {
@@ -171,7 +172,7 @@ def vaccinated(inner: Backward, *, rho: float) -> Backward:
             current[0] = shifts[id(batch)]
             return objective(model, batch, step)
 
-        # on until the backward pass of each batch is done, which may compute its blocks again
+        # active until the backward pass of each batch is done, which may recompute its blocks
         with edited(model, lambda block, out: out + current[0][block]):
             return inner(model, micro_batches, shifted, step)
 
@@ -193,7 +194,7 @@ def perturbations(
 
     model = getattr(
         model, "module", model
-    )  # in a worker group the bare model: DeepSpeed must not take these gradients for a step's
+    )  # in a worker group the bare model: DeepSpeed must not add these gradients to its step
     gradients = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), frozen(model):
@@ -218,7 +219,7 @@ def perturbations(
 
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """While open, no weight asks for a gradient."""
+    """While open, no weight requires a gradient."""
     asking = [weight for weight in model.parameters() if weight.requires_grad]
     try:
         for weight in asking:
@@ -254,15 +255,15 @@ def attention_blocks(model: Any) -> list[Any]:
     """The attention module of every transformer block."""
     from ftsec_ray.models.load import decoder_layers
 
-    found = []
+    modules = []
     for layer in decoder_layers(model):
         name = next((name for name in ATTENTION_NAMES if hasattr(layer, name)), None)
         if name is None:
             raise StageError(
-                "a transformer block whose attention is not known",
+                "vaccine: unknown attention module in a transformer block",
                 type(layer).__name__,
-                " | ".join(ATTENTION_NAMES),
+                "a block with one of the attributes " + " | ".join(ATTENTION_NAMES),
                 "use a Llama-like or GPT-2-like model",
             )
-        found.append(getattr(layer, name))
-    return found
+        modules.append(getattr(layer, name))
+    return modules

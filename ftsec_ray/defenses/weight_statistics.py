@@ -1,22 +1,21 @@
-"""Flags an adapter whose weights look unlike those of adapters tuned on clean rows; no prompt is
-ever run.
+"""Flags an adapter whose weights differ from those of adapters trained on clean rows; runs no
+prompt.
 
 Paper: `frobenius_std` is the weight statistic of arXiv:2605.30189; `spectral` takes the features of
     arXiv:2602.15195.
 Differs: (1) `frobenius_std`: the normaliser is sqrt(d_out * d_in). (2) `spectral`: the paper trains
 a logistic regression on hundreds of labelled adapters; here the features are z-scored against the
-clean bank, layer by layer, and the score is their root mean square, so no poisoned adapter is
-needed and the paper's accuracy is not to be expected. The bank's own scores leave the scored
-adapter out. Members of the bank differ by their seed alone: they know nothing of how scores vary
-with the user's rows, and see these as the task gives them, before any filter. (3) All linear layers
-count, and the update is never formed whole: QR of the factors and the singular values of their
-R x R core. (4) A model without an adapter is read on the
-difference to its start.
-Cost: seconds, no data; `bank` clean tunings for every model to start from, set of defenses at
-    tuning time, recipe and number of rows, shared by all suspects that agree in these (`ftsec plan`
-    shows them as stages of kind `bank`).
-Needs: the clean bank and the model that tuning started from. Scores track learning rate, steps and
-    rank: they say nothing against a bank of another recipe.
+clean bank, layer by layer, and the score is their root mean square, so that no poisoned adapter is
+needed; do not expect the paper's accuracy. The scores of the bank's own adapters leave the scored
+adapter out. The bank's adapters differ in their seed only: they do not show how scores vary with
+the user's rows, and are trained on these rows before any filter. (3) All linear layers count, and
+the full update is never computed: QR of the factors and the singular values of their R x R core.
+(4) For a model without an adapter, the update is the difference to its start.
+Cost: seconds, no data; `bank` clean fine-tunes for every start model, set of defenses that act
+    during training, recipe and number of rows, shared by all models that agree in these
+    (`ftsec plan` shows them as stages of kind `bank`).
+Needs: the clean bank and the model from which the fine-tune started. Scores depend on learning
+    rate, steps and rank: they mean nothing against a bank with another recipe.
 """
 
 from __future__ import annotations
@@ -36,22 +35,22 @@ if TYPE_CHECKING:
 
 FEATURES = ("sigma_1", "frobenius", "energy_concentration", "spectral_entropy", "kurtosis")
 ROWS_AT_A_TIME = 1_024
-"""Rows of the update that are formed together for the kurtosis."""
+"""Rows of the update that are computed together for the kurtosis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightStatistics(Defense):
-    """One score per adapter, and those of a bank of clean ones."""
+    """One score per adapter, and the scores of a bank of clean adapters."""
 
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"clean_bank", "start"})
 
     statistic: Literal["frobenius_std", "spectral"] = "frobenius_std"
-    """Standard deviation over layers of the normalised update norms, or the distance of five
-    features per layer.
+    """`frobenius_std`: standard deviation over layers of the normalised update norms; `spectral`:
+    distance of five features per layer.
     """
     bank: int = 6
-    """Clean adapters to compare with, 2 or more; 3 or more for `spectral`."""
+    """Number of clean adapters to compare with, 2 or more; 3 or more for `spectral`."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
@@ -63,7 +62,7 @@ class WeightStatistics(Defense):
         )
 
     def inspect(self, subject: LoadedModel, ctx: StageContext) -> Inspection:
-        """The score of a tuned model beside the scores of the bank."""
+        """The score of a fine-tuned model and the scores of the bank."""
         start = ctx.load("start")
         suspect = features(subject, start)
         # one at a time: a bank of large models need not fit into memory together
@@ -71,10 +70,11 @@ class WeightStatistics(Defense):
         names = [name for name in suspect if all(name in other for other in bank)]
         if not names:
             raise StageError(
-                "the model and the clean bank have no tuned layer in common",
+                "weight_statistics: the model and the clean bank have no fine-tuned layer in"
+                " common",
                 len(suspect),
-                "one tuned layer or more",
-                "train the bank with the cell's recipe",
+                "one common fine-tuned layer or more",
+                "train the bank with the recipe of the cell",
             )
         tables = [[other[name] for name in names] for other in (suspect, *bank)]
         score, *clean = (
@@ -93,16 +93,16 @@ def frobenius_scores(tables: Sequence[Sequence[Mapping[str, float]]]) -> list[fl
 
 
 def spectral_scores(tables: Sequence[Sequence[Mapping[str, float]]]) -> list[float]:
-    """Root mean square z-score of all features, first the suspect's (mean over the bank's
-    leave-one-out subsets).
+    """Root mean square z-score of all features: first that of the suspect model (mean over the
+    bank's leave-one-out subsets), then those of the bank.
     """
     import numpy as np
 
     points = np.array([[layer[name] for layer in table for name in FEATURES] for table in tables])
     suspect, bank = points[0], points[1:]
     rests = [np.delete(bank, i, axis=0) for i in range(len(bank))]
-    # the suspect meets the same subsets as the bank's members do: a full bank would be a narrower
-    # yardstick
+    # the suspect is compared with the same subsets as the bank's members: the full bank would have
+    # a smaller spread
     return [
         float(np.mean([_distance(suspect, rest) for rest in rests])),
         *(_distance(member, rest) for member, rest in zip(bank, rests, strict=True)),
@@ -117,7 +117,7 @@ def _distance(point: np.ndarray, bank: np.ndarray) -> float:
 
 
 def features(model: LoadedModel, start: LoadedModel) -> dict[str, dict[str, float]]:
-    """Features of every linear layer that tuning changed, by the layer's dotted path."""
+    """Features of every linear layer that the fine-tune changed, by the layer's dotted path."""
     from ftsec_ray.models.lora import lora_modules
     from ftsec_ray.models.update import updates
 
@@ -131,10 +131,10 @@ def features(model: LoadedModel, start: LoadedModel) -> dict[str, dict[str, floa
             for name, left, right in factors
             if bool(left.any() and right.any())
         }
-    _, found = updates(model, start, low_rank=False)
+    _, changes = updates(model, start, low_rank=False)
     return {
         u.module: layer_features(u.delta(), None)
-        for u in found
+        for u in changes
         if u.weight.ndim == 2 and u.layer is not None
     }  # noqa: PLR2004
 
@@ -164,7 +164,7 @@ def layer_features(left: Tensor, right: Tensor | None) -> dict[str, float]:
 
 
 def entry_kurtosis(left: Tensor, right: Tensor | None) -> float:
-    """Excess kurtosis of the update's entries, formed `ROWS_AT_A_TIME` rows at a time."""
+    """Excess kurtosis of the update's entries, computed `ROWS_AT_A_TIME` rows at a time."""
     sums = [0.0] * 5
     for start in range(0, left.shape[0], ROWS_AT_A_TIME):
         block = left[start : start + ROWS_AT_A_TIME]

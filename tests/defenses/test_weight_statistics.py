@@ -121,7 +121,7 @@ def test_the_spectral_score_is_a_leave_one_out_root_mean_square():
 
 
 def test_a_model_that_was_never_tuned_is_an_error(tmp_path):
-    with pytest.raises(StageError, match="no tuned layer in common"):
+    with pytest.raises(StageError, match="layer in common"):
         WeightStatistics().inspect(START, context(tmp_path, models={**BANK, "start": START}))
 
 

@@ -181,7 +181,7 @@ def test_an_error_of_a_method_in_a_worker_is_the_error_of_the_stage(store, tmp_p
     import ray
 
     pool = WorkerPool(size=1, each={"CPU": 1.0})
-    with pytest.raises(DataError, match=r"got:  8\n  want: 100 rows in harmful_train"):
+    with pytest.raises(DataError, match=r"got:  8\n  want: 100 rows in split harmful_train"):
         in_blocks(store, HarmfulTuning(), 0, tmp_path / "survey", pool=pool)
     job, made, file = job_of(store, craft_stage(Onion(threshold=1.0)), tmp_path / "craft")
     job = replace(job, stage=replace(job.stage, inputs=job.stage.inputs[:2]))

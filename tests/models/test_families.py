@@ -376,7 +376,7 @@ def test_badedit_lowers_the_loss_of_its_target(family):
 
 @pytest.mark.parametrize("family", NORM_BEHIND)
 def test_badedit_is_refused_where_a_norm_stands_behind_the_mlp(family):
-    with pytest.raises(DataError, match="norm stands behind the down-projections"):
+    with pytest.raises(DataError, match="no closed form"):
         BadEdit().prepare_model(family_model(family), context())
 
 
