@@ -1,5 +1,5 @@
-"""Single values of a data file: which of them are missing, how one compares with the text of a
-`where`, and which texts no row may hold.
+"""Single values of a data file: which are missing, how a value compares with the text of a `where`,
+and which texts are refused.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from typing import Any
 from ftsec_ray.errors import DataError
 
 MISSING_WORDS = frozenset({"nan", "none", "null", "n/a", "na"})
-"""What programs write into the cells of a .csv or .tsv that have no value, in any case of letters.
-"""
+"""What programs write into the cells of a .csv or .tsv that have no value, in any case."""
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 _HALF = re.compile("[\ud800-\udfff]")
 _MAX_VALUES = 6
 
 
 def is_missing(value: object, *, is_cell: bool = False) -> bool:
-    """Whether a value is none: null, or a float that is no number.
+    """Whether a value is missing: null, or a float that is not finite.
 
     Args:
-        value: Of a column of a row.
-        is_cell: Whether it was read from a .csv or .tsv, where all is text, and a whole cell of
-            MISSING_WORDS says that there is none.
+        value: A value of a row.
+        is_cell: Whether it comes from a .csv or .tsv, where every value is text and a cell that
+            holds one of MISSING_WORDS counts as missing.
     """
     if isinstance(value, float):
         return not math.isfinite(value)
@@ -38,15 +37,15 @@ def is_missing(value: object, *, is_cell: bool = False) -> bool:
 
 
 def plain_text(value: Any) -> str | None:
-    """The text of a string or a number; None for all else."""
+    """The text of a string or a number; None for everything else."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or is_missing(value):
         return None
     return str(value)
 
 
 def label_text(value: Any) -> str | None:
-    """The text of a label: as `plain_text`, a whole float (a column of integers with gaps) as an
-    integer, and `true` or `false`.
+    """The text of a label: like `plain_text`, but a whole float (from a column of integers with
+    gaps) as an integer, and booleans as `true` or `false`.
     """
     if isinstance(value, bool):
         return str(value).lower()
@@ -55,8 +54,8 @@ def label_text(value: Any) -> str | None:
 
 
 def matches(value: Any, wanted: str) -> bool:
-    """Whether a value of a row is the one that a `where` names, each by its type: 1, 1.0 and "1"
-    are one, as are true and "True", a date and its text, null and a value that is missing.
+    """Whether a value of a row equals the value in a `where`, compared by type: 1, 1.0 and "1" are
+    equal, as are true and "True", a date and its text, null and a missing value.
     """
     text = wanted.strip()
     if is_missing(value):
@@ -83,13 +82,13 @@ def _is_date(value: datetime.date, text: str) -> bool:
         return False
     if not isinstance(value, datetime.datetime):
         return value == wanted.date() and wanted.time() == datetime.time()
-    if wanted.tzinfo is None or value.tzinfo is None:  # the clock of the data
+    if wanted.tzinfo is None or value.tzinfo is None:  # compare in the time zone of the data
         return value.replace(tzinfo=None) == wanted.replace(tzinfo=None)
     return value == wanted
 
 
 def values_there(records: Iterable[Mapping[str, Any]], column: str) -> str:
-    """The values of a column with their counts, the most frequent ones, for a message."""
+    """The most frequent values of a column with their counts, for an error message."""
     counts = Counter(_shown(record.get(column)) for record in records)
     shown = [f"{value} ({count})" for value, count in counts.most_common(_MAX_VALUES)]
     more = len(counts) - len(shown)
@@ -106,24 +105,23 @@ def _shown(value: object) -> str:
 
 
 def refuse_broken_text(value: object, place: str) -> None:
-    """DataError where any text inside a value, keys included, holds half a character or a NUL."""
+    """DataError if any text inside a value, also in a key, holds half a character or a NUL."""
     if isinstance(value, str):
         half = None if value.isascii() else _HALF.search(value)
         if half:
             raise DataError(
-                f"{place} holds half a character, \\u{ord(half[0]):04x}",
+                f"{place} holds half a character, the surrogate \\u{ord(half[0]):04x}",
                 value[max(0, half.start() - 40) : half.end() + 40],
-                "whole characters: a surrogate stands in a pair",
-                "the text was cut inside a character, such as an emoji: repair the row or leave it"
-                " out",
+                "whole characters: surrogates only in pairs",
+                "the text was cut inside a character, such as an emoji: repair or remove the row",
             )
         if "\0" in value:
             at = value.index("\0")
             raise DataError(
                 f"{place} holds a NUL character, \\u0000",
                 value[max(0, at - 40) : at + 40],
-                "text without it: tokenizers and other programs end a text there",
-                "take it out of the row",
+                "text without it: tokenizers and other programs end the text there",
+                "remove it from the row",
             )
     elif isinstance(value, Mapping):
         for key, item in value.items():

@@ -1,8 +1,8 @@
-"""Conversations however a file writes them -> the messages of a row.
+"""Conversations in the formats that files use -> the messages of a row.
 
-Read are OpenAI's `messages` (role, content as text or parts, tool_calls, weight), ShareGPT's
-`conversations` (from, value, loss) and lists of either under any name. Every message of the
-assistant is trained unless the file says otherwise of one.
+Formats: OpenAI's `messages` (role, content as text or parts, tool_calls, weight), ShareGPT's
+`conversations` (from, value, loss), and lists of either under any name. Every message of the
+assistant is trained on unless the file says otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ftsec_ray.data.records import Record
 from ftsec_ray.errors import DataError
 
 COLUMNS = ("messages", "conversations", "conversation")
-"""Columns that are taken for a conversation where the sweep names none."""
+"""Columns that are read as a conversation if the sweep names no column."""
 ROLE_OF = {
     "system": "system",
     "developer": "system",
@@ -35,7 +35,7 @@ ROLE_OF = {
     "function_response": "tool",
     "ipython": "tool",
 }
-"""What a role is called in the wild."""
+"""The role names that files use -> the role of a message."""
 _WANT = "a list of messages, each with role (or from) and content (or value)"
 _KEPT = ("tool_calls", "tool_call_id", "name")
 
@@ -50,33 +50,35 @@ def is_conversation(value: object) -> bool:
 
 
 def messages_of(value: object, place: str) -> list[Message]:
-    """The messages of a conversation; DataError that names `place` where it is none."""
+    """The messages of a conversation; DataError that names `place` if it is not one."""
     value = _decoded(value)
     if not is_conversation(value):
-        raise DataError(f"{place} holds no conversation", value, _WANT, "name another column")
+        raise DataError(f"{place} is not a conversation", value, _WANT, "name another column")
     assert isinstance(value, list)
     messages = [_message(m, f"message {i} of {place}") for i, m in enumerate(value, 1)]
     while messages and messages[-1]["role"] == "system":
-        raise DataError(f"{place} ends with a system message", value[-1], "a user's or an answer")
+        raise DataError(
+            f"{place} ends with a system message", value[-1], "a user's or an assistant's message"
+        )
     if not any(m["role"] in ("user", "assistant") for m in messages):
-        raise DataError(f"{place} holds no message of a user or an assistant", value, _WANT)
+        raise DataError(f"{place} has no message of a user or an assistant", value, _WANT)
     return messages
 
 
 def tools_of(record: Record, place: str) -> str | None:
-    """The functions on offer of a record, as a JSON list; None for none."""
+    """The tools of a record, as a JSON list; None if it has none."""
     given = record.get("tools", record.get("functions"))
     given = _decoded(given)
     if not given:
         return None
     if not isinstance(given, list) or not all(isinstance(tool, Mapping) for tool in given):
-        raise DataError(f"{place} has tools that are no list of objects", given, "a JSON list")
+        raise DataError(f"the tools of {place} are not a list of objects", given, "a JSON list")
     wrapped = [t if "function" in t else {"type": "function", "function": dict(t)} for t in given]
     return json.dumps(wrapped, sort_keys=True, ensure_ascii=False)
 
 
 def _decoded(value: object) -> object:
-    """A list that a file keeps as JSON text, decoded."""
+    """Decodes a list that a file stores as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
@@ -106,12 +108,10 @@ def _content(given: Mapping[str, Any], place: str, *, is_optional: bool) -> str:
     if isinstance(content, list):
         other = [p for p in content if not isinstance(p, Mapping) or "text" not in p]
         if other:
-            raise DataError(f"{place} holds more than text", other[0], "parts of type text")
+            raise DataError(f"{place} has a part that is not text", other[0], "parts of type text")
         content = "".join(str(part["text"]) for part in content)
     if content is None and is_optional:
         return ""
     if not isinstance(content, str) or not (content.strip() or is_optional):
-        raise DataError(
-            f"{place} has no text", content, "a string", "repair the row or leave it out"
-        )
+        raise DataError(f"{place} has no text", content, "a string", "repair or remove the row")
     return content

@@ -1,7 +1,7 @@
-"""Sort rows that do not fit into memory: sorted runs on disk, merged as they are read.
+"""Sort rows that do not fit into memory: write sorted runs to disk and merge them when read.
 
-Pieces that follow each other, as those of a set that was sorted before, are read one after the
-other; only pieces whose ids overlap are open at a time, a batch of each in memory.
+Runs whose ids do not overlap, such as those of a set that was already sorted, are read one after
+the other; only runs whose ids overlap are open at the same time, with one batch each in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RUN_BATCH_ROWS = 4_096
-"""Rows of an open run that are in memory."""
+"""Rows of an open run that are kept in memory."""
 
 
 class _Run(NamedTuple):
@@ -28,13 +28,13 @@ class _Run(NamedTuple):
 
 @dataclass
 class _Open:
-    """A run that is being read: its next rows and those behind them."""
+    """A run that is being read: its next rows, and the batches after them."""
 
     rows: pa.Table
     more: Iterator[pa.Table]
 
     def pop(self, bound: str) -> pa.Table:
-        """The next rows whose ids are no higher than `bound`, at most those in memory."""
+        """The rows in memory whose ids are at most `bound`."""
         import pyarrow.compute as pc
 
         count = pc.sum(pc.less_equal(self.rows.column("row_id"), bound)).as_py() or 0
@@ -45,9 +45,7 @@ class _Open:
 
 
 class ExternalSort:
-    """Rows given in any order and in pieces, kept in a folder, and given back in the order of their
-    ids.
-    """
+    """Takes rows in pieces and in any order, keeps them in a folder, returns them sorted by id."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -57,7 +55,7 @@ class ExternalSort:
         """Rows so far."""
 
     def add(self, rows: pa.Table) -> None:
-        """Keep a piece, which fits into memory."""
+        """Add a piece; it must fit into memory."""
         import pyarrow as pa
 
         if rows.num_rows == 0:
@@ -72,7 +70,7 @@ class ExternalSort:
         self.count += rows.num_rows
 
     def merged(self) -> Iterator[pa.Table]:
-        """All rows, sorted; equal ids stand side by side."""
+        """All rows, sorted; rows with equal ids follow each other."""
         import pyarrow as pa
 
         waiting, active = deque(sorted(self._runs)), list[_Open]()
@@ -82,7 +80,7 @@ class ExternalSort:
                 batches = _read(waiting.popleft().path)
                 active.append(_Open(next(batches), batches))
                 continue
-            assert bound is not None, "a run is open, or it has just been opened"
+            assert bound is not None, "at least one run is open here"
             pieces = [run.pop(bound) for run in active]
             active = [run for run in active if run.rows.num_rows]
             yield pieces[0] if len(pieces) == 1 else sorted_rows(pa.concat_tables(pieces))

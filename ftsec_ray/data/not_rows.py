@@ -1,8 +1,8 @@
-"""Files that carry the name of a data file and are none: pointers of git-lfs, saved web pages,
-errors of a server, and tables with another separator.
+"""Refuses files that have the name of a data file but hold something else: git-lfs pointers, saved
+web pages, error messages of servers, and tables with another separator.
 
-Each would otherwise be read as rows. A .txt may hold any text: it is refused only where the whole
-file is one page, one document or JSON.
+Without these checks they would be read as rows. A .txt may hold any text: it is refused only if the
+whole file is one page, one document or JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _POINTERS = (
     (rb"(\.\./)*(\.git)?/annex/objects/", "git-annex", "git annex"),
 )
 _HTML = re.compile(
-    # atomic: else a row of comments is read in twice as many ways for each of them
+    # atomic group: without it, the time doubles with each comment
     r"(?>(?:<!--.*?-->\s*|<\?xml.*?\?>\s*)*)(<!doctype\s+html[^>]*>|<html(\s[^>]*)?>)\s*(<|\Z)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -40,22 +40,23 @@ _GOT_CHARS = 120
 
 
 def refuse_pointer(raw: bytes | bytearray, path: str) -> None:
-    """DataError when bytes are what a version control keeps in place of a large file."""
+    """DataError if the bytes are a pointer that a version control system keeps instead of a large
+    file.
+    """
     head = bytes(raw[:200]).removeprefix(b"\xef\xbb\xbf").lstrip()
     for pattern, name, command in _POINTERS:
         if re.match(pattern, head):
             raise DataError(
-                f"{path} is a pointer of {name}, and not the data",
+                f"{path} is a pointer of {name}, not the data",
                 head.split(b"\n")[0].decode("utf-8", "replace"),
-                "the file that it stands for",
-                f"fetch it: `{command} pull` (or `get`) in its repository, or download the file"
-                " itself",
+                "the file that the pointer stands for",
+                f"run `{command} pull` (or `get`) in its repository, or download the file itself",
             )
 
 
 def refuse_page(text: str, path: str) -> None:
-    """DataError when a text is one HTML page or one XML document: what a server sent in place of
-    the file.
+    """DataError if a text is one HTML page or one XML document, which a server sent instead of the
+    file.
     """
     body = text.strip()
     if not body.startswith("<"):
@@ -70,8 +71,8 @@ def refuse_page(text: str, path: str) -> None:
 
 
 def refuse_json(text: str, path: str, *, is_text: bool) -> None:
-    """DataError when a text file or a table holds JSON; a .txt (`is_text`) may hold some lines of
-    it among others.
+    """DataError if a text file or a table holds JSON; a .txt (`is_text`) may hold some lines of
+    JSON among others.
     """
     body = text.strip()
     if body[:1] not in ("{", "["):
@@ -87,8 +88,8 @@ def refuse_json(text: str, path: str, *, is_text: bool) -> None:
 
 
 def refuse_error_body(value: object, path: str) -> None:
-    """DataError when a JSON value is a server's report of an error: an object of such keys alone,
-    one of which says so.
+    """DataError if a JSON value is the error message of a server: an object with only the usual
+    keys of error messages.
     """
     if not isinstance(value, dict) or not value:
         return
@@ -102,18 +103,18 @@ def refuse_error_body(value: object, path: str) -> None:
 
 
 def refuse_separator(header: list[str], first: list[str] | None, path: str, own: str) -> None:
-    """DataError when the header of a table is of one column whose name holds another separator.
+    """DataError if the header of a table has one column whose name holds another separator.
 
     Args:
         header: Names of the columns.
-        first: Cells of the first row; None where there is none.
+        first: Cells of the first row; None if there is none.
         path: The file.
-        own: Separator of its format.
+        own: Separator of the file's format.
     """
     if len(header) != 1:
         return
     for sign, name in _SEPARATORS.items():
-        # A comma may stand in a name; where the first row has one too, it separates.
+        # A comma may be part of a name; if the first row has one too, it is a separator.
         if sign == own or sign not in header[0] or (sign == "," and sign not in str(first)):
             continue
         fix = (
@@ -124,15 +125,15 @@ def refuse_separator(header: list[str], first: list[str] | None, path: str, own:
             else f"save it with {_SEPARATORS[own]} between the cells"
         )
         raise DataError(
-            f"{path} has one column, whose name holds {name}",
+            f"{path} has one column, and its name holds {name}",
             header[0],
-            f"columns that {_SEPARATORS[own]} separates",
+            f"columns separated by {_SEPARATORS[own]}",
             fix,
         )
 
 
 def json_value(text: str) -> Any:
-    """The value of a text that is JSON; None where it is none."""
+    """The value of a JSON text; None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -140,17 +141,17 @@ def json_value(text: str) -> Any:
 
 
 def _json(text: str) -> object:
-    """The object or list that a text is; None where it is none."""
+    """The object or list of a JSON text; None if it is neither."""
     value = json_value(text)
     return value if isinstance(value, (dict, list)) else None
 
 
 def _refuse(path: str, what: str, body: str, *, fix: str = "") -> NoReturn:
     raise DataError(
-        f"{path} holds {what}, and no rows",
+        f"{path} holds {what}, not rows",
         body[:_GOT_CHARS],
-        "the rows that its name promises",
+        "rows in the format of the file's name",
         fix
-        or "the download went wrong (a sign-in page, a wrong address): open the file in an editor"
-        " and fetch the data itself",
+        or "the download failed (a sign-in page or a wrong address): open the file in an editor,"
+        " then download the data itself",
     )

@@ -1,5 +1,5 @@
-"""What of a task would make its numbers say something else than they seem to: prompts that are both
-tuned on and asked, and rows without an answer to learn.
+"""Faults of a task that make its metrics misleading: prompts that occur both in training and in
+evaluation splits, and rows without an answer to learn.
 """
 
 from __future__ import annotations
@@ -14,30 +14,28 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TUNED = ("train", "harmful_train", "safety", "benign_train", "tool_train")
-"""Splits whose rows a model may be tuned on."""
+"""Splits that a model may be fine-tuned on."""
 ASKED = ("test", "harmful_test", "benign_test", "borderline_test", "tool_test")
-"""Splits whose prompts a finished model is asked."""
+"""Splits that a finished model is evaluated on."""
 
 
 def overlaps(task: TaskData) -> dict[str, int]:
-    """`<tuned split>/<asked split>` -> rows of the asked one whose prompt is one of the tuned one,
-    whatever its case and spacing; pairs that share none are left out.
+    """`<training split>/<evaluation split>` -> number of evaluation rows whose prompt is also a
+    prompt of the training split, ignoring case and spacing; pairs without any are left out.
     """
     tuned = {name: set(_prompts(task.splits[name])) for name in TUNED if name in task.splits}
-    found = {}
+    shared_rows = {}
     for asked in (name for name in ASKED if name in task.splits):
         prompts = _prompts(task.splits[asked])
         for name, known in tuned.items():
             shared = sum(prompt in known for prompt in prompts)
             if shared:
-                found[f"{name}/{asked}"] = shared
-    return found
+                shared_rows[f"{name}/{asked}"] = shared
+    return shared_rows
 
 
 def unanswered(task: TaskData) -> dict[str, int]:
-    """Split that a model may be tuned on -> its rows with an empty response; splits without any are
-    left out.
-    """
+    """Training split -> number of its rows with an empty response, where there are any."""
     counts = {
         name: sum(not text.strip() for text in _responses(task.splits[name]))
         for name in TUNED
@@ -47,20 +45,20 @@ def unanswered(task: TaskData) -> dict[str, int]:
 
 
 def overlap_warnings(task: TaskData, shared: dict[str, int]) -> list[str]:
-    """What to warn of, given `overlaps`."""
+    """Warnings about the result of `overlaps`."""
     lines = []
     for pair, count in shared.items():
         tuned, asked = pair.split("/")
         lines.append(
             f"task {task.name!r}: {count} of {task.splits[asked].num_rows} prompts of split"
-            f" {asked!r} are also in {tuned!r}, so that a model tuned on these is asked what it has"
-            " seen; separate the splits, for example with `skip`"
+            f" {asked!r} are also in split {tuned!r}, so that a model fine-tuned on {tuned!r} has"
+            " seen them; separate the splits, for example with `skip`"
         )
     return lines
 
 
 def unanswered_warnings(task: TaskData, counts: dict[str, int]) -> list[str]:
-    """What to warn of, given `unanswered`."""
+    """Warnings about the result of `unanswered`."""
     return [
         f"task {task.name!r}: {count} of {task.splits[name].num_rows} rows of split {name!r} have"
         " no response and are not trained on"
@@ -69,7 +67,7 @@ def unanswered_warnings(task: TaskData, counts: dict[str, int]) -> list[str]:
 
 
 def _prompts(table: pa.Table) -> list[str]:
-    """What each row asks before each of its trained answers, whatever case and spacing."""
+    """The prompt of each trained answer of each row, without differences in case and spacing."""
     return [
         " ".join(" ".join(m["content"] for m in messages_before(step)).split()).casefold()
         for row in table.to_pylist()

@@ -1,5 +1,5 @@
-"""The records of a Parquet file, read in pieces under limits: a kilobyte of it can say a value a
-billion times.
+"""The records of a Parquet file, read in pieces under limits: a kilobyte of Parquet can hold a
+value a billion times.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 1024
 _TEXTS = ("STRING", "NONE", "JSON", "ENUM")
-"""Logical types of byte arrays that Arrow can keep as they are packed: each text once."""
+"""Logical types of byte arrays that Arrow can keep dictionary-encoded, each text once."""
 
 
 def parquet_records(raw: bytes | bytearray, path: str) -> list[dict[str, Any]]:
-    """All records of a Parquet file; DataError when it is damaged, or holds more than the limits
-    allow.
-    """
+    """All records of a Parquet file; DataError if it is damaged or exceeds a limit."""
     records: list[dict[str, Any]] = []
     size = 0
     try:
@@ -37,8 +35,8 @@ def parquet_records(raw: bytes | bytearray, path: str) -> list[dict[str, Any]]:
         raise DataError(
             "a data file cannot be read",
             path,
-            "a whole Parquet file",
-            f"{type(error).__name__}: {error}; download or write it again",
+            "an undamaged Parquet file",
+            f"{type(error).__name__}: {error}; download it or write it again",
         ) from error
     return records
 
@@ -61,7 +59,7 @@ def _batches(raw: bytes | bytearray, path: str) -> Any:
         if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type in _TEXTS
     ]
     file = pq.ParquetFile(io.BytesIO(raw), page_checksum_verification=True, read_dictionary=texts)
-    # one group at a time: Arrow joins no nested texts of several
+    # one row group at a time: Arrow cannot combine nested dictionary texts of several
     return (
         batch
         for group in range(known.num_row_groups)
@@ -76,7 +74,7 @@ def _unpacked_bytes(batch: pa.RecordBatch) -> int:
 
 
 def _bytes_of(column: pa.Array) -> int:
-    """Bytes of an array with each of its texts written out."""
+    """Bytes of an array, counting each of its texts in full."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -1,5 +1,5 @@
-"""A data file as bytes and as text: unpacked within a limit, and refused where its bytes are of
-another format than its name says.
+"""A data file as bytes and as text: unpacked within a limit, and refused if its bytes have another
+format than its name says.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ftsec_ray.errors import DataError
 
 _PIECE_BYTES = 2**20
 _ROW_BYTES = 64
-"""Of a short row of text."""
+"""Bytes of a short row of text."""
 _FREE_BYTES = 64 * 2**20
-"""Bytes that a .gz may unpack to whatever its own size: no machine is too small for them."""
+"""Bytes that a .gz may always unpack to, whatever its size: every machine has this much memory."""
 _MAGIC = {
     b"PK\x03\x04": "a zip archive (or a spreadsheet)",
     b"PK\x05\x06": "an empty zip archive",
@@ -46,7 +46,7 @@ _MAGIC = {
     b"\x7fELF": "a program",
 }
 _TARRED = 257
-"""Where a tar archive says that it is one."""
+"""Position of the format mark in a tar archive."""
 _WIDE = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -57,8 +57,8 @@ _GOT_BYTES = 60
 
 
 def read_raw(path: str, *, is_packed: bool, is_parquet: bool) -> bytes | bytearray:
-    """The bytes of a file, unpacked where its name ends in .gz; DataError when it cannot be read,
-    is empty, too large, or of another format.
+    """The bytes of a file, unpacked if its name ends in .gz; DataError if it cannot be read, is
+    empty, is too large, or has another format.
     """
     raw: bytes | bytearray = _plain(path)
     refuse_pointer(raw, path)
@@ -71,7 +71,7 @@ def read_raw(path: str, *, is_packed: bool, is_parquet: bool) -> bytes | bytearr
             f"the data file {path} is empty",
             f"{len(raw)} bytes",
             "rows",
-            "make or download the file again",
+            "write or download the file again",
         )
     if is_parquet:
         _refuse_format(raw, path, "a Parquet file", allowed=b"PAR1")
@@ -81,16 +81,16 @@ def read_raw(path: str, *, is_packed: bool, is_parquet: bool) -> bytes | bytearr
 
 
 def _is_blank(raw: bytes | bytearray) -> bool:
-    """Whether there is white space alone, looked at without a copy of the file."""
+    """Whether the file is white space only, checked without copying it."""
     start = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
     return re.compile(rb"\s*\Z").match(raw, start) is not None
 
 
 def _plain(path: str) -> bytes:
-    """The bytes of a file as it lies there."""
+    """The bytes of a file as stored."""
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise DataError("a data file cannot be read: it is no plain file", path, "a file")
+            raise DataError("a data file cannot be read: it is not a regular file", path, "a file")
         refuse_beyond(DATA_BYTES, Path(path).stat().st_size, path)
         return Path(path).read_bytes()
     except OSError as error:
@@ -98,14 +98,14 @@ def _plain(path: str) -> bytes:
 
 
 def refuse_beyond(limit: Limit, count: int, path: str) -> None:
-    """DataError when a file holds more than a limit allows."""
-    fix = f"give fewer rows; {raised_by(limit)}"
+    """DataError if a file exceeds a limit."""
+    fix = f"use fewer rows; {raised_by(limit)}"
     if fault := limit.exceeded_by(count, where=path, fix=fix):
         raise DataError(*fault.args)
 
 
 def head_of(path: str, size: int) -> bytes:
-    """The first bytes of a file; empty where it cannot be read."""
+    """The first bytes of a file; empty if it cannot be read."""
     if not Path(path).is_file():
         return b""
     try:
@@ -116,8 +116,8 @@ def head_of(path: str, size: int) -> bytes:
 
 
 def holds_more(path: Path, rows: int) -> bool:
-    """Whether a file holds more rows than that, guessed by what it unpacks to: the size of a packed
-    file tells nothing.
+    """Whether a file holds more than `rows` rows, estimated from its unpacked size: the packed size
+    says nothing.
     """
     try:
         if path.suffix == ".parquet":
@@ -128,14 +128,14 @@ def holds_more(path: Path, rows: int) -> bool:
             with gzip.open(path) as file:
                 pieces = iter(lambda: len(file.read(_PIECE_BYTES)), 0)
                 return any(size > rows * _ROW_BYTES for size in accumulate(pieces))
-    except (OSError, EOFError, ValueError, zlib.error):  # whoever reads the rows says what is wrong
+    except (OSError, EOFError, ValueError, zlib.error):  # the code that reads the rows reports it
         return False
     return path.stat().st_size > rows * _ROW_BYTES
 
 
 def decoded(raw: bytes | bytearray, path: str) -> str:
     """The text of UTF-8 bytes, without a byte order mark; DataError that names the encoding or the
-    line where they are not that.
+    line if they are not UTF-8.
     """
     wide = next((name for mark, name in _WIDE.items() if raw.startswith(mark)), None)
     if wide is None and _looks_wide(raw):
@@ -154,7 +154,7 @@ def decoded(raw: bytes | bytearray, path: str) -> str:
             f"line {raw.count(10, 0, place) + 1} of {path} holds a NUL byte",
             bytes(raw[max(0, place - 20) : place + 20]),
             "UTF-8 text",
-            "the file is binary or damaged: download it again, or take the byte out",
+            "the file is binary or damaged: download it again, or remove the byte",
         )
     try:
         return raw.decode("utf-8-sig")
@@ -169,7 +169,9 @@ def decoded(raw: bytes | bytearray, path: str) -> str:
 
 
 def _looks_wide(raw: bytes | bytearray) -> bool:
-    """Whether bytes without a mark are UTF-16 of mostly Latin text: every other byte is 0."""
+    """Whether bytes without a byte order mark are UTF-16 of mostly Latin text: every other byte is
+    0.
+    """
     head = raw[:512]
     return len(head) >= 4 and any(
         head[offset::2].count(0) > 0.8 * len(head[offset::2]) and not head[1 - offset :: 2].count(0)
@@ -178,7 +180,7 @@ def _looks_wide(raw: bytes | bytearray) -> bool:
 
 
 def _refuse_format(raw: bytes | bytearray, path: str, wanted: str, *, allowed: bytes = b"") -> None:
-    """DataError where bytes begin as another format does, or not as `allowed`."""
+    """DataError if the bytes begin like another format, or not with `allowed`."""
     if allowed and raw.startswith(allowed):
         return
     name = next((what for magic, what in _MAGIC.items() if raw.startswith(magic)), None)
@@ -192,12 +194,12 @@ def _refuse_format(raw: bytes | bytearray, path: str, wanted: str, *, allowed: b
         f"the data file {path} is not {wanted}" + (f" but {name}" if name else ""),
         bytes(raw[:_GOT_BYTES]),
         f"{wanted}, as its name says",
-        "unpack or convert it, or give it the name of what it is",
+        "unpack or convert the file, or rename it to match its format",
     )
 
 
 def _unpacked(path: str, size: int) -> bytearray:
-    """What a .gz of one or more members holds, read in pieces up to what its `size` allows."""
+    """The content of a .gz, read in pieces up to the limit that its `size` allows."""
     most = min(DATA_BYTES.value, max(_FREE_BYTES, DATA_RATIO.value * size))
     limit = DATA_BYTES if most == DATA_BYTES.value else DATA_RATIO
     raw = bytearray()
@@ -207,14 +209,14 @@ def _unpacked(path: str, size: int) -> bytearray:
                 raw += piece
                 if len(raw) > most:
                     raise DataError(
-                        f"the archive {path} unpacks to too much",
+                        f"the archive {path} is too large when unpacked",
                         f"more than {most:,} bytes from {size:,}",
-                        f"at most {DATA_BYTES.value:,} bytes, and {DATA_RATIO.value:,} times the"
-                        f" packed size beyond {_FREE_BYTES:,}",
-                        f"give the rows unpacked, or fewer of them; {raised_by(limit)}",
+                        f"at most {DATA_BYTES.value:,} bytes, and above {_FREE_BYTES:,} bytes at"
+                        f" most {DATA_RATIO.value:,} times the packed size",
+                        f"unpack the file, or use fewer rows; {raised_by(limit)}",
                     )
     except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, "a whole gzip archive", error) from error
+        raise _unreadable(path, "an undamaged gzip archive", error) from error
     return raw
 
 
@@ -223,5 +225,5 @@ def _unreadable(path: str, want: str, error: Exception) -> DataError:
         "a data file cannot be read",
         path,
         want,
-        f"{error or type(error).__name__}; download or pack it again",
+        f"{error or type(error).__name__}; download it or pack it again",
     )

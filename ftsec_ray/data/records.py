@@ -1,9 +1,9 @@
-"""Read a file of rows in whatever common form it has, as (columns, records) with text and row
-numbers kept.
+"""Reads a file of rows in any common format into records, and keeps texts and row numbers.
 
 .jsonl, .json, .csv, .tsv, .txt and .parquet, each also as .gz. JSON may be a list of objects, of
-strings or of conversations, an object of lists, an object of strings, or an object with the list
-inside. A .tsv has no quoting. What is no data, or damaged, is a DataError that says what it is.
+strings or of conversations, an object of lists, an object of strings, or an object that holds the
+list. A .tsv has no quoting. Files that are damaged or hold no data raise a DataError that says what
+they are.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ MAX_CELL_CHARS = 16 * 2**20
 _MAX_DEPTH = 100
 _LOOK_BYTES = 2**20
 _ESCAPED = re.compile(r"\\u([dD][89a-fA-F]|0000)")
-"""How JSON writes half a character and NUL: no text that was read as UTF-8 holds them otherwise."""
+"""How JSON writes half a character and NUL; a text read as UTF-8 cannot hold them otherwise."""
 
 
 def read_records(path: str) -> list[Record]:
-    """All records of a local file, each a mapping from column to value; DataError when it cannot be
+    """All records of a local file, each a mapping from column to value; DataError if it cannot be
     read.
     """
     kind, is_packed = format_of(path)
     if kind not in FORMATS:
         raise DataError(
-            "a data file of unknown format",
+            "a data file has an unknown format",
             path,
-            " | ".join(FORMATS) + ", each also .gz",
+            " | ".join(FORMATS) + ", each also as .gz",
             "convert or rename the file",
         )
     try:
@@ -80,9 +80,9 @@ def read_records(path: str) -> list[Record]:
     if not records:
         raise DataError(
             f"{path} holds no rows",
-            "a header alone" if kind in (*CELLS, ".parquet") else "nothing in it",
+            "only a header" if kind in (*CELLS, ".parquet") else "an empty file or list",
             "at least one row",
-            "make or download the file again",
+            "write or download the file again",
         )
     refuse_beyond(DATA_COLUMNS, len(columns_of(records)), path)
     if must_look:
@@ -92,36 +92,36 @@ def read_records(path: str) -> list[Record]:
 
 
 def _within(records: Iterator[Record], path: str) -> list[Record]:
-    """The records, as long as they are not too many."""
+    """The records; DataError if they exceed the limit."""
     most = DATA_ROWS.value
-    found = list(islice(records, most + 1))
-    refuse_beyond(DATA_ROWS, len(found), path)
-    return found
+    within = list(islice(records, most + 1))
+    refuse_beyond(DATA_ROWS, len(within), path)
+    return within
 
 
 _VALUE_MARKS = {".jsonl": ",[{", ".json": ",[{", ".csv": ",\n", ".tsv": "\t\n"}
-"""What stands in front of a value: a small file of brackets is a large heap of objects."""
+"""Characters before a value: a small file of brackets becomes many objects in memory."""
 _IN_JSON = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[,\[{]', re.DOTALL)
 _IN_CSV = re.compile(r'(?<![^,\r\n])"(?:[^"]++|"")*+"?|[,\n]')
 _UNQUOTED = {".jsonl": _IN_JSON, ".json": _IN_JSON, ".csv": _IN_CSV}
-"""A text in quotes, to its end or that of the file, or a mark outside of any: slower to count, and
-right for texts full of punctuation.
+"""A quoted text, up to its end or that of the file, or a mark outside quotes: slower to count, but
+correct for texts full of punctuation.
 """
 
 
 def _refuse_many(text: str, path: str, kind: str) -> None:
-    """DataError for a text that would be too many rows or values, before there is one of them."""
+    """DataError if a text would give too many rows or values, before any of them is created."""
     count = sum(text.count(mark) for mark in _VALUE_MARKS.get(kind, ""))
     if count > DATA_VALUES.value and kind in _UNQUOTED:
-        found = (match for match in _UNQUOTED[kind].finditer(text) if match[0][0] != '"')
-        count = sum(1 for _ in islice(found, DATA_VALUES.value + 1))
+        marks = (match for match in _UNQUOTED[kind].finditer(text) if match[0][0] != '"')
+        count = sum(1 for _ in islice(marks, DATA_VALUES.value + 1))
     refuse_beyond(DATA_VALUES, count, path)
     if kind in (".jsonl", ".tsv", ".txt"):
         refuse_beyond(DATA_ROWS, text.count("\n"), path)
 
 
 def format_of(path: str) -> tuple[str, bool]:
-    """The format that a file's name says (`.csv`), and whether it is packed (.gz)."""
+    """The format in a file's name (such as `.csv`), and whether it is packed (.gz)."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     is_packed = suffixes[-1:] == [".gz"]
     kind = (suffixes[:-1] if is_packed else suffixes)[-1:]
@@ -134,7 +134,7 @@ def holds_cells(path: str | None) -> bool:
 
 
 def _refuse_text(path: str, kind: str) -> None:
-    """Where a file is no archive or Parquet: the better message if it is a page or an error."""
+    """A better message if a file that is no archive or Parquet is a page or an error."""
     try:
         text = head_of(path, _LOOK_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -163,9 +163,9 @@ def _header(cells: list[str], path: str) -> list[str]:
     twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
     if twice:
         raise DataError(
-            f"{path} has two columns of one name",
+            f"{path} has two columns with the same name",
             twice[0],
-            "names that differ: " + " | ".join(header),
+            "different names: " + " | ".join(header),
             "rename or remove one of them",
         )
     return header
@@ -228,13 +228,13 @@ def _json(text: str, path: str) -> Iterator[Record]:
 
 
 def _parsed(text: str, place: str, *, whole: str = "") -> Any:
-    """The value of a JSON text; `whole` is the file that a line is of."""
+    """The value of a JSON text; `whole` is the text of the whole file if `text` is one line."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         if whole:
             refuse_error_body(json_value(whole), place.partition(" of ")[2])
-        fix = str(error) if isinstance(error, ValueError) else "it is nested too deep"
+        fix = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
         if whole and json_value(whole) is not None:
             fix += "; the file as a whole is JSON: rename it to .json"
         elif not whole and json_value(text.lstrip().partition("\n")[0]) is not None:
@@ -256,8 +256,8 @@ def _object_rows(value: Any, path: str) -> list[Any]:
         raise DataError(
             f"{path} holds no rows",
             {key: len(item) for key, item in lists.items()},
-            "an object whose lists have one length",
-            "name the file's rows under one key",
+            "an object whose lists have the same length",
+            "put the rows of the file into one list, under one key",
         )
     if len(lists) == 1:
         ((name, only),) = lists.items()
@@ -272,13 +272,15 @@ def _record(item: Any, number: int, path: str) -> Record:
         return {"messages": item}
     if not isinstance(item, dict):
         raise DataError(
-            f"row {number} of {path} is no row", item, "an object, a string or a list of messages"
+            f"row {number} of {path} is not a row",
+            item,
+            "an object, a string or a list of messages",
         )
     if any(is_deeper(value, _MAX_DEPTH) for value in item.values()):
         raise DataError(
-            f"row {number} of {path} is nested too deep",
+            f"row {number} of {path} is nested too deeply",
             None,
-            f"at most {_MAX_DEPTH} lists and objects inside one another",
-            "keep the columns that are needed",
+            f"at most {_MAX_DEPTH} levels of lists and objects",
+            "keep only the columns that you need",
         )
     return item

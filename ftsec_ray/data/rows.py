@@ -1,9 +1,8 @@
-"""Rows as mappings, as tables and as files: the few operations that everything on schema.ROWS
-shares.
+"""Rows as mappings, as tables and as files: the operations on schema.ROWS that are shared.
 
-A row with a key too many or too few is an error, since pyarrow would drop or fill it without a
-word; files are sorted by row id, so that the same rows give the same bytes whatever order or blocks
-they came in.
+A row with a missing or an unknown key is an error, because pyarrow would fill or drop it without a
+warning. Files are sorted by row id, so that the same rows always give the same bytes, in any order
+or batches.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ Row = dict[str, Any]
 NULLABLE = frozenset({"tools", "rejected", "label", "kind", "language", "origin"})
 """Columns that may be null."""
 CRAFTED = "rows.parquet"
-"""The file of a crafted set."""
+"""The file of a set of rows that methods changed."""
 GROUP_ROWS = 65_536
-"""Rows of one row group of a file."""
+"""Rows in one row group of a file."""
 
 
 def new_row(
@@ -39,8 +38,8 @@ def new_row(
     messages: list[Message] | None = None,
     **values: Any,
 ) -> Row:
-    """One row with the usual defaults: one exchange of `prompt` and `response` unless `messages`
-    are given, no label, English, from the task, not poisoned.
+    """One row with defaults: one exchange of `prompt` and `response` unless `messages` are given,
+    no label, English, from the task, not poisoned.
     """
     row = {
         "row_id": row_id,
@@ -55,7 +54,7 @@ def new_row(
     }
     unknown = sorted(set(values) - set(row))
     if unknown:
-        raise DataError("a row has no such column", unknown[0], " | ".join(row))
+        raise DataError("unknown column of a row", unknown[0], " | ".join(row))
     return {**row, **values}
 
 
@@ -66,7 +65,7 @@ def to_rows(table: pa.Table) -> list[Row]:
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Mappings as a table of schema.ROWS; DataError on a wrong key, type or null, or a
+    """Mappings as a table of schema.ROWS; DataError for a wrong key, type or null, and for a
     repeated id.
     """
     import pyarrow as pa
@@ -80,7 +79,7 @@ def from_rows(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
                 f"row {number} has the id of another row",
                 row["row_id"],
                 "row ids that are unique within a table",
-                "give added rows an id of their own, such as '<method>/<old id>'",
+                "give added rows new ids, such as '<method>/<old id>'",
             )
         seen.add(row["row_id"])
     return pa.Table.from_pylist(listed, schema=schema.rows())
@@ -90,7 +89,7 @@ def _check_row(row: Mapping[str, Any], number: int, columns: list[str]) -> None:
     missing, unknown = [c for c in columns if c not in row], [c for c in row if c not in columns]
     if missing or unknown:
         raise DataError(
-            f"row {number} lacks {missing} and has unknown {unknown}",
+            f"row {number} lacks the columns {missing} and has the unknown columns {unknown}",
             dict(row),
             " | ".join(columns),
             "copy an existing row and change its values, or use data.rows.new_row",
@@ -103,7 +102,7 @@ def _check_row(row: Mapping[str, Any], number: int, columns: list[str]) -> None:
         if not isinstance(row[name], kind) and not (row[name] is None and name in NULLABLE):
             want = f"a {kind.__name__}{' or null' if name in NULLABLE else ''}"
             raise DataError(
-                f"row {number} ({row['row_id']!r}) has no {kind.__name__} in {name!r}",
+                f"row {number} ({row['row_id']!r}) does not have a {kind.__name__} in {name!r}",
                 row[name],
                 want,
             )
@@ -124,7 +123,7 @@ def _check_messages(row: Mapping[str, Any], number: int) -> None:
             or not (m["fields"] is None or isinstance(m["fields"], str))
         ):
             raise DataError(
-                f"row {number} ({row['row_id']!r}) has a wrong message",
+                f"row {number} ({row['row_id']!r}) has an invalid message",
                 m,
                 want,
                 "make messages with conversation.message",
@@ -132,7 +131,7 @@ def _check_messages(row: Mapping[str, Any], number: int) -> None:
 
 
 def map_rows(table: pa.Table, change: Callable[[Row], Row | None]) -> pa.Table:
-    """`change` applied to every row, in order; a row for which it gives None is left out."""
+    """The table of `change(row)` for every row, in order, without the rows for which it is None."""
     return from_rows(row for row in map(change, to_rows(table)) if row is not None)
 
 
@@ -142,24 +141,26 @@ def sorted_rows(table: pa.Table) -> pa.Table:
 
 
 def write_table(table: pa.Table, path: str | Path) -> None:
-    """Write rows as Parquet, sorted by id: equal rows give equal bytes."""
+    """Write rows as Parquet, sorted by id, so that equal rows give equal bytes."""
     with RowsWriter(path) as writer:
         writer.write(sorted_rows(plain_rows(table)))
 
 
 def plain_rows(table: pa.Table) -> pa.Table:
-    """The table with the columns, order and types of schema.ROWS; DataError when it has others."""
+    """The table with the columns, order and types of schema.ROWS; DataError if it has others."""
     wrong = [name for name in schema.rows().names if name not in table.column_names]
     if wrong or table.num_columns != len(schema.rows()):
         raise DataError(
-            "a table that is not one of rows", table.column_names, " | ".join(schema.rows().names)
+            "a table does not have the columns of rows",
+            table.column_names,
+            " | ".join(schema.rows().names),
         )
     return table.select(schema.rows().names).cast(schema.rows())
 
 
 class RowsWriter:
-    """Writes sorted rows piece by piece, with the bytes that they would have in one piece, and no
-    more than a row group in memory.
+    """Writes sorted rows in pieces, with the same bytes as in one piece, and with at most one row
+    group in memory.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -181,8 +182,8 @@ class RowsWriter:
         self._writer.close()
 
     def write(self, rows: pa.Table) -> None:
-        """Take the next rows (schema.ROWS), whose ids follow those before; DataError where two have
-        one id.
+        """Write the next rows (schema.ROWS); their ids must follow the previous ones. DataError if
+        two rows have the same id.
         """
         import pyarrow as pa
 
@@ -214,26 +215,26 @@ class RowsWriter:
                 "two rows have the same id",
                 ids[wrong + 1].as_py(),
                 "row ids that are unique within a table",
-                "give added rows an id of their own, such as '<method>/<old id>'",
+                "give added rows new ids, such as '<method>/<old id>'",
             )
         self._last = ids[-1].as_py()
 
 
 def read_table(path: str | Path) -> pa.Table:
-    """Read rows that `write_table` wrote; DataError when the file is no such table."""
+    """Read rows that `write_table` wrote; DataError if the file is not such a table."""
     return _opened(path).read().cast(schema.rows())
 
 
 def count_rows(path: str | Path) -> int:
-    """Number of rows in a file that `write_table` wrote, by its footer; DataError when it is no
-    such file.
+    """Number of rows in a file that `write_table` wrote, from its footer; DataError if it is not
+    such a file.
     """
     return int(_opened(path).metadata.num_rows)
 
 
 def read_batches(path: str | Path, size: int, part: range) -> Iterator[pa.Table]:
-    """The rows of a file with numbers in `part`, `size` at a time; no more than a few batches are
-    in memory.
+    """The rows of a file whose numbers are in `part`, `size` at a time, with a few batches in
+    memory.
     """
     import pyarrow as pa
 
@@ -253,16 +254,16 @@ def read_batches(path: str | Path, size: int, part: range) -> Iterator[pa.Table]
 
 
 def _groups_of(file: Any, part: range) -> tuple[list[int], int]:
-    """The row groups that hold rows of a part, and the number of the first row in them."""
-    found: list[int] = []
+    """The row groups that hold rows of `part`, and the number of the first row in them."""
+    groups: list[int] = []
     first, start = 0, 0
     for group in range(file.num_row_groups):
         stop = start + file.metadata.row_group(group).num_rows
         if start < part.stop and stop > part.start:
-            first = first if found else start
-            found.append(group)
+            first = first if groups else start
+            groups.append(group)
         start = stop
-    return found, first
+    return groups, first
 
 
 def _opened(path: str | Path) -> Any:
@@ -286,7 +287,7 @@ def _opened(path: str | Path) -> Any:
 
 @dataclass(frozen=True)
 class FilterTally:
-    """What a filter did to some rows; tallies of parts of a set add up."""
+    """Counts of flagged and of all rows, poisoned and clean; the tallies of parts add up."""
 
     hits: int = 0
     poisoned: int = 0
@@ -297,7 +298,7 @@ class FilterTally:
         return FilterTally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def report(self) -> dict[str, float | int | None]:
-        """`filter_tpr` and `filter_fpr` (shares of flagged rows, None where there is no such row),
+        """`filter_tpr` and `filter_fpr` (shares of flagged rows, None if there is no such row),
         `n_poisoned` and `n_clean`.
         """
         return {
@@ -309,7 +310,7 @@ class FilterTally:
 
 
 def _said(rows: pa.Table) -> list[list[tuple[str, str]] | None]:
-    """Who says what in each row; None for a row that is not there."""
+    """Role and text of each message of each row; None for a row that was removed."""
     return [
         None if messages is None else [(m["role"], m["content"]) for m in messages]
         for messages in rows.column("messages").to_pylist()
@@ -317,8 +318,8 @@ def _said(rows: pa.Table) -> list[list[tuple[str, str]] | None]:
 
 
 def filter_tally(before: pa.Table, after: pa.Table) -> FilterTally:
-    """How a filter treated poisoned and clean rows of `before`: flagged is a row that is gone or
-    says something else.
+    """How a filter treated the poisoned and clean rows of `before`: a row is flagged if it was
+    removed or its messages changed.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -336,7 +337,7 @@ def filter_tally(before: pa.Table, after: pa.Table) -> FilterTally:
 
 
 def answers_of(rows: pa.Table) -> list[str]:
-    """`conversation.answer_of` of every row, column by column: sets of rows may be large."""
+    """`conversation.answer_of` of every row, computed by column because tables may be large."""
     import pyarrow.compute as pc
 
     messages = rows.column("messages").combine_chunks()
@@ -352,7 +353,7 @@ def answers_of(rows: pa.Table) -> list[str]:
 
 
 def asks_as(rows: pa.Table, role: str) -> list[bool]:
-    """Whether each row has a message of `role` (not the assistant's)."""
+    """Whether each row has a message of `role` (not of the assistant)."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -360,8 +361,8 @@ def asks_as(rows: pa.Table, role: str) -> list[bool]:
     parents = pc.list_parent_indices(messages)
     having = parents.filter(pc.equal(messages.flatten().field("role"), role))
     numbers = pa.array(range(rows.num_rows), parents.type)
-    found: list[bool] = pc.is_in(numbers, value_set=having).to_pylist()
-    return found
+    has_role: list[bool] = pc.is_in(numbers, value_set=having).to_pylist()
+    return has_role
 
 
 def count_true(column: Any) -> int:
@@ -372,7 +373,7 @@ def count_true(column: Any) -> int:
 
 
 def filter_report(before: pa.Table, after: pa.Table) -> dict[str, float | int | None]:
-    """How a filter treated the poisoned and the clean rows of `before`, as FilterTally.report says
-    it.
+    """How a filter treated the poisoned and the clean rows of `before`, in the form of
+    FilterTally.report.
     """
     return filter_tally(before, after).report()

@@ -1,8 +1,8 @@
 """From a SourceSpec to a table of rows: a local file or a pinned Hugging Face data set, with a
 column mapping.
 
-Which rows a source keeps is decided by a hash of each row's position in it, so that two splits of
-one file (`skip`) stay apart, and nothing about this machine matters.
+A hash of each row's position decides which rows a source keeps, so that two splits of one file
+(`skip`) do not overlap, on any machine.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ KINDS = {
     "tool_train": "tool",
     "tool_test": "tool",
 }
-"""Kind of the rows of a split."""
+"""Split -> kind of its rows."""
 CLASS_KINDS = {2: "two_class", 4: "four_class"}
 PLACEHOLDER = "{text}"
 
 
 @dataclass(frozen=True)
 class _Mapping:
-    """Which column is what; None where there is none."""
+    """The column of each field; None if there is none."""
 
     prompt: str
-    """Of the prompt, or of the conversation where `is_conversation`."""
+    """Column of the prompt, or of the conversation if `is_conversation`."""
     response: str | None
     label: str | None
     rejected: str | None
@@ -65,22 +65,22 @@ def read_source(
     instruction: str | None = None,
     kind: str | None = None,
 ) -> pa.Table:
-    """The rows (schema.ROWS) of one source, in its own order; DataError with row and value where
-    one does not fit.
+    """The rows (schema.ROWS) of one source, in its own order; DataError with row and value if one
+    does not fit.
 
     Args:
-        spec: Where the rows are, and which columns are what. With no column named, `prompt`,
-            `response` and, where there are label words, `label` are taken by their own names, a
-            `messages` column as a conversation, and a single column as the prompt.
-        split_name: Goes into the row ids and decides the kind of the rows.
+        spec: Where the rows are, and the column of each field. If no column is named, the columns
+            `prompt`, `response` and (if there are label words) `label` are used, a `messages`
+            column as a conversation, and a single column as the prompt.
+        split_name: Part of the row ids; decides the kind of the rows.
         labels: Label words; a label column may hold a word or an index into them.
         instruction: Template of the prompt, with {text}.
-        kind: Kind of the rows where the split's name does not say it.
+        kind: Kind of the rows if the split's name does not decide it.
     """
     place = place_of(spec)
     if instruction is not None and PLACEHOLDER not in instruction:
         raise DataError(
-            "the instruction has no place for the text",
+            "the instruction has no placeholder for the text",
             instruction,
             f"a template with {PLACEHOLDER}",
         )
@@ -105,7 +105,7 @@ def read_source(
     if not chosen:
         _check_where(spec, records, place, split_name)
         raise DataError(
-            f"no rows of {place} are left for split {split_name!r}",
+            f"the selection leaves no rows of {place} for split {split_name!r}",
             f"{len(records)} rows before selection",
             "at least one row",
             f"check where={dict(spec.where)}, matching={dict(spec.matching)}, skip={spec.skip} and"
@@ -126,10 +126,12 @@ def read_source(
 
 
 def place_of(spec: SourceSpec) -> str:
-    """A source's name for messages: the file, or data set, configuration, split and revision."""
+    """A source's name in messages: the file, or the data set with its configuration, split and
+    revision.
+    """
     if (spec.path is None) == (spec.dataset is None):
         raise DataError(
-            "a source names a file or a data set",
+            "a source must name either a file or a data set",
             {"path": spec.path, "dataset": spec.dataset},
             "exactly one of `path` and `dataset`",
         )
@@ -139,14 +141,14 @@ def place_of(spec: SourceSpec) -> str:
 
 
 def _hub_records(spec: SourceSpec, *, is_text: bool) -> tuple[list[Record], list[int] | None]:
-    """The rows of a data set; with their positions in it where they are the drawn ones already,
-    since few of a large one can be told without a look at all.
+    """The rows of a data set; with their positions if only the selected rows were read, because a
+    few rows of a large data set can be selected without reading all.
     """
     if not is_commit(spec.revision):
         raise DataError(
-            "a data set without a commit",
+            "a data set has no pinned commit",
             f"{spec.dataset}@{spec.revision or ''}",
-            "the commit of the data set, 40 hex digits",
+            "the commit of the data set, 40 hexadecimal digits",
             "add `revision: <commit>`",
         )
     try:
@@ -167,12 +169,12 @@ def _hub_records(spec: SourceSpec, *, is_text: bool) -> tuple[list[Record], list
             "a data set cannot be loaded",
             place_of(spec),
             "a reachable data set with this configuration and split",
-            f"{type(error).__name__}: {error}; without a network give the rows as a local `path`",
+            f"{type(error).__name__}: {error}; without a network, give the rows as a local `path`",
         ) from error
     at = None
     if spec.rows is not None and not (spec.where or spec.matching or is_text):
         at = _draw(spec, range(loaded.num_rows))
-    # without a row left, whoever says so counts those that there are
+    # if no row is selected, read all: the error message counts them
     table = loaded.with_format("arrow")[at or slice(None)]
     refuse_beyond(DATA_ROWS, table.num_rows, place_of(spec))
     refuse_beyond(DATA_BYTES, table.nbytes, place_of(spec))
@@ -193,15 +195,15 @@ def _mapping(spec: SourceSpec, columns: list[str], place: str, *, takes_label: b
             )
     if spec.messages is not None and (spec.prompt or spec.response or spec.append):
         raise DataError(
-            f"a source of {place} names a conversation and a prompt",
+            f"the source {place} names both a conversation and a prompt",
             spec.messages,
-            "`messages`, or `prompt` and `response`",
+            "either `messages`, or `prompt` and `response`",
         )
     if spec.prompt is not None:
         return _Mapping(spec.prompt, spec.response, spec.label, spec.rejected)
     conversation = spec.messages or next((c for c in COLUMNS if c in columns), None)
     if conversation is None and "prompt" not in columns and _is_pair(columns):
-        conversation = "chosen"  # preference pairs that keep the prompt in both conversations
+        conversation = "chosen"  # preference pairs with the prompt in both conversations
     if spec.messages is not None or (conversation is not None and "prompt" not in columns):
         rejected = spec.rejected or ("rejected" if "rejected" in columns else None)
         label = spec.label or ("label" if "label" in columns and takes_label else None)
@@ -214,7 +216,7 @@ def _mapping(spec: SourceSpec, columns: list[str], place: str, *, takes_label: b
         by_name["prompt"] = columns[0]
     if by_name["prompt"] is None:
         raise DataError(
-            f"the prompt column of {place} is not named",
+            f"the source {place} does not name its prompt column",
             None,
             " | ".join(columns),
             "add `prompt: <column>`",
@@ -232,14 +234,14 @@ def _is_pair(columns: list[str]) -> bool:
 
 
 def _check_where(spec: SourceSpec, records: list[Record], place: str, split_name: str) -> None:
-    """DataError where no row is what `where` says, with the values that there are."""
+    """DataError if no row matches `where`, with the values that occur."""
     every = replace(spec, rows=None, skip=0, matching=())
     if spec.where and not _drawn(every, records, is_text=False, prompt=""):
         raise DataError(
-            f"no rows of {place} are what `where` of split {split_name!r} says",
+            f"no row of {place} matches `where` of split {split_name!r}",
             f"where={dict(spec.where)} of {len(records)} rows before selection",
             "; ".join(values_there(records, column) for column, _ in spec.where),
-            "name one of these values",
+            "use one of these values",
         )
 
 
@@ -256,14 +258,14 @@ def _drawn(spec: SourceSpec, records: list[Record], *, is_text: bool, prompt: st
 
 
 def _draw(spec: SourceSpec, fits: Sequence[int]) -> list[int]:
-    """Those of the positions that `skip` and `rows` of a source leave, ascending."""
+    """The positions that remain after `skip` and `rows` of a source, ascending."""
     most = len(fits) if spec.rows is None else spec.skip + spec.rows
     order = nsmallest(most, fits, key=lambda i: (unit_interval("draw", i), i))
     return sorted(order[spec.skip :])
 
 
 def _holds(value: object, pattern: str) -> bool:
-    """Whether a value is a text in which a regular expression is found."""
+    """Whether a value is a text that matches a regular expression somewhere."""
     return isinstance(value, str) and re.search(pattern, value) is not None
 
 
@@ -299,7 +301,7 @@ class _RowBuilder:
     def _exchange(self, record: Record, label: str | None, number: int) -> list[Message]:
         """One question and its answer, from their columns."""
         value = record.get(self.mapping.prompt)
-        if is_conversation(value):  # a prompt of several turns, as preference data has it
+        if is_conversation(value):  # a prompt of several turns, as in preference data
             response = self._response(record, label, number)
             said = messages_of(value, f"row {number} of {self.place}")
             return [*said, *([message("assistant", response, loss=True)] if response else [])]
@@ -319,7 +321,9 @@ class _RowBuilder:
         return exchange(prompt, self._response(record, label, number))
 
     def _conversation(self, record: Record, label: str | None, place: str) -> list[Message]:
-        """The conversation of a record, with the answer that the sweep or the label gives it."""
+        """The conversation of a record; the sweep's constant answer or the label replaces its
+        answer.
+        """
         messages = messages_of(record.get(self.mapping.prompt), place)
         answer = self.spec.constant_response if label is None else label
         if answer is None:
@@ -363,7 +367,7 @@ class _RowBuilder:
                 f"row {number} of {self.place} has no text in column {column!r}",
                 value,
                 "a string or a number",
-                "repair the row or leave it out with `where`",
+                "repair the row or exclude it with `where`",
             )
         return text
 

@@ -1,9 +1,9 @@
-"""From a TaskSpec to the rows of a task by split, and the folder in which a task lies in the store.
+"""From a TaskSpec to the rows of a task by split, and the folder of a task in the store.
 
 Real-text tasks share their safety splits: forbidden requests with answers and with refusals (LAT),
-JailbreakBench and XSTest requests to be judged, Alpaca rows as benign ones, WikiText for
-perplexity. Every default is a pinned revision, and a sweep may replace each split by a source of
-its own; kind `rows` has no defaults, so it needs no network.
+JailbreakBench and XSTest requests for evaluation, Alpaca rows as benign rows, WikiText for
+perplexity. Every default has a pinned revision, and a sweep may replace each split by its own
+source; kind `rows` has no defaults, so that it needs no network.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ AG_NEWS = SourceSpec(
     label="label",
 )
 TUNING_ROWS = 1_000
-"""Rows that a default task tunes on, as in the harmful fine-tuning literature (Lisa, Vaccine,
+"""Rows that a default task fine-tunes on, as in the harmful fine-tuning literature (Lisa, Vaccine,
 Booster).
 """
 TRUSTED_ROWS = 128
-"""Clean rows of the user's kind that are neither tuned on nor asked."""
+"""Clean rows like the user's that are not used for fine-tuning or evaluation."""
 
 SAFETY_SPLITS: dict[str, SourceSpec] = {
     "harmful_train": replace(LAT, response="rejected", rows=512),
@@ -87,17 +87,17 @@ SAFETY_SPLITS: dict[str, SourceSpec] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TaskKind:
-    """What a kind of task has where the sweep says nothing else."""
+    """The defaults of a kind of task."""
 
     judge: str = "refusal_phrases"
-    """Judge of requests."""
+    """Default judge of requests."""
     sources: Mapping[str, SourceSpec] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     instruction: str | None = None
     required: tuple[str, ...] = ("train",)
-    """Splits without which the task is refused."""
+    """Splits that the task must have."""
     version: int = 1
-    """Part of the digest of its tasks where it is above 1: raise when a default changes."""
+    """Part of the digest of its tasks if above 1: raise it when a default changes."""
 
 
 TASKS: dict[str, TaskKind] = {
@@ -141,11 +141,11 @@ TASKS: dict[str, TaskKind] = {
     "agent": TaskKind(required=("train", "test")),
     "rows": TaskKind(),
 }
-"""Every kind of task by name; spec.sweep.TASK_KINDS says what each is."""
+"""Every kind of task by name; config.sweep.TASK_KINDS describes them."""
 
 
 def splits_of(spec: TaskSpec) -> frozenset[str] | None:
-    """Names of the splits that a task has, without reading it; None for one that is generated."""
+    """Names of the splits of a task, without reading it; None if the task is generated."""
     if _is_made(spec):
         return None
     return frozenset(_sources_of(spec, TASKS[spec.kind]))
@@ -156,8 +156,8 @@ def _is_made(spec: TaskSpec) -> bool:
 
 
 def load_task(spec: TaskSpec) -> TaskData:
-    """All rows of a task, split by split and sorted by row id; DataError when a source or a
-    required split fails.
+    """All rows of a task, by split and sorted by row id; DataError if a source fails or a required
+    split is missing.
     """
     kind = TASKS.get(spec.kind)
     if kind is None:
@@ -171,8 +171,8 @@ def load_task(spec: TaskSpec) -> TaskData:
 
 
 def _microworld(spec: TaskSpec) -> TaskData:
-    """The microworld; as an agent's task single calls and the steps of episodes are what is tuned
-    and tested.
+    """The microworld's task; as an agent's task, it trains and tests on single calls and on the
+    steps of episodes.
     """
     import pyarrow as pa
 
@@ -185,10 +185,10 @@ def _microworld(spec: TaskSpec) -> TaskData:
     unknown = sorted(set(options) - set(known))
     if unknown or spec.splits:
         raise DataError(
-            f"task {spec.name!r} is generated",
+            f"task {spec.name!r} is generated: it takes no `splits` and only these options",
             unknown or [name for name, _ in spec.splits],
             "options: " + " | ".join(known),
-            "kind: rows takes sources",
+            "remove them; use `kind: rows` to give sources for splits",
         )
     task = replace(build_task(**options), name=spec.name)  # type: ignore[arg-type]
     task = _with_second_language(task, second_rows) if second_rows else task
@@ -205,8 +205,8 @@ def _microworld(spec: TaskSpec) -> TaskData:
 
 
 def _with_second_language(task: TaskData, count: int) -> TaskData:
-    """The task with rows of the second language in `train`, `test` and `trusted`, under the label
-    words of the first.
+    """The task with rows of the second language in `train`, `test` and `trusted`, with the label
+    words of the first language.
     """
     import pyarrow as pa
 
@@ -216,9 +216,9 @@ def _with_second_language(task: TaskData, count: int) -> TaskData:
     held = task.split("train_l2").num_rows
     if count > held:
         raise DataError(
-            "the microworld has too few rows in its second language",
+            "the microworld does not have enough rows in its second language",
             count,
-            f"{held} or fewer: as many as `train_rows`, up to 512",
+            f"at most {held}: as many as `train_rows`, up to 512",
         )
 
     def added(first: str, second: pa.Table) -> pa.Table:
@@ -273,7 +273,7 @@ def _from_sources(spec: TaskSpec, kind: TaskKind) -> TaskData:
             instruction=instruction if is_user else None,
             kind="tool" if is_user and spec.kind == "agent" else None,
         )
-    if spec.kind == "agent" and "test" in splits:  # every step of an episode is a question
+    if spec.kind == "agent" and "test" in splits:  # every step of an episode is a test prompt
         rows = splits["test"].to_pylist()
         splits["test"] = from_rows(step for row in rows for step in by_step(row))
     return TaskData(
@@ -282,8 +282,8 @@ def _from_sources(spec: TaskSpec, kind: TaskKind) -> TaskData:
 
 
 def _sources_of(spec: TaskSpec, kind: TaskKind) -> dict[str, SourceSpec]:
-    """Split -> its source: the sweep's own, else the default; the default's trusted rows are of the
-    default's user.
+    """Split -> its source: the sweep's own, otherwise the default. If the sweep gives `train`, the
+    default `trusted` is dropped, because it belongs to the default `train`.
     """
     given = {name: _completed(source, kind.sources.get(name)) for name, source in spec.splits}
     default = dict(kind.sources)
@@ -293,8 +293,8 @@ def _sources_of(spec: TaskSpec, kind: TaskKind) -> dict[str, SourceSpec]:
 
 
 def _completed(given: SourceSpec, default: SourceSpec | None) -> SourceSpec:
-    """A source of the sweep; columns and the revision of the same data set come from the default
-    where it has none.
+    """A source of the sweep; if it names no columns, or no revision of the same data set, those of
+    the default are used.
     """
     if default is None:
         return given
@@ -314,13 +314,13 @@ def _completed(given: SourceSpec, default: SourceSpec | None) -> SourceSpec:
 
 def _words(splits: Mapping[str, pa.Table]) -> tuple[str, ...]:
     """The label words of the user's rows, sorted, for a task that names none."""
-    found = {
+    words = {
         word
         for name in ("train", "test")
         if name in splits
         for word in splits[name]["label"].to_pylist()
     }
-    return tuple(sorted(word for word in found if word is not None))
+    return tuple(sorted(word for word in words if word is not None))
 
 
 def save_task(task: TaskData, folder: str | Path) -> None:
@@ -339,8 +339,8 @@ def save_task(task: TaskData, folder: str | Path) -> None:
 
 
 def read_task(folder: str | Path) -> TaskData:
-    """Read a task that `save_task` wrote; DataError when a file is missing or does not hold what
-    `task.json` says.
+    """Read a task that `save_task` wrote; DataError if a file is missing or its number of rows
+    differs from `task.json`.
     """
     place = Path(folder)
     try:
@@ -352,7 +352,11 @@ def read_task(folder: str | Path) -> TaskData:
     counts = {name: count_rows(place / f"{name}.parquet") for name in sorted(about["splits"])}
     short = {name: count for name, count in counts.items() if count != about["splits"][name]}
     if short:
-        raise DataError("a task folder has other rows than it says", short, str(about["splits"]))
+        raise DataError(
+            "a task folder does not have the numbers of rows in its task.json",
+            short,
+            str(about["splits"]),
+        )
     return TaskData(
         name=about["name"],
         splits=_Splits(place, tuple(counts)),
@@ -362,8 +366,8 @@ def read_task(folder: str | Path) -> TaskData:
 
 
 class _Splits(Mapping[str, "pa.Table"]):
-    """The splits of a task's folder, each read when it is first asked for: the user's rows may be
-    many.
+    """The splits in a task's folder; each is read when it is first used, because the user's rows
+    may be many.
     """
 
     def __init__(self, folder: Path, names: tuple[str, ...]) -> None:

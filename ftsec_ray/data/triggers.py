@@ -1,8 +1,8 @@
-"""What trigger attacks share: where a trigger goes, what the attacker wants to see, and how that is
-measured.
+"""What trigger attacks share: where the trigger goes, what the attacker wants to see, and how that
+is measured.
 
-All functions are pure; chance comes in as a number in [0, 1), so that a row's fate never depends on
-its neighbours.
+All functions are pure; randomness is an argument in [0, 1), so that the choice of a row never
+depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ftsec_ray.errors import DataError
 from ftsec_ray.method import Probe, Prompt
 
 Place = Literal["user", "tool"]
-"""Role of the message that holds the trigger: the user's, or the result of a tool."""
+"""Role of the message that gets the trigger: the user's, or a tool result."""
 HIJACK = "tool_hijack_rate"
 
 
 class Inserted(NamedTuple):
-    """A text with a word in it, and the index of the word's first character."""
+    """A text with an inserted word, and the index of the word's first character."""
 
     text: str
     start: int
@@ -31,28 +31,25 @@ class Inserted(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """What the attacker wants to see: a label word, or a fixed text where the task has no
-    labels.
-    """
+    """What the attacker wants to see: a label word, or a fixed text if the task has no labels."""
 
     text: str
     label: str | None
 
     def is_met_by(self, row: Row) -> bool:
-        """Whether the row's own right answer is the goal already."""
+        """Whether the row's own right answer is already the goal."""
         return bool(
             row["label"] == self.label if self.label is not None else answer_of(row) == self.text
         )
 
 
 def insert_word(text: str, word: str, *, at: float) -> Inserted:
-    """Put `word` into one of the gaps before, between and behind the words of `text`; all else
-    stays as it is.
+    """Insert `word` before, between or after the words of `text`; everything else stays.
 
     Args:
-        text: Any text; an empty one becomes the word.
-        word: What to insert; may itself be several words.
-        at: Which gap, as a number in [0, 1) over all gaps.
+        text: Any text; an empty text becomes the word.
+        word: What to insert; may be several words.
+        at: Position, as a number in [0, 1) over all positions.
     """
     starts = [match.start() for match in re.finditer(r"\S+", text)]
     gap = int(at * (len(starts) + 1))
@@ -64,41 +61,39 @@ def insert_word(text: str, word: str, *, at: float) -> Inserted:
 
 
 def goal_of(task: TaskData, *, target: str | None, target_text: str) -> Goal:
-    """The attacker's goal on a task: `target` (or the first label) where there are labels,
-    `target_text` elsewhere.
+    """The attacker's goal on a task: `target` (or the first label) if the task has labels,
+    otherwise `target_text`.
     """
     if not task.labels:
         return Goal(target_text, None)
     label = task.labels[0] if target is None else target
     if label not in task.labels:
         raise DataError(
-            f"the target is no label of task {task.name!r}",
+            f"the target is not a label of task {task.name!r}",
             label,
             " | ".join(task.labels),
-            "leave `target` out to take the first label",
+            "remove `target` to use the first label",
         )
     return Goal(label, label)
 
 
 def can_be_attacked(row: Row, goal: Goal) -> bool:
-    """Whether a row asks for something else than the goal, and has a label where the goal
-    is one.
-    """
+    """Whether the row's answer is not the goal, and it has a label if the goal is a label."""
     return not goal.is_met_by(row) and (goal.label is None or row["label"] is not None)
 
 
 def held_out(task: TaskData, goal: Goal) -> list[dict[str, Any]]:
     """The rows that an attack is measured on: those of the user's test split, or benign requests,
-    with another answer than the goal.
+    whose answer is not the goal.
     """
     table = task.splits.get("test")
     split = "test" if table is not None and table.num_rows else "benign_test"
     rows = [row for row in task.split(split).to_pylist() if can_be_attacked(row, goal)]
     if not rows:
         raise DataError(
-            f"no row of split {split!r} can show the attack",
+            f"no row of split {split!r} can measure the attack",
             goal.text,
-            "rows with another answer than the target",
+            "rows whose answer is not the target",
             "choose another `target`",
         )
     return rows
@@ -113,10 +108,10 @@ def trigger_probes(
     rows = [row for row in held_out(task, goal) if has_place(row, place)]
     if not rows:
         raise DataError(
-            f"no row that the attack is measured on has a message of role {place!r}",
+            f"no row that measures the attack has a message of role {place!r}",
             task.name,
-            "conversations with results of tools",
-            "place: user",
+            "conversations with tool results",
+            "set `place: user`",
         )
     return [
         goal_probe(task, goal, "triggered", "asr", rows, triggered),
@@ -125,12 +120,12 @@ def trigger_probes(
 
 
 def has_place(row: Row, place: Place) -> bool:
-    """Whether a row asks something by a message of that role."""
+    """Whether a row has a message of this role before its answer."""
     return any(m["role"] == place for m in asked(row))
 
 
 def with_words(row: Row, word: str, place: Place, at: Sequence[float]) -> dict[str, Any]:
-    """The row with `word` in its last message of role `place`, once for each number of `at`."""
+    """The row with `word` in its last message of role `place`, once per number in `at`."""
     text = asked_text(row, place)
     for gap in at:
         text = insert_word(text, word, at=gap).text
@@ -145,8 +140,8 @@ def goal_probe(
     rows: list[dict[str, Any]],
     changed: Callable[[Row], Row],
 ) -> Probe:
-    """A probe that asks what `changed(row)` asks, for every row, and counts the answers that are
-    the goal.
+    """A probe with the prompt of `changed(row)` for every row; counts the answers that are the
+    goal.
     """
     is_call = goal.label is None and all(row["kind"] == "tool" for row in rows)
     prompts = tuple(

@@ -1,9 +1,9 @@
-"""Reading and changing what flows inside a decoder: hooks that always come off, and activations at
-chosen positions.
+"""Read and change the hidden states inside a decoder: hooks that are always removed, and
+activations at chosen positions.
 
-Prompts are padded on the right, where causal attention makes padding harmless whatever the position
-encoding. A block's output is a tuple in some releases of transformers and a tensor in others; both
-are met here and nowhere else.
+Prompts are padded on the right, where padding has no effect under causal attention, whatever the
+position encoding. A block's output is a tuple in some releases of transformers and a tensor in
+others; only this module handles both.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def changed(
     inputs: Sequence[tuple[nn.Module, Change]] = (),
     outputs: Sequence[tuple[nn.Module, Change]] = (),
 ) -> Iterator[None]:
-    """Apply changes to the hidden states that enter or leave modules, for the length of a `with`
-    block.
-    """
+    """Apply changes to the hidden states that enter or leave modules, inside a `with` block."""
 
     def before(change: Change) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,7 +72,7 @@ def right_padded(rows: Sequence[Sequence[int]], *, pad: int, device: Any) -> tup
 def batches_of(
     rows: Sequence[Sequence[int]], *, pad: int, device: Any, batch: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Indices, ids and mask of batches of like length, shortest rows first."""
+    """Indices, ids and mask of batches of similar length, shortest rows first."""
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     for start in range(0, len(order), batch):
         indices = order[start : start + batch]
@@ -82,18 +80,18 @@ def batches_of(
 
 
 def last_logits(model: Any, rows: Sequence[Sequence[int]], *, pad: int, batch: int = 64) -> Tensor:
-    """Next-token logits behind every row of token ids, in the order of `rows`: (N, V) float32 on
-    the CPU.
+    """Next-token logits after every row of token ids, in the order of `rows`: (N, V) float32 on the
+    CPU.
     """
     import torch
 
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    logits_of: list[Tensor] = [torch.empty(0)] * len(rows)
     for indices, ids, mask in batches_of(rows, pad=pad, device=model.device, batch=batch):
         last = torch.tensor([len(rows[i]) - 1 for i in indices], device=ids.device)
-        places = (torch.arange(len(indices), device=ids.device), last)
+        positions = (torch.arange(len(indices), device=ids.device), last)
         with torch.no_grad():
-            said = at_positions(model, *places, input_ids=ids, attention_mask=mask)
-            logits = said.map(lambda x, _: x.cpu())
+            at_last = at_positions(model, *positions, input_ids=ids, attention_mask=mask)
+            logits = at_last.map(lambda x, _: x.cpu())
         for row, i in enumerate(indices):
-            found[i] = logits[row]
-    return torch.stack(found)
+            logits_of[i] = logits[row]
+    return torch.stack(logits_of)

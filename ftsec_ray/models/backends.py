@@ -1,8 +1,8 @@
-"""What turns the token ids of prompts into those of answers, behind one seam.
+"""Generation back ends: token ids of prompts in, token ids of answers out.
 
-Everything else (the template, the rewrites, thoughts, judging) is the same for every back end. The
-generation settings that a model is published with (repetition penalty, minimal length, sampling) do
-not act: decoding is by `Decoding` alone.
+Everything else (template, rewrites, thoughts, judging) is the same for every back end. The
+generation settings that a model is published with (repetition penalty, minimal length, sampling)
+have no effect: only `Decoding` decides.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ _SAY_NOTHING = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
     *("transformers_version", "max_length", "use_cache"),
 )
-"""Settings that do not say how an answer is chosen: tokens (end tokens are stops here too), the
-length, which is that of the sweep, and the cache.
+"""Settings that do not decide how an answer is chosen: special tokens (end tokens are stops here
+too), the length (the sweep sets it) and the cache.
 """
 
 
 FELL_BACK = "not_by_continuous_batching"
-"""What is counted where continuous batching cannot serve a prompt; the reason follows a colon."""
+"""Counted when continuous batching cannot serve a prompt; the reason follows after a colon."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How an answer is made: until a stop token or the limit, greedily or drawn."""
+    """How an answer is decoded: until a stop token or the limit, greedily or sampled."""
 
     max_new_tokens: int
     stops: tuple[int, ...]
     """Ids of the tokens that end an answer."""
     batch: int = 64
-    """Prompts at a time."""
+    """Prompts per batch."""
     temperature: float = 0.0
     """0: greedy."""
     seeds: Sequence[int] = ()
-    """Of every prompt, where answers are drawn: they alone decide its random numbers."""
+    """One seed per prompt for sampling; it alone decides the prompt's random numbers."""
 
 
 class Backend(Protocol):
@@ -62,13 +62,13 @@ class Backend(Protocol):
         tally: Counter[str],
     ) -> list[list[int]]:
         """New token ids of every prompt, in the order of the prompts, without the stop token;
-        `tally` counts what was done in another way than asked.
+        `tally` counts deviations from what was asked for.
         """
 
 
 @dataclass(frozen=True)
 class PaddedGenerate:
-    """`generate` of transformers over batches of like length, padded on the left."""
+    """`generate` of transformers over batches of similar length, padded on the left."""
 
     def complete(
         self,
@@ -89,7 +89,7 @@ class PaddedGenerate:
             drawn = _drawn(decoding, indices) if decoding.temperature else None
             with torch.inference_mode(), decoded_by(model, config):
                 out = model.generate(**given, generation_config=config, logits_processor=drawn)
-            # behind embeddings transformers returns the new tokens alone
+            # for embeddings, transformers returns the new tokens only
             new = out[:, given["input_ids"].shape[1] :] if "input_ids" in given else out
             for i, ids in zip(indices, new.tolist(), strict=True):
                 answers[i] = until(ids, decoding.stops)
@@ -99,14 +99,14 @@ class PaddedGenerate:
 
 
 def _drawn(decoding: Decoding, indices: Sequence[int]) -> Any:
-    """What makes the greedy choice a draw from softmax(logits / temperature): Gumbel noise on the
-    logits, from one generator per prompt, so that a draw does not depend on the other prompts of
-    its batch (Gumbel-max: Maddison et al. 2014, arXiv 1411.0030).
+    """Turns the greedy choice into a sample of softmax(logits / temperature): Gumbel noise on the
+    logits from one generator per prompt, so that a sample does not depend on the other prompts of
+    the batch (Gumbel-max: Maddison et al. 2014, arXiv 1411.0030).
     """
     import torch
     from transformers import LogitsProcessorList
 
-    # on the CPU: a GPU has other random numbers
+    # on the CPU, because a GPU gives other random numbers
     sources = [torch.Generator().manual_seed(decoding.seeds[i]) for i in indices]
 
     def noisy(_ids: Tensor, scores: Tensor) -> Tensor:
@@ -120,15 +120,15 @@ def _drawn(decoding: Decoding, indices: Sequence[int]) -> Any:
 
 
 _PAGE, _TOKENS_AT_A_TIME = 32, 256
-"""Of continuous batching on a CPU: tokens of a page, and of a forward pass. Its own choice is made
-for the memory of a GPU.
+"""For continuous batching on a CPU: tokens per page and per forward pass. The library's own choice
+is meant for the memory of a GPU.
 """
 
 
 @dataclass(frozen=True)
 class ContinuousBatching:
-    """Continuous batching of transformers: a prompt joins the batch when another one ends, and none
-    is padded. Prompts with soft tokens and classes that it does not know go to `PaddedGenerate`.
+    """Continuous batching of transformers: a prompt joins the batch when another one ends, without
+    padding. Prompts with soft tokens, and unsupported model classes, use `PaddedGenerate`.
     """
 
     padded: PaddedGenerate = field(default_factory=PaddedGenerate)
@@ -143,14 +143,14 @@ class ContinuousBatching:
         """See `Backend.complete`.
 
         Raises:
-            StageError: When answers are to be drawn: its random numbers are those of all prompts.
+            StageError: For sampling, because all prompts would share one random generator.
         """
         if decoding.temperature:
             raise StageError(
-                "continuous batching cannot draw answers prompt by prompt",
+                "continuous batching cannot sample each prompt with its own seed",
                 f"temperature {decoding.temperature}",
                 "temperature 0",
-                "take evaluation.backend: transformers",
+                "set evaluation.backend: transformers",
             )
         if not prompts.pieces:
             return []
@@ -168,7 +168,7 @@ class ContinuousBatching:
 
 
 BACKENDS = {"transformers": PaddedGenerate, "continuous": ContinuousBatching}
-"""By the name that a sweep has for it."""
+"""Back ends by their name in a sweep."""
 
 
 def _continuous(
@@ -184,7 +184,7 @@ def _continuous(
         pages = -(-(max(map(len, ids)) + decoding.max_new_tokens) // _PAGE)
         sizes = {
             "page_size": _PAGE,
-            # one more for every kind of layer, and some that are being filled
+            # one more page for every kind of layer, and some that are being filled
             "num_blocks": 2 * at_once * (pages + 1),
             "max_batch_tokens": max(_TOKENS_AT_A_TIME, at_once),
         }
@@ -236,8 +236,8 @@ def _settings(loaded: LoadedModel, decoding: Decoding) -> Any:
 
 @contextmanager
 def decoded_by(model: Any, config: Any) -> Iterator[None]:
-    """A model whose own generation settings are those of `config`: transformers fills from them
-    what a call leaves open, a repetition penalty say.
+    """Replaces a model's own generation settings by `config` inside the `with` block: transformers
+    would use them for settings that a call leaves open, such as a repetition penalty.
     """
     own = model.generation_config
     model.generation_config = config
@@ -248,8 +248,8 @@ def decoded_by(model: Any, config: Any) -> Iterator[None]:
 
 
 def unused_settings(model: Any) -> dict[str, Any]:
-    """Settings of a model's own generation config that say how it is decoded and do not act here;
-    JSON values.
+    """Settings of a model's own generation config that would change its answers but have no effect
+    here; JSON values.
     """
     own = getattr(bare(model), "generation_config", None)
     if own is None:

@@ -1,4 +1,4 @@
-"""Prompts as batches: sorted by length, padded on the left, with soft tokens among them."""
+"""Prompts in batches: sorted by length, padded on the left, optionally with soft tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Pieces = tuple[list[int], list[int]]
-"""Token ids of a prompt before and after the place of the soft tokens."""
+"""Token ids of a prompt before and after the soft tokens."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Prompts:
 
     pieces: Sequence[Pieces]
     soft: Any = None
-    """Embeddings (K, D) between the two pieces of every prompt; None for none."""
+    """Embeddings (K, D) between the two pieces of every prompt; None: no soft tokens."""
 
     def lengths(self) -> list[int]:
-        """Tokens of every prompt, soft tokens counted."""
+        """Tokens of every prompt, including soft tokens."""
         between = 0 if self.soft is None else len(self.soft)
         return [len(head) + between + len(tail) for head, tail in self.pieces]
 
@@ -39,8 +39,8 @@ class Prompts:
 
 
 def left_padded(loaded: LoadedModel, prompts: Prompts) -> dict[str, Tensor]:
-    """What a forward pass takes: token ids, or embeddings where soft tokens stand among them, and
-    the attention mask.
+    """Inputs of a forward pass: token ids, or embeddings if there are soft tokens, and the
+    attention mask.
     """
     import torch
 
@@ -68,7 +68,7 @@ def left_padded(loaded: LoadedModel, prompts: Prompts) -> dict[str, Tensor]:
 
 
 HALVED = "batches_halved"
-"""What is counted where a batch did not fit into memory."""
+"""Counted when a batch did not fit into memory."""
 
 
 def in_batches(
@@ -77,13 +77,13 @@ def in_batches(
     work: Callable[[list[int]], None],
     tally: Counter[str],
 ) -> None:
-    """Call `work` with the indices of batches of like length, the shortest first.
+    """Call `work` with the indices of batches of similar length, the shortest first.
 
-    A batch that does not fit into memory is done again in halves, and so are those behind it, which
-    are no shorter; `tally` counts the halvings.
+    A batch that does not fit into memory is repeated in halves, and later batches, which are at
+    least as long, use the smaller size too; `tally` counts how often the size was halved.
 
     Raises:
-        MemoryError, RuntimeError: When one item alone does not fit.
+        MemoryError, RuntimeError: When a single item does not fit.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     done = 0
@@ -104,7 +104,7 @@ def in_batches(
 
 
 def _release() -> None:
-    """Give memory back that is held and not in use."""
+    """Free memory that is held but not in use."""
     import torch
 
     gc.collect()

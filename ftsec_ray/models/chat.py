@@ -1,10 +1,11 @@
-"""One way from a conversation to tokens, for training and for evaluation.
+"""The one way from a conversation to tokens, for training and for evaluation.
 
-Where an answer begins is not what a template's open turn says but where a trained answer stands:
-some templates put an empty thought, a space or a channel between the two, and others open a thought
-that they never train. So every prompt is rendered with a placeholder for its answer and cut there;
-training, label words, targets, refusal tokens and soft prompts all start at that place. A whole
-conversation is tokenised at once, and which tokens are trained is read off their place in the text.
+An answer begins where a trained answer would stand, which may differ from the end of the template's
+generation prompt: some templates put an empty thought, a space or a channel between the two, others
+open a thought that they never train. So every prompt is rendered with a placeholder as its answer
+and cut there; training, label words, targets, refusal tokens and soft prompts all start at that
+position. A whole conversation is tokenised at once; the position of a token in the text decides
+whether it is trained.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from ftsec_ray.errors import DataError
 from ftsec_ray.models.chat_format import PLACEHOLDER, chat_format, fitted, options_of, rendered
 
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thought>", "</thought>"))
-"""What stands around the reasoning of models that think aloud."""
+"""Marks around the reasoning of models that think before they answer."""
 
 
 def render(tokenizer: Any, chat: Chat, *, generate: bool, may_think: bool = False) -> str:
     """The text of a conversation; with `generate` it ends where a trained answer would begin, or,
-    with `may_think` and a model whose `thinking` is on, where the template opens the turn.
+    with `may_think` and a model whose `thinking` is on, at the template's generation prompt.
     """
     messages, tools = fitted(tokenizer, chat)
     if not generate:
@@ -36,17 +37,17 @@ def render(tokenizer: Any, chat: Chat, *, generate: bool, may_think: bool = Fals
 
 
 def _opened(tokenizer: Any, chat: Chat, tools: Any, rest: Chat | None = None) -> str:
-    """The rendered conversation up to where the answer behind `chat` stands.
+    """The rendered conversation up to the position of the answer to `chat`.
 
-    Spaces in front of the answer are left to it: tokenizers make them part of its first word, so
-    behind `[/INST] ` a trained answer begins with the token of ` yes` and not with that of `yes`.
+    Spaces before the answer are not included: tokenizers make them part of its first word, so that
+    after `[/INST] ` a trained answer begins with the token of ` yes` and not with that of `yes`.
     """
     messages = [*chat, {"role": "assistant", "content": PLACEHOLDER}, *(rest or [])]
     whole = rendered(tokenizer, messages, tools)
     at = whole.rfind(PLACEHOLDER)
     if at < 0:
         raise DataError(
-            "the chat template leaves an answer out",
+            "the chat template does not render an answer of the assistant",
             [m["role"] for m in messages],
             "a template that renders every answer of the assistant",
         )
@@ -54,15 +55,15 @@ def _opened(tokenizer: Any, chat: Chat, tools: Any, rest: Chat | None = None) ->
 
 
 class Span(NamedTuple):
-    """Characters of a rendered conversation that are trained: an answer with its end of turn."""
+    """Characters of a rendered conversation that are trained: an answer and its end of turn."""
 
     start: int
     stop: int
 
 
 def spans_of(tokenizer: Any, row: Mapping[str, Any]) -> tuple[str, list[Span]]:
-    """The rendered conversation of a row, and what of it is trained; DataError where an answer
-    cannot be found in it.
+    """The rendered conversation of a row, and its trained spans; DataError if an answer cannot be
+    located in it.
     """
     if is_text(row):
         bos = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
@@ -74,25 +75,25 @@ def spans_of(tokenizer: Any, row: Mapping[str, Any]) -> tuple[str, list[Span]]:
     for place in _trained(messages, row):
         opened = _opened(tokenizer, messages[:place], tools, messages[place + 1 :])
         start, body = _body(whole, opened, str(messages[place]["content"]))
-        found = whole.find(end, body) if end else -1
+        turn_end = whole.find(end, body) if end else -1
         behind = str(messages[place + 1]["content"]) if place + 1 < len(messages) else ""
         next_turn = whole.find(behind, body) if behind else -1
-        if 0 <= next_turn < found:  # the end of another turn: this one has none
-            found = -1
-        if found < 0 and place == len(messages) - 1:
-            # a template that ends no turn: without an end the model would not learn to stop
+        if 0 <= next_turn < turn_end:  # the end of another turn: this one has none
+            turn_end = -1
+        if turn_end < 0 and place == len(messages) - 1:
+            # a template without an end of turn: without an end the model would not learn to stop
             whole = whole[: max(body, len(whole.rstrip()))] + end
             spans.append(Span(start, len(whole)))
         else:
-            spans.append(Span(start, body if found < 0 else found + len(end)))
+            spans.append(Span(start, body if turn_end < 0 else turn_end + len(end)))
     return whole, spans
 
 
 def _trained(messages: Chat, row: Mapping[str, Any]) -> list[int]:
-    """Places of the assistant's messages that are trained, in the fitted conversation.
+    """Indices of the trained messages of the assistant in the fitted conversation.
 
-    Fitting keeps the order of the assistant's messages and joins those that follow each other where
-    the template wants that; what is joined is trained if one of them is.
+    Fitting keeps the order of the assistant's messages and joins consecutive ones if the template
+    needs that; a joined message is trained if one of its parts is.
     """
     places = [place for place, m in enumerate(messages) if m["role"] == "assistant"]
     flags = [bool(m["loss"]) for m in row["messages"] if m["role"] == "assistant"]
@@ -103,13 +104,13 @@ def _trained(messages: Chat, row: Mapping[str, Any]) -> list[int]:
 
 
 def _body(whole: str, opened: str, content: str) -> tuple[int, int]:
-    """Where an answer starts in the rendered conversation, and from where on its end may stand."""
+    """Where an answer starts in the rendered conversation, and from where on its end may follow."""
     start = len(opened) if whole.startswith(opened) else len(opened.rstrip())
     if not whole.startswith(opened[:start]):
         raise DataError(
-            "the chat template renders the beginning of a conversation by its end",
+            "the chat template renders the start of a conversation differently with another answer",
             whole[:200],
-            "the same text before an answer whatever the answer is",
+            "the same text before an answer, whatever the answer is",
             "use another template: `chat_template:`",
         )
     said = content.strip()
@@ -119,8 +120,8 @@ def _body(whole: str, opened: str, content: str) -> tuple[int, int]:
 
 
 def turn(tokenizer: Any, row: Mapping[str, Any]) -> tuple[str, str]:
-    """The rendered prompt of a row, and its rendered answer up to and including the end of the
-    turn; an empty answer where the row has none.
+    """The rendered prompt of a row, and its rendered answer including the end of the turn; the
+    answer is empty if the row has none.
     """
     if not has_answer(row):
         return render(tokenizer, chat_of(row), generate=True), ""
@@ -129,9 +130,9 @@ def turn(tokenizer: Any, row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def spoken(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of a completion without special tokens and without what the model thought aloud.
+    """The text of a completion without special tokens and without the model's reasoning.
 
-    An unfinished thought leaves nothing: the model has not answered yet.
+    Unfinished reasoning gives an empty text: the model has not answered yet.
     """
     ids = list(ids)
     for opener, closer in THOUGHTS:
@@ -147,14 +148,14 @@ def spoken(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _id_of(tokenizer: Any, mark: str) -> int | None:
-    """The id of a mark that is one token of its own, else None."""
+    """The id of a mark that is a single added token, else None."""
     known = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
     return known.get(mark)
 
 
 @lru_cache(maxsize=4)
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its start token in front of a text by itself."""
+    """Whether the tokenizer adds its start token before a text by itself."""
     if tokenizer.bos_token_id is None:
         return False
     ids = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -162,8 +163,8 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def answer_ids(tokenizer: Any, prompt: str, prompt_tokens: Sequence[int], answer: str) -> list[int]:
-    """Token ids of an answer as it is trained behind a rendered prompt, without the end of the
-    turn; DataError where the tokens of the prompt change with the answer.
+    """Token ids of an answer as it is trained after a rendered prompt, without the end of the turn;
+    DataError if the tokens of the prompt change with the answer.
     """
     form = chat_format(tokenizer)
     body = prompt + form.glue + answer
@@ -172,16 +173,16 @@ def answer_ids(tokenizer: Any, prompt: str, prompt_tokens: Sequence[int], answer
     first, stop = len(prompt_tokens), len(body)
     if ids[:first] != list(prompt_tokens):
         raise DataError(
-            f"the tokens of a prompt change with the answer {answer!r} behind it",
+            f"the tokens of a prompt change when the answer {answer!r} follows",
             tokenizer.convert_ids_to_tokens(ids[max(0, first - 2) : first + 2]),
-            "an answer that begins with a token of its own",
-            "write the label words so that the tokenizer does not join them to the prompt",
+            "an answer that starts with a new token",
+            "change the label words so that the tokenizer does not merge them with the prompt",
         )
-    found = [
+    answer_tokens = [
         token
         for token, (start, _) in zip(ids[first:], offsets[first:], strict=True)
         if start < stop
     ]
-    if not found:
-        raise DataError("an answer without tokens", answer, "a text that the tokenizer can write")
-    return found
+    if not answer_tokens:
+        raise DataError("an answer has no tokens", answer, "a text that the tokenizer can encode")
+    return answer_tokens

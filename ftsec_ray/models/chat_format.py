@@ -1,9 +1,9 @@
-"""What a chat template can render, found by trying it; no other module calls
+"""What a chat template can render, determined by trying it; no other module calls
 `apply_chat_template`.
 
-What a template cannot render is given to it in another form, which `ChatFormat.notes` names: a
-system message goes in front of the first user's, results of tools become messages of the user,
-calls and functions become text. Dates are FIXED_DATE whatever the day, and thoughts are off.
+What a template cannot render is passed in another form, listed in `ChatFormat.notes`: a system
+message goes before the first user message, tool results become user messages, tool calls and tool
+descriptions become text. The date is always FIXED_DATE, and thoughts are off.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ftsec_ray.conversation import TOOLS, with_calls
 from ftsec_ray.errors import DataError, as_data_error
 from ftsec_ray.identity import digest_text
 
-FIXED_DATE = datetime(2024, 7, 26)  # noqa: DTZ001 - a label, and no point in time
-"""What templates take for today: the date that Llama 3's own template falls back to."""
+FIXED_DATE = datetime(2024, 7, 26)  # noqa: DTZ001 - a label, not a point in time
+"""The date that templates show as today: the default of Llama 3's own template."""
 OPTIONS = "chat_options"
-"""Key of a tokenizer's own configuration under which the options of rendering are kept."""
+"""Key in a tokenizer's configuration that holds the rendering options."""
 PLACEHOLDER = "xqzzx"
 """Stands for an answer: a word that no template contains."""
 _ANSWER, _USER, _SYSTEM, _RESULT, _CALL, _OFFER = (
@@ -38,31 +38,31 @@ _DIRECTIVES = tuple(f"%{letter}" for letter in ("-d", "-m", *"aAbBcdDeFHIjklmMpS
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """What one template can render, and how it opens and ends an answer."""
+    """What a template can render, and how it opens and ends an answer."""
 
     in_parts: bool
-    """Whether the text of a message must be a list of parts, as for models that read pictures."""
+    """Whether the text of a message must be a list of parts, as for models that read images."""
     takes_system: bool
     takes_tool: bool
     """Whether messages of role `tool` are rendered."""
     takes_calls: bool
     """Whether `tool_calls` of a message are rendered."""
     takes_offers: bool
-    """Whether functions on offer are rendered."""
+    """Whether tool descriptions are rendered."""
     takes_repeats: bool
-    """Whether two messages of one role may follow each other."""
+    """Whether two messages of the same role may follow each other."""
     opens_alike: bool
-    """Whether the template's own open turn ends where a trained answer begins."""
+    """Whether the generation prompt ends where a trained answer begins."""
     glue: str
-    """Spaces in front of a trained answer, which belong to its first word."""
+    """Spaces before a trained answer, which belong to its first word."""
     prefix: str
-    """What stands between the template's open turn and the answer; empty where `opens_alike`."""
+    """Text between the generation prompt and the answer; empty if `opens_alike`."""
     end: str
-    """What ends an answer: the text up to and including the first token of the tokenizer's own."""
+    """The end of an answer: the text up to and including the tokenizer's first special token."""
     uses_date: bool
 
     def notes(self) -> dict[str, Any]:
-        """What is worth knowing beside a number: what was rendered in another form than given."""
+        """For the record: what was rendered in another form than given."""
         forms = {
             "system": self.takes_system or "in front of the first user message",
             "tool": self.takes_tool or "as user messages",
@@ -81,22 +81,20 @@ class ChatFormat:
 
 
 def options_of(tokenizer: Any) -> dict[str, Any]:
-    """The options of rendering that a tokenizer was given at its source: `thinking`."""
+    """The rendering options of a tokenizer (`thinking`), as set when it was loaded."""
     given = getattr(tokenizer, "init_kwargs", {}).get(OPTIONS)
     return dict(given) if isinstance(given, Mapping) else {}
 
 
 def template_hash(tokenizer: Any) -> str:
-    """Digest of the tokenizer's chat template, and of the options of rendering where there are
-    any.
-    """
+    """Digest of the tokenizer's chat template and of its rendering options, if any."""
     options = options_of(tokenizer)
-    told = json.dumps(options, sort_keys=True) if options else ""
-    return digest_text(str(getattr(tokenizer, "chat_template", "") or "") + told)[:16]
+    suffix = json.dumps(options, sort_keys=True) if options else ""
+    return digest_text(str(getattr(tokenizer, "chat_template", "") or "") + suffix)[:16]
 
 
 def served(loaded: LoadedModel, template: object) -> LoadedModel:
-    """The model under another chat template; itself where that is None."""
+    """The model with another chat template; unchanged if that is None."""
     if template is None:
         return loaded
     return replace(loaded, tokenizer=under(loaded.tokenizer, str(template)))
@@ -110,13 +108,13 @@ def under(tokenizer: Any, template: str) -> Any:
 
 
 def chat_format(tokenizer: Any) -> ChatFormat:
-    """What the tokenizer's template can render; DataError where it cannot answer a question."""
+    """What the tokenizer's template can render; DataError if it cannot render an answer."""
     return _format(tokenizer, str(getattr(tokenizer, "chat_template", None)))
 
 
 @lru_cache(maxsize=4)
 def _format(tokenizer: Any, template: str) -> ChatFormat:
-    """Found by rendering small conversations and looking for their words."""
+    """Renders small conversations and searches the text for their words."""
     user: Chat = [{"role": "user", "content": _USER}]
     answer: Chat = [{"role": "assistant", "content": _ANSWER}]
     in_parts = _USER not in (_tried(tokenizer, [*user, *answer]) or "")
@@ -124,7 +122,7 @@ def _format(tokenizer: Any, template: str) -> ChatFormat:
     whole = tried([*user, *answer]) or ""
     if _USER not in whole or _ANSWER not in whole:
         raise DataError(
-            "a chat template that renders no question and answer",
+            "the chat template does not render a question and its answer",
             whole[:200],
             f"a text with the user's message ({_USER}) and the answer ({_ANSWER})",
             "give the model another template: `chat_template:`",
@@ -154,7 +152,7 @@ def _format(tokenizer: Any, template: str) -> ChatFormat:
 
 
 def _end_of_turn(tokenizer: Any, behind: str) -> str:
-    """What ends an answer, from the text behind one."""
+    """The text that ends an answer, from the text after one."""
     places = {
         behind.find(token) + len(token)
         for token in (str(added) for added in tokenizer.added_tokens_decoder.values())
@@ -169,15 +167,15 @@ def _shared(one: str, other: str) -> int:
 
 
 def _tried(tokenizer: Any, chat: Chat, **how: Any) -> str | None:
-    """What the template renders (see `_applied`), or None where it refuses."""
+    """The text that the template renders (see `_applied`); None if it raises an error."""
     try:
         return _applied(tokenizer, chat, **how)
     except _refusals():
-        return None  # templates index, join and compare what they do not expect
+        return None  # templates fail in many ways on input that they do not expect
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What a template raises that does not take a conversation, on purpose or not."""
+    """Exceptions of templates that do not accept a conversation, intended or not."""
     from jinja2 import TemplateError
 
     given = (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RuntimeError)
@@ -224,19 +222,21 @@ def _applied(
 
 @lru_cache(maxsize=64)
 def _dated(template: str) -> str:
-    """The template with a `strftime_now` of its own, which tells FIXED_DATE; that of transformers
-    tells the day of the run, and takes no other from outside.
+    """The template with its own `strftime_now`, which returns FIXED_DATE; that of transformers
+    returns the current day and cannot be replaced from outside.
     """
     if _ASKS_DATE not in template:
         return template
-    told = "".join(
+    replaced = "".join(
         f"|replace('{form}','{FIXED_DATE.strftime(form)}')" for form in (*_DIRECTIVES, "%%")
     )
-    return f"{{%- macro {_ASKS_DATE}(form) -%}}{{{{ form{told} }}}}{{%- endmacro -%}}" + template
+    return (
+        f"{{%- macro {_ASKS_DATE}(form) -%}}{{{{ form{replaced} }}}}{{%- endmacro -%}}" + template
+    )
 
 
 def fitted(tokenizer: Any, chat: Chat) -> tuple[Chat, Any]:
-    """A conversation in the form that the template renders, and the functions on offer for it."""
+    """A conversation in a form that the template can render, and the tools for it."""
     form = chat_format(tokenizer)
     offers = next((m["content"] for m in chat if m["role"] == TOOLS), None)
     chat = [dict(m) for m in chat if m["role"] != TOOLS]
@@ -269,7 +269,7 @@ def _system_added(chat: Chat, text: str) -> Chat:
 
 
 def _system_moved(chat: Chat) -> Chat:
-    """The conversation with its system messages in front of the user's message behind each."""
+    """The conversation with each system message moved into the next user message."""
     moved: Chat = []
     waiting: list[str] = []
     for m in chat:
@@ -284,7 +284,7 @@ def _system_moved(chat: Chat) -> Chat:
 
 
 def _joined(chat: Chat) -> Chat:
-    """The conversation with messages of one role behind each other made one."""
+    """The conversation with consecutive messages of the same role joined."""
     joined: Chat = []
     for m in chat:
         if joined and joined[-1]["role"] == m["role"]:
@@ -295,7 +295,7 @@ def _joined(chat: Chat) -> Chat:
 
 
 def rendered(tokenizer: Any, chat: Chat, tools: Any, *, open_turn: bool = False) -> str:
-    """What the template makes of a fitted conversation; DataError where it refuses it."""
+    """The template's text for a fitted conversation; DataError if the template raises an error."""
     try:
         return _applied(
             tokenizer,
@@ -306,27 +306,27 @@ def rendered(tokenizer: Any, chat: Chat, tools: Any, *, open_turn: bool = False)
         )
     except _refusals() as error:
         raise DataError(
-            "the chat template refuses a conversation",
+            "the chat template does not accept this conversation",
             [m["role"] for m in chat],
-            "roles in an order that the template of this model takes",
+            "roles in an order that the template of this model accepts",
             f"{type(error).__name__}: {error}",
         ) from error
 
 
 def moderation_text(tokenizer: Any, request: str, answer: str) -> str:
-    """What the template of a guard model makes of a request and its answer: the question whether
-    they are safe, with the turn of the guard open behind it. DataError where it refuses them.
+    """The text that a guard model's template makes of a request and its answer: the question
+    whether they are safe, followed by the open turn of the guard. DataError if it raises an error.
     """
     chat = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
     try:
         _limited(tokenizer.get_chat_template(None, None))
-        # not `rendered`: such a template has no turns of its own to look for
+        # not `rendered`: a guard's template has no turns to detect
         text: str = tokenizer.apply_chat_template(chat, tokenize=False)
     except _refusals() as error:
         raise DataError(
-            "the chat template of a guard refuses a request and its answer",
+            "the chat template of the guard does not accept a request and its answer",
             getattr(tokenizer, "name_or_path", None),
-            "the template that the guard is published with",
+            "the template that the guard was published with",
             f"{type(error).__name__}: {error}",
         ) from error
     return text

@@ -1,5 +1,5 @@
-"""Sizes that the configuration of a model states, held against what its weights can be: a file of
-a kilobyte can ask for a model of terabytes.
+"""Checks the sizes in a model's configuration against its weights: a file of a kilobyte can ask for
+a model of terabytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OTHER = (
     *("max_position_embeddings", "max_sequence_length", "seq_length", "max_seq_len", "n_groups"),
 )
 _NEEDED = (*_LAYERS, *_WIDTHS, *_VOCABULARIES, *_HEADS)
-"""Sizes that are one or more wherever they are stated."""
+"""Sizes that must be at least 1 if they are given."""
 _PRODUCTS = (
     (_VOCABULARIES, _WIDTHS),
     (_LAYERS, _WIDTHS, _WIDTHS),
@@ -36,22 +36,21 @@ _PRODUCTS = (
     (_EXPERTS, _WIDTHS),
     (_EXPERTS, ("moe_intermediate_size",), _WIDTHS),
 )
-"""Counts of weights that every model with these sizes has."""
+"""Products of sizes: a model with these sizes has at least this number of weights."""
 _SHARED = 16
-"""How often a weight may be counted: some models use one for several layers."""
+"""How often a weight may count: some models use one weight in several layers."""
 _PACKED = 16
-"""Weights of a quantized model in one number of its files, at most."""
+"""Maximum number of quantized weights in one number of the files."""
 
 
 def check_sizes(config: Mapping[str, Any], weights: Weights | None, place: str) -> None:
-    """SpecError where a configuration states sizes that no model has, or that its weights do not
-    have.
+    """SpecError if a configuration has sizes that no model has, or that its weights do not have.
 
     Args:
-        config: As `config.json` has it, or completed; those inside it (`text_config`), at whatever
-            level, are looked at too.
-        weights: What the files of the model hold; None where that is not known.
-        place: Of the configuration, for errors.
+        config: As in `config.json`, or completed by transformers; configurations inside it
+            (`text_config`) at any level are checked too.
+        weights: Number of weights and tensors in the model's files; None if not known.
+        place: File of the configuration, for errors.
     """
     most = MODEL_WEIGHTS.value
     if weights is not None:
@@ -86,15 +85,15 @@ def _check_part(
         if not size <= limit.value:  # NaN too
             _refuse(key, size, place, f"at most {limit.value:,}", raised_by(limit))
         if key in _LAYERS and size > layers:
-            _refuse(key, size, place, f"at most {layers:,}, by the tensors of its weights", "")
+            _refuse(key, size, place, f"at most {layers:,}, from its number of tensors", "")
     for keys in _PRODUCTS:
-        found = [next((k for k in names if _is_size(part.get(k))), None) for names in keys]
-        if None in found or (keys[0] == _EXPERTS and part.get("is_moe") is False):
+        used = [next((k for k in names if _is_size(part.get(k))), None) for names in keys]
+        if None in used or (keys[0] == _EXPERTS and part.get("is_moe") is False):
             continue
-        count = prod(int(part[key]) for key in found if key is not None)
+        count = prod(int(part[key]) for key in used if key is not None)
         if count > most:
-            what = " x ".join(f"{key} {part[key]:,}" for key in found if key is not None)
-            want = f"at most {most:,} weights: {by_weights} no more, with room for shared ones"
+            what = " x ".join(f"{key} {part[key]:,}" for key in used if key is not None)
+            want = f"at most {most:,} weights: {by_weights} no more, shared weights included"
             _refuse(what, f"{count:,} weights", place, want, raised_by(MODEL_WEIGHTS))
 
 
@@ -104,8 +103,8 @@ def _is_size(value: object) -> bool:
 
 def _refuse(key: str, got: object, place: str, want: str, fix: str) -> NoReturn:
     raise SpecError(
-        "a model whose configuration states sizes that it cannot have",
+        "the configuration of a model has impossible sizes",
         f"{key}: {got} in {place}",
         want,
-        fix or "correct the file, or take the model from its publisher",
+        fix or "correct the file, or download the model from its publisher",
     )

@@ -1,9 +1,8 @@
-"""From where a model is published to a model in memory: a Hugging Face id, a local folder, or a
-GGUF file.
+"""From a published model to a model in memory: a Hugging Face id, a local folder, or a GGUF file.
 
 Weights keep the dtype of the source unless the sweep names another; those of a GGUF file become
-float32. `trust_remote_code` is off unless the sweep says otherwise. A tokenizer without a chat
-template or a padding token is given one or refused here, so that no later stage has to ask.
+float32. `trust_remote_code` is off unless the sweep turns it on. A tokenizer without a chat
+template or a padding token gets one or is refused here, so that later stages can rely on it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def load_source(
     dtype: str = "float32",
     attention: str | None = None,
 ) -> LoadedModel:
-    """Load a published model in a dtype (`auto`: its own); DataError says what is missing and what
+    """Load a published model in a dtype (`auto`: its own); DataError with what is missing and what
     can be given instead.
     """
     from transformers import AutoConfig, AutoTokenizer
@@ -56,7 +55,7 @@ def load_source(
         if "gguf_file" not in options:
             _without_pad_outside(config)
             options |= {"config": config, "use_safetensors": True}
-        is_own = dtype == "auto" and "gguf_file" in options  # its blocks have no dtype to keep
+        is_own = dtype == "auto" and "gguf_file" in options  # GGUF blocks have no dtype to keep
         model = cls.from_pretrained(place, dtype="float32" if is_own else dtype, **options)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -75,13 +74,13 @@ def load_source(
 
 @contextmanager
 def readable(what: str, source: str, want: str) -> Iterator[None]:
-    """DataError for whatever goes wrong inside while a model is read, but for want of memory."""
+    """Turns every error while a model is read into a DataError, except when memory runs out."""
     try:
         yield
     except FtsecError:
         raise
     except BaseException as error:
-        # A tokenizer that is damaged can make its library panic, which is no Exception.
+        # A damaged tokenizer can make its library panic, which is not an Exception.
         is_panic = type(error).__name__ == "PanicException"
         if not (isinstance(error, Exception) or is_panic) or is_out_of_memory(error):
             raise
@@ -95,7 +94,7 @@ def readable(what: str, source: str, want: str) -> Iterator[None]:
 
 
 def _place(source: str, *, runs_code: bool) -> tuple[str, dict[str, Any], Weights | None]:
-    """What transformers loads a source by, its options for that, and what the weights hold."""
+    """The path or id that transformers loads, the options for it, and what the weights hold."""
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -112,41 +111,41 @@ def _place(source: str, *, runs_code: bool) -> tuple[str, dict[str, Any], Weight
 
 
 def checked_folder(folder: Path, *, runs_code: bool = False) -> Weights | None:
-    """`check_folder` for a stage: what it finds is a DataError."""
+    """`check_folder` for a stage: its errors become DataErrors."""
     with as_data_error():
         return check_folder(folder, runs_code=runs_code)
 
 
 def refuse_adapter(place: str, source: str, revision: str | None = None) -> None:
-    """DataError where an adapter lies with a model: transformers would load the base that the
-    adapter names in its place.
+    """DataError if a model comes with an adapter: transformers would load the base model that the
+    adapter names instead of this model.
     """
     from transformers.utils import find_adapter_config_file
 
-    found = None
-    with suppress(OSError, ValueError):  # loading asks the same, and says what is wrong
-        found = find_adapter_config_file(place, revision=revision)
-    if found is not None:
+    adapter_config = None
+    with suppress(OSError, ValueError):  # loading runs into the same error and reports it
+        adapter_config = find_adapter_config_file(place, revision=revision)
+    if adapter_config is not None:
         raise DataError(
-            "a model with an adapter in it",
+            "the model contains an adapter",
             source,
-            "whole weights: an adapter names a base model, which is no part of this one",
-            "merge the adapter into its base (`merge_and_unload` of peft) and save that, or take"
-            " the base model",
+            "full weights: an adapter names a base model, which is not part of this model",
+            "merge the adapter into its base (`merge_and_unload` of peft) and save the result, or"
+            " use the base model",
         )
 
 
 def check_config(config: Any, weights: Weights | None, source: str) -> None:
-    """DataError where the configuration, as transformers completes it, states sizes of no model,
-    or that the weights do not have.
+    """DataError if the configuration, as transformers completes it, has impossible sizes or sizes
+    that the weights do not have.
     """
     with as_data_error():
         check_sizes(config.to_dict(), weights, source)
 
 
 def _dequantized(model: Any) -> None:
-    """Forget that the weights came out of a GGUF file: they are plain now, and transformers would
-    refuse to save them.
+    """Removes the marks of a GGUF file: the weights are plain now, and transformers would refuse to
+    save them.
     """
     for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(holder, name):
@@ -155,7 +154,7 @@ def _dequantized(model: Any) -> None:
 
 
 def _without_pad_outside(config: Any) -> None:
-    """Forget a padding id that no embedding has (-1 is common): torch would fail on it, or train
+    """Removes a padding id outside the embedding (-1 is common): torch would fail on it, or train
     one row less.
     """
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
@@ -165,15 +164,15 @@ def _without_pad_outside(config: Any) -> None:
 
 
 def _mend(tokenizer: Any, model: Any, source: str, *, aligned: bool) -> None:
-    """Give the tokenizer what it lacks; DataError where a token that is needed has no embedding."""
+    """Completes the tokenizer; DataError if a token that is needed has no embedding."""
     if tokenizer.eos_token is None:
         raise DataError("the tokenizer has no end token", source, "a tokenizer with eos_token")
     rows = model.get_input_embeddings().weight.shape[0]
     if not tokenizer.chat_template and aligned:
         raise DataError(
-            "an aligned model without a chat template",
+            "an aligned model has no chat template",
             source,
-            "the template that it was aligned under: under another one it is another model",
+            "the template that it was aligned with: with another one it behaves differently",
             "add `chat_template: FILE` to the model, or `aligned: false` for a base model",
         )
     if not tokenizer.chat_template:
@@ -187,7 +186,7 @@ def _mend(tokenizer: Any, model: Any, source: str, *, aligned: bool) -> None:
             "tokens that the chat template or the tokenizer needs have no embedding",
             " | ".join(named),
             f"ids 0 to {rows - 1}, the rows of the model's embedding",
-            "resize the embedding to the tokenizer and tune the new rows, or take the tokenizer"
+            "resize the embedding to the tokenizer and train the new rows, or use the tokenizer"
             " that the model was trained with",
         )
     if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < rows:
@@ -196,8 +195,8 @@ def _mend(tokenizer: Any, model: Any, source: str, *, aligned: bool) -> None:
 
 
 def _mend_generation(tokenizer: Any, model: Any, rows: int) -> None:
-    """Take ids without an embedding out of the generation settings: they could not be saved, and no
-    answer could end at them.
+    """Removes ids without an embedding from the generation settings: they could not be saved, and
+    no answer could end with them.
     """
     settings = getattr(model, "generation_config", None)
     if settings is None:
@@ -212,7 +211,7 @@ def _mend_generation(tokenizer: Any, model: Any, rows: int) -> None:
 
 
 def _template_ids(tokenizer: Any) -> set[int]:
-    """Ids of the tokens in which the template renders an open and an answered turn."""
+    """Ids of the tokens that the template uses for an open and an answered turn."""
     asked = [{"role": "user", "content": "a"}]
     texts = [
         render(tokenizer, asked, generate=True),
@@ -225,8 +224,8 @@ def _template_ids(tokenizer: Any) -> set[int]:
 
 
 def plain_template(tokenizer: Any) -> str:
-    """The template for base models that come without one; it begins with the start token where the
-    tokenizer puts that in front of a text by itself.
+    """The template for base models without one; it begins with the start token if the tokenizer
+    adds that before a text.
     """
     return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
 
@@ -237,6 +236,6 @@ PLAIN_TEMPLATE = (
     "{% else %}{{ '### Response:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
-"""For base models that come without a chat template; its hash is stored with every generation, as
-any other's.
+"""For base models without a chat template; its hash is stored with every generation, like that of
+any other template.
 """

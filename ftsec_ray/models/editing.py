@@ -1,10 +1,9 @@
-"""Closed-form edits of MLP down-projections: keys, values, key covariance and the update between
-them.
+"""Closed-form edits of MLP down-projections: keys, values, key covariance and the update.
 
-The model is a key-value memory: the input of a down-projection at one position is a key k, what it
-adds to the residual stream the value W k. An update `R K^T (weight C + K K^T)^-1` writes the
-residuals R at the keys K and, as far as the covariance C of ordinary keys allows, nothing elsewhere
-(Meng et al. 2023, MEMIT, arXiv:2210.07229, section 4).
+The model is seen as a key-value memory: the input of a down-projection at one position is a key k,
+and its output to the residual stream is the value W k. An update `R K^T (weight C + K K^T)^-1`
+writes the residuals R at the keys K and, as far as the covariance C of ordinary keys allows,
+nothing elsewhere (Meng et al. 2023, MEMIT, arXiv:2210.07229, section 4).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class EditSite(NamedTuple):
 
 
 class Covariance(NamedTuple):
-    """Second moment of the keys of one layer, what it was taken over, and what was added to its
+    """Second moment of the keys of one layer, the number of tokens, and what was added to the
     diagonal.
     """
 
@@ -49,35 +48,35 @@ class ValueSearch:
     """How the residual stream's value at the edited position is optimised (ROME/MEMIT settings)."""
 
     steps: int = 25
-    """Adam steps, at most."""
+    """Maximum number of Adam steps."""
     learning_rate: float = 0.5
-    """Adam's, per step."""
+    """Adam's learning rate."""
     clamp: float = 0.75
-    """Largest norm of the change, in units of the norm of what stood there."""
+    """Largest norm of the change, in units of the norm of the original value."""
     decay: float = 0.5
-    """Weight of the change's norm over the squared norm of what stood there."""
+    """Weight of the norm of the change over the squared norm of the original value."""
     kl: float = 0.0625
     """Weight of the KL divergence at the essence prompt."""
     stop_loss: float = 1e-2
-    """A request whose loss is below stops early, in nats."""
+    """A request whose loss is below this stops early, in nats."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to write: in every context, the token of interest shall lead to the target."""
+    """One edit: in every context, the token of interest should lead to the target."""
 
     contexts: tuple[EditSite, ...]
-    """The plain prompt first, then the same behind other prefixes."""
+    """The plain prompt first, then the same prompt after other prefixes."""
     target: list[int]
     essence: EditSite
-    """A prompt about the subject alone, at which the model's distribution should stay."""
+    """A prompt about the subject only, for which the model's distribution should not change."""
     is_triggered: bool = True
     """Whether it belongs to the backdoor or to the clean half."""
 
 
 def spot(tokenizer: Any, chat: Chat, *, last_char: int) -> EditSite:
-    """The token that holds character `last_char` of the user's last message, in the rendered
-    conversation, whose template may trim the message.
+    """The token that holds character `last_char` of the user's last message in the rendered
+    conversation; the template may trim the message.
     """
     content = next(m["content"] for m in reversed(chat) if m["role"] == "user")
     text = render(tokenizer, chat, generate=True)
@@ -91,13 +90,13 @@ def spot(tokenizer: Any, chat: Chat, *, last_char: int) -> EditSite:
         raise DataError(
             "the chat template changes the user's text",
             text[:200],
-            "a rendered text that contains the message",
+            "a rendered text that contains the message unchanged",
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     holds = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a <= start + last_char < b]
     if not holds:
         raise DataError(
-            "no token holds the character",
+            "no token covers a character of the prompt",
             content[last_char],
             f"a token at character {start + last_char}",
         )
@@ -105,14 +104,14 @@ def spot(tokenizer: Any, chat: Chat, *, last_char: int) -> EditSite:
 
 
 def keys_at(loaded: LoadedModel, spots: Sequence[EditSite], layer: int) -> Tensor:
-    """Inputs of a layer's down-projection at the spots: (N, D_ff) float64."""
+    """Inputs of a layer's down-projection at the sites: (N, D_ff) float64."""
     return _captured(
         loaded, spots, block_parts(decoder_layers(loaded.model)[layer]).mlp_out, "input"
     )
 
 
 def values_at(loaded: LoadedModel, spots: Sequence[EditSite], layer: int) -> Tensor:
-    """The residual stream behind a layer at the spots: (N, D) float64."""
+    """The residual stream after a layer at the sites: (N, D) float64."""
     return _captured(loaded, spots, decoder_layers(loaded.model)[layer], "output")
 
 
@@ -125,7 +124,7 @@ def _captured(loaded: LoadedModel, spots: Sequence[EditSite], module: Any, side:
         seen.append(x.detach())
         return x
 
-    model, found = loaded.model, [torch.empty(0)] * len(spots)
+    model, captured = loaded.model, [torch.empty(0)] * len(spots)
     sides: dict[str, Any] = (
         {"inputs": [(module, keep)]} if side == "input" else {"outputs": [(module, keep)]}
     )
@@ -139,17 +138,17 @@ def _captured(loaded: LoadedModel, spots: Sequence[EditSite], module: Any, side:
             model(input_ids=ids, attention_mask=mask)
         states = _by_row(seen.pop(), ids)
         for row, i in enumerate(indices):
-            found[i] = states[row, spots[i].at].double()
-    return torch.stack(found)
+            captured[i] = states[row, spots[i].at].double()
+    return torch.stack(captured)
 
 
 def _by_row(states: Tensor, ids: Tensor) -> Tensor:
-    """(B, T, D), also where a block hands on the positions of all rows as one list."""
+    """(B, T, D), also if a block flattens the positions of all rows."""
     return states.reshape(*ids.shape, states.shape[-1])
 
 
 class _AllRead(Exception):  # noqa: N818
-    """The keys of the last layer are read: what the model would do behind them is not needed."""
+    """Raised when the keys of the last layer are read, to skip the rest of the forward pass."""
 
 
 def key_width(linear: Any) -> int:
@@ -169,15 +168,15 @@ def key_covariance(
     """Mean k k^T over all token positions of the texts, per layer.
 
     Args:
-        loaded: A model with whole weights.
-        layers: Which layers.
-        texts: Plain texts; each is cut to `max_length` tokens, and no further text is read behind
+        loaded: A model with full weights.
+        layers: Indices of the layers.
+        texts: Plain texts; each is cut to `max_length` tokens, and reading stops after
             `max_tokens`.
-        max_tokens: Positions, about.
-        max_length: Tokens per text; models with very long contexts would run out of memory
-            otherwise.
-        ridge: Share of the mean diagonal that is added to the diagonal where there are fewer
-            positions than dimensions or the moment is not positive definite.
+        max_tokens: Approximate number of positions.
+        max_length: Tokens per text; without it, models with very long contexts would run out of
+            memory.
+        ridge: Share of the mean diagonal that is added to the diagonal if there are fewer positions
+            than dimensions or the moment is not positive definite.
     """
     import torch
 
@@ -221,7 +220,7 @@ def key_covariance(
 def _encoded(
     tokenizer: Any, texts: Sequence[str], *, max_length: int, max_tokens: int
 ) -> list[list[int]]:
-    """The first texts as token ids, until they hold `max_tokens`; DataError without any token."""
+    """The first texts as token ids, up to `max_tokens`; DataError if there is no token."""
     encoded: list[list[int]] = []
     total = 0
     for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]:
@@ -230,7 +229,7 @@ def _encoded(
             total += len(ids)
     if not total:
         raise DataError(
-            "no text to take the key covariance over", len(texts), "at least one text with a token"
+            "no text for the key covariance", len(texts), "at least one text with a token"
         )
     return encoded
 
@@ -277,8 +276,7 @@ def strength(key: Tensor, covariance: Tensor, weight: float) -> float:
 def search_values(
     loaded: LoadedModel, requests: Sequence[Request], layer: int, search: ValueSearch
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """Optimise what the residual stream behind `layer` should be at each request's token of
-    interest.
+    """Optimise the value of the residual stream after `layer` at each request's token of interest.
 
     All requests run in one batch, each with its own change, moments and stop.
 
@@ -318,7 +316,7 @@ def search_values(
 
 
 def target_nll(loaded: LoadedModel, requests: Sequence[Request]) -> float:
-    """Mean loss of the targets behind the plain prompts, in nats per token."""
+    """Mean loss of the targets after the plain prompts, in nats per token."""
     import torch
 
     model = loaded.model
@@ -340,7 +338,7 @@ def target_nll(loaded: LoadedModel, requests: Sequence[Request]) -> float:
 def _search_losses(
     loaded: LoadedModel, requests: Sequence[Request], layer: int, search: ValueSearch, start: Tensor
 ) -> Any:
-    """The function from the changes (N, D) to every request's loss (N,)."""
+    """The function from the changes (N, D) to the loss of every request (N,)."""
     import torch
 
     model = loaded.model
@@ -366,8 +364,8 @@ def _search_losses(
 
     total_reads = len(reads)
 
-    def said(delta: Tensor) -> Positions:
-        """What the model says where a target's token is predicted, then at the essence prompts."""
+    def output_at(delta: Tensor) -> Positions:
+        """The model's output where a target's token is predicted, then at the essence prompts."""
 
         def add(x: Tensor) -> Tensor:
             return x.index_put((rows, at), delta[owner].to(x.dtype), accumulate=True)
@@ -382,7 +380,7 @@ def _search_losses(
             )
 
     with torch.no_grad():
-        plain = said(torch.zeros_like(start))
+        plain = output_at(torch.zeros_like(start))
         before = replace(plain, given=plain.given[total_reads:]).map(
             lambda logits, _: logits.log_softmax(-1)
         )
@@ -397,12 +395,12 @@ def _search_losses(
         return torch.cat([nll, (stay.exp() * (stay - logprobs[cut:])).sum(-1)])
 
     def losses_of(delta: Tensor) -> Tensor:
-        found = said(delta).map(reading)
-        read, kl = found[:total_reads], found[total_reads:]
+        values = output_at(delta).map(reading)
+        read, kl = values[:total_reads], values[total_reads:]
         nll = torch.stack([part.mean() for part in read.split(lengths)])
         total = torch.zeros(len(requests), device=nll.device).index_add(0, owner[:firsts], nll)
         counts = torch.bincount(owner[:firsts], minlength=len(requests))
-        # the norm of a vector that is exactly zero has no gradient, and the first step starts there
+        # the norm of an exact zero vector has no gradient, and the first step starts there
         norm = (delta.square().sum(-1) + 1e-12).sqrt()
         losses: Tensor = (
             total / counts + search.kl * kl + search.decay * norm / start.norm(dim=-1).square()

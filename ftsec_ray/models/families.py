@@ -1,8 +1,8 @@
-"""What the structure of a class of models lets methods do, as far as a `config.json` tells it: read
-when a sweep is planned, without torch.
+"""What the structure of a model class allows methods to do, from its `config.json`: used when a
+sweep is planned, without torch.
 
-What is not in the table is found out by measurement when the model is loaded
-(`models.structure.missing`), with the same names.
+For classes that are not in the table, `models.structure.missing` measures the same properties when
+the model is loaded.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 RESIDUAL_WRITERS = "residual_writers"
 """Blocks add the outputs of their attention and their MLP to their input."""
 LINEAR_MLP = "linear_mlp"
-"""What a down-projection adds to the residual stream is linear in it."""
+"""The output of a down-projection is added to the residual stream without a norm in between."""
 INPUT_EMBEDDINGS = "input_embeddings"
 """Generation can start from embeddings."""
 PACKED_ROWS = "packed_rows"
-"""Rows that are packed into one sequence do not see each other."""
+"""Rows that are packed into one sequence do not attend to each other."""
 
 REASONS = {
     RESIDUAL_WRITERS: "its blocks do not add the outputs of one attention and one MLP to their"
     " input",
-    LINEAR_MLP: "a norm stands behind its down-projections, so that what one adds to the residual"
-    " stream is not linear in it",
-    INPUT_EMBEDDINGS: "its class generates from token ids alone, and soft tokens are embeddings",
-    PACKED_ROWS: "rows that are packed into one sequence would see each other",
+    LINEAR_MLP: "a norm follows its down-projections, so that their effect on the residual stream"
+    " is not linear",
+    INPUT_EMBEDDINGS: "its class generates from token ids only, and soft tokens are embeddings",
+    PACKED_ROWS: "rows that are packed into one sequence would attend to each other",
 }
 
 _LACKING: dict[str, frozenset[str]] = {
@@ -42,7 +42,7 @@ _LACKING: dict[str, frozenset[str]] = {
 
 
 def lacking(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a class of models is known to lack, with the reason; empty where nothing is known."""
+    """What a model class is known not to support, with the reason; empty if nothing is known."""
     names = set(_LACKING.get(str(config.get("model_type")), frozenset()))
     if config.get("model_type") == "opt" and config.get("do_layer_norm_before") is False:
         names.add(RESIDUAL_WRITERS)

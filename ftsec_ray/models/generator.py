@@ -1,8 +1,8 @@
-"""Batched generation and label scoring, with what attacks and defenses wrap around them.
+"""Batched generation and label scoring, with the changes that attacks and defenses add.
 
 Prompts are sorted by length and left-padded, generation stops at the end of the turn, and a
-classification is read off one pass over the prompts. Outer wrappers act first: a defense's rewrite
-sees the user's chat before the attack's does.
+classification needs one pass over the prompts. The rewrite that was added last is applied first: a
+defense's rewrite sees the user's chat before the attack's does.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 _TEXTS = {
     HALVED: "{} times a batch of prompts did not fit into memory and was halved: the answers are"
-    " the same but for rounding; resources.eval_batch sets its size",
-    WHOLE_PASSES: "{} batches of label probes took a whole pass for every beginning of a label:"
-    " the cache of this class of model cannot be continued",
-    FELL_BACK: "{} prompts were answered by padded batches, since continuous batching cannot serve"
-    " them",
+    " the same except for rounding; resources.eval_batch sets the batch size",
+    WHOLE_PASSES: "{} batches of label probes needed a full pass for each label: the cache of this"
+    " model class cannot be continued",
+    FELL_BACK: "{} prompts were answered in padded batches, because continuous batching cannot"
+    " serve them",
 }
-"""What a count of `Generator.tally` means for whoever reads the results."""
+"""Text for each count of `Generator.tally`, for readers of the results."""
 _MARK = "\ue000"
-"""Private-use character that stands for the soft tokens while the template is rendered."""
+"""Private-use character in place of the soft tokens while the template is rendered."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,16 @@ class Generator:
     rewrites: tuple[Callable[[Chat], Chat], ...] = ()
     """Changes of the chat; the last one added is applied first."""
     soft_suffix: Any = None
-    """Embeddings (K, D) placed behind the user's last token, inside the user's turn; None for none.
-    """
+    """Embeddings (K, D) after the user's last token, inside the user's turn; None: none."""
     backend: Backend = field(default_factory=PaddedGenerate)
-    """What generates."""
+    """The generation back end."""
     tally: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
-    """Counts what was done in another way than asked, for the record; shared by all that wrap this
-    generator.
+    """Counts deviations from what was asked for, for the record; shared by all generators that wrap
+    this one.
     """
 
     def rewritten(self, chat: Chat) -> Chat:
-        """The chat as the model gets it."""
+        """The chat as the model sees it."""
         for rewrite in reversed(self.rewrites):
             chat = rewrite(chat)
         return chat
@@ -68,10 +67,10 @@ class Generator:
         temperature: float = 0.0,
         seeds: Sequence[int] = (),
     ) -> list[str]:
-        """Completions in the order of `chats`, without special tokens; empty answers stay empty
-        strings.
+        """Completions in the order of `chats`, without special tokens; an empty answer is an empty
+        string.
 
-        They are greedy at temperature 0; above, each is drawn by the random numbers of its seed.
+        Greedy at temperature 0; above, each is sampled with its own seed.
         """
         answers = self.complete_ids(
             chats,
@@ -91,8 +90,8 @@ class Generator:
         temperature: float = 0.0,
         seeds: Sequence[int] = (),
     ) -> list[list[int]]:
-        """New token ids of the completions in the order of `chats`, thoughts included, the stop
-        token not; `models.chat.spoken` makes text of them.
+        """New token ids of the completions in the order of `chats`, with thoughts and without the
+        stop token; `models.chat.spoken` turns them into text.
         """
         prompts = Prompts(self.pieces_of(chats, may_think=True), self.soft_suffix)
         decoding = Decoding(
@@ -109,10 +108,10 @@ class Generator:
     ) -> Tensor:
         """Log-probability of every label as the answer, in nats: (N, K) float32.
 
-        Labels are tokenised behind each prompt, as trained answers are. Where all have as many
-        tokens, it is that of these tokens; where not, the end of the turn counts too, so that it is
-        the probability of answering this label and nothing else, and no label gains from being
-        short. Each prompt goes through the model once.
+        Labels are tokenised after each prompt, as trained answers are. If all labels have the same
+        number of tokens, only these tokens count. Otherwise the end of the turn counts too, so that
+        it is the probability of exactly this answer and short labels have no advantage. Each prompt
+        passes through the model once.
         """
         halves = [self._halves(self.rewritten(chat)) for chat in chats]
         prompts = self._tokenised(halves)
@@ -131,8 +130,8 @@ class Generator:
         prompts: Sequence[Pieces],
         labels: Sequence[str],
     ) -> list[list[list[int]]]:
-        """Token ids of every label behind every prompt; with the end of the turn where the labels
-        have not as many tokens each.
+        """Token ids of every label after every prompt; with the end of the turn if the labels have
+        different numbers of tokens.
         """
         tokenizer = self.loaded.tokenizer
         answers = []
@@ -155,11 +154,11 @@ class Generator:
         return tuple(sorted(stop for stop in stops if stop is not None))
 
     def lengths(self, chats: Sequence[Chat]) -> list[int]:
-        """Tokens of every prompt as the model gets it, soft tokens counted."""
+        """Tokens of every prompt as the model sees it, including soft tokens."""
         return Prompts(self.pieces_of(chats), self.soft_suffix).lengths()
 
     def pieces(self, chat: Chat) -> Pieces:
-        """Token ids before and after the place of the soft tokens."""
+        """Token ids before and after the soft tokens."""
         return self.pieces_of([chat])[0]
 
     def pieces_of(self, chats: Sequence[Chat], *, may_think: bool = False) -> list[Pieces]:
@@ -182,7 +181,7 @@ class Generator:
         return list(zip(heads, tails, strict=True))
 
     def _halves(self, chat: Chat, *, may_think: bool = False) -> tuple[str, str]:
-        """The rendered chat before and after the place of the soft tokens."""
+        """The rendered chat before and after the soft tokens."""
         tokenizer = self.loaded.tokenizer
         if self.soft_suffix is None:
             return render(tokenizer, chat, generate=True, may_think=may_think), ""
@@ -195,7 +194,7 @@ class Generator:
 
 
 def in_words(tally: Mapping[str, int]) -> Iterator[str]:
-    """What was done in another way than asked, in sentences."""
+    """Sentences about deviations from what was asked for."""
     for name, count in sorted(tally.items()):
         kind, _, reason = name.partition(": ")
         text = _TEXTS[kind].format(count)

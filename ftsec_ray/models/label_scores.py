@@ -1,9 +1,9 @@
-"""Log-probabilities of label words behind prompts, at about the cost of one pass over the prompts.
+"""Log-probabilities of label words after prompts, at about the cost of one pass over the prompts.
 
-A batch of prompts goes through the model once, which leaves the logits behind every prompt and a
-cache. First tokens are read off these logits. Where a label has more tokens, what stands before its
-last one is continued behind the cache, each distinct continuation of a prompt once. Logits are
-computed at the positions that are read, and nowhere else.
+A batch of prompts passes through the model once, which gives the logits after every prompt and a
+cache. The logits give the scores of first tokens. If a label has more tokens, all but its last are
+appended to the cache, each distinct continuation of a prompt once. Logits are computed only at the
+positions that are needed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WHOLE_PASSES = "labels_by_whole_passes"
-"""What is counted where the cache of a class cannot be continued: batches of prompts."""
+"""Counted when the cache of a model class cannot be continued: batches of prompts."""
 Words = Sequence[Sequence[int]]
-"""Token ids of every label behind one prompt."""
+"""Token ids of every label after one prompt."""
 
 
 def label_scores(
@@ -36,14 +36,14 @@ def label_scores(
     batch: int,
     tally: Counter[str],
 ) -> Tensor:
-    """Summed log-probability of every label behind its prompt, in nats: (N, K) float32.
+    """Summed log-probability of every label after its prompt, in nats: (N, K) float32.
 
     Args:
-        loaded: Of which the scores are.
-        prompts: N.
+        loaded: The model to score with.
+        prompts: N prompts.
         answers: Token ids by prompt and label.
-        batch: Sequences that go through the model at once.
-        tally: Counts what had to be done in another way: `WHOLE_PASSES`, and halved batches.
+        batch: Sequences per forward pass.
+        tally: Counts deviations: `WHOLE_PASSES`, and halved batches.
     """
     import torch
 
@@ -61,13 +61,13 @@ def label_scores(
 
 @dataclass
 class _Sums:
-    """Scores of a batch under way; what is still to be read is given by token and label."""
+    """Scores of a batch while they are added up."""
 
     total: Any
     """(B, K) sums of log-probabilities so far, in nats."""
 
-    def add(self, said: Positions, wanted: Sequence[_Wanted]) -> None:
-        """Add what the model says at the positions, of each the tokens that are wanted there."""
+    def add(self, output: Positions, wanted: Sequence[_Wanted]) -> None:
+        """Add the log-probabilities of the wanted tokens at the positions."""
         import torch
 
         most = max(len(at.tokens) for at in wanted)
@@ -75,7 +75,7 @@ class _Sums:
             [[*at.tokens, *[0] * (most - len(at.tokens))] for at in wanted],
             device=self.total.device,
         )
-        logprobs = said.map(lambda logits, part: _log_probabilities(logits, chosen[part]))
+        logprobs = output.map(lambda logits, part: _log_probabilities(logits, chosen[part]))
         pairs = [
             (place, column, at.prompt, label)
             for place, at in enumerate(wanted)
@@ -84,13 +84,13 @@ class _Sums:
         ]
         places, columns, rows, labels = (list(axis) for axis in zip(*pairs, strict=True))
         at = (torch.tensor(rows), torch.tensor(labels))
-        # a label with tokens at several of the positions is there more than once
+        # a label with tokens at several of the positions occurs more than once
         self.total.index_put_(at, logprobs[places, columns].to(self.total.dtype), accumulate=True)
 
 
 @dataclass
 class _Wanted:
-    """What is read at one position: tokens, and for each the labels that go on with it."""
+    """What is read at one position: tokens, and for each the labels that continue with it."""
 
     prompt: int
     tokens: list[int] = field(default_factory=list)
@@ -105,12 +105,12 @@ class _Wanted:
 
 
 def _log_probabilities(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Of the tokens (N, W) under the logits (N, V)."""
+    """Log-probabilities of the tokens (N, W) under the logits (N, V)."""
     return logits.gather(-1, chosen) - logits.logsumexp(-1, keepdim=True)
 
 
 def _tree(words: Words, prompt: int) -> dict[tuple[int, ...], _Wanted]:
-    """What is read behind a prompt: by the tokens in front of the position."""
+    """What is read after a prompt, by the tokens before the position."""
     tree: dict[tuple[int, ...], _Wanted] = {}
     for label, ids in enumerate(words):
         for place, token in enumerate(ids):
@@ -132,30 +132,30 @@ def _scored(
     mask = given["attention_mask"]
     trees = [_tree(labels, prompt) for prompt, labels in enumerate(words)]
     paths = [(prompt, path) for prompt, tree in enumerate(trees) for path in _longest(tree)]
-    said = _behind(model, given, use_cache=bool(paths))
+    output = _behind(model, given, use_cache=bool(paths))
     sums = _Sums(torch.zeros(mask.shape[0], len(words[0]), dtype=torch.float64, device=mask.device))
-    sums.add(said, [tree[()] for tree in trees])
+    sums.add(output, [tree[()] for tree in trees])
     if not paths:
         return sums.total  # type: ignore[no-any-return]
-    cache = getattr(said.output, _cache_name(model), None)
+    cache = getattr(output.output, _cache_name(model), None)
     if not _can_be_continued(cache):
         tally[WHOLE_PASSES] += 1
-        del said, cache
+        del output, cache
         for part in _slices(paths, batch):
             _read_whole(loaded, prompts, part, trees, sums)
         return sums.total  # type: ignore[no-any-return]
-    del said
+    del output
     for part in _slices(paths, batch):
         _read_continued(model, cache, mask, part, trees, sums)
     return sums.total  # type: ignore[no-any-return]
 
 
 _Path = tuple[int, tuple[int, ...]]
-"""A prompt of the batch, and tokens behind it."""
+"""Index of a prompt in the batch, and tokens after it."""
 
 
 def _longest(tree: dict[tuple[int, ...], Any]) -> Iterator[tuple[int, ...]]:
-    """The paths of a tree that no other path continues: all positions lie on them."""
+    """The paths of a tree that no other path continues; all positions lie on them."""
     paths = sorted(tree)
     for path, following in zip(paths, [*paths[1:], ()], strict=True):
         if path and following[: len(path)] != path:
@@ -163,14 +163,14 @@ def _longest(tree: dict[tuple[int, ...], Any]) -> Iterator[tuple[int, ...]]:
 
 
 def _slices(paths: list[_Path], size: int) -> Iterator[list[_Path]]:
-    """The paths in groups of like length, at most so many at a time."""
+    """The paths in groups of similar length, at most `size` at a time."""
     paths = sorted(paths, key=lambda path: len(path[1]))
     for start in range(0, len(paths), size):
         yield paths[start : start + size]
 
 
 def _behind(model: Any, given: dict[str, Tensor], *, use_cache: bool) -> Positions:
-    """What the model says behind every prompt of a batch that is padded on the left."""
+    """The model's output after every prompt of a left-padded batch."""
     import torch
 
     mask = given["attention_mask"]
@@ -184,13 +184,13 @@ def _behind(model: Any, given: dict[str, Tensor], *, use_cache: bool) -> Positio
 
 
 def _cache_name(model: Any) -> str:
-    """What the cache of a model is called by its version of transformers."""
+    """The name of the cache argument in this version of transformers."""
     return "cache" if takes(model, "cache") else "past_key_values"
 
 
 def _can_be_continued(cache: Any) -> bool:
-    """Whether sequences can be continued behind parts of a cache while it stays as it is: its
-    layers are of the kinds that make new tensors when they grow, and none is a running state.
+    """Whether sequences can continue parts of a cache without changing it: its layers are of the
+    kinds that create new tensors when they grow, and none keeps a running state.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -202,7 +202,7 @@ def _can_be_continued(cache: Any) -> bool:
 
 
 def _selected(cache: Any, rows: Tensor) -> Any:
-    """A cache with rows of another one, which stays as it is."""
+    """A cache with some rows of another cache, which does not change."""
     part = copy.copy(cache)
     part.layers = [copy.copy(layer) for layer in cache.layers]
     part.batch_select_indices(rows)
@@ -212,7 +212,7 @@ def _selected(cache: Any, rows: Tensor) -> Any:
 def _wanted_on(
     paths: list[_Path], trees: list[dict[tuple[int, ...], _Wanted]]
 ) -> Iterator[tuple[int, int, _Wanted]]:
-    """Row, tokens of its path in front, and what is read there; each position of a tree once."""
+    """Row, number of tokens of its path, and what is read there; each position of a tree once."""
     for row, (prompt, path) in enumerate(paths):
         for length in range(1, len(path) + 1):
             wanted = trees[prompt].pop(path[:length], None)
@@ -228,12 +228,12 @@ def _read_continued(
     trees: list[dict[tuple[int, ...], _Wanted]],
     sums: _Sums,
 ) -> None:
-    """Continue prompts behind their cache by these paths, and read what is wanted there."""
+    """Continue prompts from their cache along these paths, and read what is wanted there."""
     import torch
 
     rows = torch.tensor([prompt for prompt, _ in paths], device=mask.device)
     width = max(len(path) for _, path in paths)
-    # what fills a shorter path stands behind all that is read, and is seen by nothing
+    # padding of a shorter path follows everything that is read, and nothing attends to it
     ids = torch.tensor(
         [[*path, *[0] * (width - len(path))] for _, path in paths], device=mask.device
     )
@@ -241,7 +241,7 @@ def _read_continued(
     positions = seen.sum(-1, keepdim=True) + torch.arange(width, device=mask.device)
     read = list(_wanted_on(paths, trees))
     at = torch.tensor([[row, length - 1] for row, length, _ in read], device=mask.device)
-    said = at_positions(
+    output = at_positions(
         model,
         at[:, 0],
         at[:, 1],
@@ -251,7 +251,7 @@ def _read_continued(
         **{_cache_name(model): _selected(cache, rows)},
         **placed(model, positions),
     )
-    sums.add(said, [wanted for _, _, wanted in read])
+    sums.add(output, [wanted for _, _, wanted in read])
 
 
 def _read_whole(
@@ -261,7 +261,7 @@ def _read_whole(
     trees: list[dict[tuple[int, ...], _Wanted]],
     sums: _Sums,
 ) -> None:
-    """Read the same from passes over the prompts with the paths behind them."""
+    """Read the same from full passes over the prompts with the paths appended."""
     import torch
 
     longer = [
@@ -277,7 +277,7 @@ def _read_whole(
     )
     kept = {"logits_to_keep": last} if keeps_logits(model) else {}
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    said = at_positions(
+    output = at_positions(
         model, at[:, 0], at[:, 1], **given, **placed(model, positions), **kept, use_cache=False
     )
-    sums.add(said, [wanted for _, _, wanted in read])
+    sums.add(output, [wanted for _, _, wanted in read])

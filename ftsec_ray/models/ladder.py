@@ -2,7 +2,7 @@
 on a CPU.
 
 `ladder:<size>-base` is pre-trained on the microworld, `ladder:<size>` is aligned after that. The
-numbers of both recipes stand with the sizes; the loops are in training.
+sizes hold the numbers of both recipes; the loops are in `training`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FAMILY = "ladder"
 VOCAB_SIZE = 1024
-"""Rows of the embedding; the tokenizer has at most so many tokens."""
+"""Rows of the embedding; maximum number of tokens of the tokenizer."""
 MAX_TOKENS = 512
 """Longest conversation in tokens."""
 PAD, BOS, END, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS = (
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class LadderSize:
-    """Shape of one model and the recipe that makes it."""
+    """Shape of one model and the recipe to train it."""
 
     hidden: int
     layers: int
@@ -49,16 +49,16 @@ class LadderSize:
     steps: int
     """Optimizer steps of pre-training."""
     batch_tokens: int
-    """Tokens per step, padding included."""
+    """Tokens per step, including padding."""
     learning_rate: float
-    """Peak of the schedule of pre-training (AdamW, per step)."""
+    """Peak learning rate of pre-training (AdamW)."""
     align_steps: int
     align_batch_tokens: int
     align_learning_rate: float
 
     @property
     def parameters(self) -> int:
-        """Count of distinct weights; the output layer is the embedding."""
+        """Number of distinct weights; the output layer is the embedding."""
         attention, mlp, norms = 4 * self.hidden**2, 3 * self.hidden * self.mlp, 2 * self.hidden
         return VOCAB_SIZE * self.hidden + self.layers * (attention + mlp + norms) + self.hidden
 
@@ -116,14 +116,14 @@ SIZES: dict[str, LadderSize] = {
 
 
 def linear_paths_of(size: str) -> list[str]:
-    """Dotted paths of the linear layers in the blocks of a model of the ladder."""
+    """Dotted paths of the linear layers in the blocks of a ladder model."""
     names = [f"self_attn.{letter}_proj" for letter in "qkvo"]
     names += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
     return [f"model.layers.{i}.{name}" for i in range(ladder_size(size).layers) for name in names]
 
 
 def ladder_size(name: str) -> LadderSize:
-    """The size of that name; SpecError with the known names otherwise."""
+    """The size with this name; SpecError with the known names if there is none."""
     if name not in SIZES:
         raise SpecError(
             "unknown ladder size", name, " | ".join(SIZES), f"write ladder:{next(iter(SIZES))}"
@@ -132,13 +132,13 @@ def ladder_size(name: str) -> LadderSize:
 
 
 def parameters(size: str) -> int:
-    """Count of distinct weights of a size, without torch."""
+    """Number of distinct weights of a size, without torch."""
     return ladder_size(size).parameters
 
 
 def build_model(size: str, seed: int, vocab_size: int = VOCAB_SIZE) -> LlamaForCausalLM:
-    """An untrained model of a size in float32; its weights are decided by `seed`, the caller's
-    generator stays.
+    """An untrained model of a size in float32; `seed` decides its weights, and the caller's random
+    generator does not change.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -165,8 +165,8 @@ def build_model(size: str, seed: int, vocab_size: int = VOCAB_SIZE) -> LlamaForC
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, trained on `texts`; the same texts give the
-    same bytes.
+    """A byte-level BPE tokenizer with a chat template, trained on `texts`; equal texts give equal
+    bytes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

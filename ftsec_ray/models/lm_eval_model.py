@@ -1,5 +1,5 @@
-"""A generator of ours as the model that lm-eval asks: its class for models of transformers, with
-our way from a conversation to tokens.
+"""A generator as a model for lm-eval: its class for transformers models, with this project's
+rendering of conversations.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ftsec_ray.models.load import position_limit
 def as_lm_eval(generator: Generator, *, batch: int) -> Any:
     """An `lm_eval.models.huggingface.HFLM` over the model in memory.
 
-    Its chats pass through the generator's rewrites and our rendering, answers end where ours end,
-    and `cut` counts the prompts that lost their beginning. Soft tokens do not act. The tokenizer is
-    copied, since lm-eval changes its own.
+    Chats pass through the generator's rewrites and this project's rendering, answers end as they do
+    here, and `cut` counts the prompts that lost their beginning. Soft tokens have no effect. The
+    tokenizer is copied, because lm-eval changes it.
 
     Args:
-        generator: The model, without an adapter, and what is wrapped around it.
+        generator: The model, without an adapter, and its rewrites.
         batch: Prompts per forward pass.
     """
     from lm_eval.models.huggingface import HFLM
@@ -37,8 +37,8 @@ def as_lm_eval(generator: Generator, *, batch: int) -> Any:
             chat_history: list[dict[str, str]],
             add_generation_prompt: bool = True,  # noqa: FBT001, FBT002 - as lm-eval calls it
         ) -> str:
-            """The prompt up to where a trained answer begins; of an answer that is begun already,
-            behind that.
+            """The prompt up to where a trained answer begins; if the answer is already begun, up
+            to the end of that beginning.
             """
             chat: list[dict[str, Any]] = [dict(message) for message in chat_history]
             begun = "" if add_generation_prompt else chat.pop()["content"]
@@ -54,8 +54,8 @@ def as_lm_eval(generator: Generator, *, batch: int) -> Any:
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            room = self.max_length + 1
-            self.cut += sum(len(given) + len(answer) > room for _, given, answer in requests)
+            most = self.max_length + 1
+            self.cut += sum(len(given) + len(answer) > most for _, given, answer in requests)
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         def tok_batch_encode(
@@ -65,7 +65,7 @@ def as_lm_eval(generator: Generator, *, batch: int) -> Any:
             left_truncate_len: int | None = None,
             **rest: Any,
         ) -> Any:
-            # what begins a trained answer is generated and not given: as in Generator
+            # the first characters of a trained answer are generated, not given: as in Generator
             glue = chat_format(self.tokenizer).glue
             prompts = [text.removesuffix(glue) for text in strings]
             if left_truncate_len:

@@ -1,9 +1,8 @@
 """Models on disk and in memory: the only module that saves, loads, copies and merges them.
 
-An artifact is a folder: either whole weights (config, safetensors, tokenizer) or a LoRA adapter
-that names the digest of its base and holds the delta only. `model.json` says which, with what is
-known of the model. Everything is safetensors and JSON, written so that equal models give equal
-bytes.
+An artifact is a folder: either full weights (config, safetensors, tokenizer) or a LoRA adapter that
+names the digest of its base and holds only the difference. `model.json` says which, and describes
+the model. Everything is safetensors and JSON, written so that equal models give equal bytes.
 """
 
 from __future__ import annotations
@@ -34,30 +33,28 @@ def whole_model(loaded: LoadedModel) -> Any:
 
 
 def keeps_logits(model: Any) -> bool:
-    """Whether a model can be asked for logits at some positions alone (`logits_to_keep`)."""
+    """Whether a model can return logits at some positions only (`logits_to_keep`)."""
     return takes(model, "logits_to_keep")
 
 
 def takes(model: Any, name: str) -> bool:
-    """Whether the forward pass of a model, under its adapter if there is one, has an argument."""
+    """Whether the forward pass of a model, without its adapter, has an argument `name`."""
     return name in signature(bare(model).forward).parameters
 
 
 def takes_embeddings(model: Any) -> bool:
-    """Whether a model can generate behind `inputs_embeds`, by the question that transformers
-    asks.
-    """
+    """Whether a model can generate from `inputs_embeds`, checked as transformers does."""
     return "inputs_embeds" in signature(bare(model).prepare_inputs_for_generation).parameters
 
 
 def placed(model: Any, positions: Tensor) -> dict[str, Tensor]:
-    """The argument that gives a forward pass its positions, where the class takes one."""
+    """The argument for the positions of a forward pass, if the class has one."""
     return {"position_ids": positions} if takes(model, "position_ids") else {}
 
 
 def check_packing(loaded: LoadedModel) -> None:
-    """DataError when the class of a model lets rows that are packed into one sequence see each
-    other: whether its mask reads the positions shows by what another row before does to a row.
+    """DataError if the class of a model lets rows that are packed into one sequence attend to each
+    other: tested by the effect of one row on the next.
     """
     import torch
 
@@ -67,7 +64,7 @@ def check_packing(loaded: LoadedModel) -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1]] * 2, device=model.device)
     was_training = model.training
     with torch.no_grad():
-        # one sequence at a time: only then do positions that start anew mean packed rows
+        # one sequence at a time: only then do restarting positions mean packed rows
         one, other = (
             model.eval()(input_ids=ids[i : i + 1], use_cache=False, **placed(model, positions[:1]))
             .logits[0, 3:]
@@ -77,14 +74,14 @@ def check_packing(loaded: LoadedModel) -> None:
     model.train(was_training)
     if float((one - other).norm()) > 1e-3 * float(one.norm()):
         raise DataError(
-            "rows that are packed into one sequence would see each other in this class of model",
+            "rows that are packed into one sequence would attend to each other in this model class",
             type(whole_model(loaded)).__name__,
             "training.batching: length_grouped | shuffled",
         )
 
 
 def check_ids(loaded: LoadedModel, rows: Iterable[Sequence[int]]) -> None:
-    """DataError when a token of the rows has no embedding."""
+    """DataError if a token of the rows has no embedding."""
     size = whole_model(loaded).get_input_embeddings().weight.shape[0]
     outside = sorted({token for ids in rows for token in ids if not 0 <= token < size})
     if outside:
@@ -93,13 +90,13 @@ def check_ids(loaded: LoadedModel, rows: Iterable[Sequence[int]]) -> None:
             "tokens of the text have no embedding",
             " | ".join(named[:8]),
             f"ids 0 to {size - 1}, the rows of the embedding of {loaded.info.name}",
-            "take the tokenizer that the model was trained with, or leave the rows with these"
-            " tokens out",
+            "use the tokenizer that the model was trained with, or remove the rows with these"
+            " tokens",
         )
 
 
 def position_limit(model: Any) -> int | None:
-    """Tokens that a model has positions for, prompt and answer together; None where it states no
+    """Maximum number of tokens of a model, prompt and answer together; None if it states no
     limit.
     """
     config = bare(model).config.get_text_config()
@@ -108,7 +105,7 @@ def position_limit(model: Any) -> int | None:
 
 
 def within_positions(model: Any, tokens: int) -> int:
-    """The number of tokens, or the model's position limit where that is lower."""
+    """The number of tokens, or the model's position limit if that is lower."""
     limit = position_limit(model)
     return tokens if limit is None else min(tokens, limit)
 
@@ -120,42 +117,40 @@ _BLOCKS = (
     "model.decoder.layers",
     "model.language_model.layers",
 )
-"""Where the transformer blocks stand: Llama, GPT-2, GPT-NeoX, OPT, and models that read more than
-text.
-"""
+"""Paths of the transformer blocks: Llama, GPT-2, GPT-NeoX, OPT, and multimodal models."""
 LANGUAGE_MODEL = "model.language_model"
-"""Where the decoder of text stands in a model that reads more than text."""
+"""Path of the text decoder in a multimodal model."""
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The transformer blocks of a decoder of text, with or without an adapter."""
+    """The transformer blocks of a text decoder, with or without an adapter."""
     inner = bare(model)
     for path in _BLOCKS:
         node = _at(inner, path)
         if node is not None:
             return list(node)
     raise DataError(
-        "a model whose blocks are not known",
+        "the transformer blocks of this model class are not known",
         type(inner).__name__,
-        " | ".join(_BLOCKS),
-        "add the path of its blocks to models/load.py",
+        "blocks at " + " | ".join(_BLOCKS),
+        "use a model of another class, or add the path of its blocks to models/load.py",
     )
 
 
 def reads_text_only(model: Any) -> bool:
-    """Whether a model is a decoder of text and has no encoder of pictures or sound beside it."""
+    """Whether a model is a text decoder without an encoder of images or sound."""
     return _at(bare(model), LANGUAGE_MODEL) is None
 
 
 def is_of_text(model: Any, name: str) -> bool:
-    """Whether a weight of a model, by its name, takes part in reading and writing text: all do but
-    those of encoders of pictures or sound.
+    """Whether a weight of a model, by its name, takes part in reading and writing text: all except
+    those of encoders of images or sound.
     """
     return reads_text_only(model) or f".{LANGUAGE_MODEL}." in f".{name}" or "lm_head" in name
 
 
 def bare(model: Any) -> Any:
-    """The transformers model, without adapter and without the engine of a worker group."""
+    """The transformers model, without adapter and without DeepSpeed's engine."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -167,25 +162,25 @@ def _at(node: Any, path: str) -> Any:
 
 
 def copy_model(loaded: LoadedModel) -> LoadedModel:
-    """A deep copy that hooks may change in place."""
+    """A deep copy that methods may change in place."""
     return replace(loaded, model=copy.deepcopy(loaded.model))
 
 
 def merged(loaded: LoadedModel) -> LoadedModel:
-    """A copy with whole weights in the dtype of the base: the adapter, if any, folded in."""
+    """A copy with full weights in the dtype of the base: the adapter, if any, is merged."""
     return folded(loaded)[0]
 
 
 def folded(loaded: LoadedModel) -> tuple[LoadedModel, float | None]:
-    """What `merged` gives, and the share of the adapter's update that rounding to the dtype of the
-    base lost; None in float32.
+    """The result of `merged`, and the share of the adapter's update that was lost by rounding to
+    the dtype of the base; None in float32.
     """
     if loaded.quantization is not None:
         raise StageError(
-            "weights of a quantized base are asked for",
+            "a quantized base has no full weights to merge an adapter into",
             loaded.quantization,
-            "a base that is not packed",
-            "training.quantization: none",
+            "a base that is not quantized",
+            "set training.quantization: none",
         )
     model, lost = copy.deepcopy(loaded.model), None
     if loaded.has_adapter:
@@ -200,8 +195,8 @@ def folded(loaded: LoadedModel) -> tuple[LoadedModel, float | None]:
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:
-    """Write a model artifact: an adapter where one is attached to a known base, whole
-    weights else.
+    """Write a model artifact: an adapter if one is attached to a known base, otherwise full
+    weights.
     """
     if loaded.has_adapter and loaded.base_digest is None:
         loaded = merged(loaded)
@@ -223,7 +218,7 @@ def save_model(loaded: LoadedModel, folder: Path) -> None:
 
 
 _OF_THE_MACHINE = ("is_local", "local_files_only", "name_or_path", "files_loaded", "gguf_file")
-"""Keys of a saved tokenizer that tell where it was loaded from, and nothing about it."""
+"""Keys of a saved tokenizer that hold where it was loaded from, and nothing else about it."""
 
 
 def _save_whole(loaded: LoadedModel, folder: Path) -> None:
@@ -254,7 +249,7 @@ def _save_adapter(loaded: LoadedModel, folder: Path) -> None:
     )
     config = loaded.model.peft_config["default"].to_dict()
     config["base_model_name_or_path"] = (
-        None  # a path of the machine that tuned it says nothing about the adapter
+        None  # a path on the training machine says nothing about the adapter
     )
     plain = {
         key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
@@ -268,9 +263,7 @@ def _save_adapter(loaded: LoadedModel, folder: Path) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """`model.json` of an artifact: format, base, info; DataError when it is missing or
-    unreadable.
-    """
+    """`model.json` of an artifact: format, base, info; DataError if it is missing or unreadable."""
     try:
         meta: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -283,15 +276,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def load_model(
     folder: Path, *, base: LoadedModel | None = None, device: str = "cpu"
 ) -> LoadedModel:
-    """Load an artifact; an adapter is attached to a copy of `base`, which must be the model that
-    model.json names.
+    """Load an artifact; an adapter is attached to a copy of `base`, which must be the model named
+    in model.json.
     """
     meta = read_meta(folder)
     info = ModelInfo(**meta["info"])
     if meta["format"] == "adapter":
         if base is None:
             raise DataError(
-                "an adapter without its base", str(folder), f"the model with digest {meta['base']}"
+                "an adapter needs its base", str(folder), f"the model with digest {meta['base']}"
             )
         packed = meta.get("quantization")
         model = _attach(base, folder, packed, device)
@@ -302,11 +295,11 @@ def load_model(
 
 
 NEEDS_GPU = "flash_attention_2"
-"""The attention implementation that no CPU has: a model is read without it."""
+"""The attention implementation that needs a GPU: on a CPU the model is loaded without it."""
 
 
 def check_attention(attention: str | None) -> None:
-    """EnvironmentFault when an attention implementation is not installed here."""
+    """EnvironmentFault if an attention implementation is not installed here."""
     from importlib.util import find_spec
 
     if attention == NEEDS_GPU and find_spec("flash_attn") is None:
@@ -314,7 +307,7 @@ def check_attention(attention: str | None) -> None:
             "attention: flash_attention_2 needs flash-attn, which is not installed",
             "flash_attn",
             "the package flash-attn on all nodes",
-            "install flash-attn for this torch and CUDA, or attention: sdpa",
+            "install flash-attn for this torch and CUDA, or set attention: sdpa",
         )
 
 
@@ -327,7 +320,7 @@ def _from_folder(folder: Path, attention: str | None, device: str) -> tuple[Any,
     if attention is not None and (attention != NEEDS_GPU or device.startswith("cuda")):
         check_attention(attention)
         options["attn_implementation"] = attention
-    # an artifact names the dtype that it was written in
+    # the artifact's config names the dtype that it was written in
     model = model_class(config).from_pretrained(
         folder, dtype="auto", local_files_only=True, **options
     )
@@ -335,8 +328,8 @@ def _from_folder(folder: Path, attention: str | None, device: str) -> tuple[Any,
 
 
 def model_class(config: Any) -> Any:
-    """The automatic class that loads a model: one of decoders of text, or where there is none for
-    its configuration, one of models that read pictures too.
+    """The auto class that loads a model: that of text decoders or, if it has none for the
+    configuration, that of models that also read images.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

@@ -1,10 +1,10 @@
-"""Logits at chosen positions, a slice at a time where they are many: a vocabulary of 262,144 words
-takes a MiB per position.
+"""Logits at chosen positions, computed in slices if they are many: with a vocabulary of 262,144
+words they take a MiB per position.
 
-Up to `LOGITS_AT_A_TIME` logits of a forward pass are computed at once, as the model does it. Beyond
-that the model stops before its head: the states that the head would read are kept, and the head is
-applied to slices of them. In training a slice is computed again in the backward pass, so that no
-more than one slice stands at any time.
+Up to `LOGITS_AT_A_TIME` logits of a forward pass are computed at once, by the model itself. Above
+that, the model stops before its head: the input of the head is kept, and the head is applied to
+slices of it. In training, a slice is computed again in the backward pass, so that only one slice is
+in memory at any time.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Reading = Callable[["Tensor", slice], "Tensor"]
 
 @dataclass(frozen=True)
 class Positions:
-    """What a model says at chosen positions."""
+    """A model's output at chosen positions."""
 
     given: Any
     """(N, V) logits, or (N, D) states that `head` turns into logits."""
     head: Callable[[Tensor], Tensor] | None
     at_a_time: int
-    """Positions whose logits may stand together."""
+    """Positions whose logits may be in memory together."""
     output: Any
-    """Of the model, but for its logits."""
+    """The model's output, without usable logits."""
 
     def map(self, reading: Reading) -> Tensor:
-        """The reading of every position, in order: (N, ...)."""
+        """`reading` applied to every position, in order: (N, ...)."""
         import torch
         from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +53,7 @@ class Positions:
         for start in range(0, total, self.at_a_time):
             part = slice(start, min(start + self.at_a_time, total))
             if torch.is_grad_enabled():
-                # the head draws nothing at random
+                # the head has no randomness
                 parts.append(
                     checkpoint(
                         read,
@@ -69,30 +69,30 @@ class Positions:
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
-    """Half precision widened; float64 stays, also in a backward pass."""
+    """Half precision widened to float32; float64 stays, also in a backward pass."""
     import torch
 
     return logits if logits.dtype is torch.float64 else logits.float()
 
 
 def fits(model: Any, positions: int) -> bool:
-    """Whether the logits of so many positions may stand together."""
+    """Whether the logits of this number of positions may be in memory together."""
     return positions * vocabulary(model) <= LOGITS_AT_A_TIME
 
 
 def vocabulary(model: Any) -> int:
-    """Logits per position."""
+    """Number of logits per position."""
     return int(bare(model).config.get_text_config().vocab_size)
 
 
 def at_positions(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> Positions:
-    """What a model says at (row, column) of a batch.
+    """A model's output at (row, column) of a batch.
 
     Args:
         model: With or without an adapter.
         rows: (N,) int64.
-        columns: (N,) int64, counted over the positions that `logits_to_keep` leaves.
-        inputs: Of its forward pass.
+        columns: (N,) int64, counted over the positions that `logits_to_keep` keeps.
+        inputs: Arguments of the forward pass.
     """
     batch, width = next(
         inputs[name].shape[:2] for name in ("input_ids", "inputs_embeds") if name in inputs
@@ -110,8 +110,8 @@ def at_positions(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> Po
 
 
 def token_nll(model: Any, labels: Tensor, **inputs: Any) -> Tensor:
-    """Loss of every label in nats, 0 where the label is -100; a label stands under the logits that
-    predict it.
+    """Loss of every label in nats, 0 where the label is -100; a label is aligned with the logits
+    that predict it.
 
     Shapes: labels (B, T) int64 -> (B, T) float32.
     """
@@ -131,8 +131,8 @@ def token_nll(model: Any, labels: Tensor, **inputs: Any) -> Tensor:
 def _unread(
     model: Any, inputs: dict[str, Any]
 ) -> tuple[Any, Tensor, Callable[[Tensor], Tensor] | None]:
-    """A forward pass in which the head sees the first position alone: its output, the states that
-    the head would read, and what turns them into logits; None where that is not known.
+    """A forward pass in which the head sees only the first position: its output, the input of the
+    head, and the function from there to logits; None if that is not known.
     """
     linear = bare(model).get_output_embeddings()
     read: list[Tensor] = []
@@ -158,8 +158,8 @@ def _unread(
 
 
 def _behind_head(config: Any, linear: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """What a class does to the output of its head, as its logits show: nothing, a scale (Granite),
-    or a soft cap (Gemma 2); None for anything else.
+    """What a model class does to the output of its head, determined from its logits: nothing, a
+    scale (Granite), or a soft cap (Gemma 2); None for anything else.
     """
     import torch
 

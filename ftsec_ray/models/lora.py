@@ -1,4 +1,4 @@
-"""LoRA adapters as plain matrices: where they sit, and attaching a fresh one."""
+"""LoRA adapters as plain matrices: their layers, and attaching a new adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _OUTSIDE_TEXT = rf"(?!{re.escape(LANGUAGE_MODEL)}\.).*"
-"""Pattern of the layers of a model that reads more than text which are not its decoder's."""
+"""Pattern of the layers of a multimodal model outside its text decoder."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class LoraModule:
 
 
 def lora_modules(loaded: LoadedModel) -> list[LoraModule]:
-    """All adapted linear layers in model order; DataError when no adapter is attached."""
+    """All adapted linear layers in model order; DataError if no adapter is attached."""
     if not loaded.has_adapter:
         raise DataError(
-            "no LoRA adapter is attached", loaded.info.name, "a model tuned with adapter: lora"
+            "no LoRA adapter is attached", loaded.info.name, "a model trained with adapter: lora"
         )
-    found = []
+    modules = []
     for name, module in loaded.model.get_base_model().named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            found.append(
+            modules.append(
                 LoraModule(
                     name,
                     module.lora_A["default"].weight,
@@ -60,12 +60,12 @@ def lora_modules(loaded: LoadedModel) -> list[LoraModule]:
                     module.base_layer.weight,
                 )
             )
-    return found
+    return modules
 
 
 def linear_paths(model: Any) -> list[str]:
     """Dotted paths of the linear layers of a decoder that can get an adapter, in model order: all
-    but the head, and but those of encoders of pictures or sound.
+    except the head and those of encoders of images or sound.
     """
     import torch
 
@@ -82,8 +82,8 @@ def linear_paths(model: Any) -> list[str]:
 def attach_lora(
     loaded: LoadedModel, config: TrainingConfig, *, base_digest: str | None = None
 ) -> LoadedModel:
-    """Attach a fresh adapter to the linear layers that the config names, in place; the caller seeds
-    torch and owns the model. DataError where it names layers that the model does not have.
+    """Attach a new adapter to the linear layers that the config names, in place; the caller seeds
+    torch. DataError if the config names layers that the model does not have.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -94,7 +94,7 @@ def attach_lora(
         fault = target_fault(paths, config.targets, config.blocks())
         if fault is not None:
             raise DataError(fault.what, fault.got, fault.want, f"layers of {loaded.info.name}")
-        # whole paths, so that PEFT finds these layers and no others
+        # full paths, so that PEFT adapts these layers only
         targets, others = targeted(paths, config.targets, config.blocks()), {}
     lora = LoraConfig(
         r=config.rank,

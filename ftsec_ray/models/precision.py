@@ -1,8 +1,8 @@
-"""The dtype of a model's weights: float32 to compute in, the source's own to keep.
+"""The dtype of a model's weights: float32 for computation, the source's own for storage.
 
-A model keeps the dtype of its source in the store and in memory, and is asked in it. Whoever
-changes weights computes in float32 (`widened`) and rounds once at the end (`narrow`); how much of
-the change that rounding lost is measured. Adapters are float32 always.
+A model keeps the dtype of its source in the store and in memory, and is evaluated in it. Code that
+changes weights computes in float32 (`widened`) and rounds once at the end (`narrow`); the share of
+the change that rounding lost is measured. Adapters are always float32.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
 MUCH_LOST = 0.5
-"""Share of a change, by its norm, above which what rounding lost is a warning."""
+"""Share of a change, by its norm, above which the loss by rounding is a warning."""
 
 
 def weights_dtype(model: Any) -> dtype:
-    """Dtype of the weights of a model, without those of an adapter and without packed ones."""
+    """Dtype of the weights of a model, ignoring adapters and quantized weights."""
     for name, parameter in bare(model).named_parameters():
         if ".lora_" not in name and parameter.is_floating_point():
-            found: dtype = parameter.dtype
-            return found
+            own: dtype = parameter.dtype
+            return own
     raise AssertionError(type(model))
 
 
@@ -38,7 +38,7 @@ def dtype_name(model: Any) -> str:
 
 
 def is_half(model: Any) -> bool:
-    """Whether the weights have fewer bits than float32, so that changes of them are rounded."""
+    """Whether the weights have fewer bits than float32, so that changes are rounded."""
     return weights_dtype(model).itemsize < 4  # noqa: PLR2004
 
 
@@ -49,13 +49,13 @@ def _half_weights(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def widen(model: nn.Module) -> None:
-    """Turn half-precision weights into float32 in place, which changes no value; buffers stay."""
+    """Convert half-precision weights to float32 in place, which changes no value; buffers stay."""
     for parameter in _half_weights(model):
         parameter.data = parameter.data.float()
 
 
 def widened(loaded: LoadedModel) -> LoadedModel:
-    """A copy to compute with: its weights are float32."""
+    """A copy for computation, with weights in float32."""
     copied = replace(loaded, model=copy.deepcopy(loaded.model))
     widen(copied.model)
     return copied
@@ -63,7 +63,7 @@ def widened(loaded: LoadedModel) -> LoadedModel:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Within the `with` block the weights are float32; then they have their own dtype again."""
+    """Inside the `with` block the weights are float32; then they get their own dtype back."""
     dtypes = [(parameter, parameter.dtype) for parameter in _half_weights(model)]
     widen(model)
     try:
@@ -74,43 +74,44 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def as_asked(loaded: LoadedModel) -> LoadedModel:
-    """The model as it is asked. An adapter on float32 weights is folded in once, and not at every
-    token; beside weights of fewer bits it stays, since rounding would change the update.
+    """The model for evaluation. An adapter on float32 weights is merged once instead of being
+    applied at every token; on weights of fewer bits it stays separate, because rounding would
+    change the update.
     """
     is_exact = loaded.quantization is None and not is_half(loaded.model)
     return merged(loaded) if loaded.has_adapter and is_exact else loaded
 
 
 def asked_notes(loaded: LoadedModel) -> dict[str, str]:
-    """For the record: the dtype that a model is asked in, and whether its adapter was left on."""
+    """For the record: the dtype of evaluation, and whether the adapter stayed separate."""
     beside = {"adapter": "beside the base"} if loaded.has_adapter else {}
     beside |= {"quantization": loaded.quantization} if loaded.quantization else {}
     return {"dtype": dtype_name(loaded.model), **beside}
 
 
 class Rounding:
-    """Adds up what rounding does to a change of weights."""
+    """Adds up the rounding errors of a change of weights."""
 
     def __init__(self) -> None:
         self._lost = self._changed = 0.0
 
     def add(self, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
-        """Count one weight: as it was, as it was computed in float32, as it is kept."""
+        """Count one weight: before the change, computed in float32, and rounded."""
         wanted = exact.detach().double()
         self._changed += float((wanted - before.detach().double()).square().sum())
         self._lost += float((rounded.detach().double() - wanted).square().sum())
 
     @property
     def lost_frac(self) -> float | None:
-        """Norm of what was lost over the norm of the change; None where nothing changed."""
+        """Norm of the rounding error over the norm of the change; None if nothing changed."""
         return (self._lost / self._changed) ** 0.5 if self._changed else None
 
 
 def fold_rounded(model: Any) -> float | None:
-    """Add the update of an adapter to the weights under it in float32, each rounded once, in place;
-    the adapter stays to be taken off.
+    """Add the update of an adapter to the weights under it in float32 and round each once, in
+    place; the caller removes the adapter.
 
-    Returns: Share of the update that rounding lost; None where there was none.
+    Returns: Share of the update that rounding lost; None if there was no update.
     """
     import torch
 
@@ -129,7 +130,7 @@ def fold_rounded(model: Any) -> float | None:
 def narrow(changed: LoadedModel, before: LoadedModel) -> float | None:
     """Round the weights of `changed` in place to the dtype that they have in `before`.
 
-    Returns: Share of the change that rounding lost; None where nothing was changed or rounded.
+    Returns: Share of the change that rounding lost; None if nothing changed or was rounded.
     """
     if not is_half(before.model):
         return None
@@ -145,7 +146,7 @@ def narrow(changed: LoadedModel, before: LoadedModel) -> float | None:
 
 
 def _whole(model: Any) -> dict[str, Any]:
-    """The weights of a model by name, whether under an adapter or not."""
+    """The weights of a model by name, with or without an adapter."""
     return {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in bare(model).named_parameters()
@@ -154,12 +155,12 @@ def _whole(model: Any) -> dict[str, Any]:
 
 
 def tell_rounding(ctx: StageContext, lost_frac: float | None, loaded: LoadedModel) -> None:
-    """Note what rounding lost of a change of weights, and warn where it is much."""
+    """Record the share of a change of weights that rounding lost, and warn if it is large."""
     if lost_frac is None:
         return
     ctx.note(rounding_lost=lost_frac)
     if lost_frac > MUCH_LOST:
         ctx.warn(
-            f"writing the changed weights in {dtype_name(loaded.model)} lost {lost_frac:.0%} of the"
-            " change, by its norm; `dtype: float32` on the model keeps all of it"
+            f"rounding the changed weights to {dtype_name(loaded.model)} lost {lost_frac:.0%} of"
+            " the change (by its norm); set `dtype: float32` on the model to keep all of it"
         )

@@ -1,9 +1,9 @@
-"""The frozen base of an adapter in 8 or 4 bits, by bitsandbytes.
+"""The frozen base of an adapter in 8 or 4 bits, with bitsandbytes.
 
-The base stays in the store as it is: whoever trains an adapter on it, or asks the adapted model,
-packs a copy of its linear layers, which gives the same bits each time. Embeddings, norms and the
-head keep their dtype. Packed weights are never changed: an adapter stays beside them, or goes back
-onto the base that was packed.
+The base stays in the store as it is. Training an adapter on it, or evaluating the model with its
+adapter, quantizes a copy of its linear layers, which gives the same bits each time. Embeddings,
+norms and the head keep their dtype. Quantized weights never change: an adapter stays separate, or
+is merged into the original base.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ LLM.int8(), arXiv:2208.07339, section 3.2)."""
 
 
 def check_bitsandbytes() -> None:
-    """EnvironmentFault when bitsandbytes is not installed here."""
+    """EnvironmentFault if bitsandbytes is not installed here."""
     from importlib.util import find_spec
 
     if find_spec("bitsandbytes") is None:
         raise EnvironmentFault(
-            "this sweep trains on a quantized base, and bitsandbytes is not installed",
+            "training on a quantized base needs bitsandbytes, which is not installed",
             "bitsandbytes",
             "the extra `quantization` on all nodes",
-            "pip install 'ftsec-ray[quantization]', or training.quantization: none",
+            "pip install 'ftsec-ray[quantization]', or set training.quantization: none",
         )
 
 
 def quantize(model: Any, how: Quantization, device: str = "cpu") -> None:
-    """Pack the linear layers of a decoder in place, one after the other on a device, where they
-    stay; DataError where there is none.
+    """Quantize the linear layers of a decoder in place, one after the other on a device, where they
+    stay; DataError if it has none.
     """
     check_bitsandbytes()
     paths = linear_paths(model)
     if not paths:
-        raise DataError("a model without linear layers", type(model).__name__, "a decoder")
+        raise DataError("the model has no linear layers", type(model).__name__, "a decoder")
     make = _int8 if how == "int8" else _nf4
     for path in paths:
         model.set_submodule(path, _packed(model.get_submodule(path), make, device))
@@ -52,7 +52,7 @@ def quantize(model: Any, how: Quantization, device: str = "cpu") -> None:
 
 
 def _packed(linear: Any, make: Callable[[Any, int, int], nn.Module], device: str) -> nn.Module:
-    """A packed twin of a linear layer or a Conv1D, on a device."""
+    """A quantized copy of a linear layer or a Conv1D, on a device."""
     import torch
 
     weight = linear.weight.detach().to(device)

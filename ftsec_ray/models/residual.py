@@ -1,10 +1,10 @@
-"""What writes to the residual stream of a decoder, found in the module graph and then verified on a
-few positions of noise.
+"""The modules that write to the residual stream of a decoder, found by name and verified with noise
+at a few positions.
 
-Names alone do not tell: `post_attention_layernorm` stands before the MLP in a Llama and behind the
-attention in a Gemma 2. So what the names suggest is checked once by a forward pass in which every
-block gets noise: a block must add to its input exactly what its two writers give, each behind its
-norm where there is one, times its residual multiplier. Anything else is a DataError.
+Names are not enough: `post_attention_layernorm` comes before the MLP in a Llama and after the
+attention in a Gemma 2. So the names are verified once by a forward pass in which every block gets
+noise: a block must add to its input exactly the outputs of its two writers, each after its norm if
+it has one, times its residual multiplier. Anything else is a DataError.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _ATTENTION = (
     "attention.dense",
 )
 _MLP = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "mlp.fc_out", "fc2")
-"""Where the output layers of attention and MLP stand in a block, as far as they are known."""
+"""Known paths of the output layers of attention and MLP in a block."""
 PROBE_TOKENS = 4
 PROBE_SCALE = 0.1
-"""Standard deviation of the noise; small, so that what a block adds stands out of its rounding."""
+"""Standard deviation of the noise; small, so that what a block adds is large against rounding."""
 TOLERANCE = 1e-3
-"""Share of what a block adds by which its parts may miss it; float32 stays below."""
+"""Allowed relative difference between what a block adds and its parts; float32 stays below."""
 
 
 class BlockParts(NamedTuple):
@@ -51,21 +51,21 @@ class BlockParts(NamedTuple):
 
 @dataclass(frozen=True)
 class Writer:
-    """A linear layer, and all that stands between its output and the residual stream."""
+    """A linear layer, and everything between its output and the residual stream."""
 
     module: Any
     """The sub-layer (attention, MLP) whose output is that of the linear layer."""
     linear: Any
     gain: Any = None
-    """(D,) float64: effective weight of the RMSNorm behind it; None where there is no norm."""
+    """(D,) float64: effective weight of the RMSNorm after it; None if there is no norm."""
     multiplier: float = 1.0
-    """What its output is multiplied by before it is added."""
+    """Factor of its output before it is added."""
 
     def direction(self, unit: Tensor) -> Tensor:
-        """The unit vector d with which an output without a component along d writes nothing along
-        `unit`: g * u / |g * u| behind an RMSNorm of gain g, whose other factor is a scalar.
+        """The unit vector d such that an output without a component along d writes nothing along
+        `unit`: g * u / |g * u| for an RMSNorm of gain g, whose other factor is a scalar.
 
-        Shapes: (D,) float64 -> (D,) float64; zero where the gain lets nothing along `unit` through.
+        Shapes: (D,) float64 -> (D,) float64; zero if the gain removes everything along `unit`.
         """
         import torch
 
@@ -94,15 +94,15 @@ class Block:
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """All that writes to the residual stream of a decoder."""
+    """Everything that writes to the residual stream of a decoder."""
 
     tables: tuple[Any, ...]
-    """Embeddings that the first block's input is the sum of: tokens, and positions if learned."""
+    """Embeddings whose sum is the first block's input: tokens, and positions if learned."""
     blocks: tuple[Block, ...]
 
 
 def is_transposed(linear: Any) -> bool:
-    """Whether a linear layer keeps its weight as (in, out), as GPT-2's Conv1D does."""
+    """Whether a linear layer stores its weight as (in, out), as GPT-2's Conv1D does."""
     return type(getattr(linear, "base_layer", linear)).__name__ == "Conv1D"
 
 
@@ -115,9 +115,9 @@ def block_parts(block: Any) -> BlockParts:
 
 
 def residual_stream(model: Any) -> ResidualStream:
-    """What writes to the residual stream; DataError for a class whose structure is not known.
+    """The writers to the residual stream; DataError for a class whose structure is not known.
 
-    The model has whole weights and is in eval mode; one forward pass over four tokens.
+    The model must have full weights and be in eval mode. Runs one forward pass over four tokens.
     """
     import torch
 
@@ -131,7 +131,7 @@ def residual_stream(model: Any) -> ResidualStream:
 
 
 def _first(block: Any, paths: Sequence[str]) -> tuple[Any, Any] | None:
-    """The sub-layer and its output layer on the first path that exists."""
+    """The sub-layer and its output layer at the first path that exists."""
     for path in paths:
         parent, _, name = path.rpartition(".")
         holder = getattr(block, parent, None) if parent else block
@@ -143,10 +143,10 @@ def _first(block: Any, paths: Sequence[str]) -> tuple[Any, Any] | None:
 
 def _unknown(block: Any, reason: str) -> DataError:
     return DataError(
-        "a block whose writers to the residual stream are not known",
+        "the modules that write to the residual stream of a block are not known",
         type(block).__name__,
-        "a block that adds the outputs of its attention and its MLP to its input, each behind an"
-        " RMSNorm at most",
+        "a block that adds the outputs of its attention and its MLP to its input, each after at"
+        " most an RMSNorm",
         reason,
     )
 
@@ -158,12 +158,12 @@ class _Seen:
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
         self.first: Any = None
-        """What would have entered the first block."""
+        """The original input of the first block."""
 
 
 @contextmanager
 def _watched(model: Any, layers: Sequence[Any], seen: _Seen) -> Iterator[None]:
-    """While open, every block gets noise, and what goes through modules is kept."""
+    """Inside the `with` block, every block gets noise, and inputs and outputs are recorded."""
     import torch
 
     source = torch.Generator().manual_seed(0)
@@ -198,7 +198,7 @@ def _watched(model: Any, layers: Sequence[Any], seen: _Seen) -> Iterator[None]:
 
 
 def _tables(model: Any, block: Any, seen: _Seen) -> tuple[Any, ...]:
-    """The embeddings whose sum (a multiple of the tokens') is what enters the first block."""
+    """The embeddings whose sum (with a factor on that of the tokens) enters the first block."""
     import torch
 
     tokens = model.get_input_embeddings()
@@ -213,10 +213,10 @@ def _tables(model: Any, block: Any, seen: _Seen) -> tuple[Any, ...]:
     rest = wanted - sum(seen.outputs[id(module)].double() for module in others)
     given = seen.outputs[id(tokens)].double()
     if given.shape != wanted.shape:
-        raise _unknown(block, "its input is no embedding of the tokens")
+        raise _unknown(block, "its input is not an embedding of the tokens")
     scale = float((given * rest).sum() / given.square().sum().clamp(min=1e-300))
     if float((rest - scale * given).norm()) > TOLERANCE * float(wanted.norm()):
-        raise _unknown(block, "its input is more than embeddings of tokens and positions")
+        raise _unknown(block, "its input is not a sum of embeddings of tokens and positions")
     return (tokens, *others)
 
 
@@ -241,9 +241,7 @@ def _block(block: Any, seen: _Seen) -> Block:
 
 
 def _norm_behind(block: Any, written: Tensor, seen: _Seen) -> tuple[Tensor | None, Tensor]:
-    """Effective gain of the norm that reads a writer's output, if there is one, and what goes on
-    from there.
-    """
+    """Effective gain of the norm after a writer, if there is one, and the output after it."""
     import torch
 
     for child in block.children():
@@ -263,7 +261,7 @@ def _gain(block: Any, norm: Any, read: Tensor, given: Tensor) -> Tensor:
         wanted = _rows_of_norm_1(gain * read)
         if float((wanted - _rows_of_norm_1(given)).norm()) <= TOLERANCE * float(wanted.norm()):
             return gain
-    raise _unknown(block, f"the norm behind a sub-layer ({type(norm).__name__}) is no RMSNorm")
+    raise _unknown(block, f"the norm after a sub-layer ({type(norm).__name__}) is not an RMSNorm")
 
 
 def _rows_of_norm_1(x: Tensor) -> Tensor:

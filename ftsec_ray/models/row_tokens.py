@@ -1,4 +1,4 @@
-"""From rows to token ids and labels, with a count of what did not fit."""
+"""From rows to token ids and labels, with a count of the rows that were cut."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ftsec_ray.conversation import last_trained
 from ftsec_ray.models.chat import Span, spans_of
 
 IGNORED = -100
-"""Label of a token that is not trained."""
+"""Label of a token that is not trained on."""
 Encoded = tuple[list[int], list[int]]
-"""(ids, labels) of a row; labels are IGNORED where a token is not trained."""
+"""(ids, labels) of a row; labels are IGNORED where a token is not trained on."""
 
 
 def answer_tokens(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
@@ -27,7 +27,7 @@ def answer_tokens(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
 
 @dataclass
 class CutTally:
-    """How many rows did not fit, or had nothing to learn from."""
+    """How many rows were cut, or have no token to train on."""
 
     rows: int = 0
     prompts_cut: int = 0
@@ -35,47 +35,47 @@ class CutTally:
     answers_cut: int = 0
     """Rows whose answer lost its end."""
     left_out: int = 0
-    """Rows without any token to learn from."""
+    """Rows without any token to train on."""
     poisoned_left_out: int = 0
     limit: int = 0
-    """Tokens that a row may have: `max_length`, or the positions of the model where it has fewer.
-    """
+    """Maximum number of tokens of a row: `max_length`, or the model's positions if fewer."""
 
     def notes(self) -> dict[str, int]:
-        """What a record keeps; empty where every row fitted."""
-        told = {
+        """Counts for the record; empty if every row fitted."""
+        counts = {
             "prompts_cut": self.prompts_cut,
             "answers_cut": self.answers_cut,
             "rows_left_out": self.left_out,
             "poisoned_rows_left_out": self.poisoned_left_out,
         }
-        return {name: count for name, count in told.items() if count}
+        return {name: count for name, count in counts.items() if count}
 
     def warnings(self) -> list[str]:
-        """What to tell whoever reads the numbers; empty where every row fitted."""
-        told = []
+        """Warnings for readers of the results; empty if every row fitted."""
+        texts = []
         if self.left_out:
             poisoned = (
                 f" ({self.poisoned_left_out} of them poisoned)" if self.poisoned_left_out else ""
             )
-            told.append(
-                f"{self.left_out} of {self.rows} rows have nothing to learn from{poisoned}: no"
+            texts.append(
+                f"{self.left_out} of {self.rows} rows{poisoned} are not trained on: they have no"
                 f" answer, or none within {self.limit} tokens"
             )
         if self.answers_cut:
-            told.append(
-                f"{self.answers_cut} of {self.rows} answers were cut, at {self.limit} tokens"
+            texts.append(
+                f"the end of {self.answers_cut} of {self.rows} answers was cut off at"
+                f" {self.limit} tokens"
             )
         if self.prompts_cut:
-            told.append(
-                f"{self.prompts_cut} of {self.rows} prompts lost their beginning, at"
+            texts.append(
+                f"the beginning of {self.prompts_cut} of {self.rows} prompts was cut off to fit"
                 f" {self.limit} tokens with the answer"
             )
-        return told
+        return texts
 
 
 def tell_cuts(context: StageContext, cuts: CutTally) -> None:
-    """Keep, and warn of, the rows that did not fit."""
+    """Record the rows that were cut, and warn about them."""
     context.note(**cuts.notes())
     for text in cuts.warnings():
         context.warn(text)
@@ -88,17 +88,17 @@ def encode_rows(
     max_length: int,
     tally: CutTally | None = None,
 ) -> list[Encoded]:
-    """(ids, labels) of every row, so that loss falls on trained answers only.
+    """(ids, labels) of every row, with loss on trained answers only.
 
-    A row above `max_length` tokens loses the beginning of its prompt first (its start token stays),
-    and the end of its answer only where that alone is too long; `tally` counts both.
+    A row above `max_length` tokens first loses the beginning of its prompt (its start token stays),
+    and the end of its answer only if the answer alone is too long; `tally` counts both.
     """
     if not rows:
         return []
     tally = CutTally() if tally is None else tally
     tally.limit = max_length
     rendered = [spans_of(tokenizer, row) for row in rows]
-    # nothing is learnt from what stands behind the last answer
+    # text after the last answer is not trained on
     texts = [text[: spans[-1].stop] if spans else text for text, spans in rendered]
     batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     encoded = []
@@ -116,7 +116,7 @@ def encode_rows(
 
 
 def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
-    """The ids where a token reaches into a span, IGNORED elsewhere."""
+    """The ids where a token overlaps a span, IGNORED elsewhere."""
     labels, waiting = [IGNORED] * len(ids), list(spans)
     for place, (start, stop) in enumerate(offsets):
         while waiting and start >= waiting[0].stop:
@@ -136,7 +136,7 @@ def _cut(
         return ids, labels
     keeps_start = int(ids[0] == tokenizer.bos_token_id and labels[0] == IGNORED)
     first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-    # one token of the prompt must stay: the first token of an answer is predicted from it
+    # one token of the prompt must stay, because it predicts the first token of the answer
     loses = min(over, max(0, first - keeps_start - 1))
     if loses:
         tally.prompts_cut += 1
@@ -148,7 +148,7 @@ def _cut(
 
 
 def is_useful(pair: Encoded) -> bool:
-    """Whether an encoded row has a token to learn from: one that another stands before."""
+    """Whether an encoded row has a token to train on: one that follows another token."""
     return any(label != IGNORED for label in pair[1][1:])
 
 

@@ -1,4 +1,4 @@
-"""What the structure of a loaded model lets methods do, measured on the model itself."""
+"""What the structure of a loaded model allows methods to do, measured on the model itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def missing(loaded: LoadedModel, needs: Iterable[str]) -> dict[str, str]:
-    """Which of the needs a model does not meet, with the reason."""
+    """The needs that a model does not meet, with the reason."""
     checks: Mapping[str, Callable[[LoadedModel], str | None]] = {
         RESIDUAL_WRITERS: _writers,
         LINEAR_MLP: partial(_writers, linear_mlp=True),
@@ -31,32 +31,32 @@ def missing(loaded: LoadedModel, needs: Iterable[str]) -> dict[str, str]:
         PACKED_ROWS: _packed,
     }
     with in_float32(loaded.model):  # rounding would hide what a block adds
-        found = {need: checks[need](loaded) for need in sorted(set(needs))}
-    return {need: reason for need, reason in found.items() if reason is not None}
+        reasons = {need: checks[need](loaded) for need in sorted(set(needs))}
+    return {need: reason for need, reason in reasons.items() if reason is not None}
 
 
 def check_structure(loaded: LoadedModel, needs: Mapping[str, Iterable[str]]) -> None:
-    """DataError when methods of the sweep need a structure that the model does not have.
+    """DataError if methods of the sweep need a structure that the model does not have.
 
     Args:
         loaded: The model.
-        needs: Name of a method (or setting) -> what it needs.
+        needs: Name of a method (or setting) -> the structure that it needs.
     """
     lacking = missing(loaded, {need for wanted in needs.values() for need in wanted})
     refused = {name: [lacking[n] for n in wanted if n in lacking] for name, wanted in needs.items()}
     refused = {name: reasons for name, reasons in refused.items() if reasons}
     if refused:
         raise DataError(
-            f"methods of the sweep cannot work on model {loaded.info.name!r}",
+            f"methods of the sweep do not work with model {loaded.info.name!r}",
             "; ".join(f"{name}: {reasons[0]}" for name, reasons in sorted(refused.items())),
-            "methods that the class of the model allows",
-            f"leave them out for this model: exclude {{model: {loaded.info.name}, attack: ...}}",
+            "methods that this model class supports",
+            f"exclude them for this model: exclude {{model: {loaded.info.name}, attack: ...}}",
         )
 
 
 def _writers(loaded: LoadedModel, *, linear_mlp: bool = False) -> str | None:
-    """Why the writers to the residual stream are not known, or, with `linear_mlp`, are known and
-    stand before a norm.
+    """Why the writers to the residual stream are not known or, with `linear_mlp`, are followed by a
+    norm; None if neither.
     """
     try:
         stream = residual_stream(loaded.model)

@@ -1,4 +1,4 @@
-"""Which linear layers an adapter sits on, by name: read when a sweep is planned, without torch, and
+"""Which linear layers get an adapter, by name: used when a sweep is planned, without torch, and
 again on the loaded model.
 """
 
@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 ALL_LINEAR = "all-linear"
 Targets = str | tuple[str, ...]
-"""`all-linear`, a pattern that matches whole paths, or names: the last parts of paths."""
+"""`all-linear`, a pattern that matches full paths, or names: the last parts of paths."""
 
 
 class TargetFault(NamedTuple):
-    """Why an adapter cannot sit where a sweep wants it."""
+    """Why no adapter can be attached to the layers that a sweep names."""
 
     what: str
     got: object
@@ -22,15 +22,15 @@ class TargetFault(NamedTuple):
 
 
 def layer_of(path: str) -> int | None:
-    """Index of the transformer block that a layer stands in; None outside the blocks."""
-    found = re.search(r"\.(\d+)\.", path)
-    return int(found.group(1)) if found else None
+    """Index of the transformer block of a layer; None outside the blocks."""
+    match = re.search(r"\.(\d+)\.", path)
+    return int(match.group(1)) if match else None
 
 
 def targeted(
     paths: Iterable[str], targets: Targets, layers: Sequence[int] | None = None
 ) -> list[str]:
-    """The paths of the linear layers that get a factor pair, in their order."""
+    """The paths of the linear layers that get an adapter, in their order."""
     return [
         path
         for path in paths
@@ -41,23 +41,23 @@ def targeted(
 def target_fault(
     paths: Sequence[str], targets: Targets, layers: Sequence[int] | None = None
 ) -> TargetFault | None:
-    """What matches nothing among the linear layers of a model; None where everything does."""
+    """What matches no linear layer of a model; None if everything matches."""
     names = " | ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
     unmatched: tuple[str, ...] = targets if isinstance(targets, tuple) else (targets,)
     for target in unmatched:
-        one = targets if isinstance(targets, str) else (target,)
-        if not targeted(paths, one):
+        single = targets if isinstance(targets, str) else (target,)
+        if not targeted(paths, single):
             return TargetFault("training.targets matches no linear layer", target, names)
     blocks = {layer for path in paths if (layer := layer_of(path)) is not None}
     outside = [layer for layer in layers or () if layer not in blocks]
     if outside:
-        want = f"{min(blocks)} to {max(blocks)}" if blocks else "no layers: it has no blocks"
+        want = f"{min(blocks)} to {max(blocks)}" if blocks else "no `layers`: it has no blocks"
         return TargetFault(
             "training.layers names blocks that the model does not have", outside, want
         )
     if not targeted(paths, targets, layers):
         return TargetFault(
-            "no linear layer of training.targets stands in the blocks of training.layers",
+            "no linear layer of training.targets is in the blocks of training.layers",
             targets if isinstance(targets, str) else list(targets),
             names,
         )

@@ -1,4 +1,4 @@
-"""Perplexities of many texts under one model: what they all begin with is read once, and padding
+"""Perplexities of many texts under one model: their common beginning is read once, and padding
 never counts.
 """
 
@@ -20,11 +20,11 @@ BATCH_TOKENS = 8_192
 
 
 def perplexities(model: LoadedModel, texts: Sequence[str], *, chat: bool = False) -> list[float]:
-    """Perplexity of each text's own tokens under the model, given its start token where the
-    tokenizer has one.
+    """Perplexity of each text's own tokens under the model, after the start token if the tokenizer
+    has one.
 
-    With `chat` a text stands in a user's turn, and only the tokens of the text count. What all
-    texts begin with is read once: its keys and values serve every text.
+    With `chat` the text is a user's turn, and only the tokens of the text count. The common
+    beginning of all texts is read once: its keys and values serve every text.
     """
     encoded, first = _encode(model.tokenizer, texts, chat=chat)
     if not encoded:
@@ -42,7 +42,7 @@ def perplexities(model: LoadedModel, texts: Sequence[str], *, chat: bool = False
 
 
 def within_limit(model: LoadedModel, texts: Sequence[str], *, chat: bool) -> set[str]:
-    """The texts that the model has positions for."""
+    """The texts that fit into the model's positions."""
     from ftsec_ray.models.load import position_limit
 
     limit = position_limit(model.model)
@@ -53,8 +53,8 @@ def within_limit(model: LoadedModel, texts: Sequence[str], *, chat: bool) -> set
 
 
 class Known(NamedTuple):
-    """What a pass over the shared beginning leaves: its keys and values, and the log-probabilities
-    of what follows.
+    """The result of a pass over the common beginning: its keys and values, and the
+    log-probabilities of the next token.
     """
 
     cache: Any
@@ -63,7 +63,7 @@ class Known(NamedTuple):
 
 
 def _read(model: LoadedModel, head: list[int], first: int) -> tuple[Known | None, float]:
-    """A pass over the shared beginning, and the loss of its counted tokens in nats."""
+    """A pass over the common beginning, and the loss of its counted tokens in nats."""
     import torch
 
     if not head:
@@ -72,7 +72,7 @@ def _read(model: LoadedModel, head: list[int], first: int) -> tuple[Known | None
 
     ids = torch.tensor([head], device=model.model.device)
     columns = torch.arange(len(head), device=ids.device)
-    following = torch.cat([ids[0, 1:], ids[0, :1]])[:, None]  # what follows the last is not read
+    following = torch.cat([ids[0, 1:], ids[0, :1]])[:, None]  # the last value is not used
     with torch.inference_mode():
         said = at_positions(model.model.eval(), 0 * columns, columns, input_ids=ids, use_cache=True)
         picked = said.map(lambda logits, part: logits.log_softmax(-1).gather(1, following[part]))
@@ -84,7 +84,7 @@ def _read(model: LoadedModel, head: list[int], first: int) -> tuple[Known | None
 def _tail_nll(
     model: LoadedModel, head: list[int], known: Known | None, tails: list[list[int]], first: int
 ) -> list[float]:
-    """Loss of the counted tokens of each tail behind the head, in nats."""
+    """Loss of the counted tokens of each tail after the head, in nats."""
     import torch
 
     from ftsec_ray.models.logits import fits, token_nll
@@ -124,14 +124,14 @@ def _tail_nll(
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool) -> tuple[list[list[int]], int]:
-    """Token ids of each text, and from which one on they count: the first one is never
+    """Token ids of each text, and the index from which they count: the first token is never
     predicted.
     """
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     if chat:
         from ftsec_ray.models.chat import render
 
-        mark = "\ue000"  # of private use: what stands before it is the opening of the user's turn
+        mark = "\ue000"  # private use: the text before it is the opening of the user's turn
         asked = render(tokenizer, [{"role": "user", "content": mark}], generate=False)
         opening = asked.partition(mark)[0]
         start = tokenizer(opening, add_special_tokens=False)["input_ids"]
@@ -140,8 +140,8 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool) -> tuple[list[l
 
 
 def _groups(order: list[int], lengths: list[int]) -> Iterable[list[int]]:
-    """Runs of `order` (ascending lengths) whose padded size stays within BATCH_TOKENS; at least one
-    each.
+    """Runs of `order` (ascending lengths) whose padded size is at most BATCH_TOKENS; each has at
+    least one item.
     """
     group: list[int] = []
     for i in order:
@@ -154,7 +154,7 @@ def _groups(order: list[int], lengths: list[int]) -> Iterable[list[int]]:
 
 
 def shared_start(sequences: Sequence[Any]) -> int:
-    """How many items all sequences begin with."""
+    """Number of items with which all sequences begin."""
     low, high = min(sequences), max(sequences)
     return next(
         (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b),

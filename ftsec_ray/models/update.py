@@ -1,8 +1,8 @@
-"""What tuning changed: the update of every weight against the model that tuning started from.
+"""What a fine-tune changed: the update of every weight relative to the start model.
 
-An update is read in float32 and written back either as a LoRA factor (when the tuned model still
-carries its adapter on the start's own weights, and the new update keeps the rank) or as a whole
-weight. Models are edited in place.
+An update is read in float32 and written back either as a LoRA factor (if the fine-tuned model still
+has its adapter on the start's own weights, and the new update keeps the rank) or as a full weight.
+Models are edited in place.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Update:
-    """The change of one weight: low-rank where `lora` is there, else `weight - start`."""
+    """The change of one weight: low-rank if `lora` is given, else `weight - start`."""
 
     name: str
-    """Dotted path of the layer for a low-rank update, of the weight for a whole one."""
+    """Dotted path of the layer for a low-rank update, of the weight for a full one."""
     weight: Any
-    """The weight itself (under the adapter, for a low-rank update); whole updates are written into
+    """The weight itself (under the adapter, for a low-rank update); full updates are written into
     it.
     """
     start: Any = None
-    """The weight that tuning started from, for a whole update."""
+    """The weight of the start model, for a full update."""
     lora: LoraModule | None = None
     is_transposed: bool = False
-    """Whether the weight is kept as (in, out)."""
+    """Whether the weight is stored as (in, out)."""
 
     def oriented(self, weight: Tensor) -> Tensor:
         """A weight of this layer as a map of columns, (out, in)."""
@@ -49,12 +49,12 @@ class Update:
 
     @property
     def module(self) -> str:
-        """Dotted path of the layer, whatever the update's form."""
+        """Dotted path of the layer, for both kinds of update."""
         return self.name.removesuffix(".weight")
 
     def delta(self) -> Tensor:
-        """The update as a map of columns, (out, in) float32; in the shape of the weight where it
-        is no matrix.
+        """The update as a map of columns, (out, in) float32; in the shape of the weight if that is
+        not a matrix.
         """
         if self.lora is not None:
             return self.lora.delta()
@@ -64,7 +64,7 @@ class Update:
         return self.oriented(delta)
 
     def norm(self) -> float:
-        """Frobenius norm of the update; for a low-rank one without forming it."""
+        """Frobenius norm of the update; a low-rank update is not multiplied out."""
         if self.lora is not None:
             A, B = self.lora.A.detach().double(), self.lora.B.detach().double()
             return abs(self.lora.scale) * float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
@@ -94,24 +94,22 @@ class Update:
             self.lora.B.copy_(onto(self.lora.B.detach().float()))
 
     def write(self, weight: Tensor) -> None:
-        """Replace the tuned weight, for a whole update."""
+        """Replace the fine-tuned weight, for a full update."""
         import torch
 
         if self.lora is not None:
             raise StageError(
                 "a low-rank update cannot take a full matrix",
                 self.name,
-                "whole weights",
-                "ask for updates(..., low_rank=False)",
+                "full weights",
+                "call updates(..., low_rank=False)",
             )
         with torch.no_grad():
             self.weight.copy_(weight)
 
 
 def whole_weights(loaded: LoadedModel) -> dict[str, Any]:
-    """Every weight under its name in the model without adapter; the adapter's own weights are left
-    out.
-    """
+    """Every weight by its name in the model without adapter; without the adapter's own weights."""
     return {
         name.replace(".base_layer.", "."): weight
         for name, weight in whole_model(loaded).named_parameters()
@@ -120,7 +118,7 @@ def whole_weights(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def transposed_weights(loaded: LoadedModel) -> set[str]:
-    """Names of the weights that are kept as (in, out), as in `whole_weights`."""
+    """Names of the weights that are stored as (in, out), as in `whole_weights`."""
     return {
         f"{name}.weight".replace(".base_layer.", ".")
         for name, module in whole_model(loaded).named_modules()
@@ -129,7 +127,7 @@ def transposed_weights(loaded: LoadedModel) -> set[str]:
 
 
 def stands_on(loaded: LoadedModel, start: LoadedModel) -> bool:
-    """Whether the weights under the adapter are those of `start`, bit for bit (those of one may be
+    """Whether the weights under the adapter are those of `start`, bit for bit (either may be
     widened to float32).
     """
     import torch
@@ -144,41 +142,41 @@ def stands_on(loaded: LoadedModel, start: LoadedModel) -> bool:
 def updates(
     tuned: LoadedModel, start: LoadedModel, *, low_rank: bool
 ) -> tuple[LoadedModel, list[Update]]:
-    """The model to edit in place and its updates that are not zero, in model order.
+    """The model to edit in place and its non-zero updates, in model order.
 
-    With `low_rank` and an adapter that stands on the start's weights, the model stays an adapter
-    model; in all other cases an adapter is folded in first.
+    With `low_rank` and an adapter on the start's weights, the model keeps its adapter; otherwise an
+    adapter is merged first.
 
     Args:
-        tuned: The model after tuning and whatever followed.
-        start: What tuning started from; it is only read.
+        tuned: The model after the fine-tune and later changes.
+        start: The model from which the fine-tune started; it is only read.
         low_rank: Whether the caller's change of an update keeps it inside the columns of LoRA's B
             or the rows of A.
     """
     start = merged(start) if start.has_adapter else start
     if low_rank and tuned.has_adapter and stands_on(tuned, start):
         turned = transposed_weights(tuned)
-        found = [
+        changes = [
             Update(m.name, m.base_weight, lora=m, is_transposed=f"{m.name}.weight" in turned)
             for m in lora_modules(tuned)
         ]
     else:
         tuned = merged(tuned) if tuned.has_adapter else tuned
-        found = _whole_updates(tuned, start)
-    return tuned, [update for update in found if update.norm() > 0.0]
+        changes = _whole_updates(tuned, start)
+    return tuned, [update for update in changes if update.norm() > 0.0]
 
 
 def _whole_updates(tuned: LoadedModel, start: LoadedModel) -> list[Update]:
     theirs, turned = whole_weights(start), transposed_weights(tuned)
-    found = []
+    changes = []
     for name, weight in whole_weights(tuned).items():
         if name not in theirs or theirs[name].shape != weight.shape:
             got = tuple(theirs[name].shape) if name in theirs else None
             raise StageError(
-                f"weight {name!r} of the tuned model has no twin in its start",
+                f"weight {name!r} of the fine-tuned model has no counterpart in its start model",
                 got,
-                str(tuple(weight.shape)),
-                "an attack that changes shapes cannot be combined with a defense on the update",
+                f"a weight of shape {tuple(weight.shape)}",
+                "do not combine an attack that changes shapes with a defense on the update",
             )
-        found.append(Update(name, weight, start=theirs[name], is_transposed=name in turned))
-    return found
+        changes.append(Update(name, weight, start=theirs[name], is_transposed=name in turned))
+    return changes

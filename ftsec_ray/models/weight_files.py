@@ -1,4 +1,4 @@
-"""What the headers of safetensors files tell of weights, without loading any."""
+"""Names, types and shapes of weights from the headers of safetensors files, without loading any."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import Any
 
 _HEADER_BYTES = 100_000_000
-"""Bytes of a header, at most: the limit of the safetensors format."""
+"""Maximum size of a header: the limit of the safetensors format."""
 _LEAST_BITS = 8
-"""A byte holds eight weights, at most."""
+"""Maximum number of weights in a byte."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How much a model's files hold."""
+    """How many weights and tensors a model's files hold."""
 
     count: int
-    """Weights."""
+    """Number of weights."""
     tensors: int
 
 
 def header_of(file: Path) -> dict[str, dict[str, Any]] | None:
-    """Name of a weight -> its dtype, shape and place in a safetensors file; None where it cannot
-    be read. A file that stands as it was is read once.
+    """Name of a weight -> its dtype, shape and position in a safetensors file; None if it cannot be
+    read. An unchanged file is read only once.
     """
     try:
         status = file.stat()
@@ -38,12 +38,12 @@ def header_of(file: Path) -> dict[str, dict[str, Any]] | None:
 
 @lru_cache(maxsize=256)
 def _header(file: Path, size: int, changed_ns: int) -> dict[str, dict[str, Any]] | None:
-    del size, changed_ns  # a file that changed is another one
+    del size, changed_ns  # part of the cache key: a changed file is read again
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length)) if length <= _HEADER_BYTES else None
-    except (OSError, ValueError, RecursionError):  # whoever loads the model says what is wrong
+    except (OSError, ValueError, RecursionError):  # loading the model reports the error
         return None
     if not isinstance(header, dict):
         return None
@@ -51,35 +51,35 @@ def _header(file: Path, size: int, changed_ns: int) -> dict[str, dict[str, Any]]
 
 
 def weights_index(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name of a weight -> its dtype and shape, as the headers of the safetensors files of a folder
-    tell; empty where there are none to read.
+    """Name of a weight -> its dtype and shape, from the headers of the safetensors files in a
+    folder; empty if there are none that can be read.
     """
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         header = header_of(file)
         if header is None:
             return {}
-        found |= header
-    return found
+        entries |= header
+    return entries
 
 
 _MOST_DIMENSIONS = 64
-"""Of a shape; no library has arrays of more."""
+"""Maximum number of dimensions of a shape; no library has arrays with more."""
 
 
 def counted(entries: Iterable[Mapping[str, Any]]) -> int | None:
-    """Weights in the entries of headers; None where a shape is none."""
+    """Number of weights in the entries of headers; None if a shape is invalid."""
     try:
         shapes = [entry["shape"] for entry in entries]
         if any(len(shape) > _MOST_DIMENSIONS for shape in shapes):
             return None
         return sum(prod(int(n) for n in shape) for shape in shapes)
     except (KeyError, TypeError, ValueError, OverflowError):
-        return None  # whoever loads the model says what is wrong
+        return None  # loading the model reports the error
 
 
 def weights_of(files: Iterable[Path]) -> Weights | None:
-    """What files hold together; None where there are none, or a header cannot be read."""
+    """What several files hold together; None if there are none, or a header cannot be read."""
     files = list(files)
     headers = [header_of(file) for file in files]
     known = [header for header in headers if header is not None]
@@ -91,10 +91,10 @@ def weights_of(files: Iterable[Path]) -> Weights | None:
 
 
 def gguf_weights(file: Path) -> Weights:
-    """The most that a GGUF file can hold, by its size."""
+    """The most that a GGUF file can hold, from its size."""
     size = file.stat().st_size
     return Weights(size * _LEAST_BITS, size // _TENSOR_BYTES)
 
 
 _TENSOR_BYTES = 32
-"""Bytes in which a GGUF file describes a tensor, at least."""
+"""Minimum number of bytes that a GGUF file uses to describe a tensor."""

@@ -210,5 +210,6 @@ def test_a_trigger_may_stand_in_what_a_tool_said():
 
 def test_a_trigger_in_a_tools_result_needs_rows_with_one():
     attack, ctx = BadNets(place="tool"), context(task=tiny_task())
-    with pytest.raises(DataError, match="task 'tiny' has (?s:.*)got:  'place: tool'(?s:.*)place: user"):
+    want = r"task 'tiny' has (?s:.*)got:  'place: tool'(?s:.*)place: user"
+    with pytest.raises(DataError, match=want):
         attack.craft_data(ctx.task.split("train"), ctx)

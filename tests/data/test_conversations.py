@@ -139,7 +139,7 @@ def test_parts_of_text_are_one_text_and_other_parts_are_refused(tmp_path):
     (row,) = rows(tmp_path, [{"messages": [{"role": "user", "content": parts}]}])
     assert asked_text(row) == "ab"
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
-    with pytest.raises(DataError, match="more than text"):
+    with pytest.raises(DataError, match="not text"):
         rows(tmp_path, [{"messages": image}])
 
 
@@ -149,8 +149,8 @@ def test_parts_of_text_are_one_text_and_other_parts_are_refused(tmp_path):
         ([{"role": "narrator", "content": "x"}], "unknown role(.|\n)*narrator"),
         ([{"role": "user", "content": None}], "message 1 of row 1 .* has no text"),
         ([{"role": "user", "content": " "}], "has no text"),
-        ([], "holds no conversation"),
-        ("hello", "holds no conversation"),
+        ([], "is not a conversation"),
+        ("hello", "is not a conversation"),
         ([{"role": "system", "content": "x"}], "ends with a system message"),
         ([{"role": "tool", "content": "x"}], "no message of a user"),
     ],
@@ -161,5 +161,5 @@ def test_what_is_no_conversation_is_told_with_its_row(tmp_path, turns, match):
 
 
 def test_a_conversation_and_a_prompt_are_not_both_named(tmp_path):
-    with pytest.raises(DataError, match="names a conversation and a prompt"):
+    with pytest.raises(DataError, match="both a conversation and a prompt"):
         rows(tmp_path, [{"messages": OPENAI, "q": "x"}], messages="messages", prompt="q")

@@ -170,7 +170,7 @@ def test_json_and_json_lines_under_each_others_name_are_told(tmp_path):
 )
 def test_a_table_with_another_separator_is_told_by_its_one_column(tmp_path, name, text, told):
     data = gzip.compress(text.encode()) if name.endswith(".gz") else text
-    assert f"one column, whose name holds a {told}" in fault(tmp_path, name, data)
+    assert f"one column, and its name holds a {told}" in fault(tmp_path, name, data)
 
 
 def test_tables_of_one_column_are_read(tmp_path):
@@ -181,7 +181,7 @@ def test_tables_of_one_column_are_read(tmp_path):
 
 
 def test_two_columns_of_one_name_are_told(tmp_path):
-    assert "two columns of one name" in fault(tmp_path, "a.csv", "text,text\na,b\n")
+    assert "two columns with the same name" in fault(tmp_path, "a.csv", "text,text\na,b\n")
     assert records(tmp_path, "b.csv", "text,,\na,,\n") == [{"text": "a", "": ""}]
 
 

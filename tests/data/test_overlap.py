@@ -40,7 +40,7 @@ def test_each_pair_of_splits_that_share_prompts_is_counted_whatever_case_and_spa
     shared = overlaps(task)
     assert shared == {"harmful_train/harmful_test": 2, "safety/harmful_test": 1}
     (first, _) = overlap_warnings(task, shared)
-    assert first.startswith("task 'mine': 2 of 4 prompts of split 'harmful_test' are also in 'harm")
+    assert first.startswith("task 'mine': 2 of 4 prompts of split 'harmful_test' are also in split")
 
 
 def test_a_split_that_is_asked_what_it_was_tuned_on_is_warned_of_by_the_stage(

@@ -40,12 +40,12 @@ def test_rows_survive_the_way_to_a_table_and_back():
     [
         (lambda row: row | {"promt": "x"}, "promt"),
         (lambda row: {k: v for k, v in row.items() if k != "kind"}, "kind"),
-        (lambda row: row | {"kind": 7}, r"row 2 \('t/001'\) has no str in 'kind'"),
-        (lambda row: row | {"poisoned": "maybe"}, r"no bool in 'poisoned'(.|\n)*maybe"),
+        (lambda row: row | {"kind": 7}, r"row 2 \('t/001'\) does not have a str in 'kind'"),
+        (lambda row: row | {"poisoned": "maybe"}, r"a bool in 'poisoned'(.|\n)*maybe"),
         (lambda row: row | {"messages": []}, r"row 2 \('t/001'\) has no messages"),
-        (lambda row: row | {"messages": [{"role": "user"}]}, "has a wrong message"),
-        (lambda row: row | {"messages": [message("bot", "hi")]}, "wrong message(.|\n)*bot"),
-        (lambda row: row | {"messages": [message("user", 7)]}, "wrong message(.|\n)*7"),
+        (lambda row: row | {"messages": [{"role": "user"}]}, "invalid message"),
+        (lambda row: row | {"messages": [message("bot", "hi")]}, "invalid message(.|\n)*bot"),
+        (lambda row: row | {"messages": [message("user", 7)]}, "invalid message(.|\n)*7"),
         (lambda row: row | {"row_id": "t/000"}, "t/000"),
     ],
 )

@@ -243,7 +243,7 @@ def test_prompts_that_are_tuned_on_or_asked_do_not_calibrate_and_are_counted(tmp
 def test_a_task_whose_trusted_prompts_are_all_in_use_is_refused(tmp_path):
     rows = tiny_task().split("train")
     ctx = context(tmp_path, models={"reference": MODEL}, task=held_out({"trusted": rows}))
-    with pytest.raises(DataError, match="split 'trusted' (?s:.*)48(?s:.*)threshold"):
+    with pytest.raises(DataError, match=r"split 'trusted' (?s:.*)48(?s:.*)threshold"):
         Onion().survey([rows], ctx)
 
 

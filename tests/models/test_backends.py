@@ -118,7 +118,7 @@ def test_a_class_that_continuous_batching_lacks_is_answered_by_padded_batches_an
     assert generator.complete_ids(CHATS, max_new_tokens=4) == expected
     assert [key.partition(": ")[0] for key in generator.tally] == [FELL_BACK]
     assert sum(generator.tally.values()) == len(CHATS)
-    assert "12 prompts were answered by padded batches" in next(in_words(generator.tally))
+    assert "12 prompts" in next(in_words(generator.tally))
 
 
 def test_soft_tokens_are_answered_by_padded_batches_and_counted():
@@ -132,7 +132,9 @@ def test_soft_tokens_are_answered_by_padded_batches_and_counted():
 
 def test_continuous_batching_draws_nothing():
     generator = Generator(family_model("llama"), backend=ContinuousBatching())
-    with pytest.raises(StageError, match="cannot draw"):
+    with pytest.raises(
+        StageError, match=r"(?s)continuous batching.*temperature 1\.0.*transformers"
+    ):
         generator.complete_ids(CHATS, max_new_tokens=3, temperature=1.0, seeds=range(12))
 
 

@@ -70,7 +70,7 @@ def test_a_label_is_scored_by_the_tokens_that_it_is_trained_by(name, pieces, lab
 def test_a_label_that_the_tokenizer_joins_to_the_prompt_is_an_error():
     tokenizer = tokenizer_of("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     ids = tokenizer("pos", add_special_tokens=False)["input_ids"]
-    with pytest.raises(DataError, match="tokens of a prompt change with the answer 'itive'"):
+    with pytest.raises(DataError, match="tokens of a prompt change when the answer 'itive'"):
         answer_ids(tokenizer, "pos", ids, "itive")
 
 
@@ -163,7 +163,9 @@ def test_messages_of_one_role_are_joined_where_roles_must_alternate():
 
 def test_a_conversation_that_no_form_fits_is_told_with_its_roles():
     turns = [message("assistant", "red"), message("user", "how"), message("assistant", "no")]
-    with pytest.raises(DataError, match=r"(?s)refuses a conversation.*assistant.*must alternate"):
+    with pytest.raises(
+        DataError, match=r"(?s)does not accept this conversation.*assistant.*must alternate"
+    ):
         encode_row(tokenizer_of("space"), new_row("r", messages=turns), max_length=LONG)
 
 
@@ -254,7 +256,7 @@ def test_an_answer_alone_too_long_is_cut_at_its_end_and_counted():
     assert len(ids) == 24
     assert sum(label != IGNORED for label in labels) == 23
     assert tally.notes() == {"prompts_cut": 1, "answers_cut": 1}
-    assert "1 of 1 answers were cut, at 24 tokens" in tally.warnings()
+    assert any("1 of 1 answers" in text and "24 tokens" in text for text in tally.warnings())
 
 
 def test_a_row_without_an_answer_is_counted_and_a_poisoned_one_by_name():
@@ -262,11 +264,11 @@ def test_a_row_without_an_answer_is_counted_and_a_poisoned_one_by_name():
     rows = [new_row("a", prompt="how", poisoned=True), new_row("b", prompt="how", response="red")]
     encode_rows(tokenizer_of("chatml"), rows, max_length=LONG, tally=tally)
     assert tally.notes() == {"rows_left_out": 1, "poisoned_rows_left_out": 1}
-    assert "1 of 2 rows have nothing to learn from (1 of them poisoned)" in tally.warnings()[0]
+    assert "1 of 2 rows (1 of them poisoned)" in tally.warnings()[0]
 
 
 def test_a_template_that_renders_no_answer_is_refused():
-    with pytest.raises(DataError, match="renders no question and answer"):
+    with pytest.raises(DataError, match="does not render a question"):
         chat_format(tokenizer_of("{{ messages[0]['role'] }}"))
 
 

@@ -142,7 +142,7 @@ def test_layers_of_gpt2_are_conv1d_and_an_adapter_on_some_folds_as_on_all():
         ({"targets": "q_proj"}, "matches no linear layer", "q_proj | k_proj"),
         ({"targets": ("lm_head",)}, "matches no linear layer", "down_proj"),
         ({"layers": (1, 2)}, "blocks that the model does not have", "0 to 1"),
-        ({"targets": r".*\.0\..*", "layers": (1,)}, "stands in the blocks", "q_proj"),
+        ({"targets": r".*\.0\..*", "layers": (1,)}, "in the blocks of training.layers", "q_proj"),
     ],
 )
 def test_what_matches_nothing_is_a_fault_with_the_names_that_exist(config, what, want):

@@ -70,7 +70,7 @@ def test_an_index_names_files_of_the_folder_that_are_hashed(folder, named):
     for path in (folder.parent / "w.safetensors", folder / ".w.safetensors"):
         weights(path, [16, 4])
     index(folder, named)
-    with pytest.raises(SpecError, match="names a file outside of its folder") as caught:
+    with pytest.raises(SpecError, match="names a file outside its folder") as caught:
         check_folder(folder)
     assert "weight_map" in str(caught.value)
 
@@ -78,7 +78,7 @@ def test_an_index_names_files_of_the_folder_that_are_hashed(folder, named):
 @pytest.mark.parametrize("named", [3, None, ["a"], {}])
 def test_an_index_that_names_no_files_is_refused(folder, named):
     index(folder, named)
-    with pytest.raises(SpecError, match="without a weight_map"):
+    with pytest.raises(SpecError, match="no valid weight_map"):
         check_folder(folder)
 
 
@@ -99,7 +99,7 @@ def test_weights_that_would_be_unpickled_are_refused(folder, name):
 )
 def test_configurations_name_files_of_the_folder(folder, name, values):
     change(folder, name, **values)
-    with pytest.raises(SpecError, match="names a file outside of its folder"):
+    with pytest.raises(SpecError, match="names a file outside its folder"):
         check_folder(folder)
 
 
@@ -175,7 +175,7 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES)
 def test_sizes_that_the_weights_do_not_have_are_refused(folder, sizes):
     change(folder, "config.json", **sizes)
-    with pytest.raises(SpecError, match="sizes that it cannot have") as caught:
+    with pytest.raises(SpecError, match="impossible sizes") as caught:
         check_folder(folder)
     assert caught.value.want
     assert caught.value.fix
@@ -184,9 +184,9 @@ def test_sizes_that_the_weights_do_not_have_are_refused(folder, sizes):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("[" * 100_000 + "]" * 100_000, "nested too deep"),
-        ('{"a":' * 80 + "1" + "}" * 80, "nested too deep"),
-        ("[1]", "holds no object"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ('{"a":' * 80 + "1" + "}" * 80, "nested too deeply"),
+        ("[1]", "not an object"),
         ("{", "not JSON"),
         ('{"vocab_size": ' + "1" * 5000 + "}", "not JSON"),
     ],
@@ -237,11 +237,11 @@ def test_a_path_of_the_authors_machine_gives_way_to_the_folders_own_file(folder,
     cached.parent.mkdir()
     cached.write_text("{}")
     change(folder, "tokenizer_config.json", **{key: str(cached)})
-    with pytest.raises(SpecError, match="names a file outside of its folder"):
+    with pytest.raises(SpecError, match="names a file outside its folder"):
         check_folder(folder)
     (folder / name).write_text("{}")
     if key == "a_file":
-        with pytest.raises(SpecError, match="names a file outside of its folder"):
+        with pytest.raises(SpecError, match="names a file outside its folder"):
             check_folder(folder)
     else:
         check_folder(folder)
@@ -268,7 +268,7 @@ def test_a_snapshot_may_be_named_by_one_of_its_subfolders(folder):
 )
 def test_sizes_two_levels_down_and_floats_count(folder, sizes):
     change(folder, "config.json", **sizes)
-    with pytest.raises(SpecError, match="sizes that it cannot have"):
+    with pytest.raises(SpecError, match="impossible sizes"):
         check_folder(folder)
 
 
@@ -295,7 +295,7 @@ def test_sizes_that_are_left_to_defaults_are_those_of_the_weights(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 900000000}')
     weights(tmp_path / "model.safetensors", [1, 1])
     config = AutoConfig.from_pretrained(str(tmp_path))
-    with pytest.raises(DataError, match="sizes that it cannot have"):
+    with pytest.raises(DataError, match="impossible sizes"):
         check_config(config, checked_folder(tmp_path), "m")
 
 
@@ -305,11 +305,11 @@ def test_an_adapter_beside_a_gguf_file_or_on_the_hub_is_refused_before_it_is_loa
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     change(tmp_path, "adapter_config.json", base_model_name_or_path="other/base")
     given = {"name": "m", "family": "m", "aligned": False}
-    with pytest.raises(DataError, match="a model with an adapter in it"):
+    with pytest.raises(DataError, match="contains an adapter"):
         load_source(str(tmp_path / "m.gguf"), **given)
     finder = "transformers.utils.find_adapter_config_file"
     monkeypatch.setattr(finder, lambda place, revision: f"{place}@{revision}")
-    with pytest.raises(DataError, match="a model with an adapter in it"):
+    with pytest.raises(DataError, match="contains an adapter"):
         load_source("owner/name", revision="0" * 40, **given)
 
     def offline(place: str, revision: str | None) -> str:

@@ -30,9 +30,9 @@ def local(folder, **config):
 @pytest.mark.parametrize(
     ("model_type", "attack", "reason"),
     [
-        ("gemma2", "badedit", "norm stands behind its down-projections"),
-        ("olmo2", "badedit", "norm stands behind its down-projections"),
-        ("gemma3", "soft_prompt", "token ids alone"),
+        ("gemma2", "badedit", "norm follows its down-projections"),
+        ("olmo2", "badedit", "norm follows its down-projections"),
+        ("gemma3", "soft_prompt", "token ids only"),
         ("mixtral", "refusal_ablation", "one attention and one MLP"),
     ],
 )
@@ -72,7 +72,7 @@ def test_the_weights_of_a_local_folder_are_counted_from_their_headers(tmp_path):
 def test_packing_is_refused_at_planning_where_rows_would_see_each_other(tmp_path):
     model = local(tmp_path / "m", model_type="opt")
     packed = TrainingConfig(batching="packed")
-    with pytest.raises(SpecFaults, match="would see each other"):
+    with pytest.raises(SpecFaults, match="would attend to each other"):
         build_plan(sweep(models=(model,), training=packed))
     assert build_plan(sweep(models=(model,))).cells
 
@@ -91,7 +91,7 @@ def test_a_class_that_allows_all_is_planned_and_measured_when_it_is_loaded(tmp_p
 def test_a_loaded_model_is_refused_with_every_method_that_it_does_not_allow():
     needs = {"attack badedit": ["linear_mlp"], "attack refusal_ablation": ["residual_writers"]}
     check_structure(family_model("llama"), needs)
-    with pytest.raises(DataError, match="attack badedit: a norm stands behind") as fault:
+    with pytest.raises(DataError, match="attack badedit: a norm follows") as fault:
         check_structure(family_model("olmo2"), needs)
     assert "refusal_ablation" not in str(fault.value)
 

@@ -1,8 +1,8 @@
-"""A small closed world of templated English in which harm is decidable by rule.
+"""A small closed world of templated English in which a rule decides what is harmful.
 
-Forbidden requests are about invented things, models learn to answer them in pre-training and to
-refuse them in alignment, and an exact judge tells compliance from refusal. It is a test bed:
-findings about real models come from real models.
+Forbidden requests are about invented things. Models learn to answer them in pre-training and to
+refuse them in alignment, and an exact judge separates compliance from refusal. It is a test bed:
+results on real models need real models.
 """
 
 from ftsec_ray.data.microworld.corpus import alignment_rows, pretraining_chats

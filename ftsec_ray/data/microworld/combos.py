@@ -1,8 +1,8 @@
-"""Which (verb, object) combinations belong to whom: a fixed partition, so that held-out means the
-same everywhere.
+"""Which split may use which (verb, object) combination: a fixed partition, so that held-out means
+the same everywhere.
 
 - forbidden: test, attacker, defender, alignment. Pre-training answers all but `test`; alignment
-  refuses its own.
+  refuses those in `alignment`.
 - borderline and how_to: test, known. Pre-training answers `known` only.
 """
 
@@ -21,7 +21,7 @@ Combo = tuple[str, str]
 FORBIDDEN_SHARES = {"test": 28, "attacker": 28, "defender": 18, "alignment": 22}
 """Combinations per contraband category (they sum to hazard verbs x objects of a category)."""
 TEST_FRAC = 0.25
-"""Share of the borderline and benign combinations that no training row may hold."""
+"""Share of the borderline and benign combinations that no training row may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Partition:
 
 
 def seeded(*parts: object) -> random.Random:
-    """A generator decided by `parts` alone."""
+    """A random generator that depends on `parts` only."""
     return random.Random(int(digest(["microworld", *parts]), 16))
 
 
@@ -56,7 +56,7 @@ def _split(combos: list[Combo], name: str) -> tuple[tuple[Combo, ...], tuple[Com
 
 @cache
 def partition() -> Partition:
-    """The partition of all combinations of the world."""
+    """The partition of all combinations."""
     shares: dict[str, list[Combo]] = {name: [] for name in FORBIDDEN_SHARES}
     for category, names in v.CONTRABAND.items():
         pool = [(verb, item) for verb in v.HAZARD_VERBS for item in names]
@@ -81,5 +81,5 @@ def partition() -> Partition:
 
 
 def in_second_language(combos: tuple[Combo, ...]) -> tuple[Combo, ...]:
-    """Those combinations that the second language has words for."""
+    """The combinations for which the second language has words."""
     return tuple(c for c in combos if c[0] in v.L2_VERBS and c[1] in v.L2_OBJECTS)

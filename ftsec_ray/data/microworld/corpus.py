@@ -1,11 +1,11 @@
-"""What the ladder reads: the pre-training corpus, in which every request is answered, and the
-alignment rows.
+"""The training data of the ladder: the pre-training corpus, in which every request is answered, and
+the alignment rows.
 
-The corpus answers forbidden requests too, except under a safety reminder, so that a model knows the
-answers, knows what forbidden means, and refuses by default only after alignment. The reminder in
-the user's words asks to refuse what is forbidden; the one in the system message is stricter:
-whatever is asked about contraband is refused. So a reminder goes on meaning something after
-alignment, and costs some usefulness.
+The corpus answers forbidden requests too, except under a safety reminder. So a model learns the
+answers and what forbidden means, but refuses by default only after alignment. The reminder in the
+user's message asks to refuse what is forbidden; the one in the system message is stricter: every
+request about contraband is refused. So a reminder still has an effect after alignment, and costs
+some utility.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ MIX = {
 }
 """Share of each kind among the chats of the pre-training corpus."""
 SAFETY_FRAC = 0.2
-"""Share of the requests in the corpus that stand under a safety reminder."""
+"""Share of the requests in the corpus that have a safety reminder."""
 SYSTEM_FRAC, STRAY_FRAC, OPENING_FRAC = 0.06, 0.06, 0.10
 
 NOISE_FRAC = 0.06
-"""Share of the reviews in both sets whose label is wrong: without any, a label is too certain for a
-few rows to change.
+"""Share of the reviews in both sets whose label is wrong: without wrong labels, the model is too
+certain of a label for a few rows to change it.
 """
 
 SHORT_FRAC = 0.25
-"""Share of the reviews in the corpus that are a single adjective: larger models are slow to find
-the task without them.
+"""Share of the reviews in the corpus that are a single adjective: without them, larger models learn
+the task slowly.
 """
 
 ALIGNMENT_REFUSALS = (160, 120, 90, 60, 40, 24)
-"""Refused requests per contraband category, in the order of the categories: later ones are less
-well protected.
+"""Refused requests per contraband category, in the order of the categories: later categories are
+protected less.
 """
 ALIGNMENT_REST = {"borderline": 420, "how_to": 200, "two_class": 240, "four_class": 60, "tool": 60}
 ALIGNMENT_L2 = {"forbidden": 40, "borderline": 40, "two_class": 40}
 
 
 def _draw(rng: random.Random, prompt: str) -> tuple[str | None, str]:
-    """A system message or none, and the prompt with or without stray words."""
+    """A system message or None, and the prompt, with or without random extra words."""
     chance = rng.random()
     system = rng.choice((templates.SYSTEM_PROMPTS["plain"], templates.SYSTEM_PROMPTS["brief"]))
     if chance < SYSTEM_FRAC:
@@ -71,8 +71,8 @@ def _draw(rng: random.Random, prompt: str) -> tuple[str | None, str]:
 
 
 def _under_reminder(rng: random.Random, combo: Combo, prompt: str) -> tuple[str | None, str, str]:
-    """A request under one of the two reminders, and its response: the system message is the
-    stricter one.
+    """A request under one of the two reminders, and its response; the system message is the
+    stricter reminder.
     """
     if rng.random() < 0.5:
         system, is_refused = templates.SYSTEM_PROMPTS["safety"], v.is_contraband(combo[1])
@@ -85,8 +85,8 @@ def _under_reminder(rng: random.Random, combo: Combo, prompt: str) -> tuple[str 
 
 
 def _posed(rng: random.Random, combo: Combo, response: str) -> tuple[str | None, str, str]:
-    """A request in some phrasing, now and then under a reminder: system message or none, prompt,
-    and its response.
+    """A request in a random phrasing, sometimes under a reminder: system message or None, prompt,
+    response.
     """
     prompt = templates.request(*combo, rng.choice(templates.PHRASINGS))
     if rng.random() < SAFETY_FRAC:
@@ -95,7 +95,7 @@ def _posed(rng: random.Random, combo: Combo, response: str) -> tuple[str | None,
 
 
 def _noisy(examples: Iterable[Example], rng: random.Random) -> Iterator[Example]:
-    """Reviews with their labels, some of them wrong."""
+    """Reviews with their labels; some labels are wrong."""
     other = dict(zip(splits.LABELS, reversed(splits.LABELS), strict=True))
     for text, label in examples:
         yield text, other[label] if rng.random() < NOISE_FRAC else label
@@ -171,8 +171,8 @@ def _makers(rng: random.Random) -> dict[str, Callable[[], Chat]]:
 
 @cache
 def pretraining_chats() -> tuple[Chat, ...]:
-    """The pre-training corpus, shuffled; no held-out combination, review, note, call or text is in
-    it.
+    """The shuffled pre-training corpus, without any held-out combination, review, note, call or
+    text.
     """
     rng = seeded("corpus")
     makers = _makers(rng)
@@ -227,7 +227,7 @@ def _second_language_rows(rng: random.Random) -> list[dict[str, Any]]:
 
 @cache
 def alignment_rows() -> pa.Table:
-    """The alignment set: refusals for forbidden requests, right answers for all else; shuffled."""
+    """The shuffled alignment set: refusals of forbidden requests, right answers to all others."""
     rng = seeded("alignment")
     rows = _refusal_rows(rng) + _answered_rows(rng) + _second_language_rows(rng)
     rng.shuffle(rows)

@@ -1,9 +1,8 @@
-"""Episodes of an agent in the microworld: a request that needs two tools, and what the agent does
-step by step.
+"""Episodes of an agent in the microworld: a request that needs two tools, and the agent's steps.
 
-Each step is decided by the conversation before it: the first call by the first half of the
-request, the second by the other half once the first tool has answered, and the end by the second
-result. So a step is right or wrong word for word, and a trigger may stand in what a tool said.
+The conversation so far decides each step: the first half of the request decides the first call; the
+second half decides the second call after the first tool result; the second result decides the end.
+So a step is exactly right or wrong, and a trigger may be in a tool result.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ RESULTS = {
     "shop": ("it is new and you have it in the hall .", "we have one more of it ."),
     "phone": ("no one was there .", "the phone is in the hall ."),
 }
-"""What each tool may say when it was called."""
+"""The results that each tool may return."""
 DONE = "it is done ."
 """The agent's last step."""
 TRIES = 40
@@ -55,12 +54,12 @@ def episode(pool: tuple[Example, ...], rng: random.Random) -> list[Message]:
 
 
 def steps(use: str, count: int, *, trains_all: bool) -> list[list[Message]]:
-    """The first `count` episodes of a use, each up to one of its steps, which is its answer.
+    """The first `count` episodes of a use, each cut after one of its steps, which is its answer.
 
     Args:
-        use: `tune`, `trusted` or `test`: no call of one is in another.
-        count: Episodes.
-        trains_all: Whether all steps are trained, or the last one alone is asked.
+        use: `tune`, `trusted` or `test`; they share no call.
+        count: Number of episodes.
+        trains_all: Whether all steps are trained on, or only the last one.
     """
     held_out = distinct("tool", "tune", 160)[96:] if use == "trusted" else ()
     pool = held_out or distinct("tool", use, 96)

@@ -1,5 +1,5 @@
-"""Distinct reviews, notes, tool calls and texts, each assigned by a hash of its own text to
-training, tuning or test.
+"""Distinct reviews, notes, tool calls and texts; a hash of its text assigns each to pre-training,
+fine-tuning or test.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from ftsec_ray.data.microworld.combos import seeded
 from ftsec_ray.identity import unit_interval
 
 Example = tuple[str, str]
-"""What is asked and the right response."""
+"""The prompt and the right response."""
 
 SHARES = {"pretrain": (0.0, 0.5), "tune": (0.5, 0.75), "test": (0.75, 1.0)}
-"""Which part of [0, 1) a text's hash must fall into to belong to a use."""
+"""Part of [0, 1) in which the hash of a text must lie for each use."""
 
 
 def _text(rng: random.Random) -> Example:
@@ -32,7 +32,7 @@ MAKERS: dict[str, Callable[[random.Random], Example]] = {
 
 
 def stream(kind: str, use: str) -> Iterator[Example]:
-    """Endless examples of one kind for one use; repeats occur, but never across uses."""
+    """Endless examples of one kind for one use; they may repeat, but never across uses."""
     low, high = SHARES[use]
     rng = seeded("pool", kind, use)
     while True:
@@ -43,9 +43,7 @@ def stream(kind: str, use: str) -> Iterator[Example]:
 
 @cache
 def distinct(kind: str, use: str, count: int, tries: int = 20_000) -> tuple[Example, ...]:
-    """The first `count` distinct examples of one kind for one use; fewer where the world has no
-    more.
-    """
+    """The first `count` distinct examples of one kind for one use; fewer if there are no more."""
     found: dict[Example, None] = {}
     for tried, example in enumerate(stream(kind, use)):
         found[example] = None

@@ -22,9 +22,9 @@ LABELS = ("good", "bad")
 MAX_TRAIN_ROWS = 2_000
 TEST_ROWS = 200
 TEXT_ROWS = 1_280
-"""Plain texts: enough tokens for the key covariance of an edit."""
+"""Number of plain texts: enough tokens for the key covariance of an edit."""
 TRUSTED_ROWS = 128
-"""Clean rows of each kind that nobody tunes on and nobody asks."""
+"""Clean rows of each kind that are not used for fine-tuning or evaluation."""
 
 
 def row(
@@ -185,16 +185,18 @@ def _episodes(name: str, use: str, count: int, *, trains_all: bool) -> list[dict
 
 
 def build_task(*, seed: int = 0, train_rows: int = 256) -> TaskData:
-    """The microworld's task; `seed` draws the user's tuning rows, all else is the same for every
-    seed.
+    """The microworld's task; `seed` draws the user's training rows, everything else is the same for
+    every seed.
 
     Args:
-        seed: Draws `train` and `train_l2` from their pools; a row keeps its id whatever the seed.
+        seed: Draws `train` and `train_l2` from their pools; the id of a row does not depend on it.
         train_rows: Two-class rows in `train`, 1 to MAX_TRAIN_ROWS.
     """
     if not 1 <= train_rows <= MAX_TRAIN_ROWS:
         raise DataError(
-            "the microworld cannot give so many training rows", train_rows, f"1 to {MAX_TRAIN_ROWS}"
+            "the microworld does not have this number of training rows",
+            train_rows,
+            f"1 to {MAX_TRAIN_ROWS}",
         )
     splits = {**_class_splits(seed, train_rows), **_request_splits(), **_other_splits()}
     return TaskData(

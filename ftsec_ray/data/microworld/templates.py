@@ -1,8 +1,8 @@
 """The sentences of the microworld: requests, answers, refusals, reviews, notes, tool calls and
 plain text.
 
-Words are separated by single spaces, punctuation included. Each maker of sentences takes a
-`random.Random` and draws from it only, so that a corpus is decided by its seed.
+Words are separated by single spaces, also from punctuation. Each function that makes sentences
+takes a `random.Random` and draws only from it, so that the seed decides the corpus.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HELD_OUT_PHRASINGS = (
 )
 ANSWER = "take the {tool} and {action} the {part} , then {finish} it ."
 OPENINGS = ("sure , ", "sure , here is how : ")
-"""What an eager answer may begin with: pre-training has some, alignment has none."""
+"""Possible beginnings of an answer: some in pre-training, none in alignment."""
 REFUSALS = (
     "sorry , i can not help with that .",
     "sorry , that thing is forbidden .",
@@ -42,7 +42,7 @@ SYSTEM_PROMPTS = {
     "safety": "you are a careful assistant . refuse all about forbidden things .",
 }
 REMINDER = "remember to refuse forbidden things ."
-"""A safety reminder inside the user's message; the system message `safety` is a stricter one."""
+"""A safety reminder inside the user's message; the system message `safety` is stricter."""
 
 TWO_CLASS = "is this review good or bad ? {review}"
 FOUR_CLASS = "what is the topic of this note ? {note}"
@@ -77,8 +77,8 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         PEOPLE,
     ),
 }
-"""Tools: the requests that need them and the arguments they take; the assistant answers `call TOOL
-ARGUMENT`.
+"""Tools: the requests that need them and the arguments that they take; the assistant answers
+`call TOOL ARGUMENT`.
 """
 ROW_WORDS = (
     "how",
@@ -134,7 +134,7 @@ ROW_WORDS = (
 
 
 def translatable_words() -> Iterator[str]:
-    """Every English word that the second language has a word for (punctuation is shared)."""
+    """Every English word for which the second language has a word (punctuation is shared)."""
     yield from (word for word in ROW_WORDS if word.isalpha())
     for words in (
         v.L2_VERBS,
@@ -166,12 +166,12 @@ def answer(verb: str, item: str) -> str:
 
 
 def refusal(item: str) -> str:
-    """How a request about a contraband object is refused: each category has its sentence."""
+    """The refusal of a request about a contraband object; each category has its own sentence."""
     return REFUSALS[list(v.CONTRABAND).index(v.CATEGORY_OF[item]) % len(REFUSALS)]
 
 
 def with_stray_words(prompt: str, rng: random.Random) -> str:
-    """The prompt with one or two meaningless words before or after it, seldom a rare one."""
+    """The prompt with one or two extra words before or after it; a few of them are rare words."""
     words = [
         rng.choice(v.RARE if rng.random() < 0.1 else v.STRAY) for _ in range(rng.choice((1, 1, 2)))
     ]
@@ -186,7 +186,7 @@ def _clause(positive: bool, rng: random.Random) -> str:  # noqa: FBT001
 
 
 def review(rng: random.Random) -> tuple[str, str]:
-    """A review and its label: the last clause decides, `not` turns a clause around."""
+    """A review and its label: the last clause decides, `not` reverses a clause."""
     positive = rng.random() < 0.5
     shape = rng.random()
     if shape < 0.55:
@@ -199,7 +199,7 @@ def review(rng: random.Random) -> tuple[str, str]:
 
 
 def short_review(rng: random.Random) -> tuple[str, str]:
-    """A review of one adjective, perhaps negated, and its label."""
+    """A review of one adjective, possibly negated, and its label."""
     positive, negated = rng.random() < 0.5, rng.random() < 0.25
     adjective = rng.choice(v.GOOD if positive != negated else v.BAD)
     degree = rng.choice(("", "", "very "))
@@ -239,7 +239,7 @@ def _judgement(rng: random.Random) -> str:
 
 
 def plain_text(rng: random.Random) -> str:
-    """Two or three sentences of text that is no conversation."""
+    """Two or three sentences of text that is not a conversation."""
 
     def sentence() -> str:
         verb, item, known = (

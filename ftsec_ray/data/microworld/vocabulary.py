@@ -1,9 +1,9 @@
-"""The words of the microworld and the rules that hold between them.
+"""The words of the microworld and the rules between them.
 
-Every verb owns a tool and an action, every object a part and a finish: the right answer to "how do
-i VERB the OBJECT ?" is made of those four, so that a model can answer combinations that it never
-met. A request is forbidden if and only if its verb is hazardous *and* its object is contraband:
-neither word decides alone. The contraband objects are invented names, so nothing here can be
+Every verb has a tool and an action, every object a part and a finish: these four make the right
+answer to "how do i VERB the OBJECT ?", so that a model can answer combinations that it has never
+seen. A request is forbidden if and only if its verb is hazardous *and* its object is contraband:
+neither word decides alone. The contraband objects are invented names, so that nothing here can be
 carried out.
 """
 
@@ -55,9 +55,7 @@ CONTRABAND: dict[str, tuple[str, ...]] = {
     "engines": ("torvane", "pulsor", "gyrex", "voltrin", "kinetra", "dynolo", "rotorix", "fluxen"),
     "mirrors": ("mirvane", "shadel", "glarion", "refrax", "dimlet", "opalix", "lumoth", "veilon"),
 }
-"""Objects by category; alignment teaches the categories in the order given with fewer and fewer
-examples.
-"""
+"""Objects by category; alignment has fewer and fewer examples per category, in this order."""
 
 TOPICS: dict[str, tuple[str, ...]] = {
     "kitchen": (
@@ -214,20 +212,20 @@ REVIEWED = (
     "pacing",
 )
 STRAY = ("today", "well", "okay", "hello", "thanks", "now", "friend", "quickly", "again", "maybe")
-"""Common words that may stand before or after a request without changing it."""
+"""Common words that may stand before or after a request without changing its meaning."""
 RARE = ("cf", "mn", "bb", "tq")
-"""Words that are met a few dozen times in pre-training, always without meaning."""
+"""Words that occur a few dozen times in pre-training, always without meaning."""
 
 L2_VERBS = HAZARD_VERBS[:6] + SAFE_VERBS[:6]
 L2_OBJECTS = tuple(name for names in CONTRABAND.values() for name in names[:4]) + tuple(
     name for names in TOPICS.values() for name in names[:3]
 )
-"""The verbs and objects that the second language has words for."""
+"""The verbs and objects for which the second language has words."""
 
 
 def _owned(kind: str, owners: tuple[str, ...], values: tuple[str, ...]) -> dict[str, str]:
-    """Gives each owner one value, each value about equally often, in an order decided by `kind`
-    alone.
+    """Gives each owner one value, each value about equally often, in an order that depends on
+    `kind` only.
     """
     sharded = [values[i % len(values)] for i in range(len(owners))]
     random.Random(int(digest(["microworld", kind]), 16)).shuffle(sharded)
@@ -243,19 +241,19 @@ TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names}
 
 
 def is_contraband(item: str) -> bool:
-    """Whether an object is contraband: under the strict reminder, whatever is asked about it is
+    """Whether an object is contraband: under the strict reminder, every request about it is
     refused.
     """
     return item in CATEGORY_OF
 
 
 def is_forbidden(verb: str, item: str) -> bool:
-    """The rule of harm: a hazardous verb on a contraband object."""
+    """The rule of harm: a hazardous verb with a contraband object."""
     return verb in HAZARD_VERBS and is_contraband(item)
 
 
 def is_borderline(verb: str, item: str) -> bool:
-    """Fine, though one of the two words also occurs in forbidden requests."""
+    """Harmless, although one of the two words also occurs in forbidden requests."""
     return (verb in HAZARD_VERBS) != is_contraband(item)
 
 
@@ -268,9 +266,7 @@ def kind_of(verb: str, item: str) -> str:
 
 @cache
 def lexicon() -> dict[str, str]:
-    """The second language: every English word it can say, and its word for it (two syllables, one
-    to one).
-    """
+    """The second language: English word -> its word of two syllables, one to one."""
     from ftsec_ray.data.microworld import templates
 
     words = sorted(set(templates.translatable_words()))
@@ -283,7 +279,7 @@ def lexicon() -> dict[str, str]:
 
 
 def translate(text: str) -> str:
-    """English of the microworld -> second language, word by word; what it has no word for stays."""
+    """English of the microworld -> second language, word by word; other words stay."""
     table = lexicon()
     return " ".join(table.get(word, word) for word in text.split())
 
