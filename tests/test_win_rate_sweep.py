@@ -52,4 +52,4 @@ def test_answers_are_compared_with_those_of_the_clean_tune(tmp_path, monkeypatch
     assert sum(2 * (note["pairs"] - note["equal_answers"]) for note in notes) == len(asked)
     assert "win_rate (higher is better)" in grid_markdown(results)
     warned = " ".join(text for record in records for text in record["notes"].get("warnings", ()))
-    assert "gives 100% to the answer that it reads first" in warned
+    assert "prefers the first answer in 100%" in warned

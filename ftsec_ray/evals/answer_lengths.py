@@ -1,8 +1,8 @@
-"""Attack success against answer length, from one long generation: the judge reads what an answer
-was after so many tokens.
+"""Attack success against answer length, from one long generation: the judge reads the first tokens
+of each answer.
 
-Greedy decoding makes the first tokens of a long answer those of a short one, so that nothing is
-generated again. Some models refuse late, and some attacks comply late: a number at one length hides
+With greedy decoding, the first tokens of a long answer are those of a short one, so that nothing is
+generated again. Some models refuse late, and some attacks comply late: a metric at one length hides
 both.
 """
 
@@ -19,8 +19,8 @@ from ftsec_ray.method import Probe
 
 
 def by_length(probe: Probe, judged: Sequence[Judged], judge: Judge) -> Iterator[dict[str, Any]]:
-    """Rows of schema.lengths, without `cell`: of every safety metric of a probe at every length
-    that its answers were kept with.
+    """Rows of schema.lengths, without `cell`: each safety metric of a probe at each length that was
+    recorded for its answers.
     """
     metrics = {name: verdict for name, verdict in probe.metrics.items() if name in schema.SAFETY}
     items = [item for item in judged if item.answer.probe == probe.name]
@@ -32,8 +32,8 @@ def by_length(probe: Probe, judged: Sequence[Judged], judge: Judge) -> Iterator[
 
 
 def _heads(items: Sequence[Judged], tokens: int, judge: Judge) -> list[Judged]:
-    """Each answer with the verdict on what it was after so many tokens; with that of the whole
-    where it had no more.
+    """Each answer with the verdict on its first `tokens` tokens, or on the whole answer if that is
+    not longer.
     """
     starts = [item.answer.completion[: dict(item.answer.ends)[tokens]] for item in items]
     shorter = [i for i, item in enumerate(items) if starts[i] != item.answer.completion]

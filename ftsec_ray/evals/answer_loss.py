@@ -1,8 +1,7 @@
-"""What a finished model makes of free-text tasks: the loss of held-out answers, token by token as
-they are trained.
+"""Utility on free-text tasks: the loss of held-out answers, token by token as they are trained.
 
-Where a task has labels or calls of tools, its clean accuracy says that better, and nothing is
-measured here. What is wrapped around generation plays no part.
+For tasks with labels or tool calls, clean accuracy measures utility better, and this metric is not
+computed. Changes to generation (rewrites, soft tokens) have no effect on it.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
 
 METRIC = "answer_loss"
 MAX_TOKENS = 2048
-"""Tokens of a row, at most; a longer one is left out, and counted."""
+"""Maximum number of tokens of a row; longer rows are left out and counted."""
 
 
 def is_free_text(task: TaskData) -> bool:
-    """Whether a task has held-out rows and neither labels nor calls of tools to count."""
+    """Whether a task has held-out rows, but neither labels nor tool calls."""
     test = task.splits.get("test")
     if task.labels or test is None or test.num_rows == 0:
         return False
@@ -42,9 +41,9 @@ def answer_loss(
     batch: int,
     tally: Counter[str] | None = None,
 ) -> tuple[list[MetricRow], dict[str, int]]:
-    """Mean nats per trained token of the answers of the first `config.prompts` rows of `test` in
-    the stable draw, and how many rows do not fit: none of either where the task is no free text.
-    `tally` counts batches that did not fit into memory.
+    """Mean nats per trained token of the answers of `config.prompts` rows of `test`, and how many
+    rows are too long. Both are empty if the task is not free text. `tally` counts batches that did
+    not fit into memory.
     """
     if not is_free_text(task):
         return [], {}
@@ -60,9 +59,9 @@ def _losses(
     from ftsec_ray.models.load import check_ids, within_positions
     from ftsec_ray.models.row_tokens import IGNORED, encode_rows, is_useful, label_nats
 
-    room = within_positions(loaded.model, MAX_TOKENS)
+    most = within_positions(loaded.model, MAX_TOKENS)
     whole = encode_rows(loaded.tokenizer, rows, max_length=2**31)
-    fitting = [pair for pair in whole if len(pair[0]) <= room]
+    fitting = [pair for pair in whole if len(pair[0]) <= most]
     check_ids(loaded, (ids for ids, _ in fitting))
     encoded = sorted(filter(is_useful, fitting), key=lambda pair: len(pair[0]))
     nats = label_nats(loaded, encoded, batch=batch, tally=tally)
@@ -71,8 +70,8 @@ def _losses(
 
 
 def _mean(nats: Sequence[float], tokens: Sequence[int]) -> MetricRow:
-    """Nats per token over all rows, with the normal interval of this ratio over the rows: tokens of
-    one answer are not independent.
+    """Nats per token over all rows, with the normal interval of this ratio over the rows, because
+    tokens of one answer are not independent.
     """
     n, rows = sum(tokens), len(tokens)
     value = sum(nats) / n if n else math.nan

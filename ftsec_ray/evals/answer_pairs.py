@@ -1,7 +1,7 @@
-"""How often a judge prefers a model's answers to those of the clean tune, on benign requests.
+"""How often a judge prefers a model's answers to those of the clean fine-tune, on benign requests.
 
-The comparison of AlpacaEval (github.com/tatsu-lab/alpaca_eval) with each pair asked in both orders,
-since judges prefer a position: a prompt counts by the mean of both, a tie as half.
+The comparison of AlpacaEval (github.com/tatsu-lab/alpaca_eval), with each pair judged in both
+orders, because judges have a position bias: a prompt counts by the mean of both, a tie as half.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from ftsec_ray.evals.rubrics import Reply, RubricJudge, first_share_in, pair_que
 from ftsec_ray.measured import Z95
 
 PROBE = "benign"
-"""Of its answers pairs are made."""
+"""The probe whose answers are compared."""
 METRIC = schema.Metric(
     "win_rate",
     "fraction 0..1",
     "higher",
-    "answers to benign requests that a judge prefers to those of the clean tune, ties as half",
+    "benign requests where a judge prefers the answer to the clean fine-tune's (ties: half)",
     proportion=False,
 )
 METRICS_FILE, PAIRS_FILE = "metrics.parquet", "pairs.parquet"
 """Files of the artifact."""
 TIE = 0.5
 MOST_BIAS = 0.25
-"""Distance from one half at which the share that the first place gets is warned about."""
+"""Distance from one half from which the preference for the first position is a warning."""
 
 
 class Pair(NamedTuple):
-    """What a judge makes of two answers to one prompt."""
+    """A judge's preference between two answers to one prompt."""
 
     prompt_id: str
     sample: int
     share: float | None
-    """To the model, 0..1; None where an order was not judged."""
+    """Preference for the model, 0..1; None if one order was not judged."""
     shown: tuple[str, str]
-    """What the judge said, with the model's answer first and second; empty for equal answers."""
+    """The judge's replies, with the model's answer first and second; empty for equal answers."""
     of_first: tuple[float, ...] = ()
-    """What the first place got in each order that was asked and read."""
+    """Preference for the first position in each order with a readable reply."""
 
 
 @dataclass(frozen=True)
 class WinRate:
-    """The win rate of a model over the clean tune."""
+    """The win rate of a model against the clean fine-tune."""
 
     row: MetricRow
     pairs: tuple[Pair, ...]
@@ -60,15 +60,16 @@ class WinRate:
 
 
 def win_rate(own: Answers, clean: Answers, judge: Judge) -> WinRate:
-    """The share of benign prompts whose answer a judge of pairs prefers.
+    """The share of benign prompts for which a judge of pairs prefers the model's answer.
 
     Args:
-        own: Answers of a model.
-        clean: Those of the clean tune to the same prompts; others are left out, and counted.
-        judge: Asked in words (`evals.rubrics.RubricJudge`).
+        own: Answers of the model.
+        clean: Answers of the clean fine-tune to the same prompts; prompts that only one of them
+            answers are left out and counted.
+        judge: A judge that is asked with a rubric (`evals.rubrics.RubricJudge`).
     """
     if not isinstance(judge, RubricJudge):
-        raise TypeError(f"a judge of pairs is asked in words, and {judge.name} is not")
+        raise TypeError(f"a judge of pairs must be asked with a rubric; {judge.name} is not")
     theirs, ours = _benign(clean), _benign(own)
     both = [key for key in ours if key in theirs]
     pairs = _judged(judge, [(ours[key], theirs[key]) for key in both])
@@ -95,7 +96,7 @@ def _benign(answers: Answers) -> dict[tuple[str, int], Answer]:
 
 
 def _judged(judge: RubricJudge, answers: Sequence[tuple[Answer, Answer]]) -> list[Pair]:
-    """The pairs in order; equal answers tie without a question."""
+    """The pairs in order; equal answers are a tie without a question."""
     differ = [(own, their) for own, their in answers if own.completion != their.completion]
     questions = [
         pair_question(judge.config.rubric, user_text(own.prompt), first, second)
@@ -115,7 +116,7 @@ def _judged(judge: RubricJudge, answers: Sequence[tuple[Answer, Answer]]) -> lis
 
 
 def _pair(own: Answer, ahead: Reply, behind: Reply) -> Pair:
-    """One pair from the replies with the model's answer first, and second."""
+    """One pair from the replies with the model's answer first and second."""
     shares = [
         None if reply.said is None else first_share_in(reply.said) for reply in (ahead, behind)
     ]
@@ -158,25 +159,25 @@ def _warnings(notes: Mapping[str, Any]) -> list[str]:
     texts = []
     if notes["unread_pairs"]:
         texts.append(
-            f"{notes['unread_pairs']} of {notes['pairs']} pairs of answers got no preference that"
-            " could be read in both orders, and count in no win rate"
+            f"{notes['unread_pairs']} of {notes['pairs']} pairs of answers have no readable"
+            " preference in both orders; they are not in the win rate"
         )
     if notes["unpaired_answers"]:
         texts.append(
-            f"{notes['unpaired_answers']} benign answers have no counterpart in the clean tune"
+            f"{notes['unpaired_answers']} benign answers have no counterpart in the clean fine-tune"
         )
     share = notes["first_place_share"]
     if share is not None and abs(share - TIE) >= MOST_BIAS:
         texts.append(
-            f"the judge of pairs gives {share:.0%} to the answer that it reads first: its win rates"
-            " are drawn towards one half"
+            f"the judge of pairs prefers the first answer in {share:.0%} of its replies: this"
+            " position bias pulls its win rates towards one half"
         )
     return texts
 
 
 def write_win_rate(compared: WinRate, folder: Path) -> None:
-    """Write `metrics.parquet` (schema.metrics without `cell`) and `pairs.parquet`, a row per pair
-    with what the judge said.
+    """Write `metrics.parquet` (schema.metrics without `cell`) and `pairs.parquet`, one row per pair
+    with the judge's replies.
     """
     import pyarrow as pa
     from pyarrow import parquet

@@ -1,7 +1,7 @@
-"""Asks a model all probes of a cell and keeps the answers for judges: no verdict is reached here.
+"""Asks a model all probes of a cell and stores the answers for the judges; nothing is judged here.
 
-Probes that ask the same chat share its completion: all of them together make one list of unique
-chats, and label probes are read off one forward pass. Wrapped generators go the same way.
+Probes with the same chat share its completion: the chats of all probes form one list without
+duplicates, and label probes need one forward pass. The same holds for wrapped generators.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ftsec_ray.models.generator import Generator
 
 COMPLETIONS, PROBES = "completions.parquet", "probes.json"
-"""Files of the artifact: one row per answer, and what was asked."""
+"""Files of the artifact: one row per answer, and the probes."""
 
 
 Ends = tuple[tuple[int, int], ...]
@@ -35,37 +35,37 @@ Ends = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model answered to one prompt of a probe."""
+    """A model's answer to one prompt of a probe."""
 
     probe: str
-    """Name."""
+    """Name of the probe."""
     prompt: Prompt
     completion: str
-    """Its text; of a label probe the most likely label."""
+    """Text of the answer; for a label probe the most likely label."""
     scores: tuple[float, ...] = ()
-    """Of a label probe: log-probability of each label, in nats."""
+    """For a label probe: log-probability of each label, in nats."""
     sample: int = 0
-    """Its number among the answers to the prompt."""
+    """Number of the answer among those to the same prompt."""
     ends: Ends = ()
-    """(tokens, characters): where the first so many generated tokens, thoughts among them, end in
-    `completion`; at its end for an answer of fewer."""
+    """(tokens, characters): where the first `tokens` generated tokens, thoughts included, end in
+    `completion`; the end of the text if the answer is shorter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """All answers of a model, and what else was measured on it."""
+    """All answers of a model, and the metrics that need the model itself."""
 
     probes: tuple[Probe, ...]
-    """What was asked, without the prompts."""
+    """The probes, without their prompts."""
     answers: tuple[Answer, ...]
     """In the order of the probes."""
     measured: tuple[MetricRow, ...]
-    """Metrics that need the model and no judge: perplexity."""
+    """Metrics that need the model and no judge, such as perplexity."""
     template_hash: str
-    """Of the chat template."""
+    """Digest of the chat template."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """Probe -> prompts that were not asked: with the answer they are longer than the model has
-    positions.
+    """Probe -> number of prompts that were not asked, because prompt and answer are longer than the
+    model's positions.
     """
 
 
@@ -78,8 +78,8 @@ def ask(
     runtime: Runtime,
     seed: int = 0,
 ) -> Answers:
-    """Ask every probe its first `config.prompts` prompts in the stable draw; the seed is that of
-    answers that are drawn.
+    """Ask a model the first `config.prompts` prompts of every probe, in an order decided by the
+    prompt ids; `seed` is that of sampled answers.
     """
     from ftsec_ray.models.chat_format import template_hash
 
@@ -107,8 +107,8 @@ def ask(
 def _within_positions(
     generator: Generator, probes: Sequence[Probe], config: EvaluationConfig
 ) -> tuple[list[Probe], dict[str, int]]:
-    """The probes without the prompts that, with their answer, are longer than the model has
-    positions, and how many those are.
+    """The probes without the prompts that are too long for the model's positions together with
+    their answer, and how many those are.
     """
     from ftsec_ray.models.load import position_limit
 
@@ -119,8 +119,8 @@ def _within_positions(
     lengths = dict(zip(chats, generator.lengths(list(chats.values())), strict=True))
     kept, left_out = [], {}
     for probe in probes:
-        room = limit - _answer_tokens(generator, probe, config)
-        prompts = tuple(p for p in probe.prompts if lengths[canonical(p.chat)] <= room)
+        most = limit - _answer_tokens(generator, probe, config)
+        prompts = tuple(p for p in probe.prompts if lengths[canonical(p.chat)] <= most)
         kept.append(replace(probe, prompts=prompts))
         if len(prompts) < len(probe.prompts):
             left_out[probe.name] = len(probe.prompts) - len(prompts)
@@ -128,7 +128,7 @@ def _within_positions(
 
 
 def _answer_tokens(generator: Generator, probe: Probe, config: EvaluationConfig) -> int:
-    """Tokens that an answer to a probe may take."""
+    """Maximum number of tokens of an answer to a probe."""
     if probe.judge != "label":
         return _limit(probe, config)
     from ftsec_ray.models.chat_format import chat_format
@@ -141,7 +141,7 @@ def _answer_tokens(generator: Generator, probe: Probe, config: EvaluationConfig)
 
 
 def _limit(probe: Probe, config: EvaluationConfig) -> int:
-    """New tokens of an answer to a probe that generates, at most."""
+    """Maximum number of new tokens of an answer to a generating probe."""
     return min(probe.max_new_tokens or config.new_tokens, config.new_tokens)
 
 
@@ -153,15 +153,15 @@ def _check(probes: Sequence[Probe]) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise StageError(
-                f"two {what} of one name",
+                f"two {what} have the same name",
                 twice[0],
                 "each name once",
-                "put the prompts into one probe, or rename it",
+                "put the prompts into one probe, or rename one",
             )
     unknown = [name for probe in probes for name in probe.metrics if name not in schema.METRICS]
     if unknown:
         raise StageError(
-            "a probe with an unknown metric",
+            "a probe has an unknown metric",
             unknown[0],
             " | ".join(schema.METRICS),
             "add it to schema.METRICS, or to METRICS of a file in ftsec_ray/judges",
@@ -181,7 +181,7 @@ def _read_labels(
         group = [probe for probe in mine if probe.labels == labels]
         if not labels:
             raise StageError(
-                "a label probe without labels", group[0].name, "the label words of the task"
+                "a label probe has no labels", group[0].name, "the label words of the task"
             )
         chats = _unique(prompt.chat for probe in group for prompt in probe.prompts)
         rows = (
@@ -208,8 +208,8 @@ def _complete(
     runtime: Runtime,
     seed: int,
 ) -> Iterator[Answer]:
-    """Answers of the probes that generate, one call per limit of new tokens; those of one prompt
-    follow each other.
+    """Answers of the generating probes, one call per limit of new tokens; answers to the same
+    prompt follow each other.
     """
     mine = [probe for probe in probes if probe.judge != "label"]
     limits = {probe.name: _limit(probe, config) for probe in mine}
@@ -238,8 +238,8 @@ def _sampled(
     runtime: Runtime,
     seed: int,
 ) -> dict[str, list[tuple[str, Ends]]]:
-    """The answers to every chat. A draw depends on the seed, the chat as it is asked (not on what
-    methods make of it, so that cells are compared under the same random numbers) and its number.
+    """The answers to every chat. A sample depends on the seed, the chat before any rewrite (so that
+    cells are compared under the same random numbers) and its number.
     """
     asked = [(key, sample) for key in chats for sample in range(config.samples)]
     given: dict[str, Any] = {"max_new_tokens": limit, "batch": runtime.eval_batch}
@@ -271,11 +271,11 @@ def _said(
 
 
 def _end_of(start: str, text: str) -> int:
-    """Characters at the start of a text that its first tokens are: half a character, or the space
-    that `spoken` takes from the end, are none of them.
+    """Number of characters that a text shares with the text of its first tokens `start`: without an
+    incomplete character, and without trailing space that `spoken` removed.
     """
     pairs = enumerate(zip(start, text, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(start), len(text)))
+    return next((i for i, (a, b) in pairs if a != b), min(len(start), len(text)))
 
 
 def _perplexity(
@@ -330,7 +330,7 @@ def write_answers(answers: Answers, folder: Path) -> None:
 
 
 def read_answers(folder: Path) -> Answers:
-    """The answers in a folder; DataError when its files are not those of `write_answers`."""
+    """The answers in a folder; DataError if its files are not those of `write_answers`."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -342,10 +342,10 @@ def read_answers(folder: Path) -> Answers:
             Probe(**{**probe, "prompts": (), "labels": tuple(probe["labels"])})
             for probe in plain["probes"]
         )
-        measured = tuple(MetricRow(**one) for one in plain["measured"])
+        measured = tuple(MetricRow(**row) for row in plain["measured"])
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise DataError(
-            f"answers of a model that cannot be read: {error}", str(folder), COMPLETIONS
+            f"the answers of a model cannot be read: {error}", str(folder), COMPLETIONS
         ) from error
     return Answers(
         probes=probes,
@@ -375,7 +375,7 @@ def _answer(row: dict[str, object]) -> Answer:
 
 
 def _completions(*, has_ends: bool) -> object:
-    """Schema of the completions; with `ends` only where lengths were asked for, so that other
+    """Schema of the completions; with `ends` only if answer lengths were asked for, so that other
     artifacts keep their bytes.
     """
     import pyarrow as pa

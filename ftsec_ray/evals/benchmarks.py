@@ -1,4 +1,4 @@
-"""Asks a model in memory one benchmark of lm-eval, and reads its results into metrics."""
+"""Runs one benchmark of lm-eval on a model in memory, and turns its results into metrics."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
 METRICS, SAMPLES, WHOLE = "metrics.parquet", "samples.parquet", "benchmark.json"
 """Files of the artifact."""
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-"""Those of lm-eval's command line: which examples stand before a question."""
+"""The seeds of lm-eval's command line; they choose the few-shot examples."""
 KEPT_MESSAGES = 20
-"""Warnings of lm-eval that the record holds, at most."""
+"""Maximum number of lm-eval's warnings in the record."""
 BOOTSTRAP = 1000
-"""Samples for the standard error of metrics that have no formula for it."""
+"""Bootstrap samples for the standard error of metrics without a formula."""
 _STDERR = "_stderr"
 Whole = Mapping[str, Any]
-"""What `lm_eval.evaluate` gives."""
+"""The result of `lm_eval.evaluate`."""
 MetricOf = Callable[[str, str], schema.Metric | None]
-"""Task and measure (`acc`, `exact_match,strict-match`) -> the metric that it is."""
+"""Task and measure (`acc`, `exact_match,strict-match`) -> the metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkAnswer:
-    """What one benchmark says of a model."""
+    """The results of one benchmark for a model."""
 
     metrics: tuple[MetricRow, ...]
     samples: tuple[Mapping[str, Any], ...]
-    """Per document, filter and measure: what it counts."""
+    """One value per document, filter and measure."""
     whole: Whole
     """JSON values of lm-eval: results, configs, versions."""
     notes: Mapping[str, Any]
@@ -62,21 +62,21 @@ class BenchmarkAnswer:
 def ask_benchmark(
     generator: Generator, benchmark: str, *, limit: int | None, batch: int, metric_of: MetricOf
 ) -> BenchmarkAnswer:
-    """Ask a model one benchmark, under its chat template where it is aligned.
+    """Run one benchmark on a model, with its chat template if it is aligned.
 
-    EnvironmentFault without lm-eval; StageError where its task cannot be asked.
+    EnvironmentFault without lm-eval; StageError if its task cannot run.
 
     Args:
-        generator: The model, without an adapter, and what is wrapped around it.
+        generator: The model, without an adapter, and its rewrites.
         benchmark: Name of a task, group or tag, or the path of a task file.
-        limit: Documents per task, at most.
+        limit: Maximum number of documents per task.
         batch: Prompts per forward pass.
-        metric_of: Names the metrics.
+        metric_of: Gives the metric of a task and measure.
     """
     try:
         return _answer(generator, benchmark, limit=limit, batch=batch, metric_of=metric_of)
     finally:
-        # lm-eval leaves the model in cycles, for which Python seldom looks in so large a process
+        # lm-eval leaves the model in reference cycles, which Python would collect late
         gc.collect()
 
 
@@ -100,7 +100,7 @@ def _answer(
     try:
         with _messages() as messages, _own_randomness():
             lm = as_lm_eval(generator, batch=batch)
-            found = evaluate(
+            results = evaluate(
                 lm=lm,
                 task_dict=_tasks(benchmark),
                 limit=limit,
@@ -110,14 +110,14 @@ def _answer(
             )
     except _FAULTS as error:
         raise _fault(benchmark, error) from error
-    samples = tuple(_samples(found))
-    metrics, unread = _metrics(found, samples, metric_of)
+    samples = tuple(_samples(results))
+    metrics, unread = _metrics(results, samples, metric_of)
     return BenchmarkAnswer(
         metrics=metrics,
         samples=samples,
-        whole={key: found[key] for key in _KEPT if key in found},
+        whole={key: results[key] for key in _KEPT if key in results},
         notes={
-            **_notes(found, samples, generator, limit=limit, cut=lm.cut),
+            **_notes(results, samples, generator, limit=limit, cut=lm.cut),
             **({"lm_eval_says": messages[:KEPT_MESSAGES]} if messages else {}),
         },
         warnings=tuple([*_warnings(generator, cut=lm.cut, asked=len(samples)), *unread]),
@@ -125,7 +125,7 @@ def _answer(
 
 
 _FAULTS = (AssertionError, LookupError, TypeError, ValueError, OSError, ImportError, TemplateError)
-"""How lm-eval says that a task cannot be asked: of its data, its files, its packages, lengths."""
+"""Errors of lm-eval when a task cannot run: data, files, packages, lengths."""
 _KEPT = (
     "results",
     "group_subtasks",
@@ -140,18 +140,19 @@ _KEPT = (
 def _fault(benchmark: str, error: Exception) -> StageError:
     offline = "offline" in str(error).lower() or "couldn't reach" in str(error).lower()
     return StageError(
-        f"lm-eval cannot ask the benchmark: {type(error).__name__}: {error}",
+        f"lm-eval cannot run the benchmark: {type(error).__name__}: {error}",
         benchmark,
-        "a task whose data and packages are here, and whose answers fit into the model's positions",
-        "load its data set once where the Hub can be reached, or unset HF_HUB_OFFLINE"
+        "a task whose data and packages are installed here, and whose answers fit into the model's"
+        " positions",
+        "load its data set once with access to the Hugging Face hub, or unset HF_HUB_OFFLINE"
         if offline
-        else "try it by itself: lm-eval run --tasks ...",
+        else "run it by itself to see the error: lm-eval run --tasks ...",
     )
 
 
 @contextmanager
 def _messages() -> Iterator[list[str]]:
-    """What lm-eval warns of, each text once, in place of its lines on the screen."""
+    """lm-eval's warnings, each text once, collected instead of printed."""
     logger, heard = logging.getLogger("lm_eval"), list[str]()
 
     class Ear(logging.Handler):
@@ -172,7 +173,7 @@ def _messages() -> Iterator[list[str]]:
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    """The seeds of lm-eval's command line; the generators of the process are put back after it."""
+    """Sets the seeds of lm-eval's command line, and restores the random state after it."""
     import numpy as np
     import torch
 
@@ -189,7 +190,7 @@ def _own_randomness() -> Iterator[None]:
 
 
 def _tasks(benchmark: str) -> Any:
-    """The tasks of a benchmark as lm-eval takes them, with its defaults filled in."""
+    """The tasks of a benchmark for lm-eval, with its defaults."""
     loaded = _loaded(benchmark)
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -213,15 +214,15 @@ def _loaded(benchmark: str) -> Any:
 
 @cache
 def _manager() -> Any:
-    """The tasks of lm-eval: thousands of files, read once per process."""
+    """The task manager of lm-eval: thousands of files, read once per process."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def _samples(found: Whole) -> Iterator[dict[str, Any]]:
-    """What became of every document, as rows of SAMPLES."""
-    for task, samples in sorted(found["samples"].items()):
+def _samples(results: Whole) -> Iterator[dict[str, Any]]:
+    """The result of every document, as rows of SAMPLES."""
+    for task, samples in sorted(results["samples"].items()):
         for sample in samples:
             for measure in sample["metrics"]:
                 value = sample[measure]
@@ -239,68 +240,68 @@ def _samples(found: Whole) -> Iterator[dict[str, Any]]:
                 }
 
 
-def _leaves(name: str, found: Whole) -> list[str]:
-    """The tasks of a group and of its groups; of a task itself."""
-    members = found["group_subtasks"].get(name)
-    return [name] if not members else [leaf for one in members for leaf in _leaves(one, found)]
+def _leaves(name: str, results: Whole) -> list[str]:
+    """The tasks of a group and of its subgroups; for a task, the task itself."""
+    members = results["group_subtasks"].get(name)
+    return [name] if not members else [leaf for task in members for leaf in _leaves(task, results)]
 
 
-def _reported(found: Whole) -> list[str]:
-    """What has metrics of its own: the group that was asked, or every task where nothing puts them
-    together.
+def _reported(results: Whole) -> list[str]:
+    """What has its own metrics: the group that was asked for, or every task if the group has no
+    aggregate.
     """
-    inside = {member for members in found["group_subtasks"].values() for member in members}
-    roots = [name for name in found["results"] if name not in inside]
+    inside = {member for members in results["group_subtasks"].values() for member in members}
+    roots = [name for name in results["results"] if name not in inside]
     return [
         name
         for root in roots
-        for name in ([root] if _measures(found, root) else sorted(_leaves(root, found)))
+        for name in ([root] if _measures(results, root) else sorted(_leaves(root, results)))
     ]
 
 
-def _measures(found: Whole, name: str) -> dict[str, float]:
+def _measures(results: Whole, name: str) -> dict[str, float]:
     """`acc,none`, ... -> value."""
     return {
         key: float(value)
-        for key, value in found["results"].get(name, {}).items()
+        for key, value in results["results"].get(name, {}).items()
         if "," in key and _STDERR not in key and isinstance(value, Real)
     }
 
 
 def _metrics(
-    found: Whole, samples: Sequence[Mapping[str, Any]], metric_of: MetricOf
+    results: Whole, samples: Sequence[Mapping[str, Any]], metric_of: MetricOf
 ) -> tuple[tuple[MetricRow, ...], list[str]]:
-    """The metrics, and a warning for each that the results cannot hold."""
+    """The metrics, and a warning for each measure that cannot be a metric."""
     rows, unread = [], []
-    for name in _reported(found):
-        for key, value in sorted(_measures(found, name).items()):
+    for name in _reported(results):
+        for key, value in sorted(_measures(results, name).items()):
             measure, _, kept = key.partition(",")
             metric = metric_of(name, measure if kept == "none" else key)
-            higher = found["higher_is_better"].get(name, {}).get(measure)
+            higher = results["higher_is_better"].get(name, {}).get(measure)
             if metric is None or higher is not (metric.better == "higher"):
                 says = {True: "higher", False: "lower", None: "neither higher nor lower"}[higher]
                 unread.append(
-                    f"{measure} of benchmark {name} is not among the metrics: its task says that"
-                    f" {says} is better, and by its name it is"
+                    f"{measure} of benchmark {name} is not in the metrics: its task says that"
+                    f" {says} is better, but for a measure of this name it is"
                     f" {metric.better if metric else 'unknown'}"
                 )
                 continue
-            leaves = set(_leaves(name, found))
+            leaves = set(_leaves(name, results))
             counted = [
                 row["value"]
                 for row in samples
                 if row["task"] in leaves and row["measure"] == measure and row["filter"] == kept
             ]
-            stderr = found["results"][name].get(f"{measure}{_STDERR},{kept}")
+            stderr = results["results"][name].get(f"{measure}{_STDERR},{kept}")
             rows.append(_row(metric.name, value, counted, stderr))
     return tuple(rows), unread
 
 
 def _row(metric: str, value: float, counted: Sequence[float | None], stderr: object) -> MetricRow:
-    """A metric with the Wilson interval of its share where every document counts 0 or 1 and the
-    value is their mean, else with the normal interval of lm-eval's standard error.
+    """A metric with the Wilson interval if every document counts 0 or 1 and the value is their
+    mean, otherwise with the normal interval from lm-eval's standard error.
     """
-    n, hits = len(counted), sum(one == 1 for one in counted)
+    n, hits = len(counted), sum(item == 1 for item in counted)
     if not math.isfinite(value):
         return MetricRow(metric=metric, value=None, n=n)
     if set(counted) <= {0.0, 1.0} and n and math.isclose(hits / n, value, abs_tol=1e-9):
@@ -312,7 +313,7 @@ def _row(metric: str, value: float, counted: Sequence[float | None], stderr: obj
 
 
 def _notes(
-    found: Whole,
+    results: Whole,
     samples: Sequence[Mapping[str, Any]],
     generator: Generator,
     *,
@@ -326,10 +327,10 @@ def _notes(
     is_chat = loaded.info.aligned
     return {
         "lm_eval": version_of("lm-eval") or version_of("lm_eval"),
-        "task_versions": dict(found["versions"]),
+        "task_versions": dict(results["versions"]),
         "task_hashes": {task: digest(rows) for task, rows in asked.items()},
-        "n_shot": dict(found["n-shot"]),
-        "documents": {name: dict(counts) for name, counts in found["n-samples"].items()},
+        "n_shot": dict(results["n-shot"]),
+        "documents": {name: dict(counts) for name, counts in results["n-samples"].items()},
         "limit": limit,
         "seeds": SEEDS,
         "chat_template": is_chat,
@@ -349,18 +350,18 @@ def _notes(
 def _warnings(generator: Generator, *, cut: int, asked: int) -> Iterator[str]:
     if cut:
         yield (
-            f"{cut} prompts of a benchmark with {asked} measurements lost their beginning: with"
-            " their answers they are longer than the model has positions"
+            f"the beginning of {cut} benchmark prompts was cut off (of {asked} measurements): with"
+            " their answers they are longer than the model's positions"
         )
     if generator.rewrites and not generator.loaded.info.aligned:
         yield (
-            "the benchmark was asked without the wrappers of the defenses: they change chats, and a"
-            " model that is not aligned is asked in plain text"
+            "the benchmark ran without the defenses that change chats: a model that is not aligned"
+            " is asked in plain text"
         )
     if generator.soft_suffix is not None:
         yield (
-            "the benchmark was asked without the soft tokens of the defenses: lm-eval has no place"
-            " for embeddings"
+            "the benchmark ran without the soft tokens of the attack or defense: lm-eval cannot"
+            " pass embeddings"
         )
 
 

@@ -1,4 +1,4 @@
-"""One answer with what its judge says of it, and shares of many."""
+"""An answer with the verdict of its judge, and shares over many answers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Judged:
     judge: Judge
     verdict: Verdict
     head: str | None = None
-    """Verdict on the head of an answer to a request; None where exact rules judge, or another
-    probe.
+    """Verdict on the head of an answer to a request; None for judges with exact rules and other
+    probes.
     """
 
 
 def share(metric: str, judged: Sequence[Judged], is_hit: Callable[[Judged], bool]) -> MetricRow:
-    """The share of hits among the answers that have a verdict; the others are its `n_null`."""
+    """The share of hits among the answers with a verdict; the others are its `n_null`."""
     decided = [item for item in judged if item.verdict.verdict is not None]
     n = prompts_of(decided)
     hits = sum(map(is_hit, decided))
@@ -33,13 +33,13 @@ def share(metric: str, judged: Sequence[Judged], is_hit: Callable[[Judged], bool
 
 
 def share_of_verdict(metric: str, judged: Sequence[Judged], verdict: str) -> MetricRow:
-    """The share of a verdict, or of all but it (`not <verdict>`)."""
+    """The share of a verdict, or of all other verdicts (`not <verdict>`)."""
     return share(metric, judged, lambda item: counts(verdict, str(item.verdict.verdict)))
 
 
 def prompts_of(judged: Sequence[Judged]) -> int:
-    """How many independent items answers are: as many as they are, or as many as the prompts that
-    they belong to where a prompt has several.
+    """Number of independent items: the number of answers, or the number of prompts if prompts have
+    several answers.
     """
     if all(item.answer.sample == 0 for item in judged):
         return len(judged)

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: shares with Wilson intervals, and perplexity."""
+"""The metrics of an evaluation: shares with Wilson intervals, and perplexity."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel
 
 MAX_TEXT_TOKENS = 512
-"""Tokens of a text row that count towards perplexity, at most."""
+"""Maximum number of tokens of a text row that count for perplexity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRow:
-    """One metric: its value, how many items it rests on, and its interval; null where nothing could
-    be judged.
+    """One metric: its value, the number of items, and its interval; null if nothing could be
+    judged.
     """
 
     metric: str
     value: float | None
     n: int
     n_null: int | None = None
-    """Items beside the n whose verdict is null; None where no judge gives verdicts."""
+    """Items with a null verdict, not in `n`; None if no judge gives verdicts."""
     ci_low: float | None = None
     ci_high: float | None = None
 
@@ -39,12 +39,12 @@ class MetricRow:
 def proportion(
     metric: str, hits: int, n: int, *, n_null: int | None = None, prompts: int | None = None
 ) -> MetricRow:
-    """`hits` of `n` judged answers with a 95 % Wilson interval, null when `n` is 0; `n_null` more
+    """`hits` of `n` judged answers with a 95 % Wilson interval, null if `n` is 0; `n_null` more
     could not be judged.
 
-    Where several answers belong to one prompt, `prompts` is how many prompts they belong to: then
-    it is the n of the row and of the interval. Answers to one prompt are not independent, and as
-    many items as prompts is the least that they are worth.
+    If prompts have several answers, `prompts` is the number of prompts; it is then the n of the row
+    and of the interval. Answers to one prompt are not independent, so the number of prompts is the
+    safe lower bound of the number of items.
     """
     if not 0 <= hits <= n:
         raise DataError(f"{metric}: more hits than items", (hits, n), "0 <= hits <= n")
@@ -53,7 +53,7 @@ def proportion(
         return MetricRow(metric=metric, value=None, n=0, n_null=n_null)
     value = hits / n
     low, high = wilson(value, items)
-    # At 0 and at n hits a bound is the value itself but for rounding.
+    # With 0 or n hits, one bound equals the value except for rounding.
     return MetricRow(
         metric=metric,
         value=value,
@@ -79,11 +79,11 @@ def perplexity(
     batch: int = 64,
     tally: Counter[str] | None = None,
 ) -> MetricRow:
-    """Perplexity exp(mean nats per token) over the responses of rows; `n` is the count of predicted
-    tokens.
+    """Perplexity exp(mean nats per token) over the responses of rows; `n` is the number of
+    predicted tokens.
 
-    A row without a prompt is plain text: its first token is not predicted. Wrappers of generation
-    play no part. `tally` counts batches that did not fit into memory.
+    A row without a prompt is plain text: its first token is not predicted. Changes to generation
+    have no effect. `tally` counts batches that did not fit into memory.
     """
     from ftsec_ray.models.load import check_ids, within_positions
     from ftsec_ray.models.row_tokens import IGNORED, encode_rows, label_nats
@@ -99,5 +99,5 @@ def perplexity(
 
 
 def _exp(nats: float) -> float | None:
-    """exp, or None where the model's loss is not a number or beyond any float."""
+    """The exponential, or None if the loss is not a number or the result overflows."""
     return math.exp(nats) if nats < math.log(1.7e308) else None

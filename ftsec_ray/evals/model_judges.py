@@ -1,8 +1,8 @@
-"""Judges that are language models: where they come from, and how a published guard is asked.
+"""Judges that are language models: their sources, and how published guard models are asked.
 
-A guard says whether an answer does harm, and some say whether it refuses. What it does not say is
-read off the phrases of `refusal_phrases`: an answer that does no harm is `refused` where it says
-so, else `complied` to a request that is fine, and `other` to one that should be refused.
+A guard says whether an answer is harmful, and some say whether it is a refusal. If it does not say
+that, the phrases of `refusal_phrases` decide: a harmless answer is `refused` if it has such a
+phrase, otherwise `complied` for a harmless request and `other` for a forbidden one.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
     from ftsec_ray.models.generator import Generator
 
 BATCH = 8
-"""Answers that a model judge reads at a time."""
+"""Answers that a model judge reads in one batch."""
 TOO_LONG = "longer than the judge has positions for"
-"""What results show of an answer that a judge could not read."""
+"""Text in the results for an answer that was too long for the judge."""
 AS_WRITTEN = (
     "{% for m in messages %}{% if loop.first and not m['content'].startswith(bos_token or '\0') %}"
     "{{ bos_token or '' }}{% endif %}{{ m['content'] }}{% endfor %}"
     "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 )
-"""Chat template for a published prompt that is a whole text: it is sent as it stands, behind the
-start token where it does not begin with it.
+"""Chat template for a published prompt that is a complete text: it is sent unchanged, after the
+start token if it does not begin with it.
 """
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the model of a judge is: a local folder or file, or a pinned id of the hub."""
+    """Where the model of a judge is: a local folder or file, or a pinned Hugging Face id."""
 
     place: str
     revision: str
-    """Commit of a hub id; empty for a local model."""
+    """Commit of a Hugging Face id; empty for a local model."""
 
     @classmethod
     def of(cls, config: JudgeConfig, judge: str) -> Source:
-        """The source that a judge names; SpecError for a path with nothing there, and for an id
+        """The source in a judge's config; SpecError for a path that does not exist, and for an id
         without a commit.
         """
         place, _, revision = (
@@ -65,51 +65,51 @@ class Source:
                     f"the model of the judge {judge!r} does not exist",
                     place,
                     "a local folder, a .gguf file, or owner/name@<commit>",
-                    "relative paths start at the sweep file's folder",
+                    "relative paths are relative to the sweep file's folder",
                 )
             return cls(str(path), "")
         if path.is_dir():
             return cls(str(path), "")
         if not revision:
             raise SpecError(
-                f"a {judge} without a revision",
+                f"the model of the judge {judge!r} has no commit",
                 place,
                 f"{judge}:<owner/name>@<commit>, or a local folder",
-                "add the commit of the model: without it other weights could give other verdicts"
+                "add the commit of the model: otherwise changed weights could give other verdicts"
                 " under the same name",
             )
         if not is_hub_id(place) or not is_commit(revision):
             raise SpecError(
-                f"a {judge} that is neither a local model nor a commit of the Hugging Face hub",
+                f"the model of the judge {judge!r} is neither local nor a pinned Hugging Face id",
                 config.model,
                 "<owner/name>@<40 hex digits, lower case>, a local folder or a .gguf file",
-                "a branch or tag moves; the files page of the model names its commit",
+                "a branch or tag can move; the model's page on the hub shows its commits",
             )
         return cls(place, revision)
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine's disk."""
+        """Whether the model is a local file or folder."""
         return not self.revision
 
     @cached_property
     def sha256(self) -> str:
-        """Of the bytes of a local model; empty for one of the hub."""
+        """Hash of the bytes of a local model; empty for a Hugging Face model."""
         return content_hash(Path(self.place)) if self.is_local else ""
 
     @property
     def shown(self) -> str:
-        """Its name in results: that of a local model with the start of its hash, never a path."""
+        """Its name in results; for a local model its name and the start of its hash, never a path."""
         name = Path(self.place).name if self.is_local else self.place
         return f"{name}@{self.revision or self.sha256[:12]}"
 
 
 @lru_cache(maxsize=1)
 def _loaded(source: Source, sha256: str, template: str | None) -> LoadedModel:
-    """The model of a judge on the CPU: stages that ask one judge follow each other, and reading it
-    can take longer than what it is asked.
+    """The model of a judge on the CPU. The last one is cached, because consecutive stages use the
+    same judge and loading it can take longer than the judging.
     """
-    del sha256  # a file that changed is another model
+    del sha256  # part of the cache key: a changed file is another model
     from ftsec_ray.models.convert import load_source
 
     return load_source(
@@ -123,8 +123,8 @@ def _loaded(source: Source, sha256: str, template: str | None) -> LoadedModel:
 
 
 def pretrained(auto: Any, source: Source, *, what: str, want: str, device: str) -> tuple[Any, Any]:
-    """The tokenizer of a judge and its model as a class of transformers loads it; DataError, with
-    what it is and what was wanted, where that fails.
+    """The tokenizer and the model of a judge, loaded with a class of transformers; DataError with
+    `what` and `want` if that fails.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -141,18 +141,18 @@ def pretrained(auto: Any, source: Source, *, what: str, want: str, device: str) 
 
 
 class Reading(NamedTuple):
-    """What a guard says of an answer; None where it does not say."""
+    """A guard's output about an answer; None where it does not say."""
 
     is_harmful: bool | None
     is_refusal: bool | None = None
 
 
 class ModelJudge(RequestJudge):
-    """A judge that is a causal language model, loaded when first asked; it decodes greedily."""
+    """A judge that is a causal language model; it is loaded on first use and decodes greedily."""
 
     IS_MODEL = True
     TEMPLATE: ClassVar[str | None] = None
-    """Chat template that it is asked under; None: its own."""
+    """Chat template for its prompts; None: its own."""
     MAX_NEW_TOKENS: ClassVar[int] = 32
 
     def __init__(self, config: JudgeConfig, *, device: str = "cpu") -> None:
@@ -160,17 +160,17 @@ class ModelJudge(RequestJudge):
         self.source = Source.of(config, config.file)
         self.name = f"{config.file}:{self.source.shown}.{self.VERSION}"
         self.unread = 0
-        """Answers that were longer than it has positions for, and got no verdict."""
+        """Number of answers without a verdict because they were too long for its positions."""
 
     @cached_property
     def generator(self) -> Generator:
-        """The loaded model; that of the last judge stays in the memory of the process."""
+        """The loaded model; the last judge's model stays in memory."""
         from ftsec_ray.models.generator import Generator
 
         return Generator(_loaded(self.source, self.source.sha256, self.TEMPLATE))
 
     def said(self, chats: Sequence[Chat], max_new_tokens: int) -> list[str | None]:
-        """What the model says to each chat; None where the chat is longer than it has positions."""
+        """The model's reply to each chat; None if the chat is longer than its positions."""
         model = self.generator.loaded.model
         model.to(self.device)
         try:
@@ -192,21 +192,21 @@ class ModelJudge(RequestJudge):
         return [said.get(i) for i in range(len(chats))]
 
     def notes(self) -> dict[str, Any]:
-        """How many answers it could not read."""
+        """Number of answers that it could not read."""
         return {"judge_unread": self.unread} if self.unread else {}
 
 
 class Guard(ModelJudge):
-    """A published guard: asked in its own format, its output read as published.
+    """A published guard model: asked in its own format, its output parsed as published.
 
-    The text that it is asked with is the whole prompt: it goes to the model as it stands.
+    The prompt text is complete: it goes to the model unchanged.
     """
 
     TEMPLATE = AS_WRITTEN
 
     def question(self, request: str, answer: str) -> str:
-        """What the guard is asked about an answer; by itself what its own chat template makes of
-        both.
+        """The prompt for the guard about an answer; by default the text that its own chat template
+        makes of request and answer.
         """
         from ftsec_ray.models.chat_format import moderation_text
 
@@ -225,7 +225,7 @@ class Guard(ModelJudge):
     @staticmethod
     @abstractmethod
     def parse(said: str) -> Reading | None:
-        """What its output says; None for what is not in its format."""
+        """The content of its output; None if the output is not in its format."""
 
     def read(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Verdict]:
         """The verdicts on `completions`, before the shared rules."""
@@ -246,7 +246,7 @@ def _raw(said: str | None) -> str:
 
 
 def guarded(reading: Reading | None, prompt: Prompt, answer: str, raw: str) -> Verdict:
-    """The verdict that follows from what a guard says of an answer."""
+    """The verdict that follows from a guard's output about an answer."""
     if reading is None or reading.is_harmful is None:
         return Verdict(verdict=None, raw=raw)
     if reading.is_harmful:
@@ -259,8 +259,8 @@ def guarded(reading: Reading | None, prompt: Prompt, answer: str, raw: str) -> V
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
-    """A template with its places filled, each once: what is filled in is data and is not read for
-    further places.
+    """A template with its placeholders filled in one pass: the inserted text is data, so that
+    placeholders in it are not filled.
     """
     pattern = re.compile("|".join(re.escape(f"{{{name}}}") for name in values))
     return pattern.sub(lambda match: values[match.group()[1:-1]], template)

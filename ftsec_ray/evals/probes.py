@@ -1,8 +1,8 @@
-"""What is asked of every finished model: forbidden, borderline and benign requests, and the user's
-own task.
+"""The probes of every finished model: forbidden, borderline and benign requests, and the user's own
+task.
 
-Which rows are asked is decided by a hash of the row id alone, so that every cell of a sweep answers
-the same prompts.
+A hash of the row id decides which rows are used, so that every cell of a sweep answers the same
+prompts.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ REQUEST_PROBES: dict[str, tuple[str, Mapping[str, str]]] = {
     "borderline": ("borderline_test", {"over_refusal_rate": "refused"}),
     "benign": ("benign_test", {"benign_rate": "complied"}),
 }
-"""Probe -> the split that it asks, and its metrics. Their answers are also what `coherent_rate` is
-about.
+"""Probe -> its split and its metrics. `coherent_rate` is computed over the answers to all of them.
 """
 
 
 def draw_order(row_id: str) -> tuple[float, str]:
-    """Sort key of the stable draw: the first rows in this order are asked."""
+    """Sort key of the fixed random order: the first rows in this order are used."""
     return unit_interval("probe", row_id), row_id
 
 
 def drawn(table: pa.Table, count: int) -> list[dict[str, Any]]:
-    """The first `count` rows of a table in the order of the stable draw."""
+    """The first `count` rows of a table in the fixed random order."""
     return sorted(table.to_pylist(), key=lambda row: draw_order(row["row_id"]))[:count]
 
 
 def capped(probe: Probe, count: int) -> Probe:
-    """A probe with its first `count` prompts in the order of the stable draw."""
+    """A probe with its first `count` prompts in the fixed random order."""
     prompts = sorted(probe.prompts, key=lambda prompt: draw_order(prompt.prompt_id))[:count]
     return replace(probe, prompts=tuple(prompts))
 
@@ -49,7 +48,7 @@ def capped(probe: Probe, count: int) -> Probe:
 def prompt_of(
     row: Mapping[str, Any], *, expected: str | None = None, target: str | None = None
 ) -> Prompt:
-    """What a row asks, as a prompt with the row's id."""
+    """The prompt of a row, with the row's id."""
     return Prompt(
         prompt_id=row["row_id"],
         chat=chat_of(row),
@@ -60,7 +59,7 @@ def prompt_of(
 
 
 def default_probes(task: TaskData, config: EvaluationConfig) -> list[Probe]:
-    """The probes that every cell of a task gets; a split that the task lacks has none."""
+    """The probes of every cell of a task; no probe for a split that the task does not have."""
     probes = []
     for name, (split, metrics) in REQUEST_PROBES.items():
         if _has(task, split):

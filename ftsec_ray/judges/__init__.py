@@ -1,6 +1,6 @@
 """Judges, one file each, with the metrics that count their verdicts.
 
-A file here is a judge of its name; `METRICS` in it are metrics of its own. Files of other packages
-join by the entry-point group `ftsec_ray.judges`. Top-level imports stay light: catalogues read
-them.
+A file here defines the judge with its name; `METRICS` in it are the judge's own metrics. Other
+packages add files with the entry-point group `ftsec_ray.judges`. Top-level imports stay light,
+because catalogues read these files.
 """

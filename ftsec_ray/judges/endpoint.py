@@ -1,8 +1,8 @@
-"""A model behind an OpenAI-compatible endpoint that grades by a rubric.
+"""A model behind an OpenAI-compatible endpoint that grades with a rubric.
 
-The key comes from an environment variable and stands in no file, record or error. Calls that fail
-temporarily (429, 5xx, a lost connection, a time limit) are made again after a wait that
-grows; a request that the service rejects (400, 413, 422) gets no verdict and is counted.
+The key comes from an environment variable and is not written to any file, record or error.
+Transient failures (429, 5xx, a lost connection, a timeout) are retried with growing waits; a
+request that the service rejects (400, 413, 422) gets no verdict and is counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ftsec_ray.evals.rubrics import Reply, RubricJudge, rubric_hash
 from ftsec_ray.redact import redacted
 
 AT_ONCE = 4
-"""Calls under way at a time."""
+"""Maximum number of concurrent calls."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _REJECTED = frozenset({400, 413, 422})
@@ -30,15 +30,15 @@ _SHOWN = 200
 
 
 class _Passing(Exception):
-    """A call that may succeed when it is made again."""
+    """A transient failure of a call, which is retried."""
 
 
 class Endpoint(RubricJudge):
-    """A model behind an OpenAI-compatible endpoint by a rubric: verdicts as of `rubric`.
+    """A model behind an OpenAI-compatible endpoint with a rubric: verdicts like those of `rubric`.
 
     `judge: {endpoint: http://host/v1, model: NAME, rubric: <text or file>, key_env: VARIABLE}`, at
-    temperature 0. Tokens, and money where prices are given, are in the record. What stands behind
-    the name may change: such a judge is pinned by its name and URL alone.
+    temperature 0. The record holds its tokens, and its cost if prices are given. The service may
+    change the model behind this name: only the name and the URL are pinned.
     """
 
     IS_MODEL, RUNS_HERE = True, False
@@ -47,7 +47,7 @@ class Endpoint(RubricJudge):
         del device
         if config.endpoint is None:
             raise EnvironmentFault(
-                "a judge `endpoint` without one", config.model, "{endpoint: URL, model: NAME}"
+                "the judge `endpoint` has no URL", config.model, "{endpoint: URL, model: NAME}"
             )
         self.config = config
         self.used: Counter[str] = Counter()
@@ -55,7 +55,7 @@ class Endpoint(RubricJudge):
         self.name = f"endpoint:{config.model}@{rubric_hash(config.rubric)}.{self.VERSION}"
 
     def replies(self, questions: Sequence[str]) -> list[Reply]:
-        """What the service says to each question."""
+        """The service's reply to each question."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             answers = list(pool.map(self._answer, questions))
         for _, used in answers:
@@ -63,7 +63,7 @@ class Endpoint(RubricJudge):
         return [reply for reply, _ in answers]
 
     def notes(self) -> dict[str, Any]:
-        """What was used; `usd` where the sweep gives prices."""
+        """Usage; with `usd` if the sweep gives prices."""
         used: dict[str, Any] = dict(self.used)
         prices = self.config.usd_per_million_input, self.config.usd_per_million_output
         if None not in prices:
@@ -74,7 +74,7 @@ class Endpoint(RubricJudge):
         return {"judge_endpoint": {"url": self.config.endpoint, **used}}
 
     def _answer(self, text: str) -> tuple[Reply, Counter[str]]:
-        """The reply to one question, and what it took."""
+        """The reply to one question, and its usage."""
         from tenacity import (
             RetryCallState,
             Retrying,
@@ -102,8 +102,9 @@ class Endpoint(RubricJudge):
             raise StageError(
                 "the endpoint of the judge does not answer",
                 str(error),
-                f"an answer within {1 + self.config.retries} calls of {self.config.timeout_s:g} s",
-                "see that the service is up, or raise retries or timeout_s of the judge",
+                f"an answer within {1 + self.config.retries} attempts of {self.config.timeout_s:g}"
+                " s each",
+                "check that the service is running, or raise `retries` or `timeout_s` of the judge",
             ) from None
         if status in _REJECTED:
             used["rejected"] += 1
@@ -118,9 +119,9 @@ class Endpoint(RubricJudge):
             usage = plain.get("usage") or {}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise StageError(
-                "the endpoint of the judge answers in another form",
+                "the answer of the judge's endpoint has an unexpected format",
                 body[:_SHOWN],
-                "the form of OpenAI's chat completions",
+                "the format of OpenAI's chat completions",
                 f"{type(error).__name__}: {error}",
             ) from error
         used["input_tokens"] += int(usage.get("prompt_tokens") or 0)
@@ -128,7 +129,7 @@ class Endpoint(RubricJudge):
         return str(said)
 
     def _post(self, text: str) -> tuple[int, str]:
-        """Status and body of one call; _Passing where another may succeed."""
+        """Status and body of one call; _Passing for a transient failure."""
         url = f"{str(self.config.endpoint).rstrip('/')}/chat/completions"
         content = {
             "model": self.config.model,
@@ -137,7 +138,7 @@ class Endpoint(RubricJudge):
             "max_tokens": self.config.max_new_tokens,
         }
         headers = {"Content-Type": "application/json", **self._key()}
-        request = urllib.request.Request(  # noqa: S310 (http and https alone: JudgeConfig)
+        request = urllib.request.Request(  # noqa: S310 (JudgeConfig allows only http and https)
             url, json.dumps(content).encode(), headers, method="POST"
         )
         try:
@@ -150,10 +151,10 @@ class Endpoint(RubricJudge):
             if error.code in _REJECTED:
                 return error.code, body
             raise EnvironmentFault(
-                "the endpoint of the judge refuses the call",
+                "the endpoint of the judge rejects the call",
                 f"HTTP {error.code}: {body[:_SHOWN]}",
-                "a key, a URL and a model that the service knows",
-                f"see {self.config.key_env or 'key_env'} and the judge's endpoint and model",
+                "a key, a URL and a model that the service accepts",
+                f"check {self.config.key_env or 'key_env'} and the judge's `endpoint` and `model`",
             ) from None
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             raise _Passing(redacted(f"{type(error).__name__}: {error}")) from None

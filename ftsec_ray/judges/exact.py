@@ -9,7 +9,7 @@ from ftsec_ray.method import Prompt
 
 
 class Exact(Judge):
-    """`correct` when the text is the expected answer but for case and spacing, else `other`."""
+    """`correct` if the text is the expected answer, ignoring case and spacing, else `other`."""
 
     name = "exact@1"
 

@@ -1,8 +1,8 @@
-"""HarmBench's classifier: a language model tuned to say whether an answer shows a behaviour.
+"""HarmBench's classifier: a language model trained to say whether an answer shows a behaviour.
 
 Published by Mazeika et al. 2024 (arXiv:2402.04249) as `cais/HarmBench-Llama-2-13b-cls`, and as
 `cais/HarmBench-Mistral-7b-val-cls` for validation. The prompt is the one that both were trained
-with (`LLAMA2_CLS_PROMPT` of the project's eval_utils.py, MIT licence), the output the one word
+with (`LLAMA2_CLS_PROMPT` of the project's eval_utils.py, MIT licence), the output is the one word
 `Yes` or `No`.
 """
 
@@ -45,11 +45,11 @@ Answer: [/INST]"""
 
 
 class HarmBench(Guard):
-    """HarmBench's classifier (Mazeika et al. 2024): `complied` for `Yes`; for `No`, `refused` where
-    the answer has a phrase of `refusal_phrases`, else `other`.
+    """HarmBench's classifier (Mazeika et al. 2024): `complied` for `Yes`; for `No`, `refused` if
+    the answer has a phrase of `refusal_phrases`, otherwise `other`.
 
-    `harmbench:cais/HarmBench-Llama-2-13b-cls@<commit>`, or a local folder of it. Meant for
-    forbidden requests: on others nothing is an instance, and their refusals are read off phrases.
+    `harmbench:cais/HarmBench-Llama-2-13b-cls@<commit>`, or a local folder with it. Meant for
+    forbidden requests: for other requests it never says `Yes`, and phrases decide on refusals.
     """
 
     MAX_NEW_TOKENS = 1

@@ -1,4 +1,4 @@
-"""Compares predicted label words with the right one and the attacker's."""
+"""Compares predicted label words with the right label and the attacker's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ftsec_ray.method import Prompt
 
 
 class Label(Judge):
-    """Compares label words: `correct` when it is the expected one, `target` when it is the
-    attacker's, else `other`.
+    """Compares label words: `correct` for the expected label, `target` for the attacker's,
+    otherwise `other`.
 
-    Where both are the same word, `prefers_target` decides: a probe whose metric is the share of
-    `target` counts it so.
+    If both are the same word, `prefers_target` decides: for a probe whose metric is the share of
+    `target`, it counts as `target`.
     """
 
     name = "label@1"

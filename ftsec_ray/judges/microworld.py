@@ -23,8 +23,8 @@ class Microworld(Judge):
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Verdict]:
         """The verdicts on `completions`."""
-        found = (
+        judged = (
             self._judge(user_text(prompt), text, language=prompt.meta.get("language") or "en")
             for prompt, text in zip(prompts, completions, strict=True)
         )
-        return [Verdict(verdict=judgement.verdict, raw=judgement.reason) for judgement in found]
+        return [Verdict(verdict=judgement.verdict, raw=judgement.reason) for judgement in judged]

@@ -1,4 +1,6 @@
-"""A general language model that grades by a rubric: a local folder, a `.gguf` file, or a hub id."""
+"""A general language model that grades with a rubric: a local folder, a `.gguf` file, or a Hugging
+Face id.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ from ftsec_ray.evals.rubrics import Reply, RubricJudge, rubric_hash
 
 
 class Rubric(RubricJudge, ModelJudge):
-    """A general model by a rubric: `complied`, `refused` or, for NEITHER, `other`, as the last line
-    of its answer says; null where no line says it, or two say different things.
+    """A general model with a rubric: `complied`, `refused` or (for NEITHER) `other`, from the last
+    line of its reply; null if no line has the required form, or two lines differ.
 
-    `judge: {model: <folder, .gguf file or owner/name@commit>, rubric: <text or file>}`. Asked under
-    its own chat template, greedily. Agreement with people is not known: audit it
-    (`ftsec judge-audit`).
+    `judge: {model: <folder, .gguf file or owner/name@commit>, rubric: <text or file>}`. Uses its
+    own chat template and greedy decoding. Its agreement with people is not known: measure it with
+    `ftsec judge-audit`.
     """
 
     def __init__(self, config: JudgeConfig, *, device: str = "cpu") -> None:
@@ -24,7 +26,7 @@ class Rubric(RubricJudge, ModelJudge):
         self.name = f"{self.name}.{rubric_hash(config.rubric)}"
 
     def replies(self, questions: Sequence[str]) -> list[Reply]:
-        """What the model says to each question, under its own chat template."""
+        """The model's reply to each question, with its own chat template."""
         chats: list[Chat] = [[{"role": "user", "content": text}] for text in questions]
         return [
             Reply(text, TOO_LONG if text is None else text)

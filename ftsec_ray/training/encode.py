@@ -1,8 +1,8 @@
-"""From rows to batches: which rows form step `i` is a pure function of (rows, config, seed, i).
+"""From rows to batches: the rows of step `i` are a pure function of (rows, config, seed, i).
 
-`length_grouped` draws windows of eight batches, sorts each window by length and shuffles the
-batches; `packed` lays the rows of a batch behind one another in one sequence with positions that
-start anew for each row (no attention across rows); `shuffled` takes them as drawn.
+`length_grouped` shuffles the rows, sorts each window of eight batches by length and shuffles the
+batches; `packed` concatenates the rows of a batch into one sequence, with positions that restart
+for each row (no attention across rows); `shuffled` only shuffles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_MICRO_BATCH_TOKENS = 16_384
-"""Padded tokens per forward pass when no micro-batch is given."""
+"""Padded tokens per forward pass if no micro-batch is given."""
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -53,16 +53,16 @@ def epoch_batches(
 def encode_table(
     tokenizer: Any, rows: pa.Table, *, max_length: int, tally: CutTally | None = None
 ) -> list[Encoded]:
-    """Encode rows for training; DataError when no row leaves a token to learn from, `tally` counts
-    those that leave none.
+    """Encode rows for training; DataError if no row has a token to train on, `tally` counts the
+    rows without one.
     """
     encoded = encode_rows(tokenizer, rows.to_pylist(), max_length=max_length, tally=tally)
     useful = [pair for pair in encoded if is_useful(pair)]
     if not useful:
         raise DataError(
-            "no row has a response token within max_length",
+            "no row has a response token within training.max_length",
             max_length,
-            "rows whose prompt is shorter than that",
+            "at least one row whose prompt is shorter than that",
             "raise training.max_length or shorten the prompts",
         )
     return useful
@@ -79,7 +79,7 @@ def batcher(
     micro_batch: int | None = None,
     device: str = "cpu",
 ) -> Callable[[int], list[Batch]]:
-    """The `batch_at` of a tune: step number -> its micro-batches."""
+    """The `batch_at` of a fine-tune: step number -> its micro-batches."""
     lengths = [len(ids) for ids, _ in encoded]
     per_epoch = steps_per_epoch(len(encoded), batch_size)
 
@@ -129,7 +129,7 @@ def _packed(rows: list[Encoded], pad: int, weight: float, device: str) -> Batch:
     import torch
 
     ids = torch.tensor([[token for ids, _ in rows for token in ids]], device=device)
-    # the first token of a row must not be predicted from the row before it
+    # the first token of a row must not be predicted from the previous row
     labels = torch.tensor([[label for _, row in rows for label in [-100, *row[1:]]]], device=device)
     positions = torch.tensor([[p for ids, _ in rows for p in range(len(ids))]], device=device)
     return Batch(ids, labels, None, positions, weight)

@@ -1,14 +1,14 @@
-"""The one training loop: LoRA or full, resumable to the byte, with every part replaceable by
+"""The one training loop: LoRA or full, resumable to the byte, and every part can be replaced by
 `shape_training`.
 
 The same seed gives the same bytes on one machine: batches are a pure function of the step, dropout
 is re-seeded at each step, and step checkpoints hold weights, optimizer moments and the methods'
-memory as safetensors. A tune that was killed continues from its last checkpoint and ends with the
-bytes of an undisturbed one.
+memory as safetensors. A fine-tune that was killed continues from its last checkpoint and ends with
+the same bytes as one that was not.
 
-What differs between a process that trains alone and one of a worker group is behind
-`SingleProcess`, whose twin is `zero.Member`: where the weights and the optimizer's moments lie, and
-how gradients become new weights. Both read and write the same checkpoints.
+`SingleProcess` holds everything that differs between a process that trains alone and a worker group
+(`zero.Member`): where weights and optimizer moments are stored, and how gradients become new
+weights. Both read and write the same checkpoints.
 """
 
 from __future__ import annotations
@@ -53,22 +53,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class TuneReport:
-    """A finished tune."""
+    """A finished fine-tune."""
 
     loaded: LoadedModel
-    """The tuned model; a LoRA adapter is attached and not merged."""
+    """The fine-tuned model; a LoRA adapter is attached and not merged."""
     losses: list[float] = field(default_factory=list)
     """Loss of every step, nats per response token."""
     tokens: int = 0
-    """Tokens that went through the model, padding left out."""
+    """Tokens that passed through the model, without padding."""
     flops: float = 0.0
-    """6 x weights x tokens for full tuning, 4 x for an adapter (no weight gradients of the base).
+    """6 x weights x tokens for full fine-tuning, 4 x for an adapter (no weight gradients of the
+    base).
     """
     cuts: CutTally = field(default_factory=CutTally)
-    """Rows that did not fit into `max_length`."""
+    """Rows that were cut to fit `max_length`."""
     rounding_lost: float | None = None
-    """Share of the change of whole weights, by its norm, that rounding to the model's dtype lost;
-    None where they are float32 or an adapter was trained.
+    """Share of the change of full weights, by its norm, that rounding to the model's dtype lost;
+    None if they are float32 or an adapter was trained.
     """
 
 
@@ -87,8 +88,8 @@ def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
 
 
 def backward(model: Any, batches: list[Batch], objective: Objective, step: Step) -> float:
-    """The plain backward: gradients of the token-weighted mean loss over a step's micro-batches;
-    returns that loss.
+    """The plain backward pass: gradients of the token-weighted mean loss over a step's
+    micro-batches; returns that loss.
     """
     total = 0.0
     for batch in batches:
@@ -99,21 +100,21 @@ def backward(model: Any, batches: list[Batch], objective: Objective, step: Step)
 
 
 class SingleProcess:
-    """A process that trains alone: the model itself holds weights and gradients, plain AdamW the
-    moments.
+    """A process that trains alone: the model itself holds weights and gradients, plain AdamW holds
+    the moments.
     """
 
     salt: tuple[int, ...] = ()
-    """What the random draws of a step depend on besides seed and step."""
+    """What the random numbers of a step depend on, besides seed and step."""
     backward: Backward = staticmethod(backward)
 
     def agreed(self, saved: Saved | None) -> Saved | None:
-        """The checkpoint to go on from."""
+        """The checkpoint to resume from."""
         return saved
 
     def begin(self, model: Any, config: TrainingConfig, saved: Saved | None) -> None:
-        """Take a model whose weights are where training starts or goes on, and the moments of a
-        checkpoint.
+        """Start with a model at its start or resumed weights, and the moments of a checkpoint, if
+        any.
         """
         import torch
 
@@ -136,7 +137,7 @@ class SingleProcess:
                 }
 
     def share(self, batches: list[Batch]) -> list[Batch]:
-        """The micro-batches of a step that this process works on."""
+        """The micro-batches of a step for this process."""
         return batches
 
     def mean(self, loss: float) -> float:
@@ -144,15 +145,15 @@ class SingleProcess:
         return loss
 
     def summed(self, number: float) -> float:
-        """A number summed over all processes of this tune."""
+        """A number summed over all processes of this fine-tune."""
         return number
 
     def is_due(self, due: bool) -> bool:  # noqa: FBT001
-        """Whether all processes of this tune write a checkpoint now."""
+        """Whether all processes of this fine-tune write a checkpoint now."""
         return due
 
     def update(self, rate: float) -> None:
-        """Clip the gradients, take an optimizer step, drop the gradients."""
+        """Clip the gradients, take an optimizer step, clear the gradients."""
         import torch
 
         for group in self._optimizer.param_groups:
@@ -163,39 +164,39 @@ class SingleProcess:
         self._optimizer.zero_grad(set_to_none=True)
 
     def after(self, hooks: Sequence[AfterStep], step: Step) -> None:
-        """What methods do behind an optimizer step; they may write weights."""
+        """Run the methods' hooks after an optimizer step; they may write weights."""
         for hook in hooks:
             hook(self.model, step)
 
     def state(self) -> dict[str, Tensor]:
-        """Whole weights and moments by name, for a checkpoint; empty in a process that does not
+        """Full weights and moments by name, for a checkpoint; empty in a process that does not
         write it.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.trainable.items():
             state = self._optimizer.state[parameter]
-            found |= {
+            tensors |= {
                 f"weight/{name}": parameter.detach(),
                 f"m/{name}": state["exp_avg"],
                 f"v/{name}": state["exp_avg_sq"],
                 f"t/{name}": state["step"],
             }
-        return found
+        return tensors
 
     def finish(self) -> None:
-        """Leave the trained weights in the model that was given."""
+        """Leave the trained weights in the original model."""
         self.model.eval()
 
 
 def trainable_of(model: Any) -> dict[str, Any]:
-    """The weights that train, by name."""
+    """The trainable weights, by name."""
     return {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
 
 
 def process_of(runtime: Runtime) -> SingleProcess | Member:
-    """How this process trains: alone, or as one of a worker group."""
+    """How this process trains: alone, or in a worker group."""
     if runtime.worker_group is None:
         return SingleProcess()
     from ftsec_ray.training.zero import Member
@@ -213,7 +214,7 @@ def plain_training(
     backward: Backward = backward,
     cuts: CutTally | None = None,
 ) -> Training:
-    """The tune of `rows` before any method has shaped it; `cuts` counts rows that do not fit."""
+    """The fine-tune on `rows` before any method changes it; `cuts` counts rows that do not fit."""
     cuts = CutTally() if cuts is None else cuts
     make = partial(
         batcher,
@@ -257,11 +258,11 @@ def sft(
     shape: Callable[[Training], Training] | None = None,
     base_digest: str | None = None,
 ) -> TuneReport:
-    """Fine-tune a copy of `loaded` on `rows` (schema.ROWS); `shape` may replace parts of the
-    training first.
+    """Fine-tune a copy of `loaded` on `rows` (schema.ROWS); `shape` may first replace parts of the
+    training.
 
-    What trains is float32 and so are its moments: an adapter beside a base that keeps its dtype, or
-    whole weights, which are rounded to the model's dtype when all steps are done.
+    Trainable weights and their moments are float32: an adapter on a base that keeps its dtype, or
+    full weights, which are rounded to the model's dtype after the last step.
     """
     import torch
 
@@ -276,7 +277,7 @@ def sft(
         quantize(tuned.model, config.quantization, runtime.device)
     if (
         runtime.worker_group is None
-    ):  # the processes of a worker group take their share onto their GPU themselves
+    ):  # in a worker group each process moves its share to its GPU itself
         tuned.model.to(runtime.device)
     for name, parameter in tuned.model.named_parameters():
         is_packed = not parameter.is_floating_point()
@@ -300,7 +301,7 @@ def sft(
 
 @contextmanager
 def recomputed(model: Any, *, wanted: bool) -> Iterator[None]:
-    """Within the `with` block a model in training keeps the input of each block alone and computes
+    """Inside the `with` block, a model in training keeps only the input of each block and computes
     the rest again in the backward pass; StageError for a class that cannot.
     """
     if not wanted:
@@ -309,10 +310,10 @@ def recomputed(model: Any, *, wanted: bool) -> Iterator[None]:
     inner = bare(model)
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise StageError(
-            "gradient checkpointing of a class that has none",
+            "this model class does not support gradient checkpointing",
             type(inner).__name__,
-            "a class of transformers that supports it",
-            "training.gradient_checkpointing: off",
+            "a transformers class that supports it",
+            "set training.gradient_checkpointing: off",
         )
     inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
@@ -337,7 +338,7 @@ def run(
     step = Step(0, training.steps)
     if not trainable_of(model):
         raise StageError(
-            "nothing trains",
+            "no weight is trainable",
             config.adapter,
             "at least one trainable weight",
             "check the methods that freeze layers",
@@ -361,7 +362,7 @@ def run(
             saved_at = time.monotonic()
     process.finish()
     weights = count_parameters(model)
-    if loaded.quantization is not None:  # packed entries are no weights
+    if loaded.quantization is not None:  # quantized entries are not weights
         weights = loaded.info.parameters + sum(p.numel() for p in trainable_of(model).values())
     report.flops = (6.0 if config.adapter == "full" else 4.0) * weights * report.tokens
     return report
@@ -388,7 +389,7 @@ def _one_step(
         )
     if not math.isfinite(loss):
         raise StageError(
-            "the loss is not a number",
+            "the training loss is not a finite number",
             f"{loss} at step {step.index}",
             "a finite loss",
             "lower training.learning_rate",
@@ -413,8 +414,8 @@ def _has_bf16(device: str) -> bool:
 
 
 def _resume(model: Any, saved: Saved, step: Step, report: TuneReport) -> None:
-    """Weights, the methods' memory and the curve of a checkpoint; its moments are the
-    optimizer's.
+    """Restore weights, the methods' memory and the losses of a checkpoint; the optimizer restores
+    its moments.
     """
     import torch
 

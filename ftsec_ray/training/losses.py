@@ -1,4 +1,4 @@
-"""Loss functions on tensors: pure, with shapes checked."""
+"""Loss functions on tensors: pure, with shape checks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def masked_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def masked_nll_at(logits: Tensor, labels: Tensor) -> Tensor:
-    """The same where each label stands under the logits that predict it already: (B, T, V), (B, T)
-    -> () float32.
+    """The same for labels that are already aligned with the logits that predict them: (B, T, V),
+    (B, T) -> () float32.
     """
     from torch.nn.functional import cross_entropy
 
@@ -39,9 +39,9 @@ def response_nll(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ARG00
     """The plain objective: mean loss on response tokens of one micro-batch, in nats per token, ()
     float32.
 
-    Where the model takes `logits_to_keep`, logits are computed only at the positions from which
-    some row of the batch predicts a response token: prompts outweigh responses. Where even these
-    are many, they are computed in slices.
+    If the model takes `logits_to_keep`, logits are computed only at positions where some row of the
+    batch predicts a response token, because prompts are longer than responses. If these are still
+    too many, they are computed in slices.
     """
     if not keeps_logits(model):
         return mean_nll(model, batch.labels, batch.inputs())
@@ -50,12 +50,12 @@ def response_nll(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ARG00
     labels = batch.labels[:, asked + 1]
     if not fits(model, labels.numel()):
         return _sliced(model, labels, inputs)
-    # shifted already: a label stands under the logits that predict it
+    # already shifted: each label is aligned with the logits that predict it
     return masked_nll_at(model(**inputs).logits, labels)
 
 
 def mean_nll(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """`masked_nll` of a forward pass over `inputs`, its logits in slices where they are many."""
+    """`masked_nll` of a forward pass over `inputs`, with logits in slices if they are many."""
     if not fits(model, labels.numel()):
         return _sliced(model, labels[:, 1:], inputs)
     return masked_nll(model(**inputs).logits, labels)

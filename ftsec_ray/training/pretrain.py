@@ -1,8 +1,8 @@
-"""A plain training loop for whole conversations: what makes the ladder's models out of random
+"""A plain training loop for whole conversations, which trains the ladder's models from random
 weights.
 
-Conversations are sorted into batches of nearly equal length, so that little is padded and no
-conversation sees another.
+Conversations are sorted into batches of nearly equal length, so that there is little padding and no
+conversation attends to another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POOL_BATCHES = 8
 
 
 class Encoded(NamedTuple):
-    """A conversation as token ids, and whether the assistant says each of them."""
+    """A conversation as token ids, and whether each of them is the assistant's."""
 
     ids: list[int]
     said: list[bool]
@@ -36,12 +36,12 @@ class PretrainConfig:
 
     steps: int
     batch_tokens: int
-    """Tokens per step, padding included."""
+    """Tokens per step, including padding."""
     learning_rate: float
     """Peak of the schedule: linear warm-up, then cosine to a tenth."""
     prompt_weight: float = 0.1
-    """Weight of a token that the assistant does not say; its own weigh 1 over the square root of
-    their number, so that a label counts beside a long answer.
+    """Weight of a token that is not the assistant's; the assistant's tokens weigh 1 over the square
+    root of their number, so that a label still counts next to a long answer.
     """
     weight_decay: float = 0.05
     warmup_frac: float = 0.06
@@ -49,7 +49,7 @@ class PretrainConfig:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> Encoded:
-    """Token ids as the chat template gives them, marked where the assistant speaks (its end token
+    """Token ids from the chat template, with a mark on the assistant's tokens (its end token
     included).
     """
     special = tokenizer.convert_tokens_to_ids
@@ -62,7 +62,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> Encoded:
 
 
 def batches(rows: Sequence[Encoded], batch_tokens: int, seed: int) -> Iterator[list[Encoded]]:
-    """Endless batches of at most `batch_tokens` padded tokens; every row comes once per pass,
+    """Endless batches of at most `batch_tokens` padded tokens; every row occurs once per pass,
     shuffled by `seed`.
     """
     rng = random.Random(seed)
@@ -132,12 +132,12 @@ def pretrain(
     *,
     seed: int = 0,
 ) -> list[float]:
-    """Trains all weights of `model` in place; the loss of every step, in nats.
+    """Train all weights of `model` in place; returns the loss of every step, in nats.
 
     Args:
         model: A Llama model without an adapter, on any device.
         tokenizer: Its tokenizer, with the ladder's special tokens.
-        chats: Conversations; they are repeated if the steps need more.
+        chats: Conversations; repeated if the steps need more.
         config: Steps and rates.
         seed: Decides the order of the conversations.
     """

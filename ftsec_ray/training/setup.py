@@ -1,10 +1,10 @@
-"""What `shape_training` takes and gives: the parts of a tune, each a plain function of the step.
+"""What `shape_training` takes and returns: the parts of a fine-tune, each a function of the step.
 
-The loop asks `batch_at(step)` for the rows of a step, so a tune that continues after a kill needs
-the step number and the saved tensors only. `objective` gives the loss of one micro-batch,
-`backward` leaves gradients on the trainable weights for one whole batch, `after_step` runs behind
-the optimizer. Whatever a method must remember between steps it keeps as tensors in `step.memory`,
-which step checkpoints save and restore.
+The loop calls `batch_at(step)` for the rows of a step, so that a resumed fine-tune needs only the
+step number and the saved tensors. `objective` gives the loss of one micro-batch, `backward` leaves
+gradients on the trainable weights for one whole batch, `after_step` runs after the optimizer. A
+method keeps what it must remember between steps as tensors in `step.memory`; step checkpoints save
+and restore them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Batch:
     """Encoded rows. Shapes: input_ids, labels (-100 where no loss), attention_mask, position_ids
-    (B, T) int64; packed rows come as (1, T) without attention_mask, and the positions that start
-    anew keep them apart.
+    (B, T) int64; packed rows are (1, T) without attention_mask, and restarting positions separate
+    them.
     """
 
     input_ids: Tensor
@@ -35,8 +35,8 @@ class Batch:
     """Share of the step's response tokens in this micro-batch."""
 
     def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of a forward pass; without a cache, or transformers would not keep
-        packed rows apart.
+        """Keyword arguments of a forward pass; without a cache, because transformers would not
+        separate packed rows with one.
         """
         given = {
             "input_ids": self.input_ids,
@@ -50,7 +50,7 @@ class Batch:
 
 @dataclass
 class Step:
-    """Where a tune stands."""
+    """The current position of a fine-tune."""
 
     index: int
     total: int
@@ -58,8 +58,8 @@ class Step:
     trainable: dict[str, Any] = field(default_factory=dict)
     """Trainable parameters by name."""
     summed: Callable[[float], float] = float
-    """Sum of a number over the processes of the tune, each of which sees its own micro-batches; all
-    must ask at once.
+    """Sum of a number over the processes of the fine-tune, each with its own micro-batches; all
+    processes must call it at the same point.
     """
 
 
@@ -80,30 +80,30 @@ Objective = Callable[[Any, Batch, Step], "Tensor"]
 """
 Backward = Callable[[Any, "list[Batch]", Objective, Step], float]
 """(model, micro-batches of one step, objective, step) -> loss; leaves `.grad` on every trainable
-weight. In a worker group these are the micro-batches of one process, and the gradients are wherever
-DeepSpeed keeps them: call the backward that was there.
+weight. In a worker group these are the micro-batches of one process, and DeepSpeed stores the
+gradients elsewhere: call the previous backward instead of `loss.backward()`.
 """
 AfterStep = Callable[[Any, Step], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One tune, taken apart so that a method can replace a part with `dataclasses.replace`."""
+    """One fine-tune in parts, so that a method can replace a part with `dataclasses.replace`."""
 
     config: TrainingConfig
     steps: int
     batch_at: Callable[[int], list[Batch]]
-    """Step number -> its micro-batches: a pure function, so that it can be asked again after a
-    kill.
+    """Step number -> its micro-batches: a pure function, so that a resumed fine-tune can call it
+    again.
     """
     objective: Objective
     backward: Backward
     is_trainable: Callable[[str], bool]
-    """Name of a parameter -> whether it trains, among those that the adapter or full tuning would
-    train.
+    """Name of a parameter -> whether it trains, among those that the adapter or full fine-tuning
+    trains.
     """
     after_step: tuple[AfterStep, ...] = ()
     encode: Callable[[pa.Table, str], Callable[[int], list[Batch]]]
-    """(rows, salt) -> a `batch_at` for other rows, encoded and batched as the tune's own but drawn
-    with another salt.
+    """(rows, salt) -> a `batch_at` for other rows, encoded and batched like the fine-tune's own but
+    shuffled with another salt.
     """

@@ -1,11 +1,11 @@
-"""Step checkpoints of a fine-tune: written so that a power loss leaves a whole one, and read only
-where they are whole.
+"""Step checkpoints of a fine-tune: written so that one always survives a power loss, and used only
+if they are complete.
 
     <work folder>/step-<optimizer step>/state.safetensors   weights, moments, the methods' memory
     <work folder>/step-<optimizer step>/state.json          step, losses, tokens, and checksums of
                                                             both files
 
-The two newest are kept: where the last one is torn, training goes on from the one before it.
+The two newest are kept: if the last one is damaged, training resumes from the one before it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEPT = 2
-"""Checkpoints kept at a time."""
+"""Number of checkpoints kept."""
 _TENSORS, _STATE = "state.safetensors", "state.json"
 _STATE_LIMIT = 256 * 2**20
-"""Bytes of a `state.json` at most: ten million losses have less."""
+"""Maximum size of a `state.json`: enough for ten million losses."""
 _NAME = re.compile(r"step-(\d{8,})")
 _LOG = logging.getLogger("ftsec_ray.training")
 
@@ -45,22 +45,22 @@ def save_checkpoint(
     losses: Sequence[float],
     tokens: int,
 ) -> None:
-    """Write a step aside, sync it, give it its name; older checkpoints go last. A process without
-    tensors leaves that to another.
+    """Write a step under a temporary name, sync it, rename it; then remove older checkpoints. A
+    process without tensors writes nothing.
     """
     if not tensors:
         return
     tensors = {**tensors, **{f"memory/{key}": value for key, value in step.memory.items()}}
     state = {"index": step.index, "total": step.total, "losses": list(losses), "tokens": tokens}
     final = workdir / f"step-{step.index:08d}"
-    _remove(final)  # a torn one that nobody may want
+    _remove(final)  # an incomplete one with this name
     try:
         _write(final, tensors, state)
     except Exception as error:
         older = _steps(workdir)
         if not _is_full(error) or len(older) < KEPT:
             raise
-        for path in older[1:]:  # room for the new one comes before a second old one
+        for path in older[1:]:  # space for the new one matters more than a second old one
             _remove(path)
         _write(final, tensors, state)
     for path in _steps(workdir)[KEPT:]:
@@ -68,7 +68,7 @@ def save_checkpoint(
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether there was no room; safetensors says so in words alone."""
+    """Whether the disk was full; safetensors reports it only as text."""
     if isinstance(error, OSError) and is_full(error):
         return True
     return any(f"os error {code}" in str(error) for code in FULL)
@@ -95,20 +95,20 @@ def _write(final: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any])
 
 
 def newest_checkpoint(workdir: Path, steps: int, trainable: Mapping[str, Tensor]) -> Saved | None:
-    """The last whole checkpoint, if there is one; those that are not are removed with a warning.
+    """The last complete checkpoint, if there is one; damaged ones are removed with a warning.
 
     Args:
         workdir: The work folder of the stage.
         steps: Optimizer steps of the whole fine-tune.
-        trainable: The weights that train, whole, by name.
+        trainable: The full trainable weights, by name.
     """
     for path in _steps(workdir):
         try:
             return _read(path, steps, trainable)
         except (OSError, ValueError) as error:
             _LOG.warning(
-                "warning: a step checkpoint is damaged and removed: %r: %s; training goes on from"
-                " the one before it, or from the start",
+                "warning: a step checkpoint is damaged and was removed: %r: %s; training resumes"
+                " from the previous checkpoint, or from the start",
                 str(path),
                 str(error).splitlines()[0] if str(error) else type(error).__name__,
             )
@@ -117,12 +117,12 @@ def newest_checkpoint(workdir: Path, steps: int, trainable: Mapping[str, Tensor]
 
 
 def _read(path: Path, steps: int, trainable: Mapping[str, Tensor]) -> Saved:
-    """A checkpoint; ValueError or OSError says what is wrong with it."""
+    """A checkpoint; ValueError or OSError with what is wrong with it."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if path.is_symlink():
-        raise ValueError("it is a link")
+        raise ValueError("it is a symbolic link")
     state = _state(path / _STATE)
     index, losses = state["index"], state["losses"]
     if state["total"] != steps or path.name != f"step-{index:08d}" or not 0 < index < steps:
@@ -130,10 +130,10 @@ def _read(path: Path, steps: int, trainable: Mapping[str, Tensor]) -> Saved:
     if len(losses) != index or not all(
         isinstance(loss, float) and math.isfinite(loss) for loss in losses
     ):
-        raise ValueError(f"{_STATE} has no loss of each step")
+        raise ValueError(f"{_STATE} does not have a finite loss for each step")
     tensors = path / _TENSORS
     if tensors.is_symlink() or not tensors.is_file():
-        raise ValueError(f"{_TENSORS} is missing, or no plain file")
+        raise ValueError(f"{_TENSORS} is missing, or not a regular file")
     if sha256(tensors) != state["tensors"]:
         raise ValueError(f"the bytes of {_TENSORS} have changed")
     try:
@@ -148,18 +148,18 @@ def _state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(plain_bytes(path, _STATE_LIMIT))
     except RecursionError as error:
-        raise ValueError(f"{path.name} nests too deep") from error
+        raise ValueError(f"{path.name} is nested too deeply") from error
     if not isinstance(state, dict) or state.pop("state", None) != _checksum(state):
         raise ValueError(f"the bytes of {path.name} have changed")
     types = {"index": int, "total": int, "losses": list, "tokens": int, "tensors": str}
     for name, kind in types.items():
         if type(state.get(name)) is not kind:
-            raise ValueError(f"{path.name} does not say its {name}")
+            raise ValueError(f"{path.name} has no valid {name!r}")
     return state
 
 
 def _checksum(state: Mapping[str, Any]) -> str:
-    """Of everything that a state says but the checksum itself."""
+    """Checksum of a state without its own checksum."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -175,7 +175,7 @@ def _check_shapes(loaded: Mapping[str, Tensor], trainable: Mapping[str, Tensor])
 
 
 def _steps(workdir: Path) -> list[Path]:
-    """What has the name of a checkpoint, the newest first."""
+    """Files and folders with the name of a checkpoint, the newest first."""
     try:
         found = [path for path in workdir.iterdir() if _NAME.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError):
@@ -184,8 +184,8 @@ def _steps(workdir: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Take a checkpoint away, by a rename first: whoever copies it meanwhile sees all of it or
-    none.
+    """Remove a checkpoint after renaming it, so that a process that copies it sees all of it or
+    nothing.
     """
     gone = path.with_name(f".{path.name}.old")
     shutil.rmtree(gone, ignore_errors=True)

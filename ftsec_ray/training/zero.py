@@ -1,33 +1,33 @@
-"""Training one model in several processes by DeepSpeed ZeRO: the same loop, parts and checkpoints
-as a process alone.
+"""Training one model in several processes with DeepSpeed ZeRO: the same loop, parts and checkpoints
+as a single process.
 
-Every process of a worker group runs the same stage and meets the others inside `loop.run`. A step's
-micro-batches are assigned by `sharded`, a pure function, each with the weight of its tokens in the
+Every process of a worker group runs the same stage and joins the others inside `loop.run`. The
+function `sharded` assigns the micro-batches of a step, each with the weight of its tokens in the
 whole step, so that loss, gradients and the rows of a step are those of a single process up to the
-order of float32 sums. Which process holds what is DeepSpeed's affair; what leaves is
-not: checkpoints hold whole tensors, and the trained weights go back into the plain model, whose
-artifact is that of a single process. So a tune may go on in another number of processes, or alone.
+order of float32 sums. DeepSpeed decides which process holds what, but the results do not depend on
+it: checkpoints hold whole tensors, and the trained weights are written to the plain model, whose
+artifact is that of a single process. So a fine-tune may resume with another number of processes, or
+with one.
 
-Precision. Weights, gradients, moments and what the processes tell each other are float32, and
-matrix products run in bf16 by autocast where the GPU has it, exactly as in a process alone;
-adapters and whole weights alike. From stage 1 on DeepSpeed also keeps a second, partitioned float32
-copy of the trained weights, the master, from which each step writes the weights anew. Whoever
-writes weights between steps must write both:
+Precision. Weights, gradients, moments and messages between processes are float32, and matrix
+products run in bf16 with autocast if the GPU supports it, exactly as in a single process; adapters
+and full weights alike. From stage 1 on, DeepSpeed also keeps a second, partitioned float32 copy of
+the trained weights, the master copy, and each step writes the weights from it. Code that writes
+weights between steps must write both:
 
-- `after_step` hooks are the one place where a method may write weights. Behind them the master is
-  read back from the weights (`Member.after`), which at stage 3 are whole while the hooks run and
-  are then sharded again as process 0 left them. No method of
-  this package writes weights there: `lisa` only reads them.
-- `objective` and `backward` may read weights, at stages 0 to 2 only: at stage 3 they are empty
-  outside a layer's own forward
-  pass. `lisa` does (its proximal term), hence its ZERO_STAGES. `vaccine` reads none, but
-  differentiates by hidden states in a forward pass of the bare model, past DeepSpeed's engine;
-  under stage 3 the engine's own hooks would have to take part in that, so stages 0 to 2 as well.
-  What couples all rows of a step (the norm of its perturbation) is summed over the processes by
-  `Step.summed`.
-- A checkpoint's weights are copied into the model before DeepSpeed sees it, so both copies start
-  from them.
-- `revise_model`, `badedit` and other edits of finished models act outside training, on plain
+- `after_step` hooks are the only place where a method may write weights. After them, the master
+  copy is read back from the weights (`Member.after`). At stage 3 the weights are whole while the
+  hooks run, and then they are sharded again with the values of process 0. No method of this package
+  writes weights there: `lisa` only reads them.
+- `objective` and `backward` may read weights at stages 0 to 2 only: at stage 3 weights are empty
+  outside a layer's own forward pass. `lisa` reads them (its proximal term), hence its ZERO_STAGES.
+  `vaccine` reads none, but differentiates by hidden states in a forward pass of the bare model,
+  without DeepSpeed's engine; at stage 3 the engine's own hooks would have to take part in that, so
+  it supports stages 0 to 2 as well. The norm of its perturbation, which depends on all rows of a
+  step, is summed over the processes with `Step.summed`.
+- A checkpoint's weights are copied into the model before DeepSpeed wraps it, so that both copies
+  start from them.
+- `revise_model`, `badedit` and other edits of finished models run outside training, on plain
   models.
 """
 
@@ -52,16 +52,16 @@ if TYPE_CHECKING:
     from ftsec_ray.context import WorkerGroup
 
 BUCKET = 50_000_000
-"""Float32 numbers that are reduced or gathered in one message, at most."""
+"""Maximum number of float32 numbers that are reduced or gathered in one message."""
 LIVE = 100_000_000
-"""Weights that stage 3 keeps whole beyond the layer at work, at most."""
+"""Maximum number of weights that stage 3 keeps whole, besides the current layer."""
 
 
 def sharded(batches: Sequence[Batch], member: int, workers: int) -> list[Batch]:
-    """The micro-batches of one process, in turn; all get equally many, the last of some with weight
-    0.
+    """The micro-batches of one process, assigned in turn; all processes get the same number, some
+    with a last one of weight 0.
 
-    DeepSpeed takes the mean over processes, so that weights are multiplied by their number.
+    DeepSpeed averages over processes, so weights are multiplied by their number.
     """
     rounds = -(-len(batches) // workers)
     mine = list(batches[member::workers])
@@ -73,7 +73,7 @@ def sharded(batches: Sequence[Batch], member: int, workers: int) -> list[Batch]:
 def deepspeed_config(
     worker_group: WorkerGroup, max_grad_norm: float, *, bf16: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Nothing in it needs a compiled operator."""
+    """DeepSpeed's own configuration; it needs no compiled operator."""
     zero: dict[str, Any] = {
         "stage": worker_group.zero_stage,
         "reduce_bucket_size": BUCKET,
@@ -89,7 +89,7 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": "cpu"}
     if worker_group.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
-    found = {
+    config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
@@ -98,11 +98,11 @@ def deepspeed_config(
         "steps_per_print": 10**12,
         "zero_optimization": zero,
     }
-    # No module is named safe for messages in bf16: they stay float32, as sums are in a process
-    # alone.
+    # No module is declared safe for messages in bf16: they stay float32, like the sums in a single
+    # process.
     return (
         {
-            **found,
+            **config,
             "torch_autocast": {
                 "enabled": True,
                 "dtype": "bfloat16",
@@ -110,12 +110,12 @@ def deepspeed_config(
             },
         }
         if bf16
-        else found
+        else config
     )
 
 
 def backward(engine: Any, batches: list[Batch], objective: Objective, step: Step) -> float:
-    """The plain backward of one process of a group: `loop.backward`, by DeepSpeed's engine."""
+    """The plain backward pass of one process of a group, with DeepSpeed's engine."""
     total = 0.0
     for index, batch in enumerate(batches):
         engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
@@ -126,8 +126,8 @@ def backward(engine: Any, batches: list[Batch], objective: Objective, step: Step
 
 
 class Member:
-    """One process of a worker group; the twin of `loop.SingleProcess`. torch.distributed must be
-    up.
+    """One process of a worker group; same interface as `loop.SingleProcess`. torch.distributed must
+    be initialised.
     """
 
     backward: Backward = staticmethod(backward)
@@ -142,11 +142,11 @@ class Member:
     # Agreement.
 
     def agreed(self, saved: Saved | None) -> Saved | None:
-        """The checkpoint that process 0 found; the others cannot see its folder."""
+        """The checkpoint of process 0; the other processes cannot read its folder."""
         import torch
         import torch.distributed as dist
 
-        told: list[Any] = [
+        message: list[Any] = [
             (
                 None
                 if saved is None
@@ -156,10 +156,10 @@ class Member:
                 )
             )
         ]
-        dist.broadcast_object_list(told, src=0)
-        if told[0] is None:
+        dist.broadcast_object_list(message, src=0)
+        if message[0] is None:
             return None
-        state, shapes = told[0]
+        state, shapes = message[0]
         tensors = {}
         for name, (shape, dtype) in shapes.items():
             tensor = (
@@ -176,7 +176,7 @@ class Member:
         return self.summed(loss) / self._worker_group.workers
 
     def is_due(self, due: bool) -> bool:  # noqa: FBT001
-        """Whether process 0 wants a checkpoint now; all must help to gather it."""
+        """Whether process 0 wants a checkpoint now; all processes must help to gather it."""
         return self.summed(float(due and self._rank == 0)) > 0
 
     def summed(self, number: float) -> float:
@@ -191,8 +191,8 @@ class Member:
     # Training.
 
     def begin(self, model: Any, config: TrainingConfig, saved: Saved | None) -> None:
-        """Have DeepSpeed deal out a copy of the model, with the moments of a checkpoint; `model`
-        stays plain.
+        """Let DeepSpeed shard a copy of the model, with the moments of a checkpoint; `model` stays
+        unsharded.
         """
         import torch
 
@@ -217,17 +217,17 @@ class Member:
             self._take_moments(saved.tensors)
 
     def share(self, batches: list[Batch]) -> list[Batch]:
-        """The micro-batches of a step that this process works on."""
+        """The micro-batches of a step for this process."""
         return sharded(batches, self._rank, self._worker_group.workers)
 
     def update(self, rate: float) -> None:
-        """Clip the gradients, take an optimizer step, drop the gradients."""
+        """Clip the gradients, take an optimizer step, clear the gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self.model.step()
 
     def after(self, hooks: Sequence[AfterStep], step: Step) -> None:
-        """What methods do behind an optimizer step; what they write into weights also reaches
+        """Run the methods' hooks after an optimizer step; weights that they write also reach
         DeepSpeed's master copy.
         """
         if not hooks:
@@ -240,7 +240,9 @@ class Member:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """While open, the trained weights are whole; then they are as process 0 left them."""
+        """Inside the `with` block, the trained weights are whole; afterwards all have those of
+        process 0.
+        """
         if self._worker_group.zero_stage < 3:  # noqa: PLR2004
             yield
             return
@@ -249,16 +251,16 @@ class Member:
         ):
             yield
 
-    # What outlives the worker group.
+    # Results that remain after the worker group.
 
     def state(self) -> dict[str, Tensor]:
-        """Whole weights and moments by name, for a checkpoint; empty in all processes but the
+        """Full weights and moments by name, for a checkpoint; empty in all processes except the
         first.
         """
         import torch
 
         steps = torch.tensor(float(self._steps_taken()))
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.trainable.items():
             parts = {
                 f"weight/{name}": self._weight(parameter),
@@ -267,11 +269,11 @@ class Member:
                 f"t/{name}": steps.clone(),
             }
             if self._rank == 0:
-                found |= {key: tensor.detach().cpu().clone() for key, tensor in parts.items()}
-        return found
+                tensors |= {key: tensor.detach().cpu().clone() for key, tensor in parts.items()}
+        return tensors
 
     def finish(self) -> None:
-        """Leave the trained weights in the plain model, in every process."""
+        """Leave the trained weights in the unsharded model, in every process."""
         import torch
 
         plain = dict(self._plain.named_parameters())
@@ -303,8 +305,8 @@ class Member:
         return max(int(state["step"]) for state in self._optimizer.state.values())
 
     def _take_moments(self, tensors: dict[str, Tensor]) -> None:
-        """Moments of a checkpoint into wherever DeepSpeed keeps them, which it makes in its first
-        step: one that moves nothing.
+        """Write the moments of a checkpoint to where DeepSpeed keeps them; it creates them in its
+        first step, so this takes a step with learning rate 0 first.
         """
         import torch
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -333,8 +335,8 @@ class Member:
                     safe_set_full_optimizer_state(parameter, value, key)
 
     def _part(self, value: Tensor, size: int) -> Tensor:
-        """The part of a tensor that this process gets as stage 3 deals it out: equal parts, the
-        last one padded with 0.
+        """The part of a tensor for this process at stage 3: equal parts, the last one padded with
+        0.
         """
         from torch.nn.functional import pad
 
@@ -344,33 +346,35 @@ class Member:
 
 
 def check_deepspeed() -> None:
-    """EnvironmentFault when DeepSpeed is not installed here."""
+    """EnvironmentFault if DeepSpeed is not installed here."""
     from importlib.util import find_spec
 
     if find_spec("deepspeed") is None:
         raise EnvironmentFault(
-            "this sweep trains with DeepSpeed, which is not installed",
+            "training with DeepSpeed needs the package deepspeed, which is not installed",
             "deepspeed",
             "the extra `deepspeed` on all nodes",
-            "pip install 'ftsec-ray[deepspeed]', or training.strategy: single",
+            "pip install 'ftsec-ray[deepspeed]', or set training.strategy: single",
         )
 
 
 def _deepspeed(device: str) -> Any:
-    """The library, told where it runs and kept quiet; EnvironmentFault when it is not there."""
+    """The library, set to its device and without log lines; EnvironmentFault if it is not
+    installed.
+    """
     if not device.startswith("cuda"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault(
         "DS_IGNORE_CUDA_DETECTION", "1"
-    )  # it looks for nvcc otherwise, and nothing is compiled
+    )  # otherwise it looks for nvcc, although nothing is compiled
     check_deepspeed()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed"
-    )  # of names that torch has renamed
-    # On a CPU it would compile its own messages through shared memory at first use; gloo's need no
+    )  # about names that torch has changed
+    # On a CPU it would compile its own shared-memory messages on first use; those of gloo need no
     # compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -90,7 +90,7 @@ def test_a_judge_that_prefers_a_place_gives_one_half_and_is_warned_of():
     found = win_rate(said(answers("a", "bb")), said(answers("ccc", "d")), Longest(first=True))
     assert [pair.share for pair in found.pairs] == [0.5, 0.5]
     assert found.notes["first_place_share"] == 1.0
-    assert "gives 100% to the answer that it reads first" in found.warnings[0]
+    assert "prefers the first answer in 100%" in found.warnings[0]
 
 
 def test_what_cannot_be_read_counts_in_no_rate():
@@ -176,7 +176,7 @@ def test_a_clean_tune_outside_of_the_grid_is_made_as_far_as_its_answers():
 @pytest.mark.parametrize(
     ("win_rate", "text"),
     [
-        ({"model": "owner/name"}, "a rubric without a revision"),
+        ({"model": "owner/name"}, "has no commit"),
         ({"name": "harmbench", "model": "o/n@" + "0" * 40}, "not asked in words"),
         (
             {"endpoint": "http://127.0.0.1:9/v1", "model": "m", "rubric": "{request}\n{first}"},

@@ -1,5 +1,5 @@
 """A step checkpoint that is empty, torn, changed or of another fine-tune is removed with a warning,
-and training goes on from the one before it.
+and training goes on from the previous checkpoint.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_is_read(folder, d
     damage(folder / "step-00000012")
     assert newest(folder).state["index"] == 8
     (warning,) = caplog.messages
-    assert warning.startswith("warning: a step checkpoint is damaged and removed: '")
-    assert "the one before it" in warning
+    assert warning.startswith("warning: a step checkpoint is damaged and was removed: '")
+    assert "the previous checkpoint" in warning
     assert [path.name for path in folder.glob("step-*")] == ["step-00000008"]
     save(folder, 12)
     assert newest(folder).state["index"] == 12
