@@ -297,7 +297,7 @@ def test_the_same_sweep_from_an_empty_store_gives_equal_tables(
     assert found.differences == ()
     assert found.notes == (
         (
-            f"{found.stages} of {found.stages} artifacts that the store here holds too have the"
+            f"{found.stages} of {found.stages} artifacts that the local store also holds have the"
             " same bytes"
         ),
     )

@@ -1,3 +1,3 @@
-"""The survey's five findings as tests that were stated before any result was seen: see `rules` and
-`judge`.
+"""The survey's five findings as tests with rules that were written before any result was seen: see
+`rules` and `judge`.
 """

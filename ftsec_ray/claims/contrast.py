@@ -1,12 +1,12 @@
-"""One comparison: a rate against another one and a margin. Is the difference shown to be above it,
-below it, or is that open.
+"""One comparison of a rate with another rate and a margin: whether the difference is shown to be
+above the margin, below it, or neither (open).
 
-Rates come by run: one seed of one model. Two kinds of noise stand between them and the truth: which
-prompts were asked, and which seed was drawn. A side of the margin counts as shown only where both
-say so, that is, at the larger of two one-sided p-values: of the prompts (two proportions,
-Agresti-Caffo, with the mean rate over runs and the prompts of one run, since all answer the same
-ones) and of the runs (t-test over the differences, run by run). One seed says nothing about seeds,
-so with one run all is open.
+Rates are given by run: one seed of one model. There are two sources of noise: which prompts were
+asked, and which seed was drawn. A side of the margin counts as shown only if both sources agree,
+that is, at the larger of two one-sided p-values: over prompts (two proportions, Agresti-Caffo, with
+the mean rate over runs and the prompts of one run, because all runs answer the same prompts) and
+over runs (t-test on the differences by run). One run says nothing about the variance between runs,
+so that it leaves everything open.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any, Literal
 from ftsec_ray.measured import UNKNOWN, Measured, Utility, mean_utility, null_share, summed
 
 ALPHA = 0.05
-"""Chance of a wrong word per claim, at most, after correction over its comparisons."""
+"""Maximum probability of a wrong verdict per claim, after correction over its comparisons."""
 MARGIN = 0.1
-"""The smallest difference of two shares that counts: above it is an effect, below it is none."""
+"""The smallest difference of two shares that counts as an effect."""
 POWER = 0.8
-"""Chance of a decision that "what would decide it" aims at."""
+"""Probability of a decision that "what would decide it" aims at."""
 MIN_RUNS = 2
 MAX_RUNS, MAX_PROMPTS = 100, 1_000_000
 AT_THE_MARGIN = 0.005
-"""Differences this close to the margin are taken to lie on it."""
+"""Differences this close to the margin count as lying on it."""
 
 Side = Literal["above", "below", "open"]
 
@@ -44,49 +44,49 @@ class Contrast:
     what: str
     """What is compared, in words."""
     more: float | None
-    """Mean of the first value over seeds; None where no seed has both."""
+    """Mean of the first value over seeds; None if no seed has both."""
     less: float | None
-    """Mean of the second; None where a value is held against the bound itself."""
+    """Mean of the second value; None if the first is compared with the bound itself."""
     estimate: float | None
     """Mean difference over seeds."""
     spread: float | None
     """Standard deviation of the difference over seeds; None with one seed."""
     low: float | None
-    """95 % interval: the wider of that over prompts and that over seeds. None with one seed."""
+    """95 % interval: the wider of those over prompts and over seeds. None with one seed."""
     high: float | None
     bound: float
     """The margin."""
     runs: int
-    """Runs that have both sides: seeds, or models x seeds where a contrast spans models."""
+    """Runs with both sides: seeds, or models x seeds if a contrast spans models."""
     prompts: int | None
-    """Of one run, the fewest of both sides."""
+    """Prompts of one run, the smaller number of both sides."""
     null_frac: float | None
-    """Share of null verdicts among the answers of both sides; None where they were not counted."""
+    """Share of null verdicts among the answers of both sides; None if they were not counted."""
     p_above: float
-    """That the difference is above the bound only by chance: 1 where nothing can be said."""
+    """p-value for a difference above the bound; 1 if nothing can be said."""
     p_below: float
     utility_more: Utility
-    """Mean utility of the cells of the first value: no success is told without it."""
+    """Mean utility of the cells of the first value; shown with every success rate."""
     utility_less: Utility
-    """Of those of the second."""
+    """Mean utility of the cells of the second value."""
     side: Side = "open"
-    """Which side of the bound is shown, after correction over the claim; `open` where neither."""
+    """The side of the bound that is shown, after correction over the claim; otherwise `open`."""
     needs: str | None = None
-    """What would decide it, where open."""
+    """What would decide it, if open."""
 
 
 def contrast(
     what: str, more: Rates, less: Rates | None = None, *, bound: float = MARGIN
 ) -> Contrast:
-    """The contrast `more - less`, over the seeds that have both; `less` None compares the values
-    with the bound themselves.
+    """The contrast `more - less` over the seeds that have both; without `less`, the values are
+    compared with the bound.
     """
     sides = [more] if less is None else [more, less]
     shared = sorted(set.intersection(*(set(side) for side in sides)))
     gaps = [more[seed].value - (0.0 if less is None else less[seed].value) for seed in shared]
     counts = [n for side in sides for seed in shared if (n := side[seed].n) is not None]
     means = [fmean(side[seed].value for seed in shared) if shared else None for side in sides]
-    found = Contrast(
+    untested = Contrast(
         what=what,
         more=means[0],
         less=means[1] if less is not None else None,
@@ -103,8 +103,8 @@ def contrast(
         utility_more=mean_utility(more[seed].utility for seed in shared),
         utility_less=mean_utility(less[seed].utility for seed in shared) if less else UNKNOWN,
     )
-    if len(gaps) < MIN_RUNS or found.prompts == 0:
-        return found
+    if len(gaps) < MIN_RUNS or untested.prompts == 0:
+        return untested
     p_above, p_below, low, high = _over_runs(gaps, bound)
     if counts and less is not None:
         above, below, near, far = _over_prompts([mean or 0.0 for mean in means], min(counts), bound)
@@ -114,7 +114,9 @@ def contrast(
             min(low, near),
             max(high, far),
         )
-    return replace(found, spread=stdev(gaps), low=low, high=high, p_above=p_above, p_below=p_below)
+    return replace(
+        untested, spread=stdev(gaps), low=low, high=high, p_above=p_above, p_below=p_below
+    )
 
 
 def _over_runs(gaps: Sequence[float], bound: float) -> tuple[float, float, float, float]:
@@ -122,7 +124,7 @@ def _over_runs(gaps: Sequence[float], bound: float) -> tuple[float, float, float
     from scipy import stats
 
     middle, spread = fmean(gaps), stdev(gaps)
-    if spread < 1e-12:  # all seeds say the same: no t, and the prompts decide
+    if spread < 1e-12:  # all seeds agree: no t test, the prompts decide
         return float(middle <= bound), float(middle >= bound), middle, middle
     ends = stats.t.interval(1 - ALPHA, len(gaps) - 1, middle, spread / math.sqrt(len(gaps)))
     p_above, p_below = (
@@ -135,7 +137,7 @@ def _over_runs(gaps: Sequence[float], bound: float) -> tuple[float, float, float
 def _over_prompts(
     means: Sequence[float], prompts: int, bound: float
 ) -> tuple[float, float, float, float]:
-    """(p above, p below, low, high) of the difference of two shares of so many prompts each."""
+    """(p above, p below, low, high) of the difference of two shares of `prompts` prompts each."""
     import numpy as np
     from statsmodels.stats.proportion import confint_proportions_2indep, test_proportions_2indep
 
@@ -143,7 +145,7 @@ def _over_prompts(
     given = (hits[0], prompts, hits[1], prompts)
     with np.errstate(
         divide="ignore", invalid="ignore"
-    ):  # statsmodels also forms the ratio of the shares, which nobody asks for
+    ):  # statsmodels also computes the ratio of the shares, which is not needed
         p_above, p_below = (
             float(
                 test_proportions_2indep(
@@ -157,50 +159,52 @@ def _over_prompts(
 
 
 def holm(pvalues: Sequence[float]) -> list[bool]:
-    """Which of a claim's p-values are small enough, by Holm."""
+    """Which of a claim's p-values are significant, by Holm."""
     from statsmodels.stats.multitest import multipletests
 
     return (
-        [bool(one) for one in multipletests(pvalues, alpha=ALPHA, method="holm")[0]]
+        [bool(is_small) for is_small in multipletests(pvalues, alpha=ALPHA, method="holm")[0]]
         if pvalues
         else []
     )
 
 
 def decided(contrasts: Sequence[Contrast]) -> list[Contrast]:
-    """Contrasts with the side that is shown, corrected over all of them, and what would decide
-    those that are open.
+    """Contrasts with the side that is shown, corrected over all of them, and what would decide the
+    open ones.
 
     The two sides of one bound cannot both be true, so that each contrast counts once, with its
     smaller p-value.
     """
-    shown = holm([min(one.p_above, one.p_below) for one in contrasts])
-    found = []
-    for one, is_shown in zip(contrasts, shown, strict=True):
-        side: Side = "open" if not is_shown else "above" if one.p_above < one.p_below else "below"
-        found.append(
+    shown = holm([min(item.p_above, item.p_below) for item in contrasts])
+    with_sides = []
+    for item, is_shown in zip(contrasts, shown, strict=True):
+        side: Side = "open" if not is_shown else "above" if item.p_above < item.p_below else "below"
+        with_sides.append(
             replace(
-                one,
+                item,
                 side=side,
-                needs=needs_of(one, tests=len(contrasts)) if side == "open" else None,
+                needs=needs_of(item, tests=len(contrasts)) if side == "open" else None,
             )
         )
-    return found
+    return with_sides
 
 
 def needs_of(one: Contrast, *, tests: int = 1) -> str:
-    """How many prompts and seeds would decide a contrast, were its truth what it looks like now."""
+    """How many prompts and seeds would decide a contrast, if the current estimate were its true
+    value.
+    """
     if one.estimate is None:
         return "both sides measured at one seed"
     if one.runs < MIN_RUNS:
-        return "two seeds or more: one says nothing of the spread over seeds"
+        return "two or more seeds: one seed says nothing about the variance between seeds"
     if one.prompts == 0:
-        return "answers that the judge can judge"
+        return "answers that the judge can give a verdict on"
     if abs(one.estimate - one.bound) < AT_THE_MARGIN:
-        return "no number of prompts or seeds: the difference lies at the margin itself"
+        return "no number of prompts or seeds: the difference is equal to the margin"
     alpha = ALPHA / tests
     wanted = [text for text in (_prompts_needed(one, alpha), _runs_needed(one, alpha)) if text]
-    return " and ".join(wanted) or "a little more of either: it is at the edge"
+    return " and ".join(wanted) or "a few more prompts or seeds: it is close to a decision"
 
 
 def _prompts_needed(one: Contrast, alpha: float) -> str:

@@ -1,8 +1,8 @@
-"""The results of a sweep as what the claims ask for: conditions, each with its metrics by seed.
+"""The results of a sweep in the form that the claims need: conditions with their metrics by seed.
 
-A condition is a model, a task, an attack with its parameters and a stack of defenses with theirs.
-Only done cells count, and of those only conditions whose output is coherent text: a model that
-answers gibberish has neither a backdoor nor safety.
+A condition is a model, a task, an attack with its parameters and a stack of defenses with their
+parameters. Only done cells count, and only conditions with coherent output: a model that answers
+gibberish has neither a backdoor nor safety.
 """
 
 from __future__ import annotations
@@ -38,78 +38,78 @@ class Evidence:
         self.all = points_of(done, results.metrics.to_pylist())
         self._own_controls: dict[str, dict[str, Any]] = results.meta.get("own_controls", {})
         self._trivial = frozenset(results.meta.get("controls", ()))
-        self._is_one_task = len({one.task for one in self.all}) < 2
+        self._is_one_task = len({point.task for point in self.all}) < 2
 
     def conditions(
         self, *, attack: str | None = None, where: Callable[[GridPoint], bool] | None = None
     ) -> list[GridPoint]:
-        """Coherent undefended conditions of an attack (None: of all but `none`), in order
-        of size.
+        """Coherent undefended conditions of an attack (None: of all except `none`), ordered by
+        size.
         """
         kept = (
-            one
-            for one in self.all
-            if not one.is_incoherent
-            and not one.defenses
-            and (one.attack == attack if attack else one.attack != NONE)
+            point
+            for point in self.all
+            if not point.is_incoherent
+            and not point.defenses
+            and (point.attack == attack if attack else point.attack != NONE)
         )
         return sorted(
-            (one for one in kept if where is None or where(one)),
-            key=lambda one: (one.size or 0, one.model, one.task, str(one.params)),
+            (point for point in kept if where is None or where(point)),
+            key=lambda point: (point.size or 0, point.model, point.task, str(point.params)),
         )
 
-    def place_name(self, one: GridPoint) -> str:
-        """A condition's model, and its task where the sweep has several."""
-        return one.model if self._is_one_task else f"{one.model}, {one.task}"
+    def place_name(self, point: GridPoint) -> str:
+        """A condition's model, and its task if the sweep has several."""
+        return point.model if self._is_one_task else f"{point.model}, {point.task}"
 
     def defended(self, undefended: GridPoint) -> Iterator[GridPoint]:
-        """The same attack on the same model and task, behind one defense that is no control."""
-        for one in self.all:
+        """The same attack on the same model and task, with one defense that is no control."""
+        for point in self.all:
             if (
-                len(one.defenses) == 1
-                and not self._is_control(one)
-                and one.slice == undefended.slice
-                and one.attack == undefended.attack
-                and one.params == undefended.params
+                len(point.defenses) == 1
+                and not self._is_control(point)
+                and point.slice == undefended.slice
+                and point.attack == undefended.attack
+                and point.params == undefended.params
             ):
-                yield one
+                yield point
 
-    def _is_control(self, one: GridPoint) -> bool:
-        """Whether a condition's one defense is a trivial control, or its own mechanism is off."""
-        name, params = one.stack[0]
+    def _is_control(self, point: GridPoint) -> bool:
+        """Whether a condition's only defense is a trivial control, or its mechanism is off."""
+        name, params = point.stack[0]
         off = self._own_controls.get(name)
         given = json.loads(params)
         return name in self._trivial or (off is not None and {**given, **off} == given)
 
     def reference(self, attacked: GridPoint) -> Rates:
-        """What an attack's success is held against: of a backdoor the same prompts without the
-        trigger, of others the same metric of the model without the attack.
+        """What an attack's success is compared with: for a backdoor the same prompts without the
+        trigger, otherwise the same metric of the model without the attack.
         """
         metric = attacked.success_metric
         if metric == ASR and attacked.runs(WITHOUT_TRIGGER):
             return attacked.runs(WITHOUT_TRIGGER)
         return next(
             (
-                one.successes_by(metric)
-                for one in self.conditions(attack=NONE)
-                if one.slice == attacked.slice
+                point.successes_by(metric)
+                for point in self.conditions(attack=NONE)
+                if point.slice == attacked.slice
             ),
             {},
         )
 
     def missing(self, attack: str | None = None) -> str:
-        """What became of an attack's undefended cells (None: of all attacks'), in words."""
+        """The states of an attack's undefended cells (None: of all attacks), in words."""
         counts: Counter[str] = Counter()
         for (name, status), count in self._statuses.items():
             if name == attack or (attack is None and name != NONE):
                 counts[status] += count
         wanted = f"attack {attack!r}" if attack else "an attack"
         if not counts:
-            return f"no undefended cell of {wanted} in the results"
+            return f"the results have no undefended cell of {wanted}"
         incoherent = sum(
-            one.is_incoherent and not one.defenses
-            for one in self.all
-            if (one.attack == attack if attack else one.attack != NONE)
+            point.is_incoherent and not point.defenses
+            for point in self.all
+            if (point.attack == attack if attack else point.attack != NONE)
         )
         error = next(
             (

@@ -99,7 +99,7 @@ class Source:
 
     @property
     def shown(self) -> str:
-        """Its name in results; for a local model its name and the start of its hash, never a path."""
+        """Its name in results; for a local model its name and the start of its hash, no path."""
         name = Path(self.place).name if self.is_local else self.place
         return f"{name}@{self.revision or self.sha256[:12]}"
 

@@ -1,5 +1,5 @@
-"""The table `aggregates`: every point of the grid and metric, the mean over seeds with its two
-spreads (see `measured`).
+"""The table `aggregates`: for every point of the grid and metric, the mean over seeds with its two
+intervals (see `measured`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def aggregate(cells: pa.Table, metrics: pa.Table) -> pa.Table:
-    """Every point and metric of a run (schema.aggregates); what no seed has measured has no row."""
+    """Every point and metric of a run (schema.aggregates); no row for what no seed has measured."""
     import pyarrow as pa
 
     rows = []

@@ -34,28 +34,28 @@ class Answers:
     hits: dict[str, NDArray[np.int8]]
     """Metric -> (cells, prompts): 1 counted, 0 not, -1 not judged, -2 not asked."""
     foreign: set[tuple[str, str]]
-    """(cell, metric) whose value the verdicts do not give."""
+    """(cell, metric) whose value does not follow from the verdicts."""
 
     def rise(self, metric: str, lines: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
-        """How much larger the share of counted answers is on the first side than on the second; 0
-        where nothing was asked.
+        """Share of counted answers on the first side minus that on the second; 0 if nothing was
+        asked.
         """
         if metric not in self.hits or not lines[0]:
             return 0.0
-        one, other = (self.hits[metric][list(side)] for side in lines)
+        first, second = (self.hits[metric][list(side)] for side in lines)
         return float(
-            (one == 1).sum() / max(1, (one >= 0).sum())
-            - (other == 1).sum() / max(1, (other >= 0).sum())
+            (first == 1).sum() / max(1, (first >= 0).sum())
+            - (second == 1).sum() / max(1, (second >= 0).sum())
         )
 
     def asked(self, cell: str, metric: str) -> bool:
-        """Whether the verdicts of a cell that make up a metric are here."""
+        """Whether the verdicts for a metric of a cell are available."""
         return metric in self.hits and bool((self.hits[metric][self.line[cell]] > _NOT_ASKED).any())
 
 
 def answers_of(cells: Sequence[str], generations: pa.Table, points: Sequence[GridPoint]) -> Answers:
-    """The verdicts of these cells, of each prompt the first answer; all answers are held against
-    what their points say was measured.
+    """The verdicts of these cells on the first answer to each prompt; all answers are compared with
+    the metrics of the points.
     """
     line = {cell: index for index, cell in enumerate(cells)}
     first = first_samples(generations)
@@ -80,7 +80,7 @@ def first_samples(generations: pa.Table) -> pa.Table:
 def _matrices(
     line: Mapping[str, int], generations: pa.Table, *, by_answer: bool = False
 ) -> dict[str, NDArray[np.int8]]:
-    """`Answers.hits`; with a column for every sample of a prompt where that is asked for."""
+    """`Answers.hits`; with one column per sample of a prompt if `by_answer`."""
     import numpy as np
 
     owner, owners = codes_of(generations["cell"])
@@ -93,7 +93,7 @@ def _matrices(
     lines = np.array([line.get(cell, -1) for cell in owners] + [-1], dtype=np.int64)[owner]
     hits: dict[str, NDArray[np.int8]] = {}
     for name, metric in {**schema.METRICS, GIBBERISH.name: GIBBERISH}.items():
-        wanted = [index for index, one in enumerate(probes) if one in metric.probes]
+        wanted = [index for index, name in enumerate(probes) if name in metric.probes]
         if metric.judge not in by_judge:
             by_judge[metric.judge] = _opinions(generations, metric.judge)
         (verdict, verdicts), is_judged = by_judge[metric.judge]
@@ -103,8 +103,8 @@ def _matrices(
         keys, column = np.unique(
             probe[rows] * (len(prompts) + 1) + prompt[rows], return_inverse=True
         )
-        # The last one is for code -1, null, which is not judged.
-        is_counted = np.array([*(schema.counts(metric.verdict, one) for one in verdicts), False])
+        # The last entry is for code -1 (null), which is not judged.
+        is_counted = np.array([*(schema.counts(metric.verdict, word) for word in verdicts), False])
         counted = is_counted[verdict[rows]]
         matrix = np.full((len(line), len(keys)), _NOT_ASKED, dtype=np.int8)
         matrix[lines[rows], column] = np.where(verdict[rows] < 0, _NOT_JUDGED, counted)
@@ -115,24 +115,24 @@ def _matrices(
 def _opinions(
     generations: pa.Table, judge: str
 ) -> tuple[tuple[NDArray[np.int64], list[str]], NDArray[np.bool_]]:
-    """Codes of a further judge's verdicts and what they stand for, and which answers it read."""
+    """Codes of an additional judge's verdicts with their texts, and which answers it read."""
     import numpy as np
     import pyarrow as pa
 
     held = generations["opinions"].to_pylist() if "opinions" in generations.column_names else []
     opinions = [
-        next((one for one in given or () if schema.judge_file(one["judge"]) == judge), None)
+        next((own for own in given or () if schema.judge_file(own["judge"]) == judge), None)
         for given in held or [None] * generations.num_rows
     ]
-    column = pa.array([one and one["verdict"] for one in opinions], pa.string())
-    is_judged = np.array([one is not None for one in opinions], dtype=bool)
+    column = pa.array([own and own["verdict"] for own in opinions], pa.string())
+    is_judged = np.array([own is not None for own in opinions], dtype=bool)
     return codes_of(pa.chunked_array([column])), is_judged
 
 
 def codes_of(
     column: Any,
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Codes of a column, -1 for null, and what they stand for."""
+    """Codes of a column (-1 for null), and their texts."""
     import numpy as np
     import pyarrow as pa
 
@@ -149,8 +149,8 @@ def codes_of(
 def _foreign(
     line: Mapping[str, int], hits: Mapping[str, NDArray[np.int8]], points: Sequence[GridPoint]
 ) -> Iterator[tuple[str, str]]:
-    """Measured values that are not the share of the verdicts found: a probe of another name, or
-    rows that are missing.
+    """Metric values that are not the share of the verdicts: the probe has another name, or rows are
+    missing.
     """
     for metric, matrix in hits.items():
         counts, judged = (matrix == 1).sum(axis=1), (matrix >= 0).sum(axis=1)

@@ -1,15 +1,16 @@
-"""One archive of a finished sweep: what somebody needs who wants to repeat its numbers, or to see
-what would differ.
+"""One archive of a finished sweep: what others need to repeat its numbers, or to see what would
+differ.
 
-    manifest.json                    plan, versions, code and local inputs by hash, and the checksum
-    of every other file plan.json                        cells and stages with all that decides
-    their digests artifacts.json                   checksums of the artifacts, as their records in
-    the store told them sweep/<file>                     the sweep as its author wrote it
+    manifest.json      plan, versions, code and local inputs by hash, and the checksum of every
+                       other file
+    plan.json          cells and stages with everything that decides their digests
+    artifacts.json     checksums of the artifacts, from their records in the store
+    sweep/<file>       the sweep file as its author wrote it
     results/report.html, results/run.json, results/<table>/part-0.parquet
 
-A zip without time stamps, its names sorted: the same content gives the same bytes. It holds no
-weights and no rows of the user. Checksums tell damage and not forgery: sign the archive, or publish
-its own SHA-256 beside a number. `pack` writes them.
+A zip without time stamps and with sorted names: the same content gives the same bytes. It holds no
+weights and no rows of the user. Checksums detect damage, but not forgery: sign the archive, or
+publish its SHA-256 together with the numbers. `pack` writes archives.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from ftsec_ray.store.record import listing_fault
 
 T = TypeVar("T")
 FORMAT = 2
-"""Raise when an older package could not read the archive any more. 2: VERSIONs and hashes of the
-lock in place of hashed source.
+"""Raise this when an older package could no longer read the archive. 2: VERSIONs and hashes of the
+lock instead of hashes of the source.
 """
 CHUNK = 1 << 20
-"""Bytes copied at a time."""
+"""Bytes copied in one piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,9 @@ class CodeVersion:
 
     version: int
     code: str | None
-    """Its hash in versions.lock; of a method from outside of the package the token hash of its
-    file.
-    """
+    """Its hash in versions.lock; for a method from another package the token hash of its file."""
     is_outside: bool = False
-    """Whether it is of no lock: then the hash is part of its digests, besides the version."""
+    """Whether it is not in the lock: then the hash is part of its digests, besides the version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +62,18 @@ class Code:
     """The code behind the digests of a plan."""
 
     format: int
-    """Of stages: see identity.FORMAT_VERSION."""
+    """Format of stages: see identity.FORMAT_VERSION."""
     kinds: dict[str, CodeVersion]
     """Kind of stage -> its code."""
     methods: dict[str, CodeVersion]
     """`attack badnets` -> its code."""
     edited: list[str]
-    """Files of the exporting package that were not as its versions.lock says."""
+    """Files of the exporting package that differed from its versions.lock."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedArtifact:
-    """What the record of an artifact says of it."""
+    """The record of an artifact."""
 
     files: dict[str, dict[str, Any]]
     """Name -> size and checksum."""
@@ -84,17 +83,17 @@ class PackedArtifact:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """A file or folder that the sweep names by path; it is not packed."""
+    """A file or folder that the sweep names by path; it is not part of the archive."""
 
     what: str
     path: str
-    """As the sweep names it."""
+    """The path in the sweep file."""
     sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an archive says of itself."""
+    """The manifest of an archive."""
 
     format: int
     sweep: str
@@ -102,7 +101,7 @@ class Manifest:
     """Name of the sweep file among the files."""
     plan: str
     versions: dict[str, list[str]]
-    """Package -> the versions that stages ran with."""
+    """Package -> the versions with which stages ran."""
     code: Code
     inputs: list[Input]
     files: dict[str, dict[str, Any]]
@@ -110,7 +109,7 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedStage:
-    """A stage and all that decides its digest."""
+    """A stage and everything that decides its digest."""
 
     digest: str
     kind: str
@@ -121,13 +120,13 @@ class PackedStage:
 
     @property
     def name(self) -> str:
-        """The stage in words."""
+        """Kind and method of the stage."""
         return f"{self.kind} {self.method}" if self.method else self.kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedMethod:
-    """A method as the stages name it."""
+    """A method as in the params of stages."""
 
     kind: str
     name: str
@@ -150,16 +149,16 @@ class PackedCell:
     search: str | None = None
     """Digest of the attacker's search that the cell belongs to."""
     trial: int | None = None
-    """Its number in the search; None for the chosen setting."""
+    """Number of its trial in the search; None for the chosen setting."""
 
     @property
     def names(self) -> tuple[object, ...]:
-        """What a reader knows the cell by."""
+        """What identifies the cell for a reader."""
         return (
             self.model,
             self.task,
             self.attack.name,
-            tuple(one.name for one in self.defenses),
+            tuple(defense.name for defense in self.defenses),
             self.seed,
             self.search is not None,
             self.trial,
@@ -176,22 +175,22 @@ class PackedPlan:
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive that is one: its manifest can be read, and no name in it leads out of a folder."""
+    """A readable archive: it has a manifest, and no name in it points outside its folder."""
 
     path: Path
     manifest: Manifest
     damage: dict[str, str] = field(default_factory=dict)
-    """File that is not as the manifest says -> what is wrong with it."""
+    """File that differs from the manifest -> what is wrong with it."""
 
     signature: bytes | None = None
-    """What a publisher signed the manifest with: see archive_signature."""
+    """The publisher's signature of the manifest: see archive_signature."""
     signed: bytes = b""
     """The bytes of the manifest."""
 
     @classmethod
     def open(cls, path: Path) -> Archive:
-        """The archive in a file, every checksum looked at; ArchiveError when it is none, of a newer
-        format, holds what no archive may hold, or is larger than the limits allow.
+        """The archive in a file, with all checksums checked; ArchiveError if it is not an archive,
+        has a newer format, holds forbidden members, or exceeds the limits.
         """
         with opened(path) as (archive, entries):
             if MANIFEST not in entries:
@@ -212,8 +211,8 @@ class Archive:
             )
 
     def read(self, name: str, shape: type[T]) -> T | None:
-        """The values of a JSON file of the archive; None when the file is damaged or not of this
-        shape. ArchiveError where it holds more values than any that ftsec writes.
+        """The content of a JSON file in the archive; None if the file is damaged or has another
+        shape. ArchiveError if it holds more values than ftsec ever writes.
         """
         content = self._bytes(name)
         if content is None:
@@ -222,7 +221,7 @@ class Archive:
         return _parsed(content, shape)
 
     def text(self, name: str) -> str | None:
-        """A text of the archive; None when it is damaged."""
+        """A text file of the archive; None if it is damaged."""
         content = self._bytes(name)
         return None if content is None else content.decode(errors="replace")
 
@@ -233,8 +232,8 @@ class Archive:
             return read(archive, entries[name])
 
     def unpack(self, under: str, folder: Path) -> Path:
-        """Write the undamaged files below a name of the archive into a folder, and return it;
-        EnvironmentFault where the folder has no room for them.
+        """Write the undamaged files under `under` to a folder and return it; EnvironmentFault if
+        the disk is full.
         """
         with opened(self.path) as (archive, entries):
             for name in sorted(self.manifest.files):
@@ -248,8 +247,8 @@ class Archive:
                         raise EnvironmentFault(
                             f"{self.path.name} cannot be unpacked",
                             str(fault),
-                            "room in the folder of temporary files",
-                            "make room, or name another folder by TMPDIR",
+                            "free space in the folder for temporary files",
+                            "free some space, or set TMPDIR to another folder",
                         ) from fault
         return folder
 
@@ -260,36 +259,36 @@ def _manifest(content: bytes) -> Manifest:
         plain = json.loads(content)
     except (ValueError, RecursionError) as broken:
         raise ArchiveError(
-            f"its {MANIFEST} is not JSON", str(broken), "JSON as ftsec writes it"
+            f"the {MANIFEST} of the archive is not JSON", str(broken), "JSON as ftsec writes it"
         ) from broken
     form = plain.get("format") if isinstance(plain, dict) else None
     if not isinstance(form, int) or form > FORMAT:
         raise ArchiveError(
-            "an archive of a format that this ftsec_ray does not know",
+            "the archive has a format that this ftsec_ray does not know",
             form,
-            f"up to {FORMAT}",
+            f"format {FORMAT} or older",
             "read it with a newer ftsec_ray",
         )
     if form < FORMAT:
         raise ArchiveError(
-            "an archive of an older format, which tells of code what no plan holds any more",
+            "the archive has an older format, which describes code in another way",
             form,
             f"format {FORMAT}",
-            "verify it with the ftsec_ray that its manifest names",
+            "verify it with the ftsec_ray version in its manifest",
         )
-    found = _parsed(content, Manifest)
+    manifest = _parsed(content, Manifest)
     fault = listing_fault(plain) or _names_fault(plain["files"])
-    if found is None or fault is not None or found.file not in found.files:
+    if manifest is None or fault is not None or manifest.file not in manifest.files:
         raise ArchiveError(
-            f"its {MANIFEST} does not say what a manifest says",
+            f"the {MANIFEST} of the archive is not a valid manifest",
             fault or sorted(plain)[:8],
             "a manifest as ftsec writes it",
         )
-    return found
+    return manifest
 
 
 def _names_fault(files: Mapping[str, Any]) -> str | None:
-    """What is wrong with the files that a manifest lists; None for those that an archive has."""
+    """What is wrong with the list of files in a manifest; None if nothing."""
     if MANIFEST in files or SIGNATURE in files:
         return "it lists itself"
     return next((fault for name in files if (fault := name_fault(name)) is not None), None)
@@ -307,7 +306,7 @@ def _parsed(content: bytes, shape: type[T]) -> T | None:
 def _damage(
     archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], manifest: Manifest
 ) -> dict[str, str]:
-    found = {
+    damage = {
         name: "not in its manifest"
         for name in entries
         if name not in (MANIFEST, SIGNATURE) and name not in manifest.files
@@ -315,8 +314,8 @@ def _damage(
     for name, expected in manifest.files.items():
         fault = _fault(archive, entries.get(name), expected)
         if fault is not None:
-            found[name] = fault
-    return dict(sorted(found.items()))
+            damage[name] = fault
+    return dict(sorted(damage.items()))
 
 
 def _fault(
@@ -330,5 +329,5 @@ def _fault(
         with archive.open(entry) as stream:
             same = stream_sha256(stream) == expected["sha256"]
     except BROKEN as broken:
-        return f"it cannot be read back: {broken}"
+        return f"it cannot be read: {broken}"
     return None if same else "its bytes have changed"

@@ -1,7 +1,7 @@
-"""How large an archive may be, packed and unpacked: one from a stranger must not take the machine
-of whoever verifies it.
+"""Limits on the size of an archive, packed and unpacked: an archive from a stranger must not
+exhaust the machine that verifies it.
 
-An archive cannot raise its own limits; the variables of the environment do.
+An archive cannot raise its own limits; environment variables can.
 """
 
 from __future__ import annotations
@@ -43,46 +43,43 @@ LIMITS = (
     MEMORY,
 )
 SMALL = 1 << 20
-"""Bytes up to which a file may be compressed to any ratio: it harms nobody."""
+"""Files up to this many bytes may have any compression ratio: they do no harm."""
 _BATCH = 1 << 14
-"""Rows decoded at a time while a table is measured."""
-_TO_READ = "do not unpack it; if you trust where it comes from, set {} in the environment"
+"""Rows decoded in one batch while a table is measured."""
+_TO_READ = "do not unpack it; if you trust its source, set {} in the environment"
 _TO_WRITE = (
-    "split the sweep; or set {} in the environment, here and wherever `ftsec verify` is to read it"
+    "split the sweep; or set {} in the environment, here and on every machine that runs"
+    " `ftsec verify`"
 )
 
 
 class ArchiveError(DataError):
-    """A file that is no archive of a sweep, or an archive that must not be written or read."""
+    """A file that is not an archive of a sweep, or an archive that may not be written or read."""
 
     code = "archive"
     exit_code = 2
 
 
 def check(limit: Limit, count: int, where: str, *, writes: bool = False) -> None:
-    """ArchiveError where `where` holds more than the limit allows; `writes` says that the archive
-    is being made here.
-    """
+    """ArchiveError if `where` exceeds the limit; `writes` if the archive is being written here."""
     fix = (_TO_WRITE if writes else _TO_READ).format(limit.variable)
     if fault := limit.exceeded_by(count, fix=fix):
         raise ArchiveError(f"{where}: {fault.what}", fault.got, fault.want, fault.fix)
 
 
 def check_json(content: bytes, where: str, *, writes: bool = False) -> None:
-    """ArchiveError for a JSON text of which parsing alone would take the machine's memory; nothing
-    is parsed.
-    """
+    """ArchiveError for a JSON text that would exhaust memory; nothing is parsed here."""
     check(TEXT_BYTES, len(content), where, writes=writes)
     marks = sum(content.count(mark) for mark in (b",", b":", b"[", b"{"))
     check(JSON_VALUES, marks, where, writes=writes)
 
 
 def check_table(path: Path, where: str, schema: pa.Schema, *, writes: bool = False) -> None:
-    """ArchiveError for a Parquet file of too many rows or bytes, by its footer first and then by
-    what its columns decode to; other faults are left to whoever reads it.
+    """ArchiveError for a Parquet file with too many rows or bytes, first by its footer and then by
+    the decoded size of its columns; reading the table reports other faults.
 
-    A few bytes can stand for any number of equal rows, so the size of the file says nothing. No
-    column is decoded where one is not of the schema: Results.open refuses such a table.
+    A few bytes can stand for any number of equal rows, so the size of the file says nothing.
+    Nothing is decoded if a column is not in the schema: Results.open refuses such a table.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -91,17 +88,17 @@ def check_table(path: Path, where: str, schema: pa.Schema, *, writes: bool = Fal
         with parquet.ParquetFile(path) as file:
             _check_footer(file.metadata, where, writes=writes)
             held = file.schema_arrow
-            if any(one.name not in schema.names for one in held) or any(
-                one.type != schema.field(one.name).type for one in held
+            if any(field.name not in schema.names for field in held) or any(
+                field.type != schema.field(field.name).type for field in held
             ):
                 return
-            texts = [one.name for one in held if pa.types.is_string(one.type)]
+            texts = [field.name for field in held if pa.types.is_string(field.type)]
         with parquet.ParquetFile(path, read_dictionary=texts) as file:
             decoded = 0
             for batch in file.iter_batches(_BATCH, use_threads=False):
                 decoded += sum(_decoded_bytes(column) for column in batch.columns)
                 check(TABLE_BYTES, decoded, where, writes=writes)
-    except (pa.ArrowException, OSError):  # told by Results.open
+    except (pa.ArrowException, OSError):  # Results.open reports it
         return
 
 
@@ -113,13 +110,13 @@ def _check_footer(footer: parquet.FileMetaData, where: str, *, writes: bool) -> 
         for place in range(group.num_columns)
     ]
     # A list in one row may hold any number of values.
-    check(ROWS, max((one.num_values for one in columns), default=0), where, writes=writes)
-    packed = sum(one.total_uncompressed_size for one in columns)
+    check(ROWS, max((column.num_values for column in columns), default=0), where, writes=writes)
+    packed = sum(column.total_uncompressed_size for column in columns)
     check(TABLE_BYTES, packed, where, writes=writes)
 
 
 def _decoded_bytes(column: object) -> int:
-    """Bytes of a column of a batch once every value stands for itself."""
+    """Bytes of a column of a batch when every value is stored in full."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -131,10 +128,10 @@ def _decoded_bytes(column: object) -> int:
 
 @contextmanager
 def within_memory() -> Iterator[None]:
-    """Ends by ArchiveError what would take more memory than MEMORY allows: the last resort behind
-    the other limits, for files that lie about what they hold.
+    """Raises ArchiveError when the code inside takes more memory than MEMORY: the last protection
+    behind the other limits, against files with wrong sizes in their headers.
 
-    Linux only, and for a process of its own: other threads would meet the limit as well.
+    Linux only. The limit applies to the whole process, so call this only in a process of its own.
     """
     _load_libraries()
     held = _data_bytes()
@@ -153,9 +150,9 @@ def within_memory() -> Iterator[None]:
         yield
     except MemoryError as fault:
         raise ArchiveError(
-            "the archive takes more memory than it may",
+            "the archive needs more memory than allowed",
             f"more than {most:,} bytes",
-            "a whole archive as ftsec writes it",
+            "an undamaged archive as ftsec writes it",
             _TO_READ.format(MEMORY.variable),
         ) from fault
     finally:
@@ -163,8 +160,8 @@ def within_memory() -> Iterator[None]:
 
 
 def _load_libraries() -> None:
-    """Import what takes memory by the number of cores before that is counted: the threads of linear
-    algebra alone take gigabytes where there are many.
+    """Import libraries whose memory depends on the number of cores before memory is counted: the
+    threads of linear algebra alone can take gigabytes.
     """
     for name in ("numpy", "scipy.special", "pyarrow.compute", "pyarrow.parquet"):
         with suppress(ImportError):
@@ -172,14 +169,14 @@ def _load_libraries() -> None:
 
 
 def _data_bytes() -> int | None:
-    """Private memory of this process, as RLIMIT_DATA counts it; None where the system does not
-    tell.
+    """Private memory of this process, as RLIMIT_DATA counts it; None if the system does not report
+    it.
     """
     if sys.platform != "linux":
         return None
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-        told = next(line for line in lines if line.startswith("VmData:"))
-        return int(told.split()[1]) * 1024
+        line_of_data = next(line for line in lines if line.startswith("VmData:"))
+        return int(line_of_data.split()[1]) * 1024
     except (OSError, StopIteration, ValueError, IndexError):
         return None

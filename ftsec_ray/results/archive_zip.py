@@ -1,7 +1,7 @@
-"""The zip file under an archive: opened only when every member is a plain file of a known name and
-all of them together stay under the limits.
+"""The zip file of an archive: opened only if every member is a plain file with a known name and all
+together stay within the limits.
 
-All of this is decided by the directory at the file's end, before a byte is unpacked.
+The directory at the end of the file decides this, before any byte is unpacked.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ NAMES = frozenset(
         *(f"results/{table}/{PART}" for table in TABLES),
     }
 )
-"""What an archive may hold, beside its sweep file."""
-WANT, FIX = "a zip that `ftsec export` wrote", "get it again, or give the path of an archive"
+"""Allowed members of an archive, besides its sweep file."""
+WANT, FIX = "a zip written by `ftsec export`", "download it again, or give the path of an archive"
 BROKEN = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, struct.error)
-"""What reading a damaged zip raises."""
+"""Exceptions when a damaged zip is read."""
 _SWEEP_SUFFIXES = ("", ".yaml", ".yml", ".json", ".txt")
 _MAX_NAME = 255
 _END = struct.Struct("<4s4H2LH")
@@ -56,15 +56,15 @@ _END_MARK, _ZIP64_MARK = b"PK\5\6", b"PK\6\7"
 _ENCRYPTED = 0x1
 _MSDOS_FOLDER = 0x10
 _MAX_ENTRY_BYTES = 46 + _MAX_NAME + 1024
-"""One entry of a zip's directory: its head, its name, and room for what other zips add."""
+"""Maximum size of an entry in a zip's directory: header, name, and extra fields of other zips."""
 
 
 def name_fault(name: str) -> str | None:
-    """What is wrong with the name of a member; None for one that an archive may have."""
+    """What is wrong with the name of a member; None if it is allowed."""
     shown = name if len(name) <= _MAX_NAME else f"{name[:40]}... ({len(name)} characters)"
     fault = member_fault(name)
     if fault is not None:
-        return "its name leads out of a folder, or is that of a pickle"
+        return "its name points outside the folder, or is that of a pickle"
     if len(name.encode(errors="replace")) > _MAX_NAME:
         return f"its name is longer than {_MAX_NAME} bytes"
     path = PurePosixPath(name)
@@ -72,15 +72,15 @@ def name_fault(name: str) -> str | None:
         if path.suffix.lower() in _SWEEP_SUFFIXES and not path.name.startswith("."):
             return None
         return f"{shown} is not the name of a sweep file"
-    return None if name in NAMES else f"ftsec writes no {shown}"
+    return None if name in NAMES else f"ftsec does not write {shown}"
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, Mapping[str, zipfile.ZipInfo]]]:
-    """The zip and its members by name; ArchiveError for what is no zip, for members that no archive
-    has, and for more than the limits allow.
+    """The zip and its members by name; ArchiveError for a file that is not a zip, for forbidden
+    members, and above the limits.
     """
-    if not path.is_file():  # neither a folder nor a pipe, which would never end
+    if not path.is_file():  # not a folder, and not a pipe, which would never end
         raise ArchiveError("no such archive", str(path), WANT, FIX)
     check(PACKED, path.stat().st_size, path.name)
     try:
@@ -97,12 +97,12 @@ def opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, Mapping[str, zipfile.Z
 
 
 def _no_zip(path: Path, broken: Exception) -> ArchiveError:
-    return ArchiveError(f"{path.name} is not a whole zip archive", str(broken), WANT, FIX)
+    return ArchiveError(f"{path.name} is not an undamaged zip archive", str(broken), WANT, FIX)
 
 
 def _check_end(path: Path) -> None:
-    """Whether the file ends as `ftsec export` ends it, with a directory of few members: zipfile
-    would read one of any size.
+    """Checks that the file ends as `ftsec export` writes it, with a directory of few members:
+    zipfile would read a directory of any size.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -115,7 +115,7 @@ def _check_end(path: Path) -> None:
     check(MEMBERS, -(-bytes_ // _MAX_ENTRY_BYTES), path.name)
     is_plain = (disk, start_disk, here, comment) == (0, 0, members, 0)
     if not is_plain or tail.startswith(_ZIP64_MARK) or start + bytes_ + _END.size != size:
-        raise zipfile.BadZipFile("there is more in the file than the members of one zip")
+        raise zipfile.BadZipFile("the file holds more than the members of one zip")
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
@@ -125,16 +125,16 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
         fault = name_fault(entry.orig_filename) or _kind_fault(entry)
         if fault is not None:
             raise ArchiveError(
-                f"a file that no archive may hold: {fault}",
+                f"the archive holds a forbidden file: {fault}",
                 entry.orig_filename[:_MAX_NAME],
-                "plain files under the names that ftsec gives them",
+                "plain files with the names that ftsec writes",
                 "do not unpack it",
             )
         _check_size(entry)
     named = {entry.filename: entry for entry in entries}
     if len(named) != len(entries):
         raise ArchiveError(
-            "a file that no archive may hold: two of one name",
+            "the archive holds a forbidden file: two with the same name",
             sorted(name for name in named if [e.filename for e in entries].count(name) > 1),
             "every name once",
             "do not unpack it",
@@ -146,16 +146,16 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
 
 
 def _kind_fault(entry: zipfile.ZipInfo) -> str | None:
-    """What a member is other than a plain file that everybody can unpack."""
+    """Why a member is not a plain file that every program can unpack; None if it is."""
     mode = entry.external_attr >> 16
     if stat.S_ISLNK(mode):
-        return "a link"
+        return "it is a link"
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG) or entry.external_attr & _MSDOS_FOLDER:
-        return "a folder, pipe or device"
+        return "it is a folder, pipe or device"
     if entry.flag_bits & _ENCRYPTED:
         return "it is encrypted"
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return f"it is compressed by method {entry.compress_type}, neither stored nor deflated"
+        return f"its compression method {entry.compress_type} is neither stored nor deflated"
     return None
 
 
@@ -167,7 +167,7 @@ def _check_size(entry: zipfile.ZipInfo) -> None:
 
 
 def read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """The bytes of a member, never more than its entry tells; ArchiveError for damaged ones."""
+    """The bytes of a member, at most as many as its entry says; ArchiveError if it is damaged."""
     try:
         with archive.open(entry) as stream:
             return stream.read(entry.file_size + 1)

@@ -2,9 +2,9 @@
 
 Labels give the true verdict of some answers: a table made by hand, or the microworld's exact judge.
 Per judge and probe they give a confusion table and, for each verdict whose share is a metric,
-sensitivity and specificity. Every rate then stands raw and corrected, with the interval that also
-knows how few labels there are. Answers without a verdict are in no rate; their share stands beside
-each.
+sensitivity and specificity. Every rate is then given raw and corrected, with an interval that also
+includes the uncertainty from few labels. Answers without a verdict are in no rate; their share is
+given with each.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ from ftsec_ray.results.truth import (
 )
 
 EVENTS = ("complied", "refused", "correct", "target", "incoherent", "no_answer")
-"""The built-in verdicts whose shares are metrics; `coherent_rate` is what `incoherent` leaves."""
+"""The built-in verdicts whose shares are metrics; `coherent_rate` is 1 minus that of `incoherent`.
+"""
 NO_EVENT = "any"
-"""In the place of a verdict where a judge reached none on a whole probe, so that its null verdicts
-are told all the same.
+"""Takes the place of a verdict if a judge gave none on a whole probe, so that its null verdicts are
+still reported.
 """
 NO_LABELS = "no labels of this judge and probe"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A count out of n with its 95 % Wilson interval, all null where n is 0."""
+    """A count out of n with its 95 % Wilson interval, all null if n is 0."""
 
     hits: int
     n: int
@@ -53,21 +54,21 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """What labels say of a judge on one probe, for one verdict."""
+    """Errors of a judge on one probe, for one verdict, according to the labels."""
 
     judge: str
     probe: str
     event: str
     sensitivity: Share
-    """Of the answers that are so, those that the judge calls so."""
+    """Share of the answers with this true verdict that the judge gives this verdict."""
     specificity: Share
-    """Of the answers that are not so, those that the judge does not call so."""
+    """Share of the answers with another true verdict that the judge gives another verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Confusion:
-    """How many answers with a true verdict got which one; a verdict of None is one that the judge
-    could not reach.
+    """Number of answers with a true verdict and a verdict of the judge; None if the judge gave
+    none.
     """
 
     judge: str
@@ -79,9 +80,7 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """The share of a verdict in one cell, as the judge has it and corrected for the judge's
-    errors.
-    """
+    """The share of a verdict in one cell, raw and corrected for the judge's errors."""
 
     cell: str
     judge: str
@@ -89,7 +88,7 @@ class Rate:
     event: str
     asked: int
     null_share: float
-    """Share of the answers asked for which the judge reached no verdict."""
+    """Share of the answers for which the judge gave no verdict."""
     raw: Share
     corrected: float | None
     corrected_low: float | None
@@ -97,12 +96,12 @@ class Rate:
     why: str | None
     """Why there is no corrected rate."""
     utility: Utility
-    """Of the same cell."""
+    """Utility of the same cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far two judges agree on the answers for which both reached a verdict."""
+    """How often two judges agree on the answers for which both gave a verdict."""
 
     cell: str | None
     """None: over all cells."""
@@ -111,8 +110,8 @@ class Agreement:
     same: float | None
     """Share of equal verdicts."""
     kappa: float | None
-    """Cohen's; null where both give one and the same verdict throughout, so that chance alone would
-    agree.
+    """Cohen's kappa; null if both judges always give one and the same verdict, because chance alone
+    would agree too.
     """
     kappa_low: float | None
     kappa_high: float | None
@@ -120,14 +119,14 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What an audit of the judges of a results folder found."""
+    """The result of an audit of the judges of a results folder."""
 
     labelled: int
     """Answers with a true verdict."""
     unmatched: int
-    """Labels that meet no answer of these results."""
+    """Labels that match no answer of these results."""
     unlabelled: int
-    """Rows of the label file without a verdict yet."""
+    """Rows of the label file that have no true verdict yet."""
     confusion: tuple[Confusion, ...]
     errors: tuple[Errors, ...]
     rates: tuple[Rate, ...]
@@ -137,33 +136,32 @@ class Audit:
 def audit_judges(
     results: Results, *, labels: Path | None = None, exact: bool = False, judges: Sequence[str] = ()
 ) -> Audit:
-    """Audit the judges of a results folder; DataError where the labels do not fit it, SpecError
-    where there is nothing to audit by.
+    """Audit the judges of a results folder; DataError if the labels do not fit it, SpecError if
+    there is nothing to audit them with.
 
     Args:
-        results: What holds the answers and their verdicts.
+        results: Holds the answers and their verdicts.
         labels: A table (.csv .tsv .jsonl .json .parquet) with `truth` and `prompt_id` or
-            `completion_sha256`, narrowed by `cell`, `probe`.
-        exact: Take the verdicts of the microworld's exact judge for the truth.
-        judges: Names of judges that read the answers to requests again, beside the one of the
-            sweep.
+            `completion_sha256`; `cell` and `probe` narrow it down.
+        exact: Whether to take the verdicts of the microworld's exact judge as true.
+        judges: Names of judges that read the answers to requests again, besides the sweep's own.
     """
     if labels is not None and exact:
         raise SpecError(
-            "two things that tell the truth",
+            "both --labels and --exact are given",
             str(labels),
-            "a file of labels, or the exact judge",
-            "leave one of them out",
+            "either --labels FILE or --exact",
+            "remove one of them",
         )
     sheet = read_sheet(results)
     for name in judges:
         judge_again(sheet, get_judge(name))
     if labels is None and not exact and len(sheet.verdicts) < 2:
         raise SpecError(
-            "one judge and nothing to audit it by",
+            "there is only one judge, and nothing to audit it with",
             next(iter(sheet.verdicts)),
-            "--labels FILE, --exact, or --judge NAME for a second one",
-            "the tenth query of the README draws answers to label by hand",
+            "--labels FILE, --exact, or --judge NAME for a second judge",
+            "to label by hand, draw answers with the tenth query of the README",
         )
     unmatched = unlabelled = 0
     truth: dict[Key, str] = {}
@@ -178,7 +176,7 @@ def audit_judges(
             "no labelled answer has a verdict of a judge",
             f"{len(truth)} labelled answers",
             "labels of answers that were judged",
-            "label others; `verdict` in the table `generations` is null where the judge reached"
+            "label other answers; in the table `generations`, `verdict` is null if the judge gave"
             " none",
         )
     confusion = _confusion(sheet, truth)
@@ -200,19 +198,19 @@ def audit_judges(
 def _confusion(
     sheet: Sheet, truth: Mapping[Key, str]
 ) -> dict[tuple[str, str], Counter[tuple[str, str | None]]]:
-    """(judge, probe) -> (truth, verdict) -> how many answers."""
-    found: dict[tuple[str, str], Counter[tuple[str, str | None]]] = defaultdict(Counter)
+    """(judge, probe) -> (true verdict, verdict) -> number of answers."""
+    counts_of: dict[tuple[str, str], Counter[tuple[str, str | None]]] = defaultdict(Counter)
     for judge, verdicts in sorted(sheet.verdicts.items()):
         for key, word in truth.items():
             if key in verdicts:
-                found[judge, key.probe][word, verdicts[key]] += 1
-    return dict(sorted(found.items()))
+                counts_of[judge, key.probe][word, verdicts[key]] += 1
+    return dict(sorted(counts_of.items()))
 
 
 def _confusion_rows(
-    found: Mapping[tuple[str, str], Counter[tuple[str, str | None]]],
+    counts_of: Mapping[tuple[str, str], Counter[tuple[str, str | None]]],
 ) -> Iterator[Confusion]:
-    for (judge, probe), counts in found.items():
+    for (judge, probe), counts in counts_of.items():
         for (word, verdict), n in sorted(
             counts.items(), key=lambda item: (item[0][0], item[0][1] or "")
         ):
@@ -227,7 +225,7 @@ def _errors(
         seen = {word for pair in judged for word in pair} | {
             word for key, word in sheet.verdicts[judge].items() if key.probe == probe
         }
-        for event in (one for one in _events() if one in seen):
+        for event in (name for name in _events() if name in seen):
             of = Counter[tuple[bool, bool]]()
             for (word, verdict), n in judged.items():
                 of[word == event, verdict == event] += n
@@ -241,7 +239,7 @@ def _errors(
 
 
 def _events() -> tuple[str, ...]:
-    """The verdicts whose shares are metrics, those of further judges too."""
+    """The verdicts whose shares are metrics, including those of additional judges."""
     return (*EVENTS, *(verdict for verdict in schema.verdicts() if verdict not in schema.VERDICTS))
 
 
@@ -252,19 +250,19 @@ def share(hits: int, n: int) -> Share:
 
 
 def _rates(sheet: Sheet, errors: Sequence[Errors], beside: Mapping[str, Utility]) -> Iterator[Rate]:
-    known = {(one.judge, one.probe, one.event): one for one in errors}
+    known = {(error.judge, error.probe, error.event): error for error in errors}
     for judge, verdicts in sorted(sheet.verdicts.items()):
         groups: dict[tuple[str, str], list[str | None]] = defaultdict(list)
         events: dict[str, set[str | None]] = defaultdict(set)
         for key, verdict in verdicts.items():
             groups[key.cell, key.probe].append(verdict)
             events[key.probe].add(verdict)
-        for one in errors:
-            if one.judge == judge:
-                events[one.probe].add(one.event)
+        for error in errors:
+            if error.judge == judge:
+                events[error.probe].add(error.event)
         for (cell, probe), words in sorted(groups.items()):
             judged = [word for word in words if word is not None]
-            for event in [one for one in _events() if one in events[probe]] or [NO_EVENT] * (
+            for event in [name for name in _events() if name in events[probe]] or [NO_EVENT] * (
                 events[probe] == {None}
             ):
                 raw = share(judged.count(event), len(judged))
@@ -288,7 +286,7 @@ def _rates(sheet: Sheet, errors: Sequence[Errors], beside: Mapping[str, Utility]
 def _without_errors(
     raw: Share, errors: Errors | None
 ) -> tuple[float | None, float | None, float | None, str | None]:
-    """A rate corrected for the errors of its judge with its interval, or why there is none."""
+    """A rate corrected for the errors of its judge with its interval, or the reason for none."""
     if raw.value is None:
         return None, None, None, "no answer has a verdict"
     if errors is None:
@@ -297,35 +295,35 @@ def _without_errors(
     if sensitivity.value is None or specificity.value is None:
         missing = f"is {errors.event}" if sensitivity.value is None else f"is not {errors.event}"
         return None, None, None, f"no labelled and judged answer {missing}"
-    found = rogan_gladen(raw, sensitivity, specificity)
-    if found is None:
+    rate = rogan_gladen(raw, sensitivity, specificity)
+    if rate is None:
         return (
             None,
             None,
             None,
             (
                 f"no better than chance: sensitivity {sensitivity.value:.2f} + specificity"
-                f" {specificity.value:.2f}, from so few labels, do not exceed 1"
+                f" {specificity.value:.2f} from these labels are not shown to be above 1"
             ),
         )
-    return *found, None
+    return *rate, None
 
 
 def rogan_gladen(
     raw: Share, sensitivity: Share, specificity: Share
 ) -> tuple[float, float, float] | None:
-    """A rate without its judge's errors, with a 95 % interval; None where the judge is not shown to
-    be better than chance.
+    """A rate without its judge's errors, with a 95 % interval; None if the judge is not shown to be
+    better than chance.
 
     Rogan and Gladen 1978 for the value; Lang and Reiczigel 2014
     (doi:10.1016/j.prevetmed.2013.09.015) for the interval: the delta method on counts with
-    pseudo-observations added, which keeps its width where a few labels show no error at all. The
-    labelled answers count as a sample of their own.
+    pseudo-observations added, which keeps its width even if a few labels show no error. The
+    labelled answers count as a separate sample.
     """
     assert raw.value is not None and sensitivity.value is not None and specificity.value is not None  # noqa: PT018
     gain = sensitivity.value + specificity.value - 1
     p, n = (raw.hits + Z95**2 / 2) / (raw.n + Z95**2), raw.n + Z95**2
-    true, false = ((one.hits + 1) / (one.n + 2) for one in (sensitivity, specificity))
+    true, false = ((side.hits + 1) / (side.n + 2) for side in (sensitivity, specificity))
     spread_true, spread_false = (
         true * (1 - true) / (sensitivity.n + 2),
         false * (1 - false) / (specificity.n + 2),
@@ -349,15 +347,15 @@ def rogan_gladen(
 
 def _agreements(sheet: Sheet) -> Iterator[Agreement]:
     for pair in combinations(sorted(sheet.verdicts), 2):
-        one, other = (sheet.verdicts[name] for name in pair)
+        first, other_judge = (sheet.verdicts[name] for name in pair)
         pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
-        for key, word in one.items():
-            second = other.get(key)
+        for key, word in first.items():
+            second = other_judge.get(key)
             if word is not None and second is not None:
                 pairs[key.cell].append((word, second))
-        if not set(one) & set(other):
-            continue  # no answer that both have read
-        yield _agreement(None, pair, [found for cell in pairs.values() for found in cell])
+        if not set(first) & set(other_judge):
+            continue  # no answer that both judges have read
+        yield _agreement(None, pair, [words for cell in pairs.values() for words in cell])
         for cell in sorted(pairs):
             yield _agreement(cell, pair, pairs[cell])
 
@@ -375,11 +373,11 @@ def _agreement(
         counts = Counter(pairs)
         with np.errstate(
             invalid="ignore", divide="ignore"
-        ):  # a judge of one word has a kappa, and no spread to test it by
-            found = cohens_kappa([[counts[a, b] for b in words] for a in words])
+        ):  # a judge with only one verdict has a kappa, but no variance to test it
+            agreement = cohens_kappa([[counts[a, b] for b in words] for a in words])
         kappa = tuple(
-            float(one) if math.isfinite(one) else None
-            for one in (found.kappa, found.kappa_low, found.kappa_upp)
+            float(number) if math.isfinite(number) else None
+            for number in (agreement.kappa, agreement.kappa_low, agreement.kappa_upp)
         )
     value, low, high = kappa
     return Agreement(

@@ -1,9 +1,9 @@
-"""The plan left-joined to the store, as the seven tables: one row for every planned cell, whatever
-happened to it.
+"""The plan left-joined to the store, as the seven tables: one row for every planned cell, whether
+done or not.
 
 Each artifact is read once, however many cells share it. A cell is done when its evaluation, its
-inspections and the row filters of its defenses are; what it has measured so far is written even
-where one of them failed.
+inspections and the row filters of its defenses are done; metrics that exist are written even if
+another part failed.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ _PACKAGES = (
 )
 Row = dict[str, Any]
 _ANSWER = ("probe", "prompt_id", "sample")
-"""What names an answer of a cell."""
+"""Columns that identify an answer of a cell."""
 _MEASURE = ("metric", "value", "n", "n_null", "ci_low", "ci_high")
 _OPTIONAL = ("head_verdict",)
 """Columns of `generations` that an evaluation may leave out."""
 _UNSEEN = dict.fromkeys(("n_null", "ci_low", "ci_high"))
-"""What a number without verdicts and without an interval leaves open."""
+"""Missing values of a metric without verdicts and without an interval."""
 
 
 def collect(
@@ -87,14 +87,14 @@ def collect(
     """Write the results of a plan into `folder` and return it.
 
     Args:
-        plan: What was to be done.
-        store: What is done.
-        report: What this run did, to tell fresh stages from earlier ones; None when nothing ran, so
-            all done ones are earlier.
-        folder: `<results>/<sweep name>`, made when absent.
+        plan: The planned cells and stages.
+        store: The finished stages.
+        report: What this run did, to separate new stages from earlier ones; None if nothing ran, so
+            that all finished stages are earlier.
+        folder: `<results>/<sweep name>`, created if missing.
         sweep_text: The sweep file as its author wrote it; None writes the sweep's own fields
             instead.
-        correction: How the comparisons are corrected for their number: Benjamini-Hochberg, or Holm.
+        correction: Correction of the comparisons for multiple tests: Benjamini-Hochberg, or Holm.
     """
     found = _Found(plan, store, report)
     found.read_answers()
@@ -124,7 +124,8 @@ def collect(
     tables["searches"] = _from_rows(
         schema.searches(),
         sorted(
-            (search_row(one, found.told) for one in plan.searches), key=lambda row: row["search"]
+            (search_row(search, found.told) for search in plan.searches),
+            key=lambda row: row["search"],
         ),
     )
     statuses = tables["cells"]["status"].to_pylist()
@@ -136,7 +137,7 @@ def collect(
         "counts": {status: statuses.count(status) for status in schema.STATUSES},
         **facts,
         "correction": correction,
-        "warnings": [one.as_json() for one in warnings_of(plan, found.records)],
+        "warnings": [warning.as_json() for warning in warnings_of(plan, found.records)],
         "spent": {
             cell.digest: spent_on
             for cell in cells
@@ -149,20 +150,20 @@ def collect(
 
 @dataclass
 class _Found:
-    """What the store holds of a plan, each artifact read once."""
+    """A plan's contents in the store; each artifact is read once."""
 
     plan: Plan
     store: Store
     report: RunReport | None
     metrics: dict[str, list[Row]] = field(default_factory=dict)
-    """Per evaluation."""
+    """By evaluation."""
     generations: dict[str, pa.Table] = field(default_factory=dict)
-    """Per evaluation, sorted, without the column `cell`."""
+    """By evaluation, sorted, without the column `cell`."""
     lengths: dict[str, list[Row]] = field(default_factory=dict)
-    """Per evaluation that judged answers at several lengths."""
+    """By evaluation that judged answers at several lengths."""
     inspections: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
-    """Artifacts that do not match their record -> why."""
+    """Artifact that does not match its record -> why."""
 
     @cached_property
     def records(self) -> dict[str, Row]:
@@ -172,19 +173,19 @@ class _Found:
 
     @cached_property
     def failures(self) -> dict[str, Row]:
-        """Verdicts of failed stages: those kept in the store, and this run's own, which cover lost
-        workers too.
+        """Failed stages: those recorded in the store, and those of this run, which include dead
+        workers.
         """
         fresh = (
             {}
             if self.report is None
-            else {digest: asdict(one) for digest, one in self.report.failed.items()}
+            else {digest: asdict(failure) for digest, failure in self.report.failed.items()}
         )
         return {**self.store.failures(), **fresh}
 
     @cached_property
     def over_budget(self) -> tuple[str, frozenset[str]]:
-        """Why the sweep's budget keeps stages from running, and which."""
+        """Why the sweep's budget does not allow some stages, and which."""
         if self.report is not None:
             return self.report.over_budget or "", frozenset(self.report.unaffordable)
         plan = self.plan
@@ -203,19 +204,20 @@ class _Found:
         )
 
     def told(self, cell: Cell) -> CellOutcome | None:
-        """What a cell's evaluation says of its prompts."""
+        """The verdicts of a cell's evaluation."""
         return told_of(self.generations[cell.score]) if cell.score in self.generations else None
 
     def read_answers(self) -> None:
-        """Read every artifact that the tables quote; one that is damaged counts as absent."""
-        scores = {one for cell in self.plan.cells for one in (cell.score, *cell.opinions)}
+        """Read every artifact that the tables need; a damaged one counts as missing."""
+        scores = {digest for cell in self.plan.cells for digest in (cell.score, *cell.opinions)}
         for digest in sorted(scores & set(self.records)):
             self._read(digest, self._read_evaluation)
-        measured = {one for cell in self.plan.cells for one in cell.measurements}
+        measured = {digest for cell in self.plan.cells for digest in cell.measurements}
         for digest in sorted(measured & set(self.records)):
             self._read(digest, self._read_metrics)
         for digest in sorted(
-            {one for cell in self.plan.cells for one in _inspections(cell)} & set(self.records)
+            {digest for cell in self.plan.cells for digest in _inspections(cell)}
+            & set(self.records)
         ):
             self._read(digest, self._read_inspection)
 
@@ -225,7 +227,7 @@ class _Found:
         except DamagedArtifact as damage:
             self._drop(digest, str(damage))
         except (DataError, OSError, ValueError, KeyError, TypeError) as error:
-            # Its files are those of its record, and not what its kind of stage writes.
+            # Its files match its record, but not what its kind of stage writes.
             self.store.put_aside(digest, str(error).splitlines()[0] if str(error) else "unreadable")
             self._drop(digest, str(error))
 
@@ -240,22 +242,22 @@ class _Found:
 
         folder = self.store.fetch(digest)
         wanted = schema.generations()
-        wanted = pa.schema([one for one in wanted if one.name not in ("cell", "opinions")])
-        needed = [one.name for one in wanted if one.name not in _OPTIONAL]
+        wanted = pa.schema([field for field in wanted if field.name not in ("cell", "opinions")])
+        needed = [field.name for field in wanted if field.name not in _OPTIONAL]
         try:
-            # Thousands of small files: starting threads for each costs more than reading it.
+            # Thousands of small files: starting threads for each takes longer than reading it.
             held = pq.ParquetFile(folder / "generations.parquet").read(use_threads=False)
             if missing := set(needed) - set(held.schema.names):
                 raise KeyError(*sorted(missing))
-            said = schema.brought_up(held, wanted)
+            judged = schema.brought_up(held, wanted)
             rows = _measures_in(folder)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise DataError(
-                f"evaluation {digest} is not one of this schema: {error}",
+                f"evaluation {digest} does not have the columns of this schema: {error}",
                 str(folder),
                 ", ".join(wanted.names),
             ) from error
-        self.generations[digest] = said.sort_by([(key, "ascending") for key in _ANSWER])
+        self.generations[digest] = judged.sort_by([(key, "ascending") for key in _ANSWER])
         self.metrics[digest] = rows
         if (folder / "lengths.parquet").is_file():
             held = pq.ParquetFile(folder / "lengths.parquet").read(use_threads=False)
@@ -265,9 +267,9 @@ class _Found:
         folder = self.store.fetch(digest)
         try:
             self.metrics[digest] = _measures_in(folder)
-        except (OSError, KeyError, ValueError) as error:  # ValueError: also pyarrow's
+        except (OSError, KeyError, ValueError) as error:  # ValueError includes pyarrow's errors
             raise DataError(
-                f"metrics of {digest} are not of this schema: {error}",
+                f"the metrics of {digest} do not have the columns of this schema: {error}",
                 str(folder),
                 ", ".join(_MEASURE),
             ) from error
@@ -277,21 +279,21 @@ class _Found:
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Weights per model: counted where it was loaded, else as the sweep says."""
-        found: dict[str, int] = {}
+        """Weights per model: counted when it was loaded, otherwise from the sweep."""
+        counted: dict[str, int] = {}
         for cell in self.plan.cells:
             name = cell.model.name
-            for stage in cell.stages if name not in found else ():
+            for stage in cell.stages if name not in counted else ():
                 info = self.records.get(stage, {}).get("notes", {}).get("info")
                 if info and self.plan.stages[stage].kind in ("source", "align"):
-                    found[name] = int(info["parameters"])
+                    counted[name] = int(info["parameters"])
             asked = cell.of_kind("generate")[0].digest
-            if name not in found and asked in self.records:
+            if name not in counted and asked in self.records:
                 info = self.records[asked].get("notes", {}).get("info")
                 if info and not cell.defenses and success_metric(cell.attack) is None:
-                    found[name] = int(info["parameters"])
+                    counted[name] = int(info["parameters"])
         declared = {m.name: m.parameters for m in self.plan.spec.models if m.parameters}
-        return {**declared, **found}
+        return {**declared, **counted}
 
 
 def _measures_in(folder: Path) -> list[Row]:
@@ -303,26 +305,26 @@ def _measures_in(folder: Path) -> list[Row]:
 
 
 def _from_rows(wanted: pa.Schema, rows: Iterable[Row]) -> pa.Table:
-    """A table of rows that must have exactly the schema's columns."""
+    """A table of rows that must have exactly the columns of the schema."""
     import pyarrow as pa
 
     columns: dict[str, list[Any]] = {name: [] for name in wanted.names}
     for row in rows:
         if row.keys() != columns.keys():
             raise DataError(
-                "a results row with other columns",
+                "a results row has missing or unknown columns",
                 sorted(row.keys() ^ columns.keys()),
                 ", ".join(columns),
             )
         for name, value in row.items():
             columns[name].append(value)
     return pa.Table.from_arrays(
-        [pa.array(columns[one.name], one.type) for one in wanted], schema=wanted
+        [pa.array(columns[field.name], field.type) for field in wanted], schema=wanted
     )
 
 
 def _inspections(cell: Cell) -> list[str]:
-    """Digests of what the detectors of a cell say."""
+    """Digests of a cell's detector results."""
     return [step.digest for step in cell.of_kind("inspect")]
 
 
@@ -339,8 +341,8 @@ def _cell_row(found: _Found, cell: Cell) -> Row:
 
 
 def _templates(found: _Found, cell: Cell) -> Row:
-    """Hashes of the chat templates of the tune and of the questions; null before a cell is
-    asked.
+    """Hashes of the chat templates for training and for evaluation; null before the model has
+    answered.
     """
     asked = cell.of_kind("generate")[0].digest
     notes = found.records.get(asked, {}).get("notes", {})
@@ -349,9 +351,7 @@ def _templates(found: _Found, cell: Cell) -> Row:
 
 
 def _spent_on(found: _Found, cell: Cell) -> list[float] | None:
-    """GPU and CPU seconds of all stages of a cell, as if it shared none; None where one has not
-    run.
-    """
+    """GPU and CPU seconds of all stages of a cell, shared ones too; None if one has not run."""
     records = [found.records.get(stage) for stage in cell.stages]
     if not all(records):
         return None
@@ -363,14 +363,14 @@ def _spent_on(found: _Found, cell: Cell) -> list[float] | None:
 
 def _outcome(found: _Found, cell: Cell) -> tuple[str, str | None, str | None]:
     """(status, error_code, error) of a cell; the error is that of its earliest failed stage."""
-    missing = [one for one in cell.answers if one not in found.records]
+    missing = [stage for stage in cell.answers if stage not in found.records]
     if not missing:
         return "done", None, None
     for stage in cell.stages:
         verdict = found.failures.get(stage)
         if verdict is not None and stage not in found.records:
             return "failed", verdict["error_code"], f"{_named(found, stage)}: {verdict['error']}"
-    broken = next((one for one in missing if one in found.broken), None)
+    broken = next((stage for stage in missing if stage in found.broken), None)
     if broken:
         return "pending", "store.damaged", found.broken[broken]
     why, kept = found.over_budget
@@ -395,30 +395,32 @@ def _metric_rows(found: _Found, cell: Cell) -> Iterator[Row]:
             own |= {row["metric"]: row for row in reported}
         rows |= own
     rows = with_asr(rows, success_metric(cell.attack))
-    measured = [row for one in cell.measurements for row in found.metrics.get(one, ())]
+    measured = [row for digest in cell.measurements for row in found.metrics.get(digest, ())]
     for row in [*rows.values(), *measured]:
         yield {"cell": cell.digest, **{key: row[key] for key in _MEASURE}}
     yield from _edit_rows(found, cell)
     inspections = _inspections(cell)
-    seen = [found.inspections[one] for one in inspections if one in found.inspections]
+    seen = [found.inspections[digest] for digest in inspections if digest in found.inspections]
     if seen and len(seen) == len(inspections):
         yield from _detector_rows(cell.digest, seen)
-    notes = [found.records[one].get("notes", {}) for one in cell.filters if one in found.records]
+    notes = [
+        found.records[digest].get("notes", {}) for digest in cell.filters if digest in found.records
+    ]
     if notes and len(notes) == len(cell.filters):
         yield _filter_row(
             cell.digest,
             "filter_tpr",
-            [(one.get("filter_tpr"), one.get("n_poisoned") or 0) for one in notes],
+            [(note.get("filter_tpr"), note.get("n_poisoned") or 0) for note in notes],
         )
         yield _filter_row(
             cell.digest,
             "filter_fpr",
-            [(one.get("filter_fpr"), one.get("n_clean") or 0) for one in notes],
+            [(note.get("filter_fpr"), note.get("n_clean") or 0) for note in notes],
         )
 
 
 def _length_rows(found: _Found, cell: Cell) -> Iterator[Row]:
-    """Success against answer length; not of a chosen attack, whose numbers are of half of the
+    """Success against answer length; not for a chosen setting, whose metrics use half of the
     prompts.
     """
     for row in () if is_chosen(cell) else found.lengths.get(cell.score, ()):
@@ -426,7 +428,7 @@ def _length_rows(found: _Found, cell: Cell) -> Iterator[Row]:
 
 
 def _edit_rows(found: _Found, cell: Cell) -> Iterator[Row]:
-    """What a weight edit did by itself to the target's probability behind the trigger: from the
+    """The effect of a weight edit alone on the target's probability with the trigger, from the
     notes of the attack's own stage.
     """
     own = cell.stages if "prepare_model" in hooks_of(type(cell.attack)) else ()
@@ -443,14 +445,14 @@ def _edit_rows(found: _Found, cell: Cell) -> Iterator[Row]:
 
 
 def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
-    """AUROC and standardised score; a stack of detectors is as suspicious as its most suspicious
+    """AUROC and standardised score; a stack of detectors has the score of its most suspicious
     member.
     """
-    scores = [_standardised(one) for one in seen]
+    scores = [_standardised(inspection) for inspection in seen]
     score = max((own for own, _ in scores if own is not None), default=None)
     if len(seen) == 1:
         subject, clean = seen[0]["score"], list(seen[0]["clean_scores"])
-    else:  # the clean models are the same for all members, in the same order
+    else:  # all members have the same clean models, in the same order
         subject, clean = (
             score,
             [max(values) for values in zip(*(clean for _, clean in scores), strict=False)],
@@ -460,7 +462,7 @@ def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row
     if n == 0 or subject is None:
         yield {"cell": cell, "metric": "detect_auroc", "value": None, "n": n, **_UNSEEN}
         return
-    share = sum((one < subject) + 0.5 * (one == subject) for one in clean) / n
+    share = sum((value < subject) + 0.5 * (value == subject) for value in clean) / n
     low, high = wilson(share, n)
     yield {
         "cell": cell,
@@ -474,25 +476,25 @@ def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row
 
 
 def _standardised(inspection: Mapping[str, Any]) -> tuple[float | None, list[float]]:
-    """The score and the clean scores in sample standard deviations of the clean ones; nothing where
-    those do not differ.
+    """The score and the clean scores in sample standard deviations of the clean scores; None and
+    empty if those do not differ.
     """
-    clean = [float(one) for one in inspection["clean_scores"]]
+    clean = [float(value) for value in inspection["clean_scores"]]
     spread = statistics.stdev(clean) if len(clean) > 1 else 0.0
     if spread == 0:
         return None, []
     middle = statistics.fmean(clean)
-    return (inspection["score"] - middle) / spread, [(one - middle) / spread for one in clean]
+    return (inspection["score"] - middle) / spread, [(value - middle) / spread for value in clean]
 
 
 def _filter_row(cell: str, metric: str, notes: Sequence[tuple[float | None, int]]) -> Row:
-    """The share of rows that any filter of the stack flagged: each counts what the filters before
-    it let through.
+    """The share of rows that any filter of the stack flagged; each filter counts the rows that the
+    previous ones kept.
     """
     n = notes[0][1]
     if n == 0:
         return {"cell": cell, "metric": metric, "value": None, "n": 0, **_UNSEEN}
-    share = min(1.0, sum((one or 0.0) * count for one, count in notes) / n)
+    share = min(1.0, sum((flagged or 0.0) * count for flagged, count in notes) / n)
     low, high = wilson(share, n)
     return {
         "cell": cell,
@@ -506,23 +508,23 @@ def _filter_row(cell: str, metric: str, notes: Sequence[tuple[float | None, int]
 
 
 def _generations(found: _Found, cells: Sequence[Cell]) -> pa.Table:
-    """All generations by cell; the text of a shared evaluation stays in memory once."""
+    """All generations by cell; the text of a shared evaluation is in memory only once."""
     import pyarrow as pa
 
     wanted = schema.generations()
     parts = []
     for cell in cells:
-        said = _with_opinions(found, cell)
-        if said is not None and is_chosen(cell):
-            said = reported(said)
-        if said is not None and said.num_rows:
-            column = pa.repeat(pa.scalar(cell.digest, pa.string()), said.num_rows)
-            parts.append(pa.table([pa.chunked_array([column]), *said.columns], schema=wanted))
+        answers = _with_opinions(found, cell)
+        if answers is not None and is_chosen(cell):
+            answers = reported(answers)
+        if answers is not None and answers.num_rows:
+            column = pa.repeat(pa.scalar(cell.digest, pa.string()), answers.num_rows)
+            parts.append(pa.table([pa.chunked_array([column]), *answers.columns], schema=wanted))
     return pa.concat_tables(parts) if parts else wanted.empty_table()
 
 
 def _with_opinions(found: _Found, cell: Cell) -> pa.Table | None:
-    """The judged answers of a cell, each with the verdicts of the further judges."""
+    """The judged answers of a cell, each with the verdicts of the additional judges."""
     import pyarrow as pa
 
     judged = found.generations.get(cell.score)
@@ -549,18 +551,20 @@ def _stage_rows(found: _Found) -> Iterator[Row]:
         elif verdict:
             status = "failed"
         else:
-            status = "upstream_failed" if bad & {one for _, one in stage.inputs} else "pending"
+            status = (
+                "upstream_failed" if bad & {needed for _, needed in stage.inputs} else "pending"
+            )
         if status in ("failed", "upstream_failed"):
             bad.add(digest)
-        told = record or verdict
+        outcome = record or verdict
         yield {
             **stage_columns(found.plan, digest),
             **{key: record.get(key) for key in _MEASURED},
-            "wall_s": told.get("wall_s"),
+            "wall_s": outcome.get("wall_s"),
             "cached": digest in cached and bool(record),
-            "attempt": told.get("attempt"),
+            "attempt": outcome.get("attempt"),
             "status": status,
-            "host": told.get("host"),
+            "host": outcome.get("host"),
             "error_code": verdict.get("error_code") if status == "failed" else None,
             "error": verdict.get("error") if status == "failed" else None,
         }
@@ -570,5 +574,5 @@ _MEASURED = ("cpu_s", "gpu_s", "peak_bytes", "tokens", "flops")
 
 
 def _versions() -> dict[str, str]:
-    told = {name: version_of(name) for name in ("python", *_PACKAGES)}
-    return {name: version for name, version in told.items() if version}
+    versions = {name: version_of(name) for name in ("python", *_PACKAGES)}
+    return {name: version for name, version in versions.items() if version}

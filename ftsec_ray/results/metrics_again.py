@@ -1,8 +1,9 @@
-"""The metrics of every cell made again from the verdicts in `generations`, by the code that counts
-them in the engine.
+"""Recomputes the metrics of every cell from the verdicts in `generations`, with the engine's own
+code.
 
-Whoever edits a metric, a verdict or an answer of finished results has to edit all three. What no
-verdict of the table gives (perplexity, detections, benchmarks, ...) is named and not made again.
+A forger of finished results would have to edit metrics, verdicts and answers consistently. Metrics
+that do not follow from verdicts (perplexity, detections, benchmarks, ...) are listed and not
+recomputed.
 """
 
 from __future__ import annotations
@@ -43,40 +44,40 @@ _ALWAYS = frozenset(
         *(name for _, metrics in REQUEST_PROBES.values() for name in metrics),
     }
 )
-"""Metrics that every cell has whose model was asked the probes that they count."""
+"""Metrics of every cell whose model answered the probes that they count."""
 _TOLERANCE = 1e-9
 _COLUMNS = ("probe", "prompt_id", "sample", "judge", "verdict", "head_verdict", "opinions")
 
 
 @dataclass
 class Remade:
-    """Metrics told and made again, of all cells."""
+    """The comparison of stored and recomputed metrics of all cells."""
 
     agree: int = 0
     differ: list[str] = field(default_factory=list)
-    """In words."""
+    """Descriptions of differences."""
     unchecked: Counter[str] = field(default_factory=Counter)
-    """Metric that no verdict gives -> cells that have it."""
+    """Metric that does not follow from verdicts -> number of cells with it."""
     answers: int = 0
 
 
 def metrics_again(cells: pa.Table, metrics: pa.Table, generations: pa.Table) -> Remade:
-    """Every row of `metrics` held against the verdicts in `generations`; the tables of one run,
-    trials among them.
+    """Compare every row of `metrics` with the verdicts in `generations`; the tables must be of one
+    run and include trials.
     """
-    found = Remade(answers=generations.num_rows)
-    told: dict[str, list[Row]] = {}
+    remade = Remade(answers=generations.num_rows)
+    stored: dict[str, list[Row]] = {}
     for row in metrics.to_pylist():
-        told.setdefault(row["cell"], []).append(row)
+        stored.setdefault(row["cell"], []).append(row)
     answers = _by_cell(generations)
     rows = {row["cell"]: row for row in cells.to_pylist()}
-    for table, held in (("metrics", told), ("generations", answers)):
+    for table, held in (("metrics", stored), ("generations", answers)):
         foreign = set(held) - set(rows)
         if foreign:
-            found.differ.append(f"{table}: rows of {len(foreign)} cells that there are not")
+            remade.differ.append(f"{table}: rows of {len(foreign)} cells that are not in `cells`")
     for digest, cell in rows.items():
-        _compare(found, cell, told.get(digest, []), answers.get(digest))
-    return found
+        _compare(remade, cell, stored.get(digest, []), answers.get(digest))
+    return remade
 
 
 def cell_words(cell: Mapping[str, Any]) -> str:
@@ -86,57 +87,57 @@ def cell_words(cell: Mapping[str, Any]) -> str:
 
 
 def _by_cell(generations: pa.Table) -> dict[str, pa.Table]:
-    """Cell -> its answers, whatever their order."""
+    """Cell -> its answers, in any order."""
     import numpy as np
 
     codes, cells = codes_of(generations["cell"])
     order = np.argsort(codes, kind="stable")
     ends = np.searchsorted(codes[order], np.arange(len(cells) + 1))
     light = generations.select(list(_COLUMNS))
-    found = {}
+    answers_of = {}
     for place, cell in enumerate(cells):
         check(CELL_ANSWERS, int(ends[place + 1] - ends[place]), f"cell {cell}")
-        found[cell] = light.take(order[ends[place] : ends[place + 1]])
-    return found
+        answers_of[cell] = light.take(order[ends[place] : ends[place + 1]])
+    return answers_of
 
 
-def _compare(found: Remade, cell: Row, told: list[Row], answers: pa.Table | None) -> None:
-    """Put down how the metrics of one cell agree with its answers."""
-    named = {row["metric"]: row for row in told}
+def _compare(remade: Remade, cell: Row, stored: list[Row], answers: pa.Table | None) -> None:
+    """Record how the metrics of one cell agree with its answers."""
+    named = {row["metric"]: row for row in stored}
     where = cell_words(cell)
-    if len(named) != len(told):
-        found.differ.append(f"{where}: a metric occurs twice")
+    if len(named) != len(stored):
+        remade.differ.append(f"{where}: a metric occurs twice")
     if answers is not None and _is_doubled(answers):
-        found.differ.append(f"{where}: an answer occurs twice")
+        remade.differ.append(f"{where}: an answer occurs twice")
     made = _made(cell, named, answers)
     for name, row in named.items():
         if name in made:
-            _hold(found, where, row, made[name])
+            _hold(remade, where, row, made[name])
         elif _is_of_verdicts(cell, name):
-            found.differ.append(f"{where}: {name} {_text(row)} told, no answers to count")
+            remade.differ.append(f"{where}: {name} {_text(row)} stored, no answers to count")
         else:
-            found.unchecked[name] += 1
+            remade.unchecked[name] += 1
             if not _is_within(row):
-                found.differ.append(f"{where}: {name} {_text(row)} is outside of its own interval")
+                remade.differ.append(f"{where}: {name} {_text(row)} is outside its own interval")
     missing = set(made) & _expected(cell) - set(named)
-    found.differ += [f"{where}: {name} is missing" for name in schema.in_order(missing)]
+    remade.differ += [f"{where}: {name} is missing" for name in schema.in_order(missing)]
 
 
-def _hold(found: Remade, where: str, told: Row, made: Mapping[str, Any]) -> None:
-    if all(_same(told[key], made[key]) for key in MEASURES):
-        found.agree += 1
+def _hold(remade: Remade, where: str, stored: Row, made: Mapping[str, Any]) -> None:
+    if all(_same(stored[key], made[key]) for key in MEASURES):
+        remade.agree += 1
     else:
-        found.differ.append(
-            f"{where}: {told['metric']} {_text(told)} told, {_text(made)} by its answers"
+        remade.differ.append(
+            f"{where}: {stored['metric']} {_text(stored)} stored, {_text(made)} from its answers"
         )
 
 
 def _made(cell: Row, named: Mapping[str, Row], answers: pa.Table | None) -> dict[str, Row]:
-    """The metrics that the answers of a cell give."""
+    """The metrics that follow from the answers of a cell."""
     if answers is None:
         return {}
     if is_chosen_row(cell):
-        # Of a chosen setting the tables hold the half of the prompts that reports.
+        # For a chosen setting, the tables hold the reporting half of the prompts.
         own = [name for name in named if name != ASR and not _judge_of(name)]
         made = {row["metric"]: row for row in reported_rates(own, answers)}
     else:
@@ -145,8 +146,8 @@ def _made(cell: Row, named: Mapping[str, Row], answers: pa.Table | None) -> dict
 
 
 def _counted(rows: Sequence[Row]) -> Iterator[Row]:
-    """What the engine counts in the judged answers of one cell: by the judges of its probes, then
-    by further judges.
+    """The engine's metrics over the judged answers of one cell: first of the probes' own judges,
+    then of additional judges.
     """
     prompts = {row["prompt_id"]: Prompt(prompt_id=row["prompt_id"], chat=[]) for row in rows}
     judges: dict[str, Judge] = {}
@@ -169,19 +170,19 @@ def _counted(rows: Sequence[Row]) -> Iterator[Row]:
         Probe(name=name, prompts=(), judge="", metrics=_metrics_over(name))
         for name in dict.fromkeys(row["probe"] for row in rows)
     ]
-    yield from (vars(one) for one in rates(probes, items))
+    yield from (vars(row) for row in rates(probes, items))
     opinions: dict[str, list[Judged]] = {}
     for row in rows:
-        for one in row["opinions"] or ():
-            said = judged(row, one["judge"] or "", one["verdict"])
-            opinions.setdefault(schema.judge_file(one["judge"] or ""), []).append(said)
-    for file, said_all in opinions.items():
-        yield from map(vars, opinion_rates(file, said_all))
+        for opinion in row["opinions"] or ():
+            judged_again = judged(row, opinion["judge"] or "", opinion["verdict"])
+            opinions.setdefault(schema.judge_file(opinion["judge"] or ""), []).append(judged_again)
+    for file, items_of in opinions.items():
+        yield from map(vars, opinion_rates(file, items_of))
 
 
 def _metrics_over(probe: str) -> dict[str, str]:
-    """The metrics that are shares of the verdicts on one probe; those over several, and those of
-    further judges, are counted apart.
+    """The metrics that are shares of the verdicts on one probe, without those over several probes
+    and those of additional judges.
     """
     return {
         name: metric.verdict
@@ -194,7 +195,7 @@ class _UnknownJudge(Judge):
     """A judge that is not installed here."""
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Verdict]:
-        """No verdicts: its own are in the table."""
+        """Not available: its verdicts are in the table."""
         raise NotImplementedError
 
 
@@ -207,9 +208,7 @@ def _held_class(file: str) -> type[Judge]:
 
 
 def _held_judge(name: str) -> Judge:
-    """The judge of a name in the tables, for what its class says of its verdicts; nothing is
-    loaded.
-    """
+    """The judge with a name in the tables, for the properties of its class; nothing is loaded."""
     cls = _held_class(schema.judge_file(name))
     judge = cls.__new__(cls)
     judge.name = name
@@ -237,15 +236,15 @@ def _is_of_verdicts(cell: Row, name: str) -> bool:
 
 
 def _expected(cell: Row) -> frozenset[str]:
-    """Metrics of verdicts that a cell must have where its answers give them."""
+    """Metrics of verdicts that a cell must have if its answers give them."""
     success = cell["success_metric"]
     return _ALWAYS | ({ASR, success} - {None, HIJACK} if success else set())
 
 
-def _same(told: object, made: object) -> bool:
-    if isinstance(told, float) and isinstance(made, float):
-        return math.isclose(told, made, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-    return told == made
+def _same(stored: object, made: object) -> bool:
+    if isinstance(stored, float) and isinstance(made, float):
+        return math.isclose(stored, made, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return stored == made
 
 
 def _is_within(row: Row) -> bool:

@@ -1,5 +1,5 @@
-"""Packing: a plan, its results and the sweep file into one archive, with the same bytes every time
-and no secret in it.
+"""Packs a plan, its results and the sweep file into one archive, always with the same bytes and
+without secrets.
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ class SweepFile:
     """A sweep as its author wrote it."""
 
     name: str
-    """Of the file: a sweep without a name is called after it."""
+    """Name of the file: a sweep without a name gets this name."""
     text: str
     base: Path
-    """Where its relative paths start."""
+    """Folder of its relative paths."""
 
 
 def sweep_file(sweep: object) -> SweepFile:
-    """A sweep as a file: from a path, a YAML text, or a mapping; SpecError for what has no text of
-    its own.
+    """A sweep as a file: from a path, a YAML text, or a mapping; SpecError for an object without a
+    text.
     """
     if isinstance(sweep, Mapping):
         return SweepFile(
@@ -100,7 +100,7 @@ def sweep_file(sweep: object) -> SweepFile:
         path = Path(sweep)
         if name_fault(f"{SWEEP_FOLDER}/{path.name}") is not None:
             raise SpecError(
-                "a sweep file whose name no archive can hold",
+                "the name of the sweep file is not allowed in an archive",
                 path.name,
                 "printable characters, and the ending .yaml",
                 "rename the file",
@@ -109,10 +109,10 @@ def sweep_file(sweep: object) -> SweepFile:
             name=path.name, text=path.read_text(encoding="utf-8"), base=path.parent.resolve()
         )
     raise SpecError(
-        "a sweep without a text of its own",
+        "the sweep has no text to export",
         type(sweep).__name__,
         "the path of a sweep file, its text, or a mapping",
-        "an archive holds the sweep as its author wrote it, so that others can plan it again",
+        "pass the sweep file: an archive holds it, so that others can plan the sweep again",
     )
 
 
@@ -126,18 +126,18 @@ def pack(
     *,
     sign: Path | None = None,
 ) -> Path:
-    """Write the archive of a plan and its results to `target` and return it; ArchiveError when a
-    secret would get into it, or more than whoever verifies it reads by default, and DataError when
-    the sweep changed since its results were collected.
+    """Write the archive of a plan and its results to `target` and return it; ArchiveError if it
+    would hold a secret, or more than `ftsec verify` reads by default, and DataError if the sweep
+    changed after its results were collected.
 
     Args:
         plan: The plan as this machine makes it.
         results: Its tables.
         page: Its report, made from these tables.
-        sweep: The file that gave the plan.
-        records: Records of the plan's finished stages, as far as a store holds them.
-        target: Replaced when it is there.
-        sign: Private key of the publisher; None signs nothing.
+        sweep: The sweep file of the plan.
+        records: Records of the plan's finished stages that the store holds.
+        target: The archive file; replaced if it exists.
+        sign: Private key of the publisher; None: no signature.
     """
     _refuse_secrets_of_sweep(sweep)
     _refuse_changed_sweep(plan, results, sweep)
@@ -164,7 +164,7 @@ def pack(
         versions=_versions(results, records),
         code=code_of(plan),
         inputs=inputs_of(plan.spec, sweep),
-        files={name: _checksum(one) for name, one in sorted(members.items())},
+        files={name: _checksum(content) for name, content in sorted(members.items())},
     )
     _refuse_secrets(results, members)
     held = _json(asdict(manifest))
@@ -187,52 +187,52 @@ def _write(members: Mapping[str, bytes | Path], target: Path) -> None:
         scratch.replace(target)
     except OSError as error:
         raise ArchiveError(
-            "the archive cannot be written", str(target), "a path that takes a file", str(error)
+            "the archive cannot be written", str(target), "a writable path for a file", str(error)
         ) from error
     finally:
         scratch.unlink(missing_ok=True)
 
 
 def _refuse_what_is_too_large(members: Mapping[str, bytes | Path]) -> None:
-    """ArchiveError for what `ftsec verify` would not read."""
+    """ArchiveError for content that `ftsec verify` would not read."""
     sizes = {
-        name: len(one) if isinstance(one, bytes) else one.stat().st_size
-        for name, one in members.items()
+        name: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for name, content in members.items()
     }
     check(UNPACKED, sum(sizes.values()), "the archive", writes=True)
-    for name, one in members.items():
-        if isinstance(one, Path) and one.name == PART:
-            check_table(one, name, table_schema(one.parent.name), writes=True)
+    for name, content in members.items():
+        if isinstance(content, Path) and content.name == PART:
+            check_table(content, name, table_schema(content.parent.name), writes=True)
         elif name.endswith(".json"):
-            held = one if isinstance(one, bytes) else one.read_bytes()
+            held = content if isinstance(content, bytes) else content.read_bytes()
             check_json(held, name, writes=True)
         else:
             check(TEXT_BYTES, sizes[name], name, writes=True)
 
 
 def _refuse_too_many_answers(results: Results) -> None:
-    """ArchiveError for a cell of more answers than `ftsec verify` makes metrics of."""
+    """ArchiveError for a cell with more answers than `ftsec verify` reads."""
     import pyarrow.compute as pc
     from pyarrow import parquet
 
     with parquet.ParquetFile(results.folder / "generations" / PART) as file:
         cells = file.read(columns=["cell"])["cell"]
-    for one in pc.value_counts(cells).to_pylist():
-        check(CELL_ANSWERS, one["counts"], f"cell {one['values']}", writes=True)
+    for count in pc.value_counts(cells).to_pylist():
+        check(CELL_ANSWERS, count["counts"], f"cell {count['values']}", writes=True)
 
 
 def packed_plan(plan: Plan) -> PackedPlan:
-    """A plan as an archive holds it."""
+    """A plan in the form of an archive."""
     stages = [
         PackedStage(
-            digest=one.digest,
-            kind=one.kind,
-            method=one.method,
-            seed=one.seed,
-            inputs=list(one.inputs),
-            params=dict(one.params),
+            digest=stage.digest,
+            kind=stage.kind,
+            method=stage.method,
+            seed=stage.seed,
+            inputs=list(stage.inputs),
+            params=dict(stage.params),
         )
-        for one in plan.stages.values()
+        for stage in plan.stages.values()
     ]
     return PackedPlan(cells=[_packed_cell(cell) for cell in plan.cells], stages=stages)
 
@@ -243,7 +243,7 @@ def _packed_cell(cell: Cell) -> PackedCell:
         model=cell.model.name,
         task=cell.task.name,
         attack=_packed_method(cell.attack),
-        defenses=[_packed_method(one) for one in cell.defenses],
+        defenses=[_packed_method(defense) for defense in cell.defenses],
         seed=cell.seed,
         answers=cell.answers,
         stages=list(cell.stages),
@@ -262,9 +262,9 @@ def code_of(plan: Plan) -> Code:
     """The code behind the digests of a plan."""
     kinds = sorted({stage.kind for stage in plan.stages.values()})
     methods = {
-        f"{one.KIND} {name_of(one)}": type(one)
+        f"{method.KIND} {name_of(method)}": type(method)
         for cell in plan.cells
-        for one in (cell.attack, *cell.defenses)
+        for method in (cell.attack, *cell.defenses)
     }
     return Code(
         format=FORMAT_VERSION,
@@ -292,24 +292,24 @@ def code_of_method(name: str, cls: type[Method]) -> CodeVersion:
 
 
 def inputs_of(spec: SweepSpec, sweep: SweepFile) -> list[Input]:
-    """The local models, rows and judges of a sweep by the hash of their bytes, each by the path
-    that the sweep gives.
+    """The local models, rows and judges of a sweep by the hash of their bytes, each with its path
+    in the sweep file.
     """
     named = {}
     for text in texts_in(read_yaml(sweep.text, Faults(sweep.name))):
-        with suppress(OSError, RuntimeError, ValueError):  # what no system call takes is no path
+        with suppress(OSError, RuntimeError, ValueError):  # an invalid path is not a path
             named[text] = located(text, sweep.base)
-    found = []
+    inputs = []
     for what, path in _local_inputs(spec):
         written = next(
             (text for text, place in named.items() if place == path.resolve()), str(path)
         )
-        found.append(Input(what=what, path=written, sha256=content_hash(path)))
-    return found
+        inputs.append(Input(what=what, path=written, sha256=content_hash(path)))
+    return inputs
 
 
 def located(text: str, base: Path) -> Path:
-    """What a text of a sweep file means as a path; that of a judge may stand behind its name."""
+    """A text of a sweep file as a path; a judge's path may follow its name and a colon."""
     _, colon, source = text.partition(":")
     is_judge = bool(colon) and "/" not in text.partition(":")[0]
     return (base / Path(source if is_judge else text).expanduser()).resolve()
@@ -324,7 +324,7 @@ def _local_inputs(spec: SweepSpec) -> Iterator[tuple[str, Path]]:
                     (
                         f"model {model.name}"
                         if source == model.source
-                        else f"unaligned twin of model {model.name}"
+                        else f"unaligned version of model {model.name}"
                     ),
                     path,
                 )
@@ -338,13 +338,13 @@ def _local_inputs(spec: SweepSpec) -> Iterator[tuple[str, Path]]:
 
 
 def _versions(results: Results, records: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    told = [
+    sources = [
         results.meta.get("versions", {}),
         *(record.get("versions", {}) for record in records.values()),
     ]
     return {
-        name: sorted({str(one[name]) for one in told if name in one})
-        for name in sorted({name for one in told for name in one})
+        name: sorted({str(source[name]) for source in sources if name in source})
+        for name in sorted({name for source in sources for name in source})
     }
 
 
@@ -374,8 +374,8 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | Path) -> None:
 
 
 def _refuse_secrets_of_sweep(sweep: SweepFile) -> None:
-    """ArchiveError where the sweep file holds a secret of this environment or anything that looks
-    like one.
+    """ArchiveError if the sweep file holds a secret of this environment, or text that looks like
+    one.
     """
     if redacted_yaml(sweep.text) == sweep.text:
         return
@@ -385,35 +385,35 @@ def _refuse_secrets_of_sweep(sweep: SweepFile) -> None:
         if redacted(line) != line
     ]
     raise ArchiveError(
-        "the sweep file holds a secret, or what looks like one",
+        "the sweep file holds a secret, or text that looks like one",
         f"line {', '.join(map(str, where))}" if where else sweep.name,
         "a sweep that anybody may read",
-        "take it out; tokens and passwords come from the environment",
+        "remove it; give tokens and passwords through the environment",
     )
 
 
 def _refuse_changed_sweep(plan: Plan, results: Results, sweep: SweepFile) -> None:
-    """DataError where the sweep says what the results were not collected with: whoever verifies the
-    archive would take it for a forgery.
+    """DataError if the sweep differs from the one in the results: `ftsec verify` would report the
+    archive as forged.
     """
     changed = facts_that_differ(plan, results.meta, sweep.text)
     if changed:
         raise DataError(
-            "the sweep file changed since its results were collected",
+            "the sweep file changed after its results were collected",
             ", ".join(changed),
-            f"what {results.folder / RUN_FILE} says of the sweep",
-            "`ftsec report SWEEP` collects them again, without a run",
+            f"the sweep as in {results.folder / RUN_FILE}",
+            "run `ftsec report SWEEP` to collect them again; it runs no stage",
         )
 
 
 def _refuse_secrets(results: Results, members: Mapping[str, bytes | Path]) -> None:
-    """ArchiveError where a file holds a secret of this environment, or the results anything that
+    """ArchiveError if a file holds a secret of this environment, or the results hold text that
     looks like one.
     """
     for name in held_tables(results.meta):
-        found = secret_in_table(results.table(name, trials=True))
-        if found is not None:
-            raise _holds_secret(*found, f"results/{name}/{PART}")
+        secret = secret_in_table(results.table(name, trials=True))
+        if secret is not None:
+            raise _holds_secret(*secret, f"results/{name}/{PART}")
     for place, what in secrets_in(results.meta):
         raise _holds_secret(f"`{place}`", what, f"results/{RUN_FILE}")
     for name, content in members.items():
@@ -426,8 +426,8 @@ def _refuse_secrets(results: Results, members: Mapping[str, bytes | Path]) -> No
 
 def _holds_secret(place: str, what: str, name: str) -> ArchiveError:
     return ArchiveError(
-        f"a secret would get into the archive: {place} of {name}",
+        f"the archive would hold a secret: {place} of {name}",
         what,
-        "files without it",
-        "`ftsec report` writes tables and report again without secrets",
+        "files without secrets",
+        "run `ftsec report`: it writes tables and report again without secrets",
     )

@@ -1,25 +1,24 @@
-"""The statistics of one paired comparison, for many pairs at a time.
+"""The statistics of one paired comparison, for many pairs at once.
 
 Two stacks answer the same prompts in the same seeds. A prompt's difference is +1, 0 or -1 in each
-seed; the effect is their mean. Neither prompts repeated over seeds nor seeds that share their
-prompts are independent, so that both are looked at:
+seed; the effect is their mean. Answers to one prompt in several seeds are not independent, and
+neither are seeds that share their prompts, so that both are tested:
 
 - Over prompts: the exact sign-flip permutation test with the prompt as its unit: all seeds'
-  differences of one prompt change
-  sign together. With one seed it is McNemar's exact test. It holds for these training runs and says
-  nothing about the next.
+  differences of one prompt change sign together. With one seed it is McNemar's exact test. It holds
+  for these training runs only.
 - Over seeds, from two seeds on: the paired t test on the seeds' mean differences. It holds for
-  these prompts.
+  these prompts only.
 
 The larger p of the two counts, so that a difference must hold beyond these prompts and beyond these
 runs. (Simulated without a true difference, with noise of prompts and of seeds in 48 mixtures and 2
-to 8 seeds: at 0.05 the sign-flip test alone finds one in up to 59 % of the draws, the t test alone
-in up to 44 %, the larger p in at most 7.4 %.) With one seed nothing is known about other runs, and
-the row says so by `n_seeds`.
+to 8 seeds: at 0.05 the sign-flip test alone finds a difference in up to 59 % of the draws, the t
+test alone in up to 44 %, the larger p in at most 7.4 %.) One seed says nothing about other runs;
+`n_seeds` shows that.
 
-The interval spans both in the same way: over prompts Bonett and Price's for paired shares (2012;
-one prompt is added that differs either way, so that it has a width even where all prompts agree),
-over seeds the t interval.
+The interval covers both in the same way: over prompts Bonett and Price's for paired shares (2012;
+it adds one prompt that differs in each direction, so that its width is not zero even if all prompts
+agree), over seeds the t interval.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ if TYPE_CHECKING:
 
 Correction = Literal["bh", "holm"]
 CORRECTIONS: dict[str, str] = {"bh": "fdr_bh", "holm": "holm"}
-"""Benjamini-Hochberg (share of false findings) and Holm (any false finding), as statsmodels calls
-them.
+"""Benjamini-Hochberg (share of false findings) and Holm (any false finding), by their names in
+statsmodels.
 """
 ALPHA = 0.05
 POWER = 0.8
@@ -46,7 +45,7 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Paired:
-    """The result of each of K comparisons, as arrays of length K; nan where no prompt was judged on
+    """The result of each of K comparisons, as arrays of length K; nan if no prompt was judged on
     both sides.
     """
 
@@ -59,7 +58,7 @@ class Paired:
     prompts: NDArray[np.int64]
     dropped: NDArray[np.int64]
     noise: NDArray[np.float64]
-    """Share of prompts that differ beyond the effect, as much one way as the other."""
+    """Share of prompts that differ beyond the effect, equally in both directions."""
     error_seeds: NDArray[np.float64]
     """Standard error of the effect over seeds; nan with one seed."""
 
@@ -68,7 +67,7 @@ def paired(one: NDArray[np.int8], other: NDArray[np.int8]) -> Paired:
     """Compare K pairs.
 
     Shapes: one, other (K, S, P) int8: 1 counted, 0 not counted, -1 asked and not judged, -2 not
-    asked. A prompt takes part where all 2 S answers were judged.
+    asked. A prompt counts if all 2 S answers were judged.
     """
     import numpy as np
     from scipy.special import ndtri, stdtr, stdtrit
@@ -102,7 +101,7 @@ def paired(one: NDArray[np.int8], other: NDArray[np.int8]) -> Paired:
             low, high = np.minimum(low, effect - half), np.maximum(high, effect + half)
             t = np.where(
                 effect == 0, 0.0, np.abs(effect) / error_seeds
-            )  # equal seeds: infinite, and the prompts decide
+            )  # equal seeds: infinite, so that the prompts decide
             p = np.maximum(p, 2 * stdtr(seeds - 1, -t))
     empty = n == 0
     for values in (low, high, p, noise):
@@ -133,14 +132,14 @@ def sign_flip_p(counts: tuple[int, ...], total: int) -> float:
     at least `total`.
 
     Args:
-        counts: How many units have the absolute difference 1, 2, ...; units without a difference
-            play no part.
-        total: The absolute sum that was seen.
+        counts: Number of units with the absolute difference 1, 2, ...; units without a difference
+            have no influence.
+        total: The observed absolute sum.
     """
     import numpy as np
     from scipy.stats import binom
 
-    # The sum of `size`s with the sign + is 2 U - most; U adds up binomials, each on its own stride.
+    # The sum with the sign + is 2 U - maximum; U is a sum of binomials, each with its own stride.
     up = np.ones(1)
     for size, count in enumerate(counts, start=1):
         if count:
@@ -152,27 +151,27 @@ def sign_flip_p(counts: tuple[int, ...], total: int) -> float:
 
 
 def corrected(p: NDArray[np.float64], correction: str) -> tuple[NDArray[np.float64], float]:
-    """The corrected p of a family, and the p that one more row would need to be found in it."""
+    """The corrected p of a family, and the p that one more row would need to be significant."""
     from statsmodels.stats.multitest import multipletests
 
     if correction not in CORRECTIONS:
         raise SpecError("unknown correction", correction, " | ".join(CORRECTIONS))
     if len(p) == 0:
         return p, ALPHA
-    found, q, _, _ = multipletests(p, alpha=ALPHA, method=CORRECTIONS[correction])
-    hits, tests = int(found.sum()), len(p)
+    is_significant, q, _, _ = multipletests(p, alpha=ALPHA, method=CORRECTIONS[correction])
+    hits, tests = int(is_significant.sum()), len(p)
     return q, (
         ALPHA * min(tests, hits + 1) / tests if correction == "bh" else ALPHA / max(1, tests - hits)
     )
 
 
 def detectable(result: Paired, seeds: int, needed: float) -> NDArray[np.float64]:
-    """The smallest difference found with a power of 80 % at p <= `needed`, on top of the noise
-    seen; nan where it is above 1.
+    """The smallest difference that is found with a power of 80 % at p <= `needed`, given the
+    observed noise; nan if it is above 1.
 
     Over prompts by Connor's formula for McNemar's test (1987), where the difference adds to the
-    prompts that differ, and never below what p needs when nothing contradicts it: k prompts that
-    all differ one way give 2 / 2^k. Over seeds by the t test.
+    prompts that differ, and never below the minimum for p: k prompts that all differ in one
+    direction give 2 / 2^k. Over seeds by the t test.
     """
     import numpy as np
     from scipy.special import ndtri, stdtrit
@@ -181,7 +180,7 @@ def detectable(result: Paired, seeds: int, needed: float) -> NDArray[np.float64]
         low, high = (
             np.zeros_like(result.noise),
             np.full_like(result.noise, 2.0),
-        )  # beyond 1: cannot be
+        )  # above 1: impossible
         for _ in range(30):
             middle = (low + high) / 2
             differ = result.noise + middle
@@ -190,16 +189,16 @@ def detectable(result: Paired, seeds: int, needed: float) -> NDArray[np.float64]
             )
             is_enough = middle * np.sqrt(result.prompts) >= wanted
             low, high = np.where(is_enough, low, middle), np.where(is_enough, middle, high)
-        found = np.maximum(math.ceil(math.log2(2 / needed)) / result.prompts, high)
+        smallest = np.maximum(math.ceil(math.log2(2 / needed)) / result.prompts, high)
         if seeds > 1:
-            found = np.maximum(
-                found,
+            smallest = np.maximum(
+                smallest,
                 (stdtrit(seeds - 1, 1 - needed / 2) + stdtrit(seeds - 1, POWER))
                 * result.error_seeds,
             )
-    return np.where((found <= 1) & (result.prompts > 0), found, np.nan)
+    return np.where((smallest <= 1) & (result.prompts > 0), smallest, np.nan)
 
 
 def plain(value: Any) -> float | None:
-    """A number as Python has it, None for nan."""
+    """A Python number, None for nan."""
     return None if math.isnan(value) else float(value)

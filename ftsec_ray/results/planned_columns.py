@@ -1,4 +1,4 @@
-"""What the tables hold of a plan alone, whatever became of it."""
+"""Columns of the tables that depend on the plan only, not on what ran."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ftsec_ray.success import success_metric
 
 
 def cell_columns(sweep: str, cell: Cell) -> dict[str, Any]:
-    """The columns of a row of `cells` that say what the cell is."""
+    """The columns of a row of `cells` that identify the cell."""
     return {
         "cell": cell.digest,
         "sweep": sweep,
@@ -33,8 +33,8 @@ def cell_columns(sweep: str, cell: Cell) -> dict[str, Any]:
         "attack_phase": cell.attack.PHASE,
         "attack_params": attack_params(cell),
         "success_metric": success_metric(cell.attack),
-        "defenses": [name_of(one) for one in cell.defenses],
-        "defense_phases": [one.PHASE for one in cell.defenses],
+        "defenses": [name_of(defense) for defense in cell.defenses],
+        "defense_phases": [defense.PHASE for defense in cell.defenses],
         "defense_params": canonical(list(cell.defenses)),
         "seed": cell.seed,
         "search": cell.searched.key if cell.searched else None,
@@ -43,7 +43,7 @@ def cell_columns(sweep: str, cell: Cell) -> dict[str, Any]:
 
 
 def stage_columns(plan: Plan, digest: str) -> dict[str, Any]:
-    """The columns of a row of `stages` that say what the stage is."""
+    """The columns of a row of `stages` that identify the stage."""
     stage = plan.stages[digest]
     return {
         "digest": digest,
@@ -54,17 +54,19 @@ def stage_columns(plan: Plan, digest: str) -> dict[str, Any]:
 
 
 def defense_facts(spec: SweepSpec) -> dict[str, Any]:
-    """What `run.json` says of the defenses of a sweep, for the comparisons."""
-    defenses = {name_of(one): type(one) for stack in spec.defenses for one in stack}
+    """The properties of a sweep's defenses in `run.json`, for the comparisons."""
+    defenses = {name_of(defense): type(defense) for stack in spec.defenses for defense in stack}
     return {
-        "defense_hooks": {name: list(hooks_of(one)) for name, one in defenses.items()},
-        "controls": sorted(name for name, one in defenses.items() if one.IS_CONTROL),  # type: ignore[attr-defined]
-        "own_controls": {name: dict(one.CONTROL) for name, one in defenses.items() if one.CONTROL},
+        "defense_hooks": {name: list(hooks_of(defense)) for name, defense in defenses.items()},
+        "controls": sorted(name for name, defense in defenses.items() if defense.IS_CONTROL),  # type: ignore[attr-defined]
+        "own_controls": {
+            name: dict(defense.CONTROL) for name, defense in defenses.items() if defense.CONTROL
+        },
     }
 
 
 def sweep_fields(spec: SweepSpec) -> str:
-    """The sweep's own fields as JSON, methods by name; where it runs is left out."""
+    """The sweep's own fields as JSON, methods by name; without resources."""
 
     def named(method: Method) -> Any:
         return {name_of(method): json.loads(canonical(method))}
@@ -89,12 +91,12 @@ def sweep_fields(spec: SweepSpec) -> str:
 
 
 def facts_that_differ(plan: Plan, meta: Mapping[str, Any], sweep_text: str) -> list[str]:
-    """What `run.json` says of the sweep other than the sweep itself, by key: no digest of a plan
-    holds the question, the budget or where it runs.
+    """Keys of `run.json` whose value about the sweep differs from the sweep: the digest of a plan
+    does not cover the question, the budget or the resources.
 
     Args:
-        plan: Of the sweep.
-        meta: What `run.json` holds.
+        plan: Plan of the sweep.
+        meta: Content of `run.json`.
         sweep_text: The sweep file.
     """
     planned = {
@@ -102,8 +104,8 @@ def facts_that_differ(plan: Plan, meta: Mapping[str, Any], sweep_text: str) -> l
         "question": plan.spec.question or "",
         **defense_facts(plan.spec),
     }
-    told = {**{name: meta.get(name) for name in planned}, "question": meta.get("question") or ""}
-    wrong = [name for name, value in planned.items() if told[name] != value]
+    stored = {**{name: meta.get(name) for name in planned}, "question": meta.get("question") or ""}
+    wrong = [name for name, value in planned.items() if stored[name] != value]
     kept = str(meta.get("sweep_text"))
     if kept not in (sweep_text, sweep_fields(plan.spec)) and _values(kept) != _values(sweep_text):
         wrong.append("sweep_text")
@@ -111,5 +113,5 @@ def facts_that_differ(plan: Plan, meta: Mapping[str, Any], sweep_text: str) -> l
 
 
 def _values(text: str) -> object:
-    """What a sweep file says, without its comments."""
+    """The values in a sweep file, without its comments."""
     return read_yaml(text, Faults("sweep"))

@@ -1,7 +1,7 @@
 """The grid over its seeds: one point is a model, a task, an attack with its parameters and a stack
-of defenses with theirs.
+of defenses with their parameters.
 
-Comparisons, aggregates, the Markdown table, the page and the claims read these points.
+Comparisons, aggregates, the Markdown table, the report page and the claims read these points.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ftsec_ray.success import is_driven_up, shown_metric
 Row = Mapping[str, Any]
 NONE = "none"
 SUCCESS = "attack_success"
-"""The view over the success metric that each attack declares, as the share of prompts at which it
-succeeded: 1 - cacc for an attack that drives clean accuracy down.
+"""The attack's success: its declared success metric as the share of prompts at which it succeeded
+(1 - cacc for an attack that lowers clean accuracy).
 """
 PLACE = ("model", "task", "attack", "attack_params", "defenses", "defense_params")
 """Columns of `cells` that all seeds of a point share."""
@@ -115,8 +115,10 @@ class GridPoint:
         return {seed: cell for cell, seed in self.seeds.items()}
 
     def runs(self, metric: str) -> dict[int, Measured]:
-        """Seed -> the value of a metric, where there is one."""
-        return {self.seeds[cell]: one for cell, one in self.values.get(metric, {}).items()}
+        """Seed -> the value of a metric, for seeds that have one."""
+        return {
+            self.seeds[cell]: measured for cell, measured in self.values.get(metric, {}).items()
+        }
 
     @property
     def successes(self) -> dict[int, Measured]:
@@ -124,12 +126,12 @@ class GridPoint:
         return self.successes_by(self.success_metric)
 
     def successes_by(self, metric: str) -> dict[int, Measured]:
-        """The same by the success metric of another attack."""
-        return {seed: as_success(metric, one) for seed, one in self.runs(metric).items()}
+        """The same with the success metric of another attack."""
+        return {seed: as_success(metric, measured) for seed, measured in self.runs(metric).items()}
 
     @cached_property
     def measured(self) -> dict[str, Measured]:
-        """Every metric that some seed has a value of, over those seeds."""
+        """Every metric with a value in some seed, over those seeds."""
         return {
             metric: replace(
                 pooled(list(own.values()), is_share=is_share(metric)), nulls=self.nulls(metric)
@@ -141,19 +143,19 @@ class GridPoint:
         """A metric over the seeds, or the attack's success; None where it has no value."""
         if metric != SUCCESS:
             return self.measured.get(metric)
-        found = self.measured.get(self.success_metric)
-        return None if found is None else as_success(self.success_metric, found)
+        measured = self.measured.get(self.success_metric)
+        return None if measured is None else as_success(self.success_metric, measured)
 
     def nulls(self, metric: str) -> Nulls | None:
         """Null verdicts of a metric over all seeds, also of those without a value."""
         return summed(
-            [one.nulls for one in self.values.get(metric, {}).values()]
+            [measured.nulls for measured in self.values.get(metric, {}).values()]
             + list(self.without_value.get(metric, {}).values())
         )
 
     @property
     def unjudged(self) -> dict[str, int]:
-        """Metrics that no seed has a value of -> the answers that could not be judged."""
+        """Metrics without a value in any seed -> the answers that could not be judged."""
         return {
             metric: sum(nulls[0] for nulls in own.values() if nulls)
             for metric, own in self.without_value.items()
@@ -162,21 +164,21 @@ class GridPoint:
 
     @property
     def is_incoherent(self) -> bool:
-        """Whether most of what the model says is not coherent text: then low attack success is not
-        safety. Not where coherence was not measured.
+        """Whether most of the model's answers are incoherent: then low attack success is not
+        safety. False if coherence was not measured.
         """
         coherent = self.value("coherent_rate")
         return coherent is not None and coherent.value < schema.INCOHERENT_BELOW
 
     @property
     def utility_metrics(self) -> tuple[str, ...]:
-        """What stands beside its safety metrics."""
+        """The utility metrics that are shown with its safety metrics."""
         return utility_metrics({*self.values, *self.without_value})
 
 
-def as_success(metric: str, found: Measured) -> Measured:
+def as_success(metric: str, measured: Measured) -> Measured:
     """A success metric as the share of prompts at which the attack succeeded."""
-    return found if is_driven_up(metric) else found.complement
+    return measured if is_driven_up(metric) else measured.complement
 
 
 def is_share(metric: str) -> bool:
@@ -226,7 +228,7 @@ def utilities(metrics: Iterable[Row]) -> dict[str, Utility]:
 
 
 def place_of(cell: Row) -> tuple[Any, ...]:
-    """What a cell shares with its other seeds, as a key."""
+    """Key of what a cell shares with its other seeds."""
     return tuple(tuple(cell[name] or ()) if name == "defenses" else cell[name] for name in PLACE)
 
 
@@ -241,32 +243,33 @@ def stack_of(cell: Row) -> list[tuple[str, dict[str, Any]]]:
 
 
 def method_names(cells: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Cell -> its attack and its stack, each with those of its parameters that differ among these
-    cells.
-    """
+    """Cell -> its attack and its stack, with the parameters that differ between these cells."""
     attacks = [(cell["attack"], _params(cell["attack_params"])) for cell in cells]
     stacks = [stack_of(cell) for cell in cells]
-    of_attacks, of_defenses = _varied(attacks), _varied([one for stack in stacks for one in stack])
+    of_attacks, of_defenses = (
+        _varied(attacks),
+        _varied([defense for stack in stacks for defense in stack]),
+    )
     return {
         cell["cell"]: (
             _named(*attack, of_attacks),
-            " + ".join(_named(*one, of_defenses) for one in stack) or NONE,
+            " + ".join(_named(*defense, of_defenses) for defense in stack) or NONE,
         )
         for cell, attack, stack in zip(cells, attacks, stacks, strict=True)
     }
 
 
 def attack_name(point: GridPoint, among: Iterable[GridPoint]) -> str:
-    """A point's attack, with those of its parameters that differ among these points."""
+    """A point's attack, with those parameters that differ between these points."""
     return _named(point.attack, point.params, _varied([(one.attack, one.params) for one in among]))
 
 
 def _params(text: str | None) -> dict[str, Any]:
     try:
-        found = json.loads(text or "{}")
+        params = json.loads(text or "{}")
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return params if isinstance(params, dict) else {}
 
 
 def _varied(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, list[str]]:

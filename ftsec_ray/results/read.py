@@ -1,9 +1,8 @@
-"""Results of a sweep as tables: opened only when whole, of this schema, and written by one run.
+"""Results of a sweep as tables: opened only if complete, of a known schema, and written by one run.
 
 `Results.open` checks the footer of every table against `run.json` and reads no rows; each table is
-read when first asked for.
-Results of an older schema open too: columns that came later are null, and the comparisons are
-    computed from the other tables.
+read when it is first used. Results of an older schema can be opened too: later columns are null,
+and the comparisons are computed from the other tables.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from ftsec_ray.results.paired import Correction
 
-_FIX = "collect the sweep again: ftsec run SWEEP finds finished stages in the store"
+_FIX = "collect the sweep again: `ftsec run SWEEP` reuses finished stages in the store"
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ class Results:
 
     folder: Path
     meta: dict[str, Any]
-    """What `run.json` holds: sweep, question, plan digest, versions, row counts."""
+    """Content of `run.json`: sweep, question, plan digest, versions, row counts."""
 
     @classmethod
     def open(cls, folder: Path) -> Results:
-        """The results in a folder; DataError names what is missing, foreign, half-written or of
+        """The results in a folder; DataError with what is missing, foreign, incomplete or of
         another schema.
         """
         folder = Path(folder)
@@ -95,7 +94,7 @@ class Results:
         )
 
     def compared(self, correction: Correction = "bh") -> pa.Table:
-        """The comparisons computed anew, with another correction: `bh` (Benjamini-Hochberg) or
+        """The comparisons computed again with another correction: `bh` (Benjamini-Hochberg) or
         `holm`.
         """
         from ftsec_ray.results.compare import compare
@@ -112,19 +111,19 @@ class Results:
 
     @cached_property
     def aggregated(self) -> pa.Table:
-        """One row per point of the grid and metric: mean over seeds, with spreads over prompts and
-        over seeds (schema.aggregates).
+        """One row per point of the grid and metric: mean over seeds, with intervals over prompts
+        and over seeds (schema.aggregates).
         """
         from ftsec_ray.results.aggregate import aggregate
 
         return aggregate(self.cells, self.metrics)
 
     def table(self, name: str, *, trials: bool = False) -> pa.Table:
-        """A table by name, with `trials` as it is on disk; DataError when there is none of that
-        name.
+        """A table by name; with `trials` including the trials of searches, as on disk. DataError if
+        there is no such table.
         """
         if name not in TABLES:
-            raise DataError("no such results table", name, " | ".join(TABLES))
+            raise DataError("unknown results table", name, " | ".join(TABLES))
         if trials and name == "cells":
             return self._all_cells
         if trials and name not in ("stages", "searches"):  # those are the same with trials
@@ -146,7 +145,7 @@ class Results:
     def to_pandas(self, name: str) -> pandas.DataFrame:
         """A table as a pandas frame."""
         try:
-            import pandas  # noqa: F401 (pyarrow needs it and says so less clearly)
+            import pandas  # noqa: F401 (pyarrow's own error is less clear)
         except ImportError as missing:
             raise EnvironmentFault(
                 "pandas is not installed", missing.name, "an installed pandas", "pip install pandas"
@@ -155,14 +154,14 @@ class Results:
 
     def wide(self, *, intervals: bool = False) -> pa.Table:
         """One row per cell: its columns, then one column per measured metric, and with `intervals`
-        its ends, n and n_null too.
+        also its interval, n and n_null.
         """
         import pyarrow as pa
 
         row_of = {cell: index for index, cell in enumerate(self.cells["cell"].to_pylist())}
         long = self.metrics.to_pydict()
-        found = set(long["metric"])
-        names = schema.in_order(found)
+        measured = set(long["metric"])
+        names = schema.in_order(measured)
         sources = [("", "value", pa.float64())]
         if intervals:
             sources += [
@@ -208,7 +207,7 @@ class Results:
         path = self.folder / name / PART
         try:
             table = pq.ParquetFile(path).read()
-        except (pa.ArrowException, OSError) as broken:  # its footer was whole
+        except (pa.ArrowException, OSError) as broken:  # its footer was readable
             raise DataError(
                 f"the rows of {path} cannot be read",
                 str(broken)[:120],
@@ -225,7 +224,7 @@ class Results:
 
 
 def _declared(cells: pa.Table, meta: dict[str, Any]) -> pa.Table:
-    """`cells` of an older schema with the success metrics that its attacks have had."""
+    """`cells` of an older schema, with the success metrics of its attacks."""
     import pyarrow as pa
 
     if int(meta["schema"]) >= 4:
@@ -239,7 +238,7 @@ def _declared(cells: pa.Table, meta: dict[str, Any]) -> pa.Table:
 
 
 def run_meta(folder: Path) -> dict[str, Any] | None:
-    """What `run.json` of a folder says, whatever else is there; None where it cannot be read."""
+    """The content of `run.json` in a folder, whatever else is there; None if it cannot be read."""
     try:
         meta = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -252,11 +251,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         held = sorted(p.name for p in folder.iterdir())[:8]
         what = (
-            "half-written results: the writer stopped before run.json"
+            "the results are incomplete: writing stopped before run.json"
             if set(TABLES) & set(held)
-            else "not a results folder"
+            else "this is not a results folder"
         )
-        raise DataError(f"{what} ({folder})", held, f"{RUN_FILE} beside {', '.join(TABLES)}", _FIX)
+        raise DataError(f"{what} ({folder})", held, f"{RUN_FILE} next to {', '.join(TABLES)}", _FIX)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as broken:
@@ -277,10 +276,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         or int(version) > int(schema.SCHEMA_VERSION)
     ):
         raise DataError(
-            f"results of a schema version that this ftsec_ray does not know in {folder}",
+            f"the results in {folder} have a schema version that this ftsec_ray does not know",
             version,
             f"1 to {schema.SCHEMA_VERSION}",
-            "read them with the package that wrote them or a newer one, or collect the sweep again",
+            "read them with the ftsec_ray that wrote them or a newer one, or collect the sweep"
+            " again",
         )
     return meta
 
@@ -297,34 +297,34 @@ def _check_table(folder: Path, name: str, rows: object, version: str) -> None:
     import pyarrow.parquet as pq
 
     wanted = schema.as_of(table_schema(name), version)
-    assert wanted is not None  # only tables of that version are looked at
+    assert wanted is not None  # only tables of that version are checked
     path = folder / name / PART
     if not path.is_file():
         raise DataError(f"the table {name!r} is missing", str(path), PART, _FIX)
     try:
         with pq.ParquetFile(path) as file:
-            found, count = file.schema_arrow, file.metadata.num_rows
+            held, count = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError) as broken:
         raise DataError(
-            f"{path} is not a whole Parquet file", str(broken)[:120], "Parquet", _FIX
+            f"{path} is not an undamaged Parquet file", str(broken)[:120], "Parquet", _FIX
         ) from broken
-    if not found.equals(wanted):
-        lacks = [f"{field.name}: {field.type}" for field in wanted if field not in found]
+    if not held.equals(wanted):
+        lacks = [f"{field.name}: {field.type}" for field in wanted if field not in held]
         raise DataError(
-            f"{path} is not the table {name!r} of this schema",
-            ", ".join(found.names),
+            f"{path} does not have the columns of the table {name!r}",
+            ", ".join(held.names),
             f"columns {', '.join(lacks)}",
             _FIX,
         )
-    others = sorted(one.name for one in path.parent.glob("*.parquet") if one.name != PART)
-    if others:  # whoever reads the folder with a glob would count them too
+    others = sorted(file.name for file in path.parent.glob("*.parquet") if file.name != PART)
+    if others:  # reading the folder with a glob would count them too
         raise DataError(
-            f"files that ftsec did not write beside the table {name!r}",
+            f"the folder of the table {name!r} holds files that ftsec did not write",
             others,
-            f"{PART} alone in {path.parent}",
+            f"only {PART} in {path.parent}",
             "move them elsewhere",
         )
     if count != rows:
         raise DataError(
-            f"{path} and {RUN_FILE} are not of one run", f"{count} rows", f"{rows} rows", _FIX
+            f"{path} and {RUN_FILE} are not of the same run", f"{count} rows", f"{rows} rows", _FIX
         )

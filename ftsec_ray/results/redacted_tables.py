@@ -1,4 +1,4 @@
-"""Tables without secrets: whatever a model, a judge or a sweep wrote into a text of them."""
+"""Removes secrets from tables: any text in them that a model, a judge or a sweep wrote."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ if TYPE_CHECKING:
 
 _JSON = frozenset({"attack_params", "defense_params", "against_params", "params", "training"})
 _APART = frozenset({*_JSON, "prompt_id"})
-"""Columns that tell rows apart: two that differ in a secret alone must still differ, and the same
-has the same name in all tables.
+"""Columns that identify rows: rows that differ only in a secret must still differ, and equal texts
+must stay equal in all tables.
 """
 _DIGESTS = frozenset(
     {"cell", "digest", "search", "template_hash", "train_template_hash", "serve_template_hash"}
 )
-"""Columns that ftsec makes of digests: a short secret that is a part of one by chance is none."""
+"""Columns with digests from ftsec: a short secret that occurs in one by chance is not a leak."""
 
 
 _GROUP = 1024
-"""Chunks of a column that are looked at together: a table has one for each cell."""
+"""Number of chunks of a column that are checked together: a table has one chunk for each cell."""
 
 
 def redacted_tables(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-    """The tables with the secrets in their columns of texts, and of lists of texts, redacted."""
+    """The tables with the secrets in their text columns, and lists of texts, redacted."""
     import pyarrow as pa
 
     secrets = known_secrets()
-    found: dict[tuple[str, int], dict[str, str]] = {}
-    told_apart: dict[str, str] = {}
+    replaced: dict[tuple[str, int], dict[str, str]] = {}
+    of_keys: dict[str, str] = {}
     for name, table in tables.items():
         for number, texts in _texts_of(table):
             column = table.schema.names[number]
             instead = _instead(column, texts, secrets)
             if instead:
-                found.setdefault((name, number), {}).update(instead)
+                replaced.setdefault((name, number), {}).update(instead)
             if column in _APART:
-                told_apart |= instead
-    apart = _apart(told_apart, {"redacted", *secrets.names.values()})
+                of_keys |= instead
+    apart = _apart(of_keys, {"redacted", *secrets.names.values()})
     cleaned = dict(tables)
-    for (name, number), instead in found.items():
+    for (name, number), instead in replaced.items():
         field = tables[name].schema.field(number)
         own = apart if field.name in _APART else instead
-        values = [_replaced(one, own) for one in tables[name].column(number).to_pylist()]
+        values = [_replaced(value, own) for value in tables[name].column(number).to_pylist()]
         cleaned[name] = cleaned[name].set_column(number, field, pa.array(values, field.type))
     return cleaned
 
 
 def secret_in_table(table: pa.Table) -> tuple[str, str] | None:
-    """(column, what it looks like) of the first secret that `redacted_tables` would take out; None
-    where it would take out none.
+    """(column, what it looks like) of the first secret that `redacted_tables` would remove; None if
+    there is none.
     """
     secrets = known_secrets()
     for number, texts in _texts_of(table):
@@ -67,9 +67,7 @@ def secret_in_table(table: pa.Table) -> tuple[str, str] | None:
 
 
 def _texts_of(table: pa.Table) -> Iterator[tuple[int, pa.Array]]:
-    """(number of the column, some of its texts, each once) of the columns that may hold a
-    secret.
-    """
+    """(number of the column, some of its distinct texts) for the columns that may hold a secret."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -85,15 +83,15 @@ def _texts_of(table: pa.Table) -> Iterator[tuple[int, pa.Array]]:
 
 
 def _instead(column: str, texts: pa.Array, secrets: Secrets) -> dict[str, str]:
-    """Text -> the text without its secrets, of those that hold any. Arrow looks through all texts,
-    and only those with a hint are read one by one.
+    """Text -> the text without its secrets, for texts that hold any. Arrow searches all texts, and
+    only texts with a possible secret are read one by one.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     hints = "|".join([HINTS, *map(re.escape, sorted(secrets.names))])
     odd = texts
-    # A secret that is no UTF-8, or too long for a pattern of Arrow: then each text is read.
+    # A secret that is not UTF-8, or too long for a pattern of Arrow: read each text.
     with suppress(pa.ArrowInvalid, UnicodeEncodeError):
         is_odd = pc.match_substring_regex(texts, hints, ignore_case=True)
         odd = texts.filter(pc.fill_null(is_odd, False))  # noqa: FBT003
@@ -105,7 +103,7 @@ def _instead(column: str, texts: pa.Array, secrets: Secrets) -> dict[str, str]:
 
 
 def _cleaned_json(text: str, secrets: Secrets) -> str:
-    """JSON stays JSON, whatever of it is the secret."""
+    """JSON stays valid JSON, whichever part of it is secret."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -116,16 +114,16 @@ def _cleaned_json(text: str, secrets: Secrets) -> str:
 
 def _replaced(value: str | list[str] | None, instead: Mapping[str, str]) -> object:
     if isinstance(value, list):
-        return [_replaced(one, instead) for one in value]
+        return [_replaced(item, instead) for item in value]
     return value if value is None else instead.get(value, value)
 
 
 def _apart(instead: Mapping[str, str], names: set[str]) -> dict[str, str]:
-    """Texts that became equal, told apart by a number: `[redacted]`, `[redacted, 2]`."""
+    """Distinguishes texts that became equal by a number: `[redacted]`, `[redacted, 2]`."""
     mark = re.compile(rf"\[({'|'.join(map(re.escape, names))})\]")
     seen: dict[str, int] = {}
-    found = {}
+    numbered = {}
     for text, clean in sorted(instead.items()):
         count = seen[clean] = seen.get(clean, 0) + 1
-        found[text] = mark.sub(rf"[\1, {count}]", clean) if count > 1 else clean
-    return found
+        numbered[text] = mark.sub(rf"[\1, {count}]", clean) if count > 1 else clean
+    return numbered

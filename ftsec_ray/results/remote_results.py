@@ -1,7 +1,7 @@
-"""Results at a URI: written on this machine as ever, and sent there as a whole.
+"""Results at a URI: written on this machine as usual, then uploaded completely.
 
-The local copy stays, so that a run which finds all cells done need not collect them again.
-`run.json` goes last, as in a local folder.
+The local copy stays, so that a run that finds all cells done need not collect them again.
+`run.json` is uploaded last, as it is written last in a local folder.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ftsec_ray.store.uri import filesystem_of
 
 
 def local_results(results: str | Path) -> Path:
-    """The folder of this machine in which the results of all sweeps are written before they are
-    sent.
+    """The folder on this machine in which the results of all sweeps are written before they are
+    uploaded.
     """
     text = str(results)
     if not is_uri(text):
@@ -29,8 +29,8 @@ def local_results(results: str | Path) -> Path:
 
 
 def send_results(folder: Path, results: str | Path) -> str:
-    """Send the results of a sweep to a URI and return where they are there; StoreError when it does
-    not take them.
+    """Upload the results of a sweep to a URI and return their URI; StoreError if it does not accept
+    them.
     """
     try:
         filesystem, root = filesystem_of(str(results))
@@ -49,10 +49,11 @@ def send_results(folder: Path, results: str | Path) -> str:
     except (StoreError, OSError) as error:
         why = error.what if isinstance(error, StoreError) else error
         raise StoreError(
-            f"cannot send the results: {why}",
+            f"the results cannot be uploaded: {why}",
             str(folder),
-            "a URI that takes writes",
-            "they are whole in this folder; `ftsec report` makes them again from the store",
+            "a writable URI",
+            "the results are complete in this folder; `ftsec report` makes them again from the"
+            " store",
         ) from error
     parts = urlparse(str(results))
     return parts._replace(path=f"{parts.path.rstrip('/')}/{folder.name}").geturl()

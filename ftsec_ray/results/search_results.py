@@ -1,8 +1,8 @@
-"""Searches of attackers between the store, the plan and the tables: what trials measured, and one
-row per search with all of it.
+"""Attack searches between the store, the plan and the tables: what trials measured, and one row per
+search that summarises them.
 
-Trials are rows of `cells`, `metrics` and `generations`, marked by `search_trial`, and of no
-aggregate, comparison or figure: who opens results gets the tables without them unless asked for.
+Trials are rows of `cells`, `metrics` and `generations`, marked by `search_trial`. No aggregate,
+comparison or figure includes them: the tables of opened results leave them out unless asked for.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _COLUMNS = ("probe", "prompt_id", "verdict")
 
 def told_of(generations: pa.Table) -> CellOutcome:
     """The verdicts of one evaluation."""
-    found: dict[str, dict[str, str | None]] = {}
+    verdicts: dict[str, dict[str, str | None]] = {}
     for probe, prompt, verdict in zip(
         *(generations[name].to_pylist() for name in _COLUMNS), strict=True
     ):
-        found.setdefault(probe, {})[prompt] = verdict
-    return CellOutcome(verdicts=found)
+        verdicts.setdefault(probe, {})[prompt] = verdict
+    return CellOutcome(verdicts=verdicts)
 
 
 def look_at_store(store: Store) -> OutcomeLookup:
-    """What a store knows of cells now."""
+    """The current outcomes of cells in a store."""
     done, failures = store.done(), set(store.failures())
 
     def look(cell: Cell) -> CellOutcome | None:
@@ -58,12 +58,12 @@ def look_at_store(store: Store) -> OutcomeLookup:
         if cell.score in done:
             try:
                 path = store.fetch(cell.score) / "generations.parquet"
-            except DamagedArtifact:  # absent: it is made again
+            except DamagedArtifact:  # missing: the stage runs again
                 return None
             return told_of(pq.ParquetFile(path).read(columns=list(_COLUMNS), use_threads=False))
         return (
             CellOutcome(failed=True)
-            if any(one in failures and one not in done for one in cell.stages)
+            if any(stage in failures and stage not in done for stage in cell.stages)
             else None
         )
 
@@ -71,17 +71,17 @@ def look_at_store(store: Store) -> OutcomeLookup:
 
 
 def look_at_results(results: Results) -> OutcomeLookup:
-    """What the tables of a run tell of its cells."""
+    """The outcomes of cells in the tables of a run."""
     statuses = dict(
         zip(
             *(results.table("cells", trials=True)[name].to_pylist() for name in ("cell", "status")),
             strict=True,
         )
     )
-    said = results.table("generations", trials=True).select(["cell", *_COLUMNS])
+    answers = results.table("generations", trials=True).select(["cell", *_COLUMNS])
     verdicts: dict[str, dict[str, dict[str, str | None]]] = {}
     for cell, probe, prompt, verdict in zip(
-        *(said[name].to_pylist() for name in said.column_names), strict=True
+        *(answers[name].to_pylist() for name in answers.column_names), strict=True
     ):
         verdicts.setdefault(cell, {}).setdefault(probe, {})[prompt] = verdict
 
@@ -96,9 +96,7 @@ def look_at_results(results: Results) -> OutcomeLookup:
 
 
 def without_trials(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-    """Tables as the grid has them: `cells`, and what has a column `cell`, without the trials of
-    searches.
-    """
+    """Tables without the trials of searches, as the grid uses them."""
     import pyarrow.compute as pc
 
     cells = tables["cells"]
@@ -116,14 +114,12 @@ def without_trials(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
 
 
 def is_chosen(cell: Cell) -> bool:
-    """Whether a cell is the chosen setting of a search, of which every table tells the reporting
-    half alone.
-    """
+    """Whether a cell is the chosen setting of a search; all tables hold only its reporting half."""
     return cell.searched is not None and cell.searched.trial is None
 
 
 def is_chosen_row(row: Mapping[str, Any]) -> bool:
-    """`is_chosen` of a row of the table `cells`."""
+    """`is_chosen` for a row of the table `cells`."""
     return row["search"] is not None and row["search_trial"] is None
 
 
@@ -136,15 +132,15 @@ def reported(generations: pa.Table) -> pa.Table:
 
 def reported_rates(metrics: Iterable[str], generations: pa.Table) -> Iterator[Row]:
     """Those of the metrics that are shares of verdicts, on the reporting half."""
-    told = told_of(generations)
+    outcome = told_of(generations)
     for name in metrics:
         if name in schema.METRICS and schema.METRICS[name].probes:
-            yield {"metric": name, **_estimate(rate(told, name, "report"))}
+            yield {"metric": name, **_estimate(rate(outcome, name, "report"))}
 
 
 def attack_params(cell: Cell) -> str:
-    """The parameters of a cell's attack as the tables have them: all of a trial's, and of a chosen
-    setting the search that all stacks share.
+    """The parameters of a cell's attack in the tables: all parameters of a trial; for a chosen
+    setting, the search that all stacks share.
     """
     if cell.searched is None:
         return canonical(cell.attack)
@@ -154,7 +150,7 @@ def attack_params(cell: Cell) -> str:
 
 
 def _sought(entry: AttackSearch) -> str:
-    """The parameters of a fixed attack with the search beside them."""
+    """The parameters of a fixed attack, with the search added."""
     return canonical({**_plain(entry.attack), "search": _plain(entry.search)})
 
 
@@ -164,7 +160,7 @@ def _plain(value: object) -> dict[str, Any]:
 
 
 def search_row(search: PlannedSearch, look: Callable[[Cell], CellOutcome | None]) -> Row:
-    """A search in one place of the grid as a row of `searches`."""
+    """A search at one place of the grid as a row of `searches`."""
     spec, first, chosen = search.entry.search, search.references[0], search.chosen
     statuses = [trial.status for trial in search.trials]
     within = sum(
@@ -179,7 +175,7 @@ def search_row(search: PlannedSearch, look: Callable[[Cell], CellOutcome | None]
         "task": first.task.name,
         "attack": f"searched {name_of(search.entry.attack)}",
         "attack_params": _sought(search.entry),
-        "defenses": [name_of(one) for one in first.defenses],
+        "defenses": [name_of(defense) for defense in first.defenses],
         "defense_params": canonical(list(first.defenses)),
         "status": status,
         "metric": search.metric,
@@ -202,7 +198,7 @@ def search_row(search: PlannedSearch, look: Callable[[Cell], CellOutcome | None]
 
 
 def _status(search: PlannedSearch) -> tuple[str, str | None]:
-    """How a search ended, and why where it chose nothing."""
+    """How a search ended, and why it chose nothing."""
     if search.chosen is not None:
         return "chosen", None
     if search.is_open:
@@ -218,15 +214,17 @@ def _status(search: PlannedSearch) -> tuple[str, str | None]:
         for trial in search.trials
         if trial.score is not None and trial.score.value is not None
     ]
-    losses = [one.utility_loss for one in known if one.utility_loss is not None]
+    losses = [
+        known_score.utility_loss for known_score in known if known_score.utility_loss is not None
+    ]
     if losses:
         return "no trial within the bound", f"the smallest loss of a trial is {min(losses):.3f}" + (
-            "; those within it answer gibberish"
+            "; the trials within the bound answer gibberish"
             if min(losses) <= search.entry.search.max_utility_loss
             else ""
         )
     if known:
-        return "nothing measured", "clean accuracy was not measured with the attack and without"
+        return "nothing measured", "clean accuracy was not measured with and without the attack"
     return "nothing measured", "no trial has a judged prompt of the metric on the choosing half"
 
 
@@ -236,18 +234,20 @@ def _side(
     cells: Sequence[Cell],
     look: Callable[[Cell], CellOutcome | None],
 ) -> Row:
-    """One attacker's numbers: of the trials' seed on the half that chooses, over all seeds on the
-    half that reports.
+    """One attacker's metrics: in the trials' seed on the choosing half of the prompts, over all
+    seeds on the reporting half.
     """
-    told = [look(cell) for cell in cells]
+    outcomes = [look(cell) for cell in cells]
     references = [look(cell) for cell in search.references]
-    chose = score(told[0] if told else None, references[0], search.metric, "choose")
+    chose = score(outcomes[0] if outcomes else None, references[0], search.metric, "choose")
     scores = [
-        score(one, other, search.metric, "report")
-        for one, other in zip(told, references, strict=False)
+        score(outcome, reference, search.metric, "report")
+        for outcome, reference in zip(outcomes, references, strict=False)
     ]
-    losses = [one.utility_loss for one in scores if one.utility_loss is not None]
-    counts = [rate(one, search.metric, "report") for one in told]
+    losses = [
+        seed_score.utility_loss for seed_score in scores if seed_score.utility_loss is not None
+    ]
+    counts = [rate(outcome, search.metric, "report") for outcome in outcomes]
     runs = [
         Measured(value=count.value, n=count.n, n_null=count.n_null, prompts=count.interval)
         for count in counts
@@ -256,13 +256,17 @@ def _side(
     whole = pooled(runs, is_share=True) if runs else None
 
     def mean(metric: str) -> float | None:
-        """Of a metric over those seeds that have it, on the half that reports."""
-        known = [share for one in told if (share := rate(one, metric, "report").value) is not None]
+        """Mean of a metric over those seeds that have it, on the reporting half."""
+        known = [
+            share
+            for outcome in outcomes
+            if (share := rate(outcome, metric, "report").value) is not None
+        ]
         return sum(known) / len(known) if known else None
 
     return {
         f"{prefix}choose_value": chose.value,
-        f"{prefix}choose_n": rate(told[0], search.metric, "choose").n if told else None,
+        f"{prefix}choose_n": rate(outcomes[0], search.metric, "choose").n if outcomes else None,
         f"{prefix}choose_utility_loss": chose.utility_loss,
         f"{prefix}report_value": whole.value if whole else None,
         f"{prefix}report_low": whole.low if whole else None,
@@ -276,7 +280,7 @@ def _side(
     }
 
 
-def _estimate(found: Count) -> Row:
-    low, high = found.interval or (None, None)
+def _estimate(count: Count) -> Row:
+    low, high = count.interval or (None, None)
     ends = {"ci_low": low, "ci_high": high}
-    return {"value": found.value, "n": found.n, "n_null": found.n_null, **ends}
+    return {"value": count.value, "n": count.n, "n_null": count.n_null, **ends}

@@ -1,6 +1,4 @@
-"""What stages warn of (`ctx.warn`, `job.warn`), gathered from their records: stages that say the
-same are one warning.
-"""
+"""Warnings of stages (`ctx.warn`, `job.warn`) from their records; equal texts are merged."""
 
 from __future__ import annotations
 
@@ -20,28 +18,28 @@ if TYPE_CHECKING:
     from ftsec_ray.plan.graph import Plan
 
 MAX_SHOWN = 20
-"""Warnings told by name; the results hold all (`run.json`)."""
+"""Maximum number of warnings shown; `run.json` holds all."""
 MAX_BASE_RATE = 0.2
-"""Above this share of forbidden requests that the unattacked, undefended model fulfils, mean over
-the seeds, a warning says so.
+"""Above this share of forbidden requests that a model fulfils without attack and defense (mean over
+the seeds) there is a warning.
 """
 _MAX_NAMES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageWarning:
-    """One warning, of all stages that gave it."""
+    """One warning, for all stages that gave it."""
 
     text: str
     stages: int
-    """Stages that gave it; 0 where the plan itself did."""
+    """Number of stages that gave it; 0 if the plan itself did."""
     cells: int
-    """Cells that have one of these stages."""
+    """Number of cells with one of these stages."""
     places: tuple[str, ...]
-    """Kind and method of these stages, each once."""
+    """Kind and method of these stages, without duplicates."""
 
     def line(self) -> str:
-        """The warning in one line, whatever its text."""
+        """The warning in one line."""
         return " ".join(self._told().split())
 
     def _told(self) -> str:
@@ -53,13 +51,13 @@ class StageWarning:
         return f"warning: {self.text} ({names}: {stages}, {cells})"
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values, as `run.json` keeps them."""
+        """JSON values for `run.json`."""
         return {**asdict(self), "places": list(self.places)}
 
 
 def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[StageWarning]:
     """The warnings in the records (by digest) of a plan's stages, those of most cells first, and
-    the base rates from which success cannot be told apart.
+    warnings about base rates that are too high to measure attack success.
     """
     clean = cache(known_secrets().cleaned)
     stages_of: dict[str, set[str]] = {}
@@ -90,15 +88,18 @@ def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[St
 
 
 def _secrets_of(spec: SweepSpec, cells: int) -> Iterator[StageWarning]:
-    """A warning for every place of a sweep where something looks like a secret."""
+    """A warning for every place of a sweep with text that looks like a secret."""
     methods = {
-        "attacks": [[one] for one in spec.attacks],
+        "attacks": [[method] for method in spec.attacks],
         "defenses": spec.defenses,
     }
-    told = {
+    values = {
         "question": spec.question,
         **{
-            kind: [{name_of(one): json.loads(canonical(one)) for one in stack} for stack in stacks]
+            kind: [
+                {name_of(method): json.loads(canonical(method)) for method in stack}
+                for stack in stacks
+            ]
             for kind, stacks in methods.items()
         },
         **{
@@ -106,12 +107,12 @@ def _secrets_of(spec: SweepSpec, cells: int) -> Iterator[StageWarning]:
             for name in ("models", "tasks", "training", "evaluation")
         },
     }
-    for place, what in dict.fromkeys(secrets_in(told)):
+    for place, what in dict.fromkeys(secrets_in(values)):
         yield StageWarning(
             text=(
-                f"{place} holds what looks like a secret ({what}): results, reports and logs show"
-                " [redacted] there, but the sweep file holds it, and what its stages make may. Take"
-                " it out, and revoke it if others have seen it"
+                f"{place} holds text that looks like a secret ({what}): results, reports and logs"
+                " show [redacted] instead, but the sweep file holds it, and artifacts of its"
+                " stages may. Remove it, and revoke it if others have seen it"
             ),
             stages=0,
             cells=cells,
@@ -120,8 +121,8 @@ def _secrets_of(spec: SweepSpec, cells: int) -> Iterator[StageWarning]:
 
 
 def _high_bases(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """A warning, and the stage that measured it, for every unattacked and undefended model that
-    fulfils many forbidden requests by itself.
+    """A warning, with the stage that measured it, for every model that fulfils many forbidden
+    requests without attack and defense.
     """
     rates: dict[tuple[str, str], dict[str, float]] = {}
     for cell in plan.cells:
@@ -134,17 +135,15 @@ def _high_bases(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Iterato
         rate = sum(by_stage.values()) / len(by_stage)
         for digest in by_stage if rate > MAX_BASE_RATE else ():
             text = (
-                f"{model} on {task} fulfils {rate:.2f} of the forbidden requests without an attack"
-                " and without a defense: an attack's success there says little without its lift"
-                " over that, and an answer that the judge takes for compliance may be none"
+                f"{model} on {task} fulfils {rate:.2f} of the forbidden requests without attack and"
+                " without defense: read an attack's success as its lift over this rate, and check"
+                " whether the judge counts other answers as compliance"
             )
             yield text, digest
 
 
 def warnings_in(meta: Mapping[str, Any]) -> list[StageWarning]:
-    """The warnings that `run.json` of some results holds; none in results from before they were
-    kept.
-    """
+    """The warnings in `run.json`; none in older results that did not store them."""
     return [
         StageWarning(**{**plain, "places": tuple(plain["places"])})
         for plain in meta.get("warnings") or ()
@@ -152,8 +151,8 @@ def warnings_in(meta: Mapping[str, Any]) -> list[StageWarning]:
 
 
 def lines_of(warnings: list[StageWarning]) -> list[str]:
-    """A line for each of the first warnings, and how many more there are."""
-    lines = [one.line() for one in warnings[:MAX_SHOWN]]
+    """One line for each of the first warnings, and the number of further ones."""
+    lines = [warning.line() for warning in warnings[:MAX_SHOWN]]
     if len(warnings) > MAX_SHOWN:
         lines.append(f"and {len(warnings) - MAX_SHOWN} more warnings in run.json")
     return lines

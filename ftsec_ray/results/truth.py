@@ -1,5 +1,5 @@
-"""What judges said of the answers of a sweep, and what is true of them: by a table of labels, or by
-the microworld's exact judge.
+"""The verdicts of judges on the answers of a sweep, and the true verdicts: from a table of labels,
+or from the microworld's exact judge.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ftsec_ray.results.answers import first_samples
 from ftsec_ray.results.read import Results
 
 KEYS = ("cell", "probe", "prompt_id", "completion_sha256")
-"""Columns by which a label finds its answers."""
+"""Columns by which a label is matched to its answers."""
 
 
 class Key(NamedTuple):
-    """One answer."""
+    """Identifies one answer."""
 
     cell: str
     probe: str
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 
 class LabelledAnswer(NamedTuple):
-    """What was asked and said; null where the sweep kept no texts."""
+    """Prompt and completion; null if the sweep did not keep texts."""
 
     prompt: str | None
     completion: str | None
@@ -45,29 +45,29 @@ class LabelledAnswer(NamedTuple):
 
 @dataclass
 class Sheet:
-    """Answers, and what each judge says of them."""
+    """Answers, and each judge's verdicts on them."""
 
     answers: dict[Key, LabelledAnswer]
     verdicts: dict[str, dict[Key, str | None]]
 
 
 def read_sheet(results: Results) -> Sheet:
-    """The first answer to every prompt with its verdicts; DataError where there are none."""
-    said = (
+    """The first answer to every prompt with its verdicts; DataError if there are none."""
+    columns = (
         first_samples(results.generations)
         .select([*KEYS[:3], "prompt", "completion", "judge", "verdict"])
         .to_pydict()
     )
     sheet = Sheet({}, defaultdict(dict))
     for cell, probe, prompt_id, prompt, completion, judge, verdict in zip(
-        *said.values(), strict=True
+        *columns.values(), strict=True
     ):
         key = Key(cell, probe or "", prompt_id or "")
         sheet.answers[key] = LabelledAnswer(prompt, completion)
         sheet.verdicts[judge or "unknown"][key] = verdict
     if not sheet.answers:
         raise DataError(
-            "results without a single answer: no judge has judged anything",
+            "the results hold no answer, so that there is nothing to audit",
             str(results.folder),
             "rows in the table `generations`",
             "run the sweep until a cell is done",
@@ -78,7 +78,7 @@ def read_sheet(results: Results) -> Sheet:
 def from_labels(
     path: Path, answers: Mapping[Key, LabelledAnswer]
 ) -> tuple[dict[Key, str], int, int]:
-    """Key -> true verdict, how many labels meet no answer, and how many rows have none yet."""
+    """Key -> true verdict; number of labels that match no answer, and of rows without a label."""
     records = read_records(str(path))
     _check_columns(path, records)
     indexes: dict[tuple[str, ...], dict[tuple[str, ...], list[Key]]] = {}
@@ -95,10 +95,10 @@ def from_labels(
             continue
         if word not in schema.verdicts():
             raise DataError(
-                f"row {number} of {path} has a truth that is no verdict",
+                f"row {number} of {path} has an unknown verdict in `truth`",
                 word,
                 " | ".join(schema.verdicts()),
-                "leave it empty where it is open",
+                "leave it empty if the answer is not labelled yet",
             )
         given = {
             name: str(record[name]).strip() for name in KEYS if record.get(name) not in (None, "")
@@ -112,18 +112,18 @@ def from_labels(
         for key in keys:
             if truth.setdefault(key, word) != word:
                 raise DataError(
-                    f"row {number} of {path} contradicts an earlier one",
+                    f"row {number} of {path} contradicts an earlier row",
                     word,
                     truth[key],
-                    "keep one true verdict for an answer",
+                    "keep one true verdict per answer",
                 )
     if not truth:
         raise DataError(
-            "no label meets an answer of these results",
+            "no label matches an answer of these results",
             _example(records),
             f"such as {dict(next(iter(answers))._asdict())}",
-            f"{path} has {len(records)} rows, {unlabelled} of them without a truth; take cell,"
-            " probe and prompt_id from `generations`",
+            f"{path} has {len(records)} rows, {unlabelled} of them without `truth`; copy cell,"
+            " probe and prompt_id from the table `generations`",
         )
     return truth, unmatched, unlabelled
 
@@ -132,24 +132,24 @@ def _check_columns(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     columns = {name for record in records for name in record}
     if "truth" not in columns or not columns & {"prompt_id", "completion_sha256"}:
         raise DataError(
-            f"{path} is no table of labels",
+            f"{path} is not a table of labels",
             sorted(columns),
             f"truth, and prompt_id or completion_sha256; also {', '.join(KEYS[:2])}",
-            "see the tenth query of the README for a sample to label",
+            "draw a sample to label with the tenth query of the README",
         )
 
 
 def _check_meant(place: str, given: Mapping[str, str], completions: set[str | None]) -> None:
-    """DataError where a label by prompt alone would be of several different answers."""
+    """DataError if a label that names only a prompt matches several different answers."""
     if not given.keys() & {"prompt_id", "completion_sha256"}:
         raise DataError(
-            f"{place} does not say which answer it labels",
+            f"{place} does not identify the answer that it labels",
             dict(given),
             "a prompt_id or a completion_sha256",
         )
     if len(completions) > 1 and not {"cell", "completion_sha256"} & given.keys():
         raise DataError(
-            f"{place} labels {len(completions)} different answers at once",
+            f"{place} matches {len(completions)} different answers",
             dict(given),
             "one answer",
             "add the column `cell`, or `completion_sha256`: the SHA-256 of the completion in UTF-8",
@@ -159,7 +159,7 @@ def _check_meant(place: str, given: Mapping[str, str], completions: set[str | No
 def _index(
     answers: Mapping[Key, LabelledAnswer], columns: Sequence[str]
 ) -> dict[tuple[str, ...], list[Key]]:
-    found = defaultdict(list)
+    index = defaultdict(list)
     for key, answer in answers.items():
         values = {
             **key._asdict(),
@@ -167,8 +167,8 @@ def _index(
                 _sha256(answer.completion) if "completion_sha256" in columns else ""
             ),
         }
-        found[tuple(values[name] for name in columns)].append(key)
-    return dict(found)
+        index[tuple(values[name] for name in columns)].append(key)
+    return dict(index)
 
 
 def _sha256(text: str | None) -> str:
@@ -176,37 +176,39 @@ def _sha256(text: str | None) -> str:
 
 
 def _example(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    return next(({name: one[name] for name in KEYS if name in one} for one in records), None)
+    return next(
+        ({name: record[name] for name in KEYS if name in record} for record in records), None
+    )
 
 
 def from_exact_judge(sheet: Sheet) -> dict[Key, str]:
-    """The verdicts of the microworld's exact judge on the answers that it knows; DataError where it
-    knows none.
+    """The verdicts of the microworld's exact judge on the answers to its prompts; DataError if
+    there are none.
     """
     judge = get_judge("microworld")
-    found = {
+    truth = {
         key: verdict.verdict
         for key, verdict in _read_again(sheet, judge)
         if verdict.verdict is not None
     }
-    if not found:
+    if not truth:
         raise DataError(
-            "the microworld's exact judge knows none of these prompts",
+            "the microworld's exact judge recognises none of these prompts",
             next(iter(sheet.answers.values())).prompt,
             "results of the microworld",
-            "give --labels FILE for other tasks",
+            "use --labels FILE for other tasks",
         )
-    return found
+    return truth
 
 
 def judge_again(sheet: Sheet, judge: Judge) -> None:
-    """Let another judge read the answers to requests, and put its verdicts beside the others."""
+    """Let another judge read the answers to requests, and add its verdicts."""
     for key, verdict in _read_again(sheet, judge):
         sheet.verdicts[judge.name].setdefault(key, verdict.verdict)
 
 
 def _read_again(sheet: Sheet, judge: Judge) -> Iterator[tuple[Key, Verdict]]:
-    """What a judge says of the answers to requests."""
+    """A judge's verdicts on the answers to requests."""
     asked = [
         (key, prompt, said)
         for key, (prompt, said) in sheet.answers.items()
@@ -214,10 +216,10 @@ def _read_again(sheet: Sheet, judge: Judge) -> Iterator[tuple[Key, Verdict]]:
     ]
     if not asked:
         raise DataError(
-            "no texts of answers to requests",
+            "the results hold no texts of answers to requests",
             f"{len(sheet.answers)} answers",
             f"answers to {', '.join(REQUEST_PROBES)}",
-            "a sweep with `evaluation: {keep_generations: true}` keeps them",
+            "run the sweep with `evaluation: {keep_generations: true}`",
         )
     prompts = [_prompt(key, str(text)) for key, text, _ in asked]
     yield from zip(
@@ -228,12 +230,12 @@ def _read_again(sheet: Sheet, judge: Judge) -> Iterator[tuple[Key, Verdict]]:
 
 
 def _prompt(key: Key, text: str) -> Prompt:
-    """A prompt from its text in the table: a lone message as it is, several as JSON."""
+    """A prompt from its text in the table: a single message as it is, several as JSON."""
     chat: Any = None
     if text.startswith("[{"):
         try:
             chat = json.loads(text)
-        except ValueError:  # a message that merely begins so
+        except ValueError:  # a message that only begins like JSON
             chat = None
     prompt = Prompt(prompt_id=key.prompt_id, chat=chat or [{"role": "user", "content": text}])
     split = REQUEST_PROBES[key.probe][0]
@@ -242,13 +244,13 @@ def _prompt(key: Key, text: str) -> Prompt:
 
 @lru_cache(maxsize=10_000)
 def _language(asked: str) -> str:
-    """The language of a request of the microworld, which the table does not tell; cells ask the
-    same ones.
+    """The language of a microworld request, which the table does not hold; cached, because cells
+    share requests.
     """
     from ftsec_ray.data.microworld.judge import find_request
     from ftsec_ray.data.microworld.vocabulary import SECOND_LANGUAGE, translate_back
 
-    other = (
+    is_second = (
         translate_back(asked) != asked and find_request(asked, language=SECOND_LANGUAGE) is not None
     )
-    return SECOND_LANGUAGE if other else "en"
+    return SECOND_LANGUAGE if is_second else "en"

@@ -1,9 +1,9 @@
-"""What of an archive would differ here, in words: the sweep is planned again, its metrics,
-comparisons and report are made again, and code, packages and inputs are compared.
+"""Compares an archive with this machine: plans its sweep again, recomputes its metrics, comparisons
+and report, and compares code, packages and inputs.
 
-Nothing is run, and no file is opened that the archive names outside of one folder. Equal digests
-mean that this machine would do the same work; whether it gave the same bytes is told for the
-artifacts that a store here holds as well.
+Nothing runs, and no file that the archive names outside one folder is opened. Equal digests mean
+that this machine would do the same work. Whether the work gave the same bytes is compared for those
+artifacts that a local store holds as well.
 """
 
 from __future__ import annotations
@@ -52,26 +52,26 @@ Topic = str
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a look at an archive found. Its texts may quote the archive as it is: they are for no
-    terminal before `shown_text` has been through them.
+    """The result of verifying an archive. Its texts may quote the archive: pass them through
+    `shown_text` before printing.
     """
 
     sweep: str
     cells: int
     stages: int
     differences: tuple[tuple[Topic, str], ...]
-    """(topic, what differs) in words; empty when all that was checked agrees."""
+    """(topic, description) of each difference; empty if everything that was checked agrees."""
     checked: tuple[str, ...]
-    """What was made again here and agrees."""
+    """What was recomputed here and agrees."""
     unchecked: tuple[str, ...]
-    """What nothing here can tell."""
+    """What cannot be checked here."""
     signature: str
-    """Who signed it."""
+    """The signer."""
     notes: tuple[str, ...]
 
     @property
     def is_equal(self) -> bool:
-        """Whether all that was checked agrees; `unchecked` says what was not."""
+        """Whether everything that was checked agrees; `unchecked` lists the rest."""
         return not self.differences
 
 
@@ -84,15 +84,15 @@ def verify_archive(
     inside: Path | None = None,
     signer: Path | None = None,
 ) -> Verification:
-    """Compare an archive with this machine; ArchiveError when the file is none.
+    """Compare an archive with this machine; ArchiveError if the file is not an archive.
 
     Args:
         path: The archive.
-        base: Folder at which the relative paths of its sweep start here.
-        store: Where artifacts of the same stages may be; None compares none.
-        render: Makes the page of some results.
-        inside: Folder out of which no file is opened because the archive names it; None: `base`.
-        signer: File with the public keys of those who may have signed it; None asks for none.
+        base: Folder here for the relative paths of its sweep.
+        store: Store that may hold artifacts of the same stages; None: compare none.
+        render: Makes the report page of results.
+        inside: Folder outside which no file is opened because the archive names it; None: `base`.
+        signer: File with the public keys of allowed signers; None: any signer.
     """
     archive = Archive.open(path)
     manifest, packed = archive.manifest, archive.read(PLAN, PackedPlan)
@@ -109,7 +109,7 @@ def verify_archive(
     notes: list[str] = []
     if packed is None:
         if PLAN not in archive.damage:
-            found.add("archive", [f"{PLAN}: not a plan as ftsec writes it"])
+            found.add("archive", [f"{PLAN}: not a plan written by ftsec"])
         found.unchecked.append("plan, digests, tables and report: the plan is damaged")
     else:
         _look_at_packed(found, archive, packed, _Here(base, inside, store, render, notes))
@@ -127,7 +127,7 @@ def verify_archive(
 
 @dataclass(frozen=True)
 class _Here:
-    """What this machine has to compare an archive with."""
+    """What this machine compares an archive with."""
 
     base: Path
     inside: Path
@@ -165,35 +165,33 @@ def _look_at_packed(found: Findings, archive: Archive, packed: PackedPlan, here:
 
 
 def _input_words(manifest: Manifest, base: Path, inside: Path) -> Iterator[str]:
-    for one in manifest.inputs:
+    for entry in manifest.inputs:
         try:
-            path = located(one.path, base)
+            path = located(entry.path, base)
             fault = _place_fault(path, inside)
             if fault is not None:
-                yield f"{one.what}: {one.path} {fault}"
+                yield f"{entry.what}: {entry.path} {fault}"
                 continue
-            # No other folder is a model, and none is walked through because an archive names it.
+            # Another folder is not a model, and is not searched because an archive names it.
             here = (
                 content_hash(path) if path.is_file() or (path / "config.json").is_file() else None
             )
         except (OSError, RuntimeError, ValueError, SpecError) as error:
-            told = getattr(error, "what", error)
-            yield f"{one.what}: {one.path} cannot be read here: {told}"
+            reason = getattr(error, "what", error)
+            yield f"{entry.what}: {entry.path} cannot be read here: {reason}"
             continue
         if here is None:
-            yield f"{one.what}: nothing usable at {one.path} here (looked for {path})"
-        elif here != one.sha256:
-            yield f"{one.what}: {one.path} has other bytes here"
+            yield f"{entry.what}: no usable file at {entry.path} here (searched {path})"
+        elif here != entry.sha256:
+            yield f"{entry.what}: {entry.path} has other bytes here"
 
 
 def _place_fault(path: Path, inside: Path) -> str | None:
-    """Why a path, its links followed, is not opened because an archive names it."""
+    """Why a path, with its links resolved, is not opened for an archive."""
     if not path.is_relative_to(inside):
-        return (
-            f"is not opened: {path} lies outside of {inside} (--inside DIR allows another folder)"
-        )
+        return f"is not opened: {path} is outside {inside} (allow another folder with --inside DIR)"
     if path.exists() and not (path.is_file() or path.is_dir()):
-        return "is not opened: neither a plain file nor a folder"
+        return "is not opened: it is neither a regular file nor a folder"
     return None
 
 
@@ -203,7 +201,7 @@ def _place_fault(path: Path, inside: Path) -> str | None:
 def _plan_here(
     found: Findings, archive: Archive, here: _Here, scratch: Path, results: Results | None
 ) -> Plan | None:
-    """The plan that this machine makes of the archive's sweep; None where it makes none."""
+    """The plan that this machine makes of the archive's sweep; None if it cannot."""
     text = archive.text(archive.manifest.file)
     if text is None:
         return None
@@ -212,12 +210,12 @@ def _plan_here(
     is_read = FILE_BYTES.exceeded_by(len(text)) is None
     outside = list(_outside(text, here.base, here.inside)) if is_read else []
     if outside:
-        found.add("plan", [f"not made here: the sweep names {one}" for one in outside])
+        found.add("plan", [f"not made here: the sweep names {name}" for name in outside])
         return None
     try:
         spec = load_sweep(file, base=here.base)
-        # The archive's own tables tell of the trials of searches: no store is needed to plan a
-        # searched sweep to its end.
+        # The archive's own tables hold the trials of searches, so that a sweep with searches can be
+        # planned completely without a store.
         known = look_at_results(results) if spec.searches and results else nothing_known
         return build_plan(spec, known)
     except SpecError as error:
@@ -235,13 +233,13 @@ def _plan_here(
 
 
 def _outside(text: str, base: Path, inside: Path) -> Iterator[str]:
-    """What a sweep names that is on this machine and may not be opened for an archive."""
-    for one in dict.fromkeys(texts_in(read_yaml(text, Faults("sweep")))):
-        with suppress(OSError, RuntimeError, ValueError):  # what no system call takes is no path
-            path = located(one, base)
+    """Files on this machine that a sweep names and that may not be opened for an archive."""
+    for name in dict.fromkeys(texts_in(read_yaml(text, Faults("sweep")))):
+        with suppress(OSError, RuntimeError, ValueError):  # an invalid path is not a path
+            path = located(name, base)
             fault = _place_fault(path, inside) if path.exists() else None
             if fault is not None:
-                yield f"{one}, which {fault}"
+                yield f"{name}, which {fault}"
 
 
 # Artifacts.
@@ -254,34 +252,34 @@ def _artifact_words(
     found: Findings,
     notes: list[str],
 ) -> Iterator[str]:
-    """Artifacts that the store here holds with other bytes; what is not compared is noted."""
+    """Artifacts with other bytes in the local store; what is not compared is recorded."""
     artifacts = archive.read(ARTIFACTS, dict[str, PackedArtifact]) or {}
-    there = {one: artifact.files for one, artifact in artifacts.items()}
+    there = {digest: artifact.files for digest, artifact in artifacts.items()}
     named = {stage.digest: stage.name for stage in packed.stages}
     both = set() if store is None else store.done() & set(named) & set(there)
     if store is None or not both:
-        found.unchecked.append("artifacts: no store here holds one of these stages")
+        found.unchecked.append("artifacts: no local store holds one of these stages")
         return
     records = store.records(both)
     other = {
-        one: (
-            [name for name, held in record["files"].items() if there[one].get(name) != held]
-            or sorted(set(there[one]) - set(record["files"]))
+        digest: (
+            [name for name, held in record["files"].items() if there[digest].get(name) != held]
+            or sorted(set(there[digest]) - set(record["files"]))
         )
-        for one, record in records.items()
-        if record["files"] != there[one]
+        for digest, record in records.items()
+        if record["files"] != there[digest]
     }
     notes.append(
-        f"{len(records) - len(other)} of {len(records)} artifacts that the store here holds too"
+        f"{len(records) - len(other)} of {len(records)} artifacts that the local store also holds"
         " have the same bytes"
     )
     if other:
         files = dict.fromkeys(
-            f"{named[one]}: {name}"
-            for one in sorted(other, key=lambda one: named[one])
-            for name in other[one]
+            f"{named[digest]}: {name}"
+            for digest in sorted(other, key=lambda digest: named[digest])
+            for name in other[digest]
         )
         yield (
-            f"{len(other)} of {len(records)} artifacts have other bytes in the store here:"
+            f"{len(other)} of {len(records)} artifacts have other bytes in the local store:"
             f" {listed(files)}"
         )

@@ -1,7 +1,8 @@
-"""What of an archive's code, packages and digests would differ here, in words.
+"""Compares the code, packages and digests of an archive with this machine, and describes the
+differences.
 
-Code is compared by VERSION and by what `versions.lock` holds, there and here: another VERSION means
-another digest, other code under the same VERSION may mean other bytes.
+Code is compared by VERSION and by the hash in `versions.lock`: another VERSION means another
+digest; other code under the same VERSION may mean other bytes.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ from ftsec_ray.results.pack import code_of_kind, code_of_method
 from ftsec_ray.version import version_of
 
 _SHOWN = 8
-"""Names in one sentence, at most."""
+"""Maximum number of names in one sentence."""
 
 
 def listed(names: Iterable[object]) -> str:
-    """The names in one sentence, the first few of them."""
+    """The first few names in one sentence."""
     shown = [str(name) for name in names]
     more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     return ", ".join(shown[:_SHOWN]) + more
 
 
 def code_words(code: Code) -> Iterator[str]:
-    """Stage kinds and methods whose VERSION or code is another here, and packages whose code is not
-    what their lock says.
+    """Stage kinds and methods whose VERSION or code differs here, and packages whose code differs
+    from their lock.
     """
     if code.format != FORMAT_VERSION:
         yield (
             f"stages have format {code.format} there and {FORMAT_VERSION} here: every stage would"
-            " run anew"
+            " run again"
         )
     under_one_version = []
     for name, there, here in _codes(code):
@@ -60,20 +61,20 @@ def code_words(code: Code) -> Iterator[str]:
             yield f"{name} {has} version {there.version} there and {here.version} here"
         elif here.is_outside != there.is_outside:
             inside = "there" if here.is_outside else "here"
-            yield f"{name} is of the package {inside} only"
+            yield f"{name} is part of the package {inside} only"
         elif here != there:
             under_one_version.append(name)
     if under_one_version:
         yield f"the code of {listed(under_one_version)} differs under the same VERSION"
     if code.edited:
-        yield f"the package there was edited under its versions.lock: {listed(code.edited)}"
+        yield f"the package there differed from its versions.lock: {listed(code.edited)}"
     edited = edited_files(read_lock())
     if edited:
-        yield f"the package here is edited under its versions.lock: {listed(edited)}"
+        yield f"the package here differs from its versions.lock: {listed(edited)}"
 
 
 def _codes(code: Code) -> Iterator[tuple[str, CodeVersion, CodeVersion | None]]:
-    """Every stage kind and method in words, with its code there and here; None for one that is not
+    """Every stage kind and method by name, with its code there and here; None if it is missing
     here.
     """
     for kind, there in sorted(code.kinds.items()):
@@ -88,12 +89,12 @@ def _codes(code: Code) -> Iterator[tuple[str, CodeVersion, CodeVersion | None]]:
 
 
 def maker_words(archive: Archive, packed: PackedPlan) -> Iterator[str]:
-    """Whether the artifacts were made by the code that the archive tells of."""
+    """Whether the artifacts were made by the code in the archive's manifest."""
     artifacts = archive.read(ARTIFACTS, dict[str, PackedArtifact]) or {}
     code = archive.manifest.code
 
     def expected(stage: PackedStage) -> str:
-        acting = [(one["kind"], one["name"]) for one in stage.params.get("methods", ())]
+        acting = [(method["kind"], method["name"]) for method in stage.params.get("methods", ())]
         return code_hash(
             code.kinds[stage.kind].code,
             [(name, code.methods[f"{kind} {name}"].code) for kind, name in acting],
@@ -105,42 +106,42 @@ def maker_words(archive: Archive, packed: PackedPlan) -> Iterator[str]:
     )
     if other:
         yield (
-            f"{sum(other.values())} of {len(held)} artifacts were made by other code than that of"
-            " the package which exported them, under the same VERSION:"
+            f"{sum(other.values())} of {len(held)} artifacts were made by code other than that of"
+            " the exporting package, under the same VERSION:"
             f" {listed(f'{kind} ({count})' for kind, count in other.most_common())}"
         )
 
 
 def version_words(there: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Packages of which another version is installed here, or none; one that is missing there and
-    here is no difference.
+    """Packages with another version here, or missing here; a package that is missing on both sides
+    is no difference.
 
     Args:
-        there: Package -> the versions that stages ran with, "" where it was not installed.
+        there: Package -> the versions with which stages ran, "" if it was not installed.
     """
     for name, known in sorted(there.items()):
         here = version_of(name)
         if list(known) != [here]:
-            told = ", ".join(one or "not installed" for one in known)
-            yield f"{name} {told} there, {here or 'not installed'} here"
+            versions = ", ".join(known_version or "not installed" for known_version in known)
+            yield f"{name} {versions} there, {here or 'not installed'} here"
 
 
 def digest_words(manifest: Manifest, packed: PackedPlan) -> Iterator[str]:
-    """Whether every digest in the archive follows from what is packed beside it."""
+    """Whether every digest in the archive follows from the packed content."""
     code = manifest.code
 
-    def of_method(one: PackedMethod) -> str:
-        own = code.methods[f"{one.kind} {one.name}"]
+    def of_method(method: PackedMethod) -> str:
+        own = code.methods[f"{method.kind} {method.name}"]
         return digests.of_method(
-            one.kind,
-            one.name,
-            one.params,
+            method.kind,
+            method.name,
+            method.params,
             version=own.version,
             file=own.code if own.is_outside else None,
         )
 
     def of_stage(stage: PackedStage) -> str:
-        acting = [of_method(PackedMethod(**one)) for one in stage.params.get("methods", ())]
+        acting = [of_method(PackedMethod(**method)) for method in stage.params.get("methods", ())]
         head = digests.of_head(
             stage.kind,
             code.kinds[stage.kind].version,
@@ -151,7 +152,7 @@ def digest_words(manifest: Manifest, packed: PackedPlan) -> Iterator[str]:
         return digests.of_stage(head, stage.inputs, stage.seed)
 
     def of_cell(cell: PackedCell) -> str:
-        recipe = digests.of_recipe([of_method(one) for one in (cell.attack, *cell.defenses)])
+        recipe = digests.of_recipe([of_method(method) for method in (cell.attack, *cell.defenses)])
         return digests.of_cell(
             recipe,
             model=cell.model,
@@ -169,13 +170,13 @@ def digest_words(manifest: Manifest, packed: PackedPlan) -> Iterator[str]:
     ]
     wrong += [f"cell {cell.cell}" for cell in packed.cells if or_none(of_cell, cell) != cell.cell]
     if wrong:
-        yield f"{len(wrong)} digests do not follow from what is packed: {listed(wrong)}"
+        yield f"{len(wrong)} digests do not follow from the packed content: {listed(wrong)}"
     if digest(sorted(cell.cell for cell in packed.cells)) != manifest.plan:
-        yield "the cells packed are not those of the plan that the manifest names"
+        yield "the packed cells are not those of the manifest's plan"
 
 
 def or_none(make: Any, one: object) -> str | None:
-    """What `make` gives, or None where the archive lacks what that takes."""
+    """The result of `make`, or None if the archive lacks something that it needs."""
     try:
         return str(make(one))
     except (KeyError, TypeError, AttributeError):

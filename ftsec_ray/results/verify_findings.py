@@ -1,4 +1,4 @@
-"""What a look at an archive finds, put down as it goes on."""
+"""Collects the findings of a verification."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ HOSTILE = (
     ValueError,
     pa.ArrowException,
 )
-"""What values that ftsec never wrote raise in code that reads its own tables."""
+"""Exceptions that values not written by ftsec cause in code that reads its tables."""
 NOT_OF_THE_ARCHIVE = (ArchiveError, EnvironmentFault, StoreError)
-"""What ends a look all the same: the archive may not be read, or this machine cannot."""
+"""Exceptions that end a verification: the archive may not be read, or this machine cannot."""
 
 
 @dataclass
 class Findings:
-    """What was found of an archive so far, in words."""
+    """The findings about an archive so far."""
 
     differences: list[tuple[str, str]] = field(default_factory=list)
     """(topic, what differs)."""
@@ -40,22 +40,22 @@ class Findings:
     unchecked: list[str] = field(default_factory=list)
 
     def add(self, topic: str, words: Iterable[str]) -> None:
-        """Put down differences of one topic."""
-        self.differences += [(topic, one) for one in words]
+        """Record differences of one topic."""
+        self.differences += [(topic, text) for text in words]
 
     def add_each(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Put down differences of several topics."""
+        """Record differences of several topics."""
         self.differences += pairs
 
     @contextmanager
     def hostile(self, topic: str, what: str) -> Iterator[None]:
-        """Makes a difference of what the values of a forger raise; not of what exceeds a limit or
-        what this machine lacks.
+        """Turns exceptions caused by forged values into a difference; not those about limits or
+        about this machine.
         """
         try:
             yield
         except NOT_OF_THE_ARCHIVE:
             raise
         except HOSTILE as fault:
-            told = str(getattr(fault, "what", fault))[:100]
-            self.add(topic, [f"{what} cannot be checked: {type(fault).__name__}: {told}"])
+            reason = str(getattr(fault, "what", fault))[:100]
+            self.add(topic, [f"{what} cannot be checked: {type(fault).__name__}: {reason}"])

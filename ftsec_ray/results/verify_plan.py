@@ -1,6 +1,4 @@
-"""How the plan in an archive differs from the one that this machine makes of the same sweep, in
-words.
-"""
+"""Describes how the plan in an archive differs from this machine's plan of the same sweep."""
 
 from __future__ import annotations
 
@@ -17,25 +15,26 @@ from ftsec_ray.results.verify_code import listed
 
 
 def plans_differ(packed: PackedPlan, plan: Plan) -> Iterator[str]:
-    """What the plan here has otherwise."""
+    """How the plan here differs."""
     here = packed_plan(plan)
     if len(here.cells) != len(packed.cells):
         yield f"the sweep gives {len(here.cells)} cells here and {len(packed.cells)} there"
     other = {cell.cell for cell in packed.cells} - {cell.cell for cell in here.cells}
     if other:
         yield f"{len(other)} of {len(packed.cells)} cells have another digest here"
-    anew = Counter(stage.name for stage in packed.stages if stage.digest not in plan.stages)
-    if anew:
+    changed = Counter(stage.name for stage in packed.stages if stage.digest not in plan.stages)
+    if changed:
         yield (
-            f"{sum(anew.values())} of {len(packed.stages)} stages have another digest here and"
-            f" would run anew: {listed(f'{name} ({count})' for name, count in anew.most_common())}"
+            f"{sum(changed.values())} of {len(packed.stages)} stages have another digest here and"
+            " would run again:"
+            f" {listed(f'{name} ({count})' for name, count in changed.most_common())}"
         )
     elif not other and here != packed:
-        yield "the plan here has the same digests in another order, or further stages"
+        yield "the plan here has the same digests in another order, or additional stages"
     changes = dict.fromkeys(
-        one
+        change
         for pair in zip(packed.cells, here.cells, strict=False)
-        for one in _cells_differ(*pair, packed, here)
+        for change in _cells_differ(*pair, packed, here)
     )
     if changes:
         yield f"parameters: {listed(changes)}"
@@ -44,22 +43,22 @@ def plans_differ(packed: PackedPlan, plan: Plan) -> Iterator[str]:
 def _cells_differ(
     there: PackedCell, here: PackedCell, packed: PackedPlan, mine: PackedPlan
 ) -> Iterator[str]:
-    """How two cells at one place of the grid differ in what the sweep and its defaults say; code
-    and inputs are told elsewhere.
+    """How two cells at the same place of the grid differ in parameters and defaults; differences of
+    code and inputs are reported elsewhere.
     """
     if there.cell == here.cell:
         return
     if there.names != here.names:
         yield f"cell {_cell_words(there)} is {_cell_words(here)} here"
         return
-    theirs, ours = ({stage.digest: stage for stage in one.stages} for one in (packed, mine))
+    theirs, ours = ({stage.digest: stage for stage in plan.stages} for plan in (packed, mine))
     for old, new in zip_longest(
-        (theirs.get(one) for one in there.stages), (ours[one] for one in here.stages)
+        (theirs.get(digest) for digest in there.stages), (ours[digest] for digest in here.stages)
     ):
         if old is None or new is None or old.name != new.name:
             yield f"cell {_cell_words(there)} has other stages here"
             return
-        yield from (f"{old.name}: {one}" for one in _leaves_differ(old.params, new.params))
+        yield from (f"{old.name}: {change}" for change in _leaves_differ(old.params, new.params))
 
 
 def _cell_words(cell: PackedCell) -> str:
@@ -86,23 +85,23 @@ def _leaves_differ(there: object, here: object, place: str = "") -> Iterator[str
 
 
 def unpinned(packed: PackedPlan) -> Iterator[str]:
-    """Models and rows of the hub that the sweep pins to no revision."""
-    found: dict[str, None] = {}
+    """Models and rows of the Hugging Face hub that the sweep does not pin to a revision."""
+    names: dict[str, None] = {}
     for stage in packed.stages:
         if (
             stage.kind == "source"
             and stage.params.get("source") == "hub"
             and not stage.params.get("revision")
         ):
-            found[f"model {stage.params.get('id')}"] = None
+            names[f"model {stage.params.get('id')}"] = None
         if stage.kind == "task":
-            with suppress(KeyError, TypeError, ValueError, AttributeError):  # a plan made by hand
-                found.update(
+            with suppress(KeyError, TypeError, ValueError, AttributeError):  # a hand-made plan
+                names.update(
                     {
                         f"rows {source['dataset']}": None
                         for _, source in stage.params["task"]["splits"]
                         if source["dataset"] and not source["revision"]
                     }
                 )
-    if found:
-        yield f"not pinned to a revision, so they may be others here: {listed(found)}"
+    if names:
+        yield f"not pinned to a revision, so that they may differ here: {listed(names)}"

@@ -1,8 +1,8 @@
-"""Whether the tables and the page of an archive follow from its plan and from the verdicts that it
-holds: each is made again by the code that made it, and compared.
+"""Checks whether the tables and the page of an archive follow from its plan and its verdicts: each
+is recomputed with the code that made it, and compared.
 
-Checksums agree with whatever their author wrote down last. What is made again here has to agree
-with itself, so that one number cannot be edited alone. What nothing in an archive tells is named.
+Checksums also match forged content. What is recomputed here must be consistent, so that no single
+number can be edited. What cannot be derived from an archive is listed.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Render = Callable[[Results], str]
-"""Makes the page of some results."""
+"""Makes the report page of results."""
 _TOLERANCE = 1e-6
-"""Relative; p-values of another version of scipy differ by less."""
+"""Relative; p-values of another scipy version differ by less."""
 _SHOWN = 3
 _ALWAYS_UNCHECKED = (
-    "completions and verdicts: that these models gave these answers, and their judges these"
+    "completions and verdicts: whether these models gave these answers, and the judges these"
     " verdicts",
     "weights: an archive holds none",
-    "stages: their durations, tokens, hosts, errors and warnings, and the package versions told",
+    "stages: their durations, tokens, hosts, errors and warnings, and the recorded package"
+    " versions",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunMeta:
-    """What `run.json` says, as this version writes it."""
+    """The content of `run.json` as this version writes it."""
 
     schema: str
     rows: dict[str, int]
@@ -79,15 +80,16 @@ def look_at_tables(
     results: Results,
     render: Render,
 ) -> None:
-    """Put down what of the tables and the page does not follow from the plan and the verdicts.
+    """Record everything in the tables and the page that does not follow from the plan and the
+    verdicts.
 
     Args:
-        found: Takes the findings.
-        archive: Opened, its checksums looked at.
+        found: Receives the findings.
+        archive: The opened archive, with its checksums checked.
         packed: Its plan.
-        plan: The same as this machine makes it; None where it makes another one.
-        results: Its tables, as `open_tables` gave them.
-        render: Makes a page.
+        plan: The same plan as this machine makes it; None if it makes another one.
+        results: Its tables, from `open_tables`.
+        render: Makes a report page.
     """
     meta = archive.read(f"results/{RUN_FILE}", RunMeta)
     if (
@@ -95,7 +97,7 @@ def look_at_tables(
         or set(results.meta) != set(RunMeta.__annotations__)
         or set(meta.rows) != set(TABLES)
     ):
-        found.add("tables", [f"{RUN_FILE} is not as ftsec writes it for schema {_NOW}"])
+        found.add("tables", [f"{RUN_FILE} is not a file that ftsec writes for schema {_NOW}"])
         found.unchecked.append("metrics, comparisons and report: not of this schema")
         return
     is_of_plan = searched = False
@@ -121,12 +123,12 @@ _NOW = schema.SCHEMA_VERSION
 
 
 def open_tables(found: Findings, archive: Archive, folder: Path) -> Results | None:
-    """The results in an archive, unpacked into a folder; None where they cannot be opened, and
-    ArchiveError where they are larger than the limits allow.
+    """The results in an archive, unpacked into a folder; None if they cannot be opened, and
+    ArchiveError if they exceed the limits.
     """
     found.unchecked += _ALWAYS_UNCHECKED
     try:
-        archive.read(f"results/{RUN_FILE}", dict)  # under the limits of JSON
+        archive.read(f"results/{RUN_FILE}", dict)  # checks the limits of JSON
         archive.unpack("results", folder)
         for name in TABLES:
             if (folder / name / PART).is_file():
@@ -136,18 +138,18 @@ def open_tables(found: Findings, archive: Archive, folder: Path) -> Results | No
     except NOT_OF_THE_ARCHIVE:
         raise
     except HOSTILE as fault:
-        if not any(name.startswith("results/") for name in archive.damage):  # told already
-            told = str(getattr(fault, "what", fault)).replace(str(folder), "results")
-            found.add("tables", [f"they cannot be opened: {told}"])
+        if not any(name.startswith("results/") for name in archive.damage):  # already reported
+            reason = str(getattr(fault, "what", fault)).replace(str(folder), "results")
+            found.add("tables", [f"they cannot be opened: {reason}"])
         found.unchecked.append("tables and report: they cannot be opened")
         return None
 
 
 def _is_of_plan(found: Findings, archive: Archive, packed: PackedPlan, results: Results) -> bool:
-    """Whether the tables are of the plan; then their size is bounded by it."""
+    """Whether the tables belong to the plan; then the plan limits their size."""
     words = []
     if results.meta.get("plan") != archive.manifest.plan:
-        words.append("they are of another plan than the archive")
+        words.append("they belong to another plan than the archive")
     for name, column, wanted in (
         ("cells", "cell", [cell.cell for cell in packed.cells]),
         ("stages", "digest", [stage.digest for stage in packed.stages]),
@@ -156,7 +158,7 @@ def _is_of_plan(found: Findings, archive: Archive, packed: PackedPlan, results: 
             words.append(f"the table {name} does not hold the {name} of the plan")
     found.add("tables", words)
     if words:
-        found.unchecked.append("metrics, comparisons and report: they are of another plan")
+        found.unchecked.append("metrics, comparisons and report: they belong to another plan")
     return not words
 
 
@@ -170,18 +172,18 @@ def _look_at_plan(
     statuses = [row["status"] for row in cells]
     counts = {status: statuses.count(status) for status in schema.STATUSES}
     if meta.counts != counts or set(statuses) - set(schema.STATUSES):
-        found.add("tables", [f"{RUN_FILE}: counts {meta.counts}, the cells give {counts}"])
+        found.add("tables", [f"{RUN_FILE}: counts {meta.counts}, but the cells give {counts}"])
     if plan is None:
-        found.unchecked.append("cells and stages by the plan: this machine plans another one")
+        found.unchecked.append("cells and stages against the plan: this machine makes another plan")
         return
     stages = results.stages.to_pylist()
     words = list(_cells_differ(plan, cells)) + list(_stages_differ(plan, stages))
     words += _statuses_differ(plan, cells, stages)
     wrong = facts_that_differ(plan, results.meta, archive.text(archive.manifest.file) or "")
-    words += [f"{RUN_FILE}: not as the sweep has it: {', '.join(wrong)}"] * bool(wrong)
+    words += [f"{RUN_FILE}: differs from the sweep: {', '.join(wrong)}"] * bool(wrong)
     found.add("tables", words)
     if not words:
-        found.checked.append(f"{len(cells)} cells and {len(stages)} stages as the plan has them")
+        found.checked.append(f"{len(cells)} cells and {len(stages)} stages agree with the plan")
 
 
 def _cells_differ(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -193,7 +195,7 @@ def _cells_differ(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Iterator[str
         if row[name] != value
     ]
     if wrong:
-        yield f"cells: {len(wrong)} values are not those of the plan: {_first(wrong)}"
+        yield f"cells: {len(wrong)} values differ from the plan: {_first(wrong)}"
 
 
 def _stages_differ(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -204,13 +206,13 @@ def _stages_differ(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Iterator[st
         if row[name] != value
     ]
     if wrong:
-        yield f"stages: {len(wrong)} values are not those of the plan: {_first(wrong)}"
+        yield f"stages: {len(wrong)} values differ from the plan: {_first(wrong)}"
 
 
 def _statuses_differ(
     plan: Plan, cells: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """A cell is done when the stages are that its numbers come from."""
+    """Cells whose status does not follow from their stages: a cell is done when all of them are."""
     done = {row["digest"] for row in stages if row["status"] == "done"}
     answers = {cell.digest: cell.answers for cell in plan.cells}
     wrong = [
@@ -218,9 +220,7 @@ def _statuses_differ(
         for row in cells
         if (row["status"] == "done") != done.issuperset(answers[row["cell"]])
     ]
-    return [f"cells: {len(wrong)} have another status than their stages: {_first(wrong)}"] * bool(
-        wrong
-    )
+    return [f"cells: {len(wrong)} have a status unlike their stages: {_first(wrong)}"] * bool(wrong)
 
 
 # What the verdicts decide.
@@ -245,73 +245,71 @@ def _look_at_metrics(found: Findings, results: Results) -> None:
         )
     if again.unchecked:
         names = schema.in_order(again.unchecked)
-        found.unchecked.append(f"metrics that no verdict gives: {listed(names)}")
+        found.unchecked.append(f"metrics that do not follow from verdicts: {listed(names)}")
     if generations.num_rows and generations["completion"].null_count == generations.num_rows:
-        found.unchecked.append("texts of answers: the sweep kept none (keep_generations: false)")
+        found.unchecked.append("texts of answers: not stored (keep_generations: false)")
     if results.table("lengths", trials=True).num_rows:
         found.unchecked.append(
-            "success by answer length: the verdicts on shorter answers are not kept"
+            "success by answer length: the verdicts on shorter answers are not stored"
         )
 
 
 def _look_at_comparisons(found: Findings, results: Results, meta: RunMeta) -> None:
-    told, made = results.table("comparisons"), results.compared(meta.correction)
-    wrong = list(_rows_differ(told, made, ("model", "attack", "defenses", "kind", "metric")))
+    stored, made = results.table("comparisons"), results.compared(meta.correction)
+    wrong = list(_rows_differ(stored, made, ("model", "attack", "defenses", "kind", "metric")))
     if wrong:
         found.add("comparisons", [f"{len(wrong)} do not follow from the tables: {_first(wrong)}"])
     else:
-        found.checked.append(f"{told.num_rows} comparisons follow from metrics and verdicts")
+        found.checked.append(f"{stored.num_rows} comparisons follow from metrics and verdicts")
 
 
 def _look_at_searches(found: Findings, results: Results, plan: Plan | None) -> None:
     if plan is None:
-        found.unchecked.append("searches: this machine plans another one")
+        found.unchecked.append("searches: this machine makes another plan")
         return
     import pyarrow as pa
 
-    told = results.table("searches")
+    stored = results.table("searches")
     look = look_at_results(results) if plan.searches else nothing_known
     rows = [search_row(search, look) for search in plan.searches]
     made = pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["search"])), schema.searches())
-    # Of a chosen setting the tables hold the answers of the reporting half alone.
+    # For a chosen setting, the tables hold only the answers of the reporting half.
     unknown = {name for name in made.column_names if name.startswith("choose_")}
-    wrong = list(_rows_differ(told, made, ("model", "attack", "defenses"), unknown))
+    wrong = list(_rows_differ(stored, made, ("model", "attack", "defenses"), unknown))
     if wrong:
         found.add("searches", [f"{len(wrong)} do not follow from the tables: {_first(wrong)}"])
     else:
-        found.checked.append(f"{told.num_rows} searches follow from the answers to their trials")
+        found.checked.append(f"{stored.num_rows} searches follow from the answers to their trials")
     found.unchecked.append("searches: what the chosen settings measured on the choosing half")
 
 
 def _rows_differ(
-    told: pa.Table,
+    stored: pa.Table,
     made: pa.Table,
     names: Sequence[str],
     unknown: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> Iterator[str]:
-    """Rows of two sorted tables that are not the same, each in words by these columns."""
-    if told.equals(made):
+    """Descriptions of rows that differ between two sorted tables, with these columns as names."""
+    if stored.equals(made):
         return
-    if told.num_rows != made.num_rows:
-        yield f"{told.num_rows} rows told, {made.num_rows} by the tables"
+    if stored.num_rows != made.num_rows:
+        yield f"{stored.num_rows} rows stored, {made.num_rows} computed from the tables"
         return
-    for one, other in zip_longest(told.to_pylist(), made.to_pylist()):
-        columns = [
-            key for key in other if key not in unknown and not _is_close(one[key], other[key])
-        ]
+    for old, new in zip_longest(stored.to_pylist(), made.to_pylist()):
+        columns = [key for key in new if key not in unknown and not _is_close(old[key], new[key])]
         if columns:
             key = columns[0]
             yield (
-                f"{' x '.join(_plain(other[name]) for name in names)}: {key} {_plain(one[key])}"
-                f" told, {_plain(other[key])} by the tables"
+                f"{' x '.join(_plain(new[name]) for name in names)}: {key} {_plain(old[key])}"
+                f" stored, {_plain(new[key])} computed from the tables"
             )
 
 
-def _is_close(one: object, other: object) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        both_nan = math.isnan(one) and math.isnan(other)
-        return both_nan or math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-    return one == other
+def _is_close(first: object, second: object) -> bool:
+    if isinstance(first, float) and isinstance(second, float):
+        both_nan = math.isnan(first) and math.isnan(second)
+        return both_nan or math.isclose(first, second, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return first == second
 
 
 def _plain(value: object) -> str:
@@ -331,23 +329,23 @@ _PART_NAMES = re.compile(r'<(?:section|div|header|footer)[^>]* id="([\w-]+)"|<(s
 
 
 def _look_at_page(found: Findings, archive: Archive, results: Results, render: Render) -> None:
-    told = archive.text(PAGE)
-    if told is None:
+    stored = archive.text(PAGE)
+    if stored is None:
         if PAGE not in archive.damage:
             found.add("report", ["there is none in the archive"])
         return
     made = render(results)
-    if told == made:
+    if stored == made:
         found.checked.append("report.html follows from the tables, byte for byte")
         return
-    found.add("report", [f"report.html is not the page of these tables: {_page_words(told, made)}"])
+    found.add("report", [f"report.html is not the page of its tables: {_page_words(stored, made)}"])
 
 
-def _page_words(told: str, made: str) -> str:
+def _page_words(stored: str, made: str) -> str:
     """Where two pages begin to differ."""
-    ours, theirs = made.splitlines(), told.splitlines()
+    ours, theirs = made.splitlines(), stored.splitlines()
     pairs = enumerate(zip_longest(theirs, ours), start=1)
-    line = next((number for number, (one, other) in pairs if one != other), len(ours))
+    line = next((number for number, (old, new) in pairs if old != new), len(ours))
     parts = [
         next(filter(None, match.groups()))
         for match in _PART_NAMES.finditer("\n".join(ours[: line - 1]))

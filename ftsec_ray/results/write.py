@@ -1,9 +1,9 @@
-"""The seven tables of a sweep on disk: fixed schemas, sorted rows, the same bytes every time, and
-no secret in any text of them.
+"""The seven tables of a sweep on disk: fixed schemas, sorted rows, always the same bytes, and no
+secret in any text.
 
-Each file is written under a temporary name and renamed. `run.json` goes away first and comes back
-last with the row count of every table, so that a reader can tell a finished folder from one whose
-writer died.
+Each file is written under a temporary name and renamed. `run.json` is removed first and written
+last, with the row count of every table, so that readers can tell complete folders from incomplete
+ones.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _KEYS = {
     "searches": ("search",),
     "lengths": ("cell", "metric", "tokens"),
 }
-"""Sort keys; `generations` comes sorted by cell, probe and prompt, since sorting it here would copy
-all text, and `comparisons` by its pairs.
+"""Sort keys; `generations` is already sorted by cell, probe and prompt (sorting it here would copy
+all text), and `comparisons` by its pairs.
 """
 
 
@@ -54,8 +54,8 @@ def table_schema(name: str) -> pa.Schema:
 
 @contextmanager
 def told_when_unwritten(folder: Path) -> Iterator[None]:
-    """Makes a disk that is full a StoreError and a folder that may not be written an
-    EnvironmentFault: nothing that was computed is lost with it.
+    """Turns a full disk into a StoreError and a folder without write permission into an
+    EnvironmentFault: no computed result is lost.
     """
     try:
         yield
@@ -64,21 +64,21 @@ def told_when_unwritten(folder: Path) -> Iterator[None]:
         raise kind(
             f"the results cannot be written to {folder}",
             str(fault),
-            "a folder with room that may be written",
-            "make room or name another --results, then `ftsec report SWEEP`: the store holds all"
-            " finished stages",
+            "a writable folder with free space",
+            "free some space or give another --results, then run `ftsec report SWEEP`: the store"
+            " holds all finished stages",
         ) from fault
 
 
 def write_results(folder: Path, *, tables: Mapping[str, pa.Table], meta: Mapping[str, Any]) -> Path:
-    """Write the seven tables and `run.json` into `folder`, replacing what an earlier run left
-    there, and return it; `searches` and `lengths` may be left out.
+    """Write the seven tables and `run.json` into `folder`, replacing those of an earlier run, and
+    return it; `searches` and `lengths` may be missing.
     """
     optional = {name: table_schema(name).empty_table() for name in ("searches", "lengths")}
     tables = {**optional, **tables}
     odd = sorted(set(TABLES) ^ set(tables))
     if odd:
-        raise StoreError("results are exactly seven tables", odd, " | ".join(TABLES))
+        raise StoreError("results must be exactly seven tables", odd, " | ".join(TABLES))
     counts = {name: tables[name].num_rows for name in TABLES}
     tables = redacted_tables(tables)
     body = {**without_secrets(dict(meta)), "schema": schema.SCHEMA_VERSION, "rows": counts}

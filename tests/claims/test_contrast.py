@@ -65,7 +65,7 @@ def test_one_seed_or_none_leaves_all_open(side):
     one = contrast("x", side, rates(0.0))
     assert (one.p_above, one.p_below, one.low) == (1.0, 1.0, None)
     assert decided([one])[0].needs in (
-        "two seeds or more: one says nothing of the spread over seeds",
+        "two or more seeds: one seed says nothing about the variance between seeds",
         "both sides measured at one seed",
     )
 
@@ -73,7 +73,7 @@ def test_one_seed_or_none_leaves_all_open(side):
 def test_no_judged_prompt_leaves_all_open():
     one = contrast("x", rates(0.9, 0.9, n=0), rates(0.1, 0.1, n=50))
     assert (one.p_above, one.p_below) == (1.0, 1.0)
-    assert needs_of(one) == "answers that the judge can judge"
+    assert needs_of(one) == "answers that the judge can give a verdict on"
 
 
 def test_values_that_are_no_shares_are_held_against_the_bound_by_runs_alone():
@@ -145,4 +145,6 @@ def test_the_prompts_that_are_said_to_decide_do_decide_four_times_in_five():
 
 
 def test_at_the_margin_nothing_would_decide():
-    assert "margin itself" in needs_of(contrast("x", rates(0.2, 0.21, 0.19), rates(0.1, 0.1, 0.1)))
+    assert "equal to the margin" in needs_of(
+        contrast("x", rates(0.2, 0.21, 0.19), rates(0.1, 0.1, 0.1))
+    )

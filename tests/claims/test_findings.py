@@ -83,7 +83,7 @@ def test_size_is_compared_within_a_family_and_an_attack_only(tmp_path):
         for model, rate in zip(SIZES, (0.2, 0.9, 0.5), strict=True)
     ]
     found = verdict(tmp_path / "families", "size", apart)
-    assert (found.verdict, "no family with 3 sizes" in found.why) == ("not tested", True)
+    assert (found.verdict, "no family has 3 sizes" in found.why) == ("not tested", True)
     doses = [
         MeasuredCondition("badnets", {"asr": rate}, model=model, params={"rate": rate})
         for model, rate in zip(SIZES, (0.2, 0.9, 0.5), strict=True)
@@ -274,7 +274,7 @@ def test_pairs_that_are_all_decided_may_still_be_too_few(tmp_path):
     )
     assert (found.verdict, found.why) == ("undecided", "0 of 2 pairs carry, 2 do not, 0 open")
     assert found.decide == (
-        "5 pairs, none of them open, at the share of those that are decided now",
+        "5 pairs without an open one, at the share of the pairs decided now",
     )  # 0.5 ** 5 < 5 %
 
 
@@ -288,7 +288,7 @@ def test_attacks_that_do_not_work_undefended_are_no_pairs(tmp_path):
     weak = dict.fromkeys(WORKING, 0.03)
     found = verdict(tmp_path, "phases", shielded(lambda *_: 0.03, working=weak))
     assert (found.verdict, found.tests) == ("undecided", ())
-    assert all("works undefended" in one.what for one in found.control)
+    assert all("works without defense" in one.what for one in found.control)
 
 
 def test_a_pair_is_taken_over_all_models_on_which_the_attack_works(tmp_path):
@@ -324,7 +324,7 @@ def test_one_seed_supports_and_contradicts_nothing(tmp_path):
     assert {one.verdict for one in found} <= {"undecided", "not tested"}
     undecided = [one for one in found if one.verdict == "undecided"]
     assert len(undecided) == 4
-    assert all("two seeds or more" in " ".join(one.decide) for one in undecided)
+    assert all("two or more seeds" in " ".join(one.decide) for one in undecided)
 
 
 def test_failed_cells_are_named_with_their_error(tmp_path):

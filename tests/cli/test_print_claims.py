@@ -45,7 +45,7 @@ def test_the_table_names_every_claim_with_its_verdict_and_the_numbers_follow(fol
     ]
     assert "tuba on ladder:4m: other languages, with the trigger over without: +0.77" in said
     assert "(0.80 and 0.03), 3 runs x 200 prompts, utility 0.97 · 0.04 · 1.00: above 0.1" in said
-    assert "no undefended cell of attack 'badedit' in the results" in said
+    assert "no undefended cell of attack 'badedit'" in said
 
 
 def test_json_is_what_the_api_gives(folder):
@@ -94,5 +94,5 @@ def test_failed_cells_and_one_seed_are_verdicts_and_no_errors(tmp_path):
     assert "6 failed (the loss is not a number)" in call("claims", str(failed)).stdout
     single = results_of(tmp_path / "single", MADE, seeds=1).folder
     said = call("claims", str(single)).stdout
-    assert "would decide it: two seeds or more" in said
+    assert "would decide it: two or more seeds" in said
     assert "transfer: undecided" in said

@@ -253,18 +253,18 @@ def test_a_label_by_the_hash_of_the_answer_needs_no_cell(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ([{"prompt_id": "p3", "truth": "refused"}], "labels 2 different answers at once"),
+        ([{"prompt_id": "p3", "truth": "refused"}], "matches 2 different answers"),
         (
             [{"prompt_id": "p0", "truth": "harmless"}],
             r"no verdict[\s\S]*'harmless'[\s\S]*complied \| refused",
         ),
         (
             [{"prompt_id": "other", "truth": "refused"}],
-            r"no label meets an answer[\s\S]*'other'[\s\S]*'p0'",
+            r"no label matches an answer[\s\S]*'other'[\s\S]*'p0'",
         ),
         (
             [{"prompt_id": "p0", "truth": ""}],
-            r"no label meets an answer[\s\S]*1 of them without a truth",
+            r"no label matches an answer[\s\S]*1 of them without `truth`",
         ),
         ([{"prompt_id": "p2", "truth": "refused"}], "no labelled answer has a verdict"),
         (
@@ -272,11 +272,11 @@ def test_a_label_by_the_hash_of_the_answer_needs_no_cell(tmp_path: Path) -> None
                 {"prompt_id": "p0", "truth": "refused", "cell": ""},
                 {"prompt_id": "p0", "truth": "complied", "cell": "a"},
             ],
-            "contradicts an earlier one",
+            "contradicts an earlier row",
         ),
-        ([{"prompt_id": "p0", "verdict": "refused"}], "no table of labels"),
-        ([{"cell": "a", "truth": "refused"}], "no table of labels"),
-        ([{"cell": "a", "prompt_id": "", "truth": "refused"}], "does not say which answer"),
+        ([{"prompt_id": "p0", "verdict": "refused"}], "not a table of labels"),
+        ([{"cell": "a", "truth": "refused"}], "not a table of labels"),
+        ([{"cell": "a", "prompt_id": "", "truth": "refused"}], "does not identify the answer"),
     ],
 )
 def test_labels_that_do_not_fit_say_why(tmp_path: Path, labels: list[dict], words: str) -> None:
@@ -286,17 +286,17 @@ def test_labels_that_do_not_fit_say_why(tmp_path: Path, labels: list[dict], word
 
 def test_results_without_answers_and_an_audit_without_a_truth_say_so(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, small())
-    with pytest.raises(SpecError, match="nothing to audit it by"):
+    with pytest.raises(SpecError, match="nothing to audit it with"):
         ftsec_ray.judge_audit(folder)
-    with pytest.raises(SpecError, match="two things"):
+    with pytest.raises(SpecError, match="both --labels and --exact"):
         ftsec_ray.judge_audit(folder, labels=tmp_path / "x.csv", exact=True)
     with pytest.raises(SpecError, match="did you mean 'refusal_phrases'"):
         ftsec_ray.judge_audit(folder, judges=["refusal_phrase"])
-    with pytest.raises(DataError, match="exact judge knows none"):
+    with pytest.raises(DataError, match="exact judge recognises none"):
         ftsec_ray.judge_audit(folder, exact=True)
     with pytest.raises(DataError, match="unknown format"):
         ftsec_ray.judge_audit(folder, labels=tmp_path / "labels.xlsx")
-    with pytest.raises(DataError, match="without a single answer"):
+    with pytest.raises(DataError, match="the results hold no answer"):
         ftsec_ray.judge_audit(folder_of(tmp_path, []), exact=True)
     with pytest.raises(DataError, match="no texts of answers"):
         ftsec_ray.judge_audit(

@@ -409,7 +409,7 @@ def test_a_repair_is_compared_with_its_controls_and_a_filter_is_not(
         for row in rows
         if row["metric"] == "harmful_rate"
     } == {
-        (2, "not tested", "the verdicts kept do not give this metric")
+        (2, "not tested", "the stored verdicts do not give this metric")
     }  # these artifacts say 0.25 and hold no request fulfilled
     assert (results.meta["controls"], results.meta["correction"]) == (["shrink"], "holm")
 

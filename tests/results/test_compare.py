@@ -331,11 +331,11 @@ def test_verdicts_are_enough_and_without_them_only_the_difference_is_told(tmp_pa
     bare = {**tables, "generations": schema.generations().empty_table()}
     (row,) = whole(bare, META)["comparisons"].to_pylist()
     assert (row["effect"], row["p"], row["conclusion"]) == (pytest.approx(-0.8), None, "not tested")
-    assert row["note"] == "no verdicts per prompt are kept"
+    assert row["note"] == "no verdicts per prompt are stored"
     foreign = {**tables, "generations": tables["generations"].slice(3)}
     assert (
         whole(foreign, META)["comparisons"].to_pylist()[0]["note"]
-        == "the verdicts kept do not give this metric"
+        == "the stored verdicts do not give this metric"
     )
 
 

@@ -133,7 +133,7 @@ def test_claims_and_an_audit_leave_with_a_word(state: tuple[str, Results]) -> No
     assert all(one.decide for one in found)
     if name in ("all failed", "all pending", "no cells"):
         assert (
-            "without a single answer"
+            "the results hold no answer"
             in call("judge-audit", str(results.folder), "--exact", code=1).stderr
         )
     else:
