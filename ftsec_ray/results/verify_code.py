@@ -106,7 +106,7 @@ def maker_words(archive: Archive, packed: PackedPlan) -> Iterator[str]:
     )
     if other:
         yield (
-            f"{sum(other.values())} of {len(held)} artifacts were made by code other than that of"
+            f"{sum(other.values())} of {len(held)} artifacts were made by other code than that of"
             " the exporting package, under the same VERSION:"
             f" {listed(f'{kind} ({count})' for kind, count in other.most_common())}"
         )

@@ -294,8 +294,8 @@ def test_artifacts_of_other_code_are_told_when_they_are_planned_run_and_verified
     call("export", "small.yaml", "--out", "again.zip")
     said = call("verify", "again.zip", code=1).stdout
     assert (
-        f"code: 2 of {len(stages)} artifacts were made by other code than that of the package which"
-        " exported them, under the same VERSION: finetune (2)\n"
+        f"code: 2 of {len(stages)} artifacts were made by other code than that of the exporting"
+        " package, under the same VERSION: finetune (2)\n"
     ) in said
     assert "differs here: code\n" in said
 
@@ -614,11 +614,11 @@ def test_no_secret_is_packed(workplace, monkeypatch):
         table,
     )
     said = call("export", "small.yaml", code=2).stderr
-    assert "would get into the archive: `raw` of results/generations/part-0.parquet\n" in said
+    assert "the archive would hold a secret: `raw` of results/generations/part-0.parquet\n" in said
     assert "got:  'the value of MY_API_KEY in this environment'" in said
     monkeypatch.setenv("MY_API_KEY", "About these numbers")
     said = call("export", "small.yaml", code=2).stderr
-    assert "would get into the archive: a text of results/report.html\n" in said
+    assert "the archive would hold a secret: a text of results/report.html\n" in said
     assert "got:  'the value of MY_API_KEY in this environment'" in said
     assert "About these" not in said
     assert list(workplace.glob("*.zip")) == list(workplace.glob(".*.zip*")) == []

@@ -141,7 +141,10 @@ FORGERIES = {
         with_rows("metrics", lambda rows: rows[0].update(value=0.11)),
         "metrics: 1 do not follow from the verdicts in `generations`: ladder:0.2m x microworld x",
     ),
-    "every success 0": (with_rows("metrics", all_zero), "harmful_rate 0 (n 4) told, 0.5 (n 4) by"),
+    "every success 0": (
+        with_rows("metrics", all_zero),
+        "harmful_rate 0 (n 4) stored, 0.5 (n 4) from",
+    ),
     "metric n": (with_rows("metrics", lambda rows: rows[0].update(n=400)), "(n 400) told,"),
     "metric interval": (
         with_rows("metrics", lambda rows: rows[0].update(ci_low=0.0, ci_high=1.0)),
@@ -151,20 +154,20 @@ FORGERIES = {
     "metric twice": (with_rows("metrics", lambda rows: rows.append(rows[0])), "occurs twice"),
     "metric of no answers": (
         with_rows("metrics", lambda rows: rows.append({**rows[0], "metric": "asr_no_trigger"})),
-        "told, no answers to count",
+        "stored, no answers to count",
     ),
     "metric of another cell": (
         with_rows("metrics", lambda rows: rows[0].update(cell="0" * 32)),
-        "metrics: rows of 1 cells that there are not",
+        "metrics: rows of 1 cells that are not in `cells`",
     ),
-    "unknown metric outside of its interval": (
+    "unknown metric outside its interval": (
         with_rows(
             "metrics",
             lambda rows: rows.append(
                 {**rows[0], "metric": "filter_tpr", "value": 0.9, "ci_low": 0.0, "ci_high": 0.2}
             ),
         ),
-        "filter_tpr 0.9 (n 4) is outside of its own interval",
+        "filter_tpr 0.9 (n 4) is outside its own interval",
     ),
     "metric is no number": (
         with_rows("metrics", lambda rows: rows[0].update(value=float("nan"))),
@@ -172,16 +175,16 @@ FORGERIES = {
     ),
     "verdict flipped": (
         with_rows("generations", lambda rows: rows[0].update(verdict="refused")),
-        "harmful_rate 0.5 (n 4) told, 0.25 (n 4) by its answers",
+        "harmful_rate 0.5 (n 4) stored, 0.25 (n 4) from its answers",
     ),
     "verdict nulled": (
         with_rows("generations", lambda rows: rows[0].update(verdict=None)),
-        "told, 0.333 (n 3, 1 null) by its answers",
+        "stored, 0.333 (n 3, 1 null) from its answers",
     ),
     "answer dropped": (with_rows("generations", lambda rows: rows.pop()), "metrics: "),
     "all answers dropped": (
         with_rows("generations", lambda rows: rows.clear()),
-        "told, no answers to count",
+        "stored, no answers to count",
     ),
     "answer added": (
         with_rows("generations", lambda rows: rows.append({**rows[0], "prompt_id": "h9"})),
@@ -193,16 +196,16 @@ FORGERIES = {
     ),
     "answer of another cell": (
         with_rows("generations", lambda rows: rows.append({**rows[0], "cell": "0" * 32})),
-        "generations: rows of 1 cells that there are not",
+        "generations: rows of 1 cells that are not in `cells`",
     ),
     "comparison": (
         with_rows("comparisons", lambda rows: rows[0].update(conclusion="better")),
         "comparisons: 1 do not follow from the tables",
     ),
-    "comparison dropped": (with_rows("comparisons", lambda rows: rows.pop()), "rows told,"),
+    "comparison dropped": (with_rows("comparisons", lambda rows: rows.pop()), "rows stored,"),
     "attack parameters": (
         with_rows("cells", lambda rows: rows[0].update(attack_params='{"rate": 0.9}')),
-        "cells: 1 values are not those of the plan",
+        "cells: 1 values differ from the plan",
     ),
     "model": (
         with_rows("cells", lambda rows: rows[0].update(model="gpt-5")),
@@ -214,7 +217,7 @@ FORGERIES = {
     ),
     "status of a cell": (
         with_rows("cells", lambda rows: rows[0].update(status="pending")),
-        "have another status than their stages",
+        "have a status unlike their stages",
     ),
     "status unheard of": (with_rows("cells", lambda rows: rows[0].update(status="ok")), "counts"),
     "cell twice": (
@@ -227,20 +230,20 @@ FORGERIES = {
     ),
     "stage status": (
         with_rows("stages", lambda rows: [row.update(status="failed") for row in rows]),
-        "cells: 4 have another status than their stages",
+        "cells: 4 have a status unlike their stages",
     ),
     "stage dropped": (with_rows("stages", lambda rows: rows.pop()), "hold the stages of the plan"),
-    "question": (run_json(question="Is it safe? Yes."), "not as the sweep has it: question"),
+    "question": (run_json(question="Is it safe? Yes."), "differs from the sweep: question"),
     "counts": (run_json(counts={"done": 9, "failed": 0, "pending": 0}), "run.json: counts"),
     "sweep text": (run_json(sweep_text=SWEEP.replace("0.3", "0.01")), "has it: sweep_text"),
-    "hooks": (run_json(defense_hooks={}), "not as the sweep has it: defense_hooks"),
-    "controls": (run_json(controls=[]), "not as the sweep has it: controls"),
-    "correction": (run_json(correction="none"), "run.json is not as ftsec writes it"),
+    "hooks": (run_json(defense_hooks={}), "differs from the sweep: defense_hooks"),
+    "controls": (run_json(controls=[]), "differs from the sweep: controls"),
+    "correction": (run_json(correction="none"), "run.json is not a file that ftsec writes"),
     "older schema": (run_json(schema="5"), "tables: they cannot be opened"),
-    "warnings of another shape": (run_json(warnings=5), "run.json is not as ftsec writes it"),
-    "unknown key": (run_json(note="trust me"), "run.json is not as ftsec writes it"),
-    "plan of another": (run_json(plan="0" * 32), "they are of another plan than the archive"),
-    "another page": (evil_page, "report: report.html is not the page of these tables"),
+    "warnings of another shape": (run_json(warnings=5), "run.json is not a file that ftsec writes"),
+    "unknown key": (run_json(note="trust me"), "run.json is not a file that ftsec writes"),
+    "plan of another": (run_json(plan="0" * 32), "they belong to another plan than the archive"),
+    "another page": (evil_page, "report: report.html is not the page of its tables"),
     "a word of the page": (one_word, "it differs from line"),
     "code of a stage": (
         in_json("manifest.json", lambda m: m["code"]["kinds"]["score"].update(code="0" * 32)),
@@ -252,15 +255,15 @@ FORGERIES = {
     ),
     "parameters of a cell": (
         in_json("plan.json", lambda plan: plan["cells"][0]["attack"].update(params={"rate": 1})),
-        "digests do not follow from what is packed",
+        "digests do not follow from the packed content",
     ),
     "seed of a cell": (
         in_json("plan.json", lambda plan: plan["cells"][0].update(seed=7)),
-        "digests do not follow from what is packed",
+        "digests do not follow from the packed content",
     ),
     "methods of a stage are none": (
         in_json("plan.json", lambda plan: plan["stages"][0].update(params={"methods": 3})),
-        "digests do not follow from what is packed",
+        "digests do not follow from the packed content",
     ),
     "sweep file": (
         lambda held: held.update({"sweep/small.yaml": SWEEP.replace("0.3", "0.2").encode()}),
@@ -274,14 +277,14 @@ def test_an_honest_archive_agrees_and_what_it_cannot_show_is_named(made, monkeyp
     said = call("verify", "small.zip").stdout
     for line in (
         "agrees: digests of 4 cells and 16 stages\n",
-        "agrees: 4 cells and 16 stages as the plan has them\n",
+        "agrees: 4 cells and 16 stages agree with the plan\n",
         "agrees: 16 metrics follow from the verdicts on 16 answers\n",
         "agrees: report.html follows from the tables, byte for byte\n",
-        "not checked: completions and verdicts: that these models gave these answers,",
+        "not checked: completions and verdicts: whether these models gave these answers,",
         "not checked: weights: an archive holds none\n",
         "not checked: stages: their durations, tokens, hosts, errors and warnings",
-        "not checked: texts of answers: the sweep kept none (keep_generations: false)\n",
-        "not checked: who published it: it is not signed, so anybody can have made it\n",
+        "not checked: texts of answers: not stored (keep_generations: false)\n",
+        "not checked: its publisher: it is not signed, so anybody can have made it\n",
         "small: 4 cells, 16 stages; nothing would differ here, of what was checked\n",
     ):
         assert line in said
@@ -318,7 +321,7 @@ def test_a_disk_that_is_full_is_not_a_damaged_archive(held, made, monkeypatch):
     said = call("verify", str(made), code=3).stderr
     assert "small.zip cannot be unpacked" in said
     assert "No space left on device" in said
-    assert "make room, or name another folder by TMPDIR" in said
+    assert "set TMPDIR to another folder" in said
 
 
 def test_columns_of_another_schema_are_not_decoded(tmp_path):
@@ -337,7 +340,7 @@ def test_a_question_that_changed_after_the_run_is_refused_and_not_packed_as_a_fo
     monkeypatch.chdir(made.parent)
     (tmp_path / "small.yaml").write_text(SWEEP.replace("Does it hold?", "Does it still hold?"))
     said = call("export", str(tmp_path / "small.yaml"), "--out", "new.zip", code=1).stderr
-    assert "the sweep file changed since its results were collected" in said
+    assert "the sweep file changed after its results were collected" in said
     assert "got:  'question, sweep_text'" in said
     assert "ftsec report SWEEP" in said
     assert not Path("new.zip").exists()
@@ -352,7 +355,7 @@ def test_a_token_in_tables_of_older_code_is_not_packed(made, tmp_path, monkeypat
     errors = pa.array([f"403 hf_{'aB3dE5gH1j' * 3}"] * table.num_rows)
     pq.write_table(table.set_column(place, table.schema.field(place), errors), path)
     said = call("export", "small.yaml", "--out", "new.zip", code=2).stderr
-    assert "would get into the archive: `error` of results/stages/part-0.parquet\n" in said
+    assert "the archive would hold a secret: `error` of results/stages/part-0.parquet\n" in said
     assert "got:  'Hugging Face token'" in said
     assert not Path("new.zip").exists()
 
@@ -451,7 +454,7 @@ def test_a_member_that_ftsec_never_writes_is_refused_before_anything_is_unpacked
         assert b"\0.txt" in path.read_bytes()
     with pytest.raises(ArchiveError) as refused:
         ftsec_ray.verify(path)
-    assert "no archive may hold" in str(refused.value) or "not a whole zip" in str(refused.value)
+    assert "forbidden file" in str(refused.value) or "not an undamaged zip" in str(refused.value)
     assert len(str(refused.value)) < 1500
     assert sorted(one.name for one in tmp_path.iterdir()) == ["odd.zip"]
 
@@ -466,9 +469,9 @@ def test_a_member_that_ftsec_never_writes_is_refused_before_anything_is_unpacked
         ({"external_attr": 0x10}, "a folder, pipe or device"),
         (
             {"compress_type": zipfile.ZIP_BZIP2},
-            "it is compressed by method 12, neither stored nor deflated",
+            "its compression method 12 is neither stored nor deflated",
         ),
-        ({"compress_type": zipfile.ZIP_LZMA}, "it is compressed by method 14"),
+        ({"compress_type": zipfile.ZIP_LZMA}, "its compression method 14"),
     ],
 )
 def test_links_devices_and_odd_compressions_are_refused(held, fields, told):
@@ -477,7 +480,7 @@ def test_links_devices_and_odd_compressions_are_refused(held, fields, told):
             more = fields if name == "results/run.json" else {}
             archive.writestr(zipped(name, **more), content)
     said = call("verify", "odd.zip", code=2).stderr
-    assert f"a file that no archive may hold: {told}" in said
+    assert f"the archive holds a forbidden file: {told}" in said
     assert "got:  'results/run.json'" in said
     assert "fix:  do not unpack it" in said
 
@@ -487,9 +490,9 @@ def test_an_encrypted_member_and_one_that_occurs_twice_are_refused(held, made):
     place = raw.rfind(b"PK\1\2")
     raw[place + 8] |= 1
     Path("locked.zip").write_bytes(raw)
-    assert "no archive may hold: it is encrypted" in call("verify", "locked.zip", code=2).stderr
+    assert "forbidden file: it is encrypted" in call("verify", "locked.zip", code=2).stderr
     path = beside(made, zipped("results/report.html"))
-    assert "no archive may hold: two of one name" in call("verify", str(path), code=2).stderr
+    assert "forbidden file: two with the same name" in call("verify", str(path), code=2).stderr
 
 
 def test_a_file_that_is_a_zip_and_something_else_is_refused(held, made):
@@ -504,7 +507,7 @@ def test_a_file_that_is_a_zip_and_something_else_is_refused(held, made):
         "zip64.zip": whole[:-22] + b"PK\6\7" + b"\0" * 16 + whole[-22:],
     }.items():
         Path(name).write_bytes(content)
-        assert "is not a whole zip archive" in call("verify", name, code=2).stderr
+        assert "is not an undamaged zip archive" in call("verify", name, code=2).stderr
 
 
 def test_random_damage_is_told_and_never_ends_in_a_traceback(held, made):
@@ -708,9 +711,9 @@ def test_no_file_outside_of_the_base_is_opened_because_an_archive_names_it(held,
         what for topic, what in ftsec_ray.verify(path, base=".").differences if topic == "inputs"
     ]
     assert opened == []
-    assert "rows: pipe is not opened: neither a plain file nor a folder" in said
+    assert "rows: pipe is not opened: it is neither a regular file nor a folder" in said
     assert any(
-        one.startswith("rows: link/passwd is not opened: /etc/passwd lies outside") for one in said
+        one.startswith("rows: link/passwd is not opened: /etc/passwd is outside") for one in said
     )
     found = ftsec_ray.verify(path, base="base", inside=".")
     assert opened == [str(Path("secret.jsonl").resolve())]
@@ -788,12 +791,12 @@ def test_a_publisher_is_told_from_a_forger(held, made):
     assert "agrees: signed by ssh-ed25519 SHA256:" in said
     assert "who is in mine.pub" in said
     said = call("verify", str(path)).stdout
-    assert "--signer FILE names the publisher's" in said
+    assert "--signer FILE names the publishers" in said
     said = call("verify", str(path), "--signer", str(other.public), code=1).stdout
-    assert "signature: it is of ssh-ed25519 SHA256:" in said
+    assert "signature: it was made by ssh-ed25519 SHA256:" in said
     assert "whose key is not in other.pub" in said
     said = call("verify", str(made), "--signer", str(mine.public), code=1).stdout
-    assert "signature: there is none; mine.pub was to have signed it" in said
+    assert "signature: there is none, but mine.pub should have signed it" in said
     both = Path("both.pub")
     both.write_bytes(b"# ours\n" + other.public.read_bytes() + mine.public.read_bytes())
     assert call("verify", str(path), "--signer", "both.pub")
@@ -805,7 +808,7 @@ def test_a_signature_does_not_hold_for_another_manifest_or_under_another_key(hel
     own = members_of(signed(made, mine.private))
     with_rows("metrics", all_zero)(own)
     said = call("verify", str(packed(own)), "--signer", str(mine.public), code=1).stdout
-    assert "does not hold: the manifest was changed" in said
+    assert "is not valid: the manifest was changed" in said
     theirs = members_of(signed(made, other.private))
     own = members_of(signed(made, mine.private))
     edit(
@@ -818,7 +821,7 @@ def test_a_signature_does_not_hold_for_another_manifest_or_under_another_key(hel
     for broken in (b"", b"{", b"[]", b'{"format": 1, "key": "", "signature": ""}', b"x" * 99_999):
         own["manifest.json.sig"] = broken
         said = call("verify", str(packed(own, renew=False)), code=1).stdout
-        assert "signature: it is not a signature as" in said
+        assert "signature: it is not a signature written" in said
 
 
 def test_keys_that_cannot_sign_or_be_asked_for_are_refused_in_words(held, made, monkeypatch):
@@ -834,16 +837,16 @@ def test_keys_that_cannot_sign_or_be_asked_for_are_refused_in_words(held, made, 
     keys("rsa", kind="rsa")
     Path("text").write_text("hello")
     Path("large").write_bytes(b"x" * 100_000)
-    assert "rsa is a key of another kind" in refused("rsa")
+    assert "rsa is not an Ed25519 key" in refused("rsa")
     assert "ssh-keygen -t ed25519" in refused("rsa")
-    assert "text is not a private key to sign with" in refused("text")
-    assert "mine.pub is not a private key" in refused("mine.pub")
+    assert "text is not a usable private key" in refused("text")
+    assert "mine.pub is not a usable private key" in refused("mine.pub")
     assert "no such key file" in refused("none")
     assert "no such key file" in refused("/dev/zero")
-    assert "a key file that is too large" in refused("large")
+    assert "the key file is too large" in refused("large")
     for signer in ("rsa.pub", "text", "mine"):
         said = call("verify", str(made), "--signer", signer, code=2).stderr
-        assert f"{signer} holds no public key that can have signed an archive" in said
+        assert f"{signer} has no public key of a type that signs archives" in said
     Path("torn.pub").write_text("ssh-ed25519 AAAAC3Nz\n")
     assert "cannot be read" in call("verify", str(made), "--signer", "torn.pub", code=2).stderr
     monkeypatch.setitem(__import__("sys").modules, "cryptography", None)
