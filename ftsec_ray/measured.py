@@ -1,13 +1,13 @@
-"""A measured value with what it rests on, of one run or over the seeds of a point.
+"""A measured value with its intervals, for one run or over the seeds of a point.
 
-Over prompts: the Wilson interval at one seed's number of prompts. All seeds answer the same
-prompts, so that counting each prompt once per seed would promise a precision that is not there.
+Over prompts: the Wilson interval for the number of prompts of one seed. All seeds answer the same
+prompts, so that counting each prompt once per seed would give an interval that is too narrow.
 
-Over seeds: the t interval on the seeds' values, from two seeds on. A bootstrap that resamples seeds
-has three values to draw from when there are three, cannot leave their range and is far too narrow;
-t at two degrees of freedom is wide because so little is known. With many seeds the two agree, since
-the mean of many is nearly normal, so that t serves for any number. One seed has no such spread, and
-everything that shows it says so.
+Over seeds: the t interval on the seeds' values, from two seeds on. A bootstrap over three seeds has
+only three values to draw from, cannot leave their range and is far too narrow; the t interval with
+two degrees of freedom is wide because three values say little. With many seeds the two agree,
+because the mean is then nearly normal, so that the t interval is right for any number of seeds. One
+seed has no such interval, and everything that shows its value says so.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from typing import NamedTuple
 
 Interval = tuple[float, float]
 Nulls = tuple[int, int]
-"""Answers that no judge could place, and all answers asked for."""
+"""Answers without a verdict, and all answers that were asked for."""
 CLEAN = ("cacc", "benign_rate")
-"""What says whether a model still does its work; the first of them that was measured."""
+"""Metrics of normal utility, in order of preference: the first that was measured is used."""
 UTILITY_NAMES = (
     "clean accuracy · over-refusal · coherent answers (· no answer, where it is counted)"
 )
-"""What the text of a utility holds."""
+"""The parts of a utility text."""
 NO_ANSWER = "no_answer_rate"
 Z95 = 1.959963984540054
-"""Standard errors on either side of a 95 % normal interval."""
+"""Half width of a 95 % normal interval in standard errors."""
 
 
 class Utility(NamedTuple):
-    """Utility of a cell, or the mean over several; None where it was not measured."""
+    """Utility of a cell, or the mean over several; None if it was not measured."""
 
     clean: float | None
-    """Clean accuracy, or the share of benign requests answered right where a task has none."""
+    """Clean accuracy, or the share of benign requests answered correctly if the task has none."""
     over_refusal: float | None
     coherent: float | None
     no_answer: float | None = None
-    """Share of forbidden requests without an answer; None where no judge counts them."""
+    """Share of forbidden requests without an answer; None if no judge counts them."""
 
     @property
     def text(self) -> str:
-        """The three numbers, and the fourth where there is one."""
+        """The three numbers, and the fourth if there is one."""
         shown = self[:3] if self.no_answer is None else self
         return " · ".join("–" if value is None else f"{value:.2f}" for value in shown)
 
@@ -53,19 +53,19 @@ UNKNOWN = Utility(None, None, None)
 
 
 def utility_metrics(measured: Collection[str]) -> tuple[str, ...]:
-    """What stands beside every safety metric, of what was measured: clean accuracy, or right
-    answers to benign requests where there is none; over-refusal; coherence; and the share of
-    requests without an answer where it was counted.
+    """The utility metrics that are shown with every safety metric, from those that were measured:
+    clean accuracy, or correct answers to benign requests if there is none; over-refusal; coherence;
+    and the share of requests without an answer if it was counted.
     """
     clean = next((metric for metric in CLEAN if metric in measured), CLEAN[-1])
     more = (NO_ANSWER,) if NO_ANSWER in measured else ()
     return clean, "over_refusal_rate", "coherent_rate", *more
 
 
-def mean_utility(found: Iterable[Utility]) -> Utility:
-    """The mean of each number over those that have it."""
+def mean_utility(utilities: Iterable[Utility]) -> Utility:
+    """The mean of each number over the utilities that have it."""
     columns = [
-        [value for value in column if value is not None] for column in zip(*found, strict=True)
+        [value for value in column if value is not None] for column in zip(*utilities, strict=True)
     ]
     return Utility(*(fmean(known) if known else None for known in columns)) if columns else UNKNOWN
 
@@ -77,11 +77,11 @@ class Count:
     hits: int
     n: int
     n_null: int = 0
-    """Answers beside them that could not be judged."""
+    """Answers without a verdict, not counted in `n`."""
 
     @property
     def value(self) -> float | None:
-        """The share; None where nothing was judged."""
+        """The share; None if nothing was judged."""
         return self.hits / self.n if self.n else None
 
     @property
@@ -96,40 +96,40 @@ class Measured:
 
     value: float
     n: int | None = None
-    """Judged items of one seed, the smallest of the seeds; None for values that are no shares."""
+    """Judged items of one seed, the minimum over the seeds; None for values that are not shares."""
     n_null: int | None = None
-    """Null verdicts of one seed, the largest of the seeds; None where no judge gives verdicts, and
+    """Null verdicts of one seed, the maximum over the seeds; None if no judge gives verdicts, and
     in results that did not count them.
     """
     seeds: int = 1
     prompts: Interval | None = None
-    """95 % over prompts; None where the metric is no share."""
+    """95 % over prompts; None if the metric is not a share."""
     over_seeds: Interval | None = None
     """95 % over seeds; None with one seed."""
     nulls: Nulls | None = None
-    """Over all seeds."""
+    """Summed over all seeds."""
     utility: Utility = UNKNOWN
-    """Of the same cells."""
+    """Utility of the same cells."""
 
     @property
     def span(self) -> Interval | None:
-        """The interval that covers both spreads."""
-        known = [one for one in (self.prompts, self.over_seeds) if one is not None]
+        """The interval that covers both intervals."""
+        known = [interval for interval in (self.prompts, self.over_seeds) if interval is not None]
         return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
     @property
     def low(self) -> float | None:
-        """The lower end of the span."""
+        """The lower end of the interval."""
         return self.span[0] if self.span else None
 
     @property
     def high(self) -> float | None:
-        """The upper end of the span."""
+        """The upper end of the interval."""
         return self.span[1] if self.span else None
 
     @property
     def complement(self) -> Measured:
-        """What is left of 1, with the same spreads."""
+        """1 minus the value, with the same intervals."""
 
         def turned(ends: Interval | None) -> Interval | None:
             return None if ends is None else (1 - ends[1], 1 - ends[0])
@@ -143,7 +143,7 @@ class Measured:
 
     @property
     def null_text(self) -> str:
-        """The share of answers that could not be judged, as every rate has it beside it."""
+        """The share of answers without a verdict, as shown with every rate."""
         return null_text(self.nulls)
 
     @property
@@ -154,7 +154,7 @@ class Measured:
 
 
 def pooled(runs: Sequence[Measured], *, is_share: bool) -> Measured:
-    """One metric of one or more seeds of a point as their mean with both spreads."""
+    """One metric over one or more seeds of a point: the mean with both intervals."""
     if len(runs) == 1:
         return runs[0]
     values = [run.value for run in runs]
@@ -174,20 +174,20 @@ def pooled(runs: Sequence[Measured], *, is_share: bool) -> Measured:
 
 
 def summed(counts: Iterable[Nulls | None]) -> Nulls | None:
-    """Null verdicts over several runs; None where one of them did not count them."""
+    """Null verdicts summed over several runs; None if one of them did not count them."""
     known = list(counts)
     if not known or None in known:
         return None
-    return sum(one[0] for one in known if one), sum(one[1] for one in known if one)
+    return sum(pair[0] for pair in known if pair), sum(pair[1] for pair in known if pair)
 
 
 def null_share(nulls: Nulls | None) -> float | None:
-    """The share of null verdicts, 0..1; None where they were not counted or nothing was asked."""
+    """The share of null verdicts, 0..1; None if they were not counted or nothing was asked."""
     return None if nulls is None or nulls[1] == 0 else nulls[0] / nulls[1]
 
 
 def null_text(nulls: Nulls | None) -> str:
-    """A share of null verdicts; never rounded to 0 % where there is one."""
+    """A share of null verdicts as text; never rounded to 0 % if there are any."""
     if nulls is None:
         return "? null"
     share = 100 * (null_share(nulls) or 0.0)
@@ -197,8 +197,8 @@ def null_text(nulls: Nulls | None) -> str:
 def wilson(share: float, n: int) -> Interval:
     """The 95 % Wilson interval of a share of n items, within 0..1.
 
-    Also where the share is not a count over n: a mean over seeds, ties that count half. Own lines
-    and not statsmodels, whose import takes longer than a whole report.
+    Also for shares that are not counts over n, such as a mean over seeds. Written here instead of
+    using statsmodels, because importing that takes longer than a whole report.
     """
     middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))

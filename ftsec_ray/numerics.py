@@ -1,10 +1,10 @@
 """Portable numerics: settings that make CPU kernels give the same bytes on all x86 CPUs with AVX2.
 
 MKL, torch, oneDNN and OpenBLAS choose their kernels by the CPU, and split sums by the number of
-threads, so the last bits of a sum, and after some training steps all weights, depend on the
-machine. Each of them reads its choice once, from the environment, when it is loaded or first used:
-the variables must be set before torch is imported. `put_in_force` sets them where it is early
-enough, and `check` compares what the libraries report. GPUs are not covered.
+threads, so that the last bits of a sum, and after some training steps all weights, depend on the
+machine. Each library reads its setting from the environment once, when it is loaded or first used:
+the variables must be set before torch is imported. `put_in_force` sets them if it is early enough,
+and `check` compares what the libraries report. GPUs are not covered.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ KERNELS = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "OPENBLAS_CORETYPE": "Haswell",
 }
-"""Variable -> value that pins the kernels of MKL, torch, oneDNN, and numpy's and scipy's BLAS."""
+"""Variable -> value that fixes the kernels of MKL, torch, oneDNN, and the BLAS of numpy and scipy.
+"""
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Variable -> value that keeps every sum in one thread."""
 _CPU_FLAGS = ("avx2", "fma")
 _MKL_ALL, _MKL_COMPATIBLE = -1, 3
-"""Of mkl_types.h: MKL_CBWR_ALL and MKL_CBWR_COMPATIBLE."""
+"""From mkl_types.h: MKL_CBWR_ALL and MKL_CBWR_COMPATIBLE."""
 
 
 def environment_of(mode: NumericsMode) -> dict[str, str]:
-    """The variables that a process of this mode is started with; none for `fast`."""
+    """The environment variables for a process with this mode; empty for `fast`."""
     return {**KERNELS, **THREADS} if mode == "portable" else {}
 
 
@@ -49,55 +50,55 @@ class InForce:
     variables: Mapping[str, str | None]
     """Every variable of `portable` and its value here."""
     cpu: str | None
-    """Instruction set for which torch takes its kernels; None: torch is not imported."""
+    """Instruction set of torch's kernels; None: torch is not imported."""
     mkl: str | None
     """`COMPATIBLE` or the number of another branch; None: torch is not imported or hides it."""
     openblas: tuple[str, ...]
-    """CPU for which each loaded OpenBLAS takes its kernels."""
+    """CPU type of the kernels of each loaded OpenBLAS."""
     threads: tuple[int, ...]
     """Threads of torch and of each loaded OpenBLAS."""
     before_torch: bool | None
-    """Whether the variables were set before torch was imported; None: it is not imported, or was
-    before this module.
+    """Whether the variables were set before torch was imported; None: torch is not imported, or was
+    imported before this module.
     """
 
     def differences(self) -> dict[str, object]:
-        """What is not as `portable` wants it."""
+        """What differs from `portable`."""
         wanted = environment_of("portable")
-        found: dict[str, object] = {
+        differences: dict[str, object] = {
             name: value for name, value in self.variables.items() if value != wanted[name]
         }
         if self.cpu not in (None, "AVX2"):
-            found["kernels of torch"] = self.cpu
+            differences["kernels of torch"] = self.cpu
         if self.mkl not in (None, "COMPATIBLE"):
-            found["branch of MKL"] = self.mkl
+            differences["branch of MKL"] = self.mkl
         if any(core != "Haswell" for core in self.openblas):
-            found["kernels of OpenBLAS"] = list(self.openblas)
+            differences["kernels of OpenBLAS"] = list(self.openblas)
         if any(count != 1 for count in self.threads):
-            found["threads"] = list(self.threads)
+            differences["threads"] = list(self.threads)
         if self.before_torch is False:
-            found["set"] = "not before torch was imported, as far as this process knows"
-        return found
+            differences["set"] = "after torch was imported, or at an unknown time"
+        return differences
 
     @property
     def mode(self) -> NumericsMode:
-        """The mode that this amounts to."""
+        """The mode that these settings amount to."""
         return "fast" if self.differences() else "portable"
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values of it."""
+        """The settings as JSON values."""
         return {**asdict(self), "mode": self.mode}
 
 
 class _Order:
-    """What is known of the order in which the variables were set and torch was imported."""
+    """The order in which the variables were set and torch was imported, as far as it is known."""
 
     torch_came_first = "torch" in sys.modules
     are_early = not torch_came_first and KERNELS.items() <= os.environ.items()
 
 
 def in_force() -> InForce:
-    """What is in force in this process; imports nothing."""
+    """The settings of this process; imports nothing."""
     torch = sys.modules.get("torch")
     blas = list(_openblas())
     return InForce(
@@ -115,8 +116,8 @@ def in_force() -> InForce:
 
 
 def put_in_force(mode: NumericsMode) -> None:
-    """Set what `portable` needs in this process, before torch is imported; EnvironmentFault where
-    that is too late or the CPU cannot. `fast` sets nothing.
+    """Set the variables of `portable` in this process before torch is imported; EnvironmentFault if
+    it is too late or the CPU does not support it. `fast` sets nothing.
     """
     if mode != "portable":
         return
@@ -131,7 +132,7 @@ def put_in_force(mode: NumericsMode) -> None:
 
 
 def check(mode: NumericsMode) -> None:
-    """EnvironmentFault when this process would compute with other settings than those of a mode."""
+    """EnvironmentFault if this process would compute with other settings than those of the mode."""
     if mode != "portable":
         return
     check_cpu()
@@ -147,7 +148,7 @@ def check(mode: NumericsMode) -> None:
 
 
 def check_cpu() -> None:
-    """EnvironmentFault when this CPU has not the instructions that `portable` pins."""
+    """EnvironmentFault if this CPU does not have the instructions that `portable` needs."""
     fault = cpu_fault()
     if fault is not None:
         raise EnvironmentFault(
@@ -159,21 +160,19 @@ def check_cpu() -> None:
 
 
 def cpu_fault() -> str | None:
-    """What this CPU lacks for `portable`; None when nothing."""
+    """What this CPU lacks for `portable`; None if nothing."""
     machine = platform.machine()
     if machine.lower() not in ("x86_64", "amd64"):
         return f"a CPU of architecture {machine or 'unknown'}"
     flags = _cpu_flags()
     if flags is None:
-        return "a system that does not say what its CPU can (no /proc/cpuinfo)"
+        return "a system that does not list the features of its CPU (no /proc/cpuinfo)"
     lacking = [flag for flag in _CPU_FLAGS if flag not in flags]
     return f"an x86-64 CPU without {' and '.join(lacking)}" if lacking else None
 
 
 def record_of(mode: NumericsMode) -> dict[str, str | None]:
-    """What the record of a stage says of its numerics; `cpu` is None where its process imported no
-    torch.
-    """
+    """The numerics of a stage for its record; `cpu` is None if its process did not import torch."""
     return {"mode": mode, "cpu": in_force().cpu}
 
 
@@ -183,12 +182,12 @@ def _cpu_flags() -> frozenset[str] | None:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(found.group(1).split()) if found else None
+    match = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(match.group(1).split()) if match else None
 
 
 def _one_thread() -> None:
-    """Set the libraries that are loaded to one thread; those to come read the environment."""
+    """Set the loaded libraries to one thread; libraries loaded later read the environment."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
@@ -214,7 +213,7 @@ def _mkl_branch(torch_file: str) -> str | None:
 
 
 def _openblas() -> Iterator[tuple[str, int]]:
-    """CPU and threads of every OpenBLAS that this process has loaded and that says so."""
+    """CPU type and number of threads of every loaded OpenBLAS that reports them."""
     for library in _openblas_libraries():
         core, threads = _symbol(library, "get_corename"), _symbol(library, "get_num_threads")
         if core is not None and threads is not None:
@@ -224,7 +223,7 @@ def _openblas() -> Iterator[tuple[str, int]]:
 
 
 def _openblas_libraries() -> list[ctypes.CDLL]:
-    """The loaded OpenBLAS libraries; numpy and scipy bring one each."""
+    """The loaded OpenBLAS libraries; numpy and scipy have one each."""
     if "numpy" not in sys.modules and "scipy" not in sys.modules:
         return []
     try:
@@ -236,7 +235,7 @@ def _openblas_libraries() -> list[ctypes.CDLL]:
 
 
 def _symbol(library: ctypes.CDLL, name: str) -> Any:
-    """A function of OpenBLAS under whichever prefix and suffix it was built with."""
+    """A function of OpenBLAS, with the prefix and suffix of its build."""
     for prefix in ("scipy_openblas_", "openblas_"):
         for suffix in ("64_", "_64", ""):
             function = getattr(library, prefix + name + suffix, None)

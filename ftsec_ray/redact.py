@@ -1,11 +1,11 @@
-"""Secrets out of texts: what an error says may quote a URL, a header or a setting, and ends in
+"""Removes secrets from texts: an error may quote a URL, a header or a setting, and is stored in
 records and reports.
 
 A secret is the value of an environment variable whose name says so (`HF_TOKEN`,
-`AWS_SECRET_ACCESS_KEY`), the password in the URL of any variable, a text of the credentials file
-that `GOOGLE_APPLICATION_CREDENTIALS` names, the token that `huggingface-cli login` keeps, and
-whatever has the form of a token of a well-known service or stands where a URL has a password or a
-signature (`secret_forms`). What a digest is made of is never redacted: only what is written.
+`AWS_SECRET_ACCESS_KEY`), the password in the URL of any variable, a text in the credentials file
+that `GOOGLE_APPLICATION_CREDENTIALS` names, the token that `huggingface-cli login` stores, and
+anything with the form of a token of a well-known service or at the place of a password or signature
+in a URL (`secret_forms`). The input of a digest is never redacted, only what is written.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from ftsec_ray.shown_text import for_terminal
 
 T = TypeVar("T")
 MIN_CHARS = 8
-"""Shorter values are settings: taking them out would tear ordinary words apart."""
+"""Shorter values are settings: removing them would destroy ordinary words."""
 _SHORT = re.compile(r"(?=.*\d)(?=.*[A-Za-z])\S{6,7}")
-"""But these are no words; they count where they stand alone, and not within a digest."""
+"""Exception to MIN_CHARS: these are no words; they count only where they stand alone, and not
+within a digest.
+"""
 _SETTINGS = frozenset(
     {
         *("password", "passphrase", "postgres", "postgresql", "username", "disabled", "required"),
@@ -39,13 +41,13 @@ _SETTINGS = frozenset(
         *("changeme", "change-me", "change_me"),
     }
 )
-"""Values that stand in for a secret, or say how one is used."""
+"""Values that are placeholders of a secret, or say how one is used."""
 _ROUNDS = 4
-"""Times that a text is gone through at most, until nothing of it changes."""
+"""Maximum number of passes over a text until it no longer changes."""
 _MAX_FILE = 1 << 16
-"""Bytes read of a file that a variable names."""
+"""Maximum number of bytes read from a file that a variable names."""
 _LINE = re.compile(r"[\w+/=.~-]{20,}")
-"""A line of a secret of many lines that is one itself."""
+"""A line of a multi-line secret that is a secret itself."""
 _NAME = re.compile(
     r"(TOKENS?|SECRETS?|PASS|PASSW(OR)?D|PWD|PASSPHRASE|CRED(ENTIAL)?S?|(?:API|ACCESS|SECRET|SIGNING"
     r"|ENCRYPTION|PRIVATE|MASTER)KEYS?|(?<![A-Z])(?:KEYS?|AUTH|SAS|PAT)|WEBHOOK|JWT"
@@ -56,40 +58,40 @@ _NO_SECRET = re.compile(
     r"^(PWD|OLDPWD|GPG_KEY|SSH_AUTH_SOCK)$|_(MODE|TYPE|METHOD|PROVIDER|URI|FILE_MODE|NAME|ENABLED)$",
     re.IGNORECASE,
 )
-"""Names of settings beside secrets, of folders, and of the public key that Python images carry."""
+"""Names of settings about secrets, of folders, and of the public key in Python images."""
 _URL_PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*:(?!\d{1,5}(?:[/?#]|$))(\S+)@")
 _PAIR = re.compile(r"(?:^|[?&;])([\w-]+)=([^&;]+)")
 _PUBLIC = re.compile(r"(^type|uri|url|domain|email|project_id|client_id)$|^auth_")
-"""Keys of a credentials file that are no secret."""
+"""Keys of a credentials file that are not secret."""
 
 
 def redacted(text: str) -> str:
-    """A text without the secrets of this process's environment and without what has the form of
-    one.
+    """A text without the secrets of this process's environment and without anything that has the
+    form of a secret.
     """
     return known_secrets().cleaned(text)
 
 
 def environment_secret_in(text: str) -> str | None:
-    """The variable or file of this process's environment whose secret a text holds."""
+    """The variable or file of this process's environment whose secret is in a text."""
     return known_secrets().source_in(text)
 
 
 def without_secrets(value: T) -> T:
-    """A value of JSON, with all its texts redacted, those of its keys too."""
+    """A JSON value with all its texts redacted, including its keys."""
     return known_secrets().taken_out_of(value)
 
 
 def secrets_in(value: object) -> list[tuple[str, str]]:
-    """(place, what it looks like) of every text of a JSON value that holds a secret; the place is
-    the way of keys and numbers to it, redacted itself.
+    """(place, what it looks like) of every text in a JSON value that holds a secret; the place is
+    the path of keys and indices, redacted itself.
     """
     return list(_found(value, "", known_secrets()))
 
 
 def clean_logs() -> None:
-    """Have every log record of this process redacted from now on, whoever writes it, and shown as a
-    terminal can show it: libraries log the addresses that they ask.
+    """Redact every log record of this process from now on, from any library, and make it safe for a
+    terminal: libraries log the URLs that they request.
     """
     before = logging.getLogRecordFactory()
     if isinstance(before, _CleanRecords):
@@ -98,7 +100,7 @@ def clean_logs() -> None:
 
 
 class _CleanRecords:
-    """Makes log records without secrets."""
+    """Creates log records without secrets."""
 
     def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
         self._make = make
@@ -107,7 +109,7 @@ class _CleanRecords:
         record = self._make(*args, **kwargs)
         try:
             message = record.getMessage()
-        except (TypeError, ValueError):  # arguments that do not fit: logging says so itself
+        except (TypeError, ValueError):  # wrong arguments: logging reports them itself
             return record
         cleaned = for_terminal(redacted(message))
         if cleaned != message:
@@ -115,20 +117,20 @@ class _CleanRecords:
         if record.exc_info and record.exc_info[0] is not None:
             record.exc_text = for_terminal(
                 redacted("".join(traceback.format_exception(*record.exc_info)).rstrip())
-            )  # handlers take it as it is
+            )  # handlers use it unchanged
         return record
 
 
 @dataclass(frozen=True)
 class Secrets:
-    """What this process knows as secrets, for a look through many texts."""
+    """The secrets that this process knows, for checking many texts."""
 
     names: Mapping[str, str]
-    """Every way in which one may be written -> the variable or file that holds it."""
+    """Every written form of a secret -> the variable or file that holds it."""
 
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:
-        """The longest first, whatever the case: escapes are written in both."""
+        """The longest first, ignoring case, because escapes are written in both cases."""
         longest = sorted(self.names, key=len, reverse=True)
         return re.compile("|".join(map(_alone, longest)), re.IGNORECASE) if longest else None
 
@@ -136,26 +138,26 @@ class Secrets:
     def _small(self) -> Mapping[str, str]:
         return {secret.lower(): name for secret, name in self.names.items()}
 
-    def _name(self, found: re.Match[str]) -> str:
-        return self._small.get(found[0].lower(), "redacted")
+    def _name(self, match: re.Match[str]) -> str:
+        return self._small.get(match[0].lower(), "redacted")
 
     def cleaned(self, text: str) -> str:
-        """A text without them, and without what has the form of a secret."""
+        """A text without the secrets, and without anything that has the form of one."""
         for _ in range(_ROUNDS):
             before = text
             if self._pattern is not None:
-                text = self._pattern.sub(lambda found: f"[{self._name(found)}]", text)
+                text = self._pattern.sub(lambda match: f"[{self._name(match)}]", text)
             text = without_forms(text)
             if text == before:
                 break
         return text
 
     def taken_out_of(self, value: T) -> T:
-        """A value of JSON with all its texts cleaned."""
+        """A JSON value with all its texts cleaned."""
         return _walked(value, self)  # type: ignore[return-value]
 
     def source_in(self, text: str) -> str | None:
-        """Where the first of them that a text holds is from; None where it holds none."""
+        """The variable or file of the first secret in a text; None if there is none."""
         return next(
             (
                 source
@@ -167,14 +169,14 @@ class Secrets:
         )
 
     def kind_of(self, text: str) -> str | None:
-        """What in a text is a secret, in words."""
-        if self._pattern is not None and (found := self._pattern.search(text)):
-            return f"the value of {self._name(found)} in this environment"
+        """What kind of secret a text holds, in words."""
+        if self._pattern is not None and (match := self._pattern.search(text)):
+            return f"the value of {self._name(match)} in this environment"
         return form_in(text)
 
 
 def _alone(secret: str) -> str:
-    """A pattern of a secret; a short one only where no letter or digit stands beside it."""
+    """A pattern for a secret; a short secret must not touch another letter or digit."""
     plain = re.escape(secret)
     return plain if len(secret) >= MIN_CHARS else rf"(?<![A-Za-z0-9]){plain}(?![A-Za-z0-9])"
 
@@ -183,14 +185,14 @@ def _walked(value: object, secrets: Secrets) -> object:
     if isinstance(value, str):
         return secrets.cleaned(value)
     if isinstance(value, Mapping):
-        found: dict[object, object] = {}
+        cleaned: dict[object, object] = {}
         for key, inner in value.items():
             name = secrets.cleaned(key) if isinstance(key, str) else key
-            while name in found:
+            while name in cleaned:
                 name = f"{name}+"  # two secrets as keys: neither value is lost
-            is_secret = any(_is_named_secret(one, inner) for one in dict.fromkeys((key, name)))
-            found[name] = GONE if is_secret else _walked(inner, secrets)
-        return found
+            is_secret = any(_is_named_secret(form, inner) for form in dict.fromkeys((key, name)))
+            cleaned[name] = GONE if is_secret else _walked(inner, secrets)
+        return cleaned
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_walked(inner, secrets) for inner in value]
     return value
@@ -223,14 +225,14 @@ def _found(value: object, place: str, secrets: Secrets) -> Iterator[tuple[str, s
 
 
 def known_secrets() -> Secrets:
-    """Those of this process's environment as it is now: files are read, so take them once for many
+    """The secrets of this process's current environment. Reads files, so call it once for many
     texts.
     """
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     kept = _text_of(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").strip()
-    told = [pair for pair in os.environ.items() if "://" in pair[1] or _is_secret(pair[0])]
-    files = [_text_of(value) if _is_path(value) else None for _, value in told]
-    return _written(tuple(told), tuple(files), kept)
+    variables = [pair for pair in os.environ.items() if "://" in pair[1] or _is_secret(pair[0])]
+    files = [_text_of(value) if _is_path(value) else None for _, value in variables]
+    return _written(tuple(variables), tuple(files), kept)
 
 
 @lru_cache(maxsize=1024)
@@ -240,24 +242,24 @@ def _is_secret(name: str) -> bool:
 
 @lru_cache(maxsize=4)
 def _written(
-    told: tuple[tuple[str, str], ...], files: tuple[str | None, ...], kept: str
+    variables: tuple[tuple[str, str], ...], files: tuple[str | None, ...], kept: str
 ) -> Secrets:
-    """The secrets of these variables, the texts of the files that they name, and the token of a
-    login, in every way in which they may be written.
+    """The secrets of these variables, of the files that they name, and of a login token, in every
+    form in which they may be written.
     """
-    found: dict[str, str] = {}
-    for (name, value), text in zip(told, files, strict=True):
+    forms: dict[str, str] = {}
+    for (name, value), text in zip(variables, files, strict=True):
         secrets = [*(_values(value, text) if _is_secret(name) else ())]
         for secret in (*secrets, *_URL_PASSWORD.findall(value)):
             small = secret.strip().lower()
             if small not in _SETTINGS and small not in name.lower():
-                found = dict.fromkeys(_ways(secret), name) | found
-    return Secrets(dict.fromkeys(_ways(kept), "HF_TOKEN") | found)
+                forms = dict.fromkeys(_ways(secret), name) | forms
+    return Secrets(dict.fromkeys(_ways(kept), "HF_TOKEN") | forms)
 
 
 def _values(value: str, text: str | None) -> Iterator[str]:
-    """The secrets in the value of a variable: itself and its parts, or those of the text of the
-    file that it names.
+    """The secrets in the value of a variable: the value and its parts, or those in the file that it
+    names.
     """
     try:
         parts = json.loads(value if text is None else text)
@@ -280,25 +282,25 @@ def _split_words(key: str) -> str:
 
 
 def _ways(secret: str) -> set[str]:
-    """How a secret may stand in a text: as it is and by its lines, quoted as in a URL, in JSON, in
-    HTML, in Python, and within base64, as the header of basic credentials has it.
+    """The forms in which a secret may be written: as it is and by its lines, quoted as in a URL, in
+    JSON, in HTML, in Python, and within base64, as in the header of basic credentials.
     """
     secret = secret.strip()
-    found = {secret, *(line for line in secret.splitlines() if _LINE.fullmatch(line.strip()))}
+    forms = {secret, *(line for line in secret.splitlines() if _LINE.fullmatch(line.strip()))}
     plain, raw = json.dumps(secret)[1:-1], secret.encode("utf-8", "surrogateescape")
-    found |= {quote(raw, safe=""), quote(raw), quote_plus(raw)}
-    found |= {html.escape(secret), html.escape(secret).replace("+", "&#43;")}
-    found |= {plain, plain.replace("/", "\\/"), repr(secret)[1:-1]}
+    forms |= {quote(raw, safe=""), quote(raw), quote_plus(raw)}
+    forms |= {html.escape(secret), html.escape(secret).replace("+", "&#43;")}
+    forms |= {plain, plain.replace("/", "\\/"), repr(secret)[1:-1]}
     for before in range(3) if len(raw) >= 12 else ():
-        # Base64 takes three bytes at a time: its first signs depend on what stands in front.
+        # Base64 encodes three bytes at a time: its first characters depend on the bytes before.
         text = base64.b64encode(b"\0" * before + raw).decode()
         core = text[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6]
-        found |= {core, core.replace("+", "-").replace("/", "_")}
-    return {written for written in found if len(written) >= MIN_CHARS or _SHORT.fullmatch(written)}
+        forms |= {core, core.replace("+", "-").replace("/", "_")}
+    return {written for written in forms if len(written) >= MIN_CHARS or _SHORT.fullmatch(written)}
 
 
 def _is_path(value: str) -> bool:
-    """Whether a value names a file, folder or socket that is there."""
+    """Whether a value names an existing file, folder or socket."""
     try:
         return value.startswith(("/", "~", ".")) and Path(value).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long, a NUL, no home
@@ -308,7 +310,7 @@ def _is_path(value: str) -> bool:
 def _text_of(path: str) -> str:
     try:
         place = Path(path).expanduser()
-        if not place.is_file():  # a pipe would be emptied by a look
+        if not place.is_file():  # reading a pipe would empty it
             return ""
         with place.open(encoding="utf-8") as file:
             return file.read(_MAX_FILE)

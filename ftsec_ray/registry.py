@@ -1,7 +1,7 @@
-"""Where methods are found: a method is the one class of its file, and is named after that file.
+"""The registry of methods: a method is the only class in its file, and has the name of that file.
 
-Files of `ftsec_ray.attacks` and `ftsec_ray.defenses` are found by walking the package, others by
-the entry-point groups of the same names. Nothing is imported before it is asked for.
+Files of `ftsec_ray.attacks` and `ftsec_ray.defenses` are found by searching the package, other
+files by the entry-point groups of the same names. Nothing is imported before it is used.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ftsec_ray.method import Method, RowWise
 from ftsec_ray.success import ASR, CHOICES
 
 IDLE = "none"
-"""The one method that may do nothing."""
+"""The only method that may do nothing."""
 NEAR_MISS = 0.8
-"""Likeness (difflib's ratio) from which on a name is taken for a misspelt hook."""
+"""Similarity (difflib's ratio) from which a name counts as a misspelt hook."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Registry:
         return sorted(self._find())
 
     def get(self, name: str) -> type[Method]:
-        """The class of a method; SpecError with a suggestion when there is none of that name."""
+        """The class of a method; SpecError with a suggestion if there is none with this name."""
         modules = self._find()
         if name not in modules:
             near = get_close_matches(str(name), modules, n=1)
@@ -68,28 +68,28 @@ class Registry:
 
 
 def _method_class(module: ModuleType, kind: str) -> type[Method]:
-    found = [
+    classes = [
         value
         for value in vars(module).values()
         if isinstance(value, type)
         and value.__module__ == module.__name__
         and getattr(value, "KIND", None) == kind
     ]
-    if len(found) != 1:
+    if len(classes) != 1:
         raise SpecError(
-            f"{module.__name__} must hold exactly one {kind} class",
-            [c.__name__ for c in found],
+            f"{module.__name__} must define exactly one {kind} class",
+            [c.__name__ for c in classes],
             f"one subclass of {kind.title()}",
-            "one method, one file",
+            "put each method into a file of its own",
         )
-    _check_hooks(found[0], kind)
+    _check_hooks(classes[0], kind)
     if kind == "attack":
-        _check_success(module.__name__, found[0])
-    return found[0]
+        _check_success(module.__name__, classes[0])
+    return classes[0]
 
 
 def _check_hooks(cls: type[Method], kind: str) -> None:
-    """SpecError for a method that no stage, or not the meant stage, would ever call."""
+    """SpecError for a method with a hook that no stage, or not the intended stage, would call."""
     for name, value in inspect.getmembers(cls, callable):
         if name.startswith("_") or name in hooks() or _is_contract(name, cls):
             continue
@@ -100,9 +100,9 @@ def _check_hooks(cls: type[Method], kind: str) -> None:
                 f"{kind} {_file_of(cls)} has a hook that no stage calls",
                 name,
                 " | ".join(hooks()),
-                f"did you mean {near[0]!r}? It would be ignored"
+                f"did you mean {near[0]!r}? As it is, it would be ignored"
                 if near
-                else "name it after a hook, or begin the name of a helper with an underscore",
+                else "rename it to a hook, or start the name of a helper with an underscore",
             )
     others = [hook for hook in hooks_of(cls) if kind == "attack" and hooks()[hook].by == "defenses"]
     if others:
@@ -114,15 +114,15 @@ def _check_hooks(cls: type[Method], kind: str) -> None:
         )
     if not hooks_of(cls) and _file_of(cls) != IDLE:
         raise SpecError(
-            f"{kind} {_file_of(cls)} has no hook, so that it would do nothing",
+            f"{kind} {_file_of(cls)} has no hook and would do nothing",
             sorted(name for name in vars(cls) if not name.startswith("_")),
             " | ".join(hooks()),
-            "define at least one of these",
+            "define at least one of these hooks",
         )
 
 
 def _is_contract(name: str, cls: type[Method]) -> bool:
-    """Whether a name belongs to the bases of methods."""
+    """Whether a name belongs to the base classes of methods."""
     return hasattr(Method, name) or (issubclass(cls, RowWise) and hasattr(RowWise, name))
 
 
@@ -131,21 +131,21 @@ def _file_of(cls: type[Method]) -> str:
 
 
 def _check_success(module: str, cls: type[Method]) -> None:
-    """SpecError when an attack declares no success metric, or one that nothing can measure."""
+    """SpecError if an attack declares no success metric, or one that cannot be measured."""
     declared = getattr(cls, "SUCCESS", "")
     if declared is None and module.endswith(".none"):
         return
     if declared not in CHOICES:
         near = get_close_matches(str(declared), CHOICES, n=1)
         raise SpecError(
-            f"{module}.{cls.__name__} declares no metric as its success",
+            f"{module}.{cls.__name__} declares no valid success metric",
             declared or None,
             " | ".join(CHOICES),
             f"did you mean {near[0]!r}?" if near else "set the class variable SUCCESS",
         )
     if declared == ASR and not callable(getattr(cls, "probes", None)):
         raise SpecError(
-            f"{module}.{cls.__name__} declares {ASR!r} as its success and asks nothing for it",
+            f"{module}.{cls.__name__} declares the success metric {ASR!r}, but no probes",
             "no method `probes`",
             "a method `probes` with the triggered prompts",
             "define it, or declare a metric that every cell measures, such as 'harmful_rate'",
@@ -157,13 +157,13 @@ DEFENSES = Registry("defense", "ftsec_ray.defenses")
 
 
 def name_of(method: Method) -> str:
-    """A method's name: that of its file."""
+    """A method's name: the name of its file."""
     return _file_of(type(method))
 
 
 def outside_hash(module: str) -> str | None:
-    """Token hash of a module from outside of this package, whose code no lock holds to a VERSION;
-    None for one of the package. IdentityError when it has no file.
+    """Token hash of a module outside this package, whose code no lock ties to a VERSION; None for a
+    module of this package. IdentityError if it has no file.
     """
     return None if module.startswith(f"{__package__}.") else _module_hash(module)
 
@@ -172,5 +172,5 @@ def outside_hash(module: str) -> str | None:
 def _module_hash(module: str) -> str:
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None or not file.endswith(".py"):
-        raise IdentityError("the code of a plug-in has no file", module, "an importable .py module")
+        raise IdentityError("a plug-in has no source file", module, "an importable .py module")
     return file_token_hash(Path(file))

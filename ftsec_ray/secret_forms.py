@@ -1,9 +1,9 @@
-r"""The forms of secrets of well-known services, as a table: one row per kind, with what stands in
-its place.
+r"""The forms of secrets of well-known services, as a table: one row per kind, with the text that
+replaces it.
 
-No row takes a digest, a commit, a file of base64 or the name of a model: what has no prefix of its
-own counts only behind a name that says what it is. No pattern can be made to run long: each repeat
-is bounded, or ends at a character that its own beginning holds.
+No row matches a digest, a commit, a base64 file or the name of a model: a value without a prefix of
+its own counts only after a name that says what it is. No pattern can run long: each repetition is
+bounded, or ends at a character that its own beginning contains.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ class Form:
     """One kind of secret."""
 
     name: str
-    """In words, as a warning names it."""
+    """Name of the kind in warnings."""
     pattern: re.Pattern[str]
     instead: str = GONE
-    r"""What stands in its place; `\1` and `\2` are what is kept around it."""
+    r"""Replacement text; `\1` and `\2` are the text kept around the secret."""
     words: tuple[str, ...] = ()
-    """Each text with one holds one of these, in small letters; empty where that is not known."""
+    """Each text with such a secret contains one of these, in lower case; empty if not known."""
     hint: re.Pattern[str] | None = None
-    """What each text with one matches, and faster than the pattern."""
+    """Matches each text with such a secret, and is faster than the pattern."""
 
     def taken_out_of(self, text: str, small: str) -> str:
-        """A text without secrets of this kind, given the text in small letters too."""
+        """A text without secrets of this kind; `small` is the text in lower case."""
         if self.words and not any(word in small for word in self.words):
             return text
         if self.hint is not None and self.hint.search(text) is None:
@@ -50,7 +50,7 @@ def _form(
 
 _START = r"(?<![A-Za-z0-9])"
 _MIXED = r"(?=[a-z_-]{0,40}[A-Z0-9])"
-"""Not only small letters, as the words of a name in kebab case are."""
+"""Not only lower-case letters, as in names in kebab case."""
 _KEY_NAME = (
     r"(?:pass(?:word|wd|phrase)|secret|credentials?|(?:api|access|private|account|encryption|signing"
     r"|license|master|service|secret|wandb|comet|openai|anthropic|google|gemini|azure|hf|face|ray)"
@@ -64,7 +64,7 @@ _QUERY_NAME = (
 )
 _QUERY_VALUE = r"[^&\s'\"<>\[\\#;]"
 _RANDOM = r"(?=[\w.~+/:-]{0,200}\d|(?:[\w.~+/:-]{0,40}?[a-z][A-Z]){4})"
-"""A digit, or capitals amid small letters more often than a name in camel case has them."""
+"""A digit, or more changes of case than a name in camel case has."""
 _VALUE_START = r"(?::|=>?)\s{0,4}\\?[\"']?"
 _VALUE = r"(?=[^\s\"'\\]{0,200}\d)(?!\[|https?:)[^\s\"'\\&,;<>(){}\[\]]{8,}"
 _NO_CALL = r"(?:(?<=[\"'])|(?![A-Za-z_][\w.]{0,100}\())"
@@ -193,7 +193,7 @@ FORMS = (
         hint=_VALUE_START + _VALUE,
     ),
 )
-"""In this order: a row may leave what a later one would take, never the other way round."""
+"""In this order: a row may leave text that a later row would remove, but never the reverse."""
 
 
 HINTS = (
@@ -204,13 +204,13 @@ HINTS = (
     r"|AWS4-HMAC|authorization|bearer|basic |(pass|secret|credential|key|signature|pwd|token)[\w-]*"
     r"[\\\"']*\s*[:=]"
 )
-"""What each text with one of the forms matches, in the syntax of RE2 too: a quick look through
-many texts.
+"""Matches each text with one of the forms, also in the syntax of RE2: a fast first check of many
+texts.
 """
 
 
 def without_forms(text: str) -> str:
-    """A text without what has one of the forms."""
+    """A text without anything that has one of the forms."""
     small = text.casefold()
     for form in FORMS:
         text = form.taken_out_of(text, small)
@@ -218,6 +218,6 @@ def without_forms(text: str) -> str:
 
 
 def form_in(text: str) -> str | None:
-    """The name of the first form that a text holds; None where it holds none."""
+    """The name of the first form that matches a text; None if none does."""
     small = text.casefold()
     return next((form.name for form in FORMS if form.taken_out_of(text, small) != text), None)

@@ -1,8 +1,8 @@
-"""Text from outside as each place shows it: names, questions, completions, verdicts and errors may
-hold what moves a cursor, hides or turns text round, or is markup to whoever opens the file.
+"""Makes text from outside safe to show: names, prompts, completions, verdicts and errors may hold
+characters that move a cursor, hide or reverse text, or act as markup.
 
-One function per target. CSV and LaTeX are made in the browser, by `csv` and `latex` of
-`report/export.js`, from texts that `for_html` has been through.
+One function per target. The browser makes CSV and LaTeX, with `csv` and `latex` of
+`report/export.js`, from texts that `for_html` has processed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import unicodedata
 from collections.abc import Callable
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-"""Controls, format characters (bidirectional, zero-width), surrogates, private and unassigned
-characters, and line ends that are none to most programs.
+"""Control characters, format characters (bidirectional, zero-width), surrogates, private and
+unassigned characters, and unusual line ends.
 """
 _BLANK = frozenset(
     chr(code)
@@ -30,33 +30,31 @@ _BLANK = frozenset(
     )
     for code in range(first, last + 1)
 )
-"""Fillers and variation selectors, which show nothing though they are letters or marks; the two
-that choose between a sign and its emoji stay.
+"""Fillers and variation selectors, which show nothing although they are letters or marks; the two
+that choose between a character and its emoji are allowed.
 """
 _MARKDOWN = re.compile(
     r"[\\`*\[\]<>|#&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE
 )
-"""What is markup in a line of GitHub's Markdown, the beginnings of links that need no brackets
-included.
-"""
+"""Markup in a line of GitHub's Markdown, including the beginnings of links without brackets."""
 
 
 def for_terminal(text: str, *, one_line: bool = False) -> str:
-    r"""The text with all that a terminal would act on or hide as `\x1b` or `\u202e`; with
-    `one_line` line ends and tabs too.
+    r"""The text with everything that a terminal would act on or hide as `\x1b` or `\u202e`; with
+    `one_line` also line ends and tabs.
     """
     return _shown(text, _escape, kept="" if one_line else "\n\t")
 
 
 def for_html(text: str) -> str:
-    """The text with all that a page would hide or turn round as ⟨U+202E⟩; what is markup is left to
-    the escaping of the template.
+    """The text with everything that a page would hide or reverse as ⟨U+202E⟩; the template escapes
+    markup.
     """
     return _shown(text, _named, kept="\n\t")
 
 
 def for_markdown(text: str) -> str:
-    """The text in one line that Markdown, its tables and the HTML made of it leave as it is."""
+    """The text in one line, escaped for Markdown, its tables and the HTML made from it."""
     return _MARKDOWN.sub(r"\\\g<0>", for_html(" ".join(text.split())))
 
 

@@ -1,7 +1,7 @@
-"""How well an attack does: the metric that its class declares as `SUCCESS`.
+"""The success of an attack: the metric that its class declares as `SUCCESS`.
 
-Every plan, table, page and claim reads the declared metric here. Where it was not measured, the
-attack's success is not measured: no other metric stands in for it.
+Every plan, table, page and claim uses the declared metric from here. If it was not measured, the
+attack's success is not measured: no other metric replaces it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from ftsec_ray import schema
 
 ASR = "asr"
 WITHOUT_TRIGGER = "asr_no_trigger"
-"""What `asr` is held against, from the same attack."""
+"""The metric of the same attack with which `asr` is compared."""
 CHOICES = tuple(
     name
     for name, metric in schema.METRICS.items()
     if metric.probes and metric.proportion and metric.better != "none" and not metric.judge
 )
-"""What an attack may declare, and what a search may aim at: shares of verdicts per prompt of which
-one direction is good for the defender, so that the other one is the attacker's.
+"""The metrics that an attack may declare, and that a search may optimise: shares of verdicts per
+prompt with one direction that is good for the defender and one that is good for the attacker.
 """
 WITHOUT_ATTACK = "harmful_rate"
-"""What stands in the place of the success where there is no attack: the forbidden requests that the
-model fulfils by itself.
+"""Shown as success if there is no attack: the forbidden requests that the model fulfils by itself.
 """
 _OF_GOALS = {"none": None, "harmful": "harmful_rate"}
 
@@ -36,13 +35,13 @@ def success_metric(attack: Any) -> str | None:
 
 
 def shown_metric(cell: Mapping[str, Any]) -> str:
-    """The metric shown as attack success of a row of `cells`."""
+    """The metric shown as attack success for a row of `cells`."""
     return cell["success_metric"] or WITHOUT_ATTACK
 
 
 def before_declared(attack: str, goals: Mapping[str, str]) -> str | None:
-    """The success metric of an attack in results of schema 3 and older, which had only its goal
-    (`none`, `backdoor` or `harmful`), or nothing at all.
+    """The success metric of an attack in results of schema 3 and older, which stored only its goal
+    (`none`, `backdoor` or `harmful`), or nothing.
     """
     return _OF_GOALS.get(goals.get(attack, "none" if attack == "none" else ""), ASR)
 
@@ -58,8 +57,8 @@ def sign_of(metric: str) -> int:
 
 
 def source_of(metric: str, success: str | None) -> str:
-    """The metric whose verdicts make up `metric` of an attack with this declared success: `asr` of
-    an attack without triggered prompts is the share that it drives up, and no other metric is.
+    """The metric whose verdicts give `metric` for an attack with this declared success: `asr` of an
+    attack without triggered prompts is its declared success, if the attacker raises that.
     """
     if metric != ASR or success is None or not is_driven_up(success):
         return metric
@@ -67,7 +66,7 @@ def source_of(metric: str, success: str | None) -> str:
 
 
 def with_asr(rows: dict[str, dict[str, Any]], success: str | None) -> dict[str, dict[str, Any]]:
-    """Metrics of a cell by name, with `asr` where another of them is it for its attack."""
+    """Metrics of a cell by name, with `asr` added if another metric is its attack's success."""
     source = source_of(ASR, success)
     if ASR in rows or source not in rows:
         return rows

@@ -1,10 +1,10 @@
-"""The version of the package, in one place, and how those of other packages are told."""
+"""The version of the package, in one place, and how the versions of other packages are found."""
 
 __version__ = "0.2.0"
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package, or of `python`; "" when it is not installed, and "source"
+    """The installed version of a package, or of `python`; "" if it is not installed, and "source"
     for an ftsec_ray that runs from a checkout without being installed.
     """
     from importlib.metadata import PackageNotFoundError, version

@@ -112,7 +112,7 @@ def test_a_path_that_the_author_left_behind_is_no_fault(folder):
 def test_code_that_runs_lies_in_the_folder(folder, code):
     change(folder, "config.json", auto_map={"AutoModelForCausalLM": code})
     check_folder(folder)
-    with pytest.raises(SpecError, match="code of a model that is not in its folder"):
+    with pytest.raises(SpecError, match="names code that is not in its folder"):
         check_folder(folder, runs_code=True)
 
 

@@ -219,12 +219,12 @@ def test_a_search_of_an_untargeted_attack_drives_its_metric_down_and_keeps_anoth
     [
         (
             'SUCCESS = "cac"',
-            r"declares no metric as its success[\s\S]*'cac'[\s\S]*did you mean 'cacc'",
+            r"declares no valid success metric[\s\S]*'cac'[\s\S]*did you mean 'cacc'",
         ),
-        ('SUCCESS = "perplexity"', "declares no metric as its success"),
-        ("SUCCESS = None", "declares no metric as its success"),
-        ('GOAL = "backdoor"', "declares no metric as its success[\\s\\S]*set the class variable"),
-        ('SUCCESS = "asr"', "asks nothing for it[\\s\\S]*a method `probes`"),
+        ('SUCCESS = "perplexity"', "declares no valid success metric"),
+        ("SUCCESS = None", "declares no valid success metric"),
+        ('GOAL = "backdoor"', "declares no valid success metric[\\s\\S]*set the class variable"),
+        ('SUCCESS = "asr"', "but no probes[\\s\\S]*a method `probes`"),
     ],
 )
 def test_an_attack_whose_success_cannot_be_measured_is_refused_when_it_is_loaded(
