@@ -272,7 +272,7 @@ def test_pairs_that_are_all_decided_may_still_be_too_few(tmp_path):
         "phases",
         shielded(lambda _, attack: few[attack], working=few, defenses=("onion", "lisa")),
     )
-    assert (found.verdict, found.why) == ("undecided", "0 of 2 pairs carry, 2 do not, 0 open")
+    assert (found.verdict, found.why) == ("undecided", "0 of 2 pairs carry over, 2 do not, 0 open")
     assert found.decide == (
         "5 pairs without an open one, at the share of the pairs decided now",
     )  # 0.5 ** 5 < 5 %
@@ -363,7 +363,7 @@ def test_an_empty_results_folder_is_not_tested(tmp_path):
     ("harm", "message"),
     [
         (lambda folder: shutil.rmtree(folder / "metrics"), "'metrics' is missing"),
-        (lambda folder: (folder / "run.json").unlink(), "half-written"),
+        (lambda folder: (folder / "run.json").unlink(), "incomplete"),
         (
             lambda folder: (folder / "run.json").write_text(
                 json.dumps({**json.loads((folder / "run.json").read_text()), "schema": "99"})

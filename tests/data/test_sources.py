@@ -234,7 +234,7 @@ def test_two_splits_of_one_file_stay_apart_and_the_draw_does_not_move(tmp_path):
             "a.json",
             '[{"a": "x", "b": "1"}]',
             {"prompt": "a", "where": (("b", "2"),)},
-            "leaves no rows(.|\n)*1 rows before",
+            "matches `where`(.|\n)*1 rows before",
         ),
         ("a.json", "[]", {"prompt": "a"}, "holds no rows"),
         ("a.txt", "x\n", {"skip": 1}, "skip=1"),

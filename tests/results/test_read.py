@@ -98,7 +98,7 @@ def test_a_missing_folder_and_a_foreign_one_are_told_apart(tmp_path: Path) -> No
 
 def test_results_whose_writer_died_are_half_written(folder: Path) -> None:
     (folder / "run.json").unlink()
-    with pytest.raises(DataError, match="half-written"):
+    with pytest.raises(DataError, match="incomplete"):
         Results.open(folder)
 
 
@@ -263,7 +263,7 @@ def test_results_from_before_null_verdicts_were_counted_open_without_their_numbe
 def test_a_wrong_table_is_never_written_and_leaves_no_finished_results(folder: Path) -> None:
     with pytest.raises(StoreError, match="does not have its schema"):
         write_results(folder, tables={**tables_of(), "stages": tables_of()["cells"]}, meta={})
-    with pytest.raises(DataError, match="half-written"):
+    with pytest.raises(DataError, match="incomplete"):
         Results.open(folder)
 
 
@@ -284,7 +284,7 @@ def test_a_disk_that_takes_no_more_is_told_and_nothing_half_written_counts(
             write_results(folder, tables=tables_of(), meta={})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    with pytest.raises(DataError, match="half-written"):
+    with pytest.raises(DataError, match="incomplete"):
         Results.open(folder)
     write_results(folder, tables=tables_of(), meta={})
     assert Results.open(folder).cells.num_rows == 3
