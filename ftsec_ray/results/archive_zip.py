@@ -149,9 +149,9 @@ def _kind_fault(entry: zipfile.ZipInfo) -> str | None:
     """Why a member is not a plain file that every program can unpack; None if it is."""
     mode = entry.external_attr >> 16
     if stat.S_ISLNK(mode):
-        return "it is a link"
+        return "a link"
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG) or entry.external_attr & _MSDOS_FOLDER:
-        return "it is a folder, pipe or device"
+        return "a folder, pipe or device"
     if entry.flag_bits & _ENCRYPTED:
         return "it is encrypted"
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
