@@ -145,7 +145,7 @@ FORGERIES = {
         with_rows("metrics", all_zero),
         "harmful_rate 0 (n 4) stored, 0.5 (n 4) from",
     ),
-    "metric n": (with_rows("metrics", lambda rows: rows[0].update(n=400)), "(n 400) told,"),
+    "metric n": (with_rows("metrics", lambda rows: rows[0].update(n=400)), "(n 400) stored,"),
     "metric interval": (
         with_rows("metrics", lambda rows: rows[0].update(ci_low=0.0, ci_high=1.0)),
         "metrics: 1 do not follow",
@@ -188,7 +188,7 @@ FORGERIES = {
     ),
     "answer added": (
         with_rows("generations", lambda rows: rows.append({**rows[0], "prompt_id": "h9"})),
-        "(n 4) told,",
+        "(n 4) stored,",
     ),
     "answer twice": (
         with_rows("generations", lambda rows: rows.append(rows[0])),
@@ -235,7 +235,10 @@ FORGERIES = {
     "stage dropped": (with_rows("stages", lambda rows: rows.pop()), "hold the stages of the plan"),
     "question": (run_json(question="Is it safe? Yes."), "differs from the sweep: question"),
     "counts": (run_json(counts={"done": 9, "failed": 0, "pending": 0}), "run.json: counts"),
-    "sweep text": (run_json(sweep_text=SWEEP.replace("0.3", "0.01")), "has it: sweep_text"),
+    "sweep text": (
+        run_json(sweep_text=SWEEP.replace("0.3", "0.01")),
+        "differs from the sweep: sweep_text",
+    ),
     "hooks": (run_json(defense_hooks={}), "differs from the sweep: defense_hooks"),
     "controls": (run_json(controls=[]), "differs from the sweep: controls"),
     "correction": (run_json(correction="none"), "run.json is not a file that ftsec writes"),
