@@ -147,7 +147,7 @@ class AttackOnModels:
 
     @property
     def state(self) -> str:
-        """took effect (on some model), did not take effect, not known, or not measured."""
+        """One of: took effect (on some model), did not take effect, not known, or not measured."""
         return state_over(self.effects) or "not measured"
 
 
@@ -175,8 +175,7 @@ class Answer:
 def answer_of(grid: Grid) -> Answer:
     """The answer that a grid's comparisons give."""
     controls = controls_of(grid)
-    against = {label for own in controls.values() for label in own}
-    only_controls = frozenset(against - set(controls))
+    only_controls = stacks_only_controls(controls)
     attacks = tuple(
         AttackOnModels(
             attack=attack,
@@ -207,6 +206,11 @@ def controls_of(grid: Grid) -> dict[str, tuple[str, ...]]:
         if row["kind"] == CONTROL:
             found[own[3]][other[3]] = None
     return {label: tuple(own) for label, own in found.items()}
+
+
+def stacks_only_controls(controls: Mapping[str, Sequence[str]]) -> frozenset[str]:
+    """The stacks that are in the sweep as a control of another one alone."""
+    return frozenset({label for own in controls.values() for label in own} - set(controls))
 
 
 def short_names(grid: Grid, only_controls: frozenset[str]) -> dict[str, str]:

@@ -101,23 +101,24 @@ def _cell(
         return AnswerCell(
             word="no effect", text="–", numbers="", title=f"the attack {attack.state}", opened=None
         )
-    return _shown(grid, answer, pair)
+    return _shown(pair)
 
 
-def _shown(grid: Grid, answer: Answer, pair: PairResult) -> AnswerCell:
+def _shown(pair: PairResult) -> AnswerCell:
     best = pair.opened
     count = pair.counts[best.word] if best is not None else len(pair.models)
-    several = len(final_slices(grid)) > 1
-    text = pair.word + (f", {count} of {len(pair.models)} models" if several else "")
+    several = len(pair.models) > 1
+    text = pair.word + (f" ({count} of {len(pair.models)})" if several else "")
     if pair.word == "mixed":
         text = "better on some models, worse on others"
     numbers = (
         "" if pair.before is None or pair.after is None else f"{pair.before:.2f} → {pair.after:.2f}"
     )
     against = "without a defense" if pair.word == "no control" else "with the control"
+    counted = f"{text} models" if several else text
     title = (
-        f"{pair.defense.label} against {pair.attack.label}: {text}; attack success"
-        f" {against} → with the defense {numbers or 'not measured'}"
+        f"{pair.defense.label} against {pair.attack.label}: {counted}; attack success {against}"
+        f" → with the defense {numbers or 'not measured'}"
     ) + "".join(
         f"; {WORDS[loss.metric]} worse, {loss.before:.2f} → {loss.after:.2f}"
         for loss in pair.losses
@@ -144,7 +145,11 @@ def _cost(grid: Grid, defense: MethodLabel) -> str:
         rows = [
             row
             for model, task in slices
-            if (row := grid.comparison(_clean(model, task, defense.label), _clean(model, task), metric))
+            if (
+                row := grid.comparison(
+                    _clean(model, task, defense.label), _clean(model, task), metric
+                )
+            )
         ]
         is_tested = is_tested or bool(rows)
         worse = [row for row in rows if row["conclusion"] == "worse"]

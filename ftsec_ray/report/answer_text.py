@@ -156,22 +156,36 @@ def _pairs(grid: Grid, answer: Answer, pairs: Sequence[PairResult]) -> Markup:
     several = len(grid.slices()) > 1
     parts = []
     for index, pair in enumerate(pairs[:MAX_NAMED]):
-        numbers = f"{pair.before:.2f} → {pair.after:.2f}".replace(" ", "\u00a0")
-        inside = [("attack success " if index == 0 else "") + numbers]
-        if several:
-            count = len(pair.credited) or sum(one.is_below_none for one in pair.models)
-            inside.append(f"{count} of {len(pair.models)} models")
-        inside += [
-            f"{WORDS[one.metric]} {one.before:.2f} → {one.after:.2f}" for one in pair.losses
-        ]
+        inside = [_success_text(pair, is_first=index == 0)]
+        inside += [f"{WORDS[one.metric]} {one.before:.2f} → {one.after:.2f}" for one in pair.losses]
         parts.append(
-            Markup("{} against {} ({})").format(
-                code(answer.names[pair.defense.label]), code(pair.attack.label), ", ".join(inside)
+            Markup("{} against {}{} ({})").format(
+                code(answer.names[pair.defense.label]),
+                code(pair.attack.label),
+                _where(pair) if several else "",
+                ", ".join(inside),
             )
         )
     if len(pairs) > MAX_NAMED:
         parts.append(Markup("{} more in the table").format(len(pairs) - MAX_NAMED))
     return Markup("; ").join(parts)
+
+
+def _success_text(pair: PairResult, *, is_first: bool) -> str:
+    """Attack success with the control and with the defense; what the arrow means, once."""
+    before, after = f"{pair.before:.2f}", f"{pair.after:.2f}"
+    if not is_first:
+        return f"{before} → {after}".replace(" ", "\u00a0")
+    other = "no defense" if pair.word == "no control" else "the control"
+    return f"attack success {before} with {other} → {after} with the defense"
+
+
+def _where(pair: PairResult) -> Markup:
+    """On which model, or on how many."""
+    if len(pair.models) == 1:
+        return Markup(" on {}").format(code(pair.models[0].own[0]))
+    count = len(pair.credited) or sum(one.is_below_none for one in pair.models)
+    return Markup(" on {} of {} models").format(count, len(pair.models))
 
 
 def _not_better(answer: Answer) -> list[Sentence]:
@@ -192,7 +206,7 @@ def _not_better(answer: Answer) -> list[Sentence]:
     if not parts:
         return []
     seen = (
-        f", where a difference of {max(detectable):.2f} would have been shown four times in five"
+        f"; a difference of {max(detectable):.2f} would have been shown four times in five"
         if detectable
         else ""
     )
@@ -216,10 +230,7 @@ def _failed_text(
             )
     else:
         inside = _and(
-            [
-                code(answer.names[pair.defense.label]) + words.get(pair.word, "")
-                for pair in failed
-            ]
+            [code(answer.names[pair.defense.label]) + words.get(pair.word, "") for pair in failed]
         )
     return Markup("{} against {}").format(inside, code(attack.attack.label))
 
@@ -238,9 +249,7 @@ def _without_effect(answer: Answer) -> list[Sentence]:
             weak.append(_with_base(attack))
         else:
             weak += [
-                Markup("{} on {} ({})").format(
-                    code(attack.attack.label), code(model), effect.text
-                )
+                Markup("{} on {} ({})").format(code(attack.attack.label), code(model), effect.text)
                 for model, _, effect in lacking
             ]
         if attack.state == "not known":
@@ -250,12 +259,10 @@ def _without_effect(answer: Answer) -> list[Sentence]:
         parts.append(Markup("Did not take effect without a defense: {}").format(_and(weak)))
     if unknown:
         text = "{} whether it took effect without a defense: {}"
-        parts.append(
-            Markup(text).format("not known" if parts else "Not known", _and(unknown))
-        )
+        parts.append(Markup(text).format("not known" if parts else "Not known", _and(unknown)))
     if not parts:
         return []
-    tail = Markup("; no number below it says that a defense stops such an attack.")
+    tail = Markup("; nothing here says that a defense stops such an attack.")
     return [Sentence("note", Markup("; ").join(parts) + tail)]
 
 
@@ -317,9 +324,7 @@ def _missing_limit(grid: Grid, answer: Answer) -> Markup | None:
     lacking = sum(point.status != "done" for point in grid.points.values())
     if not lacking:
         return None
-    return Markup("what {} of {} points show (failed or pending)").format(
-        lacking, len(grid.points)
-    )
+    return Markup("what {} of {} points show (failed or pending)").format(lacking, len(grid.points))
 
 
 def _ladder_limit(grid: Grid, answer: Answer) -> Markup | None:

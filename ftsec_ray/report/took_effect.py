@@ -106,15 +106,11 @@ def final_slices(grid: Grid) -> list[tuple[Model, str]]:
     return [
         (model, task)
         for model, task in found
-        if not (
-            model.name.endswith(BEFORE) and (model.name.removesuffix(BEFORE), task) in names
-        )
+        if not (model.name.endswith(BEFORE) and (model.name.removesuffix(BEFORE), task) in names)
     ]
 
 
-def effects_of_attack(
-    grid: Grid, attack: MethodLabel
-) -> list[tuple[Model, str, AttackEffect]]:
+def effects_of_attack(grid: Grid, attack: MethodLabel) -> list[tuple[Model, str, AttackEffect]]:
     """The effect of an attack on each finished model on which it was measured undefended."""
     return [
         (model, task, found)

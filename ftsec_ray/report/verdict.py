@@ -78,7 +78,7 @@ def utility_text(grid: Grid, pairs: Sequence[tuple[Key, Key]]) -> Markup:
     """Clean accuracy, over-refusal and coherence over pairs of points, first -> second of each
     pair, and the share of null verdicts.
     """
-    parts = []
+    parts: list[str] = []
     for slot in range(_slots(grid, [key for pair in pairs for key in pair])):
         sides = [
             [one for key in keys if (one := grid.utilities(key)[slot]).value is not None]
@@ -95,7 +95,7 @@ def utility_text(grid: Grid, pairs: Sequence[tuple[Key, Key]]) -> Markup:
             parts.append(change_text(before, after))
         else:
             parts.append(f"{SHORT[grid.utilities(pairs[0][0])[slot].metric]} –")
-    return Markup(" · ").join([*parts, _nulls_text(grid, [key for pair in pairs for key in pair])])
+    return _unbroken([*parts, _nulls_text(grid, [key for pair in pairs for key in pair])])
 
 
 def _slots(grid: Grid, keys: Sequence[Key]) -> int:
@@ -112,7 +112,12 @@ def own_utility_text(grid: Grid, keys: Sequence[Key]) -> Markup:
         parts.append(
             UtilityMark(grid.utilities(keys[0])[slot].metric, value).text.replace(" ", "\u00a0")
         )
-    return Markup(" · ").join([*parts, _nulls_text(grid, keys)])
+    return _unbroken([*parts, _nulls_text(grid, keys)])
+
+
+def _unbroken(parts: Sequence[str]) -> Markup:
+    """Parts of a line that breaks only between them."""
+    return Markup(" · ").join(Markup('<span class="nb">{}</span>').format(one) for one in parts)
 
 
 def _nulls_text(grid: Grid, keys: Sequence[Key]) -> str:

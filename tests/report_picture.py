@@ -1,0 +1,60 @@
+"""A picture of the top of a report, for the README: `python -m tests.report_picture FOLDER FILE`.
+
+The page is made anew from the tables of FOLDER into a temporary folder, so that the picture shows
+the report of this code and FOLDER stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from ftsec_ray.report.page import REPORT_FILE, render
+from ftsec_ray.results.read import Results
+from tests import browser
+
+WIDTH, MAX_HEIGHT = 1200, 1100
+MAX_BYTES = 200_000
+"""A README's picture is smaller than this."""
+
+
+def write_picture(results: Path, target: Path) -> int:
+    """Write the header and the answer of a report as a PNG; its size in bytes.
+
+    Raises:
+        SystemExit: no Chromium is installed, or the picture is too large for a README.
+    """
+    if browser.chromium() is None:
+        sys.exit("no Chromium on this machine: install `chromium`, or name one in FTSEC_CHROMIUM")
+    with tempfile.TemporaryDirectory() as scratch:
+        page_file = Path(scratch) / REPORT_FILE
+        page_file.write_text(render(Results.open(results)), encoding="utf-8")
+        with browser.opened() as chrome:
+            page = chrome.new_page(viewport={"width": WIDTH, "height": MAX_HEIGHT})
+            page.goto(page_file.as_uri())
+            page.add_style_tag(content=".tools{display:none!important}")
+            end = page.locator("#answer > p.ci, #answer .findings").last.bounding_box()
+            height = min(MAX_HEIGHT, round(end["y"] + end["height"]) + 12) if end else MAX_HEIGHT
+            clip = {"x": 0, "y": 0, "width": WIDTH, "height": height}
+            picture = page.screenshot(clip=clip)
+    if len(picture) >= MAX_BYTES:
+        sys.exit(f"the picture has {len(picture):,} bytes: want fewer than {MAX_BYTES:,}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(picture)
+    return len(picture)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="the top of a report as a PNG")
+    parser.add_argument("results", type=Path, help="a results folder, such as results/quickstart")
+    parser.add_argument("target", type=Path, help="the PNG to write")
+    given = parser.parse_args(arguments)
+    size = write_picture(given.results, given.target)
+    print(f"{given.target}: {size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
