@@ -59,8 +59,18 @@ class ModelResult:
     losses: tuple[Loss, ...]
     detectable: float | None
     """Smallest difference that as many prompts and seeds show four times in five."""
-    is_below_none: bool
-    """Whether the table calls it better than no defense."""
+    against_none: str | None
+    """What the table concludes of the comparison with no defense; None where it has none."""
+
+    @property
+    def is_below_none(self) -> bool:
+        """Whether the table calls it better than no defense."""
+        return self.against_none == "better"
+
+    @property
+    def is_tested_against_none(self) -> bool:
+        """Whether the comparison with no defense could be tested."""
+        return self.against_none not in (None, "not tested")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +262,7 @@ def _on_model(grid: Grid, own: Key) -> ModelResult:
             after=after.value if after else None,
             losses=tuple(_losses(grid, own, undefended)),
             detectable=None,
-            is_below_none=plain is not None and plain["conclusion"] == "better",
+            against_none=None if plain is None else plain["conclusion"],
         )
     other, row = min(
         held, key=lambda one: (_WORST_FIRST.index(one[1]["conclusion"]), -(one[1]["effect"] or 0.0))
@@ -268,7 +278,7 @@ def _on_model(grid: Grid, own: Key) -> ModelResult:
         after=row["rate"],
         losses=tuple(_losses(grid, own, other)),
         detectable=row["detectable"],
-        is_below_none=plain is not None and plain["conclusion"] == "better",
+        against_none=None if plain is None else plain["conclusion"],
     )
 
 

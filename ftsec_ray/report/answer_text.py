@@ -35,7 +35,20 @@ class Sentence:
     @property
     def plain(self) -> str:
         """Without markup."""
-        return str(self.text.striptags()).replace("\u00a0", " ")
+        return "".join(self._parts)
+
+    @property
+    def markdown(self) -> str:
+        """In Markdown, with the names as plain text."""
+        return "".join(
+            for_markdown(part) if index % 2 else part for index, part in enumerate(self._parts)
+        )
+
+    @property
+    def _parts(self) -> list[str]:
+        """Texts and names by turns: names in code type are the only markup of a sentence."""
+        parts = re.split("</?code>", self.text.replace("\u00a0", " "))
+        return [Markup(part).unescape() for part in parts]
 
 
 def sentences(grid: Grid, answer: Answer) -> list[Sentence]:
@@ -71,13 +84,7 @@ def answer_lines(results: Results) -> list[str]:
 def answer_markdown(results: Results) -> str:
     """The same as a Markdown list."""
     grid = build_grid(results)
-    return "\n".join(f"- {_markdown(one.text)}" for one in sentences(grid, answer_of(grid)))
-
-
-def _markdown(text: Markup) -> str:
-    """A sentence whose only markup is names in code type."""
-    parts = [Markup(part).unescape() for part in re.split("</?code>", text)]
-    return "".join(for_markdown(part) if at % 2 else part for at, part in enumerate(parts))
+    return "\n".join(f"- {one.markdown}" for one in sentences(grid, answer_of(grid)))
 
 
 def code(name: str) -> Markup:
@@ -129,7 +136,16 @@ def _without_controls(grid: Grid, answer: Answer) -> Sentence:
     below = [pair for pair in answer.pairs if any(one.is_below_none for one in pair.models)]
     text = Markup("No defense has a control in this sweep, so none is credited with an effect")
     if not below:
-        return Sentence("bad", text + Markup(", and none is better than no defense."))
+        is_tested = any(one.is_tested_against_none for pair in answer.pairs for one in pair.models)
+        return Sentence(
+            "bad",
+            text
+            + (
+                Markup(", and none is better than no defense.")
+                if is_tested
+                else Markup(", and no comparison with no defense could be tested.")
+            ),
+        )
     return Sentence(
         "note",
         text
