@@ -17,7 +17,7 @@ from ftsec_ray.results.read import Results
 from tests import browser
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, ViewportSize
 
 WIDTH, MAX_HEIGHT = 1040, 1100
 SCALES = (0.86, 0.75, 0.65)
@@ -50,7 +50,7 @@ def write_picture(results: Path, target: Path) -> int:
 
 
 def _shot(chrome: Browser, page_file: Path, scale: float) -> bytes:
-    view = {"width": WIDTH, "height": MAX_HEIGHT}
+    view: ViewportSize = {"width": WIDTH, "height": MAX_HEIGHT}
     page = chrome.new_page(viewport=view, device_scale_factor=scale)
     page.goto(page_file.as_uri())
     page.evaluate("document.querySelectorAll('.tools').forEach((one) => one.remove())")
