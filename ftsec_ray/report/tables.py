@@ -263,7 +263,8 @@ def phase_table(
 
 def cost(results: Results) -> dict[str, Any]:
     """Stage kinds with count, cached and wall seconds; the most expensive stages; what
-    sharing saved."""
+    sharing saved.
+    """
     kinds: dict[str, dict[str, Any]] = defaultdict(
         lambda: {"stages": 0, "cached": 0, "failed": 0, "wall": 0.0, "tokens": 0, "unshared": 0.0}
     )
