@@ -141,7 +141,7 @@ def report_sweep(
     )
     found, page = api.open_results(folder), write_report(folder)
     if as_markdown:
-        parts = answer_markdown(found), grid_markdown(found), searches_markdown(found)
+        parts = grid_markdown(found), searches_markdown(found), answer_markdown(found)
         say("\n\n".join(filter(None, parts)))
     else:
         _print_outcome(found, page)
