@@ -28,25 +28,20 @@ MAX_BYTES = 200_000
 """A README's picture is smaller than this."""
 
 
-def write_picture(results: Path, target: Path) -> int:
-    """Write the header and the answer of a report as a PNG; its size in bytes.
+def picture_of(chrome: Browser, results: Path) -> bytes:
+    """The header and the answer of a report as a PNG.
 
     Raises:
-        SystemExit: no Chromium is installed, or the picture is too large for a README.
+        SystemExit: the picture is too large for a README.
     """
-    if browser.chromium() is None:
-        sys.exit("no Chromium on this machine: install `chromium`, or name one in FTSEC_CHROMIUM")
     with tempfile.TemporaryDirectory() as scratch:
         page_file = Path(scratch) / REPORT_FILE
         page_file.write_text(render(Results.open(results)), encoding="utf-8")
-        with browser.opened() as chrome:
-            pictures = (_shot(chrome, page_file, scale) for scale in SCALES)
-            picture = next((one for one in pictures if len(one) < MAX_BYTES), None)
-    if picture is None:
-        sys.exit(f"no picture of {results} is smaller than {MAX_BYTES:,} bytes")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(picture)
-    return len(picture)
+        for scale in SCALES:
+            picture = _shot(chrome, page_file, scale)
+            if len(picture) < MAX_BYTES:
+                return picture
+    sys.exit(f"no picture of {results} is smaller than {MAX_BYTES:,} bytes")
 
 
 def _shot(chrome: Browser, page_file: Path, scale: float) -> bytes:
@@ -67,8 +62,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path, help="a results folder, such as results/quickstart")
     parser.add_argument("target", type=Path, help="the PNG to write")
     given = parser.parse_args(arguments)
-    size = write_picture(given.results, given.target)
-    print(f"{given.target}: {size:,} bytes")
+    if browser.chromium() is None:
+        sys.exit("no Chromium on this machine: install `chromium`, or name one in FTSEC_CHROMIUM")
+    with browser.opened() as chrome:
+        picture = picture_of(chrome, given.results)
+    given.target.parent.mkdir(parents=True, exist_ok=True)
+    given.target.write_bytes(picture)
+    print(f"{given.target}: {len(picture):,} bytes")
 
 
 if __name__ == "__main__":

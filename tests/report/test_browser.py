@@ -371,7 +371,7 @@ def test_csv_holds_what_is_shown(opened: Any, folder: Path) -> None:
     shown = page.locator("#comparisons tbody tr:visible")
     assert len(rows) - 1 == shown.count() > 10
     assert rows[0][:3] == ["stack", "against", "attack"]
-    assert rows[0][-1] == "utility of the same two"
+    assert rows[0][-1] == "utility of both"
     assert [row[2] for row in rows[1:]] == page.locator(
         "#comparisons tbody tr:visible td:nth-child(3)"
     ).all_text_contents()
@@ -516,6 +516,7 @@ def test_every_table_has_csv_and_latex_and_every_figure_svg_and_png(
         **{
             name: ["CSV", "LaTeX"]
             for name in (
+                "answer",
                 "best-defenses",
                 "phases",
                 "comparisons",
@@ -827,18 +828,18 @@ def test_the_numbers_of_the_answer_open_both_cells(opened: Any, folder: Path) ->
 
 
 def test_the_picture_of_a_report_is_small_and_needs_a_chromium(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chrome: Browser, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = tmp_path / "pictures" / "report.png"
     before = (folder / "report.html").stat().st_mtime_ns
-    size = report_picture.write_picture(folder, target)
-    picture = target.read_bytes()
+    picture = report_picture.picture_of(chrome, folder)
     assert picture.startswith(b"\x89PNG")
-    assert 10_000 < len(picture) == size < 200_000
+    assert 10_000 < len(picture) < 200_000
     assert (folder / "report.html").stat().st_mtime_ns == before
     monkeypatch.setattr(browser, "chromium", lambda: None)
+    target = tmp_path / "report.png"
     with pytest.raises(SystemExit, match="install `chromium`, or name one in FTSEC_CHROMIUM"):
-        report_picture.write_picture(folder, target)
+        report_picture.main([str(folder), str(target)])
+    assert not target.exists()
 
 
 def test_the_page_fits_a_laptop_without_scrolling_sideways(opened: Any, folder: Path) -> None:
