@@ -4,6 +4,7 @@
 # make docs         the generated tables of sweeps/*.md anew, from the code
 # make lock         ftsec_ray/stages/versions.lock anew: the code changed, the results did not
 # make bench        the figures of tests/benchmarks
+# make picture      sweeps/report.png: the top of the report of results/quickstart (needs Chromium)
 # make gpu-smoke    what only a GPU can show, in under four minutes; says so where there is none
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-slow check docs lock bench gpu-smoke clean
+.PHONY: quickstart test test-slow check docs lock bench picture gpu-smoke clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ftsec run sweeps/quickstart.yaml
@@ -39,6 +40,12 @@ lock: $(VENV)/.installed
 bench: quickstart $(VENV)/.installed-dev
 	$(BIN)/python -m pip install -q -e ".[bench]"
 	for f in tests/benchmarks/bench_*.py; do $(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
+
+PICTURE_OF ?= results/quickstart
+PICTURE ?= sweeps/report.png
+
+picture: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.report_picture $(PICTURE_OF) $(PICTURE)
 
 gpu-smoke: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.gpu_smoke

@@ -35,6 +35,7 @@ def opened() -> Iterator[Browser]:
             "--disable-component-update",
             "--no-first-run",
             "--disable-gpu",
+            "--disable-lcd-text",
         ]
         browser = driver.chromium.launch(
             executable_path=chromium(), args=arguments, timeout=120_000

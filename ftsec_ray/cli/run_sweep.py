@@ -128,6 +128,7 @@ def report_sweep(
     """Collect what the store holds of a sweep, write its report, and print where it is or the grid
     as Markdown.
     """
+    from ftsec_ray.report.answer_text import answer_markdown
     from ftsec_ray.report.markdown import grid_markdown
     from ftsec_ray.report.page import write_report
     from ftsec_ray.report.search_section import searches_markdown
@@ -140,7 +141,8 @@ def report_sweep(
     )
     found, page = api.open_results(folder), write_report(folder)
     if as_markdown:
-        say("\n\n".join(filter(None, (grid_markdown(found), searches_markdown(found)))))
+        parts = grid_markdown(found), searches_markdown(found), answer_markdown(found)
+        say("\n\n".join(filter(None, parts)))
     else:
         _print_outcome(found, page)
 
@@ -161,6 +163,7 @@ def exit_code(results: Results, part: Plan) -> int:
 def _print_outcome(
     results: Results, page: Path, *, replaced: bool = False, sent_to: str | None = None
 ) -> None:
+    from ftsec_ray.report.answer_text import answer_lines
     from ftsec_ray.results.points import method_names
 
     rows = results.cells.to_pylist()
@@ -190,6 +193,8 @@ def _print_outcome(
         say(f"pending: {why}; a higher `budget` lets the next run go on")
     for line in lines_of(warnings_in(results.meta)):
         say(line)
+    if counts["done"]:
+        say("\n".join(answer_lines(results)))
     place = " (in place of another plan's)" if replaced else ""
     say(f"tables: {sent_to or results.folder}{place}")
     say(f"report: {f'{sent_to}/{page.name}' if sent_to else page}")

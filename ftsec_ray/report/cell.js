@@ -6,7 +6,7 @@ const openCell = (() => {
     const name = data[axis][number].name;
     return name !== "none" ? name : axis === "attacks" ? "no attack" : "no defense";
   };
-  const told = (square) => {
+  const placeOf = (square) => {
     const [model, attack, defense] = square.at;
     return data.models[model].name + (data.tasks.length > 1 ? " · " + square.task : "") + " · " + nameOf("attacks", attack) + " against " + nameOf("defenses", defense);
   };
@@ -102,7 +102,7 @@ const openCell = (() => {
 
   const about = (number, letter) => {
     const square = data.squares[number];
-    const parts = [...(letter ? [make("b", {}, letter), make("span", {}, told(square))] : []), ...flags(square)];
+    const parts = [...(letter ? [make("b", {}, letter), make("span", {}, placeOf(square))] : []), ...flags(square)];
     if (square.sample) parts.push(make("span", {class: "ci"}, "prompts of seed " + square.sample.seed + (square.seeds > 1 ? ", one of " + square.seeds : "")));
     return make("p", {class: "about"}, ...parts.flatMap((part) => [part, " "]));
   };
@@ -113,7 +113,7 @@ const openCell = (() => {
 
   const show = (number, beside) => {
     const square = data.squares[number], body = at("cell-body");
-    at("cell-title").textContent = beside === null ? told(square) : "Two cells, prompt by prompt";
+    at("cell-title").textContent = beside === null ? placeOf(square) : "Two cells, prompt by prompt";
     body.classList.remove("differing");
     const errors = [number, ...(beside === null ? [] : [beside])].flatMap((one) => data.squares[one].errors).map((error) => make("pre", {class: "error"}, error));
     const numbers = beside === null ? [number] : [number, beside];

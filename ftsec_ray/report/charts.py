@@ -89,7 +89,7 @@ def size_charts(grid: Grid, verdict: Summary) -> tuple[list[dict[str, Any]], lis
 def _note(measured: Sequence[Measured]) -> str:
     """Seeds and null verdicts of the points of a chart."""
     seeds = sorted({one.seeds for one in measured})
-    told = (
+    seeds_shown = (
         seeds_text(seeds[0])
         if len(seeds) == 1
         else f"{seeds[0]} to {seeds[-1]} seeds" + " (1: one)" * (seeds[0] == 1)
@@ -97,7 +97,9 @@ def _note(measured: Sequence[Measured]) -> str:
     known = [one.nulls for one in measured if one.nulls is not None]
     worst = max(known, key=lambda nulls: null_share(nulls) or 0.0, default=None)
     bound = "at most " if worst is not None and worst[0] > 0 else ""
-    return f"{told} per point; null verdicts: {bound}{null_text(worst).removesuffix(' null')}"
+    return (
+        f"{seeds_shown} per point; null verdicts: {bound}{null_text(worst).removesuffix(' null')}"
+    )
 
 
 def _series(
@@ -294,14 +296,14 @@ def _beats(one: TradeRow, other: TradeRow) -> bool:
     """Whether a defense is at least as good in utility, safety and cost, and better in one of them;
     cost counts where it is known.
     """
-    dearer = cheaper = False
+    costs_more = costs_less = False
     if one.hours is not None and other.hours is not None:
-        dearer, cheaper = (
+        costs_more, costs_less = (
             one.hours > other.hours * COST_TOLERANCE,
             one.hours * COST_TOLERANCE < other.hours,
         )
-    no_worse = one.utility >= other.utility and one.safety >= other.safety and not dearer
-    return no_worse and (one.utility > other.utility or one.safety > other.safety or cheaper)
+    no_worse = one.utility >= other.utility and one.safety >= other.safety and not costs_more
+    return no_worse and (one.utility > other.utility or one.safety > other.safety or costs_less)
 
 
 def _beside(row: TradeRow, unit: str) -> str:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from ftsec_ray.measured import null_text
 from ftsec_ray.report import forest as forest_of
+from ftsec_ray.report.answer import controls_of, short_names, stacks_only_controls
 from ftsec_ray.report.grid import Grid, Key, UtilityMark
 from ftsec_ray.report.verdict import change_text
 from ftsec_ray.results.compare import MOMENT
@@ -68,9 +69,15 @@ class ShownComparison:
     @property
     def title(self) -> str:
         """What is compared, in words."""
+        return self.title_by({})
+
+    def title_by(self, names: Mapping[str, str]) -> str:
+        """The same with other names of the stacks."""
+        own = names.get(self.defense, self.defense)
         if self.is_over_time:
-            return f"{self.defense}: after the fine-tune vs before"
-        return f"{self.defense} vs {self.against}"
+            return f"{own}: after the fine-tune vs before"
+        other = names.get(self.against, self.against)
+        return f"{own} vs {'no defense' if other == NONE else other}"
 
     @property
     def tone(self) -> str:
@@ -92,7 +99,7 @@ class ShownComparison:
             )
         if row["detectable"] is None:
             return "no difference shown; too few seeds or prompts to show any"
-        return f"no difference shown; one of {row['detectable']:.2f} would have been"
+        return f"no difference shown; one of {row['detectable']:.2f} would have been shown"
 
     @property
     def seeds(self) -> str:
@@ -140,11 +147,12 @@ def forest(grid: Grid, found: Sequence[ShownComparison]) -> tuple[Markup, int] |
     """
     tested = [c for c in found if c.row["q"] is not None and c.attack != NONE]
     by_size = sorted(tested, key=lambda c: -abs(c.row["effect"]))
+    names = short_names(grid, stacks_only_controls(controls_of(grid)))
     first, held = ({id(c) for c in by_size[:most]} for most in (MAX_FOREST, HELD_FOREST))
     lines = [
         forest_of.Line(
             tone=c.tone,
-            title=c.title,
+            title=c.title_by(names),
             about=" · ".join([c.attack, c.model, *[c.task] * (len(grid.tasks) > 1)]),
             effect=c.row["effect"],
             low=c.row["ci_low"],

@@ -253,15 +253,15 @@ class _Book:
 
 
 def _sample(book: _Book, columns: Mapping[str, Any], row: int, probe: str) -> list[int]:
-    told = {name: column[row].as_py() for name, column in columns.items()}
-    hidden = is_hidden(probe, told["verdict"], told["judge"] or "")
+    answer = {name: column[row].as_py() for name, column in columns.items()}
+    hidden = is_hidden(probe, answer["verdict"], answer["judge"] or "")
     texts = [
-        told["prompt_id"] or "",
-        told["prompt"] or "",
-        told["completion"],
-        told["verdict"] or "no verdict",
-        told["judge"] or "",
-        told["override"] or None,
+        answer["prompt_id"] or "",
+        answer["prompt"] or "",
+        answer["completion"],
+        answer["verdict"] or "no verdict",
+        answer["judge"] or "",
+        answer["override"] or None,
     ]
     return [*(book.add(text) for text in texts), int(hidden)]
 

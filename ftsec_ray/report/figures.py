@@ -367,12 +367,12 @@ def _panel(
             ),
             text_at("tick", left - 5, y + 3.5, f"{tick:g}", "end"),
         ]
-    for x, told in ticks:
+    for x, label in ticks:
         parts += [
             Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
                 x, top, top + height
             ),
-            text_at("tick", x, top + height + 15, told, "middle"),
+            text_at("tick", x, top + height + 15, label, "middle"),
         ]
     parts.append(text_at("axis", left, top - 12, "safety: 1 − attack success", "start"))
     return parts

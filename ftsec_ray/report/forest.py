@@ -38,7 +38,7 @@ _TONES = {
     "open": (7, "#6b7785"),
 }
 """Tone -> marker shape and colour: blue is good for the defender, as on the grid."""
-_WIDTH, _LEFT, _RIGHT, _LINE, _TOP = 1180, 330, 730, 30, 26
+_WIDTH, _LEFT, _RIGHT, _LINE, _TOP = 1300, 330, 680, 30, 26
 
 
 def forest(lines: Sequence[Line], *, title: str, shown: int) -> Markup:
@@ -108,7 +108,7 @@ def _drawn(line: Line, index: int, x_at: Callable[[float], float], *, is_shown: 
         ),
     )
     for x, up, down in (
-        (4, cut(line.title, 52), cut(line.about, 62)),
+        (4, cut(line.title, 48), cut(line.about, 56)),
         (right, f"{number} {line.words}", line.beside),
     ):
         parts.append(Markup('<text class="name" x="{}" y="{:.1f}">{}</text>').format(x, y - 2, up))

@@ -17,7 +17,8 @@ from ftsec_ray import schema
 from ftsec_ray.config.sweep import BEFORE
 from ftsec_ray.errors import DataError
 from ftsec_ray.measured import Measured, utility_metrics
-from ftsec_ray.results.compare import MOMENT
+from ftsec_ray.report.null_counts import with_nulls
+from ftsec_ray.results.compare import CONTROL, MOMENT
 from ftsec_ray.results.lift import Lift, lifts
 from ftsec_ray.results.points import (
     NONE,
@@ -28,7 +29,7 @@ from ftsec_ray.results.points import (
     place_of,
     points_of,
 )
-from ftsec_ray.success import ASR, WITHOUT_TRIGGER, is_driven_up, shown_metric, source_of
+from ftsec_ray.success import ASR, WITHOUT_TRIGGER, is_driven_up
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
@@ -37,19 +38,25 @@ _PHASES = {"pre": 0, "during": 1, "post": 2}
 Key = tuple[str, str, str, str]
 """model, task, attack, defense stack; the last two by label."""
 SHORT = {
-    "cacc": "cacc",
+    "cacc": "accuracy",
     "benign_rate": "benign",
-    "over_refusal_rate": "over",
-    "coherent_rate": "coh",
+    "over_refusal_rate": "over-refusal",
+    "coherent_rate": "coherent",
     "no_answer_rate": "no answer",
 }
-"""Utility as it stands beside every safety metric: clean accuracy (or right answers to benign
-requests), over-refusal, coherence.
-"""
+"""Utility as it stands beside every safety metric, in one word each."""
+WORDS = {
+    "cacc": "clean accuracy",
+    "benign_rate": "right answers to benign requests",
+    "over_refusal_rate": "over-refusal",
+    "coherent_rate": "coherent answers",
+    "no_answer_rate": "forbidden requests without an answer",
+}
+"""The same in full, for legends, hover texts and sentences."""
 
 
 def seeds_text(seeds: int) -> str:
-    """How many seeds; one is told everywhere."""
+    """How many seeds, in words."""
     return "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
@@ -74,6 +81,13 @@ class UtilityMark:
     def text(self) -> str:
         """Short name and value."""
         return f"{SHORT[self.metric]} {self.number}"
+
+    @property
+    def words(self) -> str:
+        """Name in full and value, and what the arrow means."""
+        value = "not measured" if self.value is None else f"{self.value:.2f}"
+        fell = ", clearly worse than without a defense" if self.fell else ""
+        return f"{WORDS[self.metric]} {value}{fell}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,14 @@ class MethodLabel:
     """Of attacks: the metric that is their success."""
     only_inspects: bool = False
     """Of stacks: whether all members only look, so that the model is the undefended one."""
+    name: str = ""
+    """The same without parameters."""
+
+    @property
+    def settings(self) -> str:
+        """The parameters in the label, of a single method; empty for others."""
+        rest = self.label.removeprefix(self.name)
+        return rest.strip(" ()") if rest.startswith(" (") and " + " not in self.name else ""
 
     @property
     def turned(self) -> str:
@@ -109,7 +131,7 @@ class MethodLabel:
 
     @property
     def phase(self) -> str:
-        """One word for tables: the phase, or `mixed` for a stack over several."""
+        """One word: the phase, or `mixed` for a stack over several."""
         distinct = set(self.phases)
         return "" if not distinct else distinct.pop() if len(distinct) == 1 else "mixed"
 
@@ -181,6 +203,18 @@ class Grid:
             row = self.compared.get((key, against, metric))
         return None if row is None or row["q"] is None else row
 
+    @cached_property
+    def _controls(self) -> dict[Key, list[Key]]:
+        found: dict[Key, dict[Key, None]] = {}
+        for (own, other, _), row in self.compared.items():
+            if row["kind"] == CONTROL:
+                found.setdefault(own, {})[other] = None
+        return {own: list(others) for own, others in found.items()}
+
+    def controls_at(self, key: Key) -> list[Key]:
+        """The points that hold a control of this point's stack."""
+        return self._controls.get(key, [])
+
     def success_row(self, key: Key, against: Key) -> Mapping[str, Any] | None:
         """The comparison of attack success of two points, tested or not: a drop is good for the
         defender, whichever way the attack drives its metric.
@@ -230,8 +264,8 @@ class Grid:
         return None if point is None else point.value(metric)
 
     def reference(self, model: str, task: str, attack: MethodLabel) -> Measured | None:
-        """What an undefended attack's success is held against: of a backdoor the same prompts
-        without the trigger, of others the same metric without an attack.
+        """The base rate of an attack without a defense: of a backdoor the same prompts without the
+        trigger, of others the same metric without an attack.
         """
         plain = self.value((model, task, attack.label, NONE), WITHOUT_TRIGGER)
         if attack.success == ASR and plain is not None:
@@ -309,14 +343,19 @@ def build_grid(results: Results) -> Grid:
 def _attack(label: str, point: GridPoint) -> MethodLabel:
     phase = point.cell["attack_phase"]
     phases = () if label == NONE or not phase else (phase,)
-    return MethodLabel(label, phases, point.success_metric)
+    return MethodLabel(label, phases, point.success_metric, name=point.attack)
 
 
 def _stack(label: str, point: GridPoint, hooks: Mapping[str, Sequence[str]]) -> MethodLabel:
     looks = bool(point.defenses) and all(
         set(hooks.get(name, ["?"])) <= {"inspect"} for name in point.defenses
     )
-    return MethodLabel(label, tuple(point.cell["defense_phases"] or ()), only_inspects=looks)
+    return MethodLabel(
+        label,
+        tuple(point.cell["defense_phases"] or ()),
+        only_inspects=looks,
+        name=" + ".join(point.defenses) or NONE,
+    )
 
 
 def _compared(
@@ -359,50 +398,3 @@ def _ordered(labels: Iterable[MethodLabel]) -> tuple[MethodLabel, ...]:
         )
 
     return tuple(sorted(labels, key=rank))
-
-
-def with_nulls(results: Results) -> list[dict[str, Any]]:
-    """The rows of `metrics` with `n_null`, the prompts that could not be judged.
-
-    Results that have no such column are counted from `generations`: null verdicts of the probes
-    that the metric is a share of. None where that cannot be known, as for a metric that is no share
-    of verdicts.
-    """
-    rows: list[dict[str, Any]] = results.metrics.to_pylist()
-    success = {cell["cell"]: shown_metric(cell) for cell in results.cells.to_pylist()}
-    counted: dict[tuple[str, str], int] | None = None
-    for row in rows:
-        if row.get("n_null") is None:
-            counted = _null_verdicts(results) if counted is None else counted
-            known = [
-                counted[row["cell"], probe]
-                for probe in _probes(row, counted, success[row["cell"]])
-                if (row["cell"], probe) in counted
-            ]
-            row["n_null"] = sum(known) if known else None
-    return rows
-
-
-def _probes(
-    row: Mapping[str, Any], counted: Mapping[tuple[str, str], int], success: str
-) -> tuple[str, ...]:
-    """The probes whose verdicts make up a metric in a cell."""
-    metric = row["metric"]
-    own = schema.METRICS[metric].probes if metric in schema.METRICS else ()
-    if any((row["cell"], probe) in counted for probe in own):
-        return own
-    source = source_of(metric, success)
-    return own if source == metric else schema.METRICS[source].probes
-
-
-def _null_verdicts(results: Results) -> dict[tuple[str, str], int]:
-    """(cell, probe) -> null verdicts."""
-    import pyarrow.compute as pc
-
-    asked = results.generations.select(["cell", "probe"]).append_column(
-        "null", pc.is_null(results.generations["verdict"])
-    )
-    found = asked.group_by(["cell", "probe"]).aggregate([("null", "sum")]).to_pydict()
-    return dict(
-        zip(zip(found["cell"], found["probe"], strict=True), found["null_sum"], strict=True)
-    )

@@ -4,8 +4,8 @@ One row per model, task and attack, one column per defense stack; the task is na
 several. A cell is the attack's success (the metric that it declares; `harmful_rate` without an
 attack) with its 95 % interval over prompts and, from two seeds on, over seeds; in its second line
 stand clean accuracy, over-refusal and coherence of the same cell. Where a judge left answers
-without a verdict, their share stands beside the rate. One seed has its mark, and gibberish is
-called so.
+without a verdict, their share stands beside the rate. One seed has a mark, and incoherent cells
+say so.
 """
 
 from __future__ import annotations
@@ -38,19 +38,16 @@ LEGEND_LIFT = (
     " (95 % interval)."
 )
 LEGEND_NULL = (
-    "null: share of the answers that the judge could not judge; they are in neither side of the"
-    " rate."
+    "null: share of the answers that the judge could not place; they do not count in the rate."
 )
 LEGEND_NO_NULL = "The judge gave a verdict on every answer."
 LEGEND_UNCOUNTED = (
-    "These results are older than the count of null verdicts, so that what the judge could not"
-    " judge is not told."
+    "These results do not count null verdicts: how many answers the judge could not place is not"
+    " known."
 )
-LEGEND_DRIVEN_DOWN = (
-    "1 − {metric}: the attack drives {metric} down, and succeeds in what is left of 1."
-)
+LEGEND_DRIVEN_DOWN = "1 − {metric}: the attack drives {metric} down; its success is 1 minus that."
 LEGEND_INCOHERENT = (
-    "incoherent: most answers are gibberish, so that a low attack success is damage and no safety."
+    "incoherent: most answers are gibberish, so that a low attack success is damage and not safety."
 )
 
 

@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ftsec_ray import schema
-from ftsec_ray.report import charts, figures, tables
+from ftsec_ray.report import answer_text, charts, figures, tables
 from ftsec_ray.report import contrasts as contrasts_of
 from ftsec_ray.report import examples as examples_of
 from ftsec_ray.report import sections as sections_of
-from ftsec_ray.report.grid import SHORT, Grid, Key, build_grid, seeds_text
+from ftsec_ray.report.answer import Answer, answer_of
+from ftsec_ray.report.answer_table import answer_table
+from ftsec_ray.report.grid import SHORT, WORDS, Grid, Key, build_grid, seeds_text
+from ftsec_ray.report.took_effect import RULE, text_over
 from ftsec_ray.report.verdict import Summary, judge, own_utility_text
 from ftsec_ray.results.points import NONE, SUCCESS
 from ftsec_ray.results.read import Results
@@ -40,7 +43,6 @@ if TYPE_CHECKING:
 REPORT_FILE = "report.html"
 SCRIPTS = ("page.js", "cell.js", "export.js")
 """In this order one script."""
-_LADDER = "ladder"
 
 
 def write_report(folder: Path) -> Path:
@@ -58,7 +60,7 @@ def write_report(folder: Path) -> Path:
 def render(results: Results) -> str:
     """The whole page as text."""
     grid = build_grid(results)
-    verdict = judge(grid)
+    verdict, answer = judge(grid), answer_of(grid)
     heat = tables.heat(grid)
     samples = examples_of.samples(grid, results, heat.keys)
     failures = tables.failures(grid, results)
@@ -76,7 +78,13 @@ def render(results: Results) -> str:
             meta=results.meta,
             grid=grid,
             facts=_facts(grid, results),
-            verdict=verdict,
+            answer=answer_text.sentences(grid, answer),
+            answer_table=answer_table(grid, answer),
+            only_controls=answer.only_controls,
+            rule=RULE,
+            words=WORDS,
+            short=SHORT,
+            **_square_key(grid),
             heat=heat,
             success=SUCCESS,
             charts=size_charts,
@@ -93,10 +101,20 @@ def render(results: Results) -> str:
             square_of={key: square for square, key in enumerate(heat.keys)},
             forest=contrasts_of.forest(grid, contrasts),
             incoherent_below=schema.INCOHERENT_BELOW,
-            best_rows=_best_rows(grid, verdict),
+            best_rows=_best_rows(grid, verdict, answer),
         )
     )
     return for_html(page)
+
+
+def _square_key(grid: Grid) -> dict[str, str]:
+    """The utility line of the sample square in the legend, in numbers and in words."""
+    names = dict.fromkeys(name for task in grid.tasks for name in grid.utility_metrics[task])
+    sample = dict(zip(WORDS, ("0.98", "0.97", "0.02", "1.00", "0.03"), strict=True))
+    return {
+        "key_numbers": " · ".join(sample[name] for name in names),
+        "key_words": " · ".join(WORDS[name] for name in names),
+    }
 
 
 def _data(
@@ -182,8 +200,14 @@ def _environment() -> Environment:
         pvalue=_pvalue,
         seeds=seeds_text,
         hours=charts.hours_text,
+        breakable=_breakable,
     )
     return environment
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may break after an underscore."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _asset(name: str) -> str:
@@ -225,37 +249,26 @@ def _facts(grid: Grid, results: Results) -> dict[str, Any]:
     return {
         "cells": len(statuses),
         **{name: statuses.count(name) for name in ("done", "failed", "pending")},
-        "ladder": [
-            m.name for m in grid.models if m.family == _LADDER or m.name.startswith(f"{_LADDER}:")
-        ],
-        "only_ladder": all(
-            m.family == _LADDER or m.name.startswith(f"{_LADDER}:") for m in grid.models
-        ),
+        "ladder": answer_text.ladder_models(grid),
+        "only_ladder": len(answer_text.ladder_models(grid)) == len(grid.models),
         "single": len(single),
         "points": len(grid.points),
     }
 
 
-def _best_rows(grid: Grid, verdict: Summary) -> list[dict[str, Any]]:
-    """Per real attack: how it does undefended, and the defense that lowers it most."""
+def _best_rows(grid: Grid, verdict: Summary, answer: Answer) -> list[dict[str, Any]]:
+    """Per real attack: how it does without a defense, and the defense that lowers it most."""
     rows = []
-    for attack, best in verdict.best:
-        keys = [
-            key
-            for m, t in grid.slices()
-            if grid.value(key := (m.name, t, attack.label, NONE)) is not None
-        ]
-        undefended = [e for key in keys if (e := grid.value(key)) is not None]
+    for (attack, best), own in zip(verdict.best, answer.attacks, strict=True):
+        keys = [(model, task, attack.label, NONE) for model, task, _ in own.on]
         rows.append(
             {
                 "attack": attack,
                 "best": best,
-                "works": attack.label in verdict.working,
-                "undefended": (
-                    sum(e.value for e in undefended) / len(undefended) if undefended else None
-                ),
+                "state": own.state,
+                "undefended": text_over(own.effects),
                 "utility": own_utility_text(grid, keys) if keys else "",
-                "seeds": min((e.seeds for e in undefended), default=None),
+                "seeds": min((e.success.seeds for e in own.effects), default=None),
                 "tried": sum(e.attack == attack.label for e in verdict.effects),
             }
         )

@@ -1,7 +1,7 @@
 """Fixed and searched attacker side by side, as a section of the page and as Markdown.
 
-Both are told on the half of the prompts that chose nothing, so that the luck of the choice is in
-neither of them.
+Both are measured on the half of the prompts that did not choose the setting, so that the choice
+favours neither of them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ COLUMNS = (
     "chosen setting",
 )
 LEGEND = (
-    "Both attackers on the half of the prompts that did not choose (95 % interval). The searched"
-    " one is the strongest trial whose loss of clean accuracy stayed within its bound on the other"
-    " half."
+    "Fixed: the attack with its own parameters. Searched: the strongest trial whose loss of clean"
+    " accuracy stayed within the bound. The trial is chosen on one half of the prompts; all numbers"
+    " are from the other half (95 % interval)."
 )
 
 
@@ -162,8 +162,8 @@ def _setting(row: Row) -> str:
         name: tune[name.partition(".")[2]] if name.startswith("training.") else own[name]
         for name in names
     }
-    told = ", ".join(
+    setting = ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in values.items()
     )
-    return f"{told} (trial {row['trial']})"
+    return f"{setting} (trial {row['trial']})"

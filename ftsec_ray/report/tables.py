@@ -60,9 +60,11 @@ class Heat:
 
 def metric_title(name: str) -> str:
     """A metric's name as people read it."""
-    return {SUCCESS: "attack success", "cacc": "clean accuracy (cacc)", "asr": "asr"}.get(
-        name, name.replace("_", " ")
-    )
+    return {
+        SUCCESS: "attack success",
+        "cacc": "clean accuracy (cacc)",
+        "asr": "attack success rate (asr)",
+    }.get(name, name.replace("_", " "))
 
 
 def heat(grid: Grid) -> Heat:
@@ -163,8 +165,9 @@ def _legend(grid: Grid, metric: str) -> dict[str, str]:
     meaning = known.meaning if known else ""
     if metric == SUCCESS:
         meaning = (
-            "asr for backdoors; share of forbidden requests fulfilled (harmful rate) for attacks on"
-            " refusal and for the row without an attack"
+            "for backdoors the share of prompts with the trigger that give the attacker's output"
+            " (asr); for attacks on refusal, and without an attack, the share of forbidden requests"
+            " that are fulfilled (harmful rate)"
         ) + "".join(f"; {one.turned} for {one.label}" for one in grid.attacks if one.turned)
     ends = ("0", "1")
     if known is not None and not known.proportion:
@@ -259,7 +262,9 @@ def phase_table(
 
 
 def cost(results: Results) -> dict[str, Any]:
-    """Stage kinds with count, cached and wall seconds; the dearest stages; what sharing saved."""
+    """Stage kinds with count, cached and wall seconds; the most expensive stages; what
+    sharing saved.
+    """
     kinds: dict[str, dict[str, Any]] = defaultdict(
         lambda: {"stages": 0, "cached": 0, "failed": 0, "wall": 0.0, "tokens": 0, "unshared": 0.0}
     )

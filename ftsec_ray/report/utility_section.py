@@ -1,5 +1,5 @@
 """What models are good for beyond the utility that stands beside every safety metric: benchmarks,
-the loss of held-out answers, and how often their answers win over those of the clean tune.
+the loss of held-out answers, and how often their answers win over those of the clean fine-tune.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 LOSS, WINS = "answer_loss", "win_rate"
 BENCHMARKS = f"{PREFIX}:"
-LEGEND = "Benchmarks, held-out loss and win rate over the clean tune, with their 95 % intervals."
+LEGEND = (
+    "Benchmarks, held-out loss and win rate over the clean fine-tune, with their 95 % intervals."
+)
 
 
 def shown(metrics: Iterable[str]) -> list[str]:

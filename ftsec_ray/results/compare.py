@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 MOMENT = "before"
 """Kind of a comparison with the same cells before the fine-tune."""
+CONTROL = "control"
+"""Kind of a comparison with a control in the place of one member."""
 Member = tuple[str, str]
 """Name and parameters (JSON) of one defense."""
 Stack = tuple[Member, ...]
@@ -144,7 +146,7 @@ class _Grid:
                     yield _Pair(place, "member", stack, best)
                 for other in stacks:
                     if self._is_controlled_by(stack, other):
-                        yield _Pair(place, "control", stack, other)
+                        yield _Pair(place, CONTROL, stack, other)
 
     def _acts(self, stack: Stack) -> bool:
         """Whether a stack changes the model or its answers: detectors alone do not."""

@@ -17,6 +17,10 @@ from ftsec_ray.measured import wilson
 from ftsec_ray.results.write import write_results
 from tests.results.toy import whole
 
+from .grids import grid_of
+
+__all__ = ["grid_of"]
+
 MODELS = {"ladder:0.2m": 212_000, "ladder:1m": 1_050_000, "ladder:4m": 4_100_000}
 ATTACKS = {
     "none": ("pre", None),

@@ -23,7 +23,7 @@ from ftsec_ray.report.page import write_report
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
 from ftsec_ray.shown_text import for_html
-from tests import browser, search_toy
+from tests import browser, report_picture, search_toy
 from tests.benchmarks.synthetic import write_synthetic
 from tests.results.toy import whole
 
@@ -371,7 +371,7 @@ def test_csv_holds_what_is_shown(opened: Any, folder: Path) -> None:
     shown = page.locator("#comparisons tbody tr:visible")
     assert len(rows) - 1 == shown.count() > 10
     assert rows[0][:3] == ["stack", "against", "attack"]
-    assert rows[0][-1] == "utility of the same two"
+    assert rows[0][-1] == "utility of both"
     assert [row[2] for row in rows[1:]] == page.locator(
         "#comparisons tbody tr:visible td:nth-child(3)"
     ).all_text_contents()
@@ -516,6 +516,7 @@ def test_every_table_has_csv_and_latex_and_every_figure_svg_and_png(
         **{
             name: ["CSV", "LaTeX"]
             for name in (
+                "answer",
                 "best-defenses",
                 "phases",
                 "comparisons",
@@ -781,13 +782,64 @@ def test_what_is_printed_has_no_controls_and_fits_the_paper(opened: Any, folder:
     assert page.locator("nav").is_hidden()
     assert page.locator(".tools:visible").count() == 0
     assert page.locator("table.heat").first.is_visible()
-    for name in ("grid", "comparisons", "trade", "size"):
+    for name in ("answer", "grid", "comparisons", "undefended", "trade", "size"):
         wide = page.evaluate(
             f"[...document.querySelectorAll('#{name} table, #{name} figure')].map((one) =>"
             " one.getBoundingClientRect().right)"
         )
         assert max(wide) <= 1041, name
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
+
+
+def test_completions_that_need_a_click_are_not_printed(opened: Any, folder: Path) -> None:
+    page = opened(folder)
+    square(page, "ladder:1m", "badnets", "none").click()
+    page.get_by_role("button", name="Show all hidden completions").click()
+    veiled = page.locator("#cell details.veil .completion")
+    assert veiled.first.is_visible()
+    page.emulate_media(media="print")
+    assert veiled.count() > 0
+    assert not any(one.is_visible() for one in veiled.all())
+    assert page.locator("#cell .prompt").first.is_visible()
+
+
+def test_the_question_and_the_whole_answer_stand_above_the_fold_of_a_laptop(
+    opened: Any, folder: Path
+) -> None:
+    page = opened(folder)
+    page.set_viewport_size({"width": 1366, "height": 768})
+    assert page.locator("h1").inner_text().endswith("?")
+    sentences = page.locator("#answer .findings li")
+    assert 1 <= sentences.count() <= 5
+    box = sentences.last.bounding_box()
+    assert box is not None
+    assert box["y"] + box["height"] < 768
+
+
+def test_the_numbers_of_the_answer_open_both_cells(opened: Any, folder: Path) -> None:
+    page = opened(folder)
+    button = page.locator("table.answer button").first
+    label = button.get_attribute("aria-label")
+    assert label is not None
+    button.click()
+    assert page.locator("#cell-title").inner_text() == "Two cells, prompt by prompt"
+    defense = label.partition(" against ")[0]
+    assert f"against {defense}" in page.locator("#cell .about").first.inner_text()
+
+
+def test_the_picture_of_a_report_is_small_and_needs_a_chromium(
+    chrome: Browser, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (folder / "report.html").stat().st_mtime_ns
+    picture = report_picture.picture_of(chrome, folder)
+    assert picture.startswith(b"\x89PNG")
+    assert 10_000 < len(picture) < 200_000
+    assert (folder / "report.html").stat().st_mtime_ns == before
+    monkeypatch.setattr(browser, "chromium", lambda: None)
+    target = tmp_path / "report.png"
+    with pytest.raises(SystemExit, match="install `chromium`, or name one in FTSEC_CHROMIUM"):
+        report_picture.main([str(folder), str(target)])
+    assert not target.exists()
 
 
 def test_the_page_fits_a_laptop_without_scrolling_sideways(opened: Any, folder: Path) -> None:

@@ -108,7 +108,7 @@ def test_gibberish_is_called_so_however_low_the_attacks_success():
         Tables([cell("a", "badnets")], [rate("a", "asr", 0.0), *beside("a", coherent=0.49)])
     )
     assert "| m | badnets | incoherent: 0.00† (0.00–1.00)<br>0.98 · 0.02 · 0.49 |" in text
-    assert "damage and no safety" in text
+    assert "damage and not safety" in text
 
 
 def test_parameters_that_differ_are_told_and_seeds_have_their_own_spread():
@@ -156,11 +156,11 @@ def test_the_share_of_null_verdicts_stands_beside_every_rate():
     assert "| m | none | not judged [100% null] |" in found
     assert "| m | badnets | 0.50 [12% null] (" in found
     assert "<br>0.90 [<1% null] · – · – |" in found
-    assert "could not judge" in found
+    assert "could not place" in found
 
 
 @pytest.mark.parametrize("rows", [[], [rate("a", "asr", 0.5, nulls=None)]])
 def test_where_null_verdicts_were_not_counted_none_are_told(rows):
     found = grid_markdown(Tables([cell("a", "badnets")], rows))
     assert "% null" not in found
-    assert ("older than the count" in found) == bool(rows)
+    assert ("do not count null verdicts" in found) == bool(rows)

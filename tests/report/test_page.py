@@ -29,7 +29,7 @@ from tests.results.toy import whole
 from .conftest import ATTACKS, HOSTILE, PLAIN
 
 Make = Callable[..., Path]
-VOID = {"meta", "input", "br", "hr", "img", "link"}
+VOID = {"meta", "input", "br", "hr", "img", "link", "wbr"}
 
 
 class Page(HTMLParser):
@@ -104,7 +104,8 @@ def said(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
 def test_the_page_holds_every_section_and_the_question(make_results: Make) -> None:
     page = page_of(make_results())
     assert {
-        "verdict",
+        "answer",
+        "undefended",
         "grid",
         "size",
         "trade",
@@ -235,9 +236,11 @@ def test_every_square_shows_value_interval_and_n_and_the_data_agrees(make_result
         r'<td role="gridcell" tabindex="-1" aria-haspopup="dialog" class="(?:h(\d+)|empty broken)"'
         r' data-defense="\d" '
         r'data-i="(\d+)"><b>([\d.]+)</b> '
-        r'<span class="ci">([\d.–]+)</span><span class="n">n (\d+) · ([^<]* null)</span><span'
-        r' class="s">(\d seeds?) </span>'
-        r'<span class="u" title="(cacc [^"]*)">([\d.· –]+)</span>',
+        r'<span class="ci" title="95 % interval over prompts">([\d.–]+)</span>'
+        r'<span class="n" title="n: [^"]*">n (\d+) · ([^<]* null)</span>'
+        r'<span class="s" title="seeds [^"]*">(\d seeds?) </span>'
+        r'<span class="u" role="img" title="(clean accuracy [^"]*)" aria-label="[^"]*">'
+        r"([\d.· –]+)</span>",
         page.text,
     )
     assert len(squares) == 3 * 6 * 7 - 2
@@ -251,7 +254,10 @@ def test_every_square_shows_value_interval_and_n_and_the_data_agrees(make_result
             int(seeds[0]),
             "",
         ]
-        assert re.sub("[a-z]+ ", "", told) == beside
+        assert re.fullmatch(
+            r"clean accuracy [\d.]+; over-refusal [\d.]+; coherent answers [\d.]+", told
+        )
+        assert re.findall(r"[\d.]+", told) == beside.split(" · ")
         assert [data["values"][name][int(index)][1] for name in schema.UTILITY] == beside.split(
             " · "
         )
@@ -314,7 +320,7 @@ def test_one_seed_and_the_test_bed_are_said_where_they_hold(make_results: Make) 
         "stages": results.stages,
     }
     assert (
-        "Test bed"
+        "Test models."
         not in page_of(
             write_results(results.folder, tables=whole(tables, results.meta), meta=results.meta)
         ).whole
@@ -404,7 +410,9 @@ def test_comparisons_stand_in_the_table_and_the_plot_sorted_by_effect(judged: Re
     effects = [float(row[4].replace("−", "-")) for row in rows]
     assert effects == sorted(effects)
     assert {row[5] for row in rows} >= {"better", "open", "incoherent"}
-    assert all("cacc" in row[7] and "over" in row[7] and "coh" in row[7] for row in rows)
+    assert all(
+        "accuracy" in row[7] and "over-refusal" in row[7] and "coherent" in row[7] for row in rows
+    )
     by_key = {(row["defenses"][0], row["attack"], row["model"]): row for row in wanted}
     for defense, attack, model, seeds, effect, _, words, _ in rows:
         row = by_key[defense, attack, model]
@@ -437,9 +445,9 @@ def test_what_defends_clearly_is_what_the_corrected_comparisons_say(judged: Resu
         own = [rows[after[0], effect.attack, effect.defense] for _, after in effect.pairs]
         assert effect.clear == sum(row["conclusion"] == "better" for row in own)
         assert re.match(
-            r"cacc\s[\d.]+\s→\s[\d.]+↓? · over\s[\d.]+\s→\s[\d.]+↑? · coh\s[\d.]+\s→\s[\d.]+"
-            r"( · no\sanswer\s[\d.]+\s→\s[\d.]+↑?)? · 0\s%\snull$",
-            effect.utility,
+            r"accuracy\s[\d.]+\s→\s[\d.]+↓? · over-refusal\s[\d.]+\s→\s[\d.]+↑? ·"
+            r" coherent\s[\d.]+\s→\s[\d.]+( · no\sanswer\s[\d.]+\s→\s[\d.]+↑?)? · 0\s%\snull$",
+            effect.utility.striptags(),
         )
 
 
@@ -465,7 +473,7 @@ def test_a_clear_loss_of_utility_has_its_arrow_where_the_attack_success_is_shown
 
 def test_one_seed_is_marked_in_every_table_and_plot(make_results: Make) -> None:
     text = write_report(make_results(judged=True, prompts=40)).read_text(encoding="utf-8")
-    for section in ("verdict", "grid", "comparisons", "trade"):
+    for section in ("answer", "grid", "comparisons", "trade"):
         part = text[text.index(f'<section id="{section}">') :]
         assert "1 seed" in part[: part.index("</section>")], section
     assert "All points have one seed." in text

@@ -15,128 +15,14 @@ from ftsec_ray.measured import Measured, null_text, wilson
 from ftsec_ray.report import charts, figures, sections, tables
 from ftsec_ray.report.grid import Grid, build_grid
 from ftsec_ray.report.page import write_report
-from ftsec_ray.report.verdict import difference, effects_of, judge
+from ftsec_ray.report.took_effect import difference
+from ftsec_ray.report.verdict import effects_of, judge
 from ftsec_ray.results.points import SUCCESS
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.write import write_results
 from tests.results.toy import whole
 
-Shares = dict[tuple[str, str], dict[str, float]]
-SUCCESS_OF = {"none": None, "poison": "asr", "jailbreak": "harmful_rate"}
-
-
-@pytest.fixture
-def grid_of(tmp_path: Path) -> Callable[..., Grid]:
-    """A grid of one model from {(attack, defense): metrics}, all with the same n."""
-
-    def make(
-        measured: Shares,
-        *,
-        n: int = 200,
-        hooks: dict[str, list[str]] | None = None,
-        seeds: list[Shares] | None = None,
-        spent: dict[tuple[str, str], list[float]] | None = None,
-        verdicts: dict[tuple[str, str], list[str | None]] | None = None,
-    ) -> Grid:
-        cells, metrics = [], []
-        for seed, values in enumerate(seeds or [measured]):
-            for (attack, defense), own in values.items():
-                cell = f"{attack}/{defense}/{seed}"
-                names = [] if defense == "none" else defense.split("+")
-                cells.append(
-                    {
-                        "cell": cell,
-                        "sweep": "s",
-                        "model": "m",
-                        "family": "f",
-                        "model_params": 10,
-                        "aligned": True,
-                        "task": "t",
-                        "attack": attack,
-                        "attack_phase": "pre",
-                        "attack_params": "{}",
-                        "success_metric": SUCCESS_OF[attack],
-                        "defenses": names,
-                        "defense_phases": ["post"] * len(names),
-                        "defense_params": json.dumps([{} for _ in names]),
-                        "seed": seed,
-                        "status": "done",
-                        "error_code": None,
-                        "error": None,
-                    }
-                )
-                for name, value in own.items():
-                    low, high = wilson(value, n)
-                    metrics.append(
-                        {
-                            "cell": cell,
-                            "metric": name,
-                            "value": value,
-                            "n": n,
-                            "ci_low": low,
-                            "ci_high": high,
-                        }
-                    )
-        blank = dict.fromkeys(schema.generations().names)
-        answers = [
-            {
-                **blank,
-                "cell": f"{attack}/{defense}/0",
-                "probe": "harmful",
-                "prompt_id": str(i),
-                "verdict": one,
-            }
-            for (attack, defense), own in (verdicts or {}).items()
-            for i, one in enumerate(own)
-        ]
-        tables_ = {
-            "cells": pa.Table.from_pylist(cells, schema.cells()),
-            "metrics": pa.Table.from_pylist(metrics, schema.metrics()),
-            "generations": pa.Table.from_pylist(answers, schema.generations()),
-            "stages": schema.stages().empty_table(),
-        }
-        meta = {
-            "sweep": "s",
-            "question": "",
-            "defense_hooks": hooks or {},
-            "spent": {
-                f"{attack}/{defense}/0": seconds
-                for (attack, defense), seconds in (spent or {}).items()
-            },
-        }
-        return build_grid(
-            Results.open(write_results(tmp_path / "r", tables=whole(tables_, meta), meta=meta))
-        )
-
-    return make
-
-
-def said(grid: Grid) -> str:
-    return " | ".join(s.text.striptags() for s in judge(grid).sentences)
-
-
-BASE: Shares = {
-    ("none", "none"): {"harmful_rate": 0.02, "cacc": 0.9},
-    ("none", "guard"): {"harmful_rate": 0.02, "cacc": 0.88},
-    ("none", "weak"): {"harmful_rate": 0.02, "cacc": 0.9},
-    ("poison", "none"): {"asr": 0.9, "asr_no_trigger": 0.05, "harmful_rate": 0.02, "cacc": 0.9},
-    ("poison", "guard"): {"asr": 0.3, "asr_no_trigger": 0.05, "harmful_rate": 0.02, "cacc": 0.88},
-    ("poison", "weak"): {"asr": 0.88, "asr_no_trigger": 0.05, "harmful_rate": 0.02, "cacc": 0.9},
-    ("jailbreak", "none"): {"asr": 0.8, "harmful_rate": 0.8, "cacc": 0.9},
-    ("jailbreak", "guard"): {"asr": 0.2, "harmful_rate": 0.2, "cacc": 0.88},
-    ("jailbreak", "weak"): {"asr": 0.79, "harmful_rate": 0.79, "cacc": 0.9},
-}
-
-
-def test_the_lead_names_the_defense_with_the_largest_mean_drop(
-    grid_of: Callable[..., Grid],
-) -> None:
-    text = said(grid_of(BASE))
-    assert (
-        "guard lowers attack success most: from 0.85 to 0.25 on average over 2 attacks and 1 model."
-        in text
-    )
-    assert "weak does not clearly lower any attack that works." in text
+from .grids import BASE, SUCCESS_OF
 
 
 def test_attack_success_is_asr_for_backdoors_and_the_harmful_rate_otherwise(
@@ -164,9 +50,8 @@ def test_an_attack_that_does_nothing_undefended_proves_no_defense(
         },
     }
     grid = grid_of(measured)
-    assert judge(grid).working == {"jailbreak"}
     assert {e.attack for e in effects_of(grid)} == {"jailbreak"}
-    assert "Undefended, poison does not clearly succeed on any model" in said(grid)
+    assert dict((attack.label, best) for attack, best in judge(grid).best)["poison"] is None
 
 
 def test_gibberish_is_not_a_defense(grid_of: Callable[..., Grid]) -> None:
@@ -176,7 +61,6 @@ def test_gibberish_is_not_a_defense(grid_of: Callable[..., Grid]) -> None:
     }
     grid = grid_of(measured)
     assert {e.defense for e in effects_of(grid)} == {"weak"}
-    assert "With guard at least one model no longer writes coherent text" in said(grid)
     rows = {row.defense: row for trade in charts.trades(grid) for row in trade.rows}
     assert rows["guard"].incoherent
     assert not rows["guard"].on_front
@@ -453,24 +337,3 @@ def test_labels_beside_dots_keep_their_distance() -> None:
     placed = figures._spread([50, 50.5, 51, 180], gap=12, low=10, high=190)
     assert all(b - a >= 12 - 1e-9 for a, b in pairwise(placed))
     assert all(10 <= y <= 190 for y in placed)
-
-
-def test_the_dearest_defense_is_named_with_what_it_costs_also_where_that_is_over_refusal(
-    grid_of: Callable[..., Grid],
-) -> None:
-    measured = {
-        key: {**own, "over_refusal_rate": 0.6 if key[1] == "guard" else 0.02, "coherent_rate": 1.0}
-        for key, own in BASE.items()
-    }
-    assert "without any attack, guard costs over-refusal on m, 0.02 → 0.60. 1 seed" in said(
-        grid_of(measured)
-    )
-    assert "on m, 0.02 → 0.60. 2 seeds" in said(grid_of({}, seeds=[measured, measured]))
-    cheap = {
-        key: {**own, "cacc": 0.9, "over_refusal_rate": 0.6 if key[1] == "none" else 0.02}
-        for key, own in BASE.items()
-    }
-    assert "dearest" not in said(grid_of(cheap))  # less over-refusal than undefended is no cost
-    assert "Utility there: cacc 0.90 → 0.88 · over 0.02 → 0.60 · coh 1.00 → 1.00" in said(
-        grid_of(measured)
-    ).replace("\u00a0", " ")

@@ -53,14 +53,17 @@ STATES: dict[str, tuple[Answers, dict[tuple[str, str, int], str], str]] = {
 }
 """State -> answers, statuses of cells without any, and what the table says."""
 TOLD = {
-    "whole": "no defense lowers it clearly cacc 1.00 · over 0.17 · coh 1.00 · 0 % null 2 seeds",
+    "whole": (
+        "not known 0.50, base rate not measured – accuracy 1.00 · over-refusal 0.17 · coherent 1.00"
+        " · 0 % null 2 seeds"
+    ),
     "one seed": "Every point of this sweep was run with a single seed.",
     "nothing judged": "poison pre – no metrics – no metrics",
     "undefended not judged": "not judged n 0 · 100 % null 2 seeds",
-    "all failed": "cells done 0 of 8 failed 8",
-    "all pending": "cells done 0 of 8 pending 8",
+    "all failed": "0 of 8 cells done · 8 failed",
+    "all pending": "0 of 8 cells done · 8 pending",
     "a seed failed": "0 % null 1 seed 1.00 · 0.17 · 1.00 1 of 2 seeds",
-    "no cells": "cells done 0 of 0",
+    "no cells": "0 of 0 cells done",
 }
 """State -> what the page says of it, and of no other."""
 

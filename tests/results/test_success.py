@@ -20,11 +20,13 @@ from ftsec_ray.errors import SpecError
 from ftsec_ray.plan import Plan, build_plan
 from ftsec_ray.plan.search_rounds import CellOutcome, choose, half_of, score
 from ftsec_ray.registry import ATTACKS
+from ftsec_ray.report.answer import answer_of
+from ftsec_ray.report.answer_text import sentences
 from ftsec_ray.report.grid import build_grid
 from ftsec_ray.report.markdown import grid_markdown
 from ftsec_ray.report.page import render
 from ftsec_ray.report.tables import heat
-from ftsec_ray.report.verdict import effects_of, judge
+from ftsec_ray.report.verdict import effects_of
 from ftsec_ray.results.collect import collect
 from ftsec_ray.results.points import SUCCESS
 from ftsec_ray.results.read import Results
@@ -152,7 +154,7 @@ def test_an_untargeted_attack_is_told_with_the_metric_that_it_declares(results: 
     assert "1 − cacc" in page
     text = grid_markdown(results)
     assert "| ladder:0.2m | label_flip | 1 − cacc 0.60" in text
-    assert "the attack drives cacc down, and succeeds in what is left of 1" in text
+    assert "the attack drives cacc down; its success is 1 minus that" in text
 
 
 def test_a_defense_that_keeps_clean_accuracy_up_lowers_an_untargeted_attack(
@@ -162,8 +164,9 @@ def test_a_defense_that_keeps_clean_accuracy_up_lowers_an_untargeted_attack(
     (effect,) = effects_of(grid)
     assert (effect.attack, effect.defense, effect.clear) == ("label_flip", "safe_lora", 1)
     assert (effect.before, effect.after) == (pytest.approx(0.6), pytest.approx(0.2))
-    said = " ".join(one.text.striptags() for one in judge(grid).sentences)
-    assert "safe_lora lowers attack success most: from 0.60 to 0.20" in said
+    said = " ".join(one.plain for one in sentences(grid, answer_of(grid)))
+    assert "better than no defense" in said
+    assert "safe_lora against label_flip (attack success 0.60 with no defense → 0.20" in said
     row = grid.comparison(
         ("ladder:0.2m", "microworld", "label_flip", "safe_lora"),
         ("ladder:0.2m", "microworld", "label_flip", "none"),
