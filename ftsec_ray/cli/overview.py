@@ -71,15 +71,24 @@ def other_plan_line(plan: Plan, folder: Path, sweep_text: str | None) -> str | N
 
 
 def print_plan(
-    sweep: Path, *, store: str, results: str, as_json: bool, gpu_price: float | None
+    sweep: Path,
+    *,
+    store: str,
+    results: str,
+    limit: int | None,
+    as_json: bool,
+    gpu_price: float | None,
 ) -> None:
-    """Print what a plan holds, what of it is done, and what the rest takes."""
+    """Print what the plan of the first `limit` cells holds, what of it is done, and what the rest
+    takes; nothing is run or written.
+    """
     held = Store.open(store)
-    plan = api.make_plan(sweep, held)
+    whole = api.make_plan(sweep, held)
+    plan = api.limited(whole, limit)
     done, records = held.sound(plan.kinds)
     took = spent(plan, records, held.failures()) if plan.spec.budget else None
-    folder = api.results_folder(local_results(results), plan.spec.name)
-    warning = other_plan_line(plan, folder, api.text_of(sweep))
+    folder = api.results_folder(local_results(results), whole.spec.name)
+    warning = other_plan_line(whole, folder, api.text_of(sweep))
     if warning:
         say(warning, err=True)
     summary = summarize(plan, done, costs=costs_of(plan, held, done), spent=took)

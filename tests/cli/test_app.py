@@ -298,7 +298,7 @@ def test_a_page_shows_paper_hooks_and_parameters_with_defaults():
         "Cost:",
         "craft_data",
         "rate",
-        "a number",
+        "number",
         "0.1",
         "phase: pre",
     ):
