@@ -118,9 +118,9 @@ def verify(
     ] = None,
     as_json: Json = False,  # noqa: FBT002
 ) -> None:
-    """Check an archive: plan its sweep and compute its results again.
+    """Check an archive by computing its results again.
 
-    Metrics, comparisons and report are made again from the archived answers. Prints what differs
+    Plans its sweep, and makes metrics, comparisons and report from its answers. Prints what differs
     and what cannot be checked. Exit codes: 0 all that was checked agrees, 1 something differs,
     2 not an archive.
     """

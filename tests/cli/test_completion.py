@@ -83,7 +83,7 @@ def test_sweep_files_are_yaml_files_here_and_one_folder_below(folder):
     assert sweep_files(".h") == [] == sweep_files("notes")
 
 
-@pytest.mark.parametrize("odd", ["gone/", "~", "a\nb", "\0", "mine.yaml/", "../" * 400])
+@pytest.mark.parametrize("odd", ["gone/", "~", "a\nb", "\0", "mine.yaml/", "a/" * 5000])
 def test_an_odd_path_offers_nothing(folder, odd):
     assert sweep_files(odd) == []
 
