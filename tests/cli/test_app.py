@@ -204,7 +204,7 @@ def test_another_sweep_of_the_same_name_is_told_before_its_results_are_replaced(
         assert f"({before}, 24 cells)" in line
         assert f"({after}, 12 cells)" in line
     assert "tables: results/small\n" in call("run", "other.yaml").stdout
-    assert "tables: results/small (in place of another plan's)" in call("run", "small.yaml").stdout
+    assert "tables: results/small (replaced those of another plan)" in call("run", "small.yaml").stdout
     assert "another plan" not in call("run", "other.yaml", "--results", "elsewhere").stderr
     assert "another plan" in call("plan", "small.yaml", "--results", "elsewhere").stderr
     json.loads(call("plan", "small.yaml", "--json").stdout)
