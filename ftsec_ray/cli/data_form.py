@@ -149,7 +149,7 @@ def _labelled(columns: Sequence[str], records: Sequence[Record]) -> DataForm | N
         )
     if len(words) < 2:  # noqa: PLR2004 (one value is nothing to learn)
         return None
-    checks = ()
+    checks: tuple[str, ...] = ()
     if all(word.lstrip("-").isdecimal() for word in words):
         checks = (
             "the labels are numbers: write the word that each stands for into `labels`, in"
