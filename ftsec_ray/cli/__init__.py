@@ -1,4 +1,4 @@
-"""The command line `ftsec`: a thin face over `ftsec_ray.api`."""
+"""The command line `ftsec`, a thin layer over `ftsec_ray.api`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ MIN_PYTHON = (3, 11)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code; 3 where Python or a package that it is
-    made of is missing.
+    """Run the command line and exit with its exit code; 3 when Python is too old or a required
+    package is missing.
     """
     from ftsec_ray.cli.plain_output import PIPE_CLOSED, flushed, use_plain_signs
     from ftsec_ray.errors import EnvironmentFault
@@ -22,13 +22,13 @@ def main(args: Sequence[str] | None = None) -> None:
     clean_logs()
     sys.excepthook = _show_bug
     try:
-        # Sent along with a job, this package meets whatever Python a cluster has.
+        # Uploaded with a job, this package runs on the Python of the cluster.
         if sys.version_info < MIN_PYTHON:
             raise EnvironmentFault(
                 "this Python is too old",
                 sys.version.split()[0],
                 "Python 3.11 or newer",
-                "on a cluster: another image",
+                "install a newer Python; on a cluster, change the image of the nodes",
             )
         try:
             from ftsec_ray.cli.app import app
@@ -36,8 +36,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise EnvironmentFault(
                 "a package that ftsec_ray needs is not installed",
                 error.name,
-                "everything that its pyproject.toml requires",
-                f"install {error.name}, on a cluster in the image of all nodes",
+                "all packages that its pyproject.toml requires",
+                f"install {error.name} (on a cluster, in the image of every node)",
             ) from error
     except EnvironmentFault as fault:
         _write(str(fault))
@@ -54,12 +54,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The traceback of an error that nobody expected, which may quote what it met."""
+    """Print the traceback of an unexpected error, without the secrets that it may quote."""
     _write("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def _write(text: str) -> None:
-    """Write to stderr without Rich, which may be what is missing."""
+    """Write to stderr without Rich, which may be the missing package."""
     from ftsec_ray.redact import redacted
     from ftsec_ray.shown_text import for_terminal
 

@@ -1,4 +1,4 @@
-"""`ftsec list` and `ftsec show`: what the registry, the schema and the docstrings know, without
+"""`ftsec list` and `ftsec show`: what the registry, the schema and the docstrings say, without
 torch or ray.
 """
 
@@ -158,14 +158,14 @@ def list_kind(kind: str, *, as_json: bool) -> None:
     )
     if kind == "columns":
         say(
-            f"\nschema version {schema.SCHEMA_VERSION}; `since` is the version that brought a"
-            " column, and results of older ones open with null there"
+            f"\nschema version {schema.SCHEMA_VERSION}; `since` is the version that added a column;"
+            " results of older versions have null there"
         )
     if kind == "models":
         say(
-            "\nalso: a Hugging Face id (owner/name), a folder with config.json, a .gguf file;"
-            " family and aligned are taken from names of the\npattern"
-            " <family>-<size>-<instruct|base>, else write {path: FILE, family: NAME, aligned: true}"
+            "\nalso: a Hugging Face id (owner/name), a model folder, or a .gguf file.\n"
+            "family and aligned are read from names like <family>-<size>-<instruct|base>;\n"
+            "for other names write {path: FILE, family: NAME, aligned: true}"
         )
 
 
@@ -177,7 +177,7 @@ def _cell(value: object) -> str:
     return (
         ", ".join(map(str, value)) or "-"
         if isinstance(value, Sequence) and not isinstance(value, str)
-        else str(value)
+        else str(value) or "-"
     )
 
 
@@ -204,7 +204,7 @@ def show(name: str, *, as_json: bool) -> None:
 
 
 def page(registry: Registry, name: str) -> dict[str, Any]:
-    """All that is known of a method, as JSON values."""
+    """The page of a method, as JSON values."""
     cls = registry.get(name)
     parts = sections(registry.doc(name))
     hooks = {hook: _first_line(getattr(cls, hook).__doc__) for hook in hooks_of(cls)}
@@ -257,13 +257,13 @@ def _print_page(shown: dict[str, Any]) -> None:
     if "control" in shown:
         off = ", ".join(f"{key}: {json.dumps(value)}" for key, value in shown["control"].items())
         say(
-            f"Control: {{{shown['name']}: {{{off}}}}} is the same without its own mechanism; put it"
-            " into the sweep, and `comparisons` tests against it"
+            f"Control: {{{shown['name']}: {{{off}}}}} is the same defense without its mechanism;"
+            " with both in a sweep, `comparisons` tests one against the other"
         )
     if "search" in shown:
         say(
-            "Search: `search:` beside its parameters looks for the strongest setting of them and"
-            f" of the tune; it drives {shown['search']['metric']}"
+            "Search: `search:` beside its parameters finds the strongest setting of them and of the"
+            f" fine-tune; it maximises {shown['search']['metric']}"
         )
     say("\nHooks", style="bold")
     if shown["hooks"]:
@@ -273,7 +273,7 @@ def _print_page(shown: dict[str, Any]) -> None:
             ((hook, shown["hooks"][hook]) for hook in hooks() if hook in shown["hooks"]),
         )
     else:
-        say("none: it adds no stage")
+        say("none: the method adds no stage")
     say("\nParameters", style="bold")
     if not shown["parameters"]:
         say("none")

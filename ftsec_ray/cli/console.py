@@ -1,9 +1,7 @@
-"""Where the command line writes: answers to stdout, progress and errors to stderr, plain when
-nobody watches. All that it writes passes `shown`: without secrets, and without what a terminal
-would act on.
+"""Where the command line writes: answers to stdout, progress and errors to stderr, plain text when
+the output is no terminal. All output passes `shown`, which removes secrets and control characters.
 
-Errors that the user can fix are printed without a traceback and leave with the exit code of their
-branch of the tree.
+Errors that the user can fix are printed without a traceback, and their class decides the exit code.
 """
 
 from __future__ import annotations
@@ -43,10 +41,12 @@ def stderr() -> Console:
 
 
 class _Console(Console):
-    """A console whose reader may go: Rich itself would leave with the exit code of failed cells."""
+    """A console whose reader may close the pipe; Rich itself would exit with the code of failed
+    cells.
+    """
 
     def on_broken_pipe(self) -> None:
-        """Leave quietly."""
+        """Exit without a message."""
         flushed()
         raise SystemExit(PIPE_CLOSED)
 
@@ -60,17 +60,17 @@ def _console(*, stderr: bool) -> Console:
 
 
 def shown(text: str, *, one_line: bool = False) -> str:
-    """A text as it may stand on a terminal."""
+    """A text that is safe to print on a terminal."""
     return for_terminal(redacted(text), one_line=one_line)
 
 
 def say(text: str = "", *, style: str | None = None, err: bool = False) -> None:
-    """Print text: never markup, never cut."""
+    """Print text as it is: no markup, no truncation."""
     (stderr() if err else stdout()).print(Text(shown(text), style=style or ""), soft_wrap=True)
 
 
 def say_json(value: object) -> None:
-    """Print a value as JSON; its secrets go first, so that what is printed is still JSON."""
+    """Print a value as JSON; secrets are removed before, so that the output is valid JSON."""
     text = json.dumps(without_secrets(value), indent=1).replace("\x7f", "\\u007f")
     stdout().print(Text(text), soft_wrap=True)
 
@@ -116,7 +116,7 @@ def _leave(error: FtsecError) -> NoReturn:
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
-    """A command whose FtsecErrors are printed and become exit codes; Ctrl-C says how to
+    """A command whose FtsecErrors are printed and become exit codes; Ctrl-C prints how to
     continue.
     """
 
@@ -133,16 +133,16 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
                 EnvironmentFault(
                     "a package that ftsec_ray needs is not installed",
                     error.name,
-                    "everything that its pyproject.toml requires",
-                    f"install {error.name}, on a cluster in the image of all nodes; `ftsec doctor`"
-                    " lists what else is missing",
+                    "all packages that its pyproject.toml requires",
+                    f"install {error.name} (on a cluster, in the image of every node);"
+                    " `ftsec doctor` lists what else is missing",
                 )
             )
         except KeyboardInterrupt:
             again = " ".join(["ftsec", *sys.argv[1:]])
             say(f"\ninterrupted; finished stages are kept. Continue with: {again}", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:  # a reader such as `head` has enough
+        except BrokenPipeError:  # a reader such as `head` has closed the pipe
             flushed()
             raise typer.Exit(PIPE_CLOSED) from None
 

@@ -1,8 +1,8 @@
-"""`ftsec doctor`: what this machine or cluster can run, what is missing, and how to get it.
+"""`ftsec doctor`: what this machine or cluster can run, what is missing, and how to install it.
 
-With `--image` it looks at an image that shall become the nodes of a cluster instead: what the
-launchers call inside it, the extras, and a torch that was built for CUDA, on a machine that need
-not have a GPU. `cluster/Dockerfile` ends with that check.
+With `--image` it checks the image for the nodes of a cluster instead: the commands that launchers
+call in it, the extras, and a torch built for CUDA; no GPU is needed for that. `cluster/Dockerfile`
+ends with this check.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ LOW_DISK_GIB, LOW_MEMORY_GIB = 5.0, 4.0
 PACKAGE = "ftsec-ray"
 EXTRA_USES = {
     "cluster": "starting workers on AWS and GCP",
-    "deepspeed": "training a model in several processes",
+    "deepspeed": "training one model in several processes",
     "dev": "the tests",
     "bench": "the timings under tests/benchmarks",
     "benchmarks": "benchmarks of lm-eval on the finished models",
-    "quantization": "a packed base under an adapter",
+    "quantization": "a quantized base model under an adapter",
     "sign": "signatures of archives",
 }
 """What the extras of this package are for; which there are, and what each holds, its metadata says.
 """
 IMAGE_COMMANDS = {
-    "bash": ("bash", "Ray runs every command of a node with it"),
+    "bash": ("bash", "Ray runs all commands of a node with it"),
     "rsync": ("rsync", "`ray up` sends the cluster's configuration with it"),
-    "ssh": ("openssh-client", "the head starts its workers with it"),
-    "wget": ("wget", "KubeRay asks pods with it whether they live"),
+    "ssh": ("openssh-client", "the head node starts worker nodes with it"),
+    "wget": ("wget", "the health checks of KubeRay use it"),
 }
 """Command that the nodes of a cluster call -> its Debian package, and what for."""
 IMAGE_EXTRAS = {
@@ -60,7 +60,7 @@ IMAGE_EXTRAS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at."""
+    """One check and its result."""
 
     what: str
     found: str
@@ -73,13 +73,13 @@ class Check:
 
 
 def examine(store: str | Path, *, address: str | None = None) -> Iterator[Check]:
-    """Everything that a run depends on, one finding after the other."""
+    """Check everything that a run depends on."""
     yield _python()
     yield from _packages()
     yield from _extras()
     is_remote = "://" in str(store)
     yield from _machine(
-        Path.home() if is_remote else Path(store), "cache of the store" if is_remote else "store"
+        Path.home() if is_remote else Path(store), "store's cache" if is_remote else "store"
     )
     if is_remote:
         yield _remote(str(store))
@@ -160,7 +160,7 @@ def _packages() -> Iterator[Check]:
     if not wanted:
         yield Check(
             PACKAGE,
-            "not installed: what it needs is not known here",
+            "not installed: its requirements are not known",
             "note",
             f"pip install {PACKAGE}, or pip install -e . in its source",
         )
@@ -172,7 +172,7 @@ def _packages() -> Iterator[Check]:
         without = _lacking(of_extras) if found else []
         text = found or "not installed"
         if found and lacking:
-            text += f", which is not {one.specifier}"
+            text += f", want {one.specifier}"
         if without:
             text += f", without {', '.join(without)}"
         is_good = not lacking and not without
@@ -264,21 +264,24 @@ def _machine(store: Path, use: str) -> Iterator[Check]:
         "disk",
         f"{free:.1f} GiB free for the {use} {store}",
         "ok" if free >= LOW_DISK_GIB else "note",
-        "" if free >= LOW_DISK_GIB else "give another disk with --store",
+        "" if free >= LOW_DISK_GIB else "choose another disk with --store",
     )
     if not os.access(place, os.W_OK):
         yield Check(
-            "store", f"{place} cannot be written", "missing", "give a writable folder with --store"
+            "store",
+            f"{place} cannot be written",
+            "missing",
+            "choose another folder with --store",
         )
 
 
 def _remote(store: str) -> Check:
-    """Whether a store behind a URI answers."""
+    """Whether a store at a URI can be opened."""
     try:
         held = len(Store.open(store).done())
     except StoreError as error:
         return Check("store", redacted(error.what), "missing", error.fix)
-    return Check("store", f"{store} answers and holds {held} artifacts")
+    return Check("store", f"{store} can be read and holds {held} artifacts")
 
 
 def memory_bytes() -> int:
@@ -313,7 +316,7 @@ def _gpus() -> Iterator[Check]:
             "gpu",
             f"none (torch built for {torch.version.cuda or 'CPU only'})",
             "note",
-            "the ladder models need none; larger models want a CUDA build of torch and a GPU",
+            "ladder models need none; larger models need a CUDA build of torch and a GPU",
         )
 
 
@@ -344,7 +347,7 @@ def _hub() -> Check:
     if is_offline:
         return Check(
             "hugging face",
-            f"offline: only models and data in {cache}",
+            f"offline: only models and data sets in {cache}",
             "note",
             "unset HF_HUB_OFFLINE to download; ladder models need nothing",
         )

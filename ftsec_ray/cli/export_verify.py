@@ -1,5 +1,5 @@
-"""`ftsec export` and `ftsec verify`: a finished sweep in one file, and what of it would differ
-here.
+"""`ftsec export` and `ftsec verify`: a finished sweep in one file, and how its results differ when
+they are computed here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def verify_archive(
     signer: Path | None,
     as_json: bool,
 ) -> int:
-    """Print what differs here, what agrees and what cannot be checked, and return the exit code: 0
+    """Print what differs, what agrees and what cannot be checked, and return the exit code: 0
     when all that was checked agrees, 1 otherwise.
     """
     with within_memory():
@@ -58,9 +58,9 @@ def verify_archive(
         say(shown(f"note: {note}", one_line=True), err=True)
     topics = dict.fromkeys(topic for topic, _ in found.differences)
     said = (
-        "nothing would differ here, of what was checked"
+        "no differences in what was checked"
         if found.is_equal
-        else f"differs here: {', '.join(topics)}"
+        else f"differences: {', '.join(topics)}"
     )
     _say(f"{found.sweep}: {found.cells} cells, {found.stages} stages; {said}")
     return 0 if found.is_equal else 1

@@ -1,5 +1,5 @@
-"""How the terminal shows what failed: each failure once, with what it says, what it got and how to
-mend it, wrapped to the window and never cut into columns.
+"""How the terminal shows failures: each once, with its message, the value got and the fix, wrapped
+to the width of the window.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class Failure:
     stage: str
     """Kind and method of the stage that failed."""
     error: str
-    """As it was kept: the text of an FtsecError, or the end of a traceback."""
+    """As the record holds it: the text of an FtsecError, or the end of a traceback."""
 
 
 def headline(error: object) -> str:
-    """What an error says in a line: the first line of one of ours, of a traceback the line behind
-    its frames.
+    """An error in one line: the first line of an FtsecError, of a traceback the line after its
+    frames.
     """
     lines = _message(error)
     return lines[0].strip() if lines else "no message"
 
 
 def details(error: object) -> list[str]:
-    """The other lines of what an error says: `got`, `want` and `fix` of one of ours, or the rest of
-    a long message.
+    """The other lines of an error: `got`, `want` and `fix` of an FtsecError, or the rest of a long
+    message.
     """
     return [_cut(line) for line in _message(error)[1:] if line.strip()]
 
@@ -59,11 +59,11 @@ def _message(error: object) -> list[str]:
 
 
 def show_failures(failures: Iterable[Failure], *, more: str) -> None:
-    """Print failures, those of one stage and error together.
+    """Print failures, grouped by stage and error.
 
     Args:
         failures: One per failed cell.
-        more: Where the others are, when there are too many.
+        more: Where the others are listed, when there are too many to print.
     """
     cells: dict[tuple[str, str], list[str]] = {}
     for one in failures:

@@ -42,17 +42,17 @@ def made_by_other_code(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def other_code_line(other: Counter[str], held: int) -> str:
-    """What to say of the stages of `made_by_other_code`, of so many that the store holds."""
+    """The message about the stages of `made_by_other_code`; the store holds `held` stages."""
     are = "was" if held == 1 else "were"
     return (
         f"{other.total()} of {held} stages in the store {are} made by other code"
-        f" ({', '.join(sorted(other))}): their VERSION is unchanged, so they are reused; see `ftsec"
-        " verify`"
+        f" ({', '.join(sorted(other))}); they are reused, because their VERSION is unchanged; see"
+        " `ftsec verify`"
     )
 
 
 def other_plan_line(plan: Plan, folder: Path, sweep_text: str | None) -> str | None:
-    """What to say of a results folder that holds another plan of the same name; None where it does
+    """The warning that a results folder holds another plan of the same name; None where it does
     not, or only lacks rounds of a search of the same sweep.
     """
     held = run_meta(folder)
@@ -64,22 +64,31 @@ def other_plan_line(plan: Plan, folder: Path, sweep_text: str | None) -> str | N
     cells = sum(counts.values()) if isinstance(counts, dict) else "?"
     return (
         f"warning: {folder} holds the tables and the report of another plan named"
-        f" {plan.spec.name!r} ({str(held['plan'])[:8]}, {cells} cells): a run of this one"
-        f" ({plan.digest[:8]}, {len(plan.cells)} cells) replaces them. To keep both, give one of"
-        " the sweeps another `name`, or this run another --results"
+        f" {plan.spec.name!r} ({str(held['plan'])[:8]}, {cells} cells): running this plan"
+        f" ({plan.digest[:8]}, {len(plan.cells)} cells) replaces them. To keep both, change the"
+        " `name` of one sweep, or give another --results"
     )
 
 
 def print_plan(
-    sweep: Path, *, store: str, results: str, as_json: bool, gpu_price: float | None
+    sweep: Path,
+    *,
+    store: str,
+    results: str,
+    limit: int | None,
+    as_json: bool,
+    gpu_price: float | None,
 ) -> None:
-    """Print what a plan holds, what of it is done, and what the rest takes."""
+    """Print what the plan of the first `limit` cells holds, what of it is done, and what the rest
+    takes; nothing is run or written.
+    """
     held = Store.open(store)
-    plan = api.make_plan(sweep, held)
+    whole = api.make_plan(sweep, held)
+    plan = api.limited(whole, limit)
     done, records = held.sound(plan.kinds)
     took = spent(plan, records, held.failures()) if plan.spec.budget else None
-    folder = api.results_folder(local_results(results), plan.spec.name)
-    warning = other_plan_line(plan, folder, api.text_of(sweep))
+    folder = api.results_folder(local_results(results), whole.spec.name)
+    warning = other_plan_line(whole, folder, api.text_of(sweep))
     if warning:
         say(warning, err=True)
     summary = summarize(plan, done, costs=costs_of(plan, held, done), spent=took)
@@ -146,8 +155,8 @@ def print_status(sweep: Path, *, store: str, as_json: bool) -> None:
     summary = summarize(plan, done, costs=costs_of(plan, held, done))
     say(
         f"{plan.spec.name}: {counts['done']} of {len(plan.cells)} cells done, {counts['failed']}"
-        f" failed, {counts['pending']} pending; {summary.done} of {summary.stages} stages held,"
-        f" {summary.to_run} to run ({duration(summary.work_s)} of work)"
+        f" failed, {counts['pending']} pending; {summary.done} of {summary.stages} stages in"
+        f" the store, {summary.to_run} to run ({duration(summary.work_s)} of work)"
     )
     took = spent(plan, records, failures)
     over = shortfall(plan, took, summary.bill) if plan.spec.budget else None

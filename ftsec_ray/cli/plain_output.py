@@ -1,5 +1,5 @@
-"""Output on whatever terminal, file or pipe there is: one that is not UTF-8 gets ASCII signs in
-place of those that it lacks, and one that was closed ends the program quietly.
+"""Output on any terminal, file or pipe: one that is not UTF-8 gets ASCII in place of the characters
+that it lacks, and a closed pipe ends the program quietly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from typing import TextIO
 
 PIPE_CLOSED = 128 + signal.SIGPIPE
-"""Exit code where whoever read the output has gone, as a shell knows it."""
+"""Exit code when the reader of the output has closed it, by the convention of shells."""
 _HANDLER = "ftsec_ray.ascii_signs"
 _ASCII = {
     "–": "-",
@@ -41,7 +41,7 @@ _ASCII = {
 
 
 def use_plain_signs() -> None:
-    """Let stdout and stderr write every text: what their encoding lacks as ASCII, else as `?`."""
+    """Let stdout and stderr write any text; characters that their encoding lacks become ASCII."""
     codecs.register_error(_HANDLER, _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -56,8 +56,8 @@ def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def flushed() -> bool:
-    """Write out what stdout and stderr hold; False where one was closed, of which Python says
-    nothing more then.
+    """Flush stdout and stderr; False when one was closed, about which Python then prints nothing
+    more.
     """
     return all([_flush(stream) for stream in (sys.stdout, sys.stderr)])
 
@@ -68,7 +68,7 @@ def _flush(stream: TextIO | None) -> bool:
     try:
         stream.flush()
     except OSError:
-        # Python would try again at its end, and complain then.
+        # Python would flush again at exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
     return True

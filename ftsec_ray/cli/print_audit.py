@@ -1,4 +1,4 @@
-"""`ftsec judge-audit`: how often each judge is wrong, and the rates without its errors."""
+"""`ftsec judge-audit`: the error rates of judges, and metrics corrected for them."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _print(found: Audit, results: Results) -> None:
     left = [
         f"{count} {what}"
         for count, what in (
-            (found.unlabelled, "rows without a truth yet"),
-            (found.unmatched, "labels that meet no answer"),
+            (found.unlabelled, "rows without a true verdict"),
+            (found.unmatched, "labels that match no answer"),
         )
         if count
     ]

@@ -1,4 +1,4 @@
-"""`ftsec claims`: the verdicts on the survey's findings, for people and as JSON."""
+"""`ftsec claims`: the verdicts on the survey's findings, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def print_claims(folder: Path | None, *, as_json: bool, explain: bool) -> None:
     if folder is None:
         if not explain:
             raise SpecError(
-                "no results to test",
+                "no results given",
                 folder,
                 "RESULTS: a folder that `ftsec run` wrote, such as results/claims_ladder",
-                "or --explain, which prints the rules without any",
+                "or --explain, which prints the rules and needs no results",
             )
         found = None
     else:
         try:
             found = api.check_claims(folder)
-        except DataError as fault:  # not the fault of a stage, as elsewhere, but of what was asked
+        except DataError as fault:  # here the argument is wrong, not a stage
             say(str(fault), err=True)
             raise typer.Exit(BAD_INPUT) from None
     if as_json:
@@ -89,7 +89,7 @@ def _print_findings(found: list[Finding], folder: Path | None) -> None:
             for row in rows:
                 say(f"  {title:8}{_line(row)}")
         for text in one.decide:
-            say(f"  would decide it: {text}")
+            say(f"  needed to decide: {text}")
     say(f"\nutility: {UTILITY_NAMES}, of both sides, or once where both are of one cell")
     say("`--explain` prints the rules and the queries")
 

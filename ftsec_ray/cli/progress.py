@@ -1,7 +1,8 @@
-"""Progress of a run: a bar on a terminal, elsewhere a line now and then; failures are told at once.
+"""Progress of a run: a bar on a terminal, elsewhere a line every few seconds; failures are printed
+at once.
 
-Fed by the events of the engine. How far the work is and when it ends are counted in expected
-seconds of work, since stages differ by orders of magnitude.
+Fed by the events of the engine. Progress and remaining time are counted in expected seconds of
+work, since stages differ by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LINE_EVERY_S = 10.0
 
 
 class Tally:
-    """Counts of a run, from the plan and the events alone: no clock of its own, nothing printed."""
+    """Counts of a run, from the plan and the events; it reads no clock and prints nothing."""
 
     def __init__(self, plan: Plan, done: Collection[str], costs: Callable[[Stage], float]) -> None:
         self._seconds = {stage.digest: costs(stage) for stage in plan.needed(done)}
@@ -53,23 +54,23 @@ class Tally:
         self.work_s = sum(self._seconds.values())
         self._done: set[str] = set()
         self._given_up: set[str] = set()
-        """Stages that failed, and those that wait for them in vain."""
+        """Stages that failed, and those that need their results."""
         self._running: dict[str, int] = {}
         self.failed = 0
 
     @property
     def stages_done(self) -> int:
-        """Stages of this run that ended well."""
+        """Stages of this run that succeeded."""
         return len(self._done)
 
     @property
     def running(self) -> int:
-        """Units in flight."""
+        """Units that are running."""
         return len(self._running)
 
     @property
     def done_s(self) -> float:
-        """Expected seconds of the stages that ended well."""
+        """Expected seconds of the stages that succeeded."""
         return sum(self._seconds[digest] for digest in self._done)
 
     def take(self, event: Event) -> None:
@@ -98,7 +99,7 @@ class Tally:
             self.cells_done += self._open[index] == 0
 
     def left_s(self, elapsed_s: float) -> float | None:
-        """Seconds until the end at the pace so far; None before anything has ended well."""
+        """Remaining seconds at the pace so far; None before any stage has succeeded."""
         done, given_up = (
             self.done_s,
             sum(self._seconds[digest] for digest in self._given_up - self._done),
@@ -148,7 +149,7 @@ class LiveProgress:
         self._bar: Progress | None = None
 
     def __enter__(self) -> LiveProgress:
-        self._start = self._told = self._clock()
+        self._start = self._printed_s = self._clock()
         if self._console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
@@ -176,7 +177,7 @@ class LiveProgress:
         self._say(self.tally.line(self._clock() - self._start))
 
     def follow(self, tally: Tally) -> None:
-        """Show the counts of what the plan has grown by."""
+        """Show the counts of the stages that were added to the plan."""
         self._say(self.tally.line(self._clock() - self._start))
         self.tally, self._start = tally, self._clock()
         if self._bar is not None:
@@ -187,16 +188,16 @@ class LiveProgress:
         self.tally.take(event)
         elapsed = self._clock() - self._start
         if event.kind in ("failed", "requeued"):
-            what = "failed" if event.kind == "failed" else "lost its worker, runs again"
+            what = "failed" if event.kind == "failed" else "worker died, retrying"
             self._say(f"{what}: {self.tally.what(event)}: {headline(event.error)}")
         if self._bar is not None:
             self._bar.update(
                 self._task, completed=self.tally.done_s, description=self.tally.line(elapsed)
             )
         elif (
-            event.kind == "started" and self._clock() - self._told >= LINE_EVERY_S
-        ):  # at an end, nothing would seem to run
-            self._told = self._clock()
+            event.kind == "started" and self._clock() - self._printed_s >= LINE_EVERY_S
+        ):  # when a unit ends, nothing seems to run
+            self._printed_s = self._clock()
             self._say(self.tally.line(elapsed))
 
     def _say(self, text: str) -> None:

@@ -47,7 +47,7 @@ def run_sweep(
     BudgetError (exit 2) when what is left would take more than the sweep's budget.
     """
     _warn_of_job_folder(store=store, results=results)
-    # Libraries' notes to their own developers would tear the progress apart.
+    # Deprecation warnings of libraries would break up the progress bar.
     warnings.filterwarnings("ignore", category=FutureWarning)
     held = Store.open(store)
     whole = api.make_plan(sweep, held)
@@ -87,8 +87,8 @@ def run_sweep(
             whole, held, folder, executor=executor, limit=limit, sweep_text=api.text_of(sweep)
         )
         say(
-            f"{whole.spec.name}: the store holds every stage of {len(part.cells)} cells, nothing"
-            " to run",
+            f"{whole.spec.name}: the store already holds all stages of {len(part.cells)} cells,"
+            " nothing to run",
             err=True,
         )
     _print_outcome(
@@ -101,17 +101,17 @@ def run_sweep(
 
 
 def _warn_of_job_folder(**places: str) -> None:
-    """Inside a Ray job, say which of the places go away with the job's own folder."""
+    """Inside a Ray job, warn of places that are deleted with the job's own folder."""
     lost = [
         f"--{name} {place}"
         for name, place in places.items()
         if not is_uri(place) and Path(place).absolute().is_relative_to(Path.cwd())
     ]
     if lost and JOB_VARIABLE in os.environ:
-        verb = "lies" if len(lost) == 1 else "lie"
+        verb = "is" if len(lost) == 1 else "are"
         say(
             f"note: {' and '.join(lost)} {verb} in the working folder of this Ray job, which Ray"
-            " removes some time after it. To keep it, give an absolute path on a disk that all"
+            " deletes after the job. To keep the files, give an absolute path on a disk that all"
             " nodes mount, or a URI such as s3://BUCKET/PREFIX",
             err=True,
         )
@@ -125,7 +125,7 @@ def report_sweep(
     as_markdown: bool = False,
     correction: Correction = "bh",
 ) -> None:
-    """Collect what the store holds of a sweep, write its report, and print where it is or the grid
+    """Collect what the store holds of a sweep, write its report, and print its path, or the grid
     as Markdown.
     """
     from ftsec_ray.report.answer_text import answer_markdown
@@ -148,8 +148,8 @@ def report_sweep(
 
 
 def exit_code(results: Results, part: Plan) -> int:
-    """0 when all cells of `part` are done and all its searches have ended, 1 otherwise; a failed
-    trial is told in `searches`.
+    """0 when all cells of `part` are done and all its searches have ended, 1 otherwise; failed
+    trials are counted in `searches`.
     """
     if any(search.is_open for search in part.searches):
         return 1
@@ -181,8 +181,8 @@ def _print_outcome(
     ended = Counter(results.searches["status"].to_pylist())
     if ended:
         failed = sum(results.searches["n_failed"].to_pylist())
-        told = ", ".join(f"{count} {status}" for status, count in sorted(ended.items()))
-        say(f"searches: {told}" + (f"; {failed} trials failed" if failed else ""))
+        counts_text = ", ".join(f"{count} {status}" for status, count in sorted(ended.items()))
+        say(f"searches: {counts_text}" + (f"; {failed} trials failed" if failed else ""))
     for why in sorted(
         {
             row["error"]
@@ -190,18 +190,18 @@ def _print_outcome(
             if row["status"] == "pending" and row["error_code"] == "budget"
         }
     ):
-        say(f"pending: {why}; a higher `budget` lets the next run go on")
+        say(f"pending: {why}; raise `budget` to continue")
     for line in lines_of(warnings_in(results.meta)):
         say(line)
     if counts["done"]:
         say("\n".join(answer_lines(results)))
-    place = " (in place of another plan's)" if replaced else ""
+    place = " (replaced those of another plan)" if replaced else ""
     say(f"tables: {sent_to or results.folder}{place}")
     say(f"report: {f'{sent_to}/{page.name}' if sent_to else page}")
 
 
 def _failure(row: dict[str, Any], attack: str, stack: str) -> Failure:
-    """A failed cell of the table `cells`, whose error stands behind the name of its stage."""
+    """A failed cell of the table `cells`; its error follows the name of its stage."""
     stage, _, error = str(row["error"] or "").partition(": ")
     name = f"{row['model']} x {row['task']} x {attack} x {stack}, seed {row['seed']}"
     return Failure(cell=name, stage=stage, error=error or str(row["error_code"]))

@@ -1,5 +1,5 @@
-"""`ftsec submit`: hand a sweep to a Ray cluster, tell how to follow it, and follow it where
-asked.
+"""`ftsec submit`: run a sweep as a job on a Ray cluster, and print how to follow it, or wait for
+it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def submit_sweep(
         shared_disk=shared_disk,
         before_sending=_print_files,
     )
-    size = f"{job.sent_bytes / 1024:.0f} KiB sent" + (
-        ", this ftsec_ray with it" if job.has_package else ""
+    size = f"{job.sent_bytes / 1024:.0f} KiB uploaded" + (
+        ", including this ftsec_ray" if job.has_package else ""
     )
     say(
         f"submitted to {job.head.address} (Ray {job.head.ray_version}, {len(job.head.nodes)}"
@@ -62,13 +62,13 @@ def submit_sweep(
     try:
         return job.wait(_print_log)
     except KeyboardInterrupt:
-        say(f"\nno longer waiting; the job {job.id} runs on", err=True)
+        say(f"\nno longer waiting; the job {job.id} continues", err=True)
         _print_commands(job)
         return INTERRUPTED
 
 
 def _print_files(sent: Upload) -> None:
-    say("to be sent:", err=True)
+    say("files to upload:", err=True)
     for line in sent.listed(_COLUMNS):
         say(line, err=True)
 

@@ -9,7 +9,7 @@ field means.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from functools import cache
 from types import MappingProxyType
@@ -28,12 +28,12 @@ Schema = dict[str, Any]
 STRICT: ConfigDict = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 _AS_WRITTEN: Mapping[str, str] = MappingProxyType({})
 _WORDS = {
-    "integer": ("an int", "ints"),
-    "number": ("a number", "numbers"),
-    "string": ("a text", "texts"),
+    "integer": ("integer", "integers"),
+    "number": ("number", "numbers"),
+    "string": ("text", "texts"),
     "boolean": ("true or false", "true or false"),
     "null": ("null", "null"),
-    "object": ("a mapping", "mappings"),
+    "object": ("mapping", "mappings"),
     "any": ("any value", "values"),
 }
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -44,7 +44,7 @@ class FieldInfo(NamedTuple):
 
     name: str
     type: str
-    """In words: `an int, >= 1`."""
+    """In words: `integer, >= 1`."""
     default: object
     """The default value; MISSING where it is required."""
     doc: str
@@ -114,18 +114,26 @@ def fields_of(cls: Any) -> tuple[FieldInfo, ...]:
 
 
 def words(schema: Schema, *, plural: bool = False) -> str:
-    """A JSON schema in words: `an int, >= 1`, `lora | full`, `a list of texts`."""
+    """A JSON schema in words: `integer, >= 1`, `one of lora | full`, `list of texts`."""
     if "anyOf" in schema:
         return " or ".join(words(one, plural=plural) for one in schema["anyOf"])
     if "enum" in schema or "const" in schema:
-        return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
+        return _one_of(schema.get("enum", [schema.get("const")]))
     if "prefixItems" in schema:
         inner = [words(item) for item in schema["prefixItems"]]
-        return f"a list of {len(inner)}: " + ", ".join(inner)
+        return f"list of {len(inner)}: " + ", ".join(inner)
     if schema.get("type") == "array":
-        return "a list of " + words(schema["items"], plural=True)
+        return "list of " + words(schema["items"], plural=True)
     bounds = [f"{sign} {schema[key]}" for key, sign in _BOUNDS.items() if key in schema]
     return ", ".join([_WORDS[schema.get("type", "any")][plural], *bounds])
+
+
+def _one_of(values: Sequence[object]) -> str:
+    """The values that are allowed: `one of lora | full`."""
+    named = " | ".join(
+        str(value).lower() if isinstance(value, bool) else str(value) for value in values
+    )
+    return f"one of {named}" if len(values) > 1 else named
 
 
 def unknown_keys(

@@ -125,6 +125,13 @@ def read_source(
     )
 
 
+def records_of(spec: SourceSpec) -> list[Record]:
+    """The records of a source as its file has them, before columns are mapped; of a data set those
+    that `rows` draws.
+    """
+    return read_records(spec.path) if spec.path else _hub_records(spec, is_text=False)[0]
+
+
 def place_of(spec: SourceSpec) -> str:
     """A source's name in messages: the file, or the data set with its configuration, split and
     revision.

@@ -204,7 +204,9 @@ def test_another_sweep_of_the_same_name_is_told_before_its_results_are_replaced(
         assert f"({before}, 24 cells)" in line
         assert f"({after}, 12 cells)" in line
     assert "tables: results/small\n" in call("run", "other.yaml").stdout
-    assert "tables: results/small (in place of another plan's)" in call("run", "small.yaml").stdout
+    assert (
+        "tables: results/small (replaced those of another plan)" in call("run", "small.yaml").stdout
+    )
     assert "another plan" not in call("run", "other.yaml", "--results", "elsewhere").stderr
     assert "another plan" in call("plan", "small.yaml", "--results", "elsewhere").stderr
     json.loads(call("plan", "small.yaml", "--json").stdout)
@@ -298,7 +300,7 @@ def test_a_page_shows_paper_hooks_and_parameters_with_defaults():
         "Cost:",
         "craft_data",
         "rate",
-        "a number",
+        "number",
         "0.1",
         "phase: pre",
     ):
@@ -402,3 +404,55 @@ def test_api_and_command_line_leave_the_same_results(folder):
     assert results.to_pandas("cells").shape[0] == CELLS
     assert results.to_polars("metrics").height == results.metrics.num_rows
     assert results.meta["sweep_text"] == SWEEP
+
+
+@pytest.mark.parametrize("args", [(), ("--limit", "3"), ("--results", "elsewhere")])
+def test_a_dry_run_prints_the_plan_and_starts_nothing(folder, args):
+    planned = call("plan", "small.yaml", *args)
+    dry = call("run", "small.yaml", "--dry-run", *args)
+    assert (dry.stdout, dry.stderr) == (planned.stdout, planned.stderr)
+    assert ("3 cells" if "--limit" in args else f"{CELLS} cells") in dry.stdout
+    assert toy.ran == []
+    assert sorted(p.name for p in folder.iterdir()) == ["small.yaml"]
+
+
+def test_a_dry_run_has_the_exit_codes_of_a_plan(folder):
+    (folder / "bad.yaml").write_text(SWEEP.replace("badnets", "badnet"))
+    dry, planned = (
+        call("run", "bad.yaml", "--dry-run", code=2),
+        call("plan", "bad.yaml", code=2),
+    )
+    assert dry.stderr == planned.stderr
+    assert "did you mean 'badnets'?" in dry.stderr
+
+
+def test_a_limited_plan_counts_the_cells_that_a_limited_run_takes(folder):
+    assert json.loads(call("plan", "small.yaml", "--limit", "3", "--json").stdout)["cells"] == 3
+    call("plan", "small.yaml", "--limit", "0", code=2)
+
+
+def test_types_of_parameters_are_words():
+    pages = [
+        page
+        for registry in (ATTACKS, DEFENSES)
+        for name in registry.names()
+        for page in json.loads(call("show", name, "--json").stdout)
+    ]
+    types = {parameter["type"] for page in pages for parameter in page["parameters"]}
+    assert {"integer", "number", "text", "true or false"} <= types
+    assert "one of dirty | mix | clean" in types
+    words = {word for one in types for word in one.replace(",", " ").split()}
+    assert not words & {"int", "ints", "str", "bool", "float", "tuple", "None"}
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["", *(command.name for command in app.registered_commands)],
+)
+def test_help_fits_80_columns_and_its_list_cuts_no_sentence(verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = call(*filter(None, (verb, "--help"))).stdout
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    listed = shown.partition("Commands:")[2].splitlines()
+    cut = [line for line in listed if line.endswith("...") and not line.endswith(", ...")]
+    assert cut == []

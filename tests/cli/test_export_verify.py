@@ -99,7 +99,7 @@ def test_an_archive_holds_the_evidence_and_verifies_where_it_was_made(workplace)
     } <= set(names)
     said = call("verify", str(archive))
     assert "small: 4 cells" in said.stdout
-    assert "nothing would differ here" in said.stdout
+    assert "no differences in what was checked" in said.stdout
     assert "artifacts that the local store also holds have the same bytes" in said.stderr
     assert ftsec_ray.verify(archive).is_equal
 
@@ -233,7 +233,7 @@ def test_other_versions_of_code_are_named_with_the_stages_that_would_run_anew(wo
     assert "plan: 4 of 4 cells have another digest here" in said
     assert "would run again" in said
     assert "edited" not in said
-    assert "differs here: code, plan" in said
+    assert "differences: code, plan" in said
 
 
 def test_other_code_under_the_same_version_is_a_difference_and_another_docstring_is_none(
@@ -247,13 +247,13 @@ def test_other_code_under_the_same_version_is_a_difference_and_another_docstring
     code, said = elsewhere(archive, edited)
     assert code == 1
     assert "code: the package here differs from its versions.lock: training/losses.py" in said
-    assert "differs here: code\n" in said
+    assert "differences: code\n" in said
     code, said = elsewhere(archive, locked(edited))
     assert code == 1
     assert "code: the code of align stages, finetune stages" in said
     assert "differs under the same VERSION" in said
     assert "edited" not in said
-    assert "differs here: code\n" in said, "the digests are equal"
+    assert "differences: code\n" in said, "the digests are equal"
 
 
 def test_an_archive_of_a_package_that_was_edited_says_so(workplace, tmp_path):
@@ -290,14 +290,14 @@ def test_artifacts_of_other_code_are_told_when_they_are_planned_run_and_verified
         "finetune": 2
     }
     assert line in call("run", "small.yaml", "--executor", "local").stderr
-    assert "nothing would differ here" in call("verify", str(archive)).stdout
+    assert "no differences in what was checked" in call("verify", str(archive)).stdout
     call("export", "small.yaml", "--out", "again.zip")
     said = call("verify", "again.zip", code=1).stdout
     assert (
         f"code: 2 of {len(stages)} artifacts were made by other code than that of the exporting"
         " package, under the same VERSION: finetune (2)\n"
     ) in said
-    assert "differs here: code\n" in said
+    assert "differences: code\n" in said
 
 
 def test_a_method_that_is_not_installed_here_is_named(workplace, tmp_path):
@@ -319,7 +319,7 @@ def test_other_versions_of_packages_are_named(workplace):
     ).stdout
     assert "versions: torch 0.0.1, 0.0.2 there, " in said
     assert "versions: no-such-package 3 there, not installed here" in said
-    assert "differs here: versions\n" in said
+    assert "differences: versions\n" in said
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_an_export_verifies_with_and_without_an_optional_package(
     deepspeed_is(installed)
     archive = finished(workplace)
     assert manifest_of(archive)["versions"]["deepspeed"] == [installed or ""]
-    assert "nothing would differ here" in call("verify", str(archive)).stdout
+    assert "no differences in what was checked" in call("verify", str(archive)).stdout
 
 
 def test_an_optional_package_that_only_one_side_has_is_a_difference(workplace, deepspeed_is):
@@ -358,7 +358,7 @@ def test_an_optional_package_that_only_one_side_has_is_a_difference(workplace, d
     deepspeed_is("9.9.9")
     said = call("verify", str(without), code=1).stdout
     assert "versions: deepspeed not installed there, 9.9.9 here\n" in said
-    assert "differs here: versions\n" in said
+    assert "differences: versions\n" in said
     shutil.rmtree(workplace / ".ftsec")
     shutil.rmtree(workplace / "results")
     having = finished(workplace)
@@ -380,7 +380,7 @@ def test_a_package_that_runs_from_a_checkout_is_equal_to_itself(workplace, monke
     archive = finished(workplace)
     unit._versions.cache_clear()
     assert manifest_of(archive)["versions"]["ftsec_ray"] == ["source"]
-    assert "nothing would differ here" in call("verify", str(archive)).stdout
+    assert "no differences in what was checked" in call("verify", str(archive)).stdout
 
 
 def test_local_inputs_are_compared_by_hash_and_never_packed(workplace):
@@ -398,7 +398,10 @@ def test_local_inputs_are_compared_by_hash_and_never_packed(workplace):
     assert call("verify", str(archive))
     moved = workplace / "moved"
     shutil.move(workplace / "data", moved / "data")
-    assert "nothing would differ here" in call("verify", str(archive), "--base", str(moved)).stdout
+    assert (
+        "no differences in what was checked"
+        in call("verify", str(archive), "--base", str(moved)).stdout
+    )
     said = call("verify", str(archive), code=1).stdout
     assert "inputs: rows train of task rows: no usable file at data/rows.jsonl here" in said
     assert "plan: cannot be planned here: task.splits.train.path: no such file" in said
@@ -422,7 +425,7 @@ def test_artifacts_with_other_bytes_in_a_store_here_are_named(workplace, monkeyp
     call("run", "small.yaml", "--executor", "local", "--store", "second", "--results", "r2")
     said = call("verify", str(archive), "--store", "second", code=1)
     assert "artifacts have other bytes in the local store: finetune: toy.txt" in said.stdout
-    assert "differs here: artifacts\n" in said.stdout
+    assert "differences: artifacts\n" in said.stdout
     said = call("verify", str(archive), "--store", "none").stdout
     assert "not checked: artifacts: no local store holds one of these stages" in said
 
@@ -445,7 +448,7 @@ def test_damaged_tables_are_named(workplace):
     (workplace / "flipped.zip").write_bytes(raw)
     said = call("verify", "flipped.zip", code=1).stdout
     assert f"tables: {table}: it" in said
-    assert "differs here: tables\n" in said
+    assert "differences: tables\n" in said
 
 
 def test_a_table_of_another_run_is_told_even_where_the_checksums_agree(workplace):
@@ -543,7 +546,7 @@ def test_models_and_rows_of_the_hub_that_are_not_pinned_are_noted(workplace):
         workplace, SWEEP.replace("[ladder:0.2m]", "[{id: owner/model, family: f, aligned: true}]")
     )
     said = call("verify", str(archive))
-    assert "nothing would differ here" in said.stdout
+    assert "no differences in what was checked" in said.stdout
     assert (
         "note: not pinned to a revision, so that they may differ here: model owner/model"
         in said.stderr

@@ -288,7 +288,7 @@ def test_an_honest_archive_agrees_and_what_it_cannot_show_is_named(made, monkeyp
         "not checked: stages: their durations, tokens, hosts, errors and warnings",
         "not checked: texts of answers: not stored (keep_generations: false)\n",
         "not checked: its publisher: it is not signed, so anybody can have made it\n",
-        "small: 4 cells, 16 stages; nothing would differ here, of what was checked\n",
+        "small: 4 cells, 16 stages; no differences in what was checked\n",
     ):
         assert line in said
     told = json.loads(call("verify", "small.zip", "--json").stdout)
@@ -373,9 +373,9 @@ def test_forged_metrics_with_a_page_made_from_them_are_found_out_too(held):
 
     held["results/report.html"] = render(Results.open(folder / "results")).encode()
     said = call("verify", str(packed(held)), code=1).stdout
-    assert "nothing would differ" not in said
+    assert "no differences" not in said
     assert "metrics: 4 do not follow from the verdicts" in said
-    assert "differs here: metrics" in said
+    assert "differences: metrics" in said
     assert "report.html follows from the tables" in said
 
 

@@ -94,5 +94,5 @@ def test_failed_cells_and_one_seed_are_verdicts_and_no_errors(tmp_path):
     assert "6 failed (the loss is not a number)" in call("claims", str(failed)).stdout
     single = results_of(tmp_path / "single", MADE, seeds=1).folder
     said = call("claims", str(single)).stdout
-    assert "would decide it: two or more seeds" in said
+    assert "needed to decide: two or more seeds" in said
     assert "transfer: undecided" in said

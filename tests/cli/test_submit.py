@@ -376,7 +376,7 @@ def test_a_sweep_runs_on_the_cluster_and_nothing_secret_is_written(
     assert "1 of 2 cells done, 1 failed" in out
     assert "too few harmful rows" in out
     assert "\x1b" not in out
-    assert "this ftsec_ray with it" in err
+    assert "including this ftsec_ray" in err
     assert len(Store.open(tmp_path / ".ftsec/store").done()) > 3, (
         "relative places are meant from where `ftsec submit` was called"
     )

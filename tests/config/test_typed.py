@@ -140,10 +140,10 @@ def test_a_fault_says_what_is_wanted_and_what_the_field_means():
             "count | default | description | inner | mode | pair | rate | table | title | words",
             "did you mean 'count'?",
         ),
-        ("guard.rate", "wrong value", 1, "a number, >= 0, < 1", "Share of the rows, 0..1."),
+        ("guard.rate", "wrong value", 1, "number, >= 0, < 1", "Share of the rows, 0..1."),
     ]
     assert told(Guard, {"rate": 0.5, "words": ["x", 1]}) == [
-        ("guard.words", "wrong value at [1]", ["x", 1], "a list of texts", "")
+        ("guard.words", "wrong value at [1]", ["x", 1], "list of texts", "")
     ]
 
 
@@ -173,16 +173,16 @@ def test_a_fixed_value_is_taken_as_it_is_and_is_no_key():
 def test_types_are_told_in_words_and_docs_of_a_parent_are_found():
     known = {info.name: info for info in fields_of(Child)}
     assert {name: info.type for name, info in known.items()} == {
-        "rate": "a number, >= 0, < 1",
-        "count": "an int",
-        "words": "a list of texts",
-        "pair": "a list of 2: an int, a number",
-        "mode": "a | b or null",
-        "description": "a text",
-        "default": "an int",
-        "title": "a text",
-        "table": "a mapping",
-        "inner": "a mapping",
+        "rate": "number, >= 0, < 1",
+        "count": "integer",
+        "words": "list of texts",
+        "pair": "list of 2: integer, number",
+        "mode": "one of a | b or null",
+        "description": "text",
+        "default": "integer",
+        "title": "text",
+        "table": "mapping",
+        "inner": "mapping",
         "more": "true or false",
     }
     assert known["rate"].doc == "Share of the rows, 0..1."

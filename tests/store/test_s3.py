@@ -625,7 +625,7 @@ def test_doctor_says_whether_a_remote_store_answers(s3, store):
     found = {finding.what: finding for finding in examine(store.uri)}
     assert (found["store"].state, found["store"].found) == (
         "ok",
-        f"{store.uri} answers and holds 1 artifacts",
+        f"{store.uri} can be read and holds 1 artifacts",
     )
     found = {finding.what: finding for finding in examine("s3://user:planted@bucket/x")}
     assert found["store"].state == "missing"
