@@ -18,7 +18,7 @@ from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method
 from ftsec_ray.numerics import NumericsMode
 
-LADDER_SIZES = ("0.2m", "1m", "4m", "12m")
+LADDER_SIZES = ("0.1m", "0.2m", "1m", "4m", "12m")
 """Sizes of the embedded model family: `ladder:<size>` is aligned, `ladder:<size>-base` is not."""
 LADDER_NEW_TOKENS, NEW_TOKENS = 48, 256
 """Tokens of an answer, at most, of models of the ladder and of others, unless a sweep says so."""

@@ -1,4 +1,4 @@
-"""The ladder: Llama-architecture models of four sizes with one tokenizer, small enough to pre-train
+"""The ladder: Llama-architecture models of five sizes with one tokenizer, small enough to pre-train
 on a CPU.
 
 `ladder:<size>-base` is pre-trained on the microworld, `ladder:<size>` is aligned after that. The
@@ -64,6 +64,18 @@ class LadderSize:
 
 
 SIZES: dict[str, LadderSize] = {
+    "0.1m": LadderSize(
+        hidden=48,
+        layers=2,
+        mlp=128,
+        heads=4,
+        steps=1000,
+        batch_tokens=512,
+        learning_rate=8e-3,
+        align_steps=120,
+        align_batch_tokens=1024,
+        align_learning_rate=5e-3,
+    ),
     "0.2m": LadderSize(
         hidden=64,
         layers=3,
