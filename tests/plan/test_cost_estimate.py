@@ -157,7 +157,7 @@ def test_a_sweep_past_its_budget_says_what_it_takes_and_what_is_allowed():
     fault = shortfall(plan, Spend(hours=0.99), bill)
     assert fault is not None
     assert fault.exit_code == 2
-    assert "(spent 0.99, to come" in fault.what
+    assert "(spent 0.99, expected" in fault.what
     assert fault.want == "at most 1 hours of stages"
     assert "--limit" in fault.fix
     assert shortfall(plan, Spend(hours=9.0), bill_of(plan, [], Costs())) is None, (

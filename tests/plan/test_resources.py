@@ -231,7 +231,7 @@ def test_the_price_of_a_pipeline_is_that_of_its_workers_whatever_node_each_is_on
     Tariff(spec).check(["data:8", "data:4:1"])
     assert Tariff(spec).of("data:4:1", 3600.0).usd == pytest.approx(4.0)
     assert Tariff(spec).of("data:8", 3600.0).usd == pytest.approx(4.0)
-    with pytest.raises(SpecError, match="no node type has room"):
+    with pytest.raises(SpecError, match="no node type is large enough"):
         Tariff(spec).check(["data:2:2"])
 
 
