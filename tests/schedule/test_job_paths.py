@@ -94,5 +94,5 @@ def test_files_by_absolute_path_need_nodes_that_have_them():
     checked_files(["/data/rows.jsonl"], here=False, shared_disk=True)
     with pytest.raises(EnvironmentFault, match=r"/data/rows\.jsonl"):
         checked_files(["/data/rows.jsonl"], here=False, shared_disk=False)
-    with pytest.raises(EnvironmentFault, match="a judge by relative path"):
+    with pytest.raises(EnvironmentFault, match="relative path"):
         checked_files(["judges/mine"], here=True, shared_disk=True)
