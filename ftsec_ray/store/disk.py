@@ -161,7 +161,7 @@ def check_may_write(path: Path, *, is_stuck: bool = False) -> None:
         "this user cannot write to a part of the store",
         f"{path} (owner {owner}, mode {stat.S_IMODE(status.st_mode):o})",
         "a store of this user, or one that is shared with a group of this user",
-        "choose another one with --store; or share this one: its owner runs `chgrp -R GROUP STORE &&"
+        "choose another one with --store; or share it: its owner runs `chgrp -R GROUP STORE &&"
         " chmod -R g+rwX STORE && find STORE -type d -exec chmod g+s {} +`",
     )
 

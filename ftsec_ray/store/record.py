@@ -48,7 +48,7 @@ class DamagedArtifact(StoreError):  # noqa: N818 - the name describes the proble
 
 
 def checked_digest(digest: str) -> str:
-    """The digest itself; StoreError if it is not a valid digest, which could lead out of the store."""
+    """The digest itself; StoreError if it is not valid, so that no path leaves the store."""
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise StoreError(
             "not the digest of an artifact",

@@ -76,7 +76,7 @@ class WorkFolders:
             os.close(descriptor)
 
     def drop_leftovers(self) -> None:
-        """Remove the separate folders of ended processes of this machine; shared folders are kept."""
+        """Remove separate folders of ended processes of this machine; keep shared ones."""
         drop_dead(self._root)
 
     @staticmethod

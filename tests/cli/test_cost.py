@@ -153,7 +153,7 @@ def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_
     monkeypatch.setattr(toy, "RUNNER", "tests.cli.toy:slow")
     (folder / "small.yaml").write_text(SMALL + f"budget: {{hours: {0.4 / 3600}}}\n")
     stopped = call("run", "small.yaml", code=1).stdout
-    assert "pending: the budget has no room for a stage that is left: hours" in stopped
+    assert "pending: the next stage would exceed the budget: hours" in stopped
     assert 1 <= len(toy.ran) <= 9
     first = len(toy.ran)
     cells = api.open_results("results/small").cells.to_pylist()

@@ -245,7 +245,7 @@ def test_a_record_cannot_name_files_elsewhere(s3, store, payload):
     publish(store)
     record = {**store.record(ONE), "payload": payload}
     store._calls.write(store._key(ONE), json.dumps(record))
-    with pytest.raises(DamagedArtifact, match="not that of an artifact"):
+    with pytest.raises(DamagedArtifact, match="not the record of an artifact"):
         fresh(store).fetch(ONE)
     assert store.done() == set()
 
