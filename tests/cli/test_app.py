@@ -140,7 +140,7 @@ def test_a_wrong_sweep_file_gives_every_fault_and_exit_code_2(folder):
     )
     for verb in ("run", "plan", "status", "report"):
         result = call(verb, "bad.yaml", code=2)
-        assert "3 fault(s)" in result.stderr
+        assert "3 error(s)" in result.stderr
         assert "did you mean 'badnets'?" in result.stderr
         assert "training.rank" in result.stderr
         assert "Traceback" not in result.output

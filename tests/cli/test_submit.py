@@ -245,7 +245,7 @@ def test_a_wrong_sweep_gives_every_fault_before_any_cluster_is_asked(call, small
     said = call(str(small), "--address", "http://127.0.0.1:1", code=2).stderr
     assert "did you mean 'none'?" in said
     assert "seeds" in said
-    assert "2 fault(s)" in said
+    assert "2 error(s)" in said
 
 
 @pytest.mark.parametrize(
