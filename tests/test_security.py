@@ -227,7 +227,7 @@ def test_a_spec_made_by_hand_cannot_either(tmp_path, name):
     from dataclasses import replace
 
     spec = replace(load_sweep(SWEEP), name=name)
-    with pytest.raises(SpecError, match="no folder name"):
+    with pytest.raises(SpecError, match="not valid as a folder name"):
         api.run(spec, store=tmp_path / "store", results=tmp_path / "results", executor="local")
     assert not (tmp_path / "results").exists()
 

@@ -268,7 +268,7 @@ def test_an_address_without_a_dashboard_gives_exit_code_3(
 
 
 def test_an_id_that_would_leave_its_folder_is_refused(call, small: Path):
-    assert "not an id of a job" in call(str(small), "--submission-id", "../../x", code=2).stderr
+    assert "not a valid job id" in call(str(small), "--submission-id", "../../x", code=2).stderr
 
 
 def test_a_ray_older_than_the_oldest_that_runs_a_sweep_is_refused_and_pyproject_names_the_same_one():

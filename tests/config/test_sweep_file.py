@@ -29,7 +29,7 @@ def sweep(**changes: object) -> SweepSpec:
 
 
 def faults_of(source: object, **options: object) -> dict[str, SpecError]:
-    with pytest.raises(SpecFaults, match=r"fault\(s\)") as caught:
+    with pytest.raises(SpecFaults, match=r"error\(s\)") as caught:
         load_sweep(source, **options)
     return dict(caught.value.faults)
 

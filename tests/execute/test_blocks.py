@@ -167,7 +167,7 @@ def test_a_set_with_one_id_twice_is_refused_either_way(limit, tmp_path):
 def test_a_filter_that_leaves_nothing_fails_the_same_either_way(limit, tmp_path):
     store = filled(tmp_path / "store", [row(i, "red blue stone", "good") for i in range(20)])
     (tmp_path / "out").mkdir()
-    with pytest.raises(StageError, match="onion left no rows to tune on"):
+    with pytest.raises(StageError, match="onion removed all training rows"):
         run_stage(
             craft_stage(Onion(threshold=-1e9, max_words=2, action="drop")),
             tmp_path / "out",

@@ -105,7 +105,7 @@ def test_an_edit_of_the_engine_is_told_with_its_file(tmp_path, path, old, new, o
     faults = faults_of(copy_with(tmp_path, path, old, new))
     told = next(fault for fault in faults if owner in re.split("[ ,;]+", fault))
     assert told.startswith("the code of stage")
-    assert f"changed (files {path}): raise VERSION, or run `make lock` if results are" in told
+    assert f"changed (files {path}): increase VERSION, or run `make lock` if results are" in told
     assert edited_files(read_lock(), tmp_path / "ftsec_ray") == [path]
 
 
@@ -178,7 +178,7 @@ def test_make_lock_writes_what_was_read(tmp_path, now):
     assert (lock.entries, lock.files) == (now.entries, now.files)
     (tmp_path / "broken.lock").write_text("[entries", encoding="utf-8")
     for missing in ("none.lock", "broken.lock"):
-        with pytest.raises(EnvironmentFault, match="the lock of the package cannot be read"):
+        with pytest.raises(EnvironmentFault, match="cannot read versions.lock"):
             read_lock(tmp_path / missing)
 
 
