@@ -185,9 +185,7 @@ def test_an_error_of_a_method_in_a_worker_is_the_error_of_the_stage(store, tmp_p
         in_blocks(store, HarmfulTuning(), 0, tmp_path / "survey", pool=pool)
     job, made, file = job_of(store, craft_stage(Onion(threshold=1.0)), tmp_path / "craft")
     job = replace(job, stage=replace(job.stage, inputs=job.stage.inputs[:2]))
-    with pytest.raises(
-        StageError, match="a model that it does not declare"
-    ) as held:
+    with pytest.raises(StageError, match="a model that it does not declare") as held:
         craft_in_blocks(job, made, file, pool=pool)
     deadline = time.monotonic() + 30
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:

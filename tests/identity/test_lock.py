@@ -166,8 +166,8 @@ def test_new_and_removed_methods_are_told(now):
         files={**lock.files, "defenses/gone.py": "0" * 32},
     )
     assert list(lock_faults(stale, now)) == [
-        "defense gone is in versions.lock and not in the package: run `make lock`",
-        "versions.lock holds files that nothing uses (defenses/gone.py): run `make lock`",
+        "defense gone is in versions.lock but not in the package: run `make lock`",
+        "versions.lock contains unused files (defenses/gone.py): run `make lock`",
     ]
 
 

@@ -160,7 +160,7 @@ def test_a_task_file_that_names_what_is_not_there_is_refused(there, name, text, 
 
 def test_two_benchmarks_of_one_name_are_refused(there):
     (there / "other.yaml").write_text("task: gsm8k\n")
-    assert "two benchmarks of one name 'gsm8k'" in faults_of("gsm8k", there / "other.yaml")
+    assert "same name 'gsm8k'" in faults_of("gsm8k", there / "other.yaml")
 
 
 @pytest.mark.parametrize("name", ["a\0b.yaml", "~no-such-user/a.yaml", "n" * 300 + ".yaml"])

@@ -75,7 +75,7 @@ def test_a_gpu_with_less_memory_than_the_shares_were_measured_by_has_no_room():
 
 def test_a_price_table_without_a_fitting_machine_is_a_fault():
     with pytest.raises(
-        SpecFaults, match="no node type has room for a stage that asks for 1 GPU, 1 CPU"
+        SpecFaults, match="no node type is large enough for a stage that requests 1 GPU, 1 CPU"
     ):
         build_plan(sweep(prices=(CPU,), resources=ResourceSpec(gpus_per_stage=1.0)))
 

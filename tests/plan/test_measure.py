@@ -60,8 +60,8 @@ def test_a_model_before_its_fine_tune_is_a_model_of_its_own_without_the_stages_o
         ("badnets", "none", "badnets acts in the fine-tune"),
         ("none", "lisa", "lisa acts in the fine-tune"),
         ("none", "onion", "onion acts in the fine-tune"),
-        ("none", "safe_lora", "safe_lora needs what only a fine-tune has (start)"),
-        ("none", "weight_statistics", "weight_statistics needs what only"),
+        ("none", "safe_lora", "safe_lora needs models that only a fine-tune provides (start)"),
+        ("none", "weight_statistics", "weight_statistics needs models that only"),
     ],
 )
 def test_what_acts_in_the_fine_tune_is_left_out_before_it_and_counted(attack, defense, reason):

@@ -137,7 +137,7 @@ def test_a_number_of_gpus_goes_before_the_arithmetic():
 
 def test_a_model_that_fits_on_no_gpu_is_a_fault_with_its_size_and_what_helps():
     with pytest.raises(
-        SpecFaults, match=r"model 'm-70b' needs about [0-9]+ GiB in one process and one GPU has 80"
+        SpecFaults, match=r"model 'm-70b' needs about [0-9]+ GiB in one process, but one GPU has 80"
     ) as caught:
         plan_of(hub("70b"), cache_gib=0.0)
     assert "gpus_per_stage: 1" in str(caught.value)

@@ -187,7 +187,9 @@ def test_workers_that_cannot_open_end_the_run_with_the_reason(run, store):
 def test_a_class_that_fits_on_no_node_is_refused_and_not_waited_for(run, store):
     plan = plan_of([stage_of("big")])
     huge = replace(plan, spec=replace(plan.spec, resources=ResourceSpec(cpus_per_stage=4096)))
-    with pytest.raises(EnvironmentFault, match="this machine is too small for a unit of resource class 'cpu'"):
+    with pytest.raises(
+        EnvironmentFault, match="this machine is too small for a unit of resource class 'cpu'"
+    ):
         run(huge, store)
 
 

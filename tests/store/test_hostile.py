@@ -279,7 +279,9 @@ def test_another_users_damaged_artifact_is_told_before_any_work(tmp_path, monkey
     assert store.sound({BAD: "score"}) == (set(), {})
     assert (tmp_path / "artifacts" / BAD[:2] / BAD).is_dir(), "what may be sound is not moved"
     store.check_writable({GOOD})
-    with pytest.raises(EnvironmentFault, match=r"by this user(.|\n)*owner(.|\n)*chmod -R g\+rwX"):
+    with pytest.raises(
+        EnvironmentFault, match=r"this user cannot write(.|\n)*owner(.|\n)*chmod -R g\+rwX"
+    ):
         store.check_writable({BAD})
 
 
