@@ -178,7 +178,7 @@ def test_make_lock_writes_what_was_read(tmp_path, now):
     assert (lock.entries, lock.files) == (now.entries, now.files)
     (tmp_path / "broken.lock").write_text("[entries", encoding="utf-8")
     for missing in ("none.lock", "broken.lock"):
-        with pytest.raises(EnvironmentFault, match="cannot read versions.lock"):
+        with pytest.raises(EnvironmentFault, match=r"cannot read versions\.lock"):
             read_lock(tmp_path / missing)
 
 

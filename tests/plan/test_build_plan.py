@@ -203,7 +203,7 @@ def test_a_method_whose_rows_a_task_does_not_have_is_refused(tmp_path):
     rows = TaskSpec(name="mine", kind="rows", splits=given)
     with pytest.raises(SpecFaults) as caught:
         build_plan(sweep(defenses=(("onion",),), tasks=(rows,)))
-    assert "neither tuned on nor asked" in str(caught.value)
+    assert "neither for training nor for evaluation" in str(caught.value)
     assert "a split 'trusted'" in str(caught.value)
     for params in ({"threshold": 2.0}, {"trusted_split": "mine"}):
         assert build_plan(sweep(defenses=((defense("onion", **params),),), tasks=(rows,))).stages
