@@ -1,8 +1,8 @@
-"""The public Python API; the command line does nothing that it cannot.
+"""The public Python API; it offers everything that the command line does.
 
-`load` reads a sweep, `plan` shows what it takes, `run` runs it and gives the tables, `submit` has a
-cluster run it, and `open_results` opens the tables again, and `check_claims` tests the survey's
-findings on them. `export` packs a finished sweep, and `verify` says what of it would differ here.
+`load` reads a sweep, `make_plan` plans it, `run` runs it and returns the tables, `submit` runs it
+on a cluster, `open_results` opens the tables again, and `check_claims` tests the survey's findings
+on them. `export` packs a finished sweep, and `verify` checks what would differ on this machine.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ DEFAULT_RESULTS = "results"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run left."""
+    """The outcome of a run."""
 
     results: Results
     page: Path
     """The HTML report."""
     report: RunReport | None
-    """What ran; None when the store held everything."""
+    """The stages that ran; None if the store already had everything."""
     plan: Plan
-    """What was to be done, to the end of the searches of attackers."""
+    """The plan, including all trials of its searches."""
 
 
 def load(source: str | Path | Mapping[str, Any]) -> SweepSpec:
@@ -62,12 +62,12 @@ def load(source: str | Path | Mapping[str, Any]) -> SweepSpec:
 
 
 def make_plan(sweep: Sweep, store: Store | str | Path | None = None) -> Plan:
-    """The plan of a sweep: its cells and the unique stages that answer them.
+    """The plan of a sweep: its cells and their unique stages.
 
     Args:
         sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan.
-        store: Where trials of searches may be: a plan with `search:` goes as far as they lead; None
-            plans the first round.
+        store: A store with measured trials of searches, which extend the plan; None plans only the
+            first round of each search.
     """
     from ftsec_ray.plan.build import build_plan
     from ftsec_ray.store.artifact_store import Store
@@ -99,19 +99,18 @@ def run(
     limit: int | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Results:
-    """Run what the store lacks of a sweep, collect its tables, write its report, and return the
-    tables.
+    """Run the stages of a sweep that the store lacks, write its tables and its report, and return
+    the tables.
 
     Args:
         sweep: A path, a YAML text, a mapping, a SweepSpec or a Plan.
-        store: Folder or URI where artifacts are kept and found again.
-        results: Tables and report go to the folder of the sweep's name below this one, or below
-            this URI.
+        store: Folder or URI of the artifacts.
+        results: Folder or URI prefix; tables and report go into a subfolder with the sweep's name.
         executor: `tune` (Ray Tune), or another name in `ftsec_ray.schedule.executors.EXECUTORS`.
-        address: A running Ray cluster; None starts Ray on this machine.
-        workers: Stages at a time; None: the sweep's `resources.workers`, else as many as fit.
-        limit: Run the first so many cells only; the others stay `pending`.
-        on_event: Called with every start, end and failure of a unit.
+        address: Address of a running Ray cluster; None: `RAY_ADDRESS`, else Ray on this machine.
+        workers: Stages to run at once; None: the sweep's `resources.workers`, else as many as fit.
+        limit: Run only the first `limit` cells; the others stay `pending`.
+        on_event: Called when a unit starts, finishes, fails or is retried.
     """
     from ftsec_ray.results.remote_results import local_results, send_results
     from ftsec_ray.schedule.job_paths import is_uri
@@ -149,22 +148,22 @@ def submit(
     shared_disk: bool = False,
     before_sending: Callable[[Upload], None] | None = None,
 ) -> Job:
-    """Have a running Ray cluster run a sweep file as a job, and return the job; nothing is sent
-    when the file has a fault.
+    """Submit a sweep file as a job to a running Ray cluster, and return the job; nothing is
+    uploaded if the file has errors.
 
     Args:
-        sweep: A sweep file. What it names by relative path is sent along.
-        address: The cluster's dashboard; None: http://127.0.0.1:8265.
+        sweep: A sweep file. Files that it names by relative path are uploaded too.
+        address: URL of the cluster's dashboard; None: http://127.0.0.1:8265.
         store: As for `run`; a URI unless all nodes are this machine.
-        results: As for `run`; None: `results` where all nodes are this machine, else `results` in
-            the store.
-        workers: Stages at a time.
-        limit: Run the first so many cells only.
-        submission_id: The job's id; None makes one.
-        package: Whether this machine's ftsec_ray is sent along; None: when it is a checkout or an
+        results: As for `run`; None: `results` if all nodes are this machine, else `results` in the
+            store.
+        workers: Stages to run at once.
+        limit: Run only the first `limit` cells.
+        submission_id: Id of the job; None makes one.
+        package: Whether to upload this machine's ftsec_ray; None: only if it is a checkout or an
             editable install.
         shared_disk: Whether all nodes mount this machine's absolute paths at the same place.
-        before_sending: Called with what is about to be sent.
+        before_sending: Called with the files that will be uploaded.
     """
     from ftsec_ray.schedule import job_paths, jobs, upload
 
@@ -211,7 +210,7 @@ def _sent(
     store: str,
     results: str,
 ) -> Job:
-    """Pack the files of a job, hand it over and return it."""
+    """Pack the files of a job, submit it and return it."""
     from ftsec_ray.schedule.jobs import Job, hand_over
 
     with tempfile.TemporaryDirectory(prefix="ftsec-job-") as scratch:
@@ -228,17 +227,17 @@ def _sent(
 
 
 def _job_id(given: str | None, name: str) -> str:
-    """The id of a job: the one given, or one that tells the sweep and the time."""
+    """The id of a job: the given one, or one with the name of the sweep and the time."""
     if given is None:
         plain = re.sub("[^A-Za-z0-9_-]+", "-", name)
         now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         return f"ftsec-{plain}-{now}-{os.urandom(2).hex()}"
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", given):
         raise SpecError(
-            "not an id of a job",
+            "not a valid job id",
             given,
-            "letters, digits, - _ and .",
-            "it becomes part of file names",
+            "letters, digits and - _ ., not starting with - or .",
+            "the id is used in file names; choose another --submission-id",
         )
     return given
 
@@ -256,10 +255,10 @@ def run_plan(
     sweep_text: str | None = None,
     on_round: Callable[[Plan], None] | None = None,
 ) -> Outcome:
-    """Run, collect and report a plan; a plan whose results are whole already is left as it is.
+    """Run a plan, and write its tables and its report; complete results are kept unchanged.
 
-    `on_round` is told what is left each time that measured trials of a search have made the plan
-    grow.
+    `on_round` is called with the remaining plan each time that it grows by new trials of a search.
+    The other arguments are those of `run`.
     """
     from ftsec_ray.report.page import REPORT_FILE, write_report
     from ftsec_ray.store.disk import check_folder
@@ -303,9 +302,7 @@ def _run_rounds(
     on_round: Callable[[Plan], None] | None,
     **how: Any,
 ) -> tuple[Plan, RunReport]:
-    """Execute a plan, and what it grows by when trials of its searches are measured, until it grows
-    no more.
-    """
+    """Execute a plan, and again each time that it grows by new trials of its searches."""
     from ftsec_ray.plan.cost_estimate import BudgetError
     from ftsec_ray.schedule.execution import execute
 
@@ -314,7 +311,7 @@ def _run_rounds(
         before, whole = whole.digest, make_plan(whole, store)
         if whole.digest == before:
             break
-        # What failed in this run is tried again by the next one, and not in every round.
+        # Stages that failed are retried in the next run, not in every round.
         left = plan_of_cells(
             whole,
             [
@@ -344,8 +341,8 @@ def collect_plan(
     sweep_text: str | None = None,
     correction: Correction = "bh",
 ) -> Path:
-    """Write the tables of what the store holds of a plan: one row for every cell, whatever happened
-    to it.
+    """Write the tables of a plan from its artifacts in the store, with one row per cell, whether it
+    is done, failed or pending.
     """
     from ftsec_ray.results.collect import collect
 
@@ -353,7 +350,7 @@ def collect_plan(
 
 
 def text_of(sweep: Sweep) -> str | None:
-    """The sweep file as its author wrote it; None where there is no file."""
+    """The text of the sweep file; None if the sweep is not a file."""
     path = Path(sweep) if isinstance(sweep, (str, Path)) and "\n" not in str(sweep) else None
     return path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
 
@@ -375,17 +372,17 @@ def export(
     out: str | Path | None = None,
     sign: str | Path | None = None,
 ) -> Path:
-    """Pack a sweep, its plan, its versions, its tables and its report into one zip and return where
-    it is.
+    """Pack a sweep, its plan, its versions, its tables and its report into one zip file, and return
+    the path of the file.
 
     Args:
         sweep: A path, a YAML text or a mapping.
-        store: Where its artifacts are: their checksums go along, they do not.
-        results: As for `run`; the tables that it left there are packed as they are, and the report
-            is made from them.
-        out: The archive; None: `<sweep name>-<first digits of the plan>.zip` in the working folder.
-        sign: Private key (Ed25519, in OpenSSH's format) of whoever publishes it; None signs
-            nothing.
+        store: Its store; the archive contains the checksums of the artifacts, not the artifacts.
+        results: As for `run`; the existing tables are packed unchanged, and the report is made from
+            them.
+        out: Path of the archive; None: `<sweep name>-<first digits of the plan>.zip` in the working
+            directory.
+        sign: Private key (Ed25519, OpenSSH format) of the publisher; None: no signature.
     """
     from ftsec_ray.report.page import render
     from ftsec_ray.results.pack import pack, sweep_file
@@ -398,11 +395,11 @@ def export(
     held = open_results(folder)
     if held.meta.get("plan") != whole.digest:
         raise DataError(
-            f"the results in {folder} are of another plan",
+            f"the results in {folder} belong to another plan",
             held.meta.get("plan"),
             whole.digest,
-            "the sweep, the code or an input has changed since: `ftsec run SWEEP` does what is"
-            " missing and collects anew",
+            "the sweep, the code or an input has changed; `ftsec run SWEEP` runs the missing stages"
+            " and updates the results",
         )
     target = Path(out) if out is not None else Path(f"{whole.spec.name}-{whole.digest[:8]}.zip")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -425,17 +422,17 @@ def verify(
     inside: str | Path | None = None,
     signer: str | Path | None = None,
 ) -> Verification:
-    """Say what of an archive would differ here: its sweep is planned again, metrics, comparisons
-    and report are made again; code, packages, inputs, checksums and signature are compared.
+    """Check what of an archive differs on this machine: plans its sweep again, computes metrics,
+    comparisons and report again, and compares code, packages, inputs, checksums and signature.
 
     Args:
-        archive: What `export` wrote.
-        base: Folder at which the relative paths of its sweep start here.
-        store: A store that may hold artifacts of the same stages, to compare their bytes; None
-            compares none.
-        inside: Folder out of which no file is opened because the archive names it; None: `base`.
-        signer: File with the public keys of those who may have signed it, one a line as in
-            `id_ed25519.pub`; None asks for none.
+        archive: An archive of `export`.
+        base: Folder at which relative paths of its sweep start.
+        store: A store with artifacts of the same stages, to compare their bytes; None: no
+            comparison.
+        inside: Files that the archive names are opened only inside this folder; None: `base`.
+        signer: File with the public keys of accepted signers, one per line as in `id_ed25519.pub`;
+            None: no signature is required.
     """
     from ftsec_ray.report.page import render
     from ftsec_ray.results.verify import verify_archive
@@ -458,16 +455,16 @@ def judge_audit(
     exact: bool = False,
     judges: Sequence[str] = (),
 ) -> Audit:
-    """How often the judges of finished results are wrong, the rates without their errors, and how
-    far two judges agree.
+    """Error rates of the judges of finished results, rates corrected for these errors, and the
+    agreement of each pair of judges.
 
     Args:
-        results: A results folder, or what `open_results` gave.
-        labels: A table (.csv .tsv .jsonl .json .parquet) with `truth` and `prompt_id` or
-            `completion_sha256`, narrowed by `cell`, `probe`.
-        exact: Take the verdicts of the microworld's exact judge for the truth instead.
-        judges: Judges that read the answers to requests again, such as `refusal_phrases`, to be
-            audited and compared too.
+        results: A results folder, or the tables of `open_results`.
+        labels: A table (.csv, .tsv, .jsonl, .json or .parquet) with `truth` and `prompt_id` or
+            `completion_sha256`, optionally restricted by `cell` and `probe`.
+        exact: Use the verdicts of the microworld's exact judge as the truth instead.
+        judges: Further judges to run on the answers to requests, such as `refusal_phrases`, which
+            are audited and compared too.
     """
     from ftsec_ray.results.audit import audit_judges
 
@@ -478,8 +475,8 @@ def judge_audit(
 
 
 def check_claims(results: str | Path | Results) -> list[Finding]:
-    """The survey's five findings tested on the results in a folder, in its order; `ftsec claims
-    --explain` prints the rules.
+    """Test the survey's five findings on results, in the survey's order; `ftsec claims --explain`
+    prints the rules.
     """
     from ftsec_ray.claims.evidence import Evidence
     from ftsec_ray.claims.findings import CLAIMS, judge
@@ -501,12 +498,12 @@ def limited(whole: Plan, limit: int | None) -> Plan:
     if limit is None or limit >= len(whole.cells):
         return whole
     if limit < 1:
-        raise SpecError("a limit that leaves no cell", limit, f"1 to {len(whole.cells)}")
+        raise SpecError("the limit leaves no cell", limit, f"integer from 1 to {len(whole.cells)}")
     return plan_of_cells(whole, whole.cells[:limit])
 
 
 def plan_of_cells(whole: Plan, cells: list[Cell]) -> Plan:
-    """The part of a plan that answers some of its cells."""
+    """The part of a plan for some of its cells."""
     wanted = {stage for cell in cells for stage in cell.stages}
     return Plan(
         whole.spec,
@@ -516,25 +513,27 @@ def plan_of_cells(whole: Plan, cells: list[Cell]) -> Plan:
 
 
 def results_folder(results: str | Path, name: str) -> Path:
-    """The folder of a sweep's tables and report; SpecError for a name that would leave `results`,
-    as a spec made by hand may have.
+    """The folder of a sweep's tables and report; SpecError if the name is not safe as the name of a
+    folder.
     """
     from ftsec_ray.config.faults import is_name
 
     if not is_name(name):
         raise SpecError(
-            "a sweep whose name is no folder name", name, "lower-case letters, digits and _ . -"
+            "the name of the sweep is not valid as a folder name",
+            name,
+            "lower-case letters, digits and _ . -, starting with a letter or digit",
         )
     return Path(results) / name
 
 
 def whole_results(whole: Plan, folder: Path) -> Results | None:
-    """The results in a folder when they are of this plan, every cell is done and every search has
-    ended; None otherwise.
+    """The results in a folder, if they are complete for this plan: every cell done and every search
+    finished; None otherwise.
     """
     try:
         held = open_results(folder)
-    except DataError:  # none yet, half-written, or of another version: collected anew
+    except DataError:  # missing, incomplete, or of another version: written again
         return None
     same = (held.meta.get("plan"), held.meta["schema"]) == (whole.digest, SCHEMA_VERSION)
     is_whole = (
@@ -546,9 +545,7 @@ def whole_results(whole: Plan, folder: Path) -> Results | None:
 
 
 def check_gpus(spec: SweepSpec) -> None:
-    """EnvironmentFault when stages ask for GPUs that this machine does not have; a cluster answers
-    for itself.
-    """
+    """Raise EnvironmentFault if stages request GPUs that this machine does not have."""
     wanted = spec.resources.gpus_per_stage
     if not spec.resources.wants_gpus:
         return
@@ -556,9 +553,8 @@ def check_gpus(spec: SweepSpec) -> None:
 
     if not torch.cuda.is_available():
         raise EnvironmentFault(
-            "the sweep asks for GPUs and torch finds none on this machine",
+            "the sweep requests GPUs, and torch finds none on this machine",
             wanted,
             "resources.gpus_per_stage: 0, or a GPU",
-            "leave gpus_per_stage out, or give the --address of a cluster with GPUs; see `ftsec"
-            " doctor`",
+            "leave out gpus_per_stage, or use a cluster with GPUs by --address; see `ftsec doctor`",
         )

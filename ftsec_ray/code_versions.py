@@ -1,7 +1,7 @@
-"""Who stands in `versions.lock`: all stage kinds, methods and judges of the package, their VERSION
-and the modules that their work starts in.
+"""The entries of `versions.lock`: all stage kinds, methods and judges of the package, with their
+VERSION and their main modules.
 
-`python -m ftsec_ray.code_versions` (`make lock`) writes the lock again.
+`python -m ftsec_ray.code_versions` (`make lock`) writes the file again.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ ENGINE = (
     "ftsec_ray.execute.worker",
     "ftsec_ray.execute.dist_worker",
 )
-"""Modules around every stage that can decide its bytes: batch sizes after an out-of-memory, which
-rows and models a stage gets, threads, and how processes train together.
+"""Engine modules that can change the result of every stage: batch sizes after an out-of-memory
+error, the rows and models of a stage, threads, and training in several processes.
 """
 NOT_FOLLOWED: Mapping[str, str] = {
-    "ftsec_ray.code_versions": "names VERSIONs and makes the lock",
-    "ftsec_ray.config.strategy": "over how many processes a fine-tune is spread: in no digest",
-    "ftsec_ray.errors": "the texts of errors: a stage that fails leaves no artifact",
-    "ftsec_ray.execute.watchdog": "ends a stage that takes too long: it leaves no artifact",
-    "ftsec_ray.identity.content": "what it makes is in a digest, or a checksum",
+    "ftsec_ray.code_versions": "lists VERSIONs and makes the lock",
+    "ftsec_ray.config.strategy": "sets the number of processes of a fine-tune; in no digest",
+    "ftsec_ray.errors": "texts of errors; a failed stage leaves no artifact",
+    "ftsec_ray.execute.watchdog": "kills a stage that takes too long; it leaves no artifact",
+    "ftsec_ray.identity.content": "its hashes are part of a digest, or a checksum",
     "ftsec_ray.identity.tokens": "makes the lock",
-    "ftsec_ray.plan.build": "what it decides is in a digest: kind, methods, params, inputs, seed",
-    "ftsec_ray.plan.graph": "what waits for what",
-    "ftsec_ray.redact": "takes secrets out of messages and records",
-    "ftsec_ray.store": "keeps bytes as they are, and checks them against their record",
-    "ftsec_ray.version": "a release alone changes no result",
+    "ftsec_ray.plan.build": "its decisions are in a digest: kind, methods, params, inputs, seed",
+    "ftsec_ray.plan.graph": "the order of stages",
+    "ftsec_ray.redact": "removes secrets from messages and records",
+    "ftsec_ray.store": "keeps bytes unchanged, and checks them against their record",
+    "ftsec_ray.version": "a new release alone changes no result",
 }
-"""Modules and packages that cannot decide the result of a stage -> why."""
+"""Modules and packages that cannot change the result of a stage -> the reason."""
 
 
 def owners() -> dict[str, Owner]:
-    """All that must stand in the lock; what comes from outside of the package has none."""
+    """The entries of the lock; stage kinds, methods and judges of other packages have none."""
     stages = {
         f"stage:{kind.name}": Owner(
             version=kind.version, modules=(module_of(kind.name), *kind.uses(), *ENGINE)
@@ -79,18 +79,18 @@ def owners() -> dict[str, Owner]:
 
 
 def lock_of(root: Path = ROOT) -> Lock:
-    """The lock that fits the code below `root`, a folder of this package."""
+    """The lock for the code in `root`, the folder of this package."""
     return make_lock(root, owners(), NOT_FOLLOWED)
 
 
 def stage_entry(kind: str) -> Entry | None:
-    """What the lock says of a stage kind; None when it does not stand there."""
+    """The entry of a stage kind in the lock; None if it has none."""
     return read_lock().entries.get(f"stage:{kind}")
 
 
 def method_code(kind: str, name: str) -> str | None:
-    """Hash of the code of a method: from the lock, and for one from outside of the package the
-    token hash of its file; None when neither is known here.
+    """Hash of the code of a method: from the lock, or for a method of another package the token
+    hash of its file; None if it is not installed.
     """
     entry = read_lock().entries.get(f"{kind}:{name}")
     if entry is not None:
@@ -102,14 +102,14 @@ def method_code(kind: str, name: str) -> str | None:
 
 
 def stage_code(kind: str, methods: Iterable[Mapping[str, Any]] = ()) -> str:
-    """Hash of the code that a stage is made by, as its record holds it.
+    """Hash of the code of a stage, for its record.
 
     Args:
-        kind: Of the stage.
-        methods: As in its params: {"kind", "name", ...}.
+        kind: Kind of the stage.
+        methods: Its methods as in its params: {"kind", "name", ...}.
     """
     entry = stage_entry(kind)
-    acting = [(str(one["kind"]), str(one["name"])) for one in methods]
+    acting = [(str(method["kind"]), str(method["name"])) for method in methods]
     return code_hash(
         entry.code if entry else None,
         [(name, method_code(method_kind, name)) for method_kind, name in acting],
@@ -117,18 +117,18 @@ def stage_code(kind: str, methods: Iterable[Mapping[str, Any]] = ()) -> str:
 
 
 def code_hash(stage: str | None, methods: Iterable[tuple[str, str | None]]) -> str:
-    """Hash of the code of a stage kind and of its methods, as (name, hash of its code)."""
-    return digest([stage, [list(one) for one in methods]])
+    """Hash of the code of a stage; `methods` are (name, hash of the code) pairs."""
+    return digest([stage, [list(pair) for pair in methods]])
 
 
 def main() -> int:
-    """Write the lock again, and say on stderr what changed under an unchanged VERSION."""
+    """Write the lock again, and print to stderr what changed without a new VERSION."""
     now = lock_of()
     before = read_lock() if LOCK_FILE.is_file() else Lock(entries={}, files={})
     faults = list(lock_faults(before, now))
     LOCK_FILE.write_text(now.text(), encoding="utf-8")
     for fault in faults:
-        sys.stderr.write(f"written anew: {fault}\n")
+        sys.stderr.write(f"updated: {fault}\n")
     sys.stderr.write(f"{LOCK_FILE}: {len(now.entries)} entries, {len(now.files)} files\n")
     return 0
 

@@ -1,7 +1,6 @@
-"""The values that pass between the engine and the methods, and all that a running stage may ask of
-the engine.
+"""The types that engine and methods exchange, and the context that a hook gets from the engine.
 
-Nothing here imports torch: methods, plans and catalogues load in milliseconds.
+This module does not import torch, so that methods, plans and catalogues load in milliseconds.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Chat = list[dict[str, Any]]
-"""A conversation: messages with `role` (system, user, assistant, tool), `content`, and what else
-the model's template reads (`tool_calls`, ...); functions on offer are a message of role `tools`.
+"""A conversation: messages with `role` (system, user, assistant, tool), `content`, and other keys
+that the chat template reads (`tool_calls`, ...); the available tools are a message of role `tools`.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What is known of a model besides its weights."""
+    """Information on a model besides its weights."""
 
     name: str
-    """As the sweep calls it."""
+    """Name in the sweep."""
     family: str
-    """Models are compared by size only within a family."""
+    """Model family; sizes are compared only within a family."""
     parameters: int
-    """Count of distinct weights (a tied embedding counts once)."""
+    """Number of distinct weights (a tied embedding counts once)."""
     aligned: bool
-    """Whether it went through a safety alignment."""
+    """Whether it is safety-aligned."""
 
 
 @dataclass
@@ -49,30 +48,26 @@ class LoadedModel:
     """
 
     model: Any
-    """`transformers.PreTrainedModel`, or `peft.PeftModel` when an adapter is attached and not
-    merged.
-    """
+    """`transformers.PreTrainedModel`, or `peft.PeftModel` if an unmerged adapter is attached."""
     tokenizer: Any
     """`transformers.PreTrainedTokenizerBase` with a chat template."""
     info: ModelInfo
     base_digest: str | None = None
-    """Digest of the artifact under the adapter; None when the weights are whole."""
+    """Digest of the base model's artifact if an adapter is attached; None for full weights."""
     quantization: str | None = None
-    """How the linear layers under the adapter are packed (`int8`, `nf4`); None: not at all."""
+    """Quantization of the linear layers under the adapter (`int8`, `nf4`); None: none."""
     attention: str | None = None
-    """Attention implementation that the sweep names; None: what transformers takes."""
+    """Attention implementation that the sweep sets; None: the default of transformers."""
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a LoRA adapter is attached and not merged."""
+        """Whether an unmerged LoRA adapter is attached."""
         return hasattr(self.model, "peft_config")
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """All rows of one task by split name (schema.ROWS), and what is needed to judge answers to
-    them.
-    """
+    """All rows of one task by split name (schema.ROWS), and the judge of answers to them."""
 
     name: str
     splits: Mapping[str, pa.Table]
@@ -80,13 +75,12 @@ class TaskData:
     text; a task may lack some.
     """
     labels: tuple[str, ...]
-    """The label words of the classification rows in `train` and `test`; empty where there are none.
-    """
+    """Label words of the classification rows in `train` and `test`; empty for other tasks."""
     judge: str
     """Name of the judge of harmful and benign requests: see evals."""
 
     def split(self, name: str) -> pa.Table:
-        """One split (schema.ROWS); DataError when the task has none of that name or it is empty."""
+        """One split (schema.ROWS); DataError if the task has no rows in it."""
         table = self.splits.get(name)
         if table is None or table.num_rows == 0:
             raise DataError(
@@ -100,99 +94,101 @@ class TaskData:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerGroup:
-    """How several processes train one model together by DeepSpeed: never part of a digest."""
+    """Several processes that train one model with DeepSpeed; never part of a digest."""
 
     workers: int
-    """Processes, one GPU each, or one share of the cores each where there is no GPU."""
+    """Processes, each with one GPU; without GPUs, each with an equal part of the CPU cores."""
     zero_stage: int
-    """What is split over them: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.
+    """What is sharded across them. 0: nothing; 1: the optimizer state; 2: also gradients; 3: also
+    weights.
     """
     micro_batch: int
     """Rows per forward pass of one process."""
     offload_optimizer: bool = False
-    """Whether the optimizer's state and its copy of the weights stay in host memory."""
+    """Whether the optimizer state and its copy of the weights stay in host memory."""
     offload_parameters: bool = False
-    """Whether the weights stay in host memory between their uses; with stage 3 only."""
+    """Whether the weights stay in host memory between their uses; only with stage 3."""
     gradient_checkpointing: bool = False
-    """Whether each block is computed again in the backward pass."""
+    """Whether the backward pass recomputes each block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where and how a stage runs; of this only `numerics` is part of a digest."""
+    """The runtime settings of a stage; only `numerics` is part of a digest."""
 
     device: str = "cpu"
     numerics: NumericsMode = "fast"
-    """Which CPU kernels the processes of the sweep are started with."""
+    """CPU kernels of the sweep's processes."""
     micro_batch: int | None = None
-    """Rows per forward pass in training; None: chosen by length."""
+    """Rows per forward pass in training. None: chosen by the length of the rows."""
     eval_batch: int = 64
     """Prompts per generation batch."""
     checkpoint_every_s: float = 60.0
-    """Seconds between step checkpoints of a tune."""
+    """Seconds between checkpoints of a fine-tune."""
     timeout_s: float | None = None
-    """Seconds that a stage may take, until its process is ended; None: as long as it takes."""
+    """Time limit of a stage in seconds, after which its process is killed. None: no limit."""
     ray_above: int = 100_000
-    """Rows from which on a set is crafted in blocks, by Ray Data where the stage has workers for
-    it.
+    """Number of rows from which a data set is crafted in blocks; by Ray Data if the stage has
+    pipeline workers.
     """
     gradient_checkpointing: bool = False
-    """Whether training computes each block again in the backward pass; gradients are the same."""
+    """Whether the backward pass of training recomputes each block; gradients are the same."""
     worker_group: WorkerGroup | None = None
-    """The worker group that this process belongs to; None where it trains alone."""
+    """The worker group of this process; None if it trains alone."""
 
 
 @dataclass
 class StageContext:
-    """What a hook may ask of the engine."""
+    """The context of a hook: data, models and services of the engine."""
 
     seed: int
     task: TaskData
     runtime: Runtime
     workdir: Path
-    """Scratch of this stage that survives a kill: step checkpoints go here."""
+    """Work folder of the stage, for checkpoints; it is kept if the process is killed."""
     load: Callable[[str], LoadedModel]
-    """Load another model of the cell by role: `unaligned` (the twin before alignment), `start`
-    (what tuning started from).
+    """Loads another model of the cell by role: `unaligned` (before alignment), `start` (before the
+    fine-tune), ...
     """
     training: Any = None
-    """TrainingConfig of the sweep, for hooks that tune."""
+    """TrainingConfig of the cell, for hooks that fine-tune."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Measurements that the hook wants in its record.json (JSON values)."""
+    """Measurements for the stage's record.json (JSON values)."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Measurements that add up over the batches of a set."""
+    """Measurements that are summed over all batches of rows."""
     warnings: list[str] = field(default_factory=list)
-    """What whoever reads the results has to know: `run`, `status` and the report show it."""
+    """Warnings that `run`, `status` and the report show."""
 
     @cached_property
     def rng(self) -> random.Random:
-        """A generator for draws over whole tables; for the fate of single rows use `chance`."""
+        """A random generator for whole tables; for decisions on single rows, use `chance`."""
         return random.Random(int(digest(["rng", self.seed]), 16))  # noqa: S311
 
     def chance(self, row_id: str, *salt: str) -> float:
-        """A number in [0, 1) that depends on the seed, the row and `salt` only."""
+        """A number in [0, 1) that depends only on the seed, the row and `salt`."""
         return unit_interval(self.seed, row_id, *salt)
 
     def numpy_rng(self, *salt: str) -> np.random.Generator:
-        """A numpy generator decided by the seed and `salt`."""
+        """A numpy generator that depends only on the seed and `salt`."""
         import numpy as np
 
         return np.random.default_rng(int(digest(["numpy", self.seed, *salt])[:16], 16))
 
     def note(self, **values: Any) -> None:
-        """Keep measurements in the stage's record; they must be JSON values."""
+        """Add measurements, which must be JSON values, to the stage's record."""
         json.dumps(values)
         self.notes.update(values)
 
     def warn(self, text: str) -> None:
-        """Have `run`, `status` and the report say something to whoever reads the results.
+        """Add a warning that `run`, `status` and the report show.
 
-        One sentence with its numbers, without the name of the stage. Stages that say the same are
-        told in one line.
+        Args:
+            text: One sentence with its numbers, without the name of the stage; equal warnings of
+                several stages are shown in one line.
         """
         self.warnings.append(text)
 
     def count(self, **values: int) -> None:
-        """Add to measurements that stand in the stage's record as sums over all batches of rows."""
+        """Add to the measurements that the stage's record holds as sums over all batches."""
         for name, value in values.items():
             self.counts[name] = self.counts.get(name, 0) + int(value)

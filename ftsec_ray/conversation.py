@@ -1,8 +1,8 @@
-"""Rows as conversations: what a row asks, what it answers, and how a method changes either.
+"""Rows as conversations: reads and changes the prompt and the answer of a row.
 
-A row holds `messages` (role, content, fields, loss). What it *asks* is everything before its
-answer; its *answer* is the last message where that is the assistant's. A row of plain text is a
-single message of the assistant. Nothing here knows a template: models.chat renders.
+A row holds `messages` (role, content, fields, loss). Its *answer* is its last message, if that is
+from the assistant; its *prompt* is everything before. A row of plain text is a single message of
+the assistant. Chat templates are applied elsewhere, in models.chat.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ and loss (whether the message is trained on).
 """
 ROLES = ("system", "user", "assistant", "tool")
 TOOLS = "tools"
-"""Role of the pseudo-message in a Chat that holds the functions on offer, as a JSON list."""
+"""Role of the pseudo-message in a Chat that holds the available tools, as a JSON list."""
 
 
 def message(
@@ -34,16 +34,18 @@ def message(
 
 
 def exchange(prompt: str, response: str, *, system: str | None = None) -> list[Message]:
-    """One question and its answer; without a prompt a plain text, without a response a question."""
-    said = [message("assistant", response, loss=True)] if response or not prompt else []
+    """The messages of a prompt and its response; plain text without a prompt, and a prompt without
+    an answer if the response is empty.
+    """
+    answer = [message("assistant", response, loss=True)] if response or not prompt else []
     if not prompt:
-        return said
+        return answer
     first = [] if system is None else [message("system", system)]
-    return [*first, message("user", prompt), *said]
+    return [*first, message("user", prompt), *answer]
 
 
 def is_text(row: Row) -> bool:
-    """Whether a row is plain text and no conversation."""
+    """Whether a row is plain text, not a conversation."""
     messages = row["messages"]
     return len(messages) == 1 and messages[0]["role"] == "assistant"
 
@@ -54,7 +56,7 @@ def has_answer(row: Row) -> bool:
 
 
 def answer_of(row: Row) -> str:
-    """The text of a row's answer, calls of tools in JSON included; empty where it has none."""
+    """The text of a row's answer, including tool calls as JSON; empty if it has no answer."""
     if not has_answer(row):
         return ""
     content, fields = row["messages"][-1]["content"], row["messages"][-1]["fields"]
@@ -62,16 +64,14 @@ def answer_of(row: Row) -> str:
 
 
 def with_calls(content: str, calls: Sequence[Mapping[str, Any]]) -> str:
-    """The text of a message and, each on a line of its own, its calls: name and arguments as
-    JSON.
-    """
+    """The text of a message, followed by one line per tool call, as JSON."""
     plain = [json.dumps(c.get("function", c), sort_keys=True, ensure_ascii=False) for c in calls]
     return "\n".join([*([content] if content else []), *plain])
 
 
 def by_step(row: Row) -> list[dict[str, Any]]:
-    """One row for every trained message of the assistant, which is its answer: what an agent does
-    next, step by step.
+    """Split a row into one row per trained message of the assistant, which becomes its answer: the
+    steps of an agent.
     """
     places = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and m["loss"]]
     if len(places) < 2:  # noqa: PLR2004 - one step is the row itself
@@ -87,7 +87,7 @@ def by_step(row: Row) -> list[dict[str, Any]]:
 
 
 def last_trained(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the last one as the only one that is trained."""
+    """The messages, with only the last one trained on."""
     return [{**m, "loss": place == len(messages) - 1} for place, m in enumerate(messages)]
 
 
@@ -98,20 +98,20 @@ def asked(row: Row) -> list[Message]:
 
 
 def asked_text(row: Row, role: str = "user") -> str:
-    """The last message of `role` before the answer; empty where there is none."""
+    """The text of the last message of `role` before the answer; empty if there is none."""
     place = _last(asked(row), role)
     return "" if place is None else str(row["messages"][place]["content"])
 
 
 def system_of(row: Row) -> str | None:
-    """The system message that a row begins with, or None."""
+    """The system message at the start of a row, or None."""
     first = row["messages"][0] if row["messages"] else None
     return str(first["content"]) if first is not None and first["role"] == "system" else None
 
 
 def with_asked(row: Row, text: str, role: str = "user") -> dict[str, Any]:
-    """The row with another last message of `role` before the answer; DataError where it has
-    none.
+    """The row with a new text in its last message of `role` before the answer; DataError if it has
+    no such message.
     """
     place = _last(asked(row), role)
     if place is None:
@@ -119,6 +119,7 @@ def with_asked(row: Row, text: str, role: str = "user") -> dict[str, Any]:
             f"row {row['row_id']!r} has no message of role {role!r} before its answer",
             [m["role"] for m in row["messages"]],
             f"a conversation with a message of role {role!r}",
+            "remove the row, or use a method that does not need this role",
         )
     messages = [dict(m) for m in row["messages"]]
     messages[place]["content"] = text
@@ -126,14 +127,12 @@ def with_asked(row: Row, text: str, role: str = "user") -> dict[str, Any]:
 
 
 def with_answer(row: Row, text: str) -> dict[str, Any]:
-    """The row with another answer, which is trained on; the fields of the old one go with it."""
+    """The row with a new answer, which is trained on; fields of the old answer are dropped."""
     return {**row, "messages": [*asked(row), message("assistant", text, loss=True)]}
 
 
 def as_chat(messages: Sequence[Message], tools: str | None = None) -> Chat:
-    """Messages as models get them: role, content and further fields; `tools` right behind the
-    system message.
-    """
+    """Messages as a Chat: role, content and other fields; `tools` follows the system message."""
     chat: Chat = [
         {"role": m["role"], "content": m["content"], **json.loads(m.get("fields") or "{}")}
         for m in messages
@@ -145,12 +144,12 @@ def as_chat(messages: Sequence[Message], tools: str | None = None) -> Chat:
 
 
 def chat_of(row: Row) -> Chat:
-    """The conversation that a row asks."""
+    """The prompt of a row as a Chat."""
     return as_chat(asked(row), row.get("tools"))
 
 
 def text_of(row: Row) -> str:
-    """What all messages of a row say, as one text for models of language that know no turns."""
+    """The texts of all messages of a row as one text, for language models without chat turns."""
     return "\n\n".join(str(m["content"]) for m in row["messages"] if m["content"]).strip()
 
 

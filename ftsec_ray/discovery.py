@@ -1,8 +1,7 @@
-"""What is found by looking: the modules of a package by name, and those that other packages add to
-it.
+"""Finds the modules of a package by name, and those that other packages add to it.
 
-A method, a kind of stage or a judge is one file of its package. Other packages add theirs by an
-entry point whose group is the package's name.
+A method, a stage kind or a judge is one file of its package. Other packages add theirs by an entry
+point whose group is the name of the package.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from ftsec_ray.errors import SpecError
 
 @cache
 def modules_in(package: str) -> dict[str, str]:
-    """Name -> module path of everything in a package and its entry points, without importing any.
+    """Name -> path of each module of a package and of its entry points, without importing them.
 
-    SpecError when an entry point takes the name of a file or of another entry point.
+    Raises SpecError if an entry point has the name of a file or of another entry point.
     """
     folders = importlib.import_module(package).__path__
     names = [info.name for info in pkgutil.iter_modules(folders)]
@@ -27,9 +26,9 @@ def modules_in(package: str) -> dict[str, str]:
     for point in entry_points(group=package):
         if point.name in modules:
             raise SpecError(
-                f"two parts of {package} of one name",
+                f"two modules of {package} have the same name",
                 point.name,
-                f"a name other than {modules[point.name]}",
+                f"a name different from that of {modules[point.name]}",
                 f"rename the entry point {point.value!r}",
             )
         modules[point.name] = point.value.split(":")[0]

@@ -1,9 +1,9 @@
-"""Files that survive a power loss, and that all users of a shared folder may use: the one way in
-which artifacts, their records, verdicts and step checkpoints come to their place.
+"""Writes files so that they survive a power loss, and so that all users of a shared folder can use
+them: for artifacts, records, recorded failures and checkpoints.
 
-A rename alone is not enough: after a crash a file system may have the new name and none of the
-bytes. So everything is written aside and synced, then renamed, then the folder that got the new
-name is synced.
+A rename alone is not enough: after a crash, a filesystem may have the new name without the content.
+So files are written under a temporary name and synced, then renamed, and then their folder is
+synced.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from contextlib import suppress
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What a filesystem answers where a disk or a quota is used up."""
+"""Errors of a full disk or an exceeded quota."""
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What a filesystem answers that cannot sync a file."""
+"""Errors of a filesystem that cannot sync files."""
 _LOST = (errno.EIO, *FULL)
-"""What it answers where a name in a folder may be lost; others refuse to sync folders at all."""
+"""Errors of a folder's sync after which a name may be lost; other errors mean that the filesystem
+cannot sync folders.
+"""
 _GROUP_FOLDER = stat.S_ISGID | stat.S_IRWXG
 _GROUP_FILE = stat.S_IRGRP | stat.S_IWGRP
 
 
 def settle(aside: Path, final: Path) -> None:
-    """Sync a file or a folder with all that it holds, give it its final name, and sync the folder
-    that now holds it; OSError where the name is taken.
+    """Sync a file or a folder with its content, rename it, and sync its new parent folder; OSError
+    if the new name exists.
     """
     shared = is_shared(final.parent)
     for parent, folders, names in os.walk(aside, topdown=False):
@@ -41,7 +43,7 @@ def settle(aside: Path, final: Path) -> None:
 
 
 def put_text(path: Path, text: str) -> None:
-    """Write a text, so that a reader or a crash finds all of it or what was there before."""
+    """Write a text file atomically: readers, also after a crash, see the old or the new content."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         aside.write_text(text, encoding="utf-8")
@@ -53,14 +55,14 @@ def put_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it. Below a folder that its group shares (set-group-id and
-    group-writable, as `chmod 2775` makes it) it is the group's too, whatever the umask.
+    """Create a folder and its parents. In a folder that is shared with its group (set-group-id and
+    group-writable, as by `chmod 2775`), new folders are shared too, regardless of the umask.
     """
     if path.is_dir():
         return
     if path != path.parent:
         make_folder(path.parent)
-    with suppress(FileExistsError):  # another process was first; a file is told by the next line
+    with suppress(FileExistsError):  # created by another process, or a file: checked below
         path.mkdir()
         if is_shared(path.parent):
             os.chmod(path, stat.S_IMODE(path.stat().st_mode) | _GROUP_FOLDER)  # noqa: PTH101
@@ -70,28 +72,28 @@ def make_folder(path: Path) -> None:
 
 
 def is_shared(folder: Path) -> bool:
-    """Whether the group of a folder shares it: set-group-id and group-writable."""
+    """Whether a folder is shared with its group: set-group-id and group-writable."""
     mode = folder.stat().st_mode
     return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)
 
 
 def plain_bytes(path: Path, limit: int) -> bytes:
-    """The bytes of a plain file of at most `limit` bytes.
+    """The bytes of a regular file of at most `limit` bytes.
 
-    ValueError for anything else that has the name: a link, a folder, a pipe, which would never
-    end, or a file that is larger. OSError where it cannot be read.
+    Raises ValueError for a larger file, and for anything else: a link, a folder, or a pipe, which
+    might never end. Raises OSError if the file cannot be read.
     """
     try:
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
-            raise ValueError(f"{path.name} is no plain file") from error
+            raise ValueError(f"{path.name} is not a regular file") from error
         raise
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path.name} is no plain file")
+            raise ValueError(f"{path.name} is not a regular file")
         if status.st_size > limit:
             raise ValueError(f"{path.name} has {status.st_size} bytes, more than {limit}")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
@@ -101,7 +103,7 @@ def plain_bytes(path: Path, limit: int) -> bytes:
 
 
 def _sync(path: Path, *, shared: bool) -> None:
-    """Have a plain file or a folder on the disk, first given to the group where that shares it."""
+    """Sync a regular file or a folder to disk; if `shared`, first make it group-writable."""
     status = path.lstat()
     is_folder = stat.S_ISDIR(status.st_mode)
     if not is_folder and not stat.S_ISREG(status.st_mode):
@@ -121,5 +123,5 @@ def _sync(path: Path, *, shared: bool) -> None:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether an error says that a disk or a quota is used up."""
+    """Whether an error means a full disk or an exceeded quota."""
     return error.errno in FULL

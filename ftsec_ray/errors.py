@@ -1,15 +1,17 @@
-"""The exception tree and the one message shape.
+"""The exceptions of this package, and the format of their messages.
 
-    FtsecError ├── SpecError          the sweep file is wrong                (exit 2) │   ├──
-    SpecFaults     all faults of one sweep file, together (exit 2) │   └── BudgetError    it would
-    take more than its budget     (exit 2; in plan/cost_estimate.py) ├── EnvironmentFault   this
-    machine or cluster cannot run it  (exit 3) ├── DataError          a row, a file or a model
-    cannot be read (the stage fails, the sweep goes on) ├── StoreError         an artifact cannot be
-    read or published ├── StageError         a stage failed for a reason that a retry would meet
-    again └── IdentityError      a value has no text that is the same in every process
+    FtsecError
+    ├── SpecError         the sweep file is wrong (exit code 2)
+    │   ├── SpecFaults    all faults of one sweep file (exit code 2)
+    │   └── BudgetError   the sweep would exceed its budget (exit code 2; in plan/cost_estimate.py)
+    ├── EnvironmentFault  this machine or cluster cannot run the sweep (exit code 3)
+    ├── DataError         a row, a file or a model cannot be read; the stage fails, others go on
+    ├── StoreError        an artifact cannot be read or published
+    ├── StageError        a stage failed, and a retry would fail again
+    └── IdentityError     a value has no canonical JSON
 
 Every message says what is wrong, the value got, what is allowed and how to fix it. Constructor
-arguments are positional and equal `args`, so that each error survives the way between processes.
+arguments are positional and equal to `args`, so that every error can be pickled.
 """
 
 from __future__ import annotations
@@ -43,18 +45,18 @@ class FtsecError(Exception):
 
 
 class SpecError(FtsecError):
-    """One fault of a sweep file."""
+    """An error of a sweep file or of an argument."""
 
     code = "spec"
     exit_code = 2
 
 
 class SpecFaults(SpecError):
-    """Every fault of one sweep file; `faults` holds (place, SpecError) pairs."""
+    """All errors of one sweep file; `faults` holds (place, SpecError) pairs."""
 
     def __init__(self, source: str, faults: Sequence[tuple[str, SpecError]] = ()) -> None:
         Exception.__init__(self, source, tuple(faults))
-        self.what = f"{source} has {len(faults)} fault(s)"
+        self.what = f"{source} has {len(faults)} error(s)"
         self.got, self.want, self.fix = None, "", ""
         self.source = source
         self.faults = tuple(faults)
@@ -68,7 +70,7 @@ class SpecFaults(SpecError):
 
 
 class EnvironmentFault(FtsecError):
-    """The machine, the cluster or an installed package cannot run what was asked."""
+    """The machine, the cluster or an installed package cannot run the sweep."""
 
     code = "environment"
     exit_code = 3
@@ -87,19 +89,19 @@ class StoreError(FtsecError):
 
 
 class StageError(FtsecError):
-    """A stage failed for a reason that the next attempt would meet again."""
+    """A stage failed, and a retry would fail again."""
 
     code = "stage"
 
 
 class IdentityError(FtsecError):
-    """A value has no text that is the same in every process."""
+    """A value has no canonical JSON, which must be the same in every process."""
 
     code = "identity"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, of the CPU or of a GPU."""
+    """Whether an error is an out-of-memory error, of host or GPU memory."""
     text = str(error).lower()
     return (
         isinstance(error, MemoryError)
@@ -113,7 +115,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def as_data_error() -> Iterator[None]:
-    """A fault that a stage meets: DataError, since the sweep file was right when it was planned."""
+    """Turn a SpecError inside a `with` block of a running stage into a DataError, since planning
+    has already checked the sweep file.
+    """
     try:
         yield
     except SpecError as error:

@@ -1,9 +1,9 @@
-"""The lifecycle as data: which kinds of stages there are, in which order, and which hooks they own.
+"""The lifecycle as data: the stage kinds, their order, and the hooks that they own.
 
-A kind is one file of `ftsec_ray.stages`: on top its declaration `KIND`, below it `run(job)`, which
-does the work. Files of other packages join by the entry-point group `ftsec_ray.stages`. The planner
-walks the kinds in order of their position, and nothing else lists kinds or hooks: a new file is a
-new kind, and its hooks are hooks of every method.
+A kind is one file of `ftsec_ray.stages`: the declaration `KIND`, and `run(job)`, which does the
+work. Other packages add files by the entry-point group `ftsec_ray.stages`. The planner goes through
+the kinds by their position. There is no other list of kinds or hooks: a new file adds a kind, and
+every method can define its hooks.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 PACKAGE = "ftsec_ray.stages"
 ROLES_BEFORE = ("reference", "unaligned")
-"""Models that a method can ask for at any stage: the one that every cell starts from, and its twin
-before alignment."""
+"""Models that a method can load at any stage: the model that every cell starts from, and its
+unaligned twin."""
 
 
 Extra = dict[str, Any]
@@ -33,42 +33,42 @@ Extra = dict[str, Any]
 
 
 class Job(Protocol):
-    """One stage at work, as `run` of its kind gets it."""
+    """The job of one stage, as the `run` of its kind gets it."""
 
     @property
     def stage(self) -> Any:
-        """What it is (plan.stage.Stage): kind, params, inputs, seed."""
+        """The stage (plan.stage.Stage): kind, params, inputs, seed."""
 
     @property
     def out(self) -> Path:
-        """The empty folder that it fills."""
+        """The empty output folder."""
 
     @property
     def session(self) -> Any:
-        """What the worker holds (execute.session.Session): models, rows, tasks, the store."""
+        """The worker's session (execute.session.Session): models, rows, tasks, the store."""
 
     @property
     def inputs(self) -> Mapping[str, str]:
-        """Role -> digest."""
+        """Role -> digest of the input."""
 
     @property
     def runtime(self) -> Runtime:
-        """Where and how it runs."""
+        """The runtime settings of the stage."""
 
     def methods(self) -> list[Method]:
-        """The methods that act in this stage, in order, with their parameters."""
+        """The methods that act in this stage, in order."""
 
     def context(self, *, workdir: Path | None = None) -> StageContext:
-        """What the stage's hooks may ask."""
+        """The context of the stage's hooks."""
 
     def warn(self, text: str) -> None:
-        """Have `run`, `status` and the report say something to whoever reads the results."""
+        """Add a warning that `run`, `status` and the report show."""
 
     def change_model(self, hook: str) -> Extra:
-        """Let the stage's one method change a copy of its model by a hook, and write the result."""
+        """Run a hook of the stage's only method on a copy of its model, and write the result."""
 
     def craft_in_blocks(self, method: RowWise, file: Path) -> dict[str, Any]:
-        """Let a method change the rows of a file block by block, in many processes where it may."""
+        """Run a method on the rows of a file block by block, in several processes if possible."""
 
     def finish(
         self,
@@ -78,111 +78,104 @@ class Job(Protocol):
         notes: Mapping[str, Any] | None = None,
         **measured: Any,
     ) -> Extra:
-        """Write a model, keep it in memory for the next stage, and report on it."""
+        """Write a model, cache it for the next stage, and return the values for the record."""
 
 
 def _no_settings(method: Any) -> Mapping[str, Any]:  # noqa: ARG001
-    """The settings of a kind about which no method decides anything."""
+    """Default of `settings_of`: methods decide no settings."""
     return {}
 
 
 def _once(params: Mapping[str, Any]) -> float:  # noqa: ARG001
-    """The amount of work of a kind whose params do not tell it."""
+    """Default of `amount_of`: the amount of work does not depend on the params."""
     return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageKind:
-    """One kind of stage: where it stands in the lifecycle, what it takes and gives, what it
-    costs.
-    """
+    """The declaration of a stage kind: position, hooks, inputs, output and expected cost."""
 
     name: str
-    """That of its file."""
+    """Name of its file."""
     position: int
-    """Place in the lifecycle: kinds act in ascending order."""
+    """Position in the lifecycle: kinds act in ascending order."""
     version: int = 1
-    """Raise when the same inputs would give another result."""
+    """Increase it if the same inputs would give another result."""
     hooks: Mapping[str, str] = field(default_factory=dict)
-    """Hooks at which methods act here -> what each takes and gives."""
+    """Hooks that it owns -> signature of each."""
     shares_hooks: tuple[str, ...] = ()
     """Hooks of other kinds at which methods act here too."""
     acts: Literal["engine", "each", "all"] = "engine"
-    """`each`: one stage for every method that has a hook, in the order of the stack; `all`: one
-    stage in which all of them act, made even where none does; `engine`: planned without regard to
-    methods.
+    """`each`: one stage per method with one of its hooks, in the order of the stack; `all`: one
+    stage in which all these methods act, even if there are none; `engine`: planned without methods.
     """
     by: Literal["both", "defenses"] = "both"
-    """Who may act: attack and defenses, or defenses only."""
+    """Methods that may act: attack and defenses, or only defenses."""
     takes: tuple[str, ...] = ()
-    """What flows in: `model`, `rows`, `completions`, or what another kind gives. The task always
-    does.
-    """
+    """Inputs, besides the task: `model`, `rows`, `completions`, or another kind's `gives`."""
     takes_clean: tuple[str, ...] = ()
-    """What flows in besides, as `clean_<name>`, from the cell without attack and defense on the
-    same model, task and seed, tuned alike. A cell in which nothing of it differs has no such stage.
+    """Additional inputs `clean_<name>`, from the cell without attack and defense on the same model,
+    task and seed, with the same training settings. If all of them equal the cell's own inputs, the
+    cell has no such stage.
     """
     gives: str | None = None
-    """What it replaces for the stages after it; None where only results read it."""
+    """The input of later stages that it replaces; None if only the results read its artifact."""
     answers: Literal["none", "defenses", "all"] = "none"
-    """Whose artifacts the results read: all, those of stages in which a defense acts, or none."""
+    """Stages whose artifacts the results read: all, those in which a defense acts, or none."""
     roles: tuple[str, ...] = ROLES_BEFORE
-    """Other models of the cell that a method can ask for here by its NEEDS."""
+    """Other models of the cell that a method can load here, if its NEEDS lists them."""
     names_input: str | None = None
-    """Role that the model which comes in has for later stages."""
+    """Role under which later stages can load its input model."""
     provides: str | None = None
-    """Role that the stage itself has, made for the methods that need it."""
+    """Role of its artifact; the stage is made only for methods that need this role."""
     measures: bool = False
-    """Whether the results take the rows of its `metrics.parquet` (schema.metrics without `cell`) as
-    they are, beside those of `score`; trials of a search are not measured so.
+    """Whether the results add the rows of its `metrics.parquet` (schema.metrics without `cell`) to
+    those of `score`. Trials of a search have no such stage.
     """
     shaped_as: str | None = None
-    """Kind of stage whose hooks the defenses of a cell have here as well, where the stage provides
-    a role: it then trains as that kind does, without the attack.
+    """For a kind that provides a role: the kind whose hooks the defenses of the cell run here too,
+    so that it trains as that kind does, without the attack.
     """
     settings: tuple[str, ...] = ()
-    """Parts of the sweep that decide its result: `training` (of the cell), `sweep_training` (also
-    where a search tunes otherwise), `generation`, `scoring`, `benchmarks`, `pairs` (`win_rate`).
-    Training counts where a method acts or it trains; by `benchmarks` there is one stage for each of
-    them, by `pairs` one where the sweep asks for it.
+    """Parts of the sweep that decide its result: `training` (of the cell), `sweep_training` (of the
+    sweep, even if a search changes that of the cell), `generation`, `scoring`, `benchmarks`,
+    `pairs` (`win_rate`). Training settings count only if a method acts or if it always trains.
+    `benchmarks` gives one stage per benchmark, `pairs` one if the sweep sets `win_rate`.
     """
     settings_of: Callable[[Any], Mapping[str, Any]] = _no_settings
-    """What a method that asks for the role that this kind provides decides about it."""
+    """Method that needs the provided role -> settings that the method decides."""
     loads: tuple[str, ...] = ()
-    """Packages whose files it finds by name, so that an edit of them is an edit of it."""
+    """Packages whose files it loads by name; their code counts as its own."""
     computes: bool = True
-    """Whether CPU kernels decide its bytes, so that `resources.numerics` is in its identity."""
+    """Whether CPU kernels affect its result, so that `resources.numerics` is in its identity."""
     needs_model: bool = True
-    """Whether it has a model in memory; a stage of rows has one where its method asks for a
-    role.
-    """
+    """Whether it always loads a model; otherwise only if its methods need a role."""
     tunes: bool = False
-    """Whether it is of the user's fine-tune: a model that is measured before it has no such stage.
-    """
+    """Whether it is part of the user's fine-tune; a model measured before it has no such stage."""
     trains: Literal["never", "declared", "always"] = "never"
-    """Whether it trains: where a method declares that hook in TRAINS, or always."""
+    """Whether it trains: always, never, or if a method declares one of its hooks in TRAINS."""
     prior_s: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"": (1.0, 1.0)})
-    """Variant ("" for any other) -> (seconds, seconds more per million weights) on one CPU core.
-    Variants: the first part of a source (`ladder`), `judge` where a judge that is a model reads,
-    and `model` where a stage of rows asks a model.
+    """Variant ("" for the default) -> (fixed seconds, seconds per million parameters) on one CPU
+    core. Variants: the first part of a source (`ladder`), `judge` with a judge model, and `model`
+    for a stage of rows that loads a model.
     """
     amount_of: Callable[[Mapping[str, Any]], float] = _once
-    """Params -> how often a stage does what takes the seconds per million weights."""
+    """Params -> factor of the seconds per million parameters."""
 
     def uses(self) -> tuple[str, ...]:
-        """Modules that it runs besides what its own file imports."""
+        """Modules that it runs in addition to the imports of its file."""
         return tuple(module for package in self.loads for module in modules_in(package).values())
 
     @property
     def asks_model(self) -> bool:
-        """Whether it asks a finished model, so that `serve_template` decides its result."""
+        """Whether it runs the finished model, so that `serve_template` affects its result."""
         return not {"generation", "benchmarks"}.isdisjoint(self.settings)
 
     def prior_of(
         self, params: Mapping[str, Any], variant: str | None = None
     ) -> tuple[float, float]:
-        """The prior for a stage with these params; its variant is that of its `source`, such as
-        `ladder:1m`, where none is given.
+        """The prior of a stage with these params; the default variant is the first part of its
+        `source`, such as `ladder` of `ladder:1m`.
         """
         name = str(params.get("source", "")).split(":")[0] if variant is None else variant
         fixed, per_million = self.prior_s.get(name) or self.prior_s[""]
@@ -197,13 +190,13 @@ def kinds() -> dict[str, StageKind]:
         kind = getattr(importlib.import_module(module), "KIND", None)
         if not isinstance(kind, StageKind) or kind.name != name:
             raise SpecError(
-                f"{module} does not declare a kind of stage of its name",
+                f"{module} does not declare a stage kind with the name of the file",
                 getattr(kind, "name", kind),
                 f"KIND = StageKind(name={name!r}, ...)",
             )
         if kind.hooks and kind.acts == "engine":
             raise SpecError(
-                f"kind of stage {name!r} owns hooks at which nobody would act",
+                f"stage kind {name!r} owns hooks, but methods cannot act in it",
                 sorted(kind.hooks),
                 "acts='each' or acts='all'",
             )
@@ -214,14 +207,14 @@ def kinds() -> dict[str, StageKind]:
 
 
 def kind_of(name: str) -> StageKind:
-    """The kind of a name; SpecError when there is none."""
+    """The kind of a name; SpecError if there is none."""
     if name not in kinds():
-        raise SpecError("unknown kind of stage", name, " | ".join(kinds()))
+        raise SpecError("unknown stage kind", name, " | ".join(kinds()))
     return kinds()[name]
 
 
 def runner_of(name: str) -> Callable[[Job], Extra]:
-    """The function that does a stage of a kind."""
+    """The function that runs a stage of a kind."""
     kind_of(name)
     run: Callable[[Job], Extra] = importlib.import_module(modules_in(PACKAGE)[name]).run
     return run
@@ -235,7 +228,7 @@ def module_of(name: str) -> str:
 
 @cache
 def hooks() -> dict[str, StageKind]:
-    """Every hook, in the order of the lifecycle, and the kind that owns it."""
+    """Every hook -> the kind that owns it, in the order of the lifecycle."""
     owners: dict[str, StageKind] = {}
     for kind in kinds().values():
         for hook in kind.hooks:
@@ -248,7 +241,7 @@ def hooks() -> dict[str, StageKind]:
 
 
 def roles() -> tuple[str, ...]:
-    """Every role of a model that NEEDS may name; its other entries name splits of the task."""
+    """Every model role that NEEDS may contain; its other entries are splits of the task."""
     named = [
         role for kind in kinds().values() for role in (kind.names_input, kind.provides) if role
     ]
@@ -256,8 +249,8 @@ def roles() -> tuple[str, ...]:
 
 
 def part_in_tune(method: Method) -> str | None:
-    """What a method does in the user's fine-tune or needs of it, so that it cannot act on a model
-    that was not fine-tuned; None for one that can.
+    """Why a method cannot act on a model that is not fine-tuned: it acts in the fine-tune, or needs
+    something that only a fine-tune provides. None if it can.
     """
     tuning = [kind for kind in kinds().values() if kind.tunes]
     owned = [hook for hook in hooks_of(type(method)) if any(hook in kind.hooks for kind in tuning)]
@@ -265,12 +258,12 @@ def part_in_tune(method: Method) -> str | None:
         return f"acts in the fine-tune ({', '.join(owned)})"
     made = {role for kind in tuning for role in (kind.names_input, kind.provides) if role}
     needed = sorted(method.NEEDS & made)
-    return f"needs what only a fine-tune has ({', '.join(needed)})" if needed else None
+    return f"needs models that only a fine-tune provides ({', '.join(needed)})" if needed else None
 
 
 def hooks_of(cls: type[Any]) -> tuple[str, ...]:
     """The hooks that a method class defines, in the order of the lifecycle."""
-    return _hooks_of(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
+    return _hooks_of(cls)  # type: ignore[arg-type]  # mypy thinks that classes are not hashable
 
 
 @cache

@@ -267,10 +267,10 @@ def test_an_attack_with_a_hook_of_defenses_is_refused(plugged):
 @pytest.mark.parametrize(
     ("kind", "wanted"),
     [
-        (StageKind(name="other", position=1), "does not declare a kind"),
-        (None, "does not declare a kind"),
+        (StageKind(name="other", position=1), "does not declare a stage kind"),
+        (None, "does not declare a stage kind"),
         (StageKind(name="twice", position=1, hooks={"revise_model": ""}, acts="each"), "two kinds"),
-        (StageKind(name="twice", position=1, hooks={"cut_model": ""}), "nobody would act"),
+        (StageKind(name="twice", position=1, hooks={"cut_model": ""}), "methods cannot act in it"),
     ],
 )
 def test_a_kind_of_stage_that_is_not_what_its_file_says_is_refused(plugged, kind, wanted):

@@ -283,7 +283,8 @@ def test_a_class_without_a_node_ends_the_run_with_what_it_lacks_once_everything_
     )
     store = Store.open(tmp_path / "store")
     with pytest.raises(
-        EnvironmentFault, match="no node of the cluster has room for a unit of class 'gpu'"
+        EnvironmentFault,
+        match="no node of the cluster is large enough for a unit of resource class 'gpu'",
     ) as caught:
         execute(
             small([plain, card], gpus_per_stage=1.0),

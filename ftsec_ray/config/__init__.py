@@ -1,1 +1,1 @@
-"""What a sweep file can say, and how it is read."""
+"""The contents of a sweep file, and how a file is read."""

@@ -1,14 +1,16 @@
-"""`search:` on an attack: the ranges in which an attacker looks for the strongest setting, and how
-far a trial may go.
+"""`search:` on an attack: the parameter ranges that the search tries, and its limits.
 
     - harmful_tuning:
         shots: 10
-        search: trials: 12 ranges: {shots: [4, 8, 16], training.learning_rate: {low: 1.0e-5, high:
-          2.0e-3, log: true}}
+        search:
+          trials: 12
+          ranges:
+            shots: [4, 8, 16]
+            training.learning_rate: {low: 1.0e-5, high: 2.0e-3, log: true}
 
-A list names the values to choose from, `low` and `high` a range of the parameter's own type. A name
-is a parameter of the attack, or `training.` and one of the tune's, where the attacker owns the
-tune. Every fault is told with those of the file.
+A list gives the values to choose from; `low` and `high` give a range of the parameter's own type. A
+name is a parameter of the attack, or `training.` plus a parameter of the fine-tune if the attacker
+controls the fine-tune. All errors are reported together with those of the rest of the file.
 """
 
 from __future__ import annotations
@@ -25,25 +27,25 @@ from ftsec_ray.method import Method
 from ftsec_ray.success import CHOICES, success_metric
 
 SEARCH = "search"
-_ALONE = "one value alone belongs beside `search`"
+_FIXED_VALUE = "set a fixed value outside `search`, as a parameter of the attack"
 _ENDS = ("low", "high", "log")
 
 
 def is_searchable(cls: type[Method]) -> bool:
-    """Whether a method is an attack that does something."""
+    """Whether a method is an attack with a success metric, so anything but `none`."""
     return cls.KIND == "attack" and success_metric(cls) is not None
 
 
 def search_of(attack: Method, given: object, place: str, faults: Faults) -> AttackSearch | None:
-    """The search of an attack, None with faults."""
-    keys = [one.name for one in fields(SearchSpec)]
+    """The search of an attack; None if it has faults."""
+    keys = [f.name for f in fields(SearchSpec)]
     if not isinstance(given, Mapping):
         faults.add(
             place,
             "not a mapping",
             given,
             "a mapping of " + ", ".join(keys),
-            "see `search:` in the README",
+            "see `search` in sweeps/README.md",
         )
         return None
     before = len(faults.found)
@@ -51,17 +53,17 @@ def search_of(attack: Method, given: object, place: str, faults: Faults) -> Atta
     if not is_searchable(type(attack)):
         faults.add(
             place,
-            "a search on no attack",
+            "`search` works only on attacks that have a success metric",
             sorted(map(str, given)),
-            "an attack that does something",
-            "take `search` away",
+            "an attack other than none",
+            "remove `search`",
         )
     ranges = _ranges(attack, given.get("ranges"), f"{place}.ranges", faults)
     metric = given.get("metric", success_metric(attack))
     if metric not in CHOICES and "metric" in given:
         faults.add(
             f"{place}.metric",
-            "no metric that a search can aim at",
+            "a search cannot optimize this metric",
             metric,
             " | ".join(CHOICES),
             nearest(metric, CHOICES),
@@ -83,7 +85,7 @@ def _ranges(attack: Method, given: object, place: str, faults: Faults) -> tuple[
     if not isinstance(given, Mapping) or not given:
         faults.add(
             place,
-            "no range to search",
+            "`ranges` names no parameter",
             given,
             "a mapping such as {training.learning_rate: {low: 1.0e-5, high: 1.0e-3, log: true}}",
             "name at least one parameter",
@@ -95,38 +97,38 @@ def _ranges(attack: Method, given: object, place: str, faults: Faults) -> tuple[
         **{f"{TRAINING}{f.name}": (TrainingConfig, f.name) for f in fields(TrainingConfig)},
     }
     unknown_keys(given, known, place, faults)
-    found = [
+    ranges = [
         _range(attack, name, known[name], value, f"{place}.{name}", faults)
         for name, value in given.items()
         if name in known
     ]
-    return tuple(sorted((one for one in found if one is not None), key=lambda one: one.name))
+    return tuple(sorted((r for r in ranges if r is not None), key=lambda r: r.name))
 
 
 def _range(
     attack: Method, name: str, owner: tuple[type, str], given: object, place: str, faults: Faults
 ) -> Range | None:
     if isinstance(given, (list, tuple)):
-        found = _choices(name, attack, owner, given, place, faults)
+        searched = _choices(name, attack, owner, given, place, faults)
     elif isinstance(given, Mapping):
-        found = _interval(name, attack, owner, given, place, faults)
+        searched = _interval(name, attack, owner, given, place, faults)
     else:
         faults.add(
             place,
             "not a range",
             given,
             "a list of values, or {low: .., high: .., log: true or false}",
-            _ALONE,
+            _FIXED_VALUE,
         )
         return None
     cls, field = owner
-    if found is None or cls is TrainingConfig:
-        return found
-    ends = found.choices or (found.low, found.high)
+    if searched is None or cls is TrainingConfig:
+        return searched
+    ends = searched.choices or (searched.low, searched.high)
     wrong = [fault for value in ends for fault in replace(attack, **{field: value}).check()]
     for what, got, want in dict.fromkeys(wrong):
         faults.add(place if what == field else f"{place} ({what})", "value out of range", got, want)
-    return None if wrong else found
+    return None if wrong else searched
 
 
 def _choices(
@@ -147,10 +149,10 @@ def _choices(
     if len({canonical(value) for value in values}) < max(2, len(values)):
         faults.add(
             place,
-            "an empty range" if len(values) < 2 else "a value twice",
+            "fewer than two values" if len(values) < 2 else "a duplicate value",
             list(given),
-            "two different values or more",
-            _ALONE,
+            "two or more different values",
+            _FIXED_VALUE,
         )
         return None
     return Range(name=name, choices=tuple(values))
@@ -167,11 +169,13 @@ def _interval(
     before = len(faults.found)
     unknown_keys(given, _ENDS, place, faults)
     info = next(info for info in fields_of(owner[0]) if info.name == owner[1])
-    if not any(
-        one.get("type") in ("integer", "number") for one in info.schema.get("anyOf", [info.schema])
-    ):
+    types = info.schema.get("anyOf", [info.schema])
+    if not any(schema.get("type") in ("integer", "number") for schema in types):
         faults.add(
-            place, "a range of what is no number", dict(given), f"a list of values: {info.type}"
+            place,
+            "low and high given for a parameter that is not a number",
+            dict(given),
+            f"a list of values: {info.type}",
         )
         return None
     ends: list[Any] = []
@@ -187,12 +191,12 @@ def _interval(
         return None
     if any(isinstance(end, bool) or not isinstance(end, (int, float)) for end in ends):
         faults.add(
-            place, "ends that are no numbers", dict(given), info.type, "name the values in a list"
+            place, "low and high are not numbers", dict(given), info.type, "list the values instead"
         )
     elif not ends[0] < ends[1]:
-        faults.add(place, "an empty range", dict(given), "low below high", _ALONE)
+        faults.add(place, "an empty range", dict(given), "low below high", _FIXED_VALUE)
     elif log and ends[0] <= 0:
-        faults.add(f"{place}.low", "no logarithm", ends[0], "above 0 where log is true")
+        faults.add(f"{place}.low", "log: true needs a positive low", ends[0], "a number > 0")
     if len(faults.found) > before:
         return None
     is_int = all(isinstance(end, int) for end in ends)
@@ -203,12 +207,14 @@ def _interval(
 def _value(
     attack: Method, owner: tuple[type, str], given: object, place: str, faults: Faults
 ) -> Any:
-    """One value of a searched parameter in its own type, everything else as the attack has it."""
+    """One value of a searched parameter, converted to its type; the attack's other parameters stay
+    as they are.
+    """
     cls, field = owner
     others = {}
     if cls is not TrainingConfig:
         own = [f.name for f in fields(attack) if f.init and f.name != field]
         others = {name: getattr(attack, name) for name in own}
-    # Whether the attack accepts it is told of the range, not of each value.
+    # `_range` checks once per range whether the attack accepts the values.
     parsed = parse(cls, {field: given}, place, faults, {field: place}, **others)
     return None if parsed is None else getattr(parsed, field)

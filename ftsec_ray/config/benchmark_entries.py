@@ -1,5 +1,5 @@
-"""The benchmarks of a sweep file: paths of task files start at its folder, names stay as they
-are.
+"""The benchmarks of a sweep file: relative paths of task files start at its folder, names stay
+unchanged.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from ftsec_ray.config.local_files import named_path
 
 KEY = "benchmarks"
 SUFFIXES = (".yaml", ".yml")
-"""What the path of a task file ends with; everything else is a name."""
+"""Suffixes of the path of a task file; everything else is a name."""
 
 
 def with_paths(evaluation: object, base: Path, faults: Faults) -> object:
-    """What a file says under `evaluation`, with the paths of its benchmarks made whole; a fault for
-    a benchmark that is named twice.
+    """The `evaluation` of a sweep file with absolute paths of its benchmarks; a duplicate benchmark
+    is a fault.
     """
     given = evaluation.get(KEY) if isinstance(evaluation, Mapping) else None
     if not isinstance(evaluation, Mapping) or not isinstance(given, (list, tuple)):
-        return evaluation  # whoever reads the values says what is wrong with them
-    whole = [
+        return evaluation  # the type check of the values reports this fault later
+    resolved = [
         _with_path(entry, base, f"evaluation.{KEY}[{i}]", faults) for i, entry in enumerate(given)
     ]
-    for index, entry in enumerate(whole):
-        if entry in whole[:index]:
+    for index, entry in enumerate(resolved):
+        if entry in resolved[:index]:
             faults.add(
                 f"evaluation.{KEY}[{index}]",
-                "the same benchmark twice",
+                "a duplicate benchmark",
                 given[index],
                 "each benchmark once",
             )
-    return {**evaluation, KEY: whole}
+    return {**evaluation, KEY: resolved}
 
 
 def is_path(entry: str) -> bool:
-    """Whether a benchmark is a task file of one's own."""
+    """Whether a benchmark entry is the path of a task file."""
     return entry.endswith(SUFFIXES)
 
 
@@ -50,16 +50,20 @@ def _with_path(entry: object, base: Path, place: str, faults: Faults) -> object:
 
 
 def data_files(config: Mapping[str, Any], folder: Path) -> Any:
-    """`data_files` of a task in the shape that it gives them, with whole paths that start at the
-    folder of the task file; None where it has none.
+    """The `data_files` of a task with absolute paths, in their given structure (path, list or
+    mapping); None if the task has none.
+
+    Args:
+        config: The task's configuration.
+        folder: Folder of the task file, at which relative paths start.
     """
     given = (config.get("dataset_kwargs") or {}).get("data_files")
 
-    def whole(value: Any) -> Any:
+    def absolute(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {split: whole(files) for split, files in value.items()}
+            return {split: absolute(files) for split, files in value.items()}
         if isinstance(value, list):
-            return [whole(file) for file in value]
+            return [absolute(file) for file in value]
         return str((folder / str(value)).resolve())
 
-    return None if given is None else whole(given)
+    return None if given is None else absolute(given)

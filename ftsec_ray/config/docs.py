@@ -6,7 +6,7 @@ import inspect
 import re
 
 SECTIONS = ("Paper", "Differs", "Cost", "Reads", "Needs")
-"""`Reads` says with what care its results are to be read; a method may leave it out."""
+"""`Reads` is optional: a caution for whoever interprets the method's results."""
 
 
 def summary(doc: str) -> str:
@@ -19,7 +19,7 @@ def sections(doc: str) -> dict[str, str]:
     Differs, Cost, Reads, Needs.
     """
     parts = re.split(rf"^({'|'.join(SECTIONS)}):", inspect.cleandoc(doc), flags=re.MULTILINE)
-    found = {"": parts[0].strip()}
+    texts = {"": parts[0].strip()}
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
-        found[name] = " ".join(text.split())
-    return found
+        texts[name] = " ".join(text.split())
+    return texts

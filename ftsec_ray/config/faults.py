@@ -1,7 +1,7 @@
-"""Where the faults of a sweep file are gathered, so that its author sees all of them at once.
+"""Collects the faults of a sweep file, so that its author sees all of them at once.
 
-A place is written as in the file: `attacks[1].badnets.rate`. Where the sweep was text, the line
-    number is added.
+A place is written as in the file: `attacks[1].badnets.rate`. A sweep that was read from text adds
+the line number.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from difflib import get_close_matches
 from ftsec_ray.errors import SpecError, SpecFaults
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9_.-]*"
-"""Names of sweeps, models and tasks: they become folder names and must not leave the results
-folder.
+"""Names of sweeps, models and tasks: they become folder names, so they must not lead out of the
+results folder.
 """
 
 
@@ -24,27 +24,27 @@ class Faults:
     """All faults of one sweep."""
 
     source: str
-    """The file, for the message."""
+    """Name of the file, shown in the message."""
     lines: Mapping[str, int] = field(default_factory=dict)
-    """Place -> line of the file."""
+    """Place -> line number in the file."""
     found: list[tuple[str, SpecError]] = field(default_factory=list)
 
     def add(self, place: str, what: str, got: object = None, want: str = "", fix: str = "") -> None:
-        """Keep one fault."""
+        """Record one fault."""
         line = self._line(place)
         self.found.append(
             (place, SpecError(f"{what} (line {line})" if line else what, got, want, fix))
         )
 
     def add_error(self, place: str, error: SpecError) -> None:
-        """Keep a fault that another module raised."""
+        """Record a fault that another module raised."""
         if isinstance(error, SpecFaults):
             self.found += [(f"{place}: {inner}", fault) for inner, fault in error.faults]
         else:
             self.add(place, error.what, error.got, error.want, error.fix)
 
     def check(self) -> None:
-        """Raise SpecFaults when there is any fault."""
+        """Raise SpecFaults if there is any fault."""
         if self.found:
             self.found.sort(key=lambda item: self._line(item[0]) or 0)
             raise SpecFaults(self.source, self.found)
@@ -56,7 +56,7 @@ class Faults:
 
 
 def nearest(name: object, known: Iterable[str], otherwise: str = "") -> str:
-    """A did-you-mean for a misspelt name, or `otherwise`."""
+    """A did-you-mean for a misspelt name; `otherwise` if no known name is similar."""
     near = get_close_matches(str(name), list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else otherwise
 
@@ -71,8 +71,8 @@ def is_name(value: object, *, also: str = "") -> bool:
 
 
 def name_or_none(value: object, place: str, faults: Faults, *, also: str = "") -> str | None:
-    """A name that is safe as a folder, or None with a fault; `also` names further characters that
-    may occur.
+    """The value if it is safe as the name of a folder, else None and a fault; `also` lists extra
+    characters that are allowed.
     """
     if is_name(value, also=also):
         return str(value)
@@ -83,6 +83,6 @@ def name_or_none(value: object, place: str, faults: Faults, *, also: str = "") -
         f"lower-case letters, digits and _ . {also} -, starting with a letter or digit".replace(
             "  ", " "
         ),
-        "a name becomes a folder of the results",
+        "the name is used as a folder name in the results",
     )
     return None

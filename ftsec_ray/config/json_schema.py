@@ -1,8 +1,8 @@
-"""The JSON schema of a sweep file, made from the dataclasses and the registry, for editors and for
+"""The JSON schema of a sweep file, made from the dataclasses and the registry, for editors and
 other tools.
 
-It says what a file may hold; what JSON schema cannot say (files that exist, names used twice) only
-`load_sweep` checks.
+It describes what a file may contain. JSON schema cannot express every rule: only `load_sweep`
+checks that files exist and that names are unique.
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ def _mapping(properties: Schema, *required: str, **more: object) -> Schema:
 def _mapping_of(
     cls: type, *, grid: bool = False, without: Collection[str] = (), **changed: Schema
 ) -> Schema:
-    """A dataclass as a file writes it, but for the fields that a file writes in another way."""
+    """Schema of a dataclass as a file writes it; `changed` holds the schemas of fields that a file
+    writes in another form.
+    """
     schema = class_schema(cls)
     known = {name: value for name, value in schema["properties"].items() if name not in without}
     properties = {name: value for name, value in changed.items() if name not in known}
@@ -182,7 +184,7 @@ def _model() -> Schema:
         align=_any({"type": "boolean"}, _mapping_of(AlignSpec)),
         serve_template=_any(_one_or_list(_TEXT), {"type": "object", "additionalProperties": _TEXT}),
     )
-    # A source tells most of what a model must have by itself.
+    # Most required fields of a model follow from its source.
     del model["required"]
     return model | {"oneOf": [{"required": [key]} for key in ("path", "id", "source")]}
 

@@ -1,4 +1,4 @@
-"""Judges of a sweep file that are models: rubrics are read, and relative paths start at the file's
+"""Judge models of a sweep file: reads their rubrics and resolves paths relative to the file's
 folder.
 """
 
@@ -18,12 +18,12 @@ PAIR_PLACES = ("{request}", "{first}", "{second}")
 
 
 def with_judges(given: object, base: Path, faults: Faults) -> object:
-    """The `evaluation` of a sweep file with its judges as they are meant, whatever else is in it.
+    """The `evaluation` of a sweep file with rubrics read and paths resolved in its judges.
 
     Args:
-        given: The mapping, or whatever stands there.
-        base: Folder of relative paths.
-        faults: Takes what is wrong with a judge that is a mapping, each key by its place.
+        given: The value of `evaluation`; returned unchanged if it is not a mapping.
+        base: Folder at which relative paths start.
+        faults: Collects the faults of judges that are mappings, each under the place of its key.
     """
     if not isinstance(given, Mapping):
         return given
@@ -43,7 +43,7 @@ def with_judges(given: object, base: Path, faults: Faults) -> object:
 
 
 _WRONG = object()
-"""In the place of a judge whose fault is told."""
+"""Stands for a judge whose fault is already recorded."""
 
 
 def _judge(
@@ -63,21 +63,21 @@ def _judge(
 
 
 def _located(source: str, base: Path, place: str, faults: Faults) -> str:
-    """A model of the sweep file's folder by its whole path; any other as it is."""
+    """The absolute path of a local model; any other source unchanged."""
     path = named_path(source, base, place, faults) if source else None
     is_path = path is not None and (looks_local(source) or path.exists())
     return str(path.resolve()) if path is not None and is_path else source
 
 
 def _rubric(given: str, base: Path, place: str, faults: Faults, marks: Sequence[str]) -> str | None:
-    text, want = given, f"a text with {', '.join(marks)}, or the path of a file with one"
+    text, want = given, f"a text that contains {', '.join(marks)}, or the path of such a file"
     if not any(mark in given for mark in marks) and "\n" not in given:
         try:
             text = (base / Path(given).expanduser()).read_text(encoding="utf-8")
-        except (OSError, RuntimeError, ValueError) as error:  # the second: no such home
-            faults.add(place, "a rubric that cannot be read", given, want, str(error))
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: `~` has no home folder
+            faults.add(place, "cannot read this rubric file", given, want, str(error))
             return None
     missing = [mark for mark in marks if mark not in text]
     if missing:
-        faults.add(place, "a rubric that does not show what is judged", text[:200], want)
+        faults.add(place, f"the rubric lacks {', '.join(missing)}", text[:200], want)
     return text

@@ -1,7 +1,7 @@
-"""How large a sweep file may be: a file from a stranger must not take the machine of whoever plans
-it.
+"""Limits on the size of a sweep file: a file from an untrusted source must not exhaust the machine
+that plans it.
 
-A file cannot raise its own limits; the variables of the environment do.
+A file cannot raise its own limits; environment variables can.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _PREFIX = "FTSEC_MAX_"
 
 
 def limits_set() -> dict[str, str]:
-    """The variables of this environment that set limits, for processes on other machines: counts
-    alone, whatever else has such a name.
+    """The environment variables that set limits, to pass to processes on other machines; variables
+    whose value is not a count are left out.
     """
     given = {name: value for name, value in os.environ.items() if name.startswith(_PREFIX)}
     return {name: value for name, value in given.items() if value.isdecimal()}
@@ -30,26 +30,32 @@ class Limit:
     name: str
     default: int
     counts: str
-    """What is counted, in the plural."""
+    """What the limit counts, in the plural."""
 
     @property
     def variable(self) -> str:
-        """The variable of the environment that sets it."""
+        """The environment variable that sets the limit."""
         return f"{_PREFIX}{self.name.upper()}"
 
     @property
     def value(self) -> int:
-        """The limit in force; SpecError where the variable is no count."""
+        """The current limit; SpecError if the environment variable is not a count."""
         given = os.environ.get(self.variable)
         if given is None:
             return self.default
         if not given.isdecimal() or len(given) > _MAX_DIGITS or int(given) < 1:
-            raise SpecError(f"{self.variable} is not a count", given, "a whole number, >= 1")
+            raise SpecError(
+                f"the environment variable {self.variable} is not a count", given, "integer >= 1"
+            )
         return int(given)
 
     def exceeded_by(self, count: int, *, where: str = "", fix: str = "") -> SpecError | None:
-        """The fault of a file that holds `count` of them; None within the limit. `where` names the
-        file, `fix` says what else than splitting the sweep helps.
+        """The error for a count above the limit; None within the limit.
+
+        Args:
+            count: The number found.
+            where: The file, for the message.
+            fix: How to fix it, in place of the advice to split the sweep.
         """
         most = self.value
         if count <= most:
@@ -58,24 +64,24 @@ class Limit:
             f"too many {self.counts}",
             f"{count:,} in {where}" if where else f"{count:,}",
             f"at most {most:,}",
-            fix or f"split the sweep, or set {self.variable} in the environment",
+            fix or f"split the sweep, or set the environment variable {self.variable}",
         )
 
 
 _MAX_DIGITS = 15
 FILE_BYTES = Limit("file_bytes", 1_000_000, "bytes in a sweep file")
-VALUES = Limit("values", 20_000, "values in a sweep file, aliases followed")
-NESTING = Limit("nesting", 32, "levels of lists and mappings inside one another")
+VALUES = Limit("values", 20_000, "values in a sweep file, with aliases expanded")
+NESTING = Limit("nesting", 32, "nested levels of lists and mappings")
 POINTS = Limit("grid_points", 5_000, "points of a grid")
-RULES = Limit("exclude_rules", 1_000, "rules of exclude, lists inside them written out")
+RULES = Limit("exclude_rules", 1_000, "rules of exclude, with lists expanded")
 CELLS = Limit("cells", 20_000, "cells, before exclude")
 LIMITS = (FILE_BYTES, VALUES, NESTING, POINTS, RULES, CELLS)
 LARGEST_INT = 2**63 - 1
-"""Ints in a sweep file have 64 bits, so that each fits a column and a float."""
+"""Largest integer in a sweep file: it must fit a 64-bit column."""
 
 
 def is_deeper(value: object, most: int) -> bool:
-    """Whether a value of JSON has more than so many lists and objects inside one another."""
+    """Whether a JSON value has more than `most` nested levels of lists and objects."""
     level: list[Any] = [value]
     for _ in range(most + 1):
         holders = [inner for inner in level if isinstance(inner, (dict, list))]

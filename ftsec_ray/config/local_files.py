@@ -1,4 +1,4 @@
-"""Texts of a sweep that name files of this machine."""
+"""Values of a sweep file that name local files."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from ftsec_ray.config.faults import Faults
 
 
 def looks_local(text: str) -> bool:
-    """Whether a text can only be a path, there or not: it begins as one, or ends with `.gguf`."""
+    """Whether a text is a path by its form, even if it does not exist: it starts with `.`, `/` or
+    `~`, or ends with `.gguf`.
+    """
     return text.startswith((".", "/", "~")) or text.endswith(".gguf")
 
 
 def named_path(given: str, base: Path, place: str, faults: Faults) -> Path | None:
-    """The path that a text names, there or not; None with a fault where no system call takes it.
+    """The path that a text names, whether or not it exists; None and a fault if the operating
+    system rejects it.
 
     Args:
-        given: The text; `~` is a home folder.
+        given: The text; `~` is expanded.
         base: Folder at which a relative path starts.
-        place: Of the text in the sweep.
-        faults: Takes what is wrong.
+        place: Place of the text in the sweep file.
+        faults: Collects the faults.
     """
     try:
         path = Path(given).expanduser()
@@ -28,6 +31,6 @@ def named_path(given: str, base: Path, place: str, faults: Faults) -> Path | Non
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        faults.add(place, "a path that cannot be opened", given, "the path of a file here", why)
+        faults.add(place, "not a valid path", given, "the path of a local file", why)
         return None
     return path

@@ -1,9 +1,9 @@
 """The method axes of a sweep: names, parameters, grids and stacks -> typed methods.
 
-`badnets`, `{badnets: {rate: 0.1}}` and, for defenses, a list of these as a stack. `{grid: [..]}` in
-the place of any parameter's value gives one method per value, several grids their product. A method
-that comes out twice is a fault: nearly always a slip, and merging it would make the number of cells
-a surprise.
+An entry is `badnets` or `{badnets: {rate: 0.1}}`; for defenses, a list of entries is a stack. A
+parameter value `{grid: [..]}` gives one method per value; several grids give their product. A
+duplicate method is a fault: it is nearly always a mistake, and merging duplicates would change the
+number of cells.
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ NONE = "none"
 def attacks_of(
     given: object, faults: Faults
 ) -> tuple[tuple[Method, ...], tuple[AttackSearch, ...]]:
-    """The attacks of a sweep, grids expanded, and the searches that stand beside their
-    parameters.
-    """
-    found: list[tuple[str, Method]] = []
+    """The attacks of a sweep with grids expanded, and their searches."""
+    placed: list[tuple[str, Method]] = []
     searches: list[AttackSearch | None] = []
     for place, entry in _entries(given, "attacks", ATTACKS, faults):
         if isinstance(entry, (list, tuple)):
@@ -44,28 +42,28 @@ def attacks_of(
                 "a list of attacks",
                 entry,
                 "one attack per entry",
-                "a cell has one attack; stacks are for defenses",
+                "only defenses can be stacked",
             )
             continue
         plain, search = _without_search(entry)
         attacks = _methods(plain, place, ATTACKS, faults)
-        found += [(place, attack) for attack in attacks]
+        placed += [(place, attack) for attack in attacks]
         if search is not None:
             where = f"{place}.{_name(plain)}.{SEARCH}"
             _refuse_grids(plain, search, where, faults)
-            # A fault of the search is one fault, however many attacks a grid beside it gives.
+            # Report a fault of the search once, not for each attack of a grid.
             for attack in attacks:
                 searches.append(search_of(attack, search, where, faults))
                 if searches[-1] is None:
                     break
-    return tuple(_unique(found, lambda attack: (attack,), faults)), tuple(
-        one for one in searches if one is not None
+    return tuple(_unique(placed, lambda attack: (attack,), faults)), tuple(
+        search for search in searches if search is not None
     )
 
 
 def _refuse_grids(entry: object, search: object, place: str, faults: Faults) -> None:
-    """A fault for each parameter that a grid beside a search gives and the search looks for: the
-    searches would be the same.
+    """A fault for each parameter that has both a grid and a search range: each grid value would run
+    the same search.
     """
     given = next(iter(entry.values())) if isinstance(entry, Mapping) else {}
     ranges = search.get("ranges") if isinstance(search, Mapping) else None
@@ -73,15 +71,15 @@ def _refuse_grids(entry: object, search: object, place: str, faults: Faults) -> 
         if isinstance(given.get(name), Mapping) and "grid" in given[name]:
             faults.add(
                 f"{place}.ranges.{name}",
-                "a grid beside the search for the same parameter",
+                "the parameter has both a grid and a search range",
                 given[name],
-                "one value for the fixed attack",
-                "write a second entry for another fixed attack",
+                "one value outside `search`",
+                "add a second entry for each further fixed value",
             )
 
 
 def _without_search(entry: object) -> tuple[object, object | None]:
-    """An entry of the axis and its search, if any."""
+    """An entry of the axis without its search, and the search if there is one."""
     name = _name(entry)
     given = entry[name] if isinstance(entry, Mapping) and name is not None else None
     if name is None or not isinstance(given, Mapping) or SEARCH not in given:
@@ -93,11 +91,11 @@ def _without_search(entry: object) -> tuple[object, object | None]:
 
 
 def defenses_of(given: object, faults: Faults) -> tuple[Stack, ...]:
-    """The stacks of defenses of a sweep, grids expanded; `none` is the empty stack."""
-    found: list[tuple[str, Stack]] = []
+    """The defense stacks of a sweep with grids expanded; `none` is the empty stack."""
+    placed: list[tuple[str, Stack]] = []
     for place, entry in _entries(given, "defenses", DEFENSES, faults):
-        found += [(place, stack) for stack in _stacks(entry, place, faults)]
-    return tuple(_unique(found, lambda stack: stack, faults))
+        placed += [(place, stack) for stack in _stacks(entry, place, faults)]
+    return tuple(_unique(placed, lambda stack: stack, faults))
 
 
 def _entries(
@@ -134,15 +132,15 @@ def _stacks(entry: object, place: str, faults: Faults) -> list[Stack]:
                 "`none` inside a stack",
                 entry,
                 "defenses",
-                "`none` stands alone; leave it out of the stack",
+                "remove `none` from the stack",
             )
         elif name is not None and name in names[:index]:
             faults.add(
                 f"{place}[{index}]",
-                "the same defense twice in one stack",
+                "a duplicate defense in one stack",
                 name,
                 "each defense once in a stack",
-                "write two stacks, or a grid, to compare settings",
+                "to compare settings, write two stacks or a grid",
             )
     if not entry:
         faults.add(
@@ -162,7 +160,7 @@ def _stacks(entry: object, place: str, faults: Faults) -> list[Stack]:
 
 
 def _name(entry: object) -> str | None:
-    """The name that an entry gives, None where it gives none."""
+    """The method name of an entry; None if it has none."""
     if isinstance(entry, Mapping) and len(entry) == 1:
         entry = next(iter(entry))
     return entry if isinstance(entry, str) else None
@@ -176,7 +174,7 @@ def _methods(entry: object, place: str, registry: Registry, faults: Faults) -> l
             f"not the name of one {registry.kind}",
             entry,
             "a name, or {name: {parameter: value}}",
-            "indent the parameters below the name" if isinstance(entry, Mapping) else "",
+            "indent the parameters under the name" if isinstance(entry, Mapping) else "",
         )
         return []
     try:
@@ -193,7 +191,7 @@ def _expand(cls: type[Method], given: object, place: str, faults: Faults) -> lis
     if not isinstance(given, Mapping):
         faults.add(
             place,
-            "parameters are not a mapping",
+            "the parameters are not a mapping",
             given,
             "{" + ", ".join(names) + "}" if names else "no parameters",
             f"write {place.rsplit('.', 1)[-1]}: {{parameter: value}}",
@@ -203,7 +201,7 @@ def _expand(cls: type[Method], given: object, place: str, faults: Faults) -> lis
         key: f"{place}.{key}" for key, value in given.items() if key in names and _is_no_grid(value)
     }
     for key, where in no_grid.items():
-        want = "{grid: [value, value, ...]} and nothing beside it"
+        want = "{grid: [value, value, ...]} with no other key"
         faults.add(where, "not a grid", given[key], want)
     axes = [
         _points(key, value, f"{place}.{key}") for key, value in given.items() if key not in no_grid
@@ -211,20 +209,21 @@ def _expand(cls: type[Method], given: object, place: str, faults: Faults) -> lis
     if fault := POINTS.exceeded_by(prod(map(len, axes))):
         faults.add_error(place, fault)
         return []
-    met = Faults(faults.source, faults.lines)
-    found = []
+    point_faults = Faults(faults.source, faults.lines)
+    methods = []
     for point in product(*axes):
         values = {name: value for name, value, _ in point}
         places = {name: where for name, _, where in point}
-        found.append(build(cls, values, place, met, places))
-    # The points of a grid share values, and with them faults; what is no grid is not missing.
-    told = {(where, fault.what): (where, fault) for where, fault in met.found}
-    faults.found += [one for one in told.values() if one[0] not in no_grid.values()]
-    return [method for method in found if method is not None and not no_grid]
+        methods.append(build(cls, values, place, point_faults, places))
+    # Points of a grid share values, so they share faults: keep each once. A parameter whose grid is
+    # malformed looks missing here; its fault is recorded above.
+    unique = {(where, fault.what): (where, fault) for where, fault in point_faults.found}
+    faults.found += [fault for fault in unique.values() if fault[0] not in no_grid.values()]
+    return [method for method in methods if method is not None and not no_grid]
 
 
 def _is_no_grid(value: object) -> bool:
-    """Whether a value is written as a grid and is none."""
+    """Whether a value is a malformed grid."""
     if not isinstance(value, Mapping) or "grid" not in value:
         return False
     values = value["grid"]
@@ -239,22 +238,20 @@ def _points(name: str, given: object, place: str) -> list[tuple[str, object, str
     return [(name, given, place)]
 
 
-def _unique(found: list[tuple[str, T]], stack_of: Callable[[T], Stack], faults: Faults) -> list[T]:
+def _unique(placed: list[tuple[str, T]], stack_of: Callable[[T], Stack], faults: Faults) -> list[T]:
     seen: dict[str, str] = {}
     kept: list[T] = []
-    for place, item in found:
+    for place, item in placed:
         names = [name_of(method) for method in stack_of(item)]
         text = canonical([names, list(stack_of(item))])
         if text in seen:
-            where = (
-                f"{seen[text]} gives it too" if seen[text] != place else "one grid gives it twice"
-            )
+            where = f"same as {seen[text]}" if seen[text] != place else "one grid contains it twice"
             faults.add(
                 place,
-                "the same entry twice",
+                "a duplicate entry",
                 " + ".join(names) or NONE,
                 "each entry once",
-                f"{where}; a default written out is the same as the default",
+                f"{where}; writing out a default value changes nothing",
             )
         else:
             seen[text] = place

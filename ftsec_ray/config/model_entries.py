@@ -1,9 +1,9 @@
 """The model axis of a sweep: `ladder:1m`, a Hugging Face id (`owner/name` or
 `owner/name@revision`), a folder, a `.gguf` file, or a mapping -> ModelSpec.
 
-What a source tells by itself is derived: family, alignment and twin of a ladder model; family and
-alignment of a name that follows the usual pattern `<family>-<size>-<instruct|base>`. What it does
-not tell must be written.
+Some keys follow from the source: family, alignment and unaligned twin of a ladder model; family and
+alignment of a name of the usual pattern `<family>-<size>-<instruct|base>`. The sweep file must give
+the others.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _BASE = re.compile(r"(^|[-_.])(base|pt|pretrained)(?=[-_.]|$)")
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model comes from, and what that alone tells."""
+    """Where a model comes from, and the keys that follow from it."""
 
     text: str
-    """As ModelSpec.source keeps it."""
+    """The value of ModelSpec.source."""
     name: str
     family: str | None = None
     aligned: bool | None = None
@@ -73,24 +73,24 @@ def models_of(given: object, base: Path, faults: Faults) -> tuple[ModelSpec, ...
             "see `ftsec list models`",
         )
         return ()
-    found: dict[str, ModelSpec] = {}
+    by_name: dict[str, ModelSpec] = {}
     for index, entry in enumerate(given):
         place = f"models[{index}]"
         for model in _models(entry, place, base, faults):
-            if model.name in found:
+            if model.name in by_name:
                 faults.add(
                     place,
-                    "two models of one name",
+                    "two models have the same name",
                     model.name,
-                    "a name of its own for each model",
+                    "a unique name for each model",
                     "write {source: ..., name: ...}",
                 )
-            found.setdefault(model.name, model)
-    return tuple(found.values())
+            by_name.setdefault(model.name, model)
+    return tuple(by_name.values())
 
 
 def _models(given: object, place: str, base: Path, faults: Faults) -> list[ModelSpec]:
-    """A model of the sweep, once for each template that it is served under."""
+    """A model of the sweep, once for each of its serve templates."""
     model = _model(given, place, base, faults)
     if model is None:
         return []
@@ -145,7 +145,7 @@ def _built(
             "a revision of a local model",
             given["revision"],
             "no revision",
-            "revisions are of Hugging Face ids",
+            "only Hugging Face ids have revisions",
         )
     if (
         source.revision is not None
@@ -153,10 +153,10 @@ def _built(
     ):
         faults.add(
             f"{place}.revision",
-            "two revisions of one model",
+            "two different revisions of one model",
             values["revision"],
             repr(source.revision),
-            "write it once",
+            "give the revision once",
         )
     _derive(values, source, fixed, place, faults)
     _check_template(values, source, fixed, place, faults)
@@ -166,16 +166,16 @@ def _built(
 
 _FIXED: Mapping[str, tuple[str, tuple[object, ...], str, str]] = {
     "chat_template": (
-        "a template of a ladder model is fixed",
+        "the chat template of a ladder model is fixed",
         (None,),
         "no chat_template",
-        "serve_template gives the finished model another one",
+        "to evaluate the finished model under another template, use serve_template",
     ),
     "dtype": (
         "the dtype of a ladder model is fixed",
         ("auto", "float32"),
         "float32, or no dtype",
-        "its sizes are small, and half precision is slower than float32 on a CPU",
+        "on a CPU, half precision is slower than float32 for these small models",
     ),
     "attention": (
         "the attention of a ladder model is fixed",
@@ -184,7 +184,7 @@ _FIXED: Mapping[str, tuple[str, tuple[object, ...], str, str]] = {
         "",
     ),
 }
-"""Keys that a ladder model has no choice in: the fault, what may be given, want and hint."""
+"""Keys that are fixed for a ladder model -> (what, allowed values, want, fix)."""
 
 
 def _check_ladder(given: Mapping[str, object], place: str, faults: Faults) -> None:
@@ -200,30 +200,30 @@ def _derive(
     place: str,
     faults: Faults,
 ) -> None:
-    """Fill in family and aligned where the source tells them; contradictions and gaps are
+    """Fill in `family` and `aligned` where they follow from the source; contradictions are
     faults.
     """
     if "family" not in values and source.family is not None:
         values["family"] = source.family
     if source.text.startswith("ladder:"):
-        for key, told in (("family", source.family), ("aligned", source.aligned)):
+        for key, derived in (("family", source.family), ("aligned", source.aligned)):
             if (
                 key in values
-                and values[key] != told
+                and values[key] != derived
                 and not (key == "aligned" and fixed["align"] is not None)
             ):
                 faults.add(
                     f"{place}.{key}",
                     f"{key} of a ladder model is fixed",
                     values.pop(key),
-                    repr(told),
+                    repr(derived),
                     f"leave out {key}",
                 )
     if fixed["align"] is not None:
         if values.get("aligned") is False:
             faults.add(
                 f"{place}.aligned",
-                "aligned and not aligned",
+                "aligned: false contradicts align",
                 values["aligned"],
                 "true, or no align",
                 "a model with an align stage is aligned",
@@ -240,7 +240,7 @@ def _check_template(
     place: str,
     faults: Faults,
 ) -> None:
-    """An aligned model in a folder must bring the template that it was aligned under."""
+    """A fault for an aligned local model without a chat template."""
     folder = Path(source.text)
     if (
         source.local
@@ -254,7 +254,7 @@ def _check_template(
             f"{place}.chat_template",
             "an aligned model without a chat template",
             source.name,
-            "the template that it was aligned under",
+            "the chat template that was used to align the model",
             "add `chat_template: FILE`, or `aligned: false` for a base model",
         )
 
@@ -277,7 +277,7 @@ def _twin(
             "align and unaligned together",
             given["unaligned"],
             "one of them",
-            "with align the twin before alignment is the loaded model itself",
+            "with align, the unaligned twin is the loaded model itself",
         )
     twin = source_of(given["unaligned"], place, base, faults)
     if twin is None:
@@ -288,7 +288,15 @@ def _twin(
 def source_of(
     given: object, place: str, base: Path, faults: Faults, *, kind: str = "source"
 ) -> _Source | None:
-    """A model source, None with a fault; local ones become absolute and must exist."""
+    """A model source, or None with a fault; a local source must exist and gets an absolute path.
+
+    Args:
+        given: The value in the sweep file.
+        place: Its place in the file.
+        base: Folder at which relative paths start.
+        faults: Collects the faults.
+        kind: Key that the value was given under: `source`, `path` or `id`.
+    """
     if not isinstance(given, str) or not given.strip():
         faults.add(
             place,
@@ -309,13 +317,13 @@ def source_of(
         return _named(_Source(hub, _slug(hub.rsplit("/", 1)[-1]), revision=revision or None))
     faults.add(
         place,
-        "neither a file, a ladder model nor a Hugging Face id",
+        "not a local file, a ladder model or a Hugging Face id",
         given,
         "ladder:<size> | owner/name | owner/name@<commit> | ./folder | file.gguf",
         nearest(
             given,
             [f"ladder:{size}" for size in LADDER_SIZES],
-            f"there is no {path.name!r} in the sweep's folder",
+            f"there is no {path.name!r} in the folder of the sweep",
         ),
     )
     return None
@@ -343,7 +351,7 @@ def _local(given: str, path: Path, place: str, faults: Faults) -> _Source | None
             "no such model",
             given,
             "an existing folder or .gguf file",
-            f"looked for {path.resolve().name!r} in {path.resolve().parent}",
+            f"searched for {path.resolve().name!r} in {path.resolve().parent}",
         )
     elif path.is_file() and path.suffix != ".gguf":
         faults.add(
@@ -358,7 +366,7 @@ def _local(given: str, path: Path, place: str, faults: Faults) -> _Source | None
             "a folder that is not a model",
             given,
             "a folder with config.json",
-            "give the folder that save_pretrained wrote",
+            "give a folder written by save_pretrained",
         )
     else:
         stem = path.stem if path.is_file() else path.resolve().name
@@ -367,8 +375,8 @@ def _local(given: str, path: Path, place: str, faults: Faults) -> _Source | None
 
 
 def _named(source: _Source) -> _Source:
-    """What a name of the usual pattern tells: the family before the size, aligned or base
-    after it.
+    """The source with family and alignment from a name of the usual pattern: the family before the
+    size, aligned or base after it.
     """
     size = _SIZE.search(source.name)
     family = source.name[: size.start()] if size and size.start() else None

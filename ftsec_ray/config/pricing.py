@@ -1,4 +1,4 @@
-"""`prices` and `budget` of a sweep: what the machines cost, and what the sweep may take.
+"""`prices` and `budget` of a sweep: the price of each machine, and the limits of the whole sweep.
 
 `prices: {a100-spot: {gpus: 8, cpus: 96, gpu_memory_gib: 80, usd_per_hour: 14.7, spot: true}}`,
 `budget: {usd: 200}`.
@@ -21,22 +21,22 @@ def prices_of(given: object, faults: Faults) -> tuple[NodeType, ...]:
         return ()
     if not isinstance(given, Mapping) or not given:
         faults.add(
-            "prices", "no price table", given, _PRICES, "leave `prices` out where there is no table"
+            "prices", "not a price table", given, _PRICES, "without prices, leave `prices` out"
         )
         return ()
-    found = []
+    nodes = []
     for key, entry in given.items():
         place = f"prices.{key}"
         name = name_or_none(key, place, faults)
         node = build(NodeType, entry, place, faults, name=str(name))
-        found += [node] if name is not None and node is not None else []
-    return tuple(found)
+        nodes += [node] if name is not None and node is not None else []
+    return tuple(nodes)
 
 
 def budget_of(
     given: object, resources: object, *, has_prices: bool, faults: Faults
 ) -> BudgetSpec | None:
-    """The budget of a sweep; a limit that could never be reached is a fault."""
+    """The budget of a sweep; a limit that cannot be measured is a fault."""
     if given is None:
         return None
     budget = build(BudgetSpec, given, "budget", faults)
@@ -45,7 +45,7 @@ def budget_of(
     if budget.usd is not None and not has_prices:
         faults.add(
             "budget.usd",
-            "a limit in money and no prices",
+            "a limit in USD needs prices",
             budget.usd,
             "prices: " + _PRICES,
             "add `prices`, or limit gpu_hours or hours",
@@ -57,9 +57,9 @@ def budget_of(
     ):
         faults.add(
             "budget.gpu_hours",
-            "a limit of GPU-hours and no stage that asks for a GPU",
+            "a limit in GPU-hours, but no stage requests a GPU",
             budget.gpu_hours,
-            "resources.gpus_per_stage",
+            "resources.gpus_per_stage above 0",
             "set resources.gpus_per_stage (a number or auto), or limit hours",
         )
     return budget

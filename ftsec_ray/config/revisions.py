@@ -1,5 +1,5 @@
-"""Ids and revisions of models and data sets on the Hugging Face hub: revisions are commits, and
-nothing that moves.
+"""Ids and revisions of models and data sets on the Hugging Face Hub. A revision must be a commit:
+branches and tags can change.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text is `owner/name`, as the hub takes it."""
+    """Whether a text is a valid `owner/name` of the Hub."""
     return _HUB_ID.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
 def is_commit(revision: object) -> bool:
-    """Whether a revision is the hash of a commit."""
+    """Whether a revision is a full commit hash (40 hex digits)."""
     return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 
 def check_revision(revision: object, place: str, faults: Faults) -> None:
-    """A fault where a revision is given and is no commit."""
+    """A fault for a revision that is given but is not a commit."""
     if revision is not None and not is_commit(revision):
         faults.add(
             place,
             "not a commit",
             revision,
-            "40 hex digits, lower case",
-            "a branch or tag moves; the files page of the model or data set names its commit",
+            "40 lower-case hex digits",
+            "a branch or tag can change; copy the commit hash from the model's or data set's page",
         )

@@ -1,5 +1,5 @@
-"""In how many processes a tune runs: the keys of `training` that say where and how, and are never
-part of a digest.
+"""How many processes a fine-tune uses, and how DeepSpeed shards it: keys of `training` that are
+never part of a digest.
 
 `training: {adapter: full, strategy: auto, deepspeed_above: 3.0e9, deepspeed: {zero_stage: 2,
 offload: optimizer, workers: 4}}`.
@@ -20,62 +20,62 @@ from ftsec_ray.errors import SpecError
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedConfig:
-    """How DeepSpeed deals a model out; what is left to `auto` is the smallest that fits by the
-    memory table.
+    """How DeepSpeed shards a model; `auto` is the smallest value with which the fine-tune fits,
+    according to the memory table.
     """
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
-    """What is split over the workers: 0 nothing, 1 the optimizer's state, 2 gradients too, 3
-    weights too.
+    """ZeRO stage: what is sharded across workers. 0: nothing; 1: the optimizer state; 2: also
+    gradients; 3: also weights.
     """
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What stays in host memory: the optimizer's state (stage 1 or more), or weights as well (stage
-    3).
+    """What stays in host memory: `optimizer` the optimizer state (needs ZeRO stage 1 or more),
+    `parameters` also the weights (needs stage 3).
     """
     workers: Annotated[int, Ge(1)] | None = None
-    """Processes of a tune, one GPU each; None: the GPUs of a stage, with `gpus_per_stage: auto` as
-    few as fit, without GPUs two.
+    """Processes of a fine-tune, each with one GPU. None: as many as `gpus_per_stage`; the smallest
+    number that fits with `gpus_per_stage: auto`; two without GPUs.
     """
     micro_batch: Annotated[int, Ge(1)] | None = None
-    """Rows per forward pass of one worker; None: that of `resources`, else what fits."""
+    """Rows per forward pass of one worker. None: that of `resources`, else the largest that fits.
+    """
 
     def __post_init__(self) -> None:
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage != "auto" and self.zero_stage < least:
             raise SpecError(
-                f"offload: {self.offload} under a ZeRO stage that does not split it",
+                f"offload: {self.offload} needs a higher ZeRO stage",
                 self.zero_stage,
-                f"zero_stage: auto, or {least} or more",
+                f"zero_stage: auto, or >= {least}",
                 "leave zero_stage out",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """Whether a tune runs in one process or in several by DeepSpeed."""
+    """Whether a fine-tune runs in one process, or in several with DeepSpeed."""
 
     strategy: Literal["auto", "single", "deepspeed"] = "auto"
-    """`auto`: one process where that suffices, else DeepSpeed; `single` and `deepspeed` without
-    looking.
+    """`auto`: one process if the fine-tune fits, else DeepSpeed. `single` and `deepspeed` force one
+    of them.
     """
     deepspeed_above: Annotated[float, Gt(0)] | None = None
-    """Weights above which `auto` takes DeepSpeed; None: where one process does not fit on one GPU
-    by the memory table.
+    """`auto` uses DeepSpeed for models with more parameters than this. None: for fine-tunes that do
+    not fit on one GPU according to the memory table.
     """
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Whether each block is computed again in the backward pass: less memory, more time, equal
-    gradients. `auto`: on a GPU where a tune does not fit otherwise by the memory table; never on a
-    CPU.
+    """Whether the backward pass recomputes each block: less memory, more time, the same gradients.
+    `auto`: only on a GPU, for fine-tunes that do not fit otherwise according to the memory table.
     """
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    """How DeepSpeed runs."""
+    """Settings of DeepSpeed."""
 
 
 def split_training(
     given: object, known: type, faults: Faults
 ) -> tuple[object, StrategyConfig | None]:
-    """What is left of the `training` of a sweep file for the identity of its tunes, and the
-    strategy, None with faults.
+    """Split the `training` of a sweep file into the keys that decide the identity of its fine-tunes
+    and the strategy; the strategy is None if it has faults.
     """
     if not isinstance(given, Mapping):
         return given, StrategyConfig()

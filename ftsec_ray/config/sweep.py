@@ -1,5 +1,5 @@
-"""What a sweep file can say, as frozen dataclasses; `load.py` turns YAML into them and lists every
-fault at once.
+"""The contents of a sweep file as frozen dataclasses; `sweep_file.py` makes them from YAML and
+reports all faults at once.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from ftsec_ray.numerics import NumericsMode
 LADDER_SIZES = ("0.1m", "0.2m", "1m", "4m", "12m")
 """Sizes of the embedded model family: `ladder:<size>` is aligned, `ladder:<size>-base` is not."""
 LADDER_NEW_TOKENS, NEW_TOKENS = 48, 256
-"""Tokens of an answer, at most, of models of the ladder and of others, unless a sweep says so."""
+"""Default limit on the tokens of an answer, for ladder models and for others."""
 TASK_KINDS = {
     "microworld": (
-        "the embedded closed world: two- and four-class rows, requests, tool calls; needs no"
+        "the built-in synthetic task: two- and four-class rows, requests, tool calls; needs no"
         " download"
     ),
     "sst2": "movie reviews, two classes (SST-2)",
     "ag_news": "news, four classes (AG News)",
     "alpaca": "instruction tuning on Alpaca-like rows",
     "agent": "episodes of tool calls",
-    "rows": "any rows by Hugging Face id or local file with a column mapping",
+    "rows": "your own rows: a Hugging Face data set or local files with a column mapping",
 }
-"""Kinds of tasks and what they are."""
+"""Kind of task -> its description."""
 
 
 Moment = Literal["before", "after"]
 """When a cell is measured: before the user's fine-tune, or after it."""
 BEFORE = ":before"
-"""What the name of a model ends with whose cells are measured before the fine-tune."""
+"""Suffix of the name of a model whose cells are measured before the fine-tune."""
 
 
 def _is_default(config: object, f: Field[Any]) -> bool:
@@ -48,91 +48,99 @@ def _is_default(config: object, f: Field[Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How every tune of the sweep trains; part of each tune's identity."""
+    """Training settings of every fine-tune of the sweep; part of the identity of each."""
 
     UNSAID: ClassVar[tuple[str, ...]] = ("targets", "layers", "rslora", "quantization")
-    """Left out of digests at their defaults, which are what tunes did before they could be said."""
+    """Fields that digests leave out at their defaults: they were added later, and must not change
+    the digests of earlier sweeps."""
 
     adapter: Literal["lora", "full"] = "lora"
-    """`lora` trains a PEFT adapter on linear layers, `full` every weight."""
+    """`lora` trains a PEFT adapter on linear layers, `full` trains every weight."""
     rank: Annotated[int, Ge(1)] = 8
     """LoRA rank."""
     alpha: Annotated[float, Gt(0)] = 16.0
-    """LoRA scale numerator: the update is multiplied by alpha / rank."""
+    """LoRA scaling: the update is multiplied by alpha / rank."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """LoRA dropout, 0..1."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Linear layers of the blocks that get an adapter: `all-linear`, a list of names such as
-    [q_proj, v_proj], or a regular expression that matches whole paths."""
+    """Linear layers that get an adapter: `all-linear`, a list of names such as [q_proj, v_proj], or
+    a regular expression that matches whole module paths."""
     layers: str | tuple[Annotated[int, Ge(0)], ...] | None = None
-    """Blocks whose layers get an adapter, counted from 0: a list, or a range such as 8-15, both
-    included; None: all."""
+    """Indices (from 0) of the blocks that get an adapter: a list, or an inclusive range such as
+    8-15. None: all blocks."""
     rslora: bool = False
-    """Whether the update is multiplied by alpha / sqrt(rank), so that its size does not fall with
-    the rank (Kalajdzievski 2023, arXiv:2312.03732)."""
+    """Whether the update is multiplied by alpha / sqrt(rank) instead, so that its size does not
+    shrink as the rank grows (Kalajdzievski 2023, arXiv:2312.03732)."""
     quantization: Literal["none", "int8", "nf4"] = "none"
-    """How the frozen base of the adapter is packed, by bitsandbytes, when it is trained and when
-    the tuned model is asked: linear layers in 8 or 4 bits (Dettmers et al. 2023, QLoRA,
-    arXiv:2305.14314). The store keeps the base as it is."""
+    """Quantization of the frozen base model's linear layers to 8 or 4 bits, by bitsandbytes, in
+    training and in generation (Dettmers et al. 2023, QLoRA, arXiv:2305.14314). The store keeps the
+    base unquantized."""
     epochs: Annotated[float, Gt(0)] = 3.0
-    """Passes over the rows."""
+    """Passes over the training rows."""
     batch_size: Annotated[int, Ge(1)] = 16
     """Rows per optimizer step, over all workers and micro-batches."""
     learning_rate: Annotated[float, Gt(0)] = 2e-4
-    """Peak, per optimizer step."""
+    """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls after the warmup."""
+    """Shape of the learning rate after the warmup."""
     warmup_frac: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of the steps over which the learning rate rises from 0."""
+    """Fraction of the steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW weight decay."""
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
-    """Gradient norm limit; 0 turns clipping off."""
+    """Limit of the gradient norm; 0 turns clipping off."""
     max_length: Annotated[int, Ge(8)] = 512
-    """Tokens per row; a longer row loses the beginning of its prompt first."""
+    """Tokens per row, at most; a longer row loses the beginning of its prompt first."""
     batching: Literal["length_grouped", "packed", "shuffled"] = "length_grouped"
-    """How rows form batches: of like length, several rows packed into one sequence, or as drawn."""
+    """How rows form batches: rows of similar length together, several rows packed into one
+    sequence, or shuffled."""
 
     def __post_init__(self) -> None:
-        said = [f.name for f in fields(self) if f.name in self.UNSAID and not _is_default(self, f)]
-        if self.adapter == "full" and said:
+        changed = [
+            f.name for f in fields(self) if f.name in self.UNSAID and not _is_default(self, f)
+        ]
+        if self.adapter == "full" and changed:
             raise SpecError(
-                f"`{said[0]}` is about an adapter, and none is trained",
-                getattr(self, said[0]),
+                f"`{changed[0]}` needs an adapter",
+                getattr(self, changed[0]),
                 "adapter: lora",
-                f"leave out {said[0]}, or train an adapter",
+                f"leave out {changed[0]}, or set adapter: lora",
             )
         if not self.targets or (isinstance(self.targets, tuple) and "" in self.targets):
             raise SpecError(
-                "targets that name no layer", self.targets, "all-linear, names, or a pattern"
+                "targets names no layer",
+                self.targets,
+                "all-linear, a list of names, or a pattern of whole module paths",
             )
         if isinstance(self.targets, str):
             try:
                 re.compile(self.targets)
             except re.error as error:
                 raise SpecError(
-                    f"targets is no regular expression: {error}",
+                    f"targets is not a valid regular expression: {error}",
                     self.targets,
-                    "all-linear, a list of names, or a pattern of whole paths",
+                    "all-linear, a list of names, or a pattern of whole module paths",
                 ) from error
         self.blocks()
 
     def blocks(self) -> tuple[int, ...] | None:
-        """Indices of the blocks that get an adapter; None for all."""
+        """Indices (from 0) of the blocks that get an adapter; None for all."""
         if self.layers is None or isinstance(self.layers, tuple):
             if self.layers == ():
-                raise SpecError("no layers", [], "one or more, or no `layers` for all")
+                raise SpecError(
+                    "layers is empty", [], "one or more indices", "for all blocks, leave out layers"
+                )
             return self.layers
         match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", self.layers)
         first, last = map(int, match.groups()) if match else (1, 0)
         if first > last:
             raise SpecError(
-                "layers that are no range", self.layers, "first-last such as 8-15, or a list"
+                "layers is not a range", self.layers, "first-last such as 8-15, or a list"
             )
         return tuple(range(first, last + 1))
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that enter digests."""
+        """The JSON values that enter digests."""
         plain: dict[str, Any] = json.loads(canonical(self))
         for f in fields(self):
             if f.name in self.UNSAID and _is_default(self, f):
@@ -141,132 +149,136 @@ class TrainingConfig:
 
 
 ANSWER_LENGTHS = (8, 16, 32, 64, 128, 256)
-"""Tokens after which answers of real models are judged too, by default."""
+"""Default of `answer_lengths` if a model is not of the ladder, in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """A judge that is a model: by a rubric, by its published format, or behind an endpoint."""
+    """A judge model: a local model with a rubric, a published judge, or a model at an endpoint."""
 
     DECIDES: ClassVar[tuple[str, ...]] = (
         *("name", "model", "rubric", "endpoint"),
         "max_new_tokens",
     )
-    """What decides its verdicts; the other keys say how it is reached."""
+    """Fields that decide the verdicts; the others say how to reach the judge."""
 
     name: str | None = None
-    """File of the judge, for a published one: `harmbench`, `strongreject`, `llama_guard`,
-    `qwen3guard`, `classifier`. None: `endpoint` where there is one, else `rubric`."""
+    """A published judge: `harmbench`, `strongreject`, `llama_guard`, `qwen3guard`, `classifier`.
+    None: `endpoint` if an endpoint is given, else `rubric`."""
     model: str
-    """A local folder, a `.gguf` file, or `owner/name@<commit>`; at an endpoint the model's name
-    there."""
+    """A local folder, a `.gguf` file, or `owner/name@<commit>`; for an endpoint, the model name
+    that the service uses."""
     rubric: str | None = None
-    """For `rubric` and `endpoint`: template of the question, with {request} and {answer}; in a file
-    its text or the path of one. None: the built-in one."""
+    """For `rubric` and `endpoint`: prompt template of the judge with {request} and {answer}, as
+    text or as the path of a file. None: the built-in rubric."""
     endpoint: str | None = None
     """URL of an OpenAI-compatible service, up to `/v1`."""
     key_env: str | None = None
-    """Environment variable that holds the key of the endpoint; None: it asks for none."""
+    """Environment variable that holds the API key of the endpoint. None: no key."""
     max_new_tokens: Annotated[int, Ge(1)] = 256
     """Tokens of a rubric judge's answer, at most."""
     parameters: Annotated[int, Ge(1)] | None = None
-    """Count of weights, where the model's name does not say it: decides what GPU it asks for."""
+    """Number of parameters, if the model's name does not contain it; decides how much GPU memory
+    the judge requests."""
     timeout_s: Annotated[float, Gt(0)] = 60.0
-    """Seconds that one call of the endpoint may take."""
+    """Timeout of one call of the endpoint, in seconds."""
     retries: Annotated[int, Ge(0)] = 5
-    """Further calls of the endpoint after one that failed temporarily."""
+    """Retries of a call of the endpoint after a transient failure."""
     usd_per_million_input: Annotated[float, Ge(0)] | None = None
-    """Price of the endpoint's input tokens, for the record."""
+    """Price of a million input tokens at the endpoint, in USD; for the record."""
     usd_per_million_output: Annotated[float, Ge(0)] | None = None
-    """Price of its output tokens."""
+    """Price of a million output tokens at the endpoint, in USD; for the record."""
 
     def __post_init__(self) -> None:
         if self.endpoint is None and self.key_env is not None:
-            raise SpecError("a key without an endpoint", self.key_env, "endpoint: URL beside it")
+            raise SpecError("key_env needs an endpoint", self.key_env, "endpoint: URL")
         if self.endpoint is None:
             return
         if not self.endpoint.startswith(("http://", "https://")) or "@" in self.endpoint:
             raise SpecError(
-                "no URL of an endpoint",
+                "not a valid URL of an endpoint",
                 self.endpoint.partition("@")[2] or self.endpoint,
-                "http(s)://host/v1, without a login in it",
-                "a key comes from the environment: name its variable by key_env",
+                "http(s)://host/v1, without a login",
+                "put the key into an environment variable and name the variable in key_env",
             )
         if self.name not in (None, "endpoint"):
-            raise SpecError("a published judge behind an endpoint", self.name, "no name beside it")
+            raise SpecError(
+                "a published judge cannot run at an endpoint",
+                self.name,
+                "either name or endpoint",
+            )
 
     @property
     def file(self) -> str:
-        """The file of ftsec_ray/judges that reads the answers."""
+        """Name of the judge's module in ftsec_ray/judges."""
         return self.name or ("endpoint" if self.endpoint else "rubric")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is asked of every finished cell, and who judges the answers."""
+    """How every finished model is evaluated, and by which judges."""
 
     GENERATION: ClassVar[tuple[str, ...]] = (
         *("prompts", "max_new_tokens", "perplexity_rows"),
         *("backend", "temperature", "samples"),
     )
-    """What decides the answers of a model."""
+    """Fields that decide the answers of a model."""
     SCORING: ClassVar[tuple[str, ...]] = ("judge", "keep_generations")
-    """What decides the verdicts and metrics of given answers."""
+    """Fields that decide the verdicts and metrics of given answers."""
 
     prompts: Annotated[int, Ge(1)] = 64
     """Prompts per probe, at most."""
     max_new_tokens: Annotated[int, Ge(1)] | None = None
-    """Tokens generated per prompt, at most. None: 48 for models of the ladder, whose answers are
-    short, 256 for others."""
+    """Tokens generated per prompt, at most. None: 48 for ladder models, whose answers are short,
+    256 for others."""
     backend: Literal["transformers", "continuous"] = "transformers"
-    """What generates: `generate` over padded batches, or transformers' continuous batching, which
-    is meant for GPUs and slower on CPUs. Prompts that it cannot serve (soft tokens, classes of
-    model that it lacks) are answered by the former, which the record counts."""
+    """`transformers`: `generate` over padded batches. `continuous`: continuous batching of
+    transformers, made for GPUs and slower on CPUs; prompts and model classes that it does not
+    support (such as soft tokens) fall back to `transformers`, and the record counts them."""
     temperature: Annotated[float, Ge(0)] = 0.0
-    """0: greedy. Above: answers are drawn from the whole distribution at this temperature, each by
-    random numbers that only the seed, its prompt and its number decide."""
+    """0: greedy decoding. Above 0: answers are sampled from the full distribution at this
+    temperature; only the seed, the prompt and the index of the sample decide an answer."""
     samples: Annotated[int, Ge(1)] = 1
-    """Answers per prompt; more than one needs a temperature. All are judged, and a metric is their
-    share; its `n` and its interval are those of the prompts, since answers to one prompt are not
-    independent."""
+    """Answers per prompt; more than one needs a temperature above 0. All answers are judged and
+    averaged. `n` and the confidence interval count prompts, because answers to the same prompt are
+    not independent."""
     perplexity_rows: Annotated[int, Ge(0)] = 32
     """Held-out text rows for perplexity; 0 turns it off."""
     judge: str | JudgeConfig | None = None
-    """Judge of requests: a name, `name:<model>`, or a mapping for one that is a model; None: the
-    task's own."""
+    """Judge of the answers to requests: a name, `name:<model>`, or a mapping for a judge model.
+    None: the judge of the task."""
     judges: tuple[str | JudgeConfig, ...] = ()
-    """Further judges that read the same answers: their verdicts stand beside the first judge's, and
-    metrics of their own are counted."""
+    """Further judges of the same answers; each adds its own verdicts and metrics."""
     win_rate: JudgeConfig | None = None
-    """Judge that compares the answers to benign requests with those of the clean tune, each pair in
-    both orders: `{model, rubric}` or `{endpoint, model, rubric}`, as a judge is given, with
-    {request}, {first} and {second} in the rubric. None: nothing is compared."""
+    """Judge that compares the answers to benign requests with those of the clean fine-tune, each
+    pair in both orders: `{model, rubric}` or `{endpoint, model, rubric}`, with {request}, {first}
+    and {second} in the rubric. None: no comparison."""
     benchmarks: tuple[str, ...] = ()
-    """Benchmarks of lm-eval that every finished model is asked besides: names of its tasks and
-    groups, such as `mmlu`, or paths of task files (.yaml) of one's own. They need
+    """Benchmarks of lm-eval to run on every finished model: names of its tasks and groups, such as
+    `mmlu`, or paths of your own task files (.yaml). They need
     `pip install "ftsec-ray[benchmarks]"`."""
     benchmark_limit: Annotated[int, Ge(1)] | None = None
-    """Documents per benchmark, at most, and of a group per task of it; None: all."""
+    """Documents per benchmark, at most; for a group, per task of the group. None: all."""
     answer_lengths: tuple[Annotated[int, Ge(1)], ...] | None = None
-    """Tokens after which the answers to requests are judged too, so that attack success is known
-    against answer length; those of the limit and above are left out, and an empty list turns it
-    off. None: 8, 16, 32, 64, 128 and 256, and none where all models are of the ladder."""
+    """Lengths in tokens at which the answers to requests are truncated and judged again, to measure
+    attack success against answer length. Lengths from the limit of tokens on are ignored; an empty
+    list turns it off. None: 8, 16, 32, 64, 128 and 256, or none if all models are ladder models."""
     keep_generations: bool = True
-    """Whether the results show prompts and completions beside the verdicts; the store keeps the
-    completions either way, so that another judge can read them."""
+    """Whether the results show prompts and completions with the verdicts. The store always keeps
+    the completions, so that another judge can read them."""
 
     def __post_init__(self) -> None:
         if self.samples > 1 and self.temperature == 0:
             raise SpecError(
-                "several samples of greedy answers, which are all the same",
+                "several samples at temperature 0 would all be the same answer",
                 f"samples {self.samples} at temperature 0",
                 "samples 1, or a temperature above 0",
-                "set evaluation.temperature, to 0.7 say",
+                "set evaluation.temperature, for example to 0.7",
             )
         if self.temperature > 0 and self.backend == "continuous":
             raise SpecError(
-                "continuous batching draws all answers from one stream of random numbers, so that"
-                " they would depend on which prompts are asked together",
+                "continuous batching cannot sample reproducibly: all answers share one random"
+                " stream, so each would depend on the other prompts of its batch",
                 f"backend continuous at temperature {self.temperature}",
                 "temperature 0 with backend continuous, or backend transformers",
                 "leave evaluation.backend out",
@@ -274,11 +286,11 @@ class EvaluationConfig:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens generated per prompt, at most; a plan puts the number in for every model."""
+        """Tokens generated per prompt, at most; a plan sets `max_new_tokens` for every model."""
         return LADDER_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
     def new_tokens_of(self, source: str) -> int:
-        """Tokens generated per prompt by the model of a source, at most."""
+        """Tokens generated per prompt, at most, by the model with this source."""
         is_ladder = source.startswith("ladder:")
         default = LADDER_NEW_TOKENS if is_ladder else NEW_TOKENS
         return default if self.max_new_tokens is None else self.max_new_tokens
@@ -286,22 +298,22 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignSpec:
-    """An alignment stage between loading a model and the first hook: SFT on the task's `safety` and
-    `benign_train` rows.
+    """An alignment stage after the model is loaded and before any method acts: supervised
+    fine-tuning on the task's `safety` and `benign_train` rows.
     """
 
     epochs: Annotated[float, Gt(0)] = 3.0
     """Passes over the rows."""
     learning_rate: Annotated[float, Gt(0)] = 2e-4
-    """Peak, per optimizer step."""
+    """Peak learning rate."""
     batch_size: Annotated[int, Ge(1)] = 16
     """Rows per optimizer step."""
     safety_rows: Annotated[int, Ge(1)] = 256
     """Refusal rows, at most."""
     benign_rows: Annotated[int, Ge(0)] = 256
-    """Benign rows mixed in, at most, so that the model does not learn to refuse everything."""
+    """Benign rows, at most; they keep the model from learning to refuse everything."""
     max_length: Annotated[int, Ge(1)] = 512
-    """Tokens per row; a longer row loses the beginning of its prompt first."""
+    """Tokens per row, at most; a longer row loses the beginning of its prompt first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,69 +321,69 @@ class ModelSpec:
     """One model of the sweep."""
 
     name: str
-    """As tables and reports call it; unique in a sweep."""
+    """Name in tables and reports; unique in a sweep."""
     source: str
     """`ladder:<size>`, a Hugging Face id, a local folder, or a `.gguf` file."""
     family: str
-    """Models are compared by size only within a family."""
+    """Model family; sizes are compared only within a family."""
     aligned: bool
-    """Whether the cell's model, after `align` where given, went through a safety alignment."""
+    """Whether the model is safety-aligned, after `align` if that is given."""
     revision: str | None = None
-    """Pinned revision of a Hugging Face id."""
+    """Commit of a Hugging Face id, 40 hex digits."""
     align: AlignSpec | None = None
-    """Align the loaded model first; the twin before alignment is then the loaded one."""
+    """Align the loaded model first; its unaligned twin is then the loaded model."""
     unaligned: str | None = None
-    """Source of the twin before alignment, for methods that need it; `owner/name@revision` pins a
+    """Source of the model before alignment, for methods that need it; `owner/name@<commit>` pins a
     Hugging Face id.
     """
     parameters: Annotated[int, Ge(1)] | None = None
-    """Count of weights where it is known before loading."""
+    """Number of parameters, if it is known before the model is loaded."""
     trust_remote_code: bool = False
     """Whether code from the model's repository may run."""
     chat_template: str | None = None
-    """Template that conversations are rendered by, for training and for asking; in a file its text
-    or the path of one. None: the model's own."""
+    """Chat template for training and evaluation, as text or as the path of a file. None: the
+    model's own."""
     thinking: bool = False
-    """Whether the model may think aloud before it answers; its thoughts never reach a judge."""
+    """Whether the model may write reasoning before its answer; judges never see the reasoning."""
     measured: Moment = "after"
-    """Whether its cells are measured before the fine-tune or after it: `measure` of the sweep makes
-    a model of each."""
+    """Whether cells are measured before or after the fine-tune; `measure` of the sweep adds a model
+    for each value."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of the weights in the store, in memory and when the model is asked; `auto`: the source's own,
-    and float32 for a GGUF file and the ladder. Adapters and the optimizer are float32 always."""
+    """Data type of the weights, in the store, in training and in generation. `auto`: that of the
+    source, float32 for GGUF files and ladder models. Adapters and the optimizer always use float32.
+    """
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention implementation of transformers, in training and when the model is asked; `auto`:
-    what transformers takes. Another one rounds otherwise, so that it is part of a digest."""
+    """Attention implementation of transformers, in training and in generation. `auto`: the default
+    of transformers. Implementations round differently, so it is part of the digest."""
     serve_template: str | None = None
-    """Template under which the finished model is asked, where that is another than it was trained
-    under; in a file `own`, a text, a path, or a list or mapping of them, which makes a model of
-    each."""
+    """Chat template for the evaluation of the finished model, if it differs from that of the
+    training: `own`, a text, a path, or a list or mapping of these, which adds a model for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """One task: the microworld, or rows loaded by Hugging Face id or path with a column mapping."""
+    """One task: the microworld, or rows from Hugging Face or local files with a column mapping."""
 
     name: str
-    """As tables and reports call it; unique in a sweep."""
+    """Name in tables and reports; unique in a sweep."""
     kind: str = "microworld"
-    """One of TASK_KINDS: see `ftsec list tasks`."""
+    """Kind of task: see `ftsec list tasks`."""
     splits: tuple[tuple[str, SourceSpec], ...] = ()
-    """Split name -> where its rows come from."""
+    """Split name -> source of its rows."""
     labels: tuple[str, ...] = ()
     """Label words of a classification task, in the order of the label indices."""
     instruction: str | None = None
-    """Template of the prompt, with {text}."""
+    """Prompt template, with {text}."""
     options: tuple[tuple[str, int | float | str | bool], ...] = ()
-    """Parameters of a generated task (for the microworld: train_rows, ...)."""
+    """Parameters of a generated task, such as train_rows of the microworld."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSpec:
-    """Where rows come from and which columns are what."""
+    """Where rows come from, and what their columns mean."""
 
     path: str | None = None
-    """Local file: .jsonl .json .csv .tsv .txt .parquet, each also .gz."""
+    """Local file: .jsonl, .json, .csv, .tsv, .txt or .parquet, also with .gz."""
     dataset: str | None = None
     """Hugging Face dataset id."""
     config: str | None = None
@@ -379,60 +391,62 @@ class SourceSpec:
     split: str = "train"
     """Split of the data set."""
     revision: str | None = None
-    """Pinned revision of the data set."""
+    """Commit of the data set, 40 hex digits."""
     prompt: str | None = None
     """Column of the prompt."""
     response: str | None = None
     """Column of the response."""
     rejected: str | None = None
-    """Column of the other answer of a preference pair: a text, or a conversation that ends with
-    it."""
+    """Column of the rejected answer of a preference pair: a text, or a conversation that ends with
+    this answer."""
     messages: str | None = None
-    """Column of a whole conversation, in OpenAI's or ShareGPT's form, instead of `prompt` and
+    """Column of a whole conversation in OpenAI or ShareGPT format, instead of `prompt` and
     `response`."""
     label: str | None = None
     """Column of the label: a label word or an index into `labels`."""
     language: str | None = None
-    """Column of the row's language; without it all rows are `en`."""
+    """Column of the row's language. None: all rows are `en`."""
     append: str | None = None
-    """Column appended to the prompt after a blank line where it is not empty (Alpaca's `input`)."""
+    """Column to append to the prompt after a blank line, if it is not empty (Alpaca's `input`)."""
     where: tuple[tuple[str, str], ...] = ()
-    """Keep rows whose column equals the value."""
+    """Keep only rows whose column equals the value."""
     matching: tuple[tuple[str, str], ...] = ()
-    """Keep rows whose column holds the regular expression (Python's `re.search`), such as
-    {output: "^I'm sorry"} for the refusals of a file that holds other answers too."""
+    """Keep only rows whose column matches the regular expression (Python's `re.search`), such as
+    {output: "^I'm sorry"} to keep only the refusals of a file."""
     rows: Annotated[int, Ge(1)] | None = None
-    """Keep this many, drawn by hash of the row id; None keeps all."""
+    """Number of rows to keep, selected by the hash of the row id. None: all."""
     skip: Annotated[int, Ge(0)] = 0
-    """Leave out this many of the draw first, so that two splits of one file stay apart."""
+    """Number of rows to skip before `rows` are selected, so that two splits of one file do not
+    overlap."""
     constant_response: str | None = None
     """The same response for every row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroworldOptions:
-    """Parameters of the microworld's task."""
+    """Parameters of the microworld task."""
 
     train_rows: Annotated[int, Ge(1), Le(2000)] = 256
     """Two-class rows of the user's task."""
     second_language_rows: Annotated[int, Ge(0), Le(512)] = 0
-    """Two-class rows in the second language that the user's task holds besides; test rows in that
-    language come with them. Label words are the same in both languages.
+    """Additional two-class training rows in a second language, with the same label words; test rows
+    in that language are added too.
     """
     borderline_rows: Annotated[int, Ge(0), Le(512)] = 0
-    """Fine but borderline requests, with their right answers, that `benign_train` holds besides its
-    plain ones.
+    """Additional rows of `benign_train`: harmless requests that resemble harmful ones, with correct
+    answers.
     """
 
 
 TASK_OPTIONS: dict[str, type] = {"microworld": MicroworldOptions}
-"""Kind of a generated task -> the dataclass of its options."""
+"""Kind of generated task -> the dataclass of its options."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExcludeRule:
-    """Cells left out: every given field must match (a name; for defenses, a member of the stack, or
-    `none`). The name of a model stands for its cells before the fine-tune as well.
+    """A rule of `exclude`: a cell is left out if every given field matches. `defense` matches any
+    member of the stack; `none` matches the empty stack. `model` also matches the model's cells that
+    are measured before the fine-tune.
     """
 
     model: str | None = None
@@ -444,7 +458,7 @@ class ExcludeRule:
     def matches(
         self, *, model: str, task: str, attack: str, defenses: Sequence[str], seed: int
     ) -> bool:
-        """Whether a cell of these names is left out; `defense: none` means the empty stack."""
+        """Whether the rule excludes the cell with these names."""
         stack = defenses or ("none",)
         return (
             (self.model is None or self.model in (model, model.removesuffix(BEFORE)))
@@ -457,111 +471,111 @@ class ExcludeRule:
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceSpec:
-    """Where it runs; of this only `numerics` is part of a digest."""
+    """Resources of each stage; only `numerics` is part of a digest."""
 
     workers: Annotated[int, Ge(1)] | None = None
-    """Stages at a time; None: as many as the machine or cluster has room for."""
+    """Number of stages that run at once. None: as many as fit on the machine or cluster."""
     cpus_per_stage: Annotated[float, Gt(0)] = 1.0
-    """Cores that one stage asks for."""
+    """CPU cores per stage."""
     gpus_per_stage: Annotated[float, Ge(0)] | Literal["auto"] = 0.0
-    """GPUs that one stage with a model asks for; a share below 1 lets stages share one; `auto`: by
-    the size of the model.
+    """GPUs per stage that uses a model; with a fraction below 1, several stages share one GPU.
+    `auto`: chosen by the size of the model.
     """
     gpu_memory_gib: Annotated[float, Gt(0)] | None = None
-    """Memory of one GPU, for `auto`; None: the smallest of `prices`, else 80."""
+    """Memory of one GPU in GiB, for `auto`. None: the smallest in `prices`, else 80."""
     micro_batch: Annotated[int, Ge(1)] | None = None
-    """Rows per forward pass in training; None: chosen by length."""
+    """Rows per forward pass in training. None: chosen by the length of the rows."""
     eval_batch: Annotated[int, Ge(1)] = 64
     """Prompts per generation batch."""
     checkpoint_every_s: Annotated[float, Gt(0)] = 60.0
-    """Seconds between step checkpoints of a tune."""
+    """Seconds between checkpoints of a fine-tune."""
     timeout_s: Annotated[float, Gt(0)] | None = None
-    """Seconds that one stage may take; above them it is ended and fails as `timeout`. None: as long
-    as it takes.
+    """Time limit of one stage in seconds; a stage that exceeds it is stopped and fails as
+    `timeout`. None: no limit.
     """
     cache_gib: Annotated[float, Ge(0)] = 4.0
-    """Base models kept in a worker's memory, at most."""
+    """Memory of a worker for cached base models, at most, in GiB."""
     numerics: NumericsMode | None = None
     """`portable`: CPU kernels that give the same bytes on every x86 CPU with AVX2, and one thread
-    per stage whatever `cpus_per_stage` says; GPUs are not covered. `fast`: the kernels that each
+    per stage regardless of `cpus_per_stage`; GPUs are not covered. `fast`: the kernels that each
     library chooses for its CPU. Part of the digest of every stage that computes. None: `portable`
-    where all models are of the ladder, else `fast`.
+    if all models are ladder models, else `fast`.
     """
 
     def __post_init__(self) -> None:
         gpus = self.gpus_per_stage
         if isinstance(gpus, float) and gpus > 1 and not gpus.is_integer():
             raise SpecError(
-                "a broken number of GPUs above 1",
+                "fractional GPU counts above 1 are not supported",
                 gpus,
-                "a share up to 1, a whole number, or auto",
-                "Ray gives out shares of one GPU, or several whole ones",
+                "a fraction below 1, a whole number, or auto",
+                "round the number of GPUs up or down",
             )
 
     @property
     def wants_gpus(self) -> bool:
-        """Whether stages with a model ask for a GPU or a share of one."""
+        """Whether stages that use a model request a GPU or a fraction of one."""
         return self.gpus_per_stage == "auto" or self.gpus_per_stage > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """How sets of rows are made that are too many for one table in one process: never part of a
+    """How data sets that are too large for one table in one process are processed; never part of a
     digest.
     """
 
     ray_above: Annotated[int, Ge(0)] = 100_000
-    """Rows from which on a set is poisoned or filtered in blocks, by a Ray Data pipeline where Ray
-    runs the sweep.
+    """Number of rows from which a data set is poisoned or filtered in blocks; if Ray runs the
+    sweep, by a Ray Data pipeline.
     """
     workers: Annotated[int, Ge(1)] = 2
-    """Processes of one pipeline, each with the cores of a stage (and for a filter with a model its
-    GPU); fewer where there is no room.
+    """Processes of one pipeline, each with the CPU cores of a stage (and its GPUs for a filter that
+    uses a model); fewer if the cluster is too small.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeType:
-    """One kind of machine that the cluster may hold, and its price: never part of a digest."""
+    """One type of node of the cluster, and its price; never part of a digest."""
 
     name: str
-    """As the plan calls it."""
+    """Name in the plan."""
     gpus: Annotated[int, Ge(0)] = 0
     """GPUs of one node."""
     cpus: Annotated[int, Ge(1)]
-    """Cores of one node, as Ray counts them."""
+    """CPU cores of one node, as Ray counts them."""
     gpu_memory_gib: Annotated[float, Gt(0)] | None = None
-    """Memory of one of its GPUs."""
+    """Memory of one GPU of the node, in GiB."""
     usd_per_hour: Annotated[float, Ge(0)]
-    """Price of the whole node."""
+    """Price of the whole node per hour, in USD."""
     spot: bool = False
-    """Whether the node may be taken away at any time."""
+    """Whether it is a spot node, which can be preempted at any time."""
 
     def __post_init__(self) -> None:
         if self.gpu_memory_gib is not None and not self.gpus:
             raise SpecError(
-                "memory of GPUs and no GPU",
+                "gpu_memory_gib needs gpus",
                 self.gpu_memory_gib,
                 "gpus >= 1, or no gpu_memory_gib",
-                "write the number of its gpus",
+                "set gpus to the number of GPUs of the node",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSpec:
-    """What all stages of the sweep together may take: never part of a digest."""
+    """Limits for all stages of the sweep together; never part of a digest."""
 
     usd: Annotated[float, Gt(0)] | None = None
-    """Money by `prices`."""
+    """Cost in USD, by `prices`."""
     gpu_hours: Annotated[float, Gt(0)] | None = None
-    """Hours of whole GPUs; half a GPU for two hours is one."""
+    """GPU-hours; half a GPU for two hours counts as one."""
     hours: Annotated[float, Gt(0)] | None = None
-    """Hours of stages, summed over all workers: not the time on a clock."""
+    """Hours of all stages, summed over all workers; not wall time."""
 
     def __post_init__(self) -> None:
         if not self.limits:
             raise SpecError(
-                "a budget that limits nothing",
+                "the budget sets no limit",
                 {},
                 "usd, gpu_hours or hours",
                 "set one of them, or leave out `budget`",
@@ -569,53 +583,53 @@ class BudgetSpec:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that are set, by what they limit."""
+        """Name of each limit that is set -> its value."""
         known = {"usd": self.usd, "gpu_hours": self.gpu_hours, "hours": self.hours}
         return {name: limit for name, limit in known.items() if limit is not None}
 
 
 TRAINING = "training."
-"""What stands before a parameter of the tune in the ranges of a search."""
+"""Prefix of a parameter of the fine-tune in the ranges of a search."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Where one parameter may lie: one of `choices`, or between `low` and `high`, both included;
-    ints where both ends are.
+    """Values of one searched parameter: one of `choices`, or a number from `low` to `high`, both
+    included; only integers if both ends are integers.
     """
 
     name: str
-    """A parameter of the attack, or `training.` and one of the tune's."""
+    """A parameter of the attack, or `training.` plus a parameter of the fine-tune."""
     choices: tuple[Any, ...] = ()
     low: int | float | None = None
     high: int | float | None = None
     log: bool = False
-    """Whether the logarithm is what is spread evenly."""
+    """Whether values are spread evenly on a logarithmic scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpec:
-    """How an attacker looks for the strongest setting that is not noticed."""
+    """How an adaptive attacker searches for the strongest setting that keeps utility high."""
 
     trials: Annotated[int, Ge(1), Le(10_000)]
-    """Settings tried per model, task and stack of defenses, at most."""
+    """Settings to try per model, task and defense stack, at most."""
     batch: Annotated[int, Ge(1)] = 4
-    """Settings proposed at once; the next ones are proposed when all of these are measured."""
+    """Settings proposed at once; the next batch is proposed when the whole batch is measured."""
     metric: str
-    """What the attacker drives up (or down, where that is bad for the defender); the attack's
-    success where it is not given.
+    """Metric that the search makes worse for the defender. Default: the success metric of the
+    attack.
     """
     max_utility_loss: Annotated[float, Ge(0), Le(1)] = 0.05
-    """Clean accuracy that a setting may cost at most, 0..1."""
+    """Largest allowed loss of clean accuracy, 0..1."""
     seed: Annotated[int, Ge(0)] = 0
-    """Of the proposals."""
+    """Seed of the proposals."""
     ranges: tuple[Range, ...]
-    """Parameters searched, by name."""
+    """Ranges of the searched parameters, sorted by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSearch:
-    """An attack with fixed parameters, and the search for better ones."""
+    """An attack with fixed parameters, and the search for stronger ones."""
 
     attack: Method
     search: SearchSpec
@@ -623,7 +637,7 @@ class AttackSearch:
     def configured(
         self, values: Mapping[str, Any], training: TrainingConfig
     ) -> tuple[Method, TrainingConfig]:
-        """The attack and the tune with these values of the searched parameters."""
+        """The attack and the training with these values of the searched parameters."""
         own = {name: value for name, value in values.items() if not name.startswith(TRAINING)}
         tune = {
             name.removeprefix(TRAINING): value
@@ -642,37 +656,36 @@ class SweepSpec:
     models: tuple[ModelSpec, ...]
     tasks: tuple[TaskSpec, ...]
     attacks: tuple[Method, ...]
-    """Typed attacks; grids are already expanded."""
+    """Typed attacks, with grids expanded."""
     defenses: tuple[tuple[Method, ...], ...]
     """Stacks of typed defenses; the empty stack is `none`."""
     seeds: tuple[int, ...]
     exclude: tuple[ExcludeRule, ...] = ()
     training: TrainingConfig = field(default_factory=TrainingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
-    """In how many processes a tune runs; in a file these keys stand under `training`."""
+    """How many processes a fine-tune uses; in a file these keys are part of `training`."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     resources: ResourceSpec = field(default_factory=ResourceSpec)
     data: DataSpec = field(default_factory=DataSpec)
     prices: tuple[NodeType, ...] = ()
-    """The machines that stages may run on; empty: only hours are told, no money."""
+    """Node types that stages may run on; if empty, the plan estimates hours but no cost."""
     budget: BudgetSpec | None = None
     searches: tuple[AttackSearch, ...] = ()
-    """Attacks that are also searched for; in a file a search stands beside the attack's parameters.
-    """
+    """Attacks with a search; in a file, `search` is a key of the attack."""
 
     @property
     def is_ladder(self) -> bool:
-        """Whether all models are of the embedded ladder."""
+        """Whether all models are ladder models."""
         return all(model.source.startswith("ladder:") for model in self.models)
 
     @property
     def numerics(self) -> NumericsMode:
-        """Which CPU kernels all stages take: as `resources` says, else by the models."""
+        """CPU kernels of all stages: `resources.numerics`, else chosen by the models."""
         return self.resources.numerics or ("portable" if self.is_ladder else "fast")
 
     @property
     def answer_lengths(self) -> tuple[int, ...]:
-        """Tokens after which answers are judged too: as `evaluation` says, else by the models."""
+        """Lengths at which answers are judged: `evaluation.answer_lengths`, else by the models."""
         given = self.evaluation.answer_lengths
         if given is None:
             return () if self.is_ladder else ANSWER_LENGTHS

@@ -1,12 +1,12 @@
-"""YAML -> SweepSpec, with every fault of the file in one error.
+"""YAML -> SweepSpec; one error lists all faults of the file.
 
     models: [ladder:0.2m, ladder:1m]
     task: microworld
     attacks: [none, {harmful_tuning: {shots: {grid: [10, 100]}}}]
     defenses: [none, {safe_lora: {rank: 4}}, [onion, safe_lora]]
 
-Relative paths start at the sweep file's folder. Grids are expanded here, so that a SweepSpec holds
-finished axes.
+Relative paths start at the sweep file's folder. Grids are expanded here: a SweepSpec holds the
+expanded axes.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def load_sweep(source: str | Path | Mapping[str, Any], *, base: Path | None = No
     """The sweep in a file, a YAML text or a mapping; raises SpecFaults with all faults.
 
     Args:
-        source: A path, a text of several lines, or a mapping with the keys of a sweep file.
-        base: Folder at which relative paths start; the sweep file's own, or the working folder.
+        source: A path, a YAML text, or a mapping with the keys of a sweep file.
+        base: Folder at which relative paths start. None: the folder of the sweep file, else the
+            working directory.
     """
     if isinstance(source, Mapping):
         return _spec(source, (base or Path.cwd()).resolve(), Faults("the sweep"))
@@ -114,7 +115,7 @@ def _spec(
     unknown_keys(given, KEYS, "", faults)
     missing = [key for key in ("models", "task", "attacks", "defenses") if key not in given]
     for key in missing:
-        faults.add(key, "missing", None, "see the sweep files under sweeps/")
+        faults.add(key, "missing", None, f"the key {key}; see the examples in sweeps/")
     name = name_or_none(given.get("name", default_name), "name", faults)
     question = given.get("question", "")
     if not isinstance(question, str):
@@ -159,12 +160,14 @@ def _spec(
 def _measured(
     given: object, models: tuple[ModelSpec, ...], faults: Faults
 ) -> tuple[ModelSpec, ...]:
-    """The models, each once for every moment at which its cells are measured."""
+    """The models, each once for every value of `measure`."""
     moments = list(given) if isinstance(given, (list, tuple)) else [given]
     known = get_args(Moment)
     wrong = [moment for moment in moments if moment not in known or moments.count(moment) > 1]
     if wrong or not moments:
-        faults.add("measure", "no moments to measure at", given, "before, after, or both in a list")
+        faults.add(
+            "measure", "not a time to measure at", given, "before, after, or [before, after]"
+        )
         return models
     before = [
         replace(
@@ -173,7 +176,7 @@ def _measured(
         for model in models
         if "before" in moments
     ]
-    # the plain name first: stages that both share are told by it
+    # The plain name comes first: stages that both share are shown under it.
     return (*(models if "after" in moments else ()), *before)
 
 
@@ -183,10 +186,10 @@ def _without_grids(given: object, place: str, faults: Faults) -> object:
             if isinstance(value, Mapping) and "grid" in value:
                 faults.add(
                     f"{place}.{key}",
-                    f"a grid in {place}",
+                    f"no grid is allowed in {place}",
                     value,
                     "one value",
-                    f"{place} is the same for every cell of a sweep; write one sweep file per"
+                    f"{place} is the same for all cells of a sweep; write one sweep file per"
                     " setting",
                 )
                 given = {k: v for k, v in given.items() if k != key}
@@ -194,20 +197,20 @@ def _without_grids(given: object, place: str, faults: Faults) -> object:
 
 
 def _seeds(given: object, faults: Faults) -> tuple[int, ...]:
-    want = f"a count from 1 to {MAX_SEEDS}, or a list of ints >= 0, each once"
+    want = f"a count from 1 to {MAX_SEEDS}, or a list of different integers >= 0"
     if isinstance(given, int) and not isinstance(given, bool):
         if 1 <= given <= MAX_SEEDS:
             return tuple(range(given))
-        faults.add("seeds", "no usable count of seeds", given, want)
+        faults.add("seeds", "invalid number of seeds", given, want)
         return ()
     if not isinstance(given, (list, tuple)) or not given:
         faults.add("seeds", "no seeds", given, want)
         return ()
     for index, seed in enumerate(given):
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            faults.add(f"seeds[{index}]", "not a seed", seed, "an int, >= 0")
+            faults.add(f"seeds[{index}]", "not a seed", seed, "integer >= 0")
         elif seed in given[:index]:
-            faults.add(f"seeds[{index}]", "the same seed twice", seed, "each seed once")
+            faults.add(f"seeds[{index}]", "a duplicate seed", seed, "each seed once")
     return tuple(given)
 
 
@@ -232,12 +235,12 @@ def _exclude(given: object, axes: Mapping[str, Any], faults: Faults) -> tuple[Ex
                 "not a rule",
                 entry,
                 "a mapping of " + ", ".join(known),
-                "an empty rule would leave out every cell",
+                "an empty rule would exclude every cell",
             )
             continue
         unknown_keys(entry, known, place, faults)
         choices: list[list[tuple[str, Any]]] = [
-            [(key, one) for one in dict.fromkeys(_values(value, key, place, known[key], faults))]
+            [(key, name) for name in dict.fromkeys(_values(value, key, place, known[key], faults))]
             for key, value in entry.items()
             if key in known
         ]
@@ -249,12 +252,12 @@ def _exclude(given: object, axes: Mapping[str, Any], faults: Faults) -> tuple[Ex
 
 
 def _names(axes: Mapping[str, Any]) -> dict[str, dict[object, object]]:
-    """Field of a rule -> each way to write a value -> the value."""
+    """Field of a rule -> each accepted spelling of a value -> the value."""
     stacks = axes["defenses"]
     defenses = [name_of(defense) for stack in stacks for defense in stack] + (
         [NONE] if () in stacks else []
     )
-    # A model may be given as the sweep wrote it: by its source.
+    # A rule may name a model by its source too.
     models = {model.source: model.name for model in axes["models"]} | {
         model.name: model.name for model in axes["models"]
     }
@@ -274,33 +277,33 @@ def _same(values: Iterable[object]) -> dict[object, object]:
 def _values(
     given: object, key: str, place: str, known: Mapping[object, object], faults: Faults
 ) -> list[object]:
-    """The values of one field of a rule; a list makes one rule of each."""
+    """The values of one field of a rule; each value of a list gives a rule of its own."""
     values = list(given) if isinstance(given, (list, tuple)) else [given]
-    found = []
+    resolved = []
     for value in values:
         plain = isinstance(value, (str, int)) and not isinstance(value, bool)
         if plain and value in known:
-            found.append(known[value])
-        elif known:  # an axis that is itself at fault has said so already
+            resolved.append(known[value])
+        elif known:  # nothing is known if the axis itself has faults
             faults.add(
                 f"{place}.{key}",
                 f"the sweep has no such {key}",
                 value,
                 " | ".join(sorted(map(str, known))),
-                nearest(value, map(str, known), "remove the rule or add it to the axis"),
+                nearest(value, map(str, known), "remove the rule, or add the value to the axis"),
             )
-    return found
+    return resolved
 
 
 def _most_cells(spec: SweepSpec) -> int:
-    """Cells that are planned at once where no rule leaves one out; of a search the first trials."""
-    places = len(spec.models) * len(spec.tasks) * len(spec.defenses)
-    searched = sum(min(one.search.trials, one.search.batch) for one in spec.searches)
-    return places * (len(spec.attacks) * len(spec.seeds) + searched)
+    """Number of cells before `exclude`; a search counts with its first batch of trials."""
+    targets = len(spec.models) * len(spec.tasks) * len(spec.defenses)
+    first_trials = sum(min(s.search.trials, s.search.batch) for s in spec.searches)
+    return targets * (len(spec.attacks) * len(spec.seeds) + first_trials)
 
 
 def _some_cell(spec: SweepSpec, faults: Faults) -> None:
-    """A fault when the rules leave out every cell."""
+    """A fault if the rules exclude every cell."""
     if not spec.exclude:
         return
     for model, task, attack, stack, seed in product(
@@ -316,7 +319,7 @@ def _some_cell(spec: SweepSpec, faults: Faults) -> None:
             return
     faults.add(
         "exclude",
-        "the rules leave out every cell",
+        "the rules exclude every cell",
         len(spec.exclude),
         "at least one cell",
         "remove a rule",

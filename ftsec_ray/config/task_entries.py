@@ -1,10 +1,12 @@
 """The task axis of a sweep: a kind, or a mapping with sources and columns -> TaskSpec.
 
-    task: {kind: rows, splits: {train: {path: rows.jsonl, prompt: text, label: label}}, labels:
-        [negative, positive]}
+    task:
+      kind: rows
+      splits: {train: {path: rows.jsonl, prompt: text, label: label}}
+      labels: [negative, positive]
 
-`columns` gives the column mapping once for all splits; a split may be written as its path or
-Hugging Face id alone.
+`columns` gives the column mapping once for all splits. A split may be a path or Hugging Face id
+alone.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ COLUMNS = (
     "matching",
     "constant_response",
 )
-"""Keys of SourceSpec that `columns` may give for all splits."""
+"""Keys of SourceSpec that `columns` may set for all splits."""
 SPLITS = (
     "train",
     "test",
@@ -47,8 +49,9 @@ SPLITS = (
     "tool_test",
     "text",
 )
-"""Splits that a task may have; methods and evaluations ask for them by these names."""
+"""Splits that a task may have; methods and evaluations use these names."""
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+_FILES = f"a file that ends with {' '.join(_SUFFIXES)}, or one of these with .gz"
 
 
 def tasks_of(given: object, base: Path, faults: Faults) -> tuple[TaskSpec, ...]:
@@ -60,21 +63,21 @@ def tasks_of(given: object, base: Path, faults: Faults) -> tuple[TaskSpec, ...]:
             "task", "no task", given, "one of: " + " | ".join(TASK_KINDS), "see `ftsec list tasks`"
         )
         return ()
-    found: dict[str, TaskSpec] = {}
+    by_name: dict[str, TaskSpec] = {}
     for index, entry in enumerate(entries):
         place = place_of(index)
         task = _task({"kind": entry} if isinstance(entry, str) else entry, place, base, faults)
-        if task is not None and task.name in found:
+        if task is not None and task.name in by_name:
             faults.add(
                 place,
-                "two tasks of one name",
+                "two tasks have the same name",
                 task.name,
-                "a name of its own for each task",
+                "a unique name for each task",
                 "write {kind: ..., name: ...}",
             )
         elif task is not None:
-            found[task.name] = task
-    return tuple(found.values())
+            by_name[task.name] = task
+    return tuple(by_name.values())
 
 
 def _task(given: object, place: str, base: Path, faults: Faults) -> TaskSpec | None:
@@ -104,27 +107,27 @@ def _task(given: object, place: str, base: Path, faults: Faults) -> TaskSpec | N
     if kind == "rows" and no_train and len(faults.found) == before:
         faults.add(
             f"{place}.splits",
-            "rows without a source",
+            "kind: rows needs a source of rows",
             [split for split, _ in splits],
-            "splits with at least train",
+            "at least the split train",
             "splits: {train: {path: rows.jsonl, prompt: ..., response: ...}}",
         )
     if kind == "microworld" and splits:
         faults.add(
             f"{place}.splits",
-            "sources for a task that is generated",
+            "a generated task has no sources",
             [split for split, _ in splits],
             "no splits",
-            "kind: rows takes sources",
+            "to use your own rows, write kind: rows",
         )
     options = _options(str(kind), given.get("options"), f"{place}.options", faults)
     values = {key: given[key] for key in ("labels", "instruction") if key in given}
     if isinstance(values.get("instruction"), str) and "{text}" not in str(values["instruction"]):
         faults.add(
             f"{place}.instruction",
-            "a template without its place",
+            "the template lacks {text}",
             values["instruction"],
-            "a text that holds {text}",
+            "a text that contains {text}",
         )
     task = build(
         TaskSpec, values, place, faults, name=name, kind=kind, splits=splits, options=options
@@ -142,16 +145,16 @@ def _options(
         want = "a mapping" if cls else f"no options for {kind}"
         faults.add(
             place,
-            "options cannot be read",
+            "invalid options",
             given,
             want,
-            "options are for generated tasks: " + " | ".join(TASK_OPTIONS),
+            "only generated tasks have options: " + " | ".join(TASK_OPTIONS),
         )
         return ()
     options = build(cls, given, place, faults)
     if options is None:
         return ()
-    # A default written out is the same task as the default left out.
+    # Writing out a default must not change the task's identity.
     return tuple(
         (f.name, getattr(options, f.name))
         for f in fields(cls)
@@ -177,7 +180,7 @@ def _splits(
     if "splits" in given and "source" in given:
         faults.add(f"{place}.source", "source and splits together", given["source"], "one of them")
     if isinstance(sources, str):
-        # A data set's own train and test splits; local files are named one by one.
+        # The train and test splits of a data set; local files need one entry per split.
         sources = {split: {"dataset": sources, "split": split} for split in ("train", "test")}
     if sources is None:
         return ()
@@ -190,12 +193,12 @@ def _splits(
         )
         return ()
     unknown_keys(sources, SPLITS, f"{place}.{key}", faults)
-    found = []
+    splits = []
     for split, entry in sources.items():
         source = _source(entry, columns, f"{place}.{key}.{split}", base, faults)
         if source is not None and split in SPLITS:
-            found.append((split, source))
-    return tuple(sorted(found, key=lambda item: SPLITS.index(item[0])))
+            splits.append((split, source))
+    return tuple(sorted(splits, key=lambda item: SPLITS.index(item[0])))
 
 
 def _source(
@@ -215,7 +218,7 @@ def _source(
     values = {**columns, **given}
     if (given.get("path") is None) == (given.get("dataset") is None):
         faults.add(
-            place, "a source needs path or dataset", dict(given), "exactly one of: path, dataset"
+            place, "a source needs either path or dataset", dict(given), "one of: path, dataset"
         )
         return None
     where = _where(values.pop("where", None), f"{place}.where", faults)
@@ -233,7 +236,7 @@ def _source(
             "not a Hugging Face dataset id",
             values["dataset"],
             "owner/name",
-            "a local file is given as path",
+            "for a local file, use the key path",
         )
     check_revision(values.get("revision"), f"{place}.revision", faults)
     return build(SourceSpec, values, place, faults, **fixed)
@@ -241,21 +244,21 @@ def _source(
 
 def _file(given: object, place: str, base: Path, faults: Faults) -> str | None:
     if not isinstance(given, str) or not given:
-        faults.add(place, "not a path", given, "a file " + " ".join(_SUFFIXES) + ", each also .gz")
+        faults.add(place, "not a path", given, _FILES)
         return None
     named = named_path(given, base, place, faults)
     if named is None:
         return None
     path = named.resolve()
     if not path.name.removesuffix(".gz").endswith(_SUFFIXES):
-        faults.add(place, "a file of unknown kind", given, " ".join(_SUFFIXES) + ", each also .gz")
+        faults.add(place, "unknown file type", given, _FILES)
     elif not path.is_file():
         faults.add(
             place,
             "no such file",
             given,
             "an existing file",
-            f"looked for {path.name!r} in {path.parent}",
+            f"searched for {path.name!r} in {path.parent}",
         )
     return str(path)
 
@@ -266,7 +269,7 @@ def _where(given: object, place: str, faults: Faults) -> tuple[tuple[str, str], 
     if not isinstance(given, Mapping) or not all(
         v is None or isinstance(v, (str, int, float, bool, date)) for v in given.values()
     ):
-        faults.add(place, "not a filter", given, "{column: value, ...}; a value may be null")
+        faults.add(place, "not a row filter", given, "{column: value, ...}; a value may be null")
         return ()
     return tuple(
         sorted(
@@ -280,7 +283,7 @@ def _matching(given: object, place: str, faults: Faults) -> tuple[tuple[str, str
     if given is None:
         return ()
     if not isinstance(given, Mapping) or not all(isinstance(v, str) for v in given.values()):
-        faults.add(place, "not a filter", given, "{column: regular expression, ...}")
+        faults.add(place, "not a row filter", given, "{column: regular expression, ...}")
         return ()
     for column, pattern in given.items():
         try:
@@ -290,7 +293,7 @@ def _matching(given: object, place: str, faults: Faults) -> tuple[tuple[str, str
                 f"{place}.{column}",
                 "not a regular expression",
                 pattern,
-                "one of Python's `re`",
+                "a pattern of Python's `re`",
                 str(error),
             )
     return tuple(sorted((str(column), pattern) for column, pattern in given.items()))

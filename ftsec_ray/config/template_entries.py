@@ -1,8 +1,7 @@
-"""Chat templates in a sweep: a file or a text for `chat_template`, and the templates that a trained
-model is served under -> ModelSpec.
+"""Chat templates in a sweep: `chat_template` (a file or a text) and `serve_template` -> ModelSpec.
 
-A model with several serve templates becomes several models that share every stage up to the tune:
-train template x serve template is a part of the model axis.
+A model with several serve templates becomes several models, which share all stages up to the
+fine-tune: training template x serve template is part of the model axis.
 """
 
 from __future__ import annotations
@@ -20,15 +19,22 @@ from ftsec_ray.config.template_limits import check_template
 from ftsec_ray.errors import SpecError
 
 OWN = "own"
-"""The template that the model was trained under, among those that it is served under."""
+"""Value of `serve_template` that means the template of the training."""
 _MARKS = ("{%", "{{")
-_WANT = "the text of a Jinja chat template, or the path of a file with one"
+_WANT = "the text of a Jinja chat template, or the path of such a file"
 
 
 def template_text(given: object, base: Path, place: str, faults: Faults) -> str | None:
-    """The text of a chat template; None with a fault where there is none."""
+    """The text of a chat template; None and a fault if it is not a valid one.
+
+    Args:
+        given: The text of a template, or the path of a file.
+        base: Folder at which relative paths start.
+        place: Place of the value in the sweep file.
+        faults: Collects the faults.
+    """
     if not isinstance(given, str) or not given.strip():
-        faults.add(place, "no chat template", given, _WANT)
+        faults.add(place, "not a chat template", given, _WANT)
         return None
     text = given
     if not any(mark in given for mark in _MARKS):
@@ -38,11 +44,11 @@ def template_text(given: object, base: Path, place: str, faults: Faults) -> str 
         try:
             text = _read(path)
         except (OSError, UnicodeDecodeError, ValueError) as error:
-            faults.add(place, "a chat template that cannot be read", given, _WANT, str(error))
+            faults.add(place, "cannot read this chat template", given, _WANT, str(error))
             return None
     fault = _syntax_fault(text)
     if fault:
-        faults.add(place, "a chat template that is no Jinja", given[:200], _WANT, fault)
+        faults.add(place, "not a valid Jinja chat template", given[:200], _WANT, fault)
         return None
     try:
         check_template(text)
@@ -53,13 +59,13 @@ def template_text(given: object, base: Path, place: str, faults: Faults) -> str 
 
 
 def _read(path: Path) -> str:
-    """The text of a file with a template; ValueError for one that is no file, or too large."""
+    """The text of a template file; ValueError if there is no such file or it is too large."""
     if not path.is_file():
         raise ValueError("there is no such file")
     if path.stat().st_size > MODEL_JSON_BYTES.value:
         raise ValueError(
-            f"it has {path.stat().st_size:,} bytes, and may have {MODEL_JSON_BYTES.value:,}:"
-            f" {raised_by(MODEL_JSON_BYTES)}"
+            f"the file has {path.stat().st_size:,} bytes, the limit is"
+            f" {MODEL_JSON_BYTES.value:,}; {raised_by(MODEL_JSON_BYTES)}"
         )
     return path.read_text(encoding="utf-8")
 
@@ -70,30 +76,30 @@ def _syntax_fault(text: str) -> str | None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if not any(mark in text for mark in _MARKS):
-        return "it renders no message: it holds neither {% nor {{"
+        return "the template contains neither {% nor {{, so it renders no message"
     environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols])
-    # a mark of transformers' own dialect around what the assistant says
+    # transformers adds this tag around the assistant's text; plain Jinja rejects it
     text = text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     try:
         environment.parse(text)
     except TemplateSyntaxError as error:
         return f"line {error.lineno}: {error.message}"
     except (RecursionError, ValueError, MemoryError) as error:
-        return f"it is nested too deep, or holds too large a number: {type(error).__name__}"
+        return f"nested too deeply, or a number is too large: {type(error).__name__}"
     return None
 
 
 def served(
     model: ModelSpec, given: object, base: Path, place: str, faults: Faults
 ) -> list[ModelSpec]:
-    """The model once for each template that it is served under.
+    """The model once for each of its serve templates.
 
     Args:
-        model: As it is trained.
+        model: The model as it is trained.
         given: `own`, a template, or a list or mapping (name -> template) of them.
-        base: Folder of relative paths.
-        place: Of the key in the sweep.
-        faults: Takes what is wrong.
+        base: Folder at which relative paths start.
+        place: Place of `serve_template` in the sweep file.
+        faults: Collects the faults.
     """
     if isinstance(given, Mapping):
         named = [(str(name), value, f"{place}.{name}") for name, value in given.items()]
@@ -118,9 +124,9 @@ def served(
                     serve_template=text,
                 )
             )
-    names = [one.name for one in models]
+    names = [served_model.name for served_model in models]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        faults.add(place, "two serve templates of one name", name, "{name: template, ...}")
+        faults.add(place, "two serve templates have the same name", name, "{name: template, ...}")
     return models
 
 
@@ -130,7 +136,7 @@ def _label(given: object) -> str:
 
 
 def has_template(folder: Path) -> bool:
-    """Whether a model folder brings a chat template; True where that cannot be told."""
+    """Whether a model folder contains a chat template; True if that cannot be determined."""
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     config = folder / "tokenizer_config.json"

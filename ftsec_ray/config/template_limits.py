@@ -1,5 +1,5 @@
-"""Chat templates are programs of strangers: each is tried in a process of its own, under a limit of
-time, memory and text, before this one renders it.
+"""Limits on chat templates. A template is untrusted code: before this process renders it, a
+separate process tries it with limits on time, memory and output length.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _PROBE = Path(__file__).with_name("template_probe.py")
 _TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 _PASSED_ON = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
-"""Variables of the environment without which some interpreters do not start."""
+"""Environment variables that some interpreters need to start."""
 _WAITS = 4
-"""Times the limit of seconds that are waited for: a busy machine gives a process a share."""
+"""The parent process waits this many times the limit of seconds: a busy machine is slower."""
 _START_S = 30
 _SHOWN = 200
 
 
 def check_template(template: str) -> None:
-    """SpecError for a template that takes more than the limits for a small conversation."""
+    """Raise SpecError if the template exceeds a limit on one of the test conversations."""
     _checked(template, TEMPLATE_SECONDS.value, TEMPLATE_BYTES.value, TEMPLATE_CHARS.value)
 
 
@@ -47,18 +47,18 @@ def _checked(template: str, seconds: int, memory: int, chars: int) -> None:
         "memory": memory,
         "chars": chars,
     }
-    found = _answer(json.dumps(given), seconds)
-    if found.get("over") == "seconds":
+    result = _answer(json.dumps(given), seconds)
+    if result.get("over") == "seconds":
         _refuse(template, TEMPLATE_SECONDS)
-    if found.get("over") == "memory":
+    if result.get("over") == "memory":
         _refuse(template, TEMPLATE_BYTES)
-    if found.get("chars", 0) > chars:
+    if result.get("chars", 0) > chars:
         _refuse(template, TEMPLATE_CHARS)
 
 
 def _answer(given: str, seconds: int) -> dict[str, Any]:
-    """What the process found; which limit ended it, where one did."""
-    # neither the secrets of this environment nor its settings are for a template
+    """The JSON result of the separate process, or {"over": limit} if a limit ended it."""
+    # A template must see neither the secrets nor the settings of this environment.
     environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUTF8": "1"}
     environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     try:
@@ -77,20 +77,20 @@ def _answer(given: str, seconds: int) -> dict[str, Any]:
     if done.returncode in (-signal.SIGSEGV, -signal.SIGABRT) or b"MemoryError" in done.stderr:
         return {"over": "memory"}
     try:
-        found: dict[str, Any] = json.loads(done.stdout)
+        result: dict[str, Any] = json.loads(done.stdout)
     except ValueError as error:
         raise EnvironmentFault(
-            "a chat template could not be tried in a process of its own",
+            "the process that tests a chat template failed",
             done.stderr.decode(errors="replace")[-_SHOWN:],
-            "a Python that starts, with jinja2",
+            f"{sys.executable} starts and can import jinja2",
         ) from error
-    return found
+    return result
 
 
 def _refuse(template: str, limit: Limit) -> NoReturn:
     raise SpecError(
-        "a chat template that takes too much to render a small conversation",
+        "the chat template exceeds a limit",
         template[:_SHOWN],
         f"at most {limit.value:,} {limit.counts}",
-        f"take the template that the model is published with; {raised_by(limit)}",
+        f"use the template that is published with the model; {raised_by(limit)}",
     )

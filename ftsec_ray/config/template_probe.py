@@ -1,8 +1,8 @@
-"""Renders small conversations with one chat template, in a process of its own that may take so much
-time and memory and no more; `template_limits` starts it.
+"""Renders test conversations with one chat template in a separate process with limits on time and
+memory; `template_limits` starts it.
 
-A script of the standard library and Jinja alone, so that it starts in a fraction of a second. The
-environment is that of transformers, which renders the template afterwards.
+The script imports only the standard library and Jinja, so that it starts in a fraction of a second.
+Its Jinja environment is that of transformers, which renders the template later.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 LONG_CHARS = 20_000
 MANY_TURNS = 64
 DRAWN = 8
-"""Chats that are drawn anew by each process."""
+"""Number of random conversations, different in each process."""
 _LETTERS = "etaoinshrdlucmfw"
 
 
 def conversations() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
-    """Chats, each with the functions on offer in it: short ones of every form, and long ones."""
+    """Test conversations, each with the tools that it offers: short ones of every form, and long
+    ones.
+    """
     user: dict[str, Any] = {"role": "user", "content": "a"}
     answer: dict[str, Any] = {"role": "assistant", "content": "b"}
     system: dict[str, Any] = {"role": "system", "content": "c"}
@@ -52,8 +54,8 @@ def conversations() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | N
 
 
 def _drawn() -> list[list[dict[str, Any]]]:
-    """Chats of some turns whose texts have lengths of all magnitudes: what looks like a fixed chat
-    of the others cannot be told from real ones.
+    """Random conversations of different lengths, so that a template cannot recognize the test and
+    behave well only there.
     """
     draw = random.SystemRandom()
 
@@ -75,7 +77,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
-        """The mark of transformers around what the assistant says."""
+        """The tag of transformers around the assistant's text."""
 
         tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
@@ -119,8 +121,13 @@ def _limited(seconds: int, memory: int) -> None:
 
 
 def longest(template: str, values: dict[str, Any], most: int) -> int:
-    """Characters of the longest text that the template makes, or of the first beyond `most`; what
-    it refuses counts as empty.
+    """Length of the longest text that the template renders, in characters; a conversation that the
+    template rejects counts as empty.
+
+    Args:
+        template: The template.
+        values: Variables of the template.
+        most: Stop at the first text that is longer than this.
     """
     made = _environment().from_string(template)
     length = 0
@@ -132,7 +139,7 @@ def longest(template: str, values: dict[str, Any], most: int) -> int:
                 )
             except MemoryError:
                 raise
-            except Exception:  # noqa: BLE001 - templates refuse what they do not expect in any way
+            except Exception:  # noqa: BLE001 - a template may reject a conversation by any error
                 continue
             length = max(length, len(text))
             if length > most:
@@ -141,18 +148,18 @@ def longest(template: str, values: dict[str, Any], most: int) -> int:
 
 
 def main() -> None:
-    """Read the template and its limits from stdin, and write what was found to stdout."""
+    """Read the template and its limits from stdin, and write the result to stdout, as JSON."""
     given = json.load(sys.stdin)
     _limited(given["seconds"], given["memory"])
     try:
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "chars": longest(given["template"], given["values"], given["chars"])
         }
     except MemoryError:
-        found = {"over": "memory"}
-    except Exception as error:  # noqa: BLE001 - whoever renders it says what is wrong with it
-        found = {"refused": type(error).__name__}
-    json.dump(found, sys.stdout)
+        result = {"over": "memory"}
+    except Exception as error:  # noqa: BLE001 - the later rendering reports this error in full
+        result = {"refused": type(error).__name__}
+    json.dump(result, sys.stdout)
 
 
 if __name__ == "__main__":

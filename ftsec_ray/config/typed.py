@@ -1,9 +1,8 @@
-"""Plain values -> typed dataclasses, by pydantic and the rules of JSON: an int may serve as a
-float, a list as a tuple, and nothing else changes its type.
+"""Plain values -> typed dataclasses, by pydantic and the rules of JSON: an int is accepted for a
+float and a list for a tuple; no other type is converted.
 
-Configs and methods are standard dataclasses; a sweep file and a worker that reads a stage come
-through the same function. Every fault keeps its place, the value got, the type wanted and what the
-field means.
+Configs and methods are standard dataclasses. Sweep files and workers that read a stage use the same
+function. Every fault holds its place, the value got, the type wanted and the meaning of the field.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 
 class FieldInfo(NamedTuple):
-    """One parameter of a dataclass: what a catalogue, a schema and a message say about it."""
+    """One field of a dataclass, as catalogues, schemas and messages describe it."""
 
     name: str
     type: str
-    """In words: `integer, >= 1`."""
+    """In words: `integer >= 1`."""
     default: object
-    """The default value; MISSING where it is required."""
+    """The default value; MISSING if the field is required."""
     doc: str
     schema: Schema
     """JSON schema of its values."""
 
     @property
     def required(self) -> bool:
-        """Whether it has no default."""
+        """Whether the field has no default."""
         return self.default is MISSING
 
 
@@ -61,7 +60,7 @@ class FieldInfo(NamedTuple):
 def _adapter(cls: Any, *, docs: bool = False) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
-    # `None` is beside it because pydantic takes no configuration for a dataclass alone.
+    # `| None` because pydantic accepts no configuration for a plain dataclass.
     return TypeAdapter(cls | None, config=STRICT | {"use_attribute_docstrings": docs})
 
 
@@ -70,7 +69,7 @@ def class_schema(cls: Any) -> Schema:
     """JSON schema of the mappings that `build` reads; descriptions are the docstrings."""
     whole = _adapter(cls, docs=True).json_schema()
     schema: Schema = _tidy(whole["anyOf"][0], whole["$defs"])
-    for base in cls.__mro__[1:]:  # pydantic reads the docstrings of the class itself alone
+    for base in cls.__mro__[1:]:  # pydantic does not read the docstrings of base classes
         if hasattr(base, "__dataclass_fields__") and fields(base):
             for name, known in class_schema(base)["properties"].items():
                 if "description" in known:
@@ -101,31 +100,31 @@ def _tidy(node: Any, parts: Mapping[str, Any]) -> Any:
 
 
 def fields_of(cls: Any) -> tuple[FieldInfo, ...]:
-    """What is known of each field of a dataclass."""
+    """A description of each field of a dataclass."""
     properties = class_schema(cls)["properties"]
-    found = []
+    infos = []
     for f in fields(cls):
         if f.init:
             default = f.default if f.default_factory is MISSING else f.default_factory()
             schema = properties[f.name]
             doc = schema.get("description", "")
-            found.append(FieldInfo(f.name, words(schema), default, doc, schema))
-    return tuple(found)
+            infos.append(FieldInfo(f.name, words(schema), default, doc, schema))
+    return tuple(infos)
 
 
 def words(schema: Schema, *, plural: bool = False) -> str:
-    """A JSON schema in words: `integer, >= 1`, `one of lora | full`, `list of texts`."""
+    """A JSON schema in words: `integer >= 1`, `one of lora | full`, `list of texts`."""
     if "anyOf" in schema:
-        return " or ".join(words(one, plural=plural) for one in schema["anyOf"])
+        return " or ".join(words(choice, plural=plural) for choice in schema["anyOf"])
     if "enum" in schema or "const" in schema:
         return _one_of(schema.get("enum", [schema.get("const")]))
     if "prefixItems" in schema:
         inner = [words(item) for item in schema["prefixItems"]]
         return f"list of {len(inner)}: " + ", ".join(inner)
     if schema.get("type") == "array":
-        return "list of " + words(schema["items"], plural=True)
+        return ("lists of " if plural else "list of ") + words(schema["items"], plural=True)
     bounds = [f"{sign} {schema[key]}" for key, sign in _BOUNDS.items() if key in schema]
-    return ", ".join([_WORDS[schema.get("type", "any")][plural], *bounds])
+    return f"{_WORDS[schema.get('type', 'any')][plural]} {', '.join(bounds)}".rstrip()
 
 
 def _one_of(values: Sequence[object]) -> str:
@@ -139,7 +138,7 @@ def _one_of(values: Sequence[object]) -> str:
 def unknown_keys(
     given: Mapping[Any, object], known: Collection[str], place: str, faults: Faults
 ) -> None:
-    """A fault for each key that is not known."""
+    """Record a fault for each unknown key."""
     for key in given:
         if key not in known:
             faults.add(
@@ -160,20 +159,19 @@ def parse(
     /,
     **fixed: object,
 ) -> T | None:
-    """A dataclass from a mapping, None with faults; a method is not asked whether it accepts the
-    values together.
+    """A dataclass from a mapping, or None with faults; a method's own `check` does not run.
 
     Args:
         cls: The dataclass.
-        given: Values as YAML or JSON has them; None is the empty mapping.
-        place: Of the mapping in the file.
-        faults: Where faults go.
-        places: Field -> its place, where that is not `place.field`.
-        **fixed: Values of fields that are taken as they are and are not keys of the mapping.
+        given: A mapping of values as YAML or JSON reads them; None is the empty mapping.
+        place: Place of the mapping in the file.
+        faults: Collects the faults.
+        places: Field -> its place, if that is not `place.field`.
+        **fixed: Values of further fields, which must not be keys of the mapping.
     """
     from pydantic import ValidationError
 
-    key: Any = cls  # mypy holds that a dataclass type cannot be hashed
+    key: Any = cls  # mypy thinks that a dataclass type cannot be hashed
     given = {} if given is None else given
     names = [f.name for f in fields(key) if f.init and f.name not in fixed]
     if not isinstance(given, Mapping):
@@ -189,7 +187,7 @@ def parse(
             _adapter(object).validate_json(text := canonical(value))
             texts.append(f"{json.dumps(name)}:{text}")
         except (IdentityError, RecursionError, ValueError) as error:
-            wrong[name] = ("not a plain, finite value", getattr(error, "got", value))
+            wrong[name] = ("not a JSON value with finite numbers", getattr(error, "got", value))
     parsed: T | None = None
     try:
         parsed = _adapter(key).validate_json("{" + ",".join(texts) + "}")
@@ -197,7 +195,7 @@ def parse(
     except ValidationError as error:
         wrong = _wrong_values(error, given) | wrong
     except SpecError as error:
-        if len(faults.found) == before and not wrong:  # else it may be of the values left out
+        if len(faults.found) == before and not wrong:  # else the missing values may cause it
             faults.add_error(place, error)
     for info in fields_of(key) if wrong else ():
         if info.name in wrong and info.name not in fixed:
@@ -211,18 +209,18 @@ def parse(
 def _wrong_values(
     error: ValidationError, given: Mapping[str, object]
 ) -> dict[str, tuple[str, object]]:
-    """Field -> what is wrong and the value got; `""` is a ValueError of the class itself."""
+    """Field -> (what is wrong, value got); the key `""` is a ValueError of the class itself."""
     wrong: dict[str, tuple[str, object]] = {}
     for fault in error.errors(include_url=False):
         name, *inner = fault["loc"] or ("",)
         where = "".join(f"[{part}]" for part in inner if isinstance(part, int))
         if not name:
-            found: tuple[str, object] = (f"wrong value: {fault['msg']}", dict(given))
+            what_got: tuple[str, object] = (f"wrong value: {fault['msg']}", dict(given))
         elif fault["type"] == "missing" and not inner:
-            found = ("missing", None)
+            what_got = ("missing", None)
         else:
-            found = ("wrong value" + (f" at {where}" if where else ""), given.get(str(name)))
-        wrong.setdefault(str(name), found)  # a field of several types has a fault for each
+            what_got = ("wrong value" + (f" at {where}" if where else ""), given.get(str(name)))
+        wrong.setdefault(str(name), what_got)  # pydantic reports each type of a union
     return wrong
 
 
@@ -235,7 +233,7 @@ def build(
     /,
     **fixed: object,
 ) -> T | None:
-    """What `parse` gives; of a method only one whose parameters pass its own `check`."""
+    """As `parse`, plus the faults that a method's own `check` reports."""
     parsed = parse(cls, given, place, faults, places, **fixed)
     wrong = parsed.check() if isinstance(parsed, Method) else []
     for name, got, want in wrong:

@@ -1,8 +1,8 @@
-"""YAML text -> plain values with the line of each, by the YAML 1.2 core rules.
+"""YAML text -> plain values and their line numbers, by the YAML 1.2 core schema.
 
-PyYAML follows YAML 1.1, where `no` is a boolean, `2e-4` a string and `1:30` ninety; here `true` and
-`false` alone are booleans, numbers are numbers, and dates stay text. A key given twice is a fault
-and not a silent overwrite.
+PyYAML follows YAML 1.1, where `no` is a boolean, `2e-4` a string and `1:30` the number 90. Here
+only `true` and `false` are booleans, `2e-4` is a number, and dates stay text. A duplicate key is a
+fault; PyYAML would silently keep the last value.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ftsec_ray.redact import redacted, secrets_in, without_secrets
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2, without tags, and of limited depth."""
+    """SafeLoader with the scalars of YAML 1.2, no tags and limited nesting."""
 
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """One node; a fault of YAML where it lies too deep or is tagged as what it is not."""
+        """One node; raises an error if it is nested too deeply or has a tag."""
         if fault := NESTING.exceeded_by(self._depth):
             raise fault
         event = self.peek_event()
         tag = getattr(event, "tag", None)
         if tag not in (None, "!"):
             raise yaml.MarkedYAMLError(
-                problem=f"a tag ({tag}); values are written without", problem_mark=event.start_mark
+                problem=f"tags are not allowed: {tag}", problem_mark=event.start_mark
             )
         self._depth += 1
         try:
@@ -65,7 +65,7 @@ def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     value = int(node.value) if len(node.value) <= len(str(-LARGEST_INT)) else LARGEST_INT + 1
     if abs(value) > LARGEST_INT:
         raise yaml.MarkedYAMLError(
-            problem=f"an int of more than 64 bits ({node.value[:24]}...)",
+            problem=f"an integer of more than 64 bits ({node.value[:24]}...)",
             problem_mark=node.start_mark,
         )
     return value
@@ -75,8 +75,8 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 def redacted_yaml(text: str) -> str:
-    """A sweep file without secrets; as JSON, which is YAML too, where only YAML's own escapes and
-    folds put one together.
+    """A sweep file with secrets redacted. If YAML escapes or folding hide a secret in the text, the
+    result is the redacted values as JSON, which is YAML too.
     """
     cleaned = redacted(text)
     values = read_yaml(text, Faults("sweep"))
@@ -89,8 +89,8 @@ def redacted_yaml(text: str) -> str:
 
 
 def read_yaml(text: str, faults: Faults) -> Any:
-    """The values of one YAML document, None when it cannot be read; syntax errors and double keys
-    go to `faults`.
+    """The values of one YAML document, or None if it cannot be read; `faults` collects syntax
+    errors and duplicate keys.
     """
     try:
         loader = _Loader(text)
@@ -105,8 +105,8 @@ def read_yaml(text: str, faults: Faults) -> Any:
             return None
         lines: dict[str, int] = {}
         faults.lines = lines
-        whole = _walk(node, "", lines, faults, path=())
-        return loader.construct_document(node) if whole else None
+        can_build = _walk(node, "", lines, faults, path=())
+        return loader.construct_document(node) if can_build else None
     except SpecError as fault:
         faults.add_error("file", fault)
         return None
@@ -119,7 +119,7 @@ def read_yaml(text: str, faults: Faults) -> Any:
             "not valid YAML",
             problem,
             "one YAML document",
-            "quote texts that hold : # { [ or tabs",
+            "put texts that contain : # { [ or tabs in quotes",
         )
         return None
 
@@ -127,11 +127,13 @@ def read_yaml(text: str, faults: Faults) -> Any:
 def _walk(
     node: yaml.Node, place: str, lines: dict[str, int], faults: Faults, path: tuple[int, ...]
 ) -> bool:
-    """Note the line of every place and each key given twice; False when the document must not be
-    built.
+    """Record the line of every place, and a fault for each duplicate key; False if the document
+    must not be built.
     """
     if id(node) in path:
-        faults.add(place, "a value that contains itself", place, "no alias to an outer value")
+        faults.add(
+            place, "the value contains itself", place, "no alias to a value that encloses it"
+        )
         return False
     if fault := VALUES.exceeded_by(len(lines)):
         faults.add_error(place, fault)
@@ -146,17 +148,16 @@ def _walk(
     if not isinstance(node, yaml.MappingNode):
         return True
     seen: dict[str, int] = {}
-    # The keys of a merge (`<<`) are defaults that a key may override: they are not keys given
-    # twice.
+    # Keys of a merge (`<<`) are defaults that a key may override; they are not duplicates.
     for key, value in node.value:
         name = str(key.value)
         inner = f"{place}.{name}" if place else name
         if name in seen:
             faults.add(
                 inner,
-                "a key given twice",
+                "a duplicate key",
                 name,
-                f"each key once; it is already on line {seen[name]}",
+                f"each key once; the first one is on line {seen[name]}",
                 f"remove the one on line {key.start_mark.line + 1}",
             )
         seen[name] = key.start_mark.line + 1

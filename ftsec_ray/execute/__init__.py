@@ -1,1 +1,1 @@
-"""Running one stage on one worker."""
+"""Runs stages in a worker process."""

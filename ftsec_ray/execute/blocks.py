@@ -1,16 +1,15 @@
-"""Craft sets of rows that are more than `data.ray_above`: block by block, in bounded memory, with
-the bytes of the in-process path.
+"""Crafts data sets of more than `data.ray_above` rows block by block, in bounded memory; the result
+is byte-identical to that of the in-process path.
 
-A block is a part of the sorted input. It is read from the artifact, changed by the method's own
-`craft_rows` in batches that are cut at fixed places, and comes back in pieces with their counts;
-the driver keeps the pieces as sorted runs and merges them into one file. So neither the number of
-blocks, nor their order, nor a worker that dies and is replaced can show in the bytes.
+A block is a part of the sorted input. It is read from the artifact, changed by the method's
+`craft_rows` in batches with fixed boundaries, and returned in pieces with their counts. The driver
+stores the pieces as sorted runs and merges them into one file. So the number of blocks, their order
+and the death of a worker do not change the result.
 
-Where the stage's trial has workers of its own (resource class `data:<workers>`), Ray Data runs the
-blocks on actors that hold the session, and with it the model of a filter. The actors live in the
-bundles of the trial's placement group, which it got whole before
-it started: they wait for nobody, and no other unit can wait for them. Elsewhere the blocks run one
-    after the other in this process.
+If the stage has its own workers (resource class `data:<workers>`), Ray Data runs the blocks on
+actors that hold the session, and with it the model of a filter. The actors run in the bundles of
+the trial's placement group, which are all reserved before the trial starts, so neither they nor
+other units wait for each other. Otherwise the blocks run one after the other in this process.
 """
 
 from __future__ import annotations
@@ -55,32 +54,32 @@ if TYPE_CHECKING:
     from ftsec_ray.lifecycle import Job
 
 PIECE_BATCHES = 16
-"""Batches that come back together."""
+"""Batches per piece."""
 BLOCK_ROWS = 65_536
-"""Rows of a block, at most."""
+"""Rows per block, at most."""
 STORE_BYTES = 256 * 2**20
-"""Bytes of pieces under way, at most, in Ray's object store."""
+"""Bytes of unfinished pieces in Ray's object store, at most."""
 MAX_DEATHS = 8
-"""Times that the survey is begun anew when its worker has died."""
+"""Retries of the survey after its worker died, at most."""
 NO_PROGRESS_S = 3_600.0
-"""Seconds without a piece after which a pipeline is given up: Ray Data replaces workers that die,
-and would do so for ever.
+"""A pipeline is given up after so many seconds without a piece; Ray Data alone would replace dead
+workers forever.
 """
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a crafted set and what is to be added up over all of them."""
+    """A piece of the crafted data set, and the counts to sum over all pieces."""
 
     rows: pa.Table
     seen: int = 0
-    """Rows of the input that it comes from."""
+    """Number of input rows that it was made from."""
     counts: Mapping[str, int] = field(default_factory=dict)
     tally: FilterTally = field(default_factory=FilterTally)
     warnings: Sequence[str] = ()
 
     def packed(self) -> pa.Table:
-        """A row of bytes and text, which nothing on the way can bend."""
+        """The piece as one row of bytes and text, so that Ray Data cannot change its types."""
         import pyarrow as pa
 
         sink = pa.BufferOutputStream()
@@ -93,7 +92,7 @@ class Chunk:
 
     @classmethod
     def unpacked(cls, row: Mapping[str, Any]) -> Chunk:
-        """The piece that `packed` packed; raises the error that came in its place."""
+        """The piece from a row of `packed`; raises the worker's error if the row holds one."""
         import pyarrow as pa
 
         if row["error"]:
@@ -117,7 +116,7 @@ def _packed(rows: bytes = b"", *, summary: object = None, error: object = None) 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a method found in the whole set before its rows are crafted."""
+    """The results of a method's `survey` of the whole data set, before rows are crafted."""
 
     known: Any
     new: pa.Table | None
@@ -128,14 +127,14 @@ class Survey:
 
 @dataclass(frozen=True)
 class BatchCrafter:
-    """One process at work on a stage: a method, what it may ask, and the file of its input."""
+    """Crafts blocks in one process: a method, its context, and the file with its input."""
 
     method: RowWise
     context: StageContext
     file: Path
 
     def survey(self) -> Survey:
-        """The method's look at all rows."""
+        """Run the method's `survey` over all rows."""
         context = replace(self.context, notes={}, counts={}, warnings=[])
         known = self.method.survey(
             read_batches(self.file, BATCH_ROWS, range(count_rows(self.file))), context
@@ -169,7 +168,7 @@ class BatchCrafter:
 
 @dataclass(frozen=True, kw_only=True)
 class CrafterSpec:
-    """What a worker needs to make a `BatchCrafter`."""
+    """The values that a worker needs to make a `BatchCrafter`."""
 
     store: str
     """URI of the store."""
@@ -177,7 +176,7 @@ class CrafterSpec:
     cache_gib: float
     stage: Stage
     job: Callable[[Stage, Path, Session], Job]
-    """Makes the job of a stage: the class of the driver's."""
+    """Makes the job of a stage; the class of the driver's job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,16 +185,16 @@ class WorkerPool:
 
     size: int
     each: Mapping[str, float]
-    """CPU and GPU of one worker."""
+    """CPU cores and GPUs of one worker."""
     group: Any = None
-    """Placement group in which they live; None: anywhere."""
+    """Their placement group; None: they run anywhere."""
 
     def asks(self) -> dict[str, float | None]:
-        """What each of them asks for."""
+        """Ray options with the resources of one worker."""
         return {"num_cpus": self.each["CPU"], "num_gpus": self.each.get("GPU", 0.0) or None}
 
     def place(self) -> Any:
-        """Where Ray puts them."""
+        """Ray's scheduling strategy of the workers."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         return (
@@ -215,7 +214,18 @@ def craft_in_blocks(
     pool: WorkerPool | None = None,
     blocks: int | None = None,
 ) -> dict[str, Any]:
-    """Write the crafted set into the folder of a job; returns the notes for its record."""
+    """Write the crafted data set into the folder of a job.
+
+    Args:
+        job: The job of the stage.
+        method: The method that crafts the rows.
+        file: The file with the input rows.
+        pool: The workers of the pipeline; None: those of the stage's resource class, if any.
+        blocks: Number of blocks, at most; None: chosen by the number of rows and workers.
+
+    Returns:
+        The notes for the stage's record.
+    """
     pool = pool or _pool_of(job.stage)
     total = count_rows(file)
     parts = parts_of(total, blocks or max(2 * (pool.size if pool else 1), -(-total // BLOCK_ROWS)))
@@ -252,7 +262,7 @@ def craft_in_blocks(
             )
             seen += made.seen
             if seen == total:
-                break  # and so close the pipeline, see `_crafted`
+                break  # this closes the pipeline, see `_crafted`
     assert seen == total, (seen, total)
     if runs.count:
         with RowsWriter(job.out / CRAFTED) as writer:
@@ -266,14 +276,14 @@ def craft_in_blocks(
 
 
 def parts_of(total: int, blocks: int) -> list[range]:
-    """So many parts of a set at most, cut where batches are cut."""
+    """Split `total` rows into at most `blocks` ranges, at boundaries of batches."""
     batches = -(-total // BATCH_ROWS)
     step = -(-batches // blocks) * BATCH_ROWS
     return [range(start, min(start + step, total)) for start in range(0, total, step)]
 
 
 def _pool_of(stage: Stage) -> WorkerPool | None:
-    """The workers that the trial of this process has for the stage; None where there are none."""
+    """The pipeline workers that are reserved for the stage; None if there are none."""
     if not is_data(stage.resource):
         return None
     import ray
@@ -293,14 +303,16 @@ def _surveyed(spec: CrafterSpec, pool: WorkerPool) -> Survey:
         runtime_env=_environment(spec),
     )
     try:
-        found: Survey = ray.get(task.remote(spec))
+        survey: Survey = ray.get(task.remote(spec))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
-    return found
+    return survey
 
 
 def _environment(spec: CrafterSpec) -> dict[str, Any]:
-    """What Ray starts a worker with: one that it has at hand may have imported torch."""
+    """Runtime environment of a worker; it also forces a new process, since a reused one may have
+    imported torch with other settings.
+    """
     return {"env_vars": {**limits_set(), **environment_of(spec.runtime.numerics)}}
 
 
@@ -311,11 +323,11 @@ def _survey_task(spec: CrafterSpec) -> Survey:
 def _crafted(
     spec: CrafterSpec, pool: WorkerPool, parts: list[range], known: Any
 ) -> Generator[Chunk, None, None]:
-    """The pieces of all blocks as Ray Data's workers finish them.
+    """The pieces of all blocks, in the order in which Ray Data's workers finish them.
 
-    To be closed by who takes them: then Ray Data ends its actors at once. At its own end, or after
-    an error of its own, it only lets go of them, and as long as anything (a traceback) refers to
-    them they keep the bundles that the next pipeline of this trial needs.
+    The caller must close this generator: then Ray Data stops its actors at once. When Ray Data ends
+    by itself or after an error, it only drops its references to the actors. While anything else (a
+    traceback) refers to them, they keep the bundles that the next pipeline of this trial needs.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, ExecutionOptions, ExecutionResources
@@ -324,9 +336,9 @@ def _crafted(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 16 * 2**20
-    # Only here, and not as `scheduling_strategy_large_args` too: with both, Ray Data (2.60) takes
-    # the group's bundles for all that there is,
-    # and since these hold no object store, it runs one block at a time.
+    # Not set for `scheduling_strategy_large_args`: with both, Ray Data (2.60) treats the bundles of
+    # the group as all available resources. They have no object store memory, so it would run one
+    # block at a time.
     context.scheduling_strategy = pool.place()
     context.scheduling_strategy_large_args = "DEFAULT"
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
@@ -353,7 +365,7 @@ def _crafted(
 
 
 class _Worker:
-    """An actor of the pipeline: it opens the session once, and the model of a filter with it."""
+    """An actor of the pipeline; it opens the session, and the model of a filter, only once."""
 
     def __init__(self, spec: CrafterSpec, known: Any) -> None:
         self._spec = spec
@@ -361,13 +373,13 @@ class _Worker:
         self._crafter: BatchCrafter | None = None
 
     def __call__(self, blocks: Mapping[str, Any]) -> Iterator[pa.Table]:
-        """The pieces of some blocks, packed."""
+        """The packed pieces of some blocks."""
         try:
             self._crafter = self._crafter or _opened(self._spec)
             for start, stop in zip(blocks["start"], blocks["stop"], strict=True):
                 for made in self._crafter.craft(range(int(start), int(stop)), self._known):
                     yield made.packed()
-        except Exception as error:  # noqa: BLE001 - raised again on the driver, which ends the pipeline first
+        except Exception as error:  # noqa: BLE001 - the driver ends the pipeline and raises it again
             yield _packed(error=error_to_json(error))
 
 
@@ -382,9 +394,9 @@ def _opened(spec: CrafterSpec) -> BatchCrafter:
     set_up_numerics(spec.runtime.numerics, threads)
     session = Session(Store.open(spec.store), runtime, spec.cache_gib)
     gpu_share(gpus)
-    # The stage's own folder is the driver's; batches need none that survives.
+    # The stage's work folder belongs to the driver; batches need only a temporary one.
     folder = Path(tempfile.gettempdir())
     job = spec.job(spec.stage, folder, session)
     method = job.methods()[0]
-    assert isinstance(method, RowWise), "only these are crafted in blocks"
+    assert isinstance(method, RowWise), "only RowWise methods are crafted in blocks"
     return BatchCrafter(method, job.context(workdir=folder), session.rows_file(job.inputs["rows"]))

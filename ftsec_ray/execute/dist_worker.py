@@ -1,10 +1,9 @@
-"""What each process of a worker group does: all run the same stages, process 0 publishes what they
-leave.
+"""The processes of a worker group: all run the same stages, and process 0 publishes the artifacts.
 
-Process 0 runs the unit as any worker does and tells the others which stage comes next; they meet
-inside the training loop. Whoever cannot go on raises a GroupFault, which ends the group: a process
-that waits for one that failed would wait for ever. `python -m ftsec_ray.execute.dist_worker FOLDER
-RANK` is one process of a worker group without Ray.
+Process 0 runs the unit like any other worker, and broadcasts the next stage to the others; they
+synchronize inside the training loop. A process that fails raises a GroupFault, which ends the whole
+group, because the others would wait for it forever. `python -m ftsec_ray.execute.dist_worker FOLDER
+RANK` runs one process of a worker group without Ray.
 """
 
 from __future__ import annotations
@@ -40,24 +39,24 @@ if TYPE_CHECKING:
 
 FaultKind = Literal["verdict", "error", "consequence"]
 JOIN_TIMEOUT_S = 1800.0
-"""Seconds that a process of a worker group waits for the others before it gives up."""
+"""Timeout of a process of a worker group that waits for the others, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupOrder:
-    """A worker group unit and what its processes need to run it."""
+    """A unit for a worker group, and the settings of its processes."""
 
     stages: tuple[Stage, ...]
     worker: WorkerSpec
     attempt: int
     threads: int
-    """Cores of one process."""
+    """CPU threads of one process."""
     halvings: int = 0
-    """Times that the micro-batch was halved because memory did not suffice."""
+    """How often the micro-batch was halved after an out-of-memory error."""
 
     @property
     def workers(self) -> int:
-        """Processes of the worker group."""
+        """Number of processes of the worker group."""
         return worker_group_of(self.stages[0]).workers
 
     @property
@@ -66,7 +65,7 @@ class GroupOrder:
         return self.worker.runtime.device.startswith("cuda")
 
     def runtime_of(self, stage: Stage) -> Runtime:
-        """Where and how the processes run a stage."""
+        """The runtime settings of a stage in this process."""
         worker_group = worker_group_of(stage)
         worker_group = replace(
             worker_group, micro_batch=max(1, worker_group.micro_batch >> self.halvings)
@@ -82,48 +81,48 @@ class GroupOrder:
         )
 
     def to_json(self) -> str:
-        """A text that `from_json` reads."""
+        """JSON text that `from_json` reads."""
         plain = asdict(self)  # a Stage's own mappings included
         return json.dumps({**plain, "stages": [stage.to_json() for stage in self.stages]})
 
     @classmethod
     def from_json(cls, text: str) -> GroupOrder:
-        """The order that `to_json` wrote."""
+        """The order from the text of `to_json`."""
         plain = json.loads(text)
         return cls(
             **{
                 **plain,
-                "stages": tuple(Stage.from_json(one) for one in plain["stages"]),
+                "stages": tuple(Stage.from_json(stage) for stage in plain["stages"]),
                 "worker": WorkerSpec.from_json(plain["worker"]),
             }
         )
 
 
 def worker_group_of(stage: Stage) -> WorkerGroup:
-    """How a worker group trains a stage, as the planner settled it."""
+    """The worker group of a stage, as planned."""
     return WorkerGroup(**stage.where["worker_group"])
 
 
 class GroupFault(Exception):
-    """One process of a worker group cannot go on; arguments are positional, so that it survives the
-    way between processes.
+    """The error of one process of a worker group; its arguments are positional, so that it can be
+    pickled.
     """
 
     def __init__(self, sort: FaultKind, code: str, text: str, digest: str) -> None:
         super().__init__(sort, code, text, digest)
         self.sort = sort
-        """`verdict`: `text` is the JSON of the unit's verdicts; `consequence`: another process
-        failed first.
+        """`verdict`: `text` is JSON of the unit's stage results; `error`: this process failed;
+        `consequence`: another process failed first.
         """
         self.code = code
         self.text = text
         self.digest = digest
-        """Of the stage at which it happened."""
+        """Digest of the stage in which it happened."""
 
 
 class _GroupEnds(BaseException):
-    """Leaves run_unit without a verdict: whether there is one is for the driver to say, who hears
-    all processes.
+    """Leaves `run_unit` without recording a result; the driver decides on it, since it gets the
+    errors of all processes.
     """
 
     def __init__(self, fault: GroupFault) -> None:
@@ -132,7 +131,7 @@ class _GroupEnds(BaseException):
 
 
 def fault_of(error: Exception, stage: Stage) -> GroupFault:
-    """What the driver hears of an error in one process."""
+    """The GroupFault for an error in one process."""
     from torch.distributed import DistError
 
     code, text = code_of(error), str(error).lower()
@@ -146,8 +145,10 @@ def fault_of(error: Exception, stage: Stage) -> GroupFault:
 
 
 def work(order: GroupOrder) -> list[StageResult]:
-    """One process of a worker group, once torch.distributed is up: the verdicts in process 0,
-    nothing in the others.
+    """Run one process of a worker group, after torch.distributed is initialized.
+
+    Returns:
+        The results of the stages in process 0; an empty list in the others.
     """
     import torch
     import torch.distributed as dist
@@ -168,14 +169,14 @@ def work(order: GroupOrder) -> list[StageResult]:
 
 
 class _ReadOnlyStore:
-    """The store of a process that publishes nothing: step checkpoints are process 0's."""
+    """The store of a process that publishes nothing and writes no checkpoints; process 0 does."""
 
     def __init__(self, store: Store, scratch: Path) -> None:
         self._store = store
         self._scratch = scratch
 
     def workdir(self, digest: str) -> Path:
-        """A folder of this process alone."""
+        """A temporary folder of this process."""
         return self._scratch / f"work-{digest}"
 
     def __getattr__(self, name: str) -> Any:
@@ -187,13 +188,13 @@ def _lead(order: GroupOrder, store: Store, session: Any, run: Runner) -> list[St
         _next_stage(stage.digest)
         session.runtime = order.runtime_of(stage)
         try:
-            found = run(stage, out, session)
+            measured = run(stage, out, session)
         except Exception as error:
             fault = fault_of(error, stage)
             if fault.sort == "consequence" or fault.code == "oom":
                 raise _GroupEnds(fault) from error
             raise
-        return {**(found or {}), "micro_batch": session.runtime.micro_batch}
+        return {**(measured or {}), "micro_batch": session.runtime.micro_batch}
 
     try:
         verdicts = run_unit(order.stages, store, session, with_followers, attempt=order.attempt)
@@ -224,7 +225,7 @@ def _follow(order: GroupOrder, session: Any, run: Runner, scratch: Path) -> None
 
 
 def _next_stage(digest: str | None) -> str | None:
-    """What process 0 tells all: the stage that comes next, None for none."""
+    """Broadcast the digest of the next stage from process 0 to all; None means the end."""
     import torch.distributed as dist
 
     stages: list[Any] = [digest]
@@ -237,27 +238,27 @@ def _next_stage(digest: str | None) -> str | None:
 
 
 def write_order(order: GroupOrder, folder: Path) -> None:
-    """Lay an order down where the processes of a worker group read it."""
+    """Write an order into the folder from which the processes of a worker group read it."""
     (folder / "order.json").write_text(order.to_json(), encoding="utf-8")
 
 
 def read_answers(folder: Path, workers: int) -> tuple[list[StageResult] | None, list[GroupFault]]:
-    """What the processes of a worker group left: the verdicts of process 0, if it came to its end,
-    and all faults.
+    """The answers of the processes of a worker group: the stage results of process 0 (None if it
+    did not finish), and all faults.
     """
     answers = [
         json.loads(path.read_text(encoding="utf-8"))
         for rank in range(workers)
         if (path := folder / f"{rank}.json").exists()
     ]
-    faults = [GroupFault(*one["fault"]) for one in answers if "fault" in one]
-    verdicts = next((one["verdicts"] for one in answers if one.get("verdicts")), None)
-    return [StageResult(**one) for one in verdicts] if verdicts else None, faults
+    faults = [GroupFault(*answer["fault"]) for answer in answers if "fault" in answer]
+    results = next((answer["verdicts"] for answer in answers if answer.get("verdicts")), None)
+    return [StageResult(**plain) for plain in results] if results else None, faults
 
 
 @contextmanager
 def _process_group(folder: Path, order: GroupOrder, rank: int) -> Iterator[None]:
-    """torch.distributed among the processes of one machine, who meet at a file."""
+    """Initialize torch.distributed among processes of one machine, with a shared file."""
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -286,9 +287,7 @@ def _process_group(folder: Path, order: GroupOrder, rank: int) -> Iterator[None]
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone: then nothing holds the other end of
-    its stdin.
-    """
+    """Exit when the parent process ends: its end of this process's stdin is then closed."""
 
     def wait() -> None:
         sys.stdin.buffer.read()
@@ -298,7 +297,7 @@ def _end_with_parent() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One process of a worker group on this machine."""
+    """Run one process of a worker group on this machine; `arguments` are FOLDER and RANK."""
     folder, rank = Path(arguments[0]), int(arguments[1])
     _end_with_parent()
     order = GroupOrder.from_json((folder / "order.json").read_text(encoding="utf-8"))
@@ -308,7 +307,7 @@ def main(arguments: Sequence[str]) -> int:
             answer = {"verdicts": [asdict(verdict) for verdict in work(order)]}
     except GroupFault as fault:
         answer = {"fault": fault.args}
-    except Exception as error:  # noqa: BLE001 - told to the parent
+    except Exception as error:  # noqa: BLE001 - reported to the parent
         answer = {"fault": fault_of(error, order.stages[0]).args}
     part = folder / f".{rank}.json.part"
     part.write_text(json.dumps(answer), encoding="utf-8")
@@ -317,7 +316,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # Interpreters wait for the threads of a broken process group; all that matters is written.
+    # A normal exit would wait for threads of a broken process group; the answer is written already.
     code = main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(code)

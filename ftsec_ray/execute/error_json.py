@@ -1,4 +1,4 @@
-"""An error on its way from a worker process that its class does not survive."""
+"""Passes errors between processes as JSON, for error classes that cannot be pickled."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ftsec_ray.redact import redacted
 
 
 class _Verbatim(str):
-    """The value of an error as a worker printed it, without quotes around."""
+    """The `got` of an error as the worker printed it; printed again without quotes."""
 
     __repr__ = str.__str__
 
 
 def error_to_json(error: Exception) -> dict[str, str]:
-    """An error as text; `error_from_json` makes one again that says the same."""
+    """An error as text, for `error_from_json`."""
     trace = redacted("".join(traceback.format_exception(error)))
     if not isinstance(error, FtsecError):
         code = code_of(error)
@@ -39,7 +39,7 @@ def error_to_json(error: Exception) -> dict[str, str]:
 
 
 def error_from_json(plain: Mapping[str, str]) -> Exception:
-    """An error that says what the one that `error_to_json` got would have said."""
+    """An error with the same message as the one that was given to `error_to_json`."""
     cls = getattr(errors, plain["class"], None)
     error: Exception
     if isinstance(cls, type) and issubclass(cls, FtsecError):
@@ -55,8 +55,8 @@ def error_from_json(plain: Mapping[str, str]) -> Exception:
         error = StageError(
             f"{plain['class']}: {plain['what']}",
             None,
-            "a method that crafts every block",
-            "see the traceback of the worker below",
+            "a method that crafts every block without an error",
+            "fix the error; the traceback of the worker follows",
         )
     error.add_note(plain["trace"])
     return error

@@ -1,5 +1,5 @@
-"""What a worker keeps between stages: the store, the runtime, and the models and tasks it has in
-memory.
+"""The session of a worker: the store, the runtime settings, and a cache of models and tasks, kept
+between stages.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from ftsec_ray.store import Store
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Numbers of two parameters of `mallopt`."""
+"""Parameters of `mallopt` (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)."""
 
 
 class Session:
-    """Inputs of stages by digest, the most recently used kept in memory up to a limit."""
+    """Loads inputs of stages by digest, and caches the most recently used ones up to a limit."""
 
     def __init__(self, store: Store, runtime: Runtime, cache_gib: float) -> None:
         self.store = store
@@ -37,12 +37,17 @@ class Session:
 
     @property
     def _device(self) -> str:
-        # DeepSpeed takes its share onto the GPU of each process: the whole may not fit there.
+        # DeepSpeed moves each process's shard to its GPU; the whole model may not fit there.
         return "cpu" if self.runtime.worker_group else self.runtime.device
 
     def model(self, digest: str, *, member: str = "", on_host: bool = False) -> LoadedModel:
-        """The model of an artifact, or of its folder `member`; shared between callers, who must not
-        change it. `on_host` leaves it in host memory, for whoever takes a smaller copy to the GPU.
+        """The model of an artifact; callers share it and must not change it.
+
+        Args:
+            digest: Digest of the artifact.
+            member: Folder of the model inside the artifact.
+            on_host: Whether to keep it in host memory, for callers that move a smaller copy to the
+                GPU.
         """
         key = f"{digest}/{member}" + ("@host" if on_host else "")
         if key not in self._models:
@@ -56,7 +61,7 @@ class Session:
         return self._models[key][0]
 
     def remember(self, digest: str, loaded: LoadedModel) -> None:
-        """Keep a model that a stage has just made, so that the next stage need not read it back."""
+        """Cache a model that a stage has just made, so that the next stage need not load it."""
         if loaded.attention in (None, bare(loaded.model).config._attn_implementation):  # noqa: SLF001
             self._keep(f"{digest}/", loaded)
 
@@ -69,20 +74,20 @@ class Session:
         return self._tasks[digest]
 
     def rows(self, digest: str) -> pa.Table:
-        """The rows that tuning or the next filter gets: a crafted set, or a task's `train`
-        split.
+        """The rows that the fine-tune or the next filter gets: a crafted data set, or the `train`
+        split of a task.
         """
         file = self.rows_file(digest)
         return read_table(file) if file.name == CRAFTED else self.task(digest).split("train")
 
     def rows_file(self, digest: str) -> Path:
-        """The file that holds them."""
+        """The file with the rows of `rows`."""
         folder = self.store.fetch(digest)
         crafted = folder / CRAFTED
         return crafted if crafted.exists() else folder / "train.parquet"
 
     def workdir(self, digest: str) -> Path:
-        """Scratch of a stage that survives a kill."""
+        """Work folder of a stage, such as for checkpoints; it is kept if the process is killed."""
         return self.store.workdir(digest)
 
     def _keep(self, key: str, loaded: LoadedModel) -> None:
@@ -93,16 +98,16 @@ class Session:
             self._models.popitem(last=False)
 
     def clear(self) -> None:
-        """Forget everything kept in memory."""
+        """Empty the cache."""
         self._models.clear()
         self._tasks.clear()
 
 
 def _keep_freed_memory() -> None:
-    """Have this process keep up to 256 MiB that it has freed: the next step takes as much, and
-    asking the kernel again costs more.
+    """Make malloc keep up to 256 MiB of freed memory: the next step needs as much again, and a new
+    request to the kernel would be slower.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; other C libraries have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, 256 * 2**20)
-        mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc takes
+        mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the maximum of glibc

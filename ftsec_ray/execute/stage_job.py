@@ -1,6 +1,6 @@
-"""One stage at work: what a kind of stage gets from the engine, and how it is called.
+"""The job of one stage: what the code of a stage kind gets from the engine.
 
-Everything besides the work itself (publishing, records, retries) is done elsewhere in the engine.
+Publishing, records and retries are done elsewhere in the engine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ KEPT_LOSSES = 50
 
 
 def run_stage(stage: Stage, out: Path, session: Session) -> Extra:
-    """Run one stage into the folder `out`; returns tokens, flops and notes for its record."""
+    """Run one stage, which writes its artifact into the folder `out`.
+
+    Returns:
+        `tokens`, `flops` and `notes` for the stage's record.
+    """
     job = StageJob(stage, out, session)
     extra = dict(runner_of(stage.kind)(job))
     if job.warnings:
@@ -34,22 +38,22 @@ def run_stage(stage: Stage, out: Path, session: Session) -> Extra:
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage at work: what it is, where it writes, and what the worker holds."""
+    """A running stage, its output folder, and the worker's session."""
 
     stage: Stage
     out: Path
     session: Session
     warnings: list[str] = field(default_factory=list)
-    """What `warn` and the hooks' contexts were told."""
+    """Warnings of `warn` and of the hooks."""
 
     @property
     def inputs(self) -> Mapping[str, str]:
-        """Role -> digest."""
+        """Role -> digest of the input."""
         return dict(self.stage.inputs)
 
     @property
     def runtime(self) -> Runtime:
-        """Where and how the stage runs."""
+        """The runtime settings of the stage."""
         runtime: Runtime = self.session.runtime
         group = runtime.worker_group
         recomputes = (
@@ -60,11 +64,11 @@ class StageJob:
         return replace(runtime, gradient_checkpointing=recomputes)
 
     def methods(self) -> list[Method]:
-        """The methods that act in this stage, in order, with their parameters."""
+        """The methods that act in this stage, in order."""
         return methods_of(self.stage)
 
     def context(self, *, workdir: Path | None = None) -> StageContext:
-        """What the stage's hooks may ask; `workdir` replaces the scratch that survives a kill."""
+        """The context of the stage's hooks; `workdir` replaces the stage's own work folder."""
         return StageContext(
             seed=self.stage.seed or 0,
             task=self.session.task(self.inputs["task"]),
@@ -76,14 +80,14 @@ class StageJob:
         )
 
     def warn(self, text: str) -> None:
-        """Have `run`, `status` and the report say something to whoever reads the results."""
+        """Add a warning that `run`, `status` and the report show."""
         self.warnings.append(text)
 
     def _load(self, role: str) -> LoadedModel:
         name, _, member = role.partition(":")
         if name not in self.inputs:
             raise StageError(
-                "a method asked for a model that it did not declare",
+                "a method requested a model that it does not declare",
                 role,
                 " | ".join(sorted(self.inputs)),
                 f"add {name!r} to the NEEDS of the method",
@@ -91,7 +95,7 @@ class StageJob:
         return self.session.model(self.inputs[name], member=member)
 
     def change_model(self, hook: str) -> Extra:
-        """Let the stage's one method change a copy of its model by a hook, and write the result."""
+        """Run a hook of the stage's only method on a copy of its model, and write the result."""
         from ftsec_ray.models.precision import tell_rounding
 
         (method,) = self.methods()
@@ -102,7 +106,7 @@ class StageJob:
         return self.finish(changed, notes=context.notes)
 
     def craft_in_blocks(self, method: RowWise, file: Path) -> dict[str, Any]:
-        """Let a method change the rows of a file block by block, in many processes where it may."""
+        """Run a method on the rows of a file block by block; see `execute.blocks`."""
         from ftsec_ray.execute.blocks import craft_in_blocks
 
         return craft_in_blocks(self, method, file)
@@ -115,11 +119,11 @@ class StageJob:
         notes: Mapping[str, Any] | None = None,
         **measured: Any,
     ) -> Extra:
-        """Write a model, keep it in memory for the next stage, and report on it.
+        """Write a model, cache it for the next stage, and return the values for the record.
 
         Args:
             loaded: The model.
-            losses: Training loss per step, nats per token; a thinned curve goes into the record.
+            losses: Training loss per step, in nats per token; the record gets a subsample.
             notes: Measurements for the record.
             measured: `tokens` and `flops`.
         """
@@ -135,11 +139,14 @@ class StageJob:
 def change(
     method: Method, hook: str, before: LoadedModel, context: StageContext
 ) -> tuple[LoadedModel, float | None]:
-    """What a hook makes of a copy of a model, in the model's dtype, and the share of the change
-    that rounding to it lost.
+    """Run a hook on a copy of a model.
 
-    The hook gets float32 weights, whatever the model's dtype; one that trains gets the model's own,
-    since training looks after the dtype itself.
+    The hook gets float32 weights for any dtype of the model. A hook that trains gets the weights in
+    the model's dtype, because training handles the dtype itself.
+
+    Returns:
+        The changed model in the model's dtype, and the fraction of the change that was lost by
+        rounding to this dtype (None for a hook that trains).
     """
     from ftsec_ray.models.load import copy_model
     from ftsec_ray.models.precision import narrow, widened
@@ -151,6 +158,6 @@ def change(
 
 
 def _thinned(losses: Sequence[float], keep: int = KEPT_LOSSES) -> list[float]:
-    """At most `keep` values of a loss curve, evenly spaced, the last one among them."""
+    """At most `keep` evenly spaced values of a loss curve, including the last one."""
     every = max(1, -(-len(losses) // keep))
     return [round(loss, 5) for loss in losses[::-1][::every][::-1]]

@@ -1,7 +1,7 @@
-"""Run the stages of one unit, publish what each leaves, and say what became of it.
+"""Runs the stages of one unit, publishes their artifacts, and returns their results.
 
-An error of a stage is a verdict and not a crash: it is written to the store and returned, so that a
-scheduler can tell a stage that fails for a reason of its own from a worker that died.
+An error of a stage does not crash the worker: it is recorded in the store and returned. So the
+scheduler can distinguish a failed stage from a worker that died.
 """
 
 from __future__ import annotations
@@ -35,45 +35,48 @@ from ftsec_ray.version import version_of
 
 Status = Literal["done", "cached", "failed", "upstream_failed", "retry"]
 Runner = Callable[[Stage, Path, Any], "Mapping[str, Any] | None"]
-"""(stage, empty folder to fill, session) -> measurements for the record: tokens, flops, notes."""
+"""(stage, empty output folder, session) -> measurements for the record: tokens, flops, notes."""
 DEFAULT_RUNNER = "ftsec_ray.execute.stage_job:run_stage"
 DEFAULT_SESSION = "ftsec_ray.execute.session:Session"
 _PACKAGES = ("ftsec_ray", "torch", "transformers", "peft", "ray", "deepspeed")
 _TRACEBACK_LINES = 6
 _USUAL_BATCH = 8
-"""Rows at a time when the runtime leaves the choice to the training loop, for halving after an
-out-of-memory.
-"""
+"""Micro-batch that is halved after an out-of-memory error if the runtime does not set one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What became of one stage."""
+    """The result of one stage."""
 
     digest: str
     status: Status
-    """`cached`: it was done already; `retry`: an input is damaged and must be made again first."""
+    """`cached`: it was already done; `retry`: a damaged input must be made again first."""
     error_code: str | None = None
     error: str | None = None
     damaged: str | None = None
-    """Digest of the input to make again."""
+    """Digest of the damaged input."""
     wall_s: float = 0.0
     attempt: int = 1
     host: str = ""
 
     @property
     def is_good(self) -> bool:
-        """Whether the artifact is there."""
+        """Whether the store has the artifact."""
         return self.status in ("done", "cached")
 
 
 def imported(path: str) -> Any:
-    """The object at an import path `module:name`; EnvironmentFault when there is none."""
+    """The object at an import path `module:name`; EnvironmentFault if it does not exist."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise EnvironmentFault(f"cannot import {path}: {error}", path, "module:name") from error
+        raise EnvironmentFault(
+            f"cannot import {path}: {error}",
+            path,
+            "module:name",
+            "check the import path, and install the package on all nodes",
+        ) from error
 
 
 def run_unit(
@@ -84,8 +87,18 @@ def run_unit(
     *,
     attempt: int = 1,
 ) -> list[StageResult]:
-    """One verdict per stage, in order; after the first that is not good, the others wait for
-    another attempt or fail too.
+    """Run the stages of a unit, in order.
+
+    Args:
+        stages: The stages.
+        store: The store of artifacts.
+        session: The worker's session.
+        runner: The function that runs one stage, or its import path.
+        attempt: Number of the attempt, from 1.
+
+    Returns:
+        One result per stage. After a failed stage, the others are `upstream_failed`; after
+        `retry`, they are left out, since the unit runs again.
     """
     run = imported(runner) if isinstance(runner, str) else runner
     verdicts: list[StageResult] = []
@@ -105,7 +118,7 @@ def run_unit(
                     digest=stage.digest,
                     status="upstream_failed",
                     error_code=bad.error_code,
-                    error=f"stage {bad.digest} failed before it",
+                    error=f"not run: stage {bad.digest}, which it needs, failed",
                     host=bad.host,
                     attempt=attempt,
                 )
@@ -116,7 +129,7 @@ def run_unit(
 def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: int) -> StageResult:
     host = socket.gethostname()
     if store.has(stage.digest):
-        with suppress(StoreError, OSError):  # a leftover is no fault of the stage
+        with suppress(StoreError, OSError):  # a leftover must not fail the stage
             store.drop_verdict(stage.digest)
         return StageResult(digest=stage.digest, status="cached", attempt=attempt, host=host)
     meter = _Meter()
@@ -128,7 +141,7 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
             numerics.check(mode)
         extra = _run_fitting(run, stage, folder, session)
         if mode is not None:
-            numerics.check(mode)  # again: only now have the libraries that it needs been loaded
+            numerics.check(mode)  # again: the stage may have loaded more libraries
             extra["numerics"] = numerics.record_of(mode)
         measured = meter.read(gpus=workers_of(stage.resource))
         record = {
@@ -157,18 +170,18 @@ def _run_stage(stage: Stage, store: Store, session: Any, run: Runner, attempt: i
 
 
 def _run_fitting(run: Runner, stage: Stage, folder: Path, session: Any) -> dict[str, Any]:
-    """Run a stage, and once more with half the rows at a time when memory does not suffice."""
-    whole = getattr(session, "runtime", None)
+    """Run a stage; after an out-of-memory error, once more with half the batch sizes."""
+    full = getattr(session, "runtime", None)
     try:
         return dict(run(stage, folder, session) or {})
     except (MemoryError, RuntimeError) as error:
-        if code_of(error) != "oom" or not isinstance(whole, Runtime):
+        if code_of(error) != "oom" or not isinstance(full, Runtime):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not fit
     half = replace(
-        whole,
-        micro_batch=max(1, (whole.micro_batch or _USUAL_BATCH) // 2),
-        eval_batch=max(1, whole.eval_batch // 2),
+        full,
+        micro_batch=max(1, (full.micro_batch or _USUAL_BATCH) // 2),
+        eval_batch=max(1, full.eval_batch // 2),
     )
     _release(session)
     for left in folder.iterdir():
@@ -181,11 +194,11 @@ def _run_fitting(run: Runner, stage: Stage, folder: Path, session: Any) -> dict[
             "eval_batch": half.eval_batch,
         }
     finally:
-        session.runtime = whole
+        session.runtime = full
 
 
 def _release(session: Any) -> None:
-    """Give back what a session holds in memory."""
+    """Free the memory of a session."""
     clear = getattr(session, "clear", None)
     if callable(clear):
         clear()
@@ -218,17 +231,15 @@ def _bad(
     if isinstance(error, DamagedArtifact) and error.got != stage.digest:
         return StageResult(status="retry", damaged=str(error.got), **common)
     verdict = StageResult(status="failed", **common)
-    if common["error_code"] != "disk_full":  # there is no room for it
-        # A store that takes no writes any more is told by the error itself.
+    if common["error_code"] != "disk_full":  # else there is no space to write the result
+        # If the store accepts no writes, the returned error says so.
         with suppress(StoreError, OSError):
             store.write_verdict(stage.digest, asdict(verdict))
     return verdict
 
 
 def code_of(error: Exception) -> str:
-    """A short name for the sort of an error: that of FtsecError, `oom`, `disk_full`, or the name of
-    its class.
-    """
+    """The code of an error: `oom`, `disk_full`, the code of an FtsecError, or the class name."""
     text = str(error).lower()
     if is_out_of_memory(error):
         return "oom"
@@ -240,8 +251,8 @@ def code_of(error: Exception) -> str:
 
 
 def short_text(error: Exception) -> str:
-    """The message of an error, and for one that nobody raised on purpose the last lines of its
-    traceback; without secrets.
+    """The message of an FtsecError, or the last lines of the traceback of another error; secrets
+    are redacted.
     """
     if isinstance(error, FtsecError):
         return redacted(str(error))
@@ -255,7 +266,7 @@ def _versions() -> dict[str, str]:
 
 
 class _Meter:
-    """Time and memory since it was made."""
+    """Measures time and memory from its creation on."""
 
     def __init__(self) -> None:
         self._started = time.time()
@@ -280,7 +291,7 @@ class _Meter:
 
 
 def _torch_cuda() -> Any:
-    torch = sys.modules.get("torch")  # a stage that did not import it used no GPU
+    torch = sys.modules.get("torch")  # without torch, a stage cannot use a GPU
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
@@ -290,16 +301,14 @@ def _gpu_peak() -> int:
 
 
 def _reset_peak() -> None:
-    """Start the peak of resident memory anew, where the kernel can (Linux): a worker outlives many
-    stages.
-    """
+    """Reset the peak of resident memory (Linux only), because a worker runs many stages."""
     cuda = _torch_cuda()
     if cuda is not None:
         cuda.reset_peak_memory_stats()
     if Path("/proc/self/clear_refs").exists():
         try:
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # forbidden in some containers: the peak is then that of the process
+        except OSError:  # not allowed in some containers; the peak is then that of the process
             return
 
 
@@ -316,15 +325,18 @@ def _peak_bytes() -> int:
 
 
 def set_up_numerics(mode: numerics.NumericsMode, threads: int) -> None:
-    """Make this process compute as a sweep wants, with so many threads where it is free in that;
-    EnvironmentFault when it cannot.
+    """Set the numerics of this process; EnvironmentFault if that is not possible.
+
+    Args:
+        mode: The numerics of the sweep.
+        threads: CPU threads; `portable` always uses one.
     """
     numerics.put_in_force(mode)
     cpu_threads(1 if mode == "portable" else threads)
 
 
 def cpu_threads(count: int) -> None:
-    """Let numeric libraries use so many threads: several workers share one machine."""
+    """Set the number of threads of numeric libraries, since several workers share one machine."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -332,8 +344,8 @@ def cpu_threads(count: int) -> None:
 
 
 def gpu_share(share: float) -> None:
-    """Let torch allocate so much of the GPU's memory, 0..1: a stage that outgrows its share fails
-    alone, and spares its neighbours.
+    """Limit torch to a fraction of the GPU's memory, 0..1, so that a stage that needs more fails
+    without affecting other stages on the same GPU.
     """
     cuda = _torch_cuda()
     if cuda is not None and 0 < share < 1:

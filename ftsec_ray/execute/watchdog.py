@@ -1,9 +1,9 @@
-"""A stage that takes longer than it may, and the end of the process that it is stuck in.
+"""Kills a process whose stage exceeds its time limit.
 
-A stage that hangs in native code hears no alarm and lets no thread of its process run. So a small
-child process watches: it is told when a stage begins and ends. For one that is over its time it
-writes the verdict `timeout` into the store, and then kills its parent. Whoever misses that process
-finds the verdict, and knows that another attempt would meet the same end.
+A stage that hangs in native code reacts to no signal and blocks all threads of its process. So a
+small child process watches it: it is notified when a stage starts and ends. If a stage exceeds its
+time limit, the child records the result `timeout` in the store and then kills its parent. The
+driver reads the recorded timeout and does not retry.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 from ftsec_ray.store import Store
 
 TIMEOUT = "timeout"
-"""Error code of a stage that was over its time."""
+"""Error code of a stage that exceeded its time limit."""
 _LONGEST_LINE = 2**16
 
 
 class Watchdog:
-    """The child that watches this process."""
+    """The child process that watches this process."""
 
     def __init__(self, store: str, timeout_s: float) -> None:
         self._command = [
@@ -44,7 +44,7 @@ class Watchdog:
 
     @contextmanager
     def over(self, digest: str, attempt: int) -> Iterator[None]:
-        """Watch a stage until it ends."""
+        """Watch a stage inside a `with` block."""
         self._tell({"digest": digest, "attempt": attempt, "began": time.monotonic()})
         try:
             yield
@@ -52,9 +52,8 @@ class Watchdog:
             self._tell(None)
 
     def _tell(self, what: dict[str, Any] | None) -> None:
-        if (
-            self._child is None or self._child.poll() is not None
-        ):  # the first stage, or somebody killed the watchdog
+        # Started for the first stage, or again if the watchdog was killed.
+        if self._child is None or self._child.poll() is not None:
             self._child = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
@@ -68,9 +67,7 @@ class Watchdog:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of this process, in which a child finds the modules that this process
-    finds.
-    """
+    """The environment for child processes, with the module search path of this process."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
@@ -82,36 +79,34 @@ def _watchdog(store: str, timeout_s: float) -> Watchdog:
 def watched(
     store: Store, digest: str, attempt: int, timeout_s: float | None
 ) -> AbstractContextManager[None]:
-    """End this process when a stage takes longer than `timeout_s`; None lets it take its time."""
+    """A `with` block that kills this process after `timeout_s` seconds; None: no limit."""
     if timeout_s is None:
         return nullcontext()
-    store.drop_verdict(digest)  # one of an earlier run must not be taken for one of this attempt
+    store.drop_verdict(digest)  # a timeout of an earlier run must not count for this attempt
     return _watchdog(store.uri, timeout_s).over(digest, attempt)
 
 
 def watch(store: str, timeout_s: float, parent: int) -> None:
-    """What the child does, until its parent closes the pipe or is killed."""
+    """Run the child process until its parent closes the pipe or ends."""
     stage: dict[str, Any] | None = None
     while os.getppid() == parent:
         wait_s = None if stage is None else max(0.0, stage["began"] + timeout_s - time.monotonic())
         if select.select([0], [], [], wait_s)[0]:
-            told = os.read(0, _LONGEST_LINE)
-            if not told:
+            message = os.read(0, _LONGEST_LINE)
+            if not message:
                 return
-            stage = json.loads(told.splitlines()[-1])
+            stage = json.loads(message.splitlines()[-1])
         elif stage is not None:
             _end(Store.open(store), stage, timeout_s, parent)
             return
 
 
 def _end(store: Store, stage: dict[str, Any], timeout_s: float, parent: int) -> None:
-    """Write the verdict and kill the parent, whether or not the store takes it: the stage is stuck
-    either way.
-    """
+    """Record the timeout and kill the parent, even if the store cannot be written."""
     error = (
-        f"[{TIMEOUT}] the stage took longer than it may and was ended\n  got:  more than"
-        f" {timeout_s:g} s\n  want: at most resources.timeout_s: {timeout_s:g}\n  fix:  raise it,"
-        " or leave it out; a tune goes on from its last checkpoint"
+        f"[{TIMEOUT}] the stage exceeded its time limit and was stopped\n  got:  more than"
+        f" {timeout_s:g} s\n  want: at most resources.timeout_s: {timeout_s:g}\n  fix:  raise the"
+        " limit or remove it, and run again; a fine-tune continues from its last checkpoint"
     )
     try:
         store.write_verdict(

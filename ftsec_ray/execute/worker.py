@@ -1,9 +1,9 @@
-"""A process that runs units for the one that started it: orders come by stdin, verdicts go by
-stdout, one JSON line each.
+"""A child process that runs units: it reads orders from stdin and writes results to stdout, one
+JSON line each.
 
-For runs without Ray whose stages may have to be killed, or that need other numerics than the
-process that starts them. It lives on from unit to unit with the
-models of its session in memory. What a stage prints goes to stderr.
+It is used without Ray if stages have a time limit, or if they need other numerics than the parent
+process. It runs many units and keeps the models of its session in memory. Output of stages goes to
+stderr.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ftsec_ray.store import Store
 
 
 class WorkerLost(Exception):
-    """The process ended within a unit."""
+    """The child process died during a unit."""
 
 
 class Worker:
-    """A process that is started when a unit comes, and again after it was lost."""
+    """A child process that is started for the first unit, and again after it died."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, stages: Sequence[Stage], attempt: int) -> list[StageResult]:
-        """The verdicts of a unit; WorkerLost when the process ended without any."""
+        """Run a unit and return the results of its stages; WorkerLost if the process died."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ftsec_ray.execute.worker"],
@@ -50,8 +50,8 @@ class Worker:
                 env={**child_environment(), **self._spec.environment},
             )
             self._ask(self._spec.to_json())
-        told = self._ask({"stages": [stage.to_json() for stage in stages], "attempt": attempt})
-        return [StageResult(**one) for one in told]
+        results = self._ask({"stages": [stage.to_json() for stage in stages], "attempt": attempt})
+        return [StageResult(**plain) for plain in results]
 
     def _ask(self, what: dict[str, Any]) -> Any:
         process = self._process
@@ -61,36 +61,37 @@ class Worker:
         try:
             process.stdin.write(json.dumps(what) + "\n")
             process.stdin.flush()
-            told = process.stdout.readline()
+            line = process.stdout.readline()
         except BrokenPipeError:
-            told = ""
-        if not told:
+            line = ""
+        if not line:
             code = process.wait()
             self.close()
             raise WorkerLost(
                 f"it was killed by {signal.Signals(-code).name}"
                 if code < 0
-                else f"it left with exit code {code}"
+                else f"it ended with exit code {code}"
             )
-        found = json.loads(told)
-        if isinstance(found, dict) and "broken" in found:
+        answer = json.loads(line)
+        if isinstance(answer, dict) and "broken" in answer:
             raise EnvironmentFault(
-                f"a worker cannot open: {found['broken']}",
+                f"the worker process fails to start: {answer['broken']}",
                 self._spec.runner,
-                "see the text above",
+                "a worker process that starts and can open the store",
+                "fix the error above",
             )
-        return found
+        return answer
 
     def close(self) -> None:
-        """End the process, whatever it is at."""
+        """Kill the process."""
         process, self._process = self._process, None
         if process is not None:
-            with suppress(BrokenPipeError), process:  # which closes its pipes and waits for it
+            with suppress(BrokenPipeError), process:  # closes its pipes and waits for its end
                 process.kill()
 
 
 def main() -> None:
-    """Serve until stdin is closed."""
+    """Run units until stdin is closed."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -110,17 +111,13 @@ def main() -> None:
     answer({})
     for line in sys.stdin:
         order = json.loads(line)
-        stages = [Stage.from_json(one) for one in order["stages"]]
-        answer(
-            [
-                asdict(one)
-                for one in run_unit(stages, store, session, runner, attempt=order["attempt"])
-            ]
-        )
+        stages = [Stage.from_json(stage) for stage in order["stages"]]
+        results = run_unit(stages, store, session, runner, attempt=order["attempt"])
+        answer([asdict(result) for result in results])
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # it goes to the parent as well, which tells the user
+    except KeyboardInterrupt:  # the parent gets it too, and informs the user
         sys.exit(128 + signal.SIGINT)

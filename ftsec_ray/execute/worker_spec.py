@@ -1,4 +1,4 @@
-"""What a worker process needs besides the units that it runs."""
+"""The settings of a worker process."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from ftsec_ray.context import Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """What every worker process of a run needs besides its units."""
+    """The settings of every worker process of a run."""
 
     store: str
     """URI of the store."""
     runtime: Runtime
     cache_gib: float
-    """Base models that it keeps in memory, at most."""
+    """Memory for cached base models, at most, in GiB."""
     runner: str
     """Import path of the function that runs one stage."""
     session: str
-    """Import path of what makes its session: (store, runtime, cache_gib) -> session."""
+    """Import path of the function that makes its session: (store, runtime, cache_gib) -> session.
+    """
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables that it is started with."""
+    """Environment variables with which it starts."""
 
     def to_json(self) -> dict[str, Any]:
-        """A mapping that JSON can hold and `from_json` reads."""
+        """JSON values that `from_json` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> WorkerSpec:
-        """The spec that `to_json` gave."""
+        """The settings from the values of `to_json`."""
         return cls(**{**plain, "runtime": Runtime(**plain["runtime"])})

@@ -1,5 +1,5 @@
-"""What decides a result, by name: canonical JSON and digests, files by their bytes, and the lock
-that holds code to its VERSION.
+"""Identity of results: canonical JSON, digests, hashes of files, and the lock that checks that code
+changes come with a new VERSION.
 """
 
 from ftsec_ray.identity.canonical import (

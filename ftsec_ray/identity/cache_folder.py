@@ -1,4 +1,4 @@
-"""Where this machine keeps what it can make again: a help, and never a fault."""
+"""The cache folder of this machine; a cache that cannot be used is no error."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ NAME = "ftsec_ray"
 
 
 def cache_folder() -> Path:
-    """The folder of this package below XDG_CACHE_HOME or ~/.cache; where that cannot be written or
-    there is no home, one of this user in the folder for temporary files.
+    """The folder of this package in XDG_CACHE_HOME or ~/.cache; if that cannot be written, a folder
+    of this user in the folder for temporary files.
     """
     given = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -24,8 +24,8 @@ def cache_folder() -> Path:
 
 
 def _may_be_written(folder: Path) -> bool:
-    """Whether a folder, or the nearest one above it that is there, takes files."""
-    spot = folder
-    while not os.path.lexists(spot) and spot != spot.parent:
-        spot = spot.parent
-    return spot.is_dir() and os.access(spot, os.W_OK | os.X_OK)
+    """Whether a folder, or its nearest existing parent, can be written."""
+    existing = folder
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

@@ -1,8 +1,7 @@
-"""Canonical JSON and digests: what decides a result gets one name, everywhere.
+"""Canonical JSON and digests: equal values have the same digest in every process.
 
-The encoder refuses what it cannot write the same way in every process (callables, NaN, sets,
-arbitrary objects) instead of guessing. A digest is the first 32 hex digits of the SHA-256 of
-canonical JSON.
+The encoder refuses values that have no canonical text (callables, NaN, sets, arbitrary objects). A
+digest is the first 32 hex digits of the SHA-256 of canonical JSON.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from ftsec_ray.errors import IdentityError
 
 DIGEST_CHARS = 32
 FORMAT_VERSION = 3
-"""Part of every digest: raise when no artifact of an older package may be reused. 2: digests hold
-VERSIONs in place of hashed source; 3: rows are conversations.
+"""Part of every digest: increase it if no artifact of an older package may be reused. 2: digests
+hold VERSIONs in place of hashed source; 3: rows are conversations.
 """
 
 
@@ -29,7 +28,7 @@ def _plain(value: object) -> object:
         return _plain(value.value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise IdentityError("a number without a stable text", value, "a finite number")
+            raise IdentityError("this number has no canonical JSON", value, "a finite number")
         return value
     if value is None or isinstance(value, (str, bool, int)):
         return value
@@ -38,19 +37,17 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         odd = [key for key in value if not isinstance(key, str)]
         if odd:
-            raise IdentityError("a mapping key that is not a string", odd[0], "string keys only")
+            raise IdentityError("a mapping key is not a string", odd[0], "only string keys")
         return {key: _plain(item) for key, item in value.items()}
     raise IdentityError(
-        "no text that is the same in every process",
+        "a value of this type has no canonical JSON",
         type(value).__qualname__,
         "str, int, float, bool, None, list, mapping or dataclass",
     )
 
 
 def canonical(value: object) -> str:
-    """Canonical JSON of a value: sorted keys, no spaces, ASCII; raises IdentityError where there is
-    none.
-    """
+    """Canonical JSON of a value: sorted keys, no spaces, ASCII; IdentityError if it has none."""
     return json.dumps(
         _plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
@@ -67,8 +64,8 @@ def digest(value: object) -> str:
 
 
 def unit_interval(*parts: object) -> float:
-    """A number in [0, 1) decided by `parts` alone: the fate of one row, the same in every process
-    and order.
+    """A number in [0, 1) that depends only on `parts`: for decisions on single rows that are the
+    same in every process and order.
     """
     raw = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(raw[:8], "big") / 2**64

@@ -1,5 +1,5 @@
-"""Files by their bytes: what a sweep names by path enters a digest so, and artifacts and archives
-keep it beside every file.
+"""Hashes of files: digests use them for the files that a sweep names, and artifacts and archives
+hold one for every file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ftsec_ray.identity.folder_files import plain_files
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _REMEMBER_BYTES = 16 * 2**20
-"""From this size on, the hash of a file is kept on disk by its path, size and time."""
+"""Size in bytes from which the hash of a file is cached on disk, by its path, size and time."""
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the names and bytes of a folder's files; SpecError when there is
-    nothing at `path`, and for a link that leads out of the folder.
+    """SHA-256 of a file, or of the names and bytes of a folder's files; SpecError if `path` does
+    not exist or the folder is empty, or for a link that leads out of the folder.
     """
     if path.is_file():
         return _file_hash(path)
@@ -34,19 +34,17 @@ def content_hash(path: Path) -> str:
             "no file or folder at this path",
             str(path),
             "an existing path",
-            "check the spelling; paths are "
-            "relative to the folder of the sweep file or to the working directory",
+            "check the spelling; a relative path starts at the folder of the sweep file, else at"
+            " the working directory",
         )
     files = plain_files(path, skips=is_aside)
     if not files:
-        raise SpecError("an empty folder", str(path), "a folder with a model or rows in it")
+        raise SpecError("the folder is empty", str(path), "a folder that contains a model or rows")
     return digest([[str(p.relative_to(path)), _file_hash(p)] for p in files])
 
 
 def is_aside(relative: Path) -> bool:
-    """Whether what stands at a path in a folder is no part of its content: a description, or
-    hidden.
-    """
+    """Whether a file of a folder is not part of its content: a `.md` file, or hidden."""
     return relative.suffix == ".md" or any(part.startswith(".") for part in relative.parts)
 
 
@@ -65,17 +63,17 @@ def _hash_known(path: str, size: int, mtime_ns: int) -> str:
         return known
     content = sha256(Path(path))
     scratch = entry.with_suffix(f".{os.getpid()}")
-    with suppress(OSError, UnicodeError):  # else the next process reads the file once more
+    with suppress(OSError, UnicodeError):  # without a cache, the next process hashes it again
         entry.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(json.dumps({"path": path, "sha256": content}), encoding="utf-8")
         scratch.rename(entry)
-    with suppress(OSError):  # gone, where all went well
+    with suppress(OSError):  # already renamed if there was no error
         scratch.unlink()
     return content
 
 
 def _kept(entry: Path, path: str) -> str | None:
-    """The hash that an entry of the cache holds for a file; None where it is no such entry."""
+    """The hash in a cache entry of a file; None if the entry is missing or not valid."""
     try:
         held = json.loads(entry.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -93,5 +91,5 @@ def sha256(path: Path) -> str:
 
 
 def stream_sha256(stream: IO[bytes]) -> str:
-    """SHA-256 of what is left of an open file, as 64 hex digits."""
+    """SHA-256 of the rest of an open file, as 64 hex digits."""
     return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]

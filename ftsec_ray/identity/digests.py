@@ -1,9 +1,9 @@
-"""How the digests of a plan are made from what decides them: the builder makes them so, and who
-checks a plan makes them again.
+"""How the digests of a plan are computed; the builder and the verification of archives use the same
+functions.
 
-No source code is in a digest. What a stage or a method of the package does is named by its VERSION,
-which `stages/versions.lock` holds the code to; a method from elsewhere has no lock, and enters with
-the hash of its own file.
+Digests contain no source code. A stage or method of this package is identified by its VERSION, and
+`stages/versions.lock` checks that code changes come with a new VERSION. A method of another package
+has no entry there; its digest contains the hash of its file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ftsec_ray.identity.canonical import FORMAT_VERSION, canonical, digest, digest_text
 
 METHODS = "methods"
-"""Key of a stage's params under which its methods stand, as {"kind", "name", "params"}."""
+"""Key of a stage's params that holds its methods, as {"kind", "name", "params"}."""
 
 
 def of_method(
@@ -27,7 +27,7 @@ def of_method(
         name: Its name in the registry.
         params: Its parameters: the method itself, or their JSON values.
         version: Its VERSION.
-        file: Token hash of its file where it is not of this package.
+        file: Token hash of its file, for a method of another package.
     """
     return digest([kind, name, version, file, params])
 
@@ -40,8 +40,8 @@ def of_head(
     *,
     form: int = FORMAT_VERSION,
 ) -> str:
-    """Digest of what all stages of one kind, VERSION, methods (by digest) and params share; the
-    methods in `params` are left out, since their digests hold them.
+    """Digest of a stage's kind, VERSION, methods (by digest) and params; methods in `params` are
+    left out, since their digests already cover them.
     """
     own = {name: value for name, value in params.items() if name != METHODS}
     return digest_text(
@@ -58,13 +58,13 @@ def of_head(
 
 
 def of_stage(head: str, inputs: Iterable[tuple[str, str]], seed: int | None) -> str:
-    """Digest of a stage: its head, its inputs as (role, digest) in their order, and its seed."""
+    """Digest of a stage: its head, its ordered inputs as (role, digest), and its seed."""
     given = " ".join(f"{role}={made_by}" for role, made_by in inputs)
     return digest_text(f"stage {head} inputs {given} seed {seed}")
 
 
 def of_recipe(methods: Sequence[str]) -> str:
-    """Digest of an attack and a stack of defenses, each by its digest."""
+    """Digest of an attack and a defense stack, given by their digests."""
     return digest(list(methods))
 
 
@@ -78,8 +78,8 @@ def of_cell(
     search: str | None = None,
     trial: int | None = None,
 ) -> str:
-    """Digest of a cell: its recipe, the names of model and task, its seed, the stages that answer
-    it, and what it is in a search.
+    """Digest of a cell: its recipe, the names of model and task, its seed, the stages that the
+    results read, and its part in a search.
     """
     role = (
         ""

@@ -1,8 +1,7 @@
-"""The files of a folder that came from somewhere else: plain ones, and none that a link brings in
-from outside of it.
+"""Lists the files of an untrusted folder: only regular files, and no links that lead out of it.
 
-Whoever hashes, loads or sends such a folder reads what its author meant it to hold, and never a
-file of this machine that a link in it names.
+So hashing, loading or uploading such a folder never reads other files of this machine through a
+link.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ _HUB_REPOSITORY = re.compile("(models|datasets|spaces)--.+")
 
 
 def plain_files(folder: Path, *, skips: Callable[[Path], bool]) -> list[Path]:
-    """The files below a folder, sorted; SpecError for a link that leads out of it, and for what is
-    neither a file nor a folder.
+    """The files in a folder and its subfolders, sorted; SpecError for a link that leads out of it,
+    and for anything that is neither a file nor a folder.
 
-    A snapshot in the cache of the Hugging Face hub is links into the `blobs` of its repository:
-    these are followed.
+    A snapshot in the cache of the Hugging Face Hub consists of links to the `blobs` of its
+    repository; these are followed.
 
     Args:
-        folder: The folder; it may be named by a link itself.
+        folder: The folder; it may be a link itself.
         skips: Whether the file at a relative path is left out.
     """
     allowed = [folder.resolve(), *_blobs(folder)]
-    found: list[Path] = []
+    files: list[Path] = []
     for path in _below(folder, skips):
         if path.is_symlink():
             _check_link(path, folder, allowed)
         elif not stat.S_ISREG(path.lstat().st_mode):
             raise SpecError(
-                "neither a file nor a folder in a folder that is read",
+                "the folder contains something that is neither a file nor a folder",
                 str(path),
-                "plain files alone: no pipes, sockets or devices",
+                "only regular files: no pipes, sockets or devices",
                 "remove it",
             )
-        found.append(path)
-    return sorted(found)
+        files.append(path)
+    return sorted(files)
 
 
 def _below(top: Path, skips: Callable[[Path], bool]) -> Iterator[Path]:
-    """Whatever is no folder below one; links to folders too, which are not followed."""
+    """All entries below a folder that are not folders; links to folders are not followed."""
     waiting = [top]
     while waiting:
         folder = waiting.pop()
@@ -55,9 +54,9 @@ def _below(top: Path, skips: Callable[[Path], bool]) -> Iterator[Path]:
                 listed = list(entries)
         except OSError as error:
             raise SpecError(
-                "a folder that cannot be read",
+                "cannot read this folder",
                 str(folder)[-200:],
-                "folders that you may open, with names that the system takes",
+                "a folder that this user can read, with a path that the system accepts",
                 str(error.strerror or error),
             ) from error
         for entry in listed:
@@ -71,7 +70,7 @@ def _below(top: Path, skips: Callable[[Path], bool]) -> Iterator[Path]:
 
 
 def _blobs(folder: Path) -> list[Path]:
-    """Where the files of a snapshot lie, if the folder is one, or in one."""
+    """The blobs of the repository, if the folder is a snapshot of the Hub or in one."""
     here = folder.resolve()
     return [
         snapshots.parent / "blobs"
@@ -83,12 +82,12 @@ def _blobs(folder: Path) -> list[Path]:
 def _check_link(link: Path, folder: Path, allowed: list[Path]) -> None:
     try:
         target = link.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # the second: links in a circle
+    except (OSError, RuntimeError) as error:  # RuntimeError: a cycle of links
         raise SpecError(
-            "a link that leads nowhere",
+            "a broken link",
             f"{link} -> {link.readlink()}",
             "files, or links to files of the same folder",
-            "fetch the file that it stands for, or remove the link",
+            "download its target, or remove the link",
         ) from error
     if target.is_file() and any(target.is_relative_to(place) for place in allowed):
         return
@@ -96,8 +95,8 @@ def _check_link(link: Path, folder: Path, allowed: list[Path]) -> None:
     raise SpecError(
         "a link to a folder" if is_inside else "a link that leads out of the folder",
         f"{link.relative_to(folder)} -> {link.readlink()}, in {folder}",
-        "files, and links to files of the same folder or, in a cache of the Hugging Face hub, of"
-        " its repository's blobs",
-        "put a copy of what it leads to in its place (`cp -rL` copies a folder so), after a look at"
-        " what that is: a link in a downloaded folder can name any file of this machine",
+        "files, or links to files of the same folder (in the cache of the Hugging Face Hub: to the"
+        " blobs of its repository)",
+        "check the target first: a link in a downloaded folder can point to any file of this"
+        " machine. Then replace the link by a copy (`cp -rL` copies a folder this way)",
     )

@@ -1,8 +1,8 @@
-"""Which files of the package a module uses: the closure of its imports, found without importing
-anything.
+"""The files of the package that a module uses: the closure of its imports, computed without
+importing anything.
 
-Imports inside of functions count, imports for type checkers do not. A module also uses the
-`__init__.py` of the packages that it lies in.
+Imports inside functions count, imports for type checkers do not. A module also uses the
+`__init__.py` of the packages that contain it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ PACKAGE = "ftsec_ray"
 
 
 class ImportGraph:
-    """The imports between the files of the package, read as they are asked for."""
+    """The imports between the files of the package, read on demand."""
 
     def __init__(self, root: Path, without: Iterable[str] = ()) -> None:
         """See the class.
 
         Args:
             root: Folder of the package ftsec_ray.
-            without: Modules, or packages with all that is in them, that are not followed.
+            without: Modules, or whole packages, that are not followed.
         """
         self._root = root
         self._without = tuple(without)
@@ -45,8 +45,8 @@ class ImportGraph:
         return sorted(files)
 
     def _file_of(self, module: str) -> Path | None:
-        """The file of a module; None for the package as a whole, for modules of others, and for
-        names inside of modules.
+        """The file of a module; None for the package itself, for modules of other packages, and for
+        names inside modules.
         """
         first, *parts = module.split(".")
         if first != PACKAGE or not parts:
@@ -56,7 +56,7 @@ class ImportGraph:
         return next((path for path in candidates if path.is_file()), None)
 
     def _imports(self, path: Path, module: str) -> tuple[str, ...]:
-        """Dotted names that a file imports: of modules, and of what may be a module in them."""
+        """Dotted names that a file imports: modules, and names in them that may be modules."""
         if module not in self._known:
             tree = ast.parse(path.read_text(encoding="utf-8"))
             package = module if path.name == "__init__.py" else module.rpartition(".")[0]

@@ -1,10 +1,10 @@
-"""The lock: what holds the code of stages and methods to their VERSION.
+"""The lock file: it checks that code changes of stages and methods come with a new VERSION.
 
-`stages/versions.lock` keeps, per stage kind and per method of the package, its VERSION and a hash
-of all the code that it uses from the package, and the token hash of each of those files. A digest
-holds the VERSION alone: whoever changes code either raises it, so that artifacts are made anew, or
-writes the lock again, and thereby says that results stay the same. `code_versions` knows who
-stands in the lock, and a test compares.
+For each stage kind, method and judge of the package, `stages/versions.lock` holds its VERSION and a
+hash of all code of the package that it uses; it also holds the token hash of each of these files. A
+digest contains only the VERSION. So after a code change, the developer either increases VERSION, so
+that artifacts are made again, or updates the lock, to confirm that results stay the same. A test
+compares the lock with the code; `code_versions` lists its entries.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _HEADER = """\
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """A stage kind or a method, as its declaration says."""
+    """A stage kind, method or judge."""
 
     version: int
     modules: tuple[str, ...]
-    """Dotted names of the modules that its work starts in."""
+    """Dotted names of its main modules."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the lock says of one owner."""
+    """The entry of one owner in the lock."""
 
     version: int
     code: str
@@ -51,17 +51,17 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Lock:
-    """What a lock file holds."""
+    """The content of a lock file."""
 
     entries: Mapping[str, Entry]
     """By `stage:craft`, `attack:badnets`, `defense:onion`."""
     files: Mapping[str, str]
     """Path below the package -> token hash."""
     uses: Mapping[str, list[str]] = field(default_factory=dict)
-    """Owner -> paths of the files that it uses; empty in a lock that was read."""
+    """Owner -> paths of the files that it uses; empty in a lock that was read from a file."""
 
     def text(self) -> str:
-        """The lock file: sorted, one line per owner and per file."""
+        """The text of the lock file: sorted, one line per owner and per file."""
         lines = [_HEADER, "[entries]"]
         lines += [
             f'"{name}" = {{ version = {entry.version}, code = "{entry.code}" }}'
@@ -74,7 +74,7 @@ class Lock:
 
 @cache
 def read_lock(path: Path = LOCK_FILE) -> Lock:
-    """The lock in a file; EnvironmentFault when there is none."""
+    """The lock in a file; EnvironmentFault if it cannot be read."""
     try:
         plain = tomllib.loads(path.read_text(encoding="utf-8"))
         return Lock(
@@ -83,15 +83,15 @@ def read_lock(path: Path = LOCK_FILE) -> Lock:
         )
     except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise EnvironmentFault(
-            f"the lock of the package cannot be read: {error}",
+            f"cannot read versions.lock: {error}",
             str(path),
             "the file that is installed with ftsec_ray",
-            "install ftsec_ray again, or in a checkout `make lock`",
+            "install ftsec_ray again; in a checkout, run `make lock`",
         ) from error
 
 
 def make_lock(root: Path, owners: Mapping[str, Owner], without: Iterable[str]) -> Lock:
-    """The lock that fits the code below `root`; modules in `without` are not followed."""
+    """The lock for the code in `root`; modules in `without` are not followed."""
     graph = ImportGraph(root, without)
     uses = {name: graph.closure(owner.modules) for name, owner in owners.items()}
     files = {path: file_token_hash(root / path) for path in sorted(set(chain(*uses.values())))}
@@ -105,7 +105,7 @@ def make_lock(root: Path, owners: Mapping[str, Owner], without: Iterable[str]) -
 
 
 def edited_files(lock: Lock, root: Path = ROOT) -> list[str]:
-    """Files of the lock whose tokens are others below `root`, or that are not there."""
+    """Files of the lock that are changed or missing in `root`."""
     return [
         path
         for path, tokens in lock.files.items()
@@ -114,11 +114,11 @@ def edited_files(lock: Lock, root: Path = ROOT) -> list[str]:
 
 
 def lock_faults(lock: Lock, now: Lock) -> Iterator[str]:
-    """What of a lock does not fit the code, in sentences that say what to do.
+    """The differences between a lock and the code, as sentences that say what to do.
 
     Args:
-        lock: As read from its file.
-        now: As `make_lock` makes it.
+        lock: The lock in the file.
+        now: The lock for the current code.
     """
     again = "run `make lock`"
     changed: dict[str, list[str]] = defaultdict(list)
@@ -128,7 +128,7 @@ def lock_faults(lock: Lock, now: Lock) -> Iterator[str]:
             yield f"{_words(name)} is not in versions.lock: {again}"
         elif locked.version != entry.version:
             yield (
-                f"the VERSION of {_words(name)} is {entry.version}, and {locked.version} in"
+                f"the VERSION of {_words(name)} is {entry.version}, but {locked.version} in"
                 f" versions.lock: {again}"
             )
         elif locked.code != entry.code:
@@ -137,14 +137,14 @@ def lock_faults(lock: Lock, now: Lock) -> Iterator[str]:
     for paths, names in changed.items():
         which = f"files {paths}" if paths else "it uses other files"
         yield (
-            f"the code of {_words(*names)} changed ({which}): raise VERSION, or {again} if"
+            f"the code of {_words(*names)} changed ({which}): increase VERSION, or {again} if"
             " results are the same"
         )
     for name in lock.entries.keys() - now.entries.keys():
-        yield f"{_words(name)} is in versions.lock and not in the package: {again}"
+        yield f"{_words(name)} is in versions.lock but not in the package: {again}"
     stale = sorted(lock.files.keys() - now.files.keys())
     if stale:
-        yield f"versions.lock holds files that nothing uses ({', '.join(stale)}): {again}"
+        yield f"versions.lock contains unused files ({', '.join(stale)}): {again}"
 
 
 def _words(*names: str) -> str:

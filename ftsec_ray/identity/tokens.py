@@ -1,14 +1,14 @@
-"""The hash of what a Python file does: of its tokens, without comments, docstrings and layout, and
-equal under every supported Python.
+"""Hash of the code of a Python file: of its tokens, without comments, docstrings and layout; equal
+under every supported Python version.
 
-The `tokenize` of the standard library sees an f-string as one token up to Python 3.11 and as many
-from 3.12 on. String literals are therefore read here, by the same code everywhere, and `tokenize`
-gets a name in place of each. Beyond comments and layout nothing counts that `ruff format` would
-change and no program can tell apart: quotes, prefixes, implicit concatenation, trailing commas,
-parentheses around a whole value, and how a number is written.
+The `tokenize` module of the standard library reads an f-string as one token up to Python 3.11, and
+as several from 3.12 on. So this module reads string literals itself, and replaces each by a name
+before `tokenize` runs. Apart from comments and layout, the hash ignores everything that `ruff
+format` may change without an effect on the program: quotes, prefixes, implicit concatenation,
+trailing commas, parentheses around a whole value, and the notation of numbers.
 
-This file imports the standard library only, and can be run by its path:
-`python tokens.py FILE ...` prints a hash per file.
+This file imports only the standard library, and can be run as a script: `python tokens.py FILE ...`
+prints one hash per file.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ _UNESCAPED_QUOTE = re.compile(r'(\\.)|"', re.DOTALL)
 _OPENING, _CLOSING = "([{", ")]}"
 _ASSIGNMENTS = {f"{sign}=" for sign in ("", *"+-*/%@&|^", "//", "**", "<<", ">>")}
 _NO_GROUP = {"for", ":=", "yield"}
-"""What makes more of parentheses than a group or a tuple."""
+"""Tokens with which parentheses are more than a group or a tuple."""
 _NOTED = _NO_GROUP | {"lambda"}
 _NEW_LINE, _INDENT, _DEDENT = "\\n", "\\i", "\\d"
-"""No token of Python's is one of these texts."""
+"""Markers that cannot be tokens of Python."""
 
 
 @dataclass(eq=False)
 class _Literal:
-    """What a string literal holds, in order: its text, and the tokens of replacement fields."""
+    """The content of a string literal, in order: texts, and the tokens of replacement fields."""
 
     parts: list[str | bytes | list[str]] = field(default_factory=list)
 
     @property
     def is_text(self) -> bool:
-        """Whether it is a text without replacement fields, as a docstring is."""
+        """Whether it is a text without replacement fields, such as a docstring."""
         return all(isinstance(part, str) for part in self.parts)
 
     def add(self, part: str | bytes | list[str]) -> None:
-        """Append a part; texts that meet become one."""
+        """Append a part; adjacent texts are joined."""
         last = self.parts[-1] if self.parts else None
         if isinstance(part, (str, bytes)) and type(last) is type(part):
             self.parts[-1] = last + part  # type: ignore[operator]  # both are of one type
@@ -62,7 +62,7 @@ class _Literal:
             self.parts.append(part)
 
     def tokens(self) -> Iterator[str]:
-        """Tokens that no other literal has."""
+        """Tokens that identify the literal."""
         kept = [part for part in self.parts if part != ""] or [""]
         for part in kept:
             if isinstance(part, list):
@@ -73,7 +73,7 @@ class _Literal:
 
 @lru_cache(maxsize=1024)
 def token_hash(source: str) -> str:
-    """Hash (32 hex digits) of a Python source; SyntaxError or TokenError where it is none."""
+    """Hash (32 hex digits) of Python source code; SyntaxError or TokenError if it is not valid."""
     return hashlib.sha256("\n".join(normal_tokens(source)).encode()).hexdigest()[:HASH_CHARS]
 
 
@@ -83,7 +83,7 @@ def file_token_hash(path: Path) -> str:
 
 
 def normal_tokens(source: str) -> list[str]:
-    """The tokens of a Python source that count."""
+    """The tokens of Python source code that enter its hash."""
     code, literals = _without_literals(source)
     tokens: list[str] = []
     line: list[str | _Literal] = []
@@ -105,7 +105,7 @@ def normal_tokens(source: str) -> list[str]:
 def _append(
     line: list[str | _Literal], token: tokenize.TokenInfo, literals: list[_Literal]
 ) -> None:
-    """Add a token to a logical line; a literal after a literal continues it."""
+    """Add a token to a logical line; adjacent string literals are joined."""
     literal = _LITERAL.fullmatch(token.string)
     if literal is None:
         is_number = token.type == tokenize.NUMBER
@@ -118,7 +118,7 @@ def _append(
 
 
 def _line_tokens(line: list[str | _Literal]) -> Iterator[str]:
-    """The tokens of a logical line; none for an empty one and for a text that stands alone."""
+    """The tokens of a logical line; none for an empty line or a line that is only a string."""
     if not line or (len(line) == 1 and isinstance(line[0], _Literal) and line[0].is_text):
         return
     for token in _without_free_tokens(line):
@@ -129,7 +129,7 @@ def _line_tokens(line: list[str | _Literal]) -> Iterator[str]:
     yield _NEW_LINE
 
 
-# Trailing commas, and the parentheses that a formatter breaks a long line with.
+# Trailing commas, and parentheses with which a formatter splits long lines.
 
 
 @dataclass
@@ -137,17 +137,17 @@ class _Bracket:
     """A bracket of a line."""
 
     start: int
-    """Its place in the line."""
+    """Its index in the line."""
     can_drop_any: bool
-    """Whether a trailing comma never means anything: in calls, lists, sets and mappings."""
+    """Whether a trailing comma has no meaning: in calls, lists, sets and mappings."""
     commas: int = 0
     words: set[str] = field(default_factory=set)
-    """Those of `_NOTED` that stand in it and in no bracket inside of it."""
+    """Words of `_NOTED` directly inside it, not in an inner bracket."""
 
 
 def _without_free_tokens(line: Iterable[str | _Literal]) -> list[str | _Literal]:
-    """The line without commas before a closing bracket that make no tuple, and without parentheses
-    around a whole value at its end.
+    """The line without trailing commas that do not make a tuple, and without parentheses around a
+    whole value at its end.
     """
     kept: list[str | _Literal] = []
     open_brackets: list[_Bracket] = []
@@ -172,8 +172,8 @@ def _without_free_tokens(line: Iterable[str | _Literal]) -> list[str | _Literal]
 
 
 def _without_outer(line: list[str | _Literal], last: _Bracket) -> list[str | _Literal]:
-    """The line without the parentheses `last`, its last ones, if they hold all that is assigned,
-    returned, imported, tested or run through.
+    """The line without its last parentheses, `last`, if they enclose the whole value that is
+    assigned, returned, imported, tested or iterated over.
     """
     before = line[last.start - 1] if last.start else ""
     head = line[: last.start]
@@ -192,9 +192,7 @@ def _without_outer(line: list[str | _Literal], last: _Bracket) -> list[str | _Li
 
 
 def _may_end_a_value(token: str | _Literal) -> bool:
-    """Whether `(` behind the token is that of a call or a definition, and `[` that of a
-    subscript.
-    """
+    """Whether `(` after the token starts a call or parameters, and `[` a subscript."""
     if isinstance(token, _Literal) or token in _CLOSING:
         return True
     return token.isidentifier() and not keyword.iskeyword(token) and not _is_soft(token)
@@ -208,7 +206,7 @@ def _is_soft(token: str) -> bool:
 
 
 def _without_literals(source: str) -> tuple[str, list[_Literal]]:
-    """The source without comments and with a name in place of every string literal, and these."""
+    """The source without comments and with a name for every string literal, and the literals."""
     code: list[str] = []
     literals: list[_Literal] = []
     place, is_line_start = 0, True
@@ -219,7 +217,7 @@ def _without_literals(source: str) -> tuple[str, list[_Literal]]:
             quote = _QUOTE.match(source, place + len(text))
             assert quote is not None
             place, literal = _read_literal(source, place, quote)
-            # A space apart from `return"x"`, and none that would be an indentation.
+            # Separate the name from a keyword as in `return"x"`, but do not indent a line.
             code.append(f"{'' if is_line_start else ' '}__literal_{len(literals)}__ ")
             literals.append(literal)
             is_line_start = False
@@ -237,7 +235,7 @@ def _line_end(source: str, place: int) -> int:
 
 
 def _quote_at(source: str, place: int) -> re.Match[str] | None:
-    """The opening quote of a literal that begins here, with or without a prefix."""
+    """The opening quote of a literal that starts at `place`, with or without a prefix."""
     word = _WORD.match(source, place)
     if word is not None and word[0].lower() not in _PREFIXES:
         return None
@@ -245,7 +243,7 @@ def _quote_at(source: str, place: int) -> re.Match[str] | None:
 
 
 def _read_literal(source: str, place: int, quote: re.Match[str]) -> tuple[int, _Literal]:
-    """Where the literal at `place` ends, and what it holds."""
+    """The end of the literal at `place`, and its content."""
     prefix = source[place : quote.start()].lower()
     if "f" in prefix or "t" in prefix:
         literal = _Literal([["t"]] if "t" in prefix else [])
@@ -253,7 +251,7 @@ def _read_literal(source: str, place: int, quote: re.Match[str]) -> tuple[int, _
     end = quote.end()
     while not source.startswith(quote[0], end):
         if end >= len(source):
-            raise SyntaxError(f"a string without an end: {source[place : place + 40]!r}")
+            raise SyntaxError(f"unterminated string: {source[place : place + 40]!r}")
         end += 2 if source[end] == "\\" else 1
     end += len(quote[0])
     return end, _Literal([_value(source[place:end])])
@@ -261,7 +259,7 @@ def _read_literal(source: str, place: int, quote: re.Match[str]) -> tuple[int, _
 
 def _value(literal: str) -> str | bytes:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # escapes that Python does not know stay as they are
+        warnings.simplefilter("ignore")  # invalid escapes are kept unchanged
         value = ast.literal_eval(literal)
     return value if isinstance(value, bytes) else str(value)
 
@@ -269,8 +267,8 @@ def _value(literal: str) -> str | bytes:
 def _read_fields(
     source: str, place: int, literal: _Literal, *, end: str, is_raw: bool
 ) -> tuple[int, _Literal]:
-    """Read the text and the fields of an f-string up to `end`, its closing quote, or `}` for the
-    format of a field; returns the place behind it.
+    """Read the text and the fields of an f-string up to `end`: its closing quote, or `}` for the
+    format of a field. Returns the position after it, and the literal.
     """
     is_format = end == "}"
     text_start = place
@@ -281,7 +279,7 @@ def _read_fields(
 
     while not source.startswith(end, place):
         if place >= len(source):
-            raise SyntaxError(f"an f-string without an end: {source[text_start:][:40]!r}")
+            raise SyntaxError(f"unterminated f-string: {source[text_start:][:40]!r}")
         char = source[place]
         if char == "\\":
             place = _behind_escape(source, place, is_raw=is_raw)
@@ -302,7 +300,7 @@ def _read_fields(
 
 
 def _behind_escape(source: str, place: int, *, is_raw: bool) -> int:
-    """The place behind a backslash and what belongs to it; a brace begins a field all the same."""
+    """The position after an escape sequence; a brace after the backslash still starts a field."""
     following = source[place + 1 : place + 2]
     if following in "{}":
         return place + 1
@@ -312,7 +310,7 @@ def _behind_escape(source: str, place: int, *, is_raw: bool) -> int:
 
 
 def _cooked(text: str) -> str:
-    """A piece of an f-string's text with its escapes resolved."""
+    """Part of an f-string's text, with escapes resolved."""
     stray = "\\" if (len(text) - len(text.rstrip("\\"))) % 2 else ""
     body = _UNESCAPED_QUOTE.sub(
         lambda match: match[1] or '\\"', text[: len(text) - len(stray)] if stray else text
@@ -321,21 +319,21 @@ def _cooked(text: str) -> str:
 
 
 def _read_field(source: str, place: int, *, is_raw: bool) -> tuple[int, list[str]]:
-    """Read a replacement field from behind its brace; returns the place behind it and its
+    """Read a replacement field after its opening brace; returns the position after it, and its
     tokens.
     """
     start, place = place, _expression_end(source, place)
     expression = source[start:place]
     tokens = normal_tokens(f"({expression})")
     if source.startswith("=", place):
-        tokens.append(ascii(expression))  # it prints itself as it is written
+        tokens.append(ascii(expression))  # `{x=}` prints its own source text
         behind = place + 1
         place = behind + len(source[behind:]) - len(source[behind:].lstrip())
         tokens.append(ascii(source[behind - 1 : place]))
     if source.startswith("!", place):
         conversion = _WORD.match(source, place + 1)
         if conversion is None:
-            raise SyntaxError(f"no conversion in {source[start : place + 5]!r}")
+            raise SyntaxError(f"missing conversion in {source[start : place + 5]!r}")
         tokens.append(f"!{conversion[0]}")
         place = conversion.end()
         while source[place : place + 1].isspace():
@@ -344,12 +342,12 @@ def _read_field(source: str, place: int, *, is_raw: bool) -> tuple[int, list[str
         place, spec = _read_fields(source, place + 1, _Literal(), end="}", is_raw=is_raw)
         return place, [*tokens, ":", *spec.tokens()]
     if not source.startswith("}", place):
-        raise SyntaxError(f"a field without an end: {source[start : place + 5]!r}")
+        raise SyntaxError(f"unterminated field: {source[start : place + 5]!r}")
     return place + 1, tokens
 
 
 def _expression_end(source: str, place: int) -> int:
-    """Where the expression of a replacement field ends: at its `=`, `!`, `:` or `}`."""
+    """The end of the expression of a replacement field: at its `=`, `!`, `:` or `}`."""
     depth = 0
     while place < len(source):
         char = source[place]
@@ -368,7 +366,7 @@ def _expression_end(source: str, place: int) -> int:
         else:
             depth += (char in _OPENING) - (char in _CLOSING)
             place += 1
-    raise SyntaxError("a field without an end")
+    raise SyntaxError("unterminated field")
 
 
 def _is_self_documenting(source: str, place: int) -> bool:

@@ -1,4 +1,4 @@
-"""The plan of a sweep: stages, cells and units, without torch and without ray."""
+"""The plan of a sweep: stages, cells and units. Planning imports neither torch nor Ray."""
 
 from ftsec_ray.plan.build import build_plan
 from ftsec_ray.plan.graph import Plan

@@ -1,8 +1,8 @@
-"""What decides the content of a benchmark: the release of lm-eval whose task it is, and of a task
-file of one's own the bytes of all files that it names.
+"""The identity of a benchmark: the release of lm-eval, and for a user's task file the bytes of all
+files that it names.
 
-lm-eval is looked up and not imported, since that would load torch: names are looked for in the text
-of its task files.
+lm-eval is not imported, since that would load torch: names are read from the text of its task
+files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ftsec_ray.version import version_of
 
 EXTRA = 'pip install "ftsec-ray[benchmarks]"'
 _NAME = re.compile(r"[\w.+-]+")
-"""Of a task: it becomes part of the name of a metric."""
+"""A task name; it becomes part of the name of a metric."""
 _NAMED = re.compile(
     r"^(?:task|group|tag):[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE
 )
@@ -33,7 +33,7 @@ _TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE
 
 
 class _Function(str):
-    """What stands behind `!function` in a task file: a module beside it, and a name in that."""
+    """A `!function` value of a task file: the name of a module next to it and of a function."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,8 +44,8 @@ _Loader.add_constructor("!function", lambda loader, node: _Function(str(node.val
 
 
 def benchmark_faults(benchmarks: Iterable[str]) -> list[tuple[str, SpecError]]:
-    """One for every benchmark that lm-eval cannot ask, or whose metrics would have the name of
-    another's.
+    """A fault for every benchmark that lm-eval cannot run, and for every duplicate name of a
+    benchmark.
     """
     faults: list[tuple[str, SpecError]] = []
     names: dict[str, str] = {}
@@ -54,10 +54,10 @@ def benchmark_faults(benchmarks: Iterable[str]) -> list[tuple[str, SpecError]]:
             name = str(benchmark_origin(benchmark).params["benchmark"])
             if name in names:
                 raise SpecError(
-                    f"two benchmarks of one name {name!r}",
+                    f"two benchmarks have the same name {name!r}",
                     [names[name], benchmark],
-                    "a name of its own for each",
-                    "write another `task:` in the task file",
+                    "a unique name for each",
+                    "change `task:` in the task file",
                 )
             names[name] = benchmark
         except SpecError as fault:
@@ -67,16 +67,19 @@ def benchmark_faults(benchmarks: Iterable[str]) -> list[tuple[str, SpecError]]:
 
 @cache
 def benchmark_origin(benchmark: str) -> Origin:
-    """Params (identity) and where of a benchmark; SpecError when lm-eval has no such task, or a
-    task file names what is not there.
+    """Identity and location of a benchmark; SpecError if lm-eval has no such task, or if a file
+    that a task file names is missing.
 
     Args:
-        benchmark: Name of a task or group of lm-eval, or the whole path of a task file.
+        benchmark: Name of a task or group of lm-eval, or the absolute path of a task file.
     """
     spec = find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise SpecError(
-            "benchmarks need the package lm-eval, which is not installed", benchmark, "", EXTRA
+            "benchmarks need the package lm-eval, which is not installed",
+            benchmark,
+            "lm-eval",
+            EXTRA,
         )
     version = version_of("lm-eval") or version_of("lm_eval")
     if is_path(benchmark):
@@ -87,15 +90,15 @@ def benchmark_origin(benchmark: str) -> Origin:
         raise SpecError(
             f"lm-eval {version} has no task, group or tag of this name",
             benchmark,
-            "a name of `lm-eval ls tasks`, or the path of a task file that ends with .yaml",
+            "a name from `lm-eval ls tasks`, or the path of a task file that ends with .yaml",
             nearest(benchmark, known),
         )
     return Origin({"benchmark": benchmark, "lm_eval": version}, {})
 
 
 def _is_known(name: str, folder: Path) -> bool:
-    """Whether lm-eval names a task so; folders whose name begins likewise are read first, since
-    there are thousands of files.
+    """Whether lm-eval has a task of this name; since there are thousands of files, folders with the
+    same beginning are read first.
     """
     first = re.split(r"[_-]", name)[0]
     likely = sorted(path for path in folder.glob(f"{first}*") if path.is_dir())
@@ -110,7 +113,7 @@ def _texts(folder: Path) -> Iterator[str]:
 
 
 def _names_in(text: str) -> set[str]:
-    """Names of the task or group of a file, and of its tags."""
+    """Names of the tasks, groups and tags of a file."""
     lists = "".join(_TAGS.findall(text + "\n"))
     return {
         *_NAMED.findall(text),
@@ -119,15 +122,15 @@ def _names_in(text: str) -> set[str]:
 
 
 def _local(path: Path, version: str) -> Origin:
-    """The task of a file of one's own."""
+    """The task of a user's task file."""
     config, files = _read(path)
     name = config.get("task")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or "group" in config:
         raise SpecError(
-            "a task file that is not that of one task",
+            "the task file does not define exactly one task",
             {key: config[key] for key in ("task", "group") if key in config},
-            "`task: NAME` of letters, digits and _ . + -",
-            "write a file for each task of a group",
+            "`task: NAME`, with a name of letters, digits and _ . + -",
+            "write one file per task of a group",
         )
     files += [path.parent / _module_of(function, path) for function in _functions(config)]
     files += [Path(file) for file in _flat(data_files(config, path.parent))]
@@ -141,21 +144,23 @@ def _local(path: Path, version: str) -> Origin:
 
 
 def _shown(file: Path, folder: Path) -> str:
-    """A file's name in the identity: not where the folder of the task lies."""
+    """A file's name in the identity, which does not depend on the location of the task's folder."""
     return str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name
 
 
 def _read(path: Path, before: Sequence[Path] = ()) -> tuple[dict[str, Any], list[Path]]:
-    """What a task file says, and the files that it includes; its own keys win over theirs."""
+    """The configuration of a task file, and the files that it includes; its own keys override
+    theirs.
+    """
     try:
         config = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(
-            "a task file that cannot be read", str(path), "a task of lm-eval as YAML", str(error)
+            "cannot read this task file", str(path), "a task of lm-eval as YAML", str(error)
         ) from error
     if not isinstance(config, dict) or path in before:
         raise SpecError(
-            "a task file that is no mapping, or includes itself",
+            "the task file is not a mapping, or it includes itself",
             str(path),
             "a mapping with `task`, `dataset_path`, `doc_to_text`, ...",
         )
@@ -180,13 +185,14 @@ def _functions(value: object) -> Iterator[_Function]:
 
 
 def _module_of(function: _Function, path: Path) -> str:
-    """The file beside a task file that holds a function; SpecError where it is not there."""
+    """The Python file next to a task file that defines a function; SpecError if it is missing."""
     file = function.rpartition(".")[0].replace(".", "/") + ".py"
     if not (path.parent / file).is_file():
         raise SpecError(
-            f"a task file names a function and no module of it lies beside {path.name}",
+            f"{path.name} names a function whose module is missing",
             str(function),
             f"{file} in {path.parent}",
+            "add the file, or remove the function",
         )
     return file
 

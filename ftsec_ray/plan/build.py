@@ -1,9 +1,9 @@
-"""From a sweep to its plan: every cell becomes the chain of its stages, and equal stages merge by
-digest.
+"""Builds the plan of a sweep: every cell becomes a chain of stages, and stages with equal digests
+are merged.
 
-The order inside a cell is that of the lifecycle: the attack moves first at every hook, the defenses
-answer in the order of their stack. Neither torch nor ray is imported, and no model is opened: local
-models and rows enter by the hash of their bytes.
+The order inside a cell is that of the lifecycle: at every hook the attack acts first, then the
+defenses in the order of their stack. Neither torch nor Ray is imported, and no model is loaded:
+local models and rows are identified by the hash of their bytes.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ from ftsec_ray.registry import ATTACKS, name_of
 
 
 def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
-    """The plan of a sweep; SpecFaults with every method that needs what a model or a task cannot
-    give.
+    """The plan of a sweep; SpecFaults lists everything that cannot work, such as a method that
+    needs a split that a task lacks.
 
     Args:
         spec: The sweep.
-        look: What is known of a cell: searches of attackers go as far as it leads.
+        look: Returns the outcome of a cell, or None if it is not measured yet; searches are planned
+            as far as their trials are measured.
     """
     unknown = [*evaluation_faults(spec), *benchmark_faults(spec.evaluation.benchmarks)]
     if unknown:
@@ -63,7 +64,7 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
     if not cells:
         why = "; ".join(f"{reason} ({count} cells)" for reason, count in builder.left_out.items())
         fault = SpecError(
-            "no cell is left before the fine-tune",
+            "no cell can be measured before the fine-tune",
             why,
             "measure: after",
             "add methods that act on models or answers",
@@ -88,19 +89,21 @@ def build_plan(spec: SweepSpec, look: OutcomeLookup = nothing_known) -> Plan:
 
 
 class _Place(NamedTuple):
-    """Where in a cell a method asks for another model."""
+    """The cell, and the point in it, at which a method needs another model."""
 
     start: CellStart
     stack: tuple[Method, ...]
     roles: Mapping[str, str | None]
-    """Models that the cell has, by role."""
+    """Digests of the models that the cell has, by role; None for a missing unaligned twin."""
     given: Mapping[str, str]
-    """`model`: what the fine-tune starts from; `rows`: a set of as many rows as it gets."""
+    """Digests. `model`: the model before the fine-tune; `rows`: a set of as many rows as the
+    fine-tune gets.
+    """
     seed: int
 
 
 class _PlanBuilder:
-    """Makes cells: of the grid, and of searches, whose cells may be fine-tuned otherwise."""
+    """Makes the cells of the grid and of the searches, whose fine-tunes may have other settings."""
 
     def __init__(
         self,
@@ -117,10 +120,12 @@ class _PlanBuilder:
         self._none = ATTACKS.get(NONE)()
         self._clean: dict[tuple[str, str, int], Cell] = {}
         self.left_out: Counter[str] = Counter()
-        """Why cells are not measured before the fine-tune -> their number."""
+        """Reason why cells cannot be measured before the fine-tune -> number of these cells."""
 
     def cells(self, look: OutcomeLookup) -> tuple[list[Cell], list[PlannedSearch]]:
-        """All cells that no rule leaves out, each once, and after them those of the searches."""
+        """All cells of the grid that no rule excludes, each once, then those of the searches; and
+        the searches.
+        """
         cells: dict[str, Cell] = {}
         searches: list[PlannedSearch] = []
         spec = self.spec
@@ -147,8 +152,8 @@ class _PlanBuilder:
         return list(cells.values()), searches
 
     def _can_be_measured(self, model: ModelSpec, attack: Method, stack: tuple[Method, ...]) -> bool:
-        """Whether a cell exists at the moment at which the model is measured; one that does not is
-        counted.
+        """Whether the cell can be measured at the `measured` time of its model; cells that cannot
+        are counted in `left_out`.
         """
         if model.measured == "after":
             return True
@@ -166,7 +171,7 @@ class _PlanBuilder:
         seeds: Sequence[int],
         look: OutcomeLookup,
     ) -> PlannedSearch:
-        """One search in one place of the grid."""
+        """The search of one attack on one model, task and defense stack."""
         none = next((attack for attack in self.spec.attacks if name_of(attack) == NONE), None)
         references, fixed = (
             tuple(self.cell(start, task, attack, stack, seed) for seed in seeds)
@@ -196,10 +201,11 @@ class _PlanBuilder:
         seed: int,
         searched: Searched,
     ) -> Cell:
-        """A cell whose fine-tune may be another than the sweep's: what comes before it keeps the
-        sweep's, and banks of clean adapters are tuned as it is.
+        """A cell whose fine-tune may have other settings than the sweep's.
 
-        SpecError, with nothing added to the plan, where that fine-tune fits on no machine.
+        Stages before the fine-tune keep the sweep's settings; banks of clean adapters use those of
+        the cell. Raises SpecError, and adds nothing to the plan, if the fine-tune fits on no
+        machine.
         """
         training = searched.training
         if training not in self._tuned:
@@ -224,8 +230,8 @@ class _PlanBuilder:
         *,
         measures: bool = True,
     ) -> Cell:
-        """One cell, with its stages added where they are new; without `measures` those alone that
-        give something to others.
+        """One cell, with its new stages added to the plan; with `measures=False` only the stages
+        whose output other stages use.
         """
         lifecycle = self._templates.lifecycle(attack, stack)
         roles = dict(zip(ROLES_BEFORE, (start.reference, start.unaligned), strict=True))
@@ -281,8 +287,11 @@ class _PlanBuilder:
     def _clean_flow(
         self, kind: StageKind, start: CellStart, task: TaskSpec, seed: int
     ) -> tuple[dict[str, str], tuple[str, ...]]:
-        """What a kind takes of the cell without attack and defense, in the grid or not: name ->
-        digest, and all stages of that cell as far as its answers.
+        """The inputs that a kind takes from the clean cell, which has neither attack nor defense
+        and need not be in the grid.
+
+        Returns:
+            Name -> digest, and all stages of the clean cell up to its answers.
         """
         place = start.model.name, task.name, seed
         if place not in self._clean:
@@ -299,7 +308,7 @@ class _PlanBuilder:
         *,
         is_trial: bool,
     ) -> Iterator[StageTemplate]:
-        """The templates that a cell of this model and task follows, as both ask for them."""
+        """The templates of a cell's stages, adapted to its model and task."""
         for template in templates:
             kind = template.kind
             is_of_later_tune = kind.tunes and start.model.measured == "before"
@@ -309,13 +318,11 @@ class _PlanBuilder:
             yield self._templates.judged(own, task) if "scoring" in kind.settings else own
 
     def _role(self, role: str, method: Method, place: _Place) -> str:
-        """Digest of the model that a method needs in a role; a fault is noted when there is
-        none.
-        """
+        """Digest of the model that a method needs in a role; records a fault if there is none."""
         start, roles = place.start, place.roles
         if role not in roles:
             template = self._templates.provider(role, method, place.stack)
-            needs = tuple((name, self._role(name, one, place)) for name, one in template.needs)
+            needs = tuple((name, self._role(name, who, place)) for name, who in template.needs)
             flow = tuple((name, place.given[name]) for name in template.kind.takes)
             inputs = (*flow, ("task", start.task), *needs)
             return self.stages.add(template, inputs, place.seed, start)
@@ -326,10 +333,10 @@ class _PlanBuilder:
         self.stages.faults[method.KIND, name, model.name, role] = (
             f"{method.KIND} {name}",
             SpecError(
-                f"{method.KIND} {name!r} needs the twin of model {model.name!r} before alignment,"
-                " and the sweep names none",
+                f"{method.KIND} {name!r} needs the unaligned twin of model {model.name!r}, and the"
+                " sweep gives none",
                 model.source,
-                "`align:` (the loaded model is then the twin) or `unaligned: SOURCE` on the model",
+                "`unaligned: SOURCE`, or `align:` (the loaded model is then the unaligned twin)",
                 f"add one of them to {model.name!r}, or exclude {{model: {model.name},"
                 f" {method.KIND}: {name}}}",
             ),

@@ -1,5 +1,5 @@
-"""Which defenses a sweep measures without a control beside them: what they do may then come from
-whatever stands around their own mechanism.
+"""Which defenses a sweep measures without a control. Without one, an effect of the defense may come
+from something other than its mechanism.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from ftsec_ray.registry import DEFENSES, name_of
 
 
 def uncontrolled(spec: SweepSpec) -> list[str]:
-    """One line for each defense of the sweep that could have a control and has none, or none in the
-    same stack.
-    """
+    """One line for each defense whose control the sweep lacks, alone or in the same stack."""
     stacks = {_key(stack) for stack in spec.defenses}
     lines: dict[str, None] = {}
     for stack in spec.defenses:
@@ -27,12 +25,12 @@ def uncontrolled(spec: SweepSpec) -> list[str]:
                 for other in _controls_in(spec, defense)
             ):
                 within = "" if len(stack) == 1 else f" in the stack {'+'.join(map(name_of, stack))}"
-                lines[f"{_text(defense)}{within} stands without its control: add {wanted}"] = None
+                lines[f"defense {_text(defense)}{within} has no control: add {wanted}"] = None
     return list(lines)
 
 
 def _wanted(defense: Method) -> str:
-    """What would control a defense, as a sweep file says it; empty where nothing does."""
+    """The possible controls of a defense as written in a sweep file; empty if there are none."""
     own = control_of(defense)
     if (own is None and defense.CONTROL is not None) or getattr(defense, "IS_CONTROL", False):
         return ""
@@ -42,23 +40,24 @@ def _wanted(defense: Method) -> str:
 
 
 def _controls_in(spec: SweepSpec, defense: Method) -> list[Method]:
-    """The controls of a defense: its own, and the trivial ones that the sweep holds."""
+    """The controls of a defense: its own, and the trivial ones of the sweep."""
     own, hooked = control_of(defense), set(hooks_of(type(defense)))
-    trivial = [one for stack in spec.defenses for one in stack if _is_trivial(type(one), hooked)]
+    members = [member for stack in spec.defenses for member in stack]
+    trivial = [member for member in members if _is_trivial(type(member), hooked)]
     return [*([own] if own else []), *trivial]
 
 
 def _is_trivial(cls: type[Method], hooked: set[str]) -> bool:
-    """Whether a class is a trivial control at one of some hooks."""
+    """Whether a class is a trivial control that acts at one of these hooks."""
     return bool(getattr(cls, "IS_CONTROL", False)) and bool(hooked & set(hooks_of(cls)))
 
 
 def _key(stack: tuple[Method, ...]) -> str:
-    return canonical([[name_of(one), one] for one in stack])
+    return canonical([[name_of(defense), defense] for defense in stack])
 
 
 def _text(defense: Method) -> str:
-    """A defense as a sweep file says it, with the parameters that are not at their defaults."""
+    """A defense as written in a sweep file, with its parameters that differ from the defaults."""
     default = type(defense)()
     given = {
         name: value

@@ -1,9 +1,9 @@
-"""What stages take and cost: hours, GPU-hours and money, done and to come, and whether that is
-within a budget.
+"""Cost of stages in hours, GPU-hours and USD, spent and expected, and whether it is within the
+budget.
 
-A stage pays for the share of a node that it asks for, on the cheapest node type of the price table
-that has room. That is the price of a cluster whose nodes are full: idle nodes, nodes that start and
-work lost with a spot node come on top.
+A stage is charged for the fraction of a node that it requests, on the cheapest node type of the
+price table that is large enough. This assumes full nodes: idle time, start-up time and work lost
+with a spot node are not included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ftsec_ray.plan.resources import cpus_of, gpu_memory_of, gpus_of
 from ftsec_ray.plan.stage import Stage, is_group, workers_of
 
 HOUR_S = 3600.0
-_UNITS = {"usd": "usd", "gpu_hours": "GPU-hours", "hours": "hours of stages"}
+_UNITS = {"usd": "USD", "gpu_hours": "GPU-hours", "hours": "hours of stages"}
 
 
 class BudgetError(SpecError):
@@ -33,10 +33,10 @@ class BudgetError(SpecError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spend:
-    """What stages took or will take."""
+    """Time and cost of some stages, spent or expected."""
 
     hours: float = 0.0
-    """Of stages, one after the other."""
+    """Hours of all stages, as if they ran one after the other."""
     gpu_hours: float = 0.0
     cpu_hours: float = 0.0
     usd: float = 0.0
@@ -47,34 +47,33 @@ class Spend:
         )
 
     def limited(self, limits: Iterable[str]) -> dict[str, float]:
-        """The figures that have a limit."""
+        """The figures with these names."""
         return {name: getattr(self, name) for name in limits}
 
 
 class Tariff:
-    """What an hour of each resource class takes, by the `resources` and `prices` of a sweep."""
+    """The cost of an hour of each resource class, by the `resources` and `prices` of a sweep."""
 
     def __init__(self, spec: SweepSpec) -> None:
         self._spec = spec
         self._nodes: dict[str, NodeType | None] = {}
 
     def node(self, resource: str) -> NodeType | None:
-        """The cheapest node type that has room for a stage of a class; None when none has."""
+        """The cheapest node type that is large enough for a resource class; None if none is."""
         if resource not in self._nodes:
             fitting = [
                 (self._share(node, resource) * node.usd_per_hour, node.name, node)
                 for node in self._spec.prices
                 if self._fits(node, resource)
             ]
-            self._nodes[resource] = min(fitting, key=lambda one: one[:2])[2] if fitting else None
+            self._nodes[resource] = min(fitting, key=lambda node: node[:2])[2] if fitting else None
         return self._nodes[resource]
 
     def _fits(self, node: NodeType, resource: str) -> bool:
         # The workers of a stage may be on several nodes.
         workers, resources = workers_of(resource), self._spec.resources
         gpus, cpus = gpus_of(resource) / workers, cpus_of(resource, self._spec) / workers
-        # Shares were measured by the memory of one GPU, so that a smaller one would not hold the
-        # stage.
+        # GPU fractions were sized for `gpu_memory_of`; a smaller GPU would run out of memory.
         too_small = (
             gpus
             and resources.gpus_per_stage == "auto"
@@ -87,8 +86,8 @@ class Tariff:
         return max(cpus_of(resource, self._spec) / node.cpus, gpus / node.gpus if gpus else 0.0)
 
     def of(self, resource: str, seconds: float) -> Spend:
-        """What a stage of a class takes in so many seconds; no money where no node type has room
-        for it.
+        """The cost of a stage of a resource class that runs for `seconds`; 0 USD if no node type is
+        large enough.
         """
         hours, node = seconds / HOUR_S, self.node(resource)
         usd = self._share(node, resource) * node.usd_per_hour * hours if node else 0.0
@@ -100,21 +99,21 @@ class Tariff:
         )
 
     def check(self, resources: Iterable[str]) -> None:
-        """SpecError when the price table has no machine for a class."""
+        """Raise SpecError if the price table has no node type for one of the resource classes."""
         for resource in sorted(set(resources)):
             if self._spec.prices and self.node(resource) is None:
                 raise SpecError(
-                    f"no node type has room for a stage that asks for {self.asks(resource)}",
+                    f"no node type is large enough for a stage that requests {self.asks(resource)}",
                     ", ".join(
                         f"{node.name}: {node.gpus} GPUs, {node.cpus} CPUs"
                         for node in self._spec.prices
                     ),
-                    "a node type with at least that",
-                    "add one to `prices`, or ask for less in `resources`",
+                    "a node type with at least these resources",
+                    "add one to `prices`, or request less in `resources`",
                 )
 
     def asks(self, resource: str) -> str:
-        """What a class asks for, in words."""
+        """The GPUs and CPUs that a resource class requests, in words."""
         gpus, cpus = gpus_of(resource), cpus_of(resource, self._spec)
         share = f"1/{1 / gpus:g}" if 0 < gpus < 1 and (1 / gpus).is_integer() else f"{gpus:g}"
         memory = (
@@ -131,7 +130,7 @@ class BillRow:
     """The stages of one resource class."""
 
     node: str | None
-    """Node type by the price table."""
+    """Node type of the price table; None without prices."""
     spot: bool
     asks: str
     stages: int
@@ -140,22 +139,22 @@ class BillRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Bill:
-    """What the stages to come take, by resource class."""
+    """Expected cost of the stages to run, by resource class."""
 
     rows: tuple[BillRow, ...]
     basis_frac: Mapping[str, float]
-    """Share of the hours by where their estimate comes from: records, scaled, prior."""
+    """Basis of an estimate (records, scaled, prior) -> fraction of the hours that it covers."""
     guessed: tuple[str, ...] = ()
-    """Models whose size nothing tells."""
+    """Names of the models of unknown size."""
 
     @cached_property
     def total(self) -> Spend:
-        """All rows together."""
+        """Sum of all rows."""
         return sum((row.spend for row in self.rows), Spend())
 
 
 def bill_of(plan: Plan, stages: Iterable[Stage], costs: Costs) -> Bill:
-    """What stages of a plan are expected to take."""
+    """The expected cost of stages of a plan."""
     tariff, basis = Tariff(plan.spec), Counter[str]()
     seconds: dict[str, list[float]] = defaultdict(list)
     for stage in stages:
@@ -174,11 +173,11 @@ def bill_of(plan: Plan, stages: Iterable[Stage], costs: Costs) -> Bill:
                 spend=tariff.of(resource, sum(each)),
             )
         )
-    whole = sum(basis.values())
+    total_s = sum(basis.values())
     guessed = tuple(model.name for model in plan.spec.models if named_parameters(model) is None)
     return Bill(
         rows=tuple(rows),
-        basis_frac={one.value: basis[one.value] / whole if whole else 0.0 for one in Basis},
+        basis_frac={b.value: basis[b.value] / total_s if total_s else 0.0 for b in Basis},
         guessed=guessed,
     )
 
@@ -186,26 +185,36 @@ def bill_of(plan: Plan, stages: Iterable[Stage], costs: Costs) -> Bill:
 def spent(
     plan: Plan, records: Mapping[str, Mapping[str, Any]], failures: Mapping[str, Mapping[str, Any]]
 ) -> Spend:
-    """What this sweep's stages took so far: those done, by their records, and the last attempt of
-    those that failed.
+    """The cost of this sweep's stages so far: finished stages, and the last attempt of failed ones.
 
-    A stage that a sweep of another name made, and this one found in the store, is not this sweep's
-    expense.
+    A stage that a sweep of another name made and this one reuses from the store costs nothing.
+
+    Args:
+        plan: The plan.
+        records: Digest -> record of a finished stage.
+        failures: Digest -> record of a failed stage.
     """
     tariff, total = Tariff(plan.spec), Spend()
     for digest, stage in plan.stages.items():
-        told = records.get(digest) or failures.get(digest)
-        if told is None or told.get("where", {}).get("sweep", plan.spec.name) != plan.spec.name:
+        record = records.get(digest) or failures.get(digest)
+        if record is None:
             continue
-        resource = str(told.get("resource") or stage.resource)
+        if record.get("where", {}).get("sweep", plan.spec.name) != plan.spec.name:
+            continue
+        resource = str(record.get("resource") or stage.resource)
         priced = resource if tariff.node(resource) or not plan.spec.prices else stage.resource
-        total += tariff.of(priced, float(told.get("wall_s") or 0.0))
+        total += tariff.of(priced, float(record.get("wall_s") or 0.0))
     return total
 
 
 def shortfall(plan: Plan, before: Spend, to_come: Bill) -> BudgetError | None:
-    """The error of a sweep that would go past its budget; None when it would not, or has none, or
-    has nothing left to do.
+    """The error for a sweep that would exceed its budget; None if it would not, has no budget, or
+    has no stages left to run.
+
+    Args:
+        plan: The plan.
+        before: The cost so far.
+        to_come: The expected cost of the stages to run.
     """
     limits = plan.spec.budget.limits if plan.spec.budget and to_come.rows else {}
     took, takes = before.limited(limits), to_come.total.limited(limits)
@@ -217,25 +226,25 @@ def shortfall(plan: Plan, before: Spend, to_come: Bill) -> BudgetError | None:
     if not over:
         return None
     words = [
-        f"{took[name] + takes[name]:.3g} {_UNITS[name]} (spent {took[name]:.3g}, to come"
-        f" {takes[name]:.3g})"
+        f"{took[name] + takes[name]:.3g} {_UNITS[name]} (spent {took[name]:.3g}, expected"
+        f" {takes[name]:.3g} more)"
         for name in over
     ]
     rough = to_come.basis_frac[Basis.PRIOR.value]
     doubt = (
-        f"; {rough:.0%} of what is to come is a rough prior, and `--limit N` runs the first cells"
-        " to learn from"
+        f"; {rough:.0%} of the expected cost is a rough guess: run a few cells first with"
+        " `--limit N` to get measured durations"
         if rough
         else ""
     )
     return BudgetError(
-        f"sweep {plan.spec.name!r} would take " + ", ".join(words),
+        f"sweep {plan.spec.name!r} would exceed its budget: " + ", ".join(words),
         over,
         ", ".join(f"at most {limit:g} {_UNITS[name]}" for name, limit in over.items()),
-        "raise `budget`, or take cells out" + doubt,
+        "raise `budget`, or remove cells" + doubt,
     )
 
 
 def spent_of(plan: Plan, store: Any, done: Collection[str]) -> Spend:
-    """What the sweep took so far, by a store."""
+    """The cost of the sweep so far, by the records of a store."""
     return spent(plan, store.records(set(done) & set(plan.stages)), store.failures())

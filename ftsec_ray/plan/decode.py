@@ -1,4 +1,4 @@
-"""Typed objects out of a stage's JSON: what a worker needs to run it."""
+"""Typed objects from a stage's JSON: what a worker needs to run the stage."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 
 def _typed(cls: type[T], plain: object, what: str) -> T:
-    """A typed object, by the function and the checks that read it in a sweep file."""
+    """A typed object, with the same checks as for a sweep file."""
     faults = Faults(f"{what} of a stage")
     value = build(cls, plain, what, faults)
     if value is None:
         wrong = "; ".join(f"{place}: {fault.what}" for place, fault in faults.found)
         raise StageError(
-            f"a stage carries no {cls.__name__} of this version: {wrong}",
+            f"the stage has no valid {cls.__name__} for this version of ftsec_ray: {wrong}",
             plain,
             "; ".join(fault.want for _, fault in faults.found if fault.want),
             "plan the sweep again with the version that runs it",
@@ -40,7 +40,10 @@ def _typed(cls: type[T], plain: object, what: str) -> T:
 def _param(stage: Stage, name: str) -> Any:
     if name not in stage.params:
         raise StageError(
-            f"a stage of kind {stage.kind!r} carries no {name!r}", sorted(stage.params), name
+            f"the stage of kind {stage.kind!r} lacks the parameter {name!r}",
+            sorted(stage.params),
+            name,
+            "plan the sweep again with the version that runs it",
         )
     return stage.params[name]
 
@@ -57,17 +60,17 @@ def methods_of(stage: Stage) -> list[Method]:
 
 
 def training_of(stage: Stage) -> TrainingConfig:
-    """How a stage tunes."""
+    """The training settings of a stage."""
     return _typed(TrainingConfig, _param(stage, "training"), "training")
 
 
 def generation_of(stage: Stage) -> EvaluationConfig:
-    """What is asked of a model; what concerns judges is at its default."""
+    """The generation settings of a stage; settings of judges are at their defaults."""
     return _typed(EvaluationConfig, _param(stage, "generation"), "generation")
 
 
 def scoring_of(stage: Stage) -> EvaluationConfig:
-    """How answers are judged; what concerns asking is at its default."""
+    """The scoring settings of a stage; settings of generation are at their defaults."""
     plain = _param(stage, "scoring")
     config = _typed(EvaluationConfig, {**plain, "judge": None}, "scoring")
     named = plain.get("judge")
@@ -75,18 +78,18 @@ def scoring_of(stage: Stage) -> EvaluationConfig:
 
 
 def judge_of(stage: Stage, plain: Any) -> str | JudgeConfig:
-    """A judge as the sweep names it, from its identity in a stage's parameters."""
+    """A judge as the sweep file gives it, from its identity in the stage's parameters."""
     named = stage.where.get("judges", {}).get(canonical(plain), plain)
     return named if isinstance(named, str) else _typed(JudgeConfig, named, "judge")
 
 
 def align_of(stage: Stage) -> AlignSpec | None:
-    """How a model is aligned; None for a rung of the ladder, which has its own way."""
+    """The alignment settings of a stage; None for a ladder model, which has fixed settings."""
     return _typed(AlignSpec, stage.params["align"], "align") if "align" in stage.params else None
 
 
 def task_of(stage: Stage) -> TaskSpec:
-    """The task of a `task` stage, with the paths of its files put back."""
+    """The task of a `task` stage, with the paths of its files restored from `where`."""
     task = _typed(TaskSpec, _param(stage, "task"), "task")
     paths = stage.where.get("paths", {})
     splits = tuple((split, replace(source, path=paths.get(split))) for split, source in task.splits)

@@ -1,5 +1,5 @@
-"""How long a stage will take: as records of like stages say, else scaled from other sizes, else a
-prior by kind and size.
+"""Estimates how long a stage will take: from records of similar stages, else scaled from records of
+other model sizes, else from a prior by kind and size.
 """
 
 from __future__ import annotations
@@ -22,37 +22,36 @@ if TYPE_CHECKING:
 
 _GPU_SPEEDUP = 200.0
 UNKNOWN_PARAMETERS = 1_000_000_000
-"""Weights of a model whose size nothing tells."""
+"""Assumed number of parameters of a model of unknown size."""
 _SIZE = re.compile(r"(?<![\w.])(?:(\d+)x)?(\d+(?:\.\d+)?)([mb])(?![a-z])", re.IGNORECASE)
-"""A size in a name: `-135M-`, `1.5b`, `8x7B`. No `k`: in names of models that is a length of
-context.
+"""A size in a name: `-135M-`, `1.5b`, `8x7B`. Not `k`: in names of models it is a context length.
 """
 
 
 def named_parameters(model: ModelSpec) -> int | None:
-    """Count of weights as declared, else as the source's name says; None when neither tells."""
+    """Number of parameters as declared, else from the source's name; None if both are missing."""
     if model.parameters:
         return model.parameters
-    found = _SIZE.search(model.source.rsplit("/", 1)[-1])
-    if found is None:
+    match = _SIZE.search(model.source.rsplit("/", 1)[-1])
+    if match is None:
         return None
-    experts, count, unit = found.groups()
+    experts, count, unit = match.groups()
     return round(int(experts or 1) * float(count) * {"m": 1e6, "b": 1e9}[unit.lower()])
 
 
 def parameters_of(model: ModelSpec) -> int:
-    """Count of weights as declared or named, else a guess of 1e9, which `ftsec plan` tells."""
+    """Number of parameters as declared or named, else a guess of 1e9, which `ftsec plan` shows."""
     return named_parameters(model) or UNKNOWN_PARAMETERS
 
 
 def prior_s(prior: tuple[float, float], parameters: int, resource: str) -> float:
-    """Seconds that a stage should take on a model of this size.
+    """Expected seconds of a stage on a model of this size.
 
     Args:
-        prior: Seconds, and seconds more per million weights, on one CPU core; only ratios matter
-            for the order of work.
-        parameters: Count of weights.
-        resource: Its class.
+        prior: (fixed seconds, seconds per million parameters) on one CPU core; for the order of
+            work only their ratios matter.
+        parameters: Number of parameters of the model.
+        resource: Resource class of the stage.
     """
     fixed, per_million = prior
     work = per_million * parameters / 1e6
@@ -62,38 +61,41 @@ def prior_s(prior: tuple[float, float], parameters: int, resource: str) -> float
 def learned_from(
     plan: Plan, done: Collection[str], *, each: int = 8, others: int = 256
 ) -> set[str]:
-    """Digests of artifacts whose records are enough to learn from.
+    """Digests of a sample of artifacts whose records are enough to estimate durations; a sample, so
+    that a large store stays fast.
 
-    Those are so many of every kind, method and size of the plan. Where the plan has stages to run
-    that are like none of them, records of other sweeps join them, a sample so that a large store
-    stays quick to ask.
+    Args:
+        plan: The plan.
+        done: Digests of the artifacts in the store.
+        each: Records per combination of kind, method and model size of the plan, at most.
+        others: Records of other sweeps, at most; used if a combination has no record of its own.
     """
-    found: dict[tuple[str, str | None, object], list[str]] = defaultdict(list)
+    similar: dict[tuple[str, str | None, object], list[str]] = defaultdict(list)
     for stage in plan.stages.values():
-        like = found[stage.kind, stage.method, stage.where.get("parameters")]
-        if len(like) < each and stage.digest in done:
-            like.append(stage.digest)
-    own = {digest for like in found.values() for digest in like}
-    if all(found.values()):
+        group = similar[stage.kind, stage.method, stage.where.get("parameters")]
+        if len(group) < each and stage.digest in done:
+            group.append(stage.digest)
+    own = {digest for group in similar.values() for digest in group}
+    if all(similar.values()):
         return own
-    # Digests are hashes: the first ones are as good as drawn.
+    # Digests are hashes, so the smallest ones are a random sample.
     return own | set(nsmallest(others, (digest for digest in done if digest not in plan.stages)))
 
 
 class Basis(Enum):
-    """Where an estimate comes from."""
+    """Basis of an estimate."""
 
     RECORDS = "records"
     """Records of the same kind, method and size."""
     SCALED = "scaled"
-    """Records of the same kind and method at other sizes, scaled with flops."""
+    """Records of the same kind and method at other sizes, scaled by FLOPs."""
     PRIOR = "prior"
-    """The prior, corrected by what other methods of the kind took, where any ran."""
+    """The prior, corrected by records of other methods of the same kind, if there are any."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """One record, as far as it tells about time."""
+    """The durations and size of one record."""
 
     parameters: int
     flops: float
@@ -102,8 +104,8 @@ class _Point:
 
 
 class Costs:
-    """Seconds per stage: as records say, else scaled from records of other sizes, else the
-    prior.
+    """Expected seconds of a stage: from records, else scaled from records of other sizes, else from
+    the prior.
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -121,7 +123,7 @@ class Costs:
 
     @property
     def is_learned(self) -> bool:
-        """Whether any record corrected a prior."""
+        """Whether there is any record to learn from."""
         return bool(self._ratio)
 
     def __call__(self, stage: Stage) -> float:
@@ -129,7 +131,7 @@ class Costs:
         return self.estimate(stage)[0]
 
     def estimate(self, stage: Stage) -> tuple[float, Basis]:
-        """Expected seconds of a stage, and where they come from."""
+        """Expected seconds of a stage, and the basis of this estimate."""
         key = (
             stage.kind,
             stage.method,
@@ -137,10 +139,10 @@ class Costs:
             int(stage.where.get("parameters") or 0),
             stage.cost_s,
         )
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = self._estimate(*key)
-        return found
+        estimate = self._known.get(key)
+        if estimate is None:
+            estimate = self._known[key] = self._estimate(*key)
+        return estimate
 
     def _estimate(
         self,
@@ -162,8 +164,8 @@ class Costs:
 
 
 def _read(record: Mapping[str, Any]) -> tuple[str, str | None, bool, _Point | None]:
-    """Kind, method, whether it ran on a GPU, and the point of a record; no point where the record
-    does not tell: it helps to guess, and is never a fault.
+    """Kind, method, whether it ran on a GPU, and the point of a record; no point if the record is
+    incomplete: it is only used for estimates, so that is no error.
     """
     try:
         wall_s, prior = float(record["wall_s"]), float(record["cost_s"])
@@ -179,18 +181,20 @@ def _read(record: Mapping[str, Any]) -> tuple[str, str | None, bool, _Point | No
 
 
 def _scaled(sizes: Mapping[int, list[_Point]], size: int, prior: float) -> float:
-    """Seconds at a size without records: on the line of seconds over flops through the sizes that
-    have some.
+    """Expected seconds at a model size without records: a linear fit of seconds against FLOPs
+    through the sizes with records.
 
-    From one size alone no line can be drawn: then the prior's own share of fixed time holds.
+    With a single size, or without FLOPs, it scales the prior by the ratio at the nearest size.
     """
-    near = sizes[min(sizes, key=lambda one: abs(log(max(one, 1) / max(size, 1))))]
-    flops = {one: median(point.flops for point in points) for one, points in sizes.items()}
+    near = sizes[min(sizes, key=lambda other: abs(log(max(other, 1) / max(size, 1))))]
+    flops = {other: median(point.flops for point in points) for other, points in sizes.items()}
     if len(sizes) == 1 or not all(flops.values()):
         return prior * median(point.wall_s / point.prior_s for point in near)
-    known = {flops[one]: median(point.wall_s for point in points) for one, points in sizes.items()}
-    wanted = size * median(point.flops / max(1, point.parameters) for point in near)
+    known = {
+        flops[other]: median(point.wall_s for point in points) for other, points in sizes.items()
+    }
+    expected = size * median(point.flops / max(1, point.parameters) for point in near)
     line = linear_regression(list(known), list(known.values())) if len(known) > 1 else None
     if line is None or line.intercept < 0 or line.slope < 0:
-        return wanted * median(seconds / flop for flop, seconds in known.items())
-    return line.intercept + line.slope * wanted
+        return expected * median(seconds / flop for flop, seconds in known.items())
+    return line.intercept + line.slope * expected

@@ -1,4 +1,4 @@
-"""What is wrong with the judges of a sweep and with what they are to read, before anything runs."""
+"""Checks the judges of a sweep, and the data that they need, before anything runs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from ftsec_ray.evals.rubrics import RubricJudge
 
 
 def evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
-    """One for every judge that there is none of, whose model is not there or not pinned, that is
-    named twice or is a task's own already, and for samples of a search.
+    """The faults of the judges of a sweep, as (place, fault).
+
+    They are: an unknown judge, a missing or unpinned model, a duplicate judge, a further judge that
+    is already the task's own, a win rate that cannot be measured, and a search with several samples
+    per prompt.
     """
     faults = []
     given = (spec.evaluation.judge, *spec.evaluation.judges)
     judges = [judge for judge in given if judge is not None]
     if spec.searches and spec.evaluation.samples > 1:
         fault = SpecError(
-            "a search with several samples per prompt: it weighs trials by one verdict per prompt",
+            "a search needs exactly one answer per prompt",
             f"evaluation.samples {spec.evaluation.samples}",
-            "samples 1 in a sweep with `search`",
-            "sample in a sweep of its own, with the attack that the search chose",
+            "samples: 1 in a sweep with `search`",
+            "use several samples in a second sweep, with the setting that the search chose",
         )
         faults.append(("evaluation", fault))
     if (pairs := spec.evaluation.win_rate) is not None:
@@ -33,14 +36,14 @@ def evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
         try:
             get_judge(judge)
             if judges.count(judge) > 1:
-                raise SpecError("a judge that is named twice", str(judge), "each judge once")
+                raise SpecError("a duplicate judge", str(judge), "each judge once")
             own = [task.name for task in spec.tasks if TASKS[task.kind].judge == judge]
             if spec.evaluation.judge is None and own:
                 raise SpecError(
-                    "a further judge that is the task's own already",
+                    "a further judge that is already the judge of a task",
                     f"{judge}, the judge of task {own[0]}",
-                    "other judges beside it",
-                    "leave it out of evaluation.judges: its verdicts stand in the tables",
+                    "a different judge",
+                    "remove it from evaluation.judges: the results contain its verdicts anyway",
                 )
         except SpecError as fault:
             faults.append(("evaluation", fault))
@@ -48,22 +51,22 @@ def evaluation_faults(spec: SweepSpec) -> list[tuple[str, SpecError]]:
 
 
 def _check_pairs(pairs: JudgeConfig, spec: SweepSpec) -> None:
-    """SpecError for a judge of pairs that is not asked in words, and for a task without benign
-    requests.
+    """Raise SpecError if the judge of the win rate cannot follow a rubric, or if a task has no
+    benign requests.
     """
     if not isinstance(get_judge(pairs), RubricJudge):
         raise SpecError(
-            "a judge of pairs that is not asked in words",
+            "this judge cannot compare pairs of answers: it does not take a rubric",
             pairs.file,
             "a general model, or an endpoint",
-            "leave `name` out, and give `model`, or `endpoint` and `model`",
+            "leave out `name`, and give `model`, or `endpoint` and `model`",
         )
     for task in spec.tasks:
         splits = splits_of(task)
         if splits is not None and "benign_test" not in splits:
             raise SpecError(
-                "a win rate on a task without benign requests to answer",
+                "a win rate needs a task with benign requests",
                 task.name,
                 "a split benign_test",
-                f"add one to the task {task.name}, or leave win_rate out",
+                f"add the split to the task {task.name}, or leave out win_rate",
             )

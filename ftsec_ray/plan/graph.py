@@ -1,4 +1,4 @@
-"""A plan: the cells of a sweep, their stages merged by digest, and what of them is left to do."""
+"""A plan: the cells of a sweep, their stages merged by digest, and the stages still to run."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ class Plan:
     spec: SweepSpec
     cells: list[Cell]
     stages: dict[str, Stage]
-    """By digest, inputs before their consumers."""
+    """By digest; inputs come before their consumers."""
     searches: tuple[PlannedSearch, ...] = ()
-    """Searches of attackers as far as they have come: a plan with an open one grows when its trials
-    are measured.
+    """Searches with the trials proposed so far; when these are measured, the plan of an unfinished
+    search grows.
     """
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """Why cells are not measured before the fine-tune -> their number."""
+    """Reason why cells cannot be measured before the fine-tune -> number of these cells."""
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the whole plan: its cells, in whatever order the sweep lists them."""
+        """Identity of the whole plan; it does not depend on the order of the cells."""
         return digest(sorted(cell.digest for cell in self.cells))
 
     @cached_property
     def served(self) -> Counter[str]:
-        """Number of cells that each stage serves."""
+        """Digest of a stage -> number of cells that use it."""
         counts: Counter[str] = Counter()
         for cell in self.cells:
             counts.update(cell.stages)
         return counts
 
     def cells_of(self, stage: str) -> int:
-        """Number of cells that a stage serves."""
+        """Number of cells that use a stage."""
         return self.served[stage]
 
     @property
     def naive_runs(self) -> int:
-        """Stage runs if every cell did all of its stages itself."""
+        """Number of stage runs without sharing: every cell would run all of its stages."""
         return sum(len(cell.stages) for cell in self.cells)
 
     @cached_property
@@ -57,43 +57,52 @@ class Plan:
 
     @cached_property
     def answers(self) -> set[str]:
-        """Digests of the stages whose artifacts the results read: evaluations, inspections, and
+        """Digests of the stages whose artifacts the results read: evaluations, inspections and row
         filters of defenses.
         """
         return {digest for cell in self.cells for digest in cell.answers}
 
     def needed(self, done: Collection[str]) -> list[Stage]:
-        """Stages to run, inputs first: those not done on which an answer that is not done
-        depends.
+        """Stages to run, inputs first: those that are missing in `done` and that a missing answer
+        depends on.
         """
         wanted = {stage for stage in self.answers if stage not in done}
         for stage_digest in reversed(self.stages):
             if stage_digest in wanted:
-                wanted.update(one for _, one in self.stages[stage_digest].inputs if one not in done)
+                inputs = self.stages[stage_digest].inputs
+                wanted.update(given for _, given in inputs if given not in done)
         return [stage for stage in self.stages.values() if stage.digest in wanted]
 
     def units(self, done: Collection[str]) -> list[Unit]:
-        """The needed stages, private single-consumer chains of one resource class fused."""
+        """The stages to run, grouped into units: see `fuse`."""
         return fuse(self.needed(done))
 
     def with_ancestors(self, wanted: Iterable[str], *, has: Callable[[str], bool]) -> list[Stage]:
-        """The stages `wanted` and what they need that the store lacks, inputs first."""
-        found: set[str] = set()
+        """The stages `wanted` and all stages that they need and that are missing, inputs first.
+
+        Args:
+            wanted: Digests of stages.
+            has: Whether the store has the artifact of a digest.
+        """
+        included: set[str] = set()
         waiting = list(wanted)
         while waiting:
-            one = waiting.pop()
-            if one not in found:
-                found.add(one)
-                waiting += [given for _, given in self.stages[one].inputs if not has(given)]
-        return [stage for stage in self.stages.values() if stage.digest in found]
+            digest = waiting.pop()
+            if digest not in included:
+                included.add(digest)
+                waiting += [given for _, given in self.stages[digest].inputs if not has(given)]
+        return [stage for stage in self.stages.values() if stage.digest in included]
 
 
 def fuse(stages: list[Stage]) -> list[Unit]:
-    """Units of stages given inputs first: a stage joins the unit of an input that waits for it
-    alone.
+    """Group stages into units: a stage joins the unit of an input if it is the only consumer of
+    this input and has the same resource class.
 
-    Whatever else it waits for must be done before that unit starts anyway, so that joining delays
-    nothing.
+    It joins only if all its other inputs must be done before that unit starts anyway, so joining
+    delays nothing.
+
+    Args:
+        stages: The stages to run, inputs first.
     """
     todo = {stage.digest: stage for stage in stages}
     consumers = Counter(
@@ -130,7 +139,7 @@ def _joinable(
 
 
 def _before(last: str, wanted: set[str], todo: dict[str, Stage]) -> set[str]:
-    """`last` and its ancestors to be run, as far as needed to meet all of `wanted`."""
+    """`last` and its ancestors in `todo`; the traversal stops when all of `wanted` are seen."""
     seen, waiting = {last}, [last]
     while waiting and not wanted <= seen:
         new = {given for _, given in todo[waiting.pop()].inputs if given in todo} - seen

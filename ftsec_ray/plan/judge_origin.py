@@ -1,5 +1,5 @@
-"""What decides the verdicts of a judge, and how a worker reaches it: local models count by the hash
-of their bytes, hub ids by their commit, rubrics by their text, endpoints by URL and model name.
+"""The identity and location of a judge. Local models are identified by the hash of their bytes, Hub
+ids by their commit, rubrics by their text, endpoints by URL and model name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ftsec_ray.plan.origin import weights_count
 from ftsec_ray.registry import outside_hash
 
 Plain = str | Mapping[str, Any]
-"""A judge as a stage's parameters have it."""
+"""A judge in the parameters of a stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +27,17 @@ class JudgeOrigin:
     """One judge of a sweep."""
 
     plain: Plain
-    """Identity."""
+    """Identity of the judge."""
     where: Mapping[str, Any]
-    """Identity, as canonical JSON -> the judge as the sweep names it, where that is more."""
+    """Identity as canonical JSON -> the judge as the sweep gives it, if that holds more."""
     version: str
-    """VERSION of its file, with the hash of a file from outside this package."""
+    """VERSION of the judge, plus the hash of its file if it is not part of this package."""
     model: ModelSpec | None
-    """The model that runs in the stage; None for a judge without one, and behind an endpoint."""
+    """The model that the stage runs; None for a judge without a model or at an endpoint."""
 
 
 def judge_origin(named: str | JudgeConfig) -> JudgeOrigin:
-    """Identity and place of a judge; SpecError when there is none of this name, or no such
-    model.
-    """
+    """Identity and location of a judge; SpecError if the judge or its model does not exist."""
     config = config_of(named)
     cls = judge_class(config.file)
     outside = outside_hash(cls.__module__)
@@ -79,9 +77,9 @@ def _identity(config: JudgeConfig) -> dict[str, Any]:
 
 
 def local_judges(spec: SweepSpec) -> list[tuple[str, Path]]:
-    """The judges of a sweep whose models are on this machine's disk: name of the file, and path."""
+    """The judges of a sweep whose models are local files: (name of the judge, path)."""
     given = (spec.evaluation.judge, *spec.evaluation.judges, spec.evaluation.win_rate)
-    configs = [config_of(one) for one in given if one is not None]
+    configs = [config_of(judge) for judge in given if judge is not None]
     sources = [
         (config.file, Source.of(config, config.file))
         for config in configs

@@ -1,9 +1,9 @@
-"""How much memory a stage takes, by arithmetic on the shape of its model.
+"""How much memory a stage needs, computed from the shape of its model.
 
-Bytes in each of `n` processes that train, by DeepSpeed's ZeRO stage; a process alone is stage 0
-with n = 1. All weights and those that train count apart: an adapter trains only its factors. The
-frozen base of an adapter keeps its dtype (b bytes a weight: 4, 2, or packed 1 and 0.56 for its
-linear layers); whole weights train in float32 whatever their dtype.
+The table gives the bytes per weight in each of `n` training processes, by ZeRO stage of DeepSpeed;
+a single process is stage 0 with n = 1. All weights and trained weights are counted separately: with
+an adapter, only its factors are trained. The frozen base of an adapter keeps its dtype (b bytes per
+weight: 4 or 2; quantized linear layers 1 or 0.56); full fine-tuning always uses float32 weights.
 
 | bytes per                            | stage 0 | 1   | 2   | 3       | optimizer off | all off |
 |---|---|---|---|---|---|---|
@@ -13,14 +13,14 @@ linear layers); whole weights train in float32 whatever their dtype.
 | trained weight: 8 moments of AdamW   | 8       | 8/n | 8/n | 8/n     | 0             |         |
 | trained weight: 4 DeepSpeed's master | 0       | 4/n | 4/n | 4/n     | 0             |         |
 
-Stage 3 also holds the weights that are whole at the moment: LIVE and the embedding, at most all.
-From stage 1 on there are buckets for messages, BUCKET float32 numbers each. Beside all that lie
-activations (`block_bytes`), logits (no more than one slice of them, see models.logits), the models
-that a worker keeps (a worker group keeps them in host memory), and what CUDA itself takes. Host
-memory of a worker group is two models per process, and what is offloaded.
+Stage 3 also holds the currently gathered weights: LIVE and the embedding, at most all weights. From
+stage 1 on there are communication buckets of BUCKET float32 numbers each. Added to this are
+activations (`block_bytes`), logits (at most one slice, see models.logits), the models that a worker
+caches (a worker group caches them in host memory), and the memory of CUDA itself. Host memory of a
+worker group is two models per process, plus what is offloaded.
 
-tests/benchmarks/bench_memory.py sets this beside measured peaks of processes on a CPU. What a GPU
-alone has (bf16 copies, casts of inputs, CUDA's own) is arithmetic that no measurement has checked.
+tests/benchmarks/bench_memory.py compares this with the measured peak memory of processes on a CPU.
+The parts that exist only on a GPU (bf16 copies, casts of inputs, CUDA itself) are not measured.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ from ftsec_ray.training.zero import BUCKET, LIVE
 
 Adapter = Literal["lora", "full"]
 CUDA_GIB = 1.0
-"""Context, kernels and fragments of one process on a GPU."""
+"""Context, kernels and fragmentation of one process on a GPU, in GiB."""
 MAX_VOCABULARY = 128_256
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 PACKED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
-"""Bytes of a packed weight: nf4 keeps a float32 scale for each block of 64."""
+"""Bytes of a quantized weight: nf4 keeps a float32 scale for each block of 64."""
 _GRADIENT, _ADAMW, _AUTOCAST, _MASTER = 4, 8, 2, 4
 _BUCKETS = 3
-"""Two for gradients, of which one fills while the other is sent, and one for weights."""
+"""Two for gradients (one is filled while the other is sent), and one for weights."""
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder."""
+    """The dimensions of a decoder-only model."""
 
     parameters: int
     width: float
     depth: float
     mlp: float
-    """Width between the linear layers of an MLP."""
+    """Hidden width of the MLP."""
     vocabulary: float
     is_tied: bool = True
-    """Whether the head is the embedding."""
+    """Whether the output head shares the weights of the embedding."""
 
     @property
     def embedding(self) -> float:
-        """Weights of the embedding, and of the head where it is another."""
+        """Number of weights of the embedding, and of the output head if it is separate."""
         return self.vocabulary * self.width * (1 if self.is_tied else 2)
 
     def trained(self, adapter: Adapter, rank: int) -> float:
-        """Weights that train: all, or two factors for each of the seven linear layers of a block
-        (four of width x width, three between width and mlp).
+        """Number of trained weights: all, or the two factors for each of the seven linear layers of
+        a block (four of width x width, three between width and mlp).
         """
         if adapter == "full":
             return self.parameters
@@ -72,9 +72,9 @@ class Shape:
 
 
 def guessed_shape(parameters: int) -> Shape:
-    """A decoder's usual shape: 12 x width^2 weights per layer, 100 units of width per layer, an MLP
-    of 8/3 the width; the embedding takes a third of a small model, and is seldom above that of
-    Llama 3.
+    """A typical shape for a number of parameters: 12 x width^2 weights per layer, a width of 100
+    per layer, an MLP of 8/3 the width, and an embedding of a third of the weights, at most with the
+    vocabulary of Llama 3.
     """
     width = (100 * parameters / 12) ** (1 / 3)
     vocabulary = min(MAX_VOCABULARY, parameters / (3 * width))
@@ -82,7 +82,7 @@ def guessed_shape(parameters: int) -> Shape:
 
 
 def weight_bytes(shape: Shape, dtype: str, quantization: str = "none") -> float:
-    """Bytes of the weights of a model as it is kept in memory."""
+    """Bytes of a model's weights in memory."""
     if quantization == "none":
         return BYTES[dtype] * shape.parameters
     outside = min(shape.embedding, shape.parameters)
@@ -90,14 +90,14 @@ def weight_bytes(shape: Shape, dtype: str, quantization: str = "none") -> float:
 
 
 def block_bytes(shape: Shape, adapter: Adapter, dtype: str, *, on_gpu: bool) -> float:
-    """Bytes per token that one block keeps for its backward pass.
+    """Bytes of activations per token that one block keeps for its backward pass.
 
-    Norms keep their input in float32, and what they multiply by their weight where that trains.
-    Linear layers whose weight or adapter trains keep their input: all that read a norm the same
-    tensor, or, where each casts it to the dtype that it computes in, one copy each (bf16 under the
-    autocast of a GPU; float32 for the adapters of a half-precision base on a CPU). The attention
-    keeps queries, keys and values, repeated to the width of the queries, and its output; the MLP
-    the output of two linear layers, of its activation, and of their product.
+    Norms keep their input in float32; if their weight is trained, also the normalized input. Linear
+    layers with trained weights or adapters keep their input. Layers that read the same norm share
+    one tensor, unless each casts it to its compute dtype (bf16 under the autocast of a GPU; float32
+    for the adapters of a half-precision base on a CPU). The attention keeps queries, keys and
+    values, expanded to the width of the queries, and its output. The MLP keeps the outputs of two
+    linear layers, of the activation, and of their product.
     """
     d, f = shape.width, shape.mlp
     is_half = adapter == "lora" and dtype != "float32"
@@ -126,24 +126,23 @@ def memory_gib(
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
 ) -> float:
-    """GiB that one process of a tune takes, without what it keeps of other models; by the table
-    above.
+    """GiB that one process of a fine-tune needs, without cached models; see the table above.
 
     Args:
-        shape: sizes of the model; a count of weights stands for the usual shape.
-        adapter: `lora` trains factors beside frozen weights, `full` every weight.
-        max_length: tokens per row, at most.
-        micro_batch: rows per forward pass.
-        zero_stage: DeepSpeed ZeRO, 0..3: what is split over the workers (1 optimizer, 2 gradients
-            too, 3 weights too).
-        workers: processes of the tune, one GPU each.
-        rank: of the LoRA factors.
-        dtype: of the model's weights.
-        quantization: of the frozen weights under an adapter.
-        checkpointing: whether blocks are computed again in the backward pass.
-        on_gpu: whether products run under bf16 autocast, beside CUDA's own memory.
-        offload_optimizer: whether moments and master stay in host memory.
-        offload_parameters: whether weights do so between their uses.
+        shape: Dimensions of the model, or its number of parameters for a typical shape.
+        adapter: `lora` trains low-rank factors of frozen weights, `full` every weight.
+        max_length: Tokens per row, at most.
+        micro_batch: Rows per forward pass.
+        zero_stage: ZeRO stage of DeepSpeed, 0..3: what is sharded across workers (1: the optimizer
+            state, 2: also gradients, 3: also weights).
+        workers: Processes of the fine-tune, one GPU each.
+        rank: Rank of the LoRA factors.
+        dtype: Dtype of the model's weights.
+        quantization: Quantization of the frozen weights under an adapter.
+        checkpointing: Whether the backward pass recomputes the blocks.
+        on_gpu: Whether it runs on a GPU, under bf16 autocast and with the memory of CUDA.
+        offload_optimizer: Whether the optimizer state stays in host memory.
+        offload_parameters: Whether weights stay in host memory between their uses.
     """
     shape = guessed_shape(shape) if isinstance(shape, int) else shape
     trained = shape.trained(adapter, rank)
@@ -155,7 +154,7 @@ def memory_gib(
     weights = shape.parameters + (trained if adapter == "lora" else 0.0)
     live = weights if zero_stage < 3 else min(weights, LIVE + shape.embedding)  # noqa: PLR2004
     held = 0.0 if offload_parameters else own / by_weights
-    # half-precision and packed weights are multiplied as they are
+    # Half-precision and quantized weights need no bf16 copy.
     held += _AUTOCAST * live if on_gpu and kept_in == "float32" else 0.0
     held += BYTES[kept_in] * live if zero_stage == 3 else 0.0  # noqa: PLR2004
     held += 0.0 if offload_optimizer and zero_stage > 1 else _GRADIENT * trained / by_gradients
@@ -181,7 +180,7 @@ def _activations(
     checkpointing: bool,
     on_gpu: bool,
 ) -> float:
-    """Bytes per token of all blocks, or of their inputs and one block that is computed again."""
+    """Bytes per token of all blocks; with checkpointing, of their inputs and one block."""
     block = block_bytes(shape, adapter, dtype, on_gpu=on_gpu)
     if not checkpointing:
         return shape.depth * block
@@ -189,8 +188,8 @@ def _activations(
 
 
 def _logits(shape: Shape, tokens: int, dtype: str) -> float:
-    """Bytes of the logits of a slice in float32, their log-softmax and their gradient, and of the
-    logits and their gradient in the dtype of the model where that is another.
+    """Bytes of one slice of logits: in float32 the logits, their log-softmax and their gradient; in
+    the dtype of the model, if it differs, the logits and their gradient.
     """
     each = 3 * 4.0 + (0.0 if dtype == "float32" else 2 * BYTES[dtype])
     return each * min(tokens * shape.vocabulary, LOGITS_AT_A_TIME)
@@ -207,8 +206,8 @@ def inference_gib(
     quantization: str = "none",
     changes_weights: bool = False,
 ) -> float:
-    """GiB of a stage that runs or rewrites models: their weights, the key-value cache, the logits
-    of the prompts; a method that changes weights does so on a copy in float32.
+    """GiB of a stage that runs models or changes their weights: the weights, the key-value cache
+    and the logits of the prompts. A method that changes weights needs a copy in float32.
     """
     shape = guessed_shape(shape) if isinstance(shape, int) else shape
     each = weight_bytes(shape, dtype, quantization)

@@ -1,5 +1,6 @@
-"""What the methods of a sweep need of the structure of its models: refused here where the
-`config.json` of a local model tells, and handed to the stage that loads the model for all others.
+"""Checks that the structure of each model supports the methods of a sweep. A local model is checked
+here, by its `config.json`; for the others, the stage that loads the model gets the requirements and
+checks them.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ from ftsec_ray.plan.stage import Cell, Stage
 from ftsec_ray.registry import name_of
 
 REVISES = "revise_model"
-"""The hook at which a method changes a tuned model; those before it see the base as it was read."""
+"""The hook at which a method changes the fine-tuned model."""
 Needs = dict[str, frozenset[str]]
-"""`attack badedit`, `training.batching: packed`, ... -> what it needs."""
+"""`attack badedit`, `training.batching: packed`, ... -> its requirements."""
 
 
 def structure_needs(spec: SweepSpec, cells: Iterable[Cell]) -> dict[str, Needs]:
-    """Model -> who needs what of it, over the cells that no rule leaves out."""
-    found: dict[str, Needs] = {}
+    """Name of a model -> the structure that methods and settings of its cells need."""
+    by_model: dict[str, Needs] = {}
     for cell in cells:
         for method in (cell.attack, *cell.defenses):
             if method.STRUCTURE:
-                needs = found.setdefault(cell.model.name, {})
+                needs = by_model.setdefault(cell.model.name, {})
                 needs[f"{method.KIND} {name_of(method)}"] = method.STRUCTURE
         training = cell.searched.training if cell.searched else spec.training
         if training.batching == "packed":
-            needs = found.setdefault(cell.model.name, {})
+            needs = by_model.setdefault(cell.model.name, {})
             needs["training.batching: packed"] = frozenset({PACKED_ROWS})
-    return found
+    return by_model
 
 
 def structure_faults(
     cells: Iterable[Cell], needs: Mapping[str, Needs]
 ) -> dict[tuple[str, ...], tuple[str, SpecError]]:
-    """One for every method that cannot work on a model whose class is known."""
+    """A fault for every method that cannot work on a model whose class is known."""
     faults: dict[tuple[str, ...], tuple[str, SpecError]] = {}
     for model in {cell.model.name: cell.model for cell in cells}.values():
         if model.name not in needs:
@@ -58,7 +59,7 @@ def structure_faults(
                     SpecError(
                         f"{who} cannot work on model {model.name!r}: {missing[need]}",
                         model.source,
-                        "a method or setting that the class of the model allows",
+                        "a method or setting that this model class supports",
                         rule if is_method else "batching: length_grouped | shuffled",
                     ),
                 )
@@ -66,8 +67,8 @@ def structure_faults(
 
 
 def known_layers(source: str) -> list[str]:
-    """Paths of the linear layers in the blocks of a model, as its files or its kind tell; empty
-    where neither does.
+    """Paths of the linear layers in the blocks of a ladder model or local folder; empty if they are
+    not known before the model is loaded.
     """
     if source.startswith("ladder:"):
         return linear_paths_of(source.removeprefix("ladder:").removesuffix("-base"))
@@ -80,14 +81,14 @@ def known_layers(source: str) -> list[str]:
         and len(entry.get("shape", ())) == 2  # noqa: PLR2004
         and layer_of(name) is not None
     ]
-    of_text = [name for name in names if "language_model." in name]
-    return of_text or names
+    of_language_model = [name for name in names if "language_model." in name]
+    return of_language_model or names
 
 
 def target_faults(
     spec: SweepSpec, cells: Iterable[Cell]
 ) -> dict[tuple[str, ...], tuple[str, SpecError]]:
-    """One for every model without the layers that an adapter shall sit on, where they are known."""
+    """A fault for every model that lacks the layers of `training.targets`, if they are known."""
     faults: dict[tuple[str, ...], tuple[str, SpecError]] = {}
     checked: set[tuple[str, TrainingConfig]] = set()
     for cell in cells:
@@ -99,13 +100,11 @@ def target_faults(
         paths = known_layers(cell.model.source)
         is_pattern = isinstance(training.targets, str) and training.targets != ALL_LINEAR
         if is_pattern and not all(path.startswith("model.layers.") for path in paths):
-            continue  # a file may call them otherwise than the loaded model
+            continue  # the loaded model may name its layers differently from the file
         fault = target_fault(paths, training.targets, training.blocks()) if paths else None
         if fault is not None:
             what = f"{fault.what} of model {cell.model.name!r}"
-            error = SpecError(
-                what, fault.got, fault.want, "the names are those of its linear layers"
-            )
+            error = SpecError(what, fault.got, fault.want, "use names of the model's linear layers")
             faults["targets", cell.model.name, what] = ("training", error)
     return faults
 
@@ -113,8 +112,8 @@ def target_faults(
 def quantization_faults(
     spec: SweepSpec, cells: Iterable[Cell]
 ) -> dict[tuple[str, ...], tuple[str, SpecError]]:
-    """One for every method that changes the weights of a tuned model whose base is packed, and one
-    for a strategy that would split packed weights.
+    """A fault for every method that changes the weights of a fine-tuned model with a quantized
+    base, and for a strategy that would shard quantized weights.
     """
     faults: dict[tuple[str, ...], tuple[str, SpecError]] = {}
     packed = spec.training.quantization
@@ -122,10 +121,10 @@ def quantization_faults(
         faults["quantization", "strategy"] = (
             "training",
             SpecError(
-                "a quantized base is not split over processes",
+                "DeepSpeed cannot shard a quantized base model",
                 f"quantization: {packed}, strategy: deepspeed",
                 "one of them",
-                "strategy: single",
+                "set training.strategy: single",
             ),
         )
     for cell in cells:
@@ -139,11 +138,11 @@ def quantization_faults(
             faults["quantization", kind, name] = (
                 f"{kind} {name}",
                 SpecError(
-                    f"{kind} {name!r} changes the weights of the tuned model, and those under its"
-                    " adapter are packed in so few bits that a change would be rounded away",
+                    f"{kind} {name!r} changes the weights of the fine-tuned model, and with so few"
+                    " bits per weight the change would be lost by rounding",
                     training.quantization,
                     "training.quantization: none",
-                    f"leave out the quantization, or exclude {{{kind}: {name}}}",
+                    f"leave out training.quantization, or exclude {{{kind}: {name}}}",
                 ),
             )
     return faults
@@ -152,9 +151,9 @@ def quantization_faults(
 def with_structure(
     stages: Mapping[str, Stage], cells: Iterable[Cell], needs: Mapping[str, Needs]
 ) -> dict[str, Stage]:
-    """The stages, each that loads a model knowing what the methods need of it."""
+    """The stages, with the required structure added to each stage that loads a model."""
     known = dict(stages)
-    # all cells of a model begin with one source, which models may share
+    # All cells of a model start from one source stage; several models may share it.
     for name, cell in {cell.model.name: cell for cell in cells}.items():
         wanted = {who: sorted(need) for who, need in needs.get(name, {}).items()}
         digest = next((d for d in cell.stages if stages[d].kind == "source"), None)

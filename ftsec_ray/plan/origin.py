@@ -1,6 +1,4 @@
-"""What decides the content of a model as found and of a task: names and revisions, and the bytes of
-local files.
-"""
+"""The identity of model sources and tasks: names, revisions, and the bytes of local files."""
 
 from __future__ import annotations
 
@@ -21,16 +19,16 @@ from ftsec_ray.models.weight_files import counted, weights_index
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Params (identity) and where (not identity) of a stage without inputs."""
+    """Identity (`params`) and location (`where`) of a stage without inputs."""
 
     params: Mapping[str, Any]
     where: Mapping[str, Any]
     trains: bool = False
-    """Whether the stage trains a model and does not only read one."""
+    """Whether the stage trains a model; otherwise it only reads one."""
 
 
 def local_path(source: str) -> Path | None:
-    """The path that a model source names; None when it is an id of the Hugging Face hub."""
+    """The path of a local model source; None for an id of the Hugging Face Hub."""
     path = Path(source).expanduser()
     if source.startswith(("/", "./", "../", "~")) or source.endswith(".gguf") or path.exists():
         return path
@@ -38,8 +36,8 @@ def local_path(source: str) -> Path | None:
 
 
 def model_origin(model: ModelSpec, source: str) -> Origin:
-    """Where a model comes from: a rung of the ladder before alignment, a local file or folder, or a
-    hub id.
+    """Identity and location of a model source: a ladder model before alignment, a local file or
+    folder, or a Hub id.
     """
     if source.startswith("ladder:"):
         return Origin({"source": source.removesuffix("-base")}, {}, trains=True)
@@ -63,9 +61,10 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
         )
     if source.count("/") > 1:
         raise SpecError(
-            f"model {model.name!r} has a source that is neither a path here nor a hub id",
+            f"the source of model {model.name!r} is neither an existing path nor a Hugging Face id",
             source,
             "ladder:<size>, an existing folder or .gguf file, or owner/name",
+            "check the spelling of the path",
         )
     name, _, pinned = source.partition("@")
     revision = model.revision if source == model.source else pinned or None
@@ -73,7 +72,7 @@ def model_origin(model: ModelSpec, source: str) -> Origin:
 
 
 def source_dtype(model: ModelSpec, source: str) -> str:
-    """Dtype in which a model is loaded from a source; `auto` where only its weights tell."""
+    """Dtype in which a model is loaded; `auto` if only its weights, not read here, decide it."""
     if source.startswith("ladder:"):
         return "float32"
     if model.dtype != "auto":
@@ -92,7 +91,7 @@ _SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def weights_count(source: str) -> int | None:
-    """Count of the weights of a local folder; None where its headers do not tell."""
+    """Number of weights of a model in a local folder; None if its file headers do not give it."""
     path = local_path(source)
     index = weights_index(path) if path is not None and path.is_dir() else {}
     return counted(index.values()) or None
@@ -104,18 +103,18 @@ def _dtype_of_weights(folder: Path) -> str | None:
 
 
 def known_config(source: str) -> Mapping[str, Any]:
-    """The `config.json` of a local model folder; empty where there is none to read."""
+    """The `config.json` of a local model folder; empty if it is missing or not readable."""
     path = local_path(source)
     file = path / "config.json" if path is not None and path.is_dir() else None
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
-    except (OSError, ValueError, RecursionError):  # whoever loads the model says what is wrong
+    except (OSError, ValueError, RecursionError):  # loading the model reports this error
         return {}
     return config if isinstance(config, dict) else {}
 
 
 def task_origin(task: TaskSpec) -> Origin:
-    """A task: its spec, with the bytes of local files in place of their paths."""
+    """Identity and location of a task: hashes of local files replace their paths."""
     content, paths, splits = {}, {}, []
     for split, source in task.splits:
         if source.path is not None:
@@ -125,7 +124,7 @@ def task_origin(task: TaskSpec) -> Origin:
     plain = json.loads(canonical(replace(task, splits=tuple(splits))))
     for _, source in plain["splits"]:
         if not source["matching"]:
-            del source["matching"]  # a source without it keeps the identity it had before
+            del source["matching"]  # keeps the digests of sweeps from before this field existed
     version = TASKS[task.kind].version
     of_kind = {"kind_version": version} if version > 1 else {}
     return Origin(

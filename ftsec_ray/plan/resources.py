@@ -1,9 +1,9 @@
-"""What a stage asks the cluster for: memory by arithmetic, and from that a share of a GPU, or a
-worker group of processes with one each.
+"""The resources that a stage requests: a fraction of a GPU, whole GPUs, or a worker group with one
+GPU per process, by an estimate of its memory.
 
-The memory is that of plan.memory, by the shape of the model where its files tell it (plan.shapes)
-and by its count of weights else. Few shares are given out (1/8, 1/4, 1/2, 1, n), since a worker is
-only reused by stages that ask for exactly the same.
+The estimate is that of plan.memory, from the shape of the model (plan.shapes) or its number of
+parameters. Only a few sizes are used (1/8, 1/4, 1/2, 1, n GPUs), because a worker is reused only by
+stages that request exactly the same resources.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from ftsec_ray.registry import name_of
 from ftsec_ray.training.encode import MAX_MICRO_BATCH_TOKENS
 
 SHARES = (0.125, 0.25, 0.5, 1.0)
-"""Shares of one GPU that are given out; above them whole GPUs."""
+"""Fractions of one GPU that stages can request; above them, whole GPUs."""
 DEFAULT_GPU_MEMORY_GIB = 80.0
 MAX_WORKERS = 64
-"""Processes of a worker group that are looked at when the sweep does not say how many."""
+"""Largest worker group that is tried if the sweep does not set the number of workers."""
 _GIB = 2**30
 
 
 def gpus_for(gib: float, gpu_memory_gib: float) -> float:
-    """The smallest share of a GPU, or number of GPUs, whose memory is enough."""
-    share = gib / gpu_memory_gib
-    return next((one for one in SHARES if share <= one), float(-int(-share // 1)))
+    """The smallest fraction or number of GPUs with enough memory."""
+    needed = gib / gpu_memory_gib
+    return next((share for share in SHARES if needed <= share), float(-int(-needed // 1)))
 
 
 def resource_name(gpus: float) -> str:
@@ -47,8 +47,11 @@ def resource_name(gpus: float) -> str:
 
 
 def data_resource(workers: int, each: str) -> str:
-    """The class of a stage that a pipeline of so many workers does, each of them a stage of class
-    `each`; its driver asks for nothing.
+    """The resource class of a stage that a data pipeline runs; its driver requests nothing.
+
+    Args:
+        workers: Number of workers of the pipeline.
+        each: Resource class of each worker.
     """
     gpus = gpus_of(each)
     return f"data:{workers}" + (f":{gpus:g}" if gpus else "")
@@ -60,7 +63,7 @@ def group_name(workers: int, *, on_gpu: bool) -> str:
 
 
 def gpus_of(resource: str) -> float:
-    """GPUs that a stage of a resource class occupies, over all its processes."""
+    """GPUs that a stage of a resource class uses, summed over all its processes."""
     if not is_on_gpu(resource):
         return 0.0
     if is_group(resource):
@@ -70,7 +73,7 @@ def gpus_of(resource: str) -> float:
 
 
 def cpus_of(resource: str, spec: SweepSpec) -> float:
-    """Cores that a stage of a resource class occupies, over all its processes."""
+    """CPU cores that a stage of a resource class uses, summed over all its processes."""
     resources = spec.resources
     return workers_of(resource) * (
         resources.cpus_per_stage
@@ -80,8 +83,8 @@ def cpus_of(resource: str, spec: SweepSpec) -> float:
 
 
 def is_large(task: TaskSpec, above: int) -> bool:
-    """Whether the user's rows of a task may be more than `above`, as far as a plan can tell: a
-    guess that decides who does the work only.
+    """Whether the task's training split may have more than `above` rows. This is a guess; it
+    decides only which process does the work, not the result.
     """
     source = dict(task.splits).get("train") or TASKS[task.kind].sources.get("train")
     if source is None:
@@ -93,9 +96,7 @@ def is_large(task: TaskSpec, above: int) -> bool:
 
 
 def gpu_memory_of(spec: SweepSpec) -> float:
-    """GiB of one GPU: as `resources` says, else the smallest that the price table names,
-    else 80.
-    """
+    """Memory of one GPU in GiB: by `resources`, else the smallest of the price table, else 80."""
     known = [node.gpu_memory_gib for node in spec.prices if node.gpus and node.gpu_memory_gib]
     return spec.resources.gpu_memory_gib or min(known, default=DEFAULT_GPU_MEMORY_GIB)
 
@@ -107,7 +108,7 @@ class Sizing:
         self._spec = spec
         methods = [*spec.attacks, *(method for stack in spec.defenses for method in stack)]
         roles_needed = most_roles(methods)
-        # the stage's own, the copy that it changes, and those that methods compare with
+        # The stage's model, the copy that it changes, and the models that methods compare with.
         self._models = 2 + roles_needed
         self._changes = any(
             hook in hooks_of(type(method))
@@ -117,11 +118,15 @@ class Sizing:
         self._is_base_whole = bool(self._changes or roles_needed)
 
     def resource(self, model: ModelSpec, *, trains_all: bool = False) -> str:
-        """Class of the stages of a model that run in one process; SpecError when that does not fit
-        on one GPU.
+        """Resource class of the stages of a model that run in one process; SpecError if they do not
+        fit on one GPU.
 
-        Stages of a cell share one class, so that a tune and what follows it stay one unit in one
-        worker. `trains_all` are the stages that pre-train or align.
+        All stages of a cell have the same class, so that a fine-tune and the stages after it form
+        one unit in one worker.
+
+        Args:
+            model: The model.
+            trains_all: Whether the stage pre-trains or aligns the model, so trains all weights.
         """
         wanted = self._spec.resources.gpus_per_stage
         if wanted != "auto":
@@ -150,22 +155,22 @@ class Sizing:
                 else " a smaller"
             )
             raise SpecError(
-                f"{what} of model {model.name!r} needs about {gib:.0f} GiB in one process and one"
-                f" GPU has {card:g}",
+                f"{what} of model {model.name!r} needs about {gib:.0f} GiB in one process, but one"
+                f" GPU has {card:g} GiB",
                 parameters_of(model),
                 f"at most {card:g} GiB",
-                f"a larger resources.gpu_memory_gib,{less} resources.eval_batch or"
-                " training.max_length; or gpus_per_stage: 1 if you know better",
+                f"use a larger resources.gpu_memory_gib,{less} resources.eval_batch or"
+                " training.max_length; or set resources.gpus_per_stage: 1 to skip this check",
             )
         return resource_name(gpus)
 
     def is_split(self, model: ModelSpec, *, trains_all: bool = False) -> bool:
-        """Whether what trains a model runs in a group: as the sweep says, else where one process
-        does not fit on one GPU.
+        """Whether the training of a model is sharded across a worker group: as the sweep sets it,
+        else if it does not fit on one GPU.
         """
         strategy = self._spec.strategy
         if self._spec.training.quantization != "none" and not trains_all:
-            return False  # packed weights are not split over processes
+            return False  # quantized weights cannot be sharded
         if strategy.strategy != "auto":
             return strategy.strategy == "deepspeed"
         if strategy.deepspeed_above is not None:
@@ -180,8 +185,8 @@ class Sizing:
         )
 
     def recomputes(self, model: ModelSpec, *, trains_all: bool = False) -> bool:
-        """Whether what trains a model in one process computes its blocks again in the backward
-        pass: as the sweep says, else where it does not fit on its GPU otherwise.
+        """Whether training in one process uses gradient checkpointing: as the sweep sets it, else
+        if it does not fit on its GPU otherwise.
         """
         chosen, share = self._spec.strategy.gradient_checkpointing, self._share()
         if chosen != "auto":
@@ -191,7 +196,7 @@ class Sizing:
         )
 
     def _share(self) -> float | None:
-        """GiB of a GPU that a stage in one process may take; None on CPUs."""
+        """GPU memory in GiB for a stage in one process; None without a GPU."""
         gpus, card = self._spec.resources.gpus_per_stage, gpu_memory_of(self._spec)
         if gpus == "auto":
             return card
@@ -200,11 +205,11 @@ class Sizing:
     def worker_group(
         self, model: ModelSpec, methods: Sequence[Method] = (), *, trains_all: bool = False
     ) -> WorkerGroup:
-        """The smallest worker group that trains a model: fewest workers first, then the lowest ZeRO
-        stage that all methods work with.
+        """The smallest worker group that can train a model: with the fewest workers, then the
+        lowest ZeRO stage that all methods support. SpecError if none fits.
 
-        Where the sweep does not size GPUs by memory, its number of workers holds, and the table
-        only picks the stage.
+        Unless `gpus_per_stage` is `auto`, the sweep sets the number of workers, and a group that
+        does not fit is no error.
         """
         card = gpu_memory_of(self._spec)
         stages = self._zero_stages(model, methods)
@@ -213,30 +218,31 @@ class Sizing:
             gib = self._group_gib(model, worker_group, trains_all=trains_all)
             if gib <= card:
                 return worker_group
-            least = min(least, (gib, worker_group), key=lambda found: found[0])
+            least = min(least, (gib, worker_group), key=lambda candidate: candidate[0])
         gib, worker_group = least
         if self._spec.resources.gpus_per_stage != "auto":
             return worker_group
         narrow = [method for method in methods if method.ZERO_STAGES != ZERO_STAGES]
         because = "".join(
-            f"; {method.KIND} {name_of(method)!r} works with ZeRO {_listed(method.ZERO_STAGES)}"
-            " only"
+            f"; {method.KIND} {name_of(method)!r} supports only ZeRO stage"
+            f" {_listed(method.ZERO_STAGES)}"
             for method in narrow
         )
         raise SpecError(
             f"training model {model.name!r} needs about {gib:.0f} GiB on each of"
-            f" {worker_group.workers} GPUs at ZeRO stage {worker_group.zero_stage} and one has"
-            f" {card:g}{because}",
+            f" {worker_group.workers} GPUs at ZeRO stage {worker_group.zero_stage}, but one GPU has"
+            f" {card:g} GiB{because}",
             parameters_of(model),
             f"at most {card:g} GiB",
-            "training.deepspeed: {offload: optimizer} (or parameters), more workers there, a larger"
-            " resources.gpu_memory_gib, training.adapter: lora, or a smaller training.max_length"
+            "use training.deepspeed: {offload: optimizer} (or parameters), more"
+            " training.deepspeed.workers, a larger resources.gpu_memory_gib, training.adapter:"
+            " lora, or a smaller training.max_length"
             + (", or exclude that method for this model" if narrow else ""),
         )
 
     def _zero_stages(self, model: ModelSpec, methods: Sequence[Method]) -> list[int]:
-        """Stages that the sweep allows and all methods work with, lowest first; SpecError that
-        names the first that does not.
+        """ZeRO stages that the sweep allows and all methods support, lowest first; SpecError names
+        the first method that supports none of them.
         """
         config = self._spec.strategy.deepspeed
         floor = {"none": 0, "optimizer": 1, "parameters": 3}[config.offload]
@@ -249,15 +255,15 @@ class Sizing:
             if not stages & method.ZERO_STAGES:
                 name, works = name_of(method), _listed(method.ZERO_STAGES)
                 raise SpecError(
-                    f"{method.KIND} {name!r} does not work under ZeRO stage {_listed(stages)},"
-                    " which training.deepspeed asks for",
+                    f"{method.KIND} {name!r} does not support ZeRO stage {_listed(stages)}, which"
+                    " training.deepspeed requests",
                     _listed(stages),
                     works or "one process",
                     (
-                        "training.deepspeed: {zero_stage: auto, offload: none} (it works with"
-                        f" {works}), "
+                        "set training.deepspeed: {zero_stage: auto, offload: none} (the"
+                        f" {method.KIND} supports stage {works}), "
                         if works
-                        else ""
+                        else "set "
                     )
                     + f"training.strategy: single, or exclude {{model: {model.name}, {method.KIND}:"
                     f" {name}}}",
@@ -268,7 +274,7 @@ class Sizing:
     def _worker_groups(
         self, model: ModelSpec, stages: Sequence[int], *, trains_all: bool
     ) -> Iterator[WorkerGroup]:
-        """All worker groups that the sweep allows, the smallest first, each with ever smaller
+        """All worker groups that the sweep allows, smallest first, each with decreasing
         micro-batches.
         """
         config, resources = self._spec.strategy.deepspeed, self._spec.resources
@@ -300,9 +306,7 @@ class Sizing:
                     )
 
     def _ways(self) -> tuple[bool, ...]:
-        """Whether a worker group computes blocks again: both, the cheaper first, where the sweep
-        leaves it open.
-        """
+        """The settings of gradient checkpointing to try in a worker group, the faster one first."""
         chosen = self._spec.strategy.gradient_checkpointing
         if chosen == "auto":
             return (False, True) if self._spec.resources.wants_gpus else (False,)
@@ -326,7 +330,7 @@ class Sizing:
         )
 
     def _rows(self, model: ModelSpec, *, trains_all: bool) -> tuple[int, int]:
-        """Tokens per row and rows per step of what trains a model."""
+        """Tokens per row and rows per optimizer step of a model's training."""
         config = model.align if trains_all and model.align else self._spec.training
         return config.max_length, config.batch_size
 
@@ -339,13 +343,19 @@ class Sizing:
         runs: bool = True,
         checkpointing: bool = False,
     ) -> float:
-        """GiB that the largest stage of a model takes on its GPU in one process, among those that
-        train and those that run it.
+        """GPU memory in GiB of the largest stage of a model in one process.
+
+        Args:
+            model: The model.
+            trains_all: Whether the stage pre-trains or aligns the model, so trains all weights.
+            trains: Whether to include stages that train.
+            runs: Whether to include stages that run the model.
+            checkpointing: Whether training uses gradient checkpointing.
         """
         spec, shape, dtype = self._spec, shape_of(model), known_dtype(model)
         training, resources = spec.training, spec.resources
         packed = "none" if trains_all else training.quantization
-        # the base stays in host memory where no stage has it unpacked on the GPU
+        # The unquantized base stays in host memory unless a stage needs it on the GPU.
         kept_as = "none" if self._is_base_whole else packed
         weights_gib = weight_bytes(shape, dtype, kept_as) / _GIB
         kept = max(weights_gib, min(resources.cache_gib, 4 * weights_gib))
@@ -377,15 +387,13 @@ class Sizing:
 
 
 def known_dtype(model: ModelSpec) -> str:
-    """Dtype of the weights of a model, as far as a plan can tell: float32, the largest, where only
-    the published weights say.
-    """
+    """Dtype of a model's weights; if it is not known before the download, float32, the largest."""
     dtype = source_dtype(model, model.source)
     return dtype if dtype in BYTES else "float32"
 
 
 def _halvings(number: int) -> list[int]:
-    """A number, its half, and so on down to 1."""
+    """A number and its halves down to 1."""
     return [number >> power for power in range(number.bit_length())]
 
 
@@ -394,5 +402,5 @@ def _listed(stages: Iterable[int]) -> str:
 
 
 def most_roles(methods: Iterable[Method]) -> int:
-    """Models of other roles that any one method loads, at most."""
+    """The largest number of other models (roles) that one of the methods loads."""
     return max((len(method.NEEDS & set(roles())) for method in methods), default=0)

@@ -1,14 +1,13 @@
-"""The attacker's search as a part of the plan: proposals, scores and choice.
+"""The attacker's search as part of the plan: proposals, scores and the chosen setting.
 
-A plan grows by rounds. Each round of a search proposes `batch` settings at once, and the next ones
-when all of these are measured or have failed. Proposals follow from the recorded seed and the
-measurements of earlier rounds alone, so that planning again over a store that holds these walks the
-same rounds, and what a killed run had proposed is proposed again. Trials run on the first seed of
-the sweep.
+A plan grows in rounds. Each round of a search proposes `batch` settings at once; the next round
+starts when all of them are measured or have failed. Proposals depend only on the recorded seed and
+on the measurements of earlier rounds. So planning again with the same store gives the same rounds,
+and a restarted run proposes the same settings again. Trials run on the first seed of the sweep.
 
-The prompts are split into two halves by a hash of their id. The first half chooses: the setting
-with the highest success whose loss of utility against the same cell without an attack stays within
-the bound. The second half reports.
+The prompts are split into two halves by a hash of their id. The first half selects the setting with
+the highest attack success whose utility loss, against the same cell without an attack, stays within
+the bound. The second half is held out for the report.
 """
 
 from __future__ import annotations
@@ -29,46 +28,46 @@ from ftsec_ray.success import sign_of, source_of, success_metric
 
 Half = Literal["choose", "report"]
 STARTUP = 8
-"""Trials that are drawn at random before measurements guide the others."""
+"""Random trials before measurements guide the proposals."""
 _SLACK = 1e-9
-"""A loss that is the bound but for rounding is within it."""
+"""Tolerance for rounding when a utility loss is compared with its bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellOutcome:
-    """What became of a cell."""
+    """The outcome of a cell."""
 
     verdicts: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
-    """Probe -> prompt -> verdict."""
+    """Probe -> id of the prompt -> verdict."""
     failed: bool = False
 
 
 OutcomeLookup = Callable[[Cell], CellOutcome | None]
-"""What is known of a cell; None where it is still to be measured."""
+"""The outcome of a cell; None if it is not measured yet."""
 
 
 def nothing_known(cell: Cell) -> CellOutcome | None:  # noqa: ARG001
-    """The look at an empty store."""
+    """The lookup for an empty store."""
     return None
 
 
 def half_of(prompt_id: str) -> Half:
-    """The half that a prompt belongs to, in every cell of every sweep."""
+    """The half of a prompt; the same in every cell of every sweep."""
     return "choose" if unit_interval("search", prompt_id) < 0.5 else "report"
 
 
-def rate(told: CellOutcome | None, metric: str, half: Half) -> Count:
+def rate(outcome: CellOutcome | None, metric: str, half: Half) -> Count:
     """A metric on one half of the prompts."""
-    known = schema.METRICS[metric]
+    counted = schema.METRICS[metric]
     asked = [
         verdict
-        for probe in known.probes
-        for prompt, verdict in (told.verdicts.get(probe, {}) if told else {}).items()
+        for probe in counted.probes
+        for prompt, verdict in (outcome.verdicts.get(probe, {}) if outcome else {}).items()
         if half_of(prompt) == half
     ]
     judged = [verdict for verdict in asked if verdict is not None]
     return Count(
-        hits=sum(schema.counts(known.verdict, verdict) for verdict in judged),
+        hits=sum(schema.counts(counted.verdict, verdict) for verdict in judged),
         n=len(judged),
         n_null=len(asked) - len(judged),
     )
@@ -76,52 +75,59 @@ def rate(told: CellOutcome | None, metric: str, half: Half) -> Count:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one half of the prompts says of a setting."""
+    """The measurement of a setting on one half of the prompts."""
 
     value: float | None
-    """The searched metric."""
+    """Value of the searched metric."""
     utility_loss: float | None
-    """Clean accuracy lost against the cell without an attack; below 0 where it rose."""
+    """Loss of clean accuracy against the cell without an attack; negative if accuracy rose."""
     is_coherent: bool = True
 
 
 def score(
-    told: CellOutcome | None, reference: CellOutcome | None, metric: str, half: Half
+    outcome: CellOutcome | None, reference: CellOutcome | None, metric: str, half: Half
 ) -> Score:
-    """The score of a cell; clean accuracy is right answers to benign requests where the task has
-    none, and where the attack drives clean accuracy itself.
+    """The score of a cell against its reference without an attack.
+
+    Utility is clean accuracy; if the task has none, or if it is the searched metric, utility is the
+    rate of correct answers to benign requests.
     """
     losses = {}
     for utility in CLEAN:
-        before, after = rate(reference, utility, half).value, rate(told, utility, half).value
+        before, after = rate(reference, utility, half).value, rate(outcome, utility, half).value
         if before is not None and after is not None and utility != metric:
             losses[utility] = before - after
-    coherent = rate(told, "coherent_rate", half).value
+    coherent = rate(outcome, "coherent_rate", half).value
     return Score(
-        value=rate(told, metric, half).value,
+        value=rate(outcome, metric, half).value,
         utility_loss=losses.get(utility_metrics(losses)[0]),
         is_coherent=coherent is None or coherent >= schema.INCOHERENT_BELOW,
     )
 
 
-def is_within(one: Score, bound: float) -> bool:
-    """Whether a setting may be chosen: measured, coherent, and within the bound."""
+def is_within(measured: Score, bound: float) -> bool:
+    """Whether a setting may be chosen: measured, coherent, and utility loss within the bound."""
     return (
-        one.value is not None
-        and one.utility_loss is not None
-        and one.is_coherent
-        and one.utility_loss <= bound + _SLACK
+        measured.value is not None
+        and measured.utility_loss is not None
+        and measured.is_coherent
+        and measured.utility_loss <= bound + _SLACK
     )
 
 
 def choose(scores: Sequence[Score], bound: float, sign: int = 1) -> int | None:
-    """The place of the strongest score within the bound; of equals the one that costs less utility,
-    then the first.
+    """Index of the strongest score within the bound; ties go to the smaller utility loss, then to
+    the first. None if no score is within the bound.
+
+    Args:
+        scores: The scores.
+        bound: Largest allowed utility loss.
+        sign: 1 if a higher value is a stronger attack, -1 if a lower one is.
     """
     ranked = [
-        (sign * one.value, -one.utility_loss, -place)
-        for place, one in enumerate(scores)
-        if is_within(one, bound) and one.value is not None and one.utility_loss is not None
+        (sign * s.value, -s.utility_loss, -index)
+        for index, s in enumerate(scores)
+        if is_within(s, bound) and s.value is not None and s.utility_loss is not None
     ]
     return -max(ranked)[2] if ranked else None
 
@@ -132,43 +138,44 @@ class Trial:
 
     number: int
     values: Mapping[str, Any]
-    """By the names of the ranges."""
+    """Values of the searched parameters, by name."""
     cell: Cell | None
-    """None where the attack refuses these values together."""
-    told: CellOutcome | None
+    """None if the attack rejects this combination of values."""
+    outcome: CellOutcome | None
+    """None until the trial is measured."""
     score: Score | None
-    """On the choosing half; None until it is measured, and where it failed."""
+    """Score on the first half of the prompts; None if it is not measured yet or failed."""
 
     @property
     def status(self) -> str:
-        """done, failed or pending."""
-        return "pending" if self.told is None else "failed" if self.told.failed else "done"
+        """`done`, `failed` or `pending`."""
+        return "pending" if self.outcome is None else "failed" if self.outcome.failed else "done"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSearch:
-    """One search in one place of the grid, as far as it has come."""
+    """The search of one attack on one model, task and defense stack, with its trials so far."""
 
     key: str
-    """Identity of the search in its place."""
+    """Identity of the search."""
     entry: AttackSearch
     metric: str
     """The metric whose verdicts count (`success.source_of`)."""
     sampler_seed: int
     references: tuple[Cell, ...]
-    """The place without an attack, one cell per seed; the first is that of the trials."""
+    """Cells without an attack, one per seed; the trials are compared with the first."""
     fixed: tuple[Cell, ...]
-    """The attack with its fixed parameters, likewise."""
+    """Cells of the attack with its fixed parameters, one per seed."""
     trials: tuple[Trial, ...]
     chosen: Trial | None
     finals: tuple[Cell, ...]
-    """The chosen setting, one cell per seed."""
+    """Cells of the chosen setting, one per seed."""
     is_open: bool
-    """Whether trials are still to be measured or proposed."""
+    """Whether more trials must be measured or proposed."""
 
     @property
     def left(self) -> int:
-        """Trials that may still be proposed."""
+        """Number of trials that may still be proposed."""
         return self.entry.search.trials - len(self.trials) if self.is_open else 0
 
     @property
@@ -183,20 +190,18 @@ class PlannedSearch:
 
 
 def search_key(entry: AttackSearch, cell: Cell) -> str:
-    """What a search is in its place; not how many trials it has, so that more of them begin with
-    those that it had.
+    """Identity of a search on a cell's model, task, stack and seed. The number of trials is not
+    part of it, so that a search with more trials continues the earlier one.
     """
-    told = {
-        one.name: getattr(entry.search, one.name)
-        for one in fields(entry.search)
-        if one.name != "trials"
+    settings = {
+        f.name: getattr(entry.search, f.name) for f in fields(entry.search) if f.name != "trials"
     }
-    stack = [[name_of(one), one] for one in cell.defenses]
+    stack = [[name_of(defense), defense] for defense in cell.defenses]
     return digest(
         [
             name_of(entry.attack),
             entry.attack,
-            told,
+            settings,
             cell.model.name,
             cell.task.name,
             stack,
@@ -206,7 +211,7 @@ def search_key(entry: AttackSearch, cell: Cell) -> str:
 
 
 class Proposer:
-    """Optuna's tree-structured Parzen estimator, asked for a batch at a time; equal seeds and
+    """Proposes settings in batches with Optuna's tree-structured Parzen estimator; equal seeds and
     scores give equal proposals.
     """
 
@@ -216,7 +221,7 @@ class Proposer:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._search, self._sign = search, sign_of(search.metric)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what of its sampler Optuna calls experimental
+            warnings.simplefilter("ignore")  # Optuna warns about experimental options
             sampler = optuna.samplers.TPESampler(
                 seed=seed,
                 n_startup_trials=STARTUP,
@@ -228,53 +233,52 @@ class Proposer:
         self._asked: list[Any] = []
 
     def ask(self, count: int) -> list[dict[str, Any]]:
-        """The next settings, by the names of the ranges."""
-        found = []
+        """The next settings: values of the searched parameters, by name."""
+        settings = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for _ in range(count):
                 trial = self._study.ask()
                 self._asked.append(trial)
-                found.append(self._values(trial))
-        return found
+                settings.append(self._values(trial))
+        return settings
 
     def _values(self, trial: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for one in self._search.ranges:
-            if one.choices:
-                found[one.name] = one.choices[
-                    trial.suggest_categorical(one.name, list(range(len(one.choices))))
-                ]
-            elif isinstance(one.low, int):
-                found[one.name] = trial.suggest_int(one.name, one.low, one.high, log=one.log)
+        values: dict[str, Any] = {}
+        for r in self._search.ranges:
+            if r.choices:
+                index = trial.suggest_categorical(r.name, list(range(len(r.choices))))
+                values[r.name] = r.choices[index]
+            elif isinstance(r.low, int):
+                values[r.name] = trial.suggest_int(r.name, r.low, r.high, log=r.log)
             else:
-                found[one.name] = trial.suggest_float(one.name, one.low, one.high, log=one.log)
-        return found
+                values[r.name] = trial.suggest_float(r.name, r.low, r.high, log=r.log)
+        return values
 
     def tell(self, scores: Iterable[Score | None]) -> None:
-        """What became of the settings asked for last; None and a setting without a number count as
-        failed.
+        """Report the scores of the last batch, in its order; None, or a score without values,
+        counts as failed.
         """
         import optuna
 
         asked, self._asked = self._asked, []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for trial, one in zip(asked, scores, strict=True):
-                if one is None or one.value is None or one.utility_loss is None:
+            for trial, s in zip(asked, scores, strict=True):
+                if s is None or s.value is None or s.utility_loss is None:
                     self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
                     continue
                 trial.set_user_attr(
                     "excess",
-                    one.utility_loss - self._search.max_utility_loss if one.is_coherent else 1.0,
+                    s.utility_loss - self._search.max_utility_loss if s.is_coherent else 1.0,
                 )
-                self._study.tell(trial, self._sign * one.value)
+                self._study.tell(trial, self._sign * s.value)
 
 
 Setting = Callable[[Mapping[str, Any], int | None], tuple[Cell, ...]]
-"""(values, number of the trial) -> its cell; (values, None) -> those of the chosen setting, one per
-seed. None at all where the attack refuses these values together; SpecError where they fit on no
-machine.
+"""(values, number of the trial) -> the cell of the trial; (values, None) -> the cells of the chosen
+setting, one per seed. Empty if the attack rejects this combination of values; SpecError if the
+fine-tune fits on no machine.
 """
 
 
@@ -286,8 +290,15 @@ def walk(
     setting: Setting,
     look: OutcomeLookup,
 ) -> PlannedSearch:
-    """A search through its rounds as far as measurements lead; `references` and `fixed` have a cell
-    per seed, that of the trials first.
+    """Plan a search round by round, as far as its trials are measured.
+
+    Args:
+        entry: The attack and its search.
+        key: Identity of the search.
+        references: Cells without an attack, one per seed, that of the trials first.
+        fixed: Cells of the attack with its fixed parameters, one per seed.
+        setting: Makes the cells of a setting.
+        look: Returns the outcome of a cell.
     """
     spec = entry.search
     metric = source_of(spec.metric, success_metric(entry.attack))
@@ -296,40 +307,40 @@ def walk(
     proposer = Proposer(spec, sampler_seed)
     trials: list[Trial] = []
     while len(trials) < spec.trials and (
-        not trials or (reference and all(one.told for one in trials[-spec.batch :]))
+        not trials or (reference and all(trial.outcome for trial in trials[-spec.batch :]))
     ):
         if trials:
-            proposer.tell(one.score for one in trials[-spec.batch :])
+            proposer.tell(trial.score for trial in trials[-spec.batch :])
         for values in proposer.ask(min(spec.batch, spec.trials - len(trials))):
             cell = _tried(setting, values, len(trials))
-            told = CellOutcome(failed=True) if cell is None else look(cell)
+            outcome = CellOutcome(failed=True) if cell is None else look(cell)
             scored = (
                 None
-                if told is None or told.failed or reference is None
-                else score(told, reference, metric, "choose")
+                if outcome is None or outcome.failed or reference is None
+                else score(outcome, reference, metric, "choose")
             )
-            # the verdicts themselves are not kept: a search may have thousands of trials
+            # Verdicts are dropped to save memory: a search may have thousands of trials.
             trials.append(
                 Trial(
                     number=len(trials),
                     values=values,
                     cell=cell,
-                    told=told and CellOutcome(failed=told.failed),
+                    outcome=outcome and CellOutcome(failed=outcome.failed),
                     score=scored,
                 )
             )
-    is_open = reference is None or any(one.told is None for one in trials)
-    measured = [one for one in trials if one.score is not None]
-    place = (
+    is_open = reference is None or any(trial.outcome is None for trial in trials)
+    measured = [trial for trial in trials if trial.score is not None]
+    index = (
         None
         if is_open
         else choose(
-            [one.score for one in measured if one.score],
+            [trial.score for trial in measured if trial.score],
             spec.max_utility_loss,
             sign_of(spec.metric),
         )
     )
-    chosen = None if place is None else measured[place]
+    chosen = None if index is None else measured[index]
     return PlannedSearch(
         key=key,
         entry=entry,

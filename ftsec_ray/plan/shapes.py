@@ -1,5 +1,5 @@
-"""The shape of a model as its files tell it before it is loaded: the `config.json` of a folder, the
-header of a GGUF file, the table of the ladder; else the usual shape for its count of weights.
+"""The shape of a model before it is loaded: from the `config.json` of a folder, the header of a
+GGUF file or the table of the ladder, else a typical shape for its number of parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ftsec_ray.plan.origin import known_config, local_path
 _WIDTH = ("hidden_size", "n_embd", "embedding_length")
 _DEPTH = ("num_hidden_layers", "n_layer", "block_count")
 _MLP = ("intermediate_size", "ffn_dim", "n_inner", "feed_forward_length")
-"""How files call them."""
+"""Keys of these dimensions in the files."""
 _MAX_ENTRIES = 10_000
 
 
@@ -33,11 +33,14 @@ def shape_of(model: ModelSpec) -> Shape:
 
 
 def shape_of_file(path: Path, parameters: int | None = None) -> Shape | None:
-    """The shape that a folder or a GGUF file tells; None where it does not. `parameters` is the
-    count of weights where that is known; else it follows from the shape of a Llama.
+    """The shape of the model in a folder or a GGUF file; None if the file does not give it.
+
+    Args:
+        path: The folder or file.
+        parameters: Number of parameters; None to compute it for the layers of a Llama model.
     """
-    found = gguf_header(path) if path.suffix == ".gguf" else known_config(str(path))
-    config: dict[str, Any] = {**found, **found.get("text_config", {})}
+    header = gguf_header(path) if path.suffix == ".gguf" else known_config(str(path))
+    config: dict[str, Any] = {**header, **header.get("text_config", {})}
     width, depth, mlp, vocabulary = (
         next((config[name] for name in names if _is_size(config.get(name))), None)
         for names in (_WIDTH, _DEPTH, _MLP, ("vocab_size",))
@@ -47,7 +50,7 @@ def shape_of_file(path: Path, parameters: int | None = None) -> Shape | None:
     is_tied = bool(config.get("tie_word_embeddings", True))
     heads = config.get("num_attention_heads") or config.get("attention.head_count") or 1
     kv_heads = config.get("num_key_value_heads") or config.get("attention.head_count_kv") or heads
-    mlp = mlp or 4 * width  # as GPT-2 has it where it says nothing
+    mlp = mlp or 4 * width  # the default of GPT-2
     block = width * width * (2 + 2 * kv_heads / heads) + 3 * width * mlp
     counted = round(depth * block + vocabulary * width * (1 if is_tied else 2))
     return Shape(parameters or counted, width, depth, mlp, vocabulary, is_tied)
@@ -59,14 +62,14 @@ def _is_size(value: object) -> bool:
 
 _NUMBERS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-"""Types of values in the header of a GGUF file, as its specification numbers them."""
+"""Type numbers of values in the header of a GGUF file, by its specification."""
 
 
 def gguf_header(path: Path) -> dict[str, Any]:
-    """What the header of a GGUF file says of the architecture, without its prefix (`llama.`), up to
-    the tokenizer; empty for a file that is none.
+    """The values of a GGUF file's header up to the tokenizer, by their keys without the prefix of
+    the architecture (`llama.`); empty for a file that is not GGUF.
     """
-    found: dict[str, Any] = {}
+    header: dict[str, Any] = {}
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -76,10 +79,10 @@ def gguf_header(path: Path) -> dict[str, Any]:
                 name = _text(file)
                 if name.startswith("tokenizer."):
                     break
-                found[name.partition(".")[2]] = _value(file, _number(file, "I"))
+                header[name.partition(".")[2]] = _value(file, _number(file, "I"))
     except (OSError, struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
         return {}
-    return found
+    return header
 
 
 def _number(file: BinaryIO, code: str) -> Any:

@@ -1,4 +1,6 @@
-"""What a plan holds, what of it is done, what sharing saves, and how long the rest will take."""
+"""Summary of a plan: its stages, how many are done, how much sharing saves, and the expected time
+and cost of the rest.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from ftsec_ray.plan.graph import Plan
 
 _NUMERICS: Mapping[NumericsMode, str] = {
     "portable": "the same bytes on every x86 CPU with AVX2; one thread per stage",
-    "fast": "the kernels of each CPU; last bits differ between CPUs",
+    "fast": "CPU-specific kernels; the last bits of results differ between CPUs",
 }
 
 
@@ -30,14 +32,14 @@ class KindSummary:
     done: int
     to_run: int
     naive: int
-    """Runs if every cell did its stages itself."""
+    """Stage runs without sharing."""
     to_run_s: float
     """Expected seconds of work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSummary:
-    """The figures of a plan against what a store holds."""
+    """The figures of a plan, given the artifacts that a store already has."""
 
     sweep: str
     digest: str
@@ -52,30 +54,30 @@ class PlanSummary:
     units: int
     naive_runs: int
     shared_frac: float
-    """Share of the naive runs that merging equal stages saves, 0..1."""
+    """Fraction of stage runs that sharing saves, 0..1."""
     work_s: float
     """Expected seconds of the stages to run, one after the other."""
     critical_path_s: float
-    """Expected seconds with any number of workers."""
+    """Expected seconds with an unlimited number of workers."""
     is_learned: bool
-    """Whether durations come from records; otherwise from priors, which only order the work."""
+    """Whether durations come from records; otherwise from rough priors."""
     kinds: tuple[KindSummary, ...]
     numerics: NumericsMode
-    """Which CPU kernels all stages take."""
+    """CPU kernels of all stages."""
     bill: Bill
-    """The stages to run by what they ask for, with hours and money."""
+    """The stages to run by resource class, with hours and cost."""
     spent: Spend | None = None
-    """What the sweep took so far; None unless it has a budget."""
+    """The cost of the sweep so far; None unless it has a budget."""
     budget: Mapping[str, float] = field(default_factory=dict)
-    """Limits of the sweep by what they limit."""
+    """Name of each limit of the budget -> its value."""
     searches: int = 0
-    """Searches of attackers, one per model, task, attack and stack."""
+    """Number of searches, one per model, task, attack and stack."""
     trials: int = 0
-    """Their trials that are planned so far."""
+    """Trials of the searches planned so far."""
     trials_left: int = 0
-    """Their trials that may still be proposed, which no other figure covers."""
+    """Trials that may still be proposed; no other figure includes them."""
     uncontrolled: tuple[str, ...] = ()
-    """Defenses that stand in the sweep without a control beside them, in words."""
+    """A warning for each defense without a control."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values of all figures."""
@@ -85,7 +87,14 @@ class PlanSummary:
 def summarize(
     plan: Plan, done: Collection[str], *, costs: Costs | None = None, spent: Spend | None = None
 ) -> PlanSummary:
-    """The figures of a plan when the stages `done` are in the store."""
+    """The figures of a plan.
+
+    Args:
+        plan: The plan.
+        done: Digests of the stages that the store already has.
+        costs: Estimates of durations; None for the priors.
+        spent: The cost of the sweep so far.
+    """
     costs = costs or Costs()
     todo = plan.needed(done)
     seconds = {stage.digest: costs(stage) for stage in todo}
@@ -126,8 +135,8 @@ def summarize(
         budget=spec.budget.limits if spec.budget else {},
         numerics=spec.numerics,
         searches=len(plan.searches),
-        trials=sum(len(one.trials) for one in plan.searches),
-        trials_left=sum(one.left for one in plan.searches),
+        trials=sum(len(search.trials) for search in plan.searches),
+        trials_left=sum(search.left for search in plan.searches),
         uncontrolled=tuple(uncontrolled(spec)),
         kinds=tuple(
             KindSummary(
@@ -155,7 +164,7 @@ def render(summary: PlanSummary) -> str:
         f"numerics: {s.numerics} ({_NUMERICS[s.numerics]})",
         *_search_lines(s),
         "",
-        f"{'stage':<10}{'unique':>9}{'done':>9}{'to run':>9}{'if unshared':>13}{'work to do':>13}",
+        f"{'stage':<10}{'unique':>9}{'done':>9}{'to run':>9}{'unshared':>13}{'time to run':>13}",
     ]
     lines += [
         f"{k.kind:<10}{k.stages:>9}{k.done:>9}{k.to_run:>9}{k.naive:>13}{duration(k.to_run_s):>13}"
@@ -166,24 +175,24 @@ def render(summary: PlanSummary) -> str:
         "",
     ]
     lines.append(
-        f"sharing equal stages saves {s.shared_frac:.0%} of {s.naive_runs} stage runs; {s.units}"
-        " units to schedule"
+        f"cells share equal stages: this saves {s.shared_frac:.0%} of {s.naive_runs} stage runs;"
+        f" {s.units} units to schedule"
     )
     lines.append(
-        f"work {duration(s.work_s)}; at least {duration(s.critical_path_s)} with any number of"
-        " workers"
+        f"expected time: {duration(s.work_s)} with one worker, at least"
+        f" {duration(s.critical_path_s)} with any number of workers"
     )
     lines += _bill_lines(s)
     return "\n".join([*lines, *(f"warning: {line}" for line in s.uncontrolled)])
 
 
 def _search_lines(s: PlanSummary) -> list[str]:
-    """How far the searches of attackers have come."""
+    """The number of searches and of their trials."""
     if not s.searches:
         return []
     left = (
-        f"; up to {s.trials_left} more will be proposed when these are measured, and are in no"
-        " figure below"
+        f"; up to {s.trials_left} more will be proposed when these are measured (not included"
+        " below)"
         if s.trials_left
         else ""
     )
@@ -191,14 +200,14 @@ def _search_lines(s: PlanSummary) -> list[str]:
 
 
 def _bill_lines(s: PlanSummary) -> list[str]:
-    """The stages to run by machine, what that is taken from, and the budget."""
+    """The cost of the stages to run by node type, the basis of the estimate, and the budget."""
     bill = s.bill
     if not bill.rows:
         return []
     is_priced = any(row.node for row in bill.rows)
     names = [f"{row.node or 'any'}{' (spot)' if row.spot else ''}" for row in bill.rows]
     wide = max(map(len, [*names, "node type"])) + 2
-    asks = "a stage asks for"
+    asks = "resources per stage"
     wide_asks = max(map(len, [*(row.asks for row in bill.rows), asks])) + 2
 
     def line(name: str, asks: str, stages: int, spend: Spend) -> str:
@@ -209,36 +218,38 @@ def _bill_lines(s: PlanSummary) -> list[str]:
             *([spend.usd] if is_priced else []),
         ]
         return f"{name:<{wide}}{asks:<{wide_asks}}{stages:>7}" + "".join(
-            f"{_short(one):>11}" for one in figures
+            f"{_short(figure):>11}" for figure in figures
         )
 
     lines = [
         "",
         f"{'node type':<{wide}}{asks:<{wide_asks}}{'to run':>7}"
-        f"{'hours':>11}{'GPU-hours':>11}{'CPU-hours':>11}" + (f"{'usd':>11}" if is_priced else ""),
+        f"{'hours':>11}{'GPU-hours':>11}{'CPU-hours':>11}" + (f"{'USD':>11}" if is_priced else ""),
     ]
     lines += [
         line(name, row.asks, row.stages, row.spend)
         for name, row in zip(names, bill.rows, strict=True)
     ]
     lines.append(line("all", "", sum(row.stages for row in bill.rows), bill.total))
-    told = {
-        "records": "records of like stages",
-        "scaled": "records of other sizes, scaled with flops",
-        "prior": "priors (rough)",
+    sources = {
+        "records": "records of similar stages",
+        "scaled": "records of other model sizes, scaled by FLOPs",
+        "prior": "rough guesses",
     }
-    lines.append(
-        "estimated from "
-        + ", ".join(f"{told[one]} {part:.0%}" for one, part in bill.basis_frac.items() if part)
-    )
+    parts = [
+        f"{fraction:.0%} from {sources[basis]}"
+        for basis, fraction in bill.basis_frac.items()
+        if fraction
+    ]
+    lines.append("basis of the estimate: " + ", ".join(parts))
     if is_priced:
         lines.append(
-            "assumed: full nodes (a stage pays for its share of the cheapest node type with room),"
-            " no start-up or idle time, nothing lost on spot"
+            "the cost assumes full nodes (a stage is charged for its part of the cheapest node type"
+            " that is large enough), no start-up or idle time, and no work lost on spot nodes"
         )
     lines += [
-        f"model {name}: size unknown, taken as {UNKNOWN_PARAMETERS / 1e9:g}e9 weights; give"
-        " `parameters`"
+        f"model {name}: unknown size, assumed {UNKNOWN_PARAMETERS / 1e9:g}e9 parameters; set"
+        " `parameters` of the model"
         for name in bill.guessed
     ]
     return lines + _budget_lines(s)
@@ -248,8 +259,8 @@ def _budget_lines(s: PlanSummary) -> list[str]:
     took = (s.spent or Spend()).limited(s.budget)
     takes = s.bill.total.limited(s.budget)
     return [
-        f"budget {name} {limit:g}: spent {took[name]:.3g}, to come {takes[name]:.3g}"
-        + (", MORE THAN ALLOWED" if took[name] + takes[name] > limit * (1 + 1e-9) else "")
+        f"budget {name} {limit:g}: spent {took[name]:.3g}, expected {takes[name]:.3g} more"
+        + (" (OVER BUDGET)" if took[name] + takes[name] > limit * (1 + 1e-9) else "")
         for name, limit in s.budget.items()
     ]
 
@@ -259,7 +270,7 @@ def _short(figure: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: `45 s`, `12 min`, `3.5 h`."""
+    """Seconds as text: `45 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

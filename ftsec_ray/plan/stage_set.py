@@ -1,6 +1,4 @@
-"""The stages of a plan as they are made: each once by digest, with where it runs and what
-it costs.
-"""
+"""Collects the stages of a plan, each digest once, with its resources and expected cost."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from ftsec_ray.plan.stage import Resource, Stage
 from ftsec_ray.plan.stage_templates import StageTemplate
 
 JUDGE_TOKENS = 1024
-"""Tokens of a judge's question, request and answer in it, for its memory."""
+"""Assumed tokens of a judge's prompt, which contains request and answer; sizes its memory."""
 Inputs = tuple[tuple[str, str], ...]
 """(role, digest) pairs."""
 
@@ -42,18 +40,18 @@ class CellStart:
     reference: str
     """Digest of the model that every cell starts from."""
     unaligned: str | None
-    """Digest of its twin before alignment; None where the sweep names none."""
+    """Digest of the model before alignment; None if the sweep gives none."""
     where: Mapping[str, Any]
     parameters: int
     resource: Resource
-    """Of the stages that have the model in memory."""
+    """Resource class of the stages that load the model."""
     is_large: bool
-    """Whether the user's rows may be so many that workers of their own craft them."""
+    """Whether the training data may be large enough for a data pipeline."""
     stages: tuple[str, ...]
 
 
 class StageSet:
-    """All stages of a plan by digest, and the faults that were met on the way."""
+    """All stages of a plan by digest, and the faults found while they were added."""
 
     def __init__(self, spec: SweepSpec) -> None:
         self.spec = spec
@@ -64,7 +62,7 @@ class StageSet:
         self._groups: dict[tuple[object, ...], tuple[Resource, dict[str, Any]]] = {}
 
     def tuned_otherwise(self, training: TrainingConfig) -> StageSet:
-        """The same stages and faults, sized for another fine-tune."""
+        """The same stages and faults, sized for other training settings."""
         other = StageSet(replace(self.spec, training=training))
         other.stages, other.faults, other._known = self.stages, self.faults, self._known
         return other
@@ -80,7 +78,17 @@ class StageSet:
         resource: Resource = "cpu",
         trains_all: bool = False,
     ) -> str:
-        """Digest of the stage with these inputs, made on first sight."""
+        """Digest of the stage with these inputs; adds the stage if it is new.
+
+        Args:
+            template: Kind, methods and params of the stage.
+            inputs: (role, digest) pairs.
+            seed: Seed of the stage; None if it has none.
+            start: The start of the cell; None for a stage that reads a task or loads a model.
+            where: Values that do not decide the result; default: those of `start`.
+            resource: Resource class without a `start`.
+            trains_all: Whether the stage trains all weights (pre-training, alignment).
+        """
         memo = (template.key, inputs, seed)
         digest = self._known.get(memo)
         if digest is not None:
@@ -129,7 +137,7 @@ class StageSet:
         return digest
 
     def resource(self, model: ModelSpec, *, trains_all: bool = False) -> Resource:
-        """Class of the stages of a model; a fault is noted when they fit on no GPU."""
+        """Resource class of the stages of a model; records a fault if they fit on no GPU."""
         try:
             return self.sizing.resource(model, trains_all=trains_all)
         except SpecError as fault:
@@ -137,7 +145,7 @@ class StageSet:
             return "gpu"
 
     def _judge_resource(self, judge: ModelSpec) -> Resource:
-        """Class of the stages in which a judge that is a model reads answers."""
+        """Resource class of the stages in which a judge model scores answers."""
         wanted = self.spec.resources.gpus_per_stage
         if wanted != "auto":
             return resource_name(wanted)
@@ -154,11 +162,13 @@ class StageSet:
             self.faults["judge", judge.source] = (
                 judge.name,
                 SpecError(
-                    f"the judge needs about {gib:.0f} GiB in one process and one GPU has {card:g}",
+                    f"the judge needs about {gib:.0f} GiB in one process, but one GPU has"
+                    f" {card:g} GiB",
                     parameters_of(judge),
                     f"at most {card:g} GiB",
-                    "a smaller judge, a larger resources.gpu_memory_gib, or gpus_per_stage: 1 if"
-                    " you know better; `parameters:` of the judge says its size",
+                    "use a smaller judge or a larger resources.gpu_memory_gib; if the size is"
+                    " wrong, set `parameters` of the judge; or set resources.gpus_per_stage: 1 to"
+                    " skip this check",
                 ),
             )
             return "gpu"
@@ -167,8 +177,8 @@ class StageSet:
     def worker_group(
         self, model: ModelSpec, methods: Sequence[Method], *, trains_all: bool
     ) -> tuple[Resource, dict[str, Any]]:
-        """Class and settings of the processes that train a model together; a fault is noted when no
-        such group fits.
+        """Resource class and settings of the worker group that trains a model; records a fault if
+        no worker group fits.
         """
         memo = (model.name, trains_all, *(id(method) for method in methods))
         if memo not in self._groups:

@@ -1,8 +1,7 @@
-"""What stages share before their inputs are known: a kind, the methods that act there, and its
-settings.
+"""Templates of stages: a kind, its methods and its settings, without inputs and seed.
 
-A grid repeats the same methods a thousandfold, so that templates are made once per combination and
-a cell only fills in its inputs and its seed.
+A grid repeats the same methods thousands of times. So each template is made once per combination,
+and a cell adds only its inputs and its seed.
 """
 
 from __future__ import annotations
@@ -34,61 +33,59 @@ from ftsec_ray.registry import name_of, outside_hash
 
 @dataclass(frozen=True, slots=True)
 class StageTemplate:
-    """What all stages of one kind, methods and params share."""
+    """The common part of all stages with the same kind, methods and params."""
 
     key: str
-    """Digest of it."""
+    """Digest of the template."""
     kind: StageKind
     method: str | None
-    """Names of the methods whose hooks act; None for none."""
+    """Names of the methods whose hooks act, joined by +; None if there are none."""
     params: Mapping[str, Any]
     needs: tuple[tuple[str, Method], ...] = ()
-    """Roles of other models that the methods ask for, each with who needs it."""
+    """(role of another model, method that needs it)."""
     trains: tuple[Method, ...] | None = None
-    """The methods that shape what it trains; None for a stage that does not train."""
+    """The methods that act in the training; None for a stage that does not train."""
     on_model: bool = True
-    """Whether the stage has a model in memory."""
+    """Whether the stage loads a model."""
     row_wise: bool = False
-    """Whether it crafts rows that any number of workers may share."""
+    """Whether it changes rows independently, so that several workers can share them."""
     answers: bool = False
     """Whether the results read the artifacts of its stages."""
     where: Mapping[str, Any] = field(default_factory=dict)
-    """What its stages have in `where` besides what their cell says."""
+    """Values that its stages add to the `where` of their cell."""
     keeps_rows: bool = True
-    """Whether its methods leave as many rows as they get."""
+    """Whether its methods keep the number of rows."""
     judge: JudgeOrigin | None = None
-    """The judge that is asked about answers, where the sweep names it."""
+    """The judge of the stage, if the sweep names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """What an attack and a stack of defenses do to any model: the same for all models, tasks and
-    seeds.
-    """
+    """The templates of an attack and a defense stack, the same for all models, tasks and seeds."""
 
     key: str
     """Digest of the methods."""
     templates: tuple[StageTemplate, ...]
-    """Of every stage from the reference model to its scores, in the order of the lifecycle."""
+    """One per stage from the reference model to the scores, in the order of the lifecycle."""
 
 
 class _Way(NamedTuple):
-    """One way in which a kind of stage is done in a cell."""
+    """One variant of a stage kind in a cell, for example one per judge or benchmark."""
 
     params: Mapping[str, Any]
-    """Identity."""
+    """Values that are part of the identity."""
     judge: JudgeOrigin | None = None
-    """Who reads answers in it."""
+    """The judge that reads answers in it."""
     where: Mapping[str, Any] = MappingProxyType({})
-    """Not identity."""
+    """Values that are not part of the identity."""
 
 
 _ADDED = ("backend", "temperature", "samples")
-"""Settings of generation that earlier plans did not have."""
+"""Settings of generation that earlier versions did not have."""
 
 
 class Templates:
-    """The templates of one sweep, each made on first sight."""
+    """The templates of one sweep, each made on first use."""
 
     def __init__(self, spec: SweepSpec) -> None:
         self._spec = spec
@@ -104,10 +101,10 @@ class Templates:
         self._generation = {
             name: evaluation[name]
             for name in spec.evaluation.GENERATION
-            # what came later and is as before is left out: its digests are as before
+            # A later setting at its default is left out, so that digests stay the same.
             if name not in _ADDED or evaluation[name] != usual[name]
         } | {"max_new_tokens": spec.evaluation.new_tokens}
-        if spec.answer_lengths:  # else digests are those of sweeps before there were any
+        if spec.answer_lengths:  # left out if empty, so that earlier digests stay the same
             self._generation["answer_lengths"] = list(spec.answer_lengths)
         self._scoring = {name: evaluation[name] for name in spec.evaluation.SCORING}
         if self._judge is not None:
@@ -116,8 +113,8 @@ class Templates:
         self._forget()
 
     def tuned_otherwise(self, tuning: TrainingConfig) -> Templates:
-        """Those of the same sweep for cells that are fine-tuned otherwise: its judges and
-        benchmarks are not looked at again.
+        """The templates of the same sweep with other training settings; judges and benchmarks are
+        not read again.
         """
         other = copy(self)
         other._tuning = tuning.identity()
@@ -135,7 +132,7 @@ class Templates:
         self._plain: dict[int, dict[str, Any]] = {}
 
     def method_digest(self, method: Method) -> str:
-        """Identity of a method: its name, its VERSION and its parameters."""
+        """Digest of a method: its name, its VERSION and its parameters."""
         if id(method) not in self._digests:
             self._digests[id(method)] = digests.of_method(
                 method.KIND,
@@ -147,7 +144,7 @@ class Templates:
         return self._digests[id(method)]
 
     def plain(self, method: Method) -> dict[str, Any]:
-        """A method as `decode.methods_of` reads it."""
+        """A method as JSON values, which `decode.methods_of` reads back."""
         if id(method) not in self._plain:
             params = json.loads(canonical(method))
             self._plain[id(method)] = {
@@ -166,8 +163,14 @@ class Templates:
         trains: bool = False,
         judge: JudgeOrigin | None = None,
     ) -> StageTemplate:
-        """What the stages of a kind share in which these methods act; `trains` where one of a kind
-        that only reads else trains a model, `judge` where it asks one.
+        """The template of a stage.
+
+        Args:
+            kind: Kind of the stage.
+            params: Values that decide its result, without its methods.
+            methods: Methods that act in it, the attack first.
+            trains: Whether the stage trains, though stages of its kind usually only read a model.
+            judge: The judge that it uses.
         """
         by_model = judge is not None and judge.model is not None
         given: dict[str, Any] = dict(params)
@@ -204,7 +207,7 @@ class Templates:
         )
 
     def lifecycle(self, attack: Method, stack: tuple[Method, ...]) -> Lifecycle:
-        """Which method acts in which stage."""
+        """The templates of an attack and a defense stack."""
         memo = (id(attack), *(id(method) for method in stack))
         if memo not in self._lifecycles:
             templates: list[StageTemplate] = []
@@ -220,7 +223,7 @@ class Templates:
     def _of_kind(
         self, kind: StageKind, attack: Method, stack: tuple[Method, ...]
     ) -> tuple[StageTemplate, ...]:
-        """The templates of one kind in a cell, in the order in which its stages follow."""
+        """The templates of one kind in a cell, in the order of its stages."""
         acting = [
             method
             for method in (stack if kind.by == "defenses" else (attack, *stack))
@@ -240,9 +243,7 @@ class Templates:
         return self._steps[memo]
 
     def _ways(self, kind: StageKind, methods: Sequence[Method]) -> list[_Way]:
-        """In how many ways a kind is done in a cell: once, but where it reads or asks by each of
-        several.
-        """
+        """The variants of a kind in a cell: one, or one per benchmark or judge."""
         params = self._params(kind, methods)
         if "benchmarks" in kind.settings:
             limit = self._spec.evaluation.benchmark_limit
@@ -259,7 +260,7 @@ class Templates:
         return [_Way(params)]
 
     def _params(self, kind: StageKind, methods: Sequence[Method]) -> dict[str, Any]:
-        """What of the sweep decides the result of a kind, however often it is done."""
+        """The settings of the sweep that decide the result of a kind, for all its variants."""
         params: dict[str, Any] = {}
         if methods or kind.trains == "always":
             if "sweep_training" in kind.settings:
@@ -271,8 +272,8 @@ class Templates:
         return params
 
     def asking(self, template: StageTemplate, model: ModelSpec) -> StageTemplate:
-        """The template of a stage that asks this model: with its limit of new tokens where answers
-        are generated, and under another chat template than its own where the sweep gives one.
+        """The template of a stage that runs this model: with the model's limit of new tokens if it
+        generates answers, and with its serve template if the sweep gives one.
         """
         tokens = self._spec.evaluation.new_tokens_of(model.source)
         memo = (template.key, tokens, model.serve_template)
@@ -287,10 +288,10 @@ class Templates:
         return self._asking[memo]
 
     def judged(self, template: StageTemplate, task: TaskSpec) -> StageTemplate:
-        """The template of a stage that scores answers to a task, by the judge of its requests.
+        """The template of a stage that scores answers, with the version of the task's judge.
 
-        VERSION 1 of a judge of this package adds nothing, so that what was scored before judges
-        counted keeps its digest.
+        Version 1 of a judge of this package adds nothing: this keeps the digests from before judges
+        had versions.
         """
         memo = (template.key, task.kind)
         if memo not in self._judged:
@@ -303,7 +304,7 @@ class Templates:
         return self._judged[memo]
 
     def _with(self, template: StageTemplate, params: Mapping[str, Any]) -> StageTemplate:
-        """The template with further params, which its identity holds."""
+        """The template with more params, which become part of its identity."""
         if not params:
             return template
         more = {**template.params, **params}
@@ -313,7 +314,7 @@ class Templates:
         return replace(changed, where=template.where)
 
     def provider(self, role: str, method: Method, stack: Sequence[Method]) -> StageTemplate:
-        """The template of the stage that makes a role for a method of a stack."""
+        """The template of the stage that makes the model of a role for a method of a stack."""
         memo = (role, id(method), *(id(defense) for defense in stack))
         if memo not in self._providers:
             kind = next(kind for kind in lifecycle.kinds().values() if kind.provides == role)

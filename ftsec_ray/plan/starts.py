@@ -1,5 +1,5 @@
-"""What the cells of one model on one task start from: the task's rows, the model, and its twin
-before alignment.
+"""The common start of all cells of one model and task: the task's rows, the model, and its
+unaligned twin.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ftsec_ray.plan.stage_templates import Templates
 
 
 class Starts:
-    """Adds to a set of stages those that stand before any method."""
+    """Adds the stages before any method acts."""
 
     def __init__(self, stages: StageSet, templates: Templates) -> None:
         self._stages = stages
@@ -31,7 +31,7 @@ class Starts:
         self._large: dict[str, bool] = {}
 
     def of(self, model: ModelSpec, task: TaskSpec) -> CellStart:
-        """The reference model on a task, and its unaligned twin."""
+        """The start of the cells of a model and task; adds its stages."""
         task_digest = self._task(task)
         is_ladder = model.source.startswith("ladder:") and not model.source.endswith("-base")
         is_published_aligned = model.aligned and not is_ladder and model.align is None
@@ -83,7 +83,7 @@ class Starts:
         )
 
     def _align_resource(self, model: ModelSpec, *, is_ladder: bool) -> str:
-        """Class of the stage that aligns a model in one process; `cpu` where none does."""
+        """Resource class of the stage that aligns a model in one process; `cpu` if none does."""
         is_split = self._stages.sizing.is_split(model, trains_all=True)
         is_single = is_ladder or (model.align is not None and not is_split)
         return self._stages.resource(model, trains_all=True) if is_single else "cpu"
@@ -119,7 +119,7 @@ class Starts:
         return self._stages.add(template, (), None, None, where=where, resource=takes), where
 
     def _origin(self, place: str, key: tuple[str, ...], find: Callable[[], Origin]) -> Origin:
-        if key not in self._origins:  # files are looked at once, however many cells start there
+        if key not in self._origins:  # files are read once for all cells
             try:
                 self._origins[key] = find()
             except SpecError as fault:

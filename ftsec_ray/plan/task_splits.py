@@ -1,6 +1,4 @@
-"""The splits that the methods of a sweep need of its tasks: refused here where a task is known to
-lack one.
-"""
+"""Checks that the tasks of a sweep have the splits that its methods need."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ from ftsec_ray.plan.stage import Cell
 from ftsec_ray.registry import name_of
 
 Fault = tuple[str, SpecError]
-WHAT = {"trusted": "clean rows of the task that are neither tuned on nor asked"}
-"""Split -> what its rows are, where its name does not say it."""
+WHAT = {"trusted": "clean rows of the task, used neither for training nor for evaluation"}
+"""Split -> explanation of its rows, if the name is not clear."""
 
 
 def split_faults(cells: Iterable[Cell]) -> dict[tuple[str, ...], Fault]:
-    """One for every method and split that a task of its cells does not have."""
+    """A fault for every split that a method needs and a task of its cells lacks."""
     faults: dict[tuple[str, ...], Fault] = {}
     roles, known = set(lifecycle.roles()), dict[str, frozenset[str] | None]()
     for cell in cells:
@@ -43,7 +41,7 @@ def _fault(method: Method, task: TaskSpec, split: str, has: frozenset[str]) -> F
     return (
         f"{method.KIND} {name}",
         SpecError(
-            f"{method.KIND} {name!r} needs rows that task {task.name!r} does not have",
+            f"{method.KIND} {name!r} needs a split that task {task.name!r} lacks",
             " | ".join(sorted(has)),
             f"a split {split!r}{what}",
             f"give the task a source for {split!r}, or exclude {{task: {task.name}, {method.KIND}:"

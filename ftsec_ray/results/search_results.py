@@ -206,7 +206,7 @@ def _status(search: PlannedSearch) -> tuple[str, str | None]:
             "open",
             (
                 f"{search.left} trials not proposed yet,"
-                f" {sum(trial.told is None for trial in search.trials)} not measured yet"
+                f" {sum(trial.outcome is None for trial in search.trials)} not measured yet"
             ),
         )
     known = [

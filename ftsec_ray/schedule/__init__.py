@@ -1,1 +1,1 @@
-"""Running a plan: `schedule.execution.execute`."""
+"""Runs a plan: see `schedule.execution.execute`."""

@@ -1,8 +1,8 @@
-"""The Ray actors of a run: one worker each, which keeps its session from unit to unit.
+"""The Ray actors of a run: one worker each, which keeps its session between units.
 
-An actor holds the cores and GPUs of its resource class as long as it lives, idle or not. So an idle
-one is let go when another class, or a worker group, lacks what it holds, and in a cluster that may
-shrink when it has been idle for a while.
+An actor holds the CPU cores and GPUs of its resource class until it ends, even while it is idle. So
+an idle actor is stopped if another class or a worker group needs its resources, or if it is idle
+for some time in a cluster that can shrink.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from ftsec_ray.schedule.cluster_capacity import ClusterCapacity
 from ftsec_ray.schedule.ray_worker import RayWorker
 
 IDLE_S = 60.0
-"""Seconds that an actor may be idle in a cluster that may grow, and so shrink."""
+"""Seconds that an actor may be idle in a cluster that can grow and shrink."""
 PATIENCE_S = 2.0
-"""Seconds that an actor may take to start on a cluster of several nodes before idle ones make way,
-even where the sum of all nodes would hold them all: the node that it needs may not.
+"""Seconds that an actor may wait to start on a cluster of several nodes before idle actors are
+stopped: the nodes together may have enough resources, but no single node.
 """
 
 
 @dataclass(eq=False, kw_only=True)
 class PooledActor:
-    """An actor that starts, is idle or runs a unit."""
+    """An actor that is starting, idle, or running a unit."""
 
     resource: str
     handle: Any
     group: Any
-    """Its placement group; None: it has none of its own."""
+    """Its own placement group, or None."""
     waits_for: Any
-    """Ray's reference to its start, to its unit, or to a sign of life; None while it is idle."""
+    """Ray's reference to its start, to its unit, or to a health check; None while it is idle."""
     unit: Unit | None = None
     is_starting: bool = True
     warm: str = ""
-    """Base model of the unit that it ran last."""
+    """Base model of its last unit."""
     since: float = field(default_factory=time.monotonic)
-    """Monotonic time at which it began to start, or became idle."""
+    """Monotonic time when it began to start or became idle."""
 
     @property
     def is_idle(self) -> bool:
-        """Whether it could take a unit now."""
+        """Whether it can take a unit now."""
         return self.waits_for is None
 
 
@@ -57,7 +57,7 @@ class ActorPool:
 
         self._spec = spec
         self._capacity = capacity
-        # At the start of the process: libraries read theirs when they are imported.
+        # Set when the process starts, because libraries read these variables on import.
         environment = {"env_vars": dict(spec.environment)}
         self._actor_class = ray.remote(runtime_env=environment)(RayWorker)
         self._have: Mapping[str, float] = {}
@@ -66,7 +66,7 @@ class ActorPool:
         self.measure()
 
     def measure(self) -> None:
-        """Take note of what the cluster has."""
+        """Update the resources and the number of nodes of the cluster."""
         import ray
 
         self._have = ray.cluster_resources()
@@ -76,32 +76,32 @@ class ActorPool:
 
     @property
     def warm(self) -> str | None:
-        """Base model of the actor that has become idle last."""
+        """Base model of the actor that became idle most recently."""
         idle = [actor for actor in self.actors if actor.is_idle]
         return max(idle, key=lambda actor: actor.since).warm if idle else None
 
     def run(self, unit: Unit, attempt: int) -> bool:
-        """Have an idle actor run a unit, one that has its base model in memory if there is one;
-        False when none of its class is idle.
+        """Start a unit on an idle actor, if possible one with its base model in memory; False if no
+        actor of its resource class is idle.
         """
-        idle = [one for one in self.actors if one.is_idle and one.resource == unit.resource]
+        idle = [actor for actor in self.actors if actor.is_idle and actor.resource == unit.resource]
         if not idle:
             return False
-        actor = max(idle, key=lambda one: (one.warm == unit.affinity, one.since))
+        actor = max(idle, key=lambda candidate: (candidate.warm == unit.affinity, candidate.since))
         actor.waits_for = actor.handle.run.remote(unit.stages, unit.resource, attempt)
         actor.unit = unit
         return True
 
     def probe_idle(self) -> None:
-        """Ask idle actors for a sign of life: they may have been on a node that is lost, and a unit
-        that goes to one of them would lose an attempt for nothing.
+        """Start a health check of all idle actors: their node may be lost, and a unit sent to such
+        an actor would waste an attempt.
         """
         for actor in self.actors:
             if actor.is_idle:
                 actor.waits_for = actor.handle.__ray_ready__.remote()
 
     def became_idle(self, actor: PooledActor) -> None:
-        """An actor has started, has come back from its unit, or is still alive."""
+        """Mark an actor as idle: it has started, finished its unit, or passed a health check."""
         if actor.unit is not None:
             actor.warm = actor.unit.affinity
         actor.unit, actor.waits_for, actor.is_starting = None, None, False
@@ -110,7 +110,7 @@ class ActorPool:
     # Actors.
 
     def start(self, waiting: Mapping[str, int]) -> None:
-        """Have as many actors of each class on their way as units of it wait."""
+        """Start actors until each resource class has as many starting actors as waiting units."""
         starting = Counter(actor.resource for actor in self.actors if actor.is_starting)
         for resource, count in waiting.items():
             for _ in range(count - starting[resource]):
@@ -122,7 +122,7 @@ class ActorPool:
 
         (own, *others) = self._capacity.requests[resource]
         group, place = None, {}
-        if is_data(resource):  # the bundles are for the actors of its pipelines, and all at once
+        if is_data(resource):  # reserves the bundles of the pipeline's actors, all at once
             group = ray.util.placement_group(others)
             place["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 group, placement_group_capture_child_tasks=True
@@ -142,7 +142,7 @@ class ActorPool:
         )
 
     def discard(self, actors: Iterable[PooledActor]) -> None:
-        """End actors and give back what they hold."""
+        """Stop actors and release their resources."""
         import ray
 
         for actor in list(actors):
@@ -152,12 +152,12 @@ class ActorPool:
                 ray.util.remove_placement_group(actor.group)
 
     def make_way(self, waiting: Mapping[str, int], *, has_group: bool) -> None:
-        """Let go of actors that nobody needs now and that hold what others wait for.
+        """Stop spare actors that hold resources which others wait for.
 
         Args:
-            waiting: units of each class that wait for an actor to start.
-            has_group: whether a worker group waits or runs: its processes take their cores and GPUs
-                by themselves.
+            waiting: Resource class -> number of units that wait for an actor to start.
+            has_group: Whether a worker group waits or runs: its processes request their cores and
+                GPUs themselves.
         """
         now = time.monotonic()
         spare = self._spare(waiting)
@@ -178,7 +178,7 @@ class ActorPool:
             )
 
     def _spare(self, waiting: Mapping[str, int]) -> list[PooledActor]:
-        """Actors that are idle or start for no unit, those first that are so for longest."""
+        """Actors that are idle, or that are starting without a waiting unit; longest first."""
         spare = [actor for actor in self.actors if actor.is_idle]
         left = Counter(waiting)
         for actor in self.actors:
@@ -189,7 +189,7 @@ class ActorPool:
         return sorted(spare, key=lambda actor: actor.since)
 
     def _is_short(self) -> bool:
-        """Whether all actors together hold or want more than the cluster has."""
+        """Whether all actors together hold or request more than the cluster has."""
         taken: Counter[str] = Counter()
         for actor in self.actors:
             if not is_group(actor.resource) or actor.unit is not None:

@@ -1,9 +1,9 @@
-"""Run units on plain Ray actors: `ray.remote` and `ray.wait`, and nothing of Ray Tune.
+"""Runs units on plain Ray actors (`ray.remote` and `ray.wait`), without Ray Tune.
 
-Units are taken from the dispatcher as far as there is room. A unit goes to an idle actor of its
-resource class, else to the first that becomes idle or has started; as many actors start as units
-wait, which an autoscaler sees. An actor that dies costs its unit an attempt, which the dispatcher
-counts, and another one starts.
+Units are taken from the dispatcher while there are free slots. A unit runs on an idle actor of its
+resource class, else on the first one that becomes idle or has started. As many actors are started
+as units wait, so that an autoscaler sees the demand. If an actor dies, its unit is retried on
+another one; the dispatcher counts the attempts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ftsec_ray.schedule.dispatcher import Dispatcher
 from ftsec_ray.schedule.unit_leases import UnitLeases, death_text
 
 WAKE_S = 1.0
-"""Between two looks at the actors when none of them answers."""
+"""Longest wait for an answer of an actor before the run checks its state, in seconds."""
 
 
 def run_actors(
@@ -38,7 +38,7 @@ def run_actors(
     address: str | None,
     workers: int | None,
 ) -> None:
-    """Run the units of a dispatcher on actors, until none is left."""
+    """Run all units of a dispatcher on Ray actors; see `executors.Executor`."""
     with connected_capacity(dispatcher, resources, address=address, workers=workers) as capacity:
         run = _ActorRun(dispatcher, spec, capacity)
         try:
@@ -63,10 +63,10 @@ class _ActorRun:
         """Resource class -> units that have no actor yet."""
         self._restarts = 0
         self._asked_at = time.monotonic()
-        """When actors were asked for last after a stall."""
+        """Monotonic time of the last restart of actors after a stall."""
 
     def step(self) -> None:
-        """Hand out what there is room for, and hear what actors have to say."""
+        """Start units on free slots, and process the answers of actors."""
         self._hand_out()
         waiting = {resource: len(units) for resource, units in self._waiting.items()}
         self._pool.start(waiting)
@@ -75,7 +75,7 @@ class _ActorRun:
         self._watch()
 
     def close(self) -> None:
-        """End all actors."""
+        """Stop all actors."""
         self._pool.discard(self._pool.actors)
 
     def _hand_out(self) -> None:
@@ -94,7 +94,7 @@ class _ActorRun:
         return is_taken
 
     def _listen(self) -> None:
-        """Wait until an actor has started, answers or dies, and for a while at most."""
+        """Wait until an actor has started, answers or dies, for at most WAKE_S."""
         import ray
 
         actors = {actor.waits_for: actor for actor in self._pool.actors if not actor.is_idle}
@@ -119,12 +119,12 @@ class _ActorRun:
             self._give_up_if_broken()
 
     def _lost(self, actor: PooledActor, error: Exception) -> None:
-        """An actor died: with its unit, while it started for one, or idle."""
+        """Handle the death of an actor that ran a unit, was starting for one, or was idle."""
         self._pool.discard([actor])
         self._pool.probe_idle()
         unit, why = actor.unit, death_text(str(error).splitlines())
         if unit is None and actor.is_starting:
-            if "creation task" in why:  # it could not even import this package
+            if "creation task" in why:  # it could not import this package
                 self._leases.broken.append(why)
                 self._give_up_if_broken()
             queue = self._waiting.get(actor.resource)
@@ -137,7 +137,7 @@ class _ActorRun:
             raise self._leases.broken_fault(self._spec.runner)
 
     def _watch(self) -> None:
-        """Follow a cluster's growth, and notice units that no actor comes for."""
+        """Check whether the cluster has grown, and whether waiting units get no actor."""
         leases = self._leases
         running = {actor.resource for actor in self._pool.actors if actor.unit is not None}
         last_event = max(self._dispatcher.last_event, self._asked_at)

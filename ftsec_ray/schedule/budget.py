@@ -1,6 +1,4 @@
-"""What a run may still take: limits, what is spent, and what the units in flight are expected to
-take. Pure arithmetic.
-"""
+"""Tracks the budget of a run: limits, cost so far, and expected cost of running units."""
 
 from __future__ import annotations
 
@@ -8,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 _SLACK = 1e-9
-"""Relative: sums of floats must not hold back a sweep that costs exactly its budget."""
+"""Relative tolerance: rounding must not stop a sweep that costs exactly its budget."""
 
 
 class Ledger:
-    """Spending against limits; names of what is limited are the caller's."""
+    """Cost against limits, by name of the limit (such as usd or hours)."""
 
     def __init__(
         self, limits: Mapping[str, float] | None = None, spent: Mapping[str, float] | None = None
@@ -22,8 +20,8 @@ class Ledger:
         self._reserved: dict[str, dict[str, float]] = {}
 
     def fits(self, spend: Mapping[str, float]) -> bool:
-        """Whether a unit may start: spent, what is in flight and the unit itself stay within every
-        limit.
+        """Whether a unit with this expected cost may start: with the cost so far and that of the
+        running units, it stays within every limit.
         """
         flight = Counter[str]()
         for estimate in self._reserved.values():
@@ -34,16 +32,16 @@ class Ledger:
         )
 
     def reserve(self, unit: str, spend: Mapping[str, float]) -> None:
-        """A unit starts."""
+        """Add the expected cost of a unit that starts."""
         if self.limits:
             self._reserved[unit] = {name: spend.get(name, 0.0) for name in self.limits}
 
     def release(self, unit: str) -> None:
-        """A unit ended; what it took is told by `charge`."""
+        """Remove the expected cost of a unit that ended; `charge` adds its real cost."""
         self._reserved.pop(unit, None)
 
     def charge(self, spend: Mapping[str, float]) -> None:
-        """Something was taken."""
+        """Add a real cost."""
         for name in self.limits:
             self.spent[name] += spend.get(name, 0.0)
 

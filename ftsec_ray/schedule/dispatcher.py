@@ -1,7 +1,8 @@
-"""What all executors share: units and verdicts on one side, the pure scheduler on the other.
+"""The part that all executors share: it connects units and their results with the scheduler.
 
-An executor asks for the next unit, runs it somewhere, and tells its verdicts or that its worker was
-lost. The dispatcher keeps the states, tells the listener, and has damaged artifacts made again.
+An executor asks for the next unit, runs it, and reports the results of its stages, or that its
+worker died. The dispatcher keeps the states, notifies the listener, and schedules the producers of
+damaged artifacts again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ftsec_ray.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened to a unit, told on the driver."""
+    """An event of a unit, reported on the driver."""
 
     kind: Literal["started", "finished", "failed", "requeued"]
     unit: str
@@ -37,22 +38,22 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What became of the stages of a plan in one run."""
+    """The outcome of the stages of a plan in one run."""
 
     done: tuple[str, ...] = ()
-    """Digests of the stages that ran and are done."""
+    """Digests of the stages that ran successfully."""
     failed: Mapping[str, StageResult] = field(default_factory=dict)
     upstream_failed: tuple[str, ...] = ()
-    """Digests of the stages that did not run because one before them failed."""
+    """Digests of the stages that did not run because a stage before them failed."""
     cached: tuple[str, ...] = ()
-    """Digests of the plan's stages that were done before."""
+    """Digests of the plan's stages that were done before the run."""
     attempts: Mapping[str, int] = field(default_factory=dict)
-    """Starts of every unit, by its id."""
+    """Id of a unit -> number of its starts."""
     wall_s: float = 0.0
     unaffordable: tuple[str, ...] = ()
-    """Digests of the stages that the sweep's budget kept from running."""
+    """Digests of the stages that did not run because of the sweep's budget."""
     over_budget: str | None = None
-    """Why they were kept, in words."""
+    """Why they did not run, as text."""
 
     @property
     def is_complete(self) -> bool:
@@ -60,18 +61,18 @@ class RunReport:
         return not self.failed and not self.upstream_failed and not self.unaffordable
 
     def then(self, later: RunReport) -> RunReport:
-        """One report of this run and the one right after it, over a plan that had grown."""
-        done = (*self.done, *(one for one in later.done if one not in self.done))
+        """One report of this run and the next one, whose plan has grown."""
+        done = (*self.done, *(digest for digest in later.done if digest not in self.done))
         return RunReport(
             done=done,
             failed={
-                **{one: why for one, why in self.failed.items() if one not in done},
+                **{digest: result for digest, result in self.failed.items() if digest not in done},
                 **later.failed,
             },
             upstream_failed=tuple(dict.fromkeys((*self.upstream_failed, *later.upstream_failed))),
             cached=tuple(
                 dict.fromkeys(
-                    (*self.cached, *(one for one in later.cached if one not in self.done))
+                    (*self.cached, *(digest for digest in later.cached if digest not in self.done))
                 )
             ),
             attempts={**self.attempts, **later.attempts},
@@ -81,12 +82,12 @@ class RunReport:
         )
 
     def stopped(self, why: str, kept: Iterable[str]) -> RunReport:
-        """The same report, the budget having kept a later run from starting."""
+        """The same report, with the stages that the budget kept from running and the reason."""
         return replace(self, unaffordable=tuple(kept), over_budget=why)
 
 
 class Dispatcher:
-    """The units of one run, their states, and what their workers said."""
+    """The units of one run, their states, and the results of their stages."""
 
     def __init__(
         self,
@@ -136,13 +137,11 @@ class Dispatcher:
         )
 
     def _takes(self, unit: Unit, seconds: float) -> dict[str, float]:
-        """What a unit takes in so many seconds of each thing that has a limit."""
+        """The cost of a unit that runs for `seconds`, by name of the limit."""
         return self._tariff.of(unit.resource, seconds).limited(self._limits) if self._limits else {}
 
     def check_budget(self, done: Collection[str]) -> None:
-        """BudgetError when what is left of the plan would take more than the sweep's budget
-        allows.
-        """
+        """Raise BudgetError if the expected cost of the plan exceeds the sweep's budget."""
         if self._spent is not None:
             fault = shortfall(
                 self.plan, self._spent, bill_of(self.plan, self.plan.needed(done), self._costs)
@@ -159,27 +158,29 @@ class Dispatcher:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to run."""
+        """Whether no unit is left to run."""
         return self.scheduler.finished
 
     def next(
         self, *, free: Mapping[str, int] | None = None, warm: str | None = None
     ) -> Unit | None:
-        """The next unit to run, None when none is ready that has room."""
-        found = self.scheduler.next_ready(free, warm=warm)
-        return None if found is None else self._units[found]
+        """The next unit to run; None if no unit is ready for a free slot. See
+        `Scheduler.next_ready`.
+        """
+        unit = self.scheduler.next_ready(free, warm=warm)
+        return None if unit is None else self._units[unit]
 
     def started(self, unit: str) -> None:
-        """A worker took a unit."""
+        """Report that a worker started a unit."""
         self._began[unit] = time.monotonic()
         self._tell("started", unit)
 
     def attempt(self, unit: str) -> int:
-        """Number of times that a unit was handed out."""
+        """Number of starts of a unit."""
         return self.scheduler.starts[unit]
 
     def settle(self, unit: str, verdicts: Sequence[StageResult]) -> None:
-        """A worker ran a unit to a verdict."""
+        """Report the results of a unit's stages."""
         self.scheduler.ledger.charge(
             self._takes(self._units[unit], sum(verdict.wall_s for verdict in verdicts))
         )
@@ -198,13 +199,14 @@ class Dispatcher:
     def lost(
         self, unit: str, error: str, *, code: str = "worker_lost", counted: bool = True
     ) -> None:
-        """A worker died, or came back without a verdict.
+        """Report that the worker of a unit died or returned no result; the unit is retried, unless
+        this has happened too often.
 
         Args:
-            unit: its id.
-            error: why, in words.
-            code: why in a word, should it be the last time.
-            counted: whether it is one of the times that a unit may lose its worker.
+            unit: Id of the unit.
+            error: The reason, as text.
+            code: Error code of the stage if the unit is not retried.
+            counted: Whether it counts towards the limit of attempts.
         """
         error = redacted(error)
         began = self._began.pop(unit, None)
@@ -226,13 +228,13 @@ class Dispatcher:
                 status="failed",
                 error_code=code,
                 attempt=self.attempt(unit),
-                error=f"its worker died {self.attempt(unit)} times, last: {error}",
+                error=f"the worker died in all {self.attempt(unit)} attempts; last error: {error}",
             )
             self.store.write_verdict(stage.digest, asdict(verdict))
         self._fail(unit, verdict)
 
     def _late(self, unit: str) -> StageResult | None:
-        """The verdict on a stage that took its worker with it, since it was over its time."""
+        """The recorded timeout of a unit whose worker was killed by its time limit, or None."""
         if self.plan.spec.resources.timeout_s is None:
             return None
         failures, digests = (
@@ -240,14 +242,14 @@ class Dispatcher:
             [stage.digest for stage in self._units[unit].stages],
         )
         new = [
-            failures[one]
-            for one in digests
-            if one in failures and failures[one] != self._before.get(one)
+            failures[digest]
+            for digest in digests
+            if digest in failures and failures[digest] != self._before.get(digest)
         ]
         return StageResult(**new[0]) if new and new[0]["error_code"] == TIMEOUT else None
 
     def abandon(self, unit: str) -> None:
-        """A unit was handed out but never ran: it goes back without an attempt counted."""
+        """Put back a unit that never started; this does not count as an attempt."""
         self.scheduler.requeue(unit, counted=False)
 
     def _fail(self, unit: str, verdict: StageResult) -> None:
@@ -259,8 +261,8 @@ class Dispatcher:
         self._tell("failed", unit, verdict.error, upstream_failed=lost)
 
     def _rebuild(self, unit: str, damaged: str) -> bool:
-        """Have the producer of a damaged artifact run before the unit; False when that
-        cannot help.
+        """Schedule the producer of a damaged artifact to run before the unit; False if that is not
+        possible.
         """
         producer = self._producer.get(damaged)
         if producer == unit:
@@ -273,26 +275,27 @@ class Dispatcher:
         known = {
             self._producer[stage.digest] for stage in missing if stage.digest in self._producer
         }
-        if any(self.scheduler.state(one) in (State.FAILED, State.UPSTREAM_FAILED) for one in known):
+        bad = (State.FAILED, State.UPSTREAM_FAILED)
+        if any(self.scheduler.state(producing) in bad for producing in known):
             return False
-        new = fuse([stage for stage in missing if stage.digest not in self._producer])
-        for one in new:
-            self._know(one)
-        nodes = [self._node(one) for one in self._with_known_needs(new)]
+        added = fuse([stage for stage in missing if stage.digest not in self._producer])
+        for new_unit in added:
+            self._know(new_unit)
+        nodes = [self._node(new_unit) for new_unit in self._with_known_needs(added)]
         self.scheduler.add(nodes, last=self._producer[damaged], before=unit)
         return True
 
     def _with_known_needs(self, units: list[Unit]) -> list[Unit]:
-        """The units with needs on units of this run as well, which fusing alone does not see."""
-        found = []
+        """The units, with their needs on existing units of this run added."""
+        completed = []
         for unit in units:
             inside = {stage.digest for stage in unit.stages}
             given = dict.fromkeys(digest for stage in unit.stages for _, digest in stage.inputs)
             needs = tuple(
                 digest for digest in given if digest not in inside and digest in self._producer
             )
-            found.append(Unit(unit.id, unit.stages, needs, unit.resource))
-        return found
+            completed.append(Unit(unit.id, unit.stages, needs, unit.resource))
+        return completed
 
     def _tell(
         self,
@@ -304,7 +307,7 @@ class Dispatcher:
     ) -> None:
         self.last_event = time.monotonic()
         stages, lost = (
-            tuple(stage.digest for one in units for stage in self._units[one].stages)
+            tuple(stage.digest for unit_id in units for stage in self._units[unit_id].stages)
             for units in ([unit], upstream_failed)
         )
         self._on_event(
@@ -312,7 +315,7 @@ class Dispatcher:
         )
 
     def report(self) -> RunReport:
-        """What became of all stages."""
+        """The outcome of all stages."""
         failed = {d: v for d, v in self._verdicts.items() if v.status == "failed"}
         done = tuple(d for d, v in self._verdicts.items() if v.is_good)
         states = self.scheduler.states()
@@ -330,11 +333,7 @@ class Dispatcher:
             for stage in self._units[unit].stages
             if stage.digest not in done
         )
-        why = (
-            f"the budget has no room for a stage that is left: {self.scheduler.ledger}"
-            if kept
-            else None
-        )
+        why = f"the next stage would exceed the budget: {self.scheduler.ledger}" if kept else None
         return RunReport(
             done=done,
             failed=failed,

@@ -1,9 +1,10 @@
-"""Starting the worker group of a unit, on Ray or on this machine, and what to make of its faults.
+"""Starts the worker group of a unit, on Ray or on this machine, and handles its errors.
 
-A worker group ends when one of its processes cannot go on. Its driver hears all of them and
-decides: memory that did not suffice is tried once more with half the micro-batch, a verdict is a
-verdict, an error of any process fails the stage, and a worker group of which only silence or
-consequences are heard has lost a worker, so that the scheduler tries the unit again.
+A worker group ends when one of its processes fails. The driver collects the errors of all
+processes. After an out-of-memory it runs the group once more with half the micro-batch. If process
+0 recorded results, these count; else an error in any process fails the stage. If there are no
+errors, or only consequences of a lost connection, a worker died, and the scheduler retries the
+unit.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from ftsec_ray.redact import redacted
 from ftsec_ray.store import Store
 
 Launch = Callable[[GroupOrder], list[StageResult]]
-"""Runs a worker group to its verdicts; raises GroupEnded."""
+"""Runs a worker group and returns the results of its stages; raises GroupEnded."""
 _GRACE_S = 5.0
-"""Seconds that the other processes of a worker group get to say why they fail when one has."""
+"""Seconds that the other processes of a worker group have to report errors after one has failed."""
 
 
 class GroupEnded(FtsecError):
-    """A worker group that came to no good end."""
+    """A worker group failed."""
 
     code = "worker_lost"
 
@@ -44,8 +45,8 @@ class GroupEnded(FtsecError):
 
 
 def run_worker_group(order: GroupOrder, launch: Launch, store: Store) -> list[StageResult]:
-    """The verdicts of a worker group unit; GroupEnded when a worker was lost and the unit is to be
-    tried again.
+    """The results of a unit's stages in a worker group; GroupEnded if a worker died and the unit
+    should be retried.
     """
     try:
         return launch(order)
@@ -59,9 +60,9 @@ def run_worker_group(order: GroupOrder, launch: Launch, store: Store) -> list[St
 
 
 def _verdicts(order: GroupOrder, ended: GroupEnded, store: Store) -> list[StageResult]:
-    told = next((fault for fault in ended.faults if fault.sort == "verdict"), None)
-    if told is not None:
-        return [StageResult(**one) for one in json.loads(told.text)]
+    recorded = next((fault for fault in ended.faults if fault.sort == "verdict"), None)
+    if recorded is not None:
+        return [StageResult(**result) for result in json.loads(recorded.text)]
     fault = next((fault for fault in ended.faults if fault.sort == "error"), None)
     if fault is None:
         raise ended
@@ -71,9 +72,11 @@ def _verdicts(order: GroupOrder, ended: GroupEnded, store: Store) -> list[StageR
 def _failed(
     stages: Sequence[Stage], fault: GroupFault, attempt: int, store: Store
 ) -> list[StageResult]:
-    """Stages before the fault are done, its own failed, those behind it with it."""
+    """Results of a unit in which one stage failed: those before it are done, those after it are
+    upstream_failed.
+    """
     at = [stage.digest for stage in stages].index(fault.digest)
-    found = [
+    before = [
         StageResult(digest=stage.digest, status="done", attempt=attempt) for stage in stages[:at]
     ]
     verdict = StageResult(
@@ -84,21 +87,21 @@ def _failed(
         attempt=attempt,
     )
     store.write_verdict(fault.digest, asdict(verdict))
-    behind = [
+    after = [
         StageResult(
             digest=stage.digest,
             status="upstream_failed",
             error_code=fault.code,
             attempt=attempt,
-            error=f"stage {fault.digest} failed before it",
+            error=f"not run: stage {fault.digest}, which it needs, failed",
         )
         for stage in stages[at + 1 :]
     ]
-    return [*found, verdict, *behind]
+    return [*before, verdict, *after]
 
 
 def launch_here(order: GroupOrder) -> list[StageResult]:
-    """A worker group of processes of this machine, without Ray."""
+    """Run a worker group as processes of this machine, without Ray."""
     with tempfile.TemporaryDirectory(prefix="ftsec-worker group-") as scratch:
         folder = Path(scratch)
         write_order(order, folder)
@@ -133,7 +136,7 @@ def launch_here(order: GroupOrder) -> list[StageResult]:
                 .splitlines()[-3:]
             )
             raise GroupEnded(
-                f"a process of a worker group of {order.workers} ended ({codes}):"
+                f"a process of a worker group of {order.workers} died (exit codes {codes}):"
                 f" {' / '.join(last)}",
                 faults,
             )
@@ -141,7 +144,7 @@ def launch_here(order: GroupOrder) -> list[StageResult]:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
-    """Exit codes when all have ended, or a while after the first has failed."""
+    """Exit codes once all processes have ended, or _GRACE_S after the first failure."""
     failed_at: float | None = None
     while True:
         codes = [process.poll() for process in processes]
@@ -155,7 +158,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
 
 
 def launch_on_ray(order: GroupOrder, asks: Mapping[str, float]) -> list[StageResult]:
-    """A worker group of workers of Ray Train, each with a node's resources of its own."""
+    """Run a worker group with Ray Train; `asks` are the resources of each worker."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -172,7 +175,7 @@ def launch_on_ray(order: GroupOrder, asks: Mapping[str, float]) -> list[StageRes
                 name="worker_group",
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=0),
-                # Ray Train imports torch in its workers before any code of ours runs there.
+                # Ray Train imports torch in its workers before this package's code runs there.
                 worker_runtime_env={"env_vars": dict(order.worker.environment)},
             ),
         )
@@ -182,11 +185,11 @@ def launch_on_ray(order: GroupOrder, asks: Mapping[str, float]) -> list[StageRes
             failures = getattr(error, "worker_failures", {})
             faults = [fault for fault in failures.values() if isinstance(fault, GroupFault)]
             raise GroupEnded(
-                f"a worker of a worker group of {order.workers} was lost:"
+                f"a worker of a worker group of {order.workers} died:"
                 f" {redacted(str(error))[-500:]}",
                 faults,
             ) from error
-    return [StageResult(**one) for one in result.return_value]
+    return [StageResult(**plain) for plain in result.return_value]
 
 
 def _on_ray(config: Mapping[str, str]) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""Run what a store lacks of a plan, by one of the executors."""
+"""Runs the stages of a plan that a store lacks, with one of the executors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Event", "RunReport", "execute", "runtime_of"]
 
 
 def runtime_of(plan: Plan) -> Runtime:
-    """Where and how stages run, as the sweep's `resources` say."""
+    """The runtime settings of stages, by the sweep's `resources` and `data`."""
     resources = plan.spec.resources
     return Runtime(
         device="cuda" if resources.wants_gpus else "cpu",
@@ -51,26 +51,24 @@ def execute(
     session: str = DEFAULT_SESSION,
     on_event: Callable[[Event], None] | None = None,
 ) -> RunReport:
-    """Run every stage that the answers of a plan need and the store lacks; a failed stage stops
+    """Run every stage that the results of a plan need and the store lacks; a failed stage stops
     only its descendants.
 
-    BudgetError, before anything starts, when that would take more than the sweep's budget; past it
-    no further unit starts.
+    Raises BudgetError before anything starts if the expected cost exceeds the sweep's budget.
+    During the run, no unit starts that would exceed it.
 
     Args:
-        plan: what to run.
-        store: where artifacts are and go.
-        executor: a name in `EXECUTORS`.
-        address: of a Ray cluster; None starts Ray on this machine, or joins the cluster of
-            `RAY_ADDRESS`.
-        workers: units at a time; None takes the sweep's, else as many as there is room for.
-        runtime: where and how stages run; None takes the sweep's.
-        cache_gib: base models that a worker keeps in memory, at most; None takes the sweep's.
-        runner: import path of the function that runs one stage.
-        session: import path of what makes the session of a worker: (store, runtime, cache_gib) ->
-            session.
-        on_event: told in this process of every unit that starts, finishes, fails or goes back to
-            the queue.
+        plan: The plan to run.
+        store: The store of artifacts.
+        executor: A name in `EXECUTORS`.
+        address: Address of a Ray cluster; None uses `RAY_ADDRESS`, else starts Ray on this machine.
+        workers: Units to run at once; None: the sweep's `workers`, else as many as fit.
+        runtime: Runtime settings of stages; None: the sweep's.
+        cache_gib: Memory of a worker for cached base models, in GiB; None: the sweep's.
+        runner: Import path of the function that runs one stage.
+        session: Import path of the function that makes a worker's session: (store, runtime,
+            cache_gib) -> session.
+        on_event: Called in this process when a unit starts, finishes, fails or is retried.
     """
     chosen = executor_of(executor)
     done = store.done()

@@ -1,6 +1,6 @@
-"""The executors by name: the one list that the command line, the Python API and the checks read.
+"""The list of executors, used by the command line, the Python API and the tests.
 
-Another executor is a module with a function of the same arguments and a line here.
+A new executor needs a module with a function of the same arguments, and an entry here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Executor:
     function: str
     """Import path of a function (dispatcher, worker spec, resources, *, address, workers)."""
     about: str
-    """What it does, in a few words."""
+    """Short description."""
     uses_ray: bool
-    """Whether it starts Ray or joins the cluster at an address."""
+    """Whether it starts Ray or connects to a Ray cluster."""
 
 
 DEFAULT = "tune"
@@ -45,27 +45,27 @@ EXECUTORS: Mapping[str, Executor] = {
 
 
 def executor_of(name: str) -> Executor:
-    """The executor of a name; SpecError when there is none."""
+    """The executor of a name; SpecError if there is none."""
     if name not in EXECUTORS:
         raise SpecError("no such executor", name, " | ".join(EXECUTORS), help_text())
     return EXECUTORS[name]
 
 
 def load_executor(name: str) -> Callable[..., None]:
-    """The function of an executor; EnvironmentFault when what it needs cannot be imported."""
+    """The function of an executor; EnvironmentFault if it cannot be imported."""
     module, _, function = executor_of(name).function.partition(":")
     try:
-        found: Callable[..., None] = getattr(importlib.import_module(module), function)
+        run: Callable[..., None] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise EnvironmentFault(
             f"the executor {name!r} cannot be imported: {error}",
             name,
-            "an installed Ray that it works with",
+            "an installed version of Ray that it supports",
             "run with --executor " + " or ".join(other for other in EXECUTORS if other != name),
         ) from error
-    return found
+    return run
 
 
 def help_text() -> str:
-    """All executors in one line."""
-    return "; ".join(f"{name}: {one.about}" for name, one in EXECUTORS.items())
+    """The names and descriptions of all executors in one line."""
+    return "; ".join(f"{name}: {executor.about}" for name, executor in EXECUTORS.items())

@@ -1,10 +1,9 @@
-"""Where a job on a cluster may keep its store and its results: a place that the driver and every
-worker reach.
+"""Checks where a job on a cluster may keep its store and its results: every node must reach it.
 
-A path is such a place only where all nodes are this machine, or where its owner says that all of
-them mount it. Anything else would look like success and leave artifacts scattered over disks that
-go away with their nodes. What a job is told can be read by everybody who sees the cluster's
-dashboard, so a place that carries a password is refused.
+A path is allowed only if all nodes are this machine, or if the user confirms that all nodes mount
+it. Otherwise the run would seem to succeed, but leave its artifacts on local disks that disappear
+with their nodes. Everyone who can see the cluster's dashboard can read the command of a job, so a
+location that contains a password is refused.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ _WANT = "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
 
 
 def is_uri(place: str) -> bool:
-    """Whether a place is a URI of an object store and not a path."""
+    """Whether a location is a URI of an object store; otherwise it is a path."""
     return len(urlparse(place).scheme) > 1 and not place.startswith("file:")
 
 
 def is_this_machine(addresses: Sequence[str]) -> bool:
-    """Whether all nodes of a cluster, by their IP addresses, are the machine of this process."""
+    """Whether all nodes of a cluster, given by IP address, are this machine."""
     return bool(addresses) and all(map(_is_ours, addresses))
 
 
 def _is_ours(address: str) -> bool:
-    # Only an address of an interface of this machine can be bound.
+    # A socket can bind only addresses of this machine.
     with socket.socket(
         socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM
     ) as probe:
@@ -45,12 +44,12 @@ def _is_ours(address: str) -> bool:
 
 
 def checked_place(place: str, what: str, *, here: bool, shared_disk: bool) -> str:
-    """The place as a job is told it; EnvironmentFault when the nodes could not use it or it carries
-    a password.
+    """The location to pass to a job; EnvironmentFault if the nodes cannot use it or it contains a
+    password.
 
     Args:
         place: A path or a URI.
-        what: The option that gave it, without dashes.
+        what: Name of the option, without dashes.
         here: Whether all nodes of the cluster are this machine.
         shared_disk: Whether all nodes mount this machine's paths at the same place.
     """
@@ -63,22 +62,22 @@ def checked_place(place: str, what: str, *, here: bool, shared_disk: bool) -> st
         return str(path)
     if shared_disk:
         raise EnvironmentFault(
-            f"a relative path for --{what} of a job on another machine",
+            f"--{what} is a relative path, and the job runs on another machine",
             place,
             f"an absolute path that all nodes mount, or {_WANT}",
-            "a job has a working folder of its own, which Ray removes",
+            "use an absolute path: Ray deletes the working directory of a job",
         )
     raise EnvironmentFault(
-        f"a path of one machine for --{what}, and a cluster whose nodes are not this machine",
+        f"--{what} is a path of this machine, and the nodes of the cluster are other machines",
         place,
         _WANT,
-        f"give --{what} a URI that all nodes reach; if they all mount this path at the same place,"
-        " say so with --shared-disk",
+        f"set --{what} to a URI that all nodes can reach; if all nodes mount this path at the same"
+        " place, add --shared-disk",
     )
 
 
 def below(place: str, name: str) -> str:
-    """The place of a name inside a place."""
+    """The location of `name` inside a folder or URI prefix."""
     parts = urlparse(place)
     return (
         parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
@@ -91,28 +90,32 @@ def _without_secrets(place: str, what: str) -> str:
     options = parse_qsl(urlparse(place).query, keep_blank_values=True)
     if _LOGIN.search(unquote(place)) or any(_SECRET.search(name) for name, _ in options):
         raise EnvironmentFault(
-            f"credentials inside --{what}, which everybody who sees the cluster's jobs could read",
+            f"--{what} contains credentials, which everyone who can see the cluster's jobs could"
+            " read",
             f"{urlparse(place).scheme}://...",
-            f"{_WANT} alone",
-            "give the nodes their credentials themselves: a role of the machine, a mounted secret,"
-            " or their environment",
+            f"{_WANT}, without credentials",
+            "configure the credentials on the nodes: by the role of the machine, a mounted secret,"
+            " or environment variables",
         )
     return place
 
 
 def checked_files(left_out: Sequence[str], *, here: bool, shared_disk: bool) -> None:
-    """EnvironmentFault when a sweep names files that stay behind and that the nodes do not have."""
+    """Raise EnvironmentFault if the nodes lack files that the sweep names."""
     relative = [path for path in left_out if not Path(path).is_absolute()]
     if relative:
         raise EnvironmentFault(
-            "a judge by relative path, which a job does not find in its own working folder",
+            "a judge is given by a relative path, which does not exist in the job's working"
+            " directory",
             ", ".join(relative),
-            "classifier:<id>@<revision>, or an absolute path that all nodes have",
+            "classifier:<id>@<commit>, or an absolute path that exists on all nodes",
+            "change the path of the judge in the sweep file",
         )
     if left_out and not here and not shared_disk:
         raise EnvironmentFault(
-            "the sweep names files by absolute path, and the cluster's nodes are not this machine",
+            "the sweep names files by absolute path, and the nodes of the cluster are other"
+            " machines",
             ", ".join(left_out),
-            "paths relative to the sweep file, which are sent along, or a Hugging Face id",
-            "if all nodes mount these paths at the same place, say so with --shared-disk",
+            "paths relative to the sweep file, which are uploaded, or a Hugging Face id",
+            "if all nodes mount these paths at the same place, add --shared-disk",
         )

@@ -1,10 +1,8 @@
-"""A sweep as a job of a running Ray cluster: find its head, hand the job over, follow it to its
-exit code.
+"""Submits a sweep as a job to a running Ray cluster, and follows it until it ends.
 
-A job is told where its store is and nothing that is secret: neither its command nor its runtime
-environment holds a variable of this machine but the limits that are set here (`FTSEC_MAX_...`),
-since both can be read by everybody who sees the cluster's dashboard. Credentials come from the
-nodes' own environment.
+Everyone who can see the cluster's dashboard can read the command and the runtime environment of a
+job. So they contain no secrets: of this machine's environment variables, only the limits
+(`FTSEC_MAX_...`) are passed. Credentials must be configured on the nodes.
 """
 
 from __future__ import annotations
@@ -30,27 +28,27 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 MIN_RAY = "2.58.1"
-"""The oldest Ray of a cluster that runs a sweep; pyproject.toml asks for the same."""
+"""The oldest supported Ray version of a cluster; the same as in pyproject.toml."""
 ANSWER_S = 10.0
-"""Seconds that a head has to answer."""
+"""Seconds within which the head must answer."""
 PATIENCE_S = 300.0
-"""Seconds without an answer after which following a job is given up."""
+"""Seconds without an answer after which `wait` stops following a job."""
 POLL_S = 1.0
 _WANT = "http://HOST:8265, the dashboard of a running Ray head"
 _NOT_FOUND = (126, 127)
-"""Exit codes of a shell that has no such command, or cannot run it."""
+"""Exit codes of a shell for a command that does not exist or cannot run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A Ray head that takes jobs."""
+    """A Ray head that accepts jobs."""
 
     address: str
     ray_version: str
     nodes: tuple[str, ...]
     """IP addresses of the nodes that are alive."""
     headers: Mapping[str, str] = field(repr=False)
-    """What it wants to see in a request: its token, where it asks for one."""
+    """HTTP headers of requests: the token, if the head requires one."""
 
     @cached_property
     def client(self) -> JobSubmissionClient:
@@ -62,20 +60,20 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job that a head has taken."""
+    """A job that a head has accepted."""
 
     id: str
     head: Head
     store: str
-    """Where the job keeps its artifacts."""
+    """Location of the job's artifacts."""
     results: str
-    """Tables and report go below this."""
+    """Folder or URI prefix of the tables and the report."""
     sent_bytes: int
     has_package: bool
-    """Whether this machine's ftsec_ray went along."""
+    """Whether this machine's ftsec_ray was uploaded with it."""
 
     def commands(self) -> dict[str, str]:
-        """Commands that follow and stop it, for people."""
+        """Shell commands to follow and to stop the job."""
         needs_token = "RAY_AUTH_MODE=token " if self.head.headers else ""
         return {
             "follow": f"{needs_token}ray job logs -f {self.id} --address {self.head.address}",
@@ -83,42 +81,45 @@ class Job:
         }
 
     def wait(self, on_text: Callable[[str], None]) -> int:
-        """Hand over the job's log as it grows, and return the exit code of its command;
-        EnvironmentFault when it has none.
+        """Wait until the job ends, and return the exit code of its command; EnvironmentFault if it
+        has none.
+
+        Args:
+            on_text: Called with each new part of the job's log.
         """
         from ray.exceptions import RayError
 
-        client, told, heard = self.head.client, 0, time.monotonic()
+        client, shown, answered = self.head.client, 0, time.monotonic()
         while True:
             try:
-                details = client.get_job_info(
-                    self.id
-                )  # before the log, so that the log of a finished job is whole
+                # Status before log, so that the log of a finished job is complete.
+                details = client.get_job_info(self.id)
                 log = client.get_job_logs(self.id)
             except (OSError, RuntimeError, RayError) as error:
-                self._check_hope(error, time.monotonic() - heard)
+                self._check_reachable(error, time.monotonic() - answered)
                 time.sleep(POLL_S)
                 continue
-            heard = time.monotonic()
-            if len(log) > told:
-                on_text(log[told:])
-                told = len(log)
+            answered = time.monotonic()
+            if len(log) > shown:
+                on_text(log[shown:])
+                shown = len(log)
             if details.status.is_terminal():
                 return self._code(details)
-            # The whole log comes every time: ask less often for a long one.
+            # Each request returns the whole log, so poll less often if it is long.
             time.sleep(POLL_S * (1.0 + len(log) / 2**20))
 
-    def _check_hope(self, error: Exception, silent_s: float) -> None:
+    def _check_reachable(self, error: Exception, silent_s: float) -> None:
         if "status code 404" in str(error):
             raise EnvironmentFault(
-                "the cluster knows this job no more",
+                "the cluster no longer has this job",
                 self.id,
                 "a job of a running head",
-                "was the head started anew? Submit again: what is in the store is not repeated",
+                "if the head was restarted, submit the sweep again: finished stages are kept in the"
+                " store",
             ) from error
         if silent_s > PATIENCE_S:
             raise EnvironmentFault(
-                f"the head has not answered for {silent_s:.0f} s; the job may still run",
+                f"the head has not answered for {silent_s:.0f} s; the job may still be running",
                 self.head.address,
                 _WANT,
                 f"follow it later with: {self.commands()['follow']}",
@@ -128,55 +129,68 @@ class Job:
         code = details.driver_exit_code
         if details.status == "STOPPED":
             raise EnvironmentFault(
-                "the job was stopped before its end",
+                "the job was stopped before it finished",
                 self.id,
-                "a job that runs to its end",
-                "submit it again: what is in the store is not repeated",
+                "a finished job",
+                "submit the sweep again: finished stages are kept in the store",
             )
         if code in _NOT_FOUND:
             raise EnvironmentFault(
-                "the cluster's head has no such command",
+                "the cluster's head does not have this command",
                 details.entrypoint.split()[0],
                 "an image with ftsec_ray, or with Python",
-                "install ftsec_ray on all nodes, or send this machine's with --package",
+                "install ftsec_ray on all nodes, or upload this machine's with --package",
             )
         if code is None and details.status != "SUCCEEDED":
             raise EnvironmentFault(
-                f"the job could not be started or was lost: {_last_line(details.message)}",
+                f"the job did not start or was lost: {_last_line(details.message)}",
                 self.id,
-                "a job that ends by itself",
-                "look at the cluster's dashboard, then submit again: what is in the store is not"
-                " repeated",
+                "a finished job",
+                "check the cluster's dashboard, then submit the sweep again: finished stages are"
+                " kept in the store",
             )
         return 128 - code if code is not None and code < 0 else code or 0
 
 
 def connect(address: str | None) -> Head:
-    """The head at the address of its dashboard; EnvironmentFault says what answers there instead,
-    or what it lacks.
+    """The Ray head with this dashboard address; EnvironmentFault if there is none, if it refuses
+    access, or if its Ray is too old.
+
+    Args:
+        address: URL of the dashboard; None: `RAY_API_SERVER_ADDRESS`, else port 8265 of this
+            machine.
     """
     address = _dashboard(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
     for package in ("ray", "requests", "aiohttp"):
         if find_spec(package) is None:
             raise EnvironmentFault(
-                "this machine lacks what talks to a cluster",
+                "a package that is needed to submit jobs is not installed",
                 package,
                 "an installed ray[default]",
                 'pip install "ray[default]"',
             )
     answer, headers = _version(address)
     try:
-        found = str(answer.json()["ray_version"])
+        ray_version = str(answer.json()["ray_version"])
     except (ValueError, KeyError, TypeError):
         raise _no_dashboard(address, f"it answers {answer.status_code} {answer.reason}") from None
-    _check_version(found)
-    return Head(address=address, ray_version=found, nodes=_nodes(address, headers), headers=headers)
+    _check_version(ray_version)
+    nodes = _nodes(address, headers)
+    return Head(address=address, ray_version=ray_version, nodes=nodes, headers=headers)
 
 
 def hand_over(
     head: Head, command: Sequence[str], archive: Path, *, submission_id: str, name: str
 ) -> None:
-    """Hand a command and its working folder over to a head; EnvironmentFault when it refuses."""
+    """Submit a job to a head; EnvironmentFault if the head rejects it.
+
+    Args:
+        head: The head.
+        command: The command and its arguments.
+        archive: Zip file of its working directory.
+        submission_id: Id of the job, unique in the cluster.
+        name: Name of the job in the dashboard.
+    """
     from ray.exceptions import RayError
 
     try:
@@ -190,21 +204,21 @@ def hand_over(
     except (OSError, RuntimeError, RayError) as error:
         if "already exists" in str(error):
             raise EnvironmentFault(
-                "the cluster has a job of this id",
+                "the cluster already has a job with this id",
                 submission_id,
-                "an id that no job of this cluster has had",
+                "an id that no job of this cluster has used",
                 "choose another --submission-id, or leave it out",
             ) from error
         raise EnvironmentFault(
-            f"the cluster did not take the job: {_last_line(str(error))}",
+            f"the cluster rejected the job: {_last_line(str(error))}",
             head.address,
             _WANT,
-            "look at the dashboard and at the head's log",
+            "check the dashboard and the head's log",
         ) from error
 
 
 def _dashboard(given: str) -> str:
-    """The address as a URL; EnvironmentFault for addresses of Ray's other servers."""
+    """The address as a URL; EnvironmentFault if it is not that of a dashboard."""
     url = given.strip().rstrip("/")
     url = url if "://" in url else f"http://{url}"
     parts = urlparse(url)
@@ -214,20 +228,21 @@ def _dashboard(given: str) -> str:
             and bool(parts.hostname)
             and (parts.port is None or parts.port > 0)
         )
-    except ValueError:  # a port that is none
+    except ValueError:  # an invalid port
         is_good = False
     if not is_good or (parts.port is None and parts.hostname == "auto"):
         raise EnvironmentFault(
             "not the address of a Ray dashboard",
             given,
             _WANT,
-            "`ray start --head` prints it; ray:// and HOST:6379 are doors of other servers",
+            "use the address that `ray start --head` prints; ray:// and HOST:6379 are other servers"
+            " of Ray",
         )
     return url
 
 
 def _version(address: str) -> tuple[Any, Mapping[str, str]]:
-    """The head's answer to who it is, and the headers that it wants to see."""
+    """The head's answer to a request for its version, and the HTTP headers that it requires."""
     answer = _get(address, {})
     if answer.status_code not in (401, 403):
         return answer, {}
@@ -238,15 +253,15 @@ def _version(address: str) -> tuple[Any, Mapping[str, str]]:
         if answer.status_code not in (401, 403):
             return answer, headers
     what = (
-        "the cluster asks for a token, and there is none here"
+        "the cluster requires a token, and this machine has none"
         if token is None
-        else "the cluster does not take this machine's token"
+        else "the cluster rejects this machine's token"
     )
     raise EnvironmentFault(
         what,
         address,
         "the cluster's token in ~/.ray/auth_token, or in the file that RAY_AUTH_TOKEN_PATH names",
-        "copy it from the head: `ray get-auth-token` prints it there",
+        "copy it from the head, where `ray get-auth-token` prints it",
     )
 
 
@@ -257,7 +272,7 @@ def _get(address: str, headers: Mapping[str, str]) -> Any:
     try:
         return requests.get(f"{address}/api/version", headers=dict(headers), timeout=ANSWER_S)
     except requests.ReadTimeout as error:
-        raise _no_dashboard(address, f"it is silent for {ANSWER_S:g} s") from error
+        raise _no_dashboard(address, f"no response within {ANSWER_S:g} s") from error
     except requests.RequestException as error:
         if error.args and isinstance(error.args[0], ProtocolError):
             raise _no_dashboard(address, "it does not speak HTTP") from error
@@ -265,23 +280,23 @@ def _get(address: str, headers: Mapping[str, str]) -> Any:
             "no Ray head answers",
             address,
             _WANT,
-            "start one with `ray start --head`, check host and port, or make the tunnel: "
-            "`ray dashboard CLUSTER.yaml`, `kubectl port-forward service/HEAD 8265:8265`",
+            "start one with `ray start --head`, check host and port, or open a tunnel: "
+            "`ray dashboard CLUSTER.yaml` or `kubectl port-forward service/HEAD 8265:8265`",
         ) from error
 
 
 def _no_dashboard(address: str, what: str) -> EnvironmentFault:
     return EnvironmentFault(
-        f"something answers, but it is no Ray dashboard: {what}",
+        f"the server at this address is not a Ray dashboard: {what}",
         address,
         _WANT,
-        "jobs go to the dashboard's port, 8265 unless changed; 6379 is the port that nodes join,"
-        " 10001 that of Ray Client",
+        "use the port of the dashboard, by default 8265; 6379 is the port for nodes, 10001 that of"
+        " Ray Client",
     )
 
 
 def _token() -> str | None:
-    """Ray's token of this machine, from where Ray itself looks for it."""
+    """The token of this machine, read from where Ray reads it; None if there is none."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return None
     given = os.environ.get("RAY_AUTH_TOKEN")
@@ -291,22 +306,22 @@ def _token() -> str | None:
     return (given or "").strip() or None
 
 
-def _check_version(found: str) -> None:
+def _check_version(ray_version: str) -> None:
     from packaging.version import Version
 
-    if Version(found) < Version(MIN_RAY):
+    if Version(ray_version) < Version(MIN_RAY):
         from importlib.metadata import version
 
         raise EnvironmentFault(
-            "the cluster's Ray is too old for a sweep",
-            f"Ray {found} there, {version('ray')} here",
+            "the cluster's Ray is too old",
+            f"Ray {ray_version} on the cluster, {version('ray')} on this machine",
             f"Ray {MIN_RAY} or newer on all nodes",
             "start the cluster with a newer image",
         )
 
 
 def _nodes(address: str, headers: Mapping[str, str]) -> tuple[str, ...]:
-    """IP addresses of the nodes that are alive."""
+    """IP addresses of the live nodes."""
     from ray.exceptions import RayError
     from ray.util.state import StateApiClient
     from ray.util.state.common import ListApiOptions, StateResource
@@ -314,24 +329,24 @@ def _nodes(address: str, headers: Mapping[str, str]) -> tuple[str, ...]:
 
     try:
         with _quiet():
-            found = StateApiClient(address=address, headers=dict(headers)).list(
+            nodes = StateApiClient(address=address, headers=dict(headers)).list(
                 StateResource.NODES,
                 ListApiOptions(timeout=int(ANSWER_S)),
                 raise_on_missing_output=False,
             )
     except (OSError, RuntimeError, RayError, RayStateApiException) as error:
         raise EnvironmentFault(
-            f"the head does not tell its nodes: {_last_line(str(error))}",
+            f"cannot get the list of nodes from the head: {_last_line(str(error))}",
             address,
             _WANT,
-            "look at the head's log",
+            "check the head's log",
         ) from error
-    return tuple(node.node_ip for node in found if node.state == "ALIVE")
+    return tuple(node.node_ip for node in nodes if node.state == "ALIVE")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray's own talk kept to warnings."""
+    """Suppress Ray's log messages below warnings."""
     logger = logging.getLogger("ray")
     before = logger.level
     logger.setLevel(logging.WARNING)
@@ -343,4 +358,4 @@ def _quiet() -> Iterator[None]:
 
 def _last_line(text: str | None) -> str:
     lines = [line.strip() for line in (text or "").splitlines() if line.strip(" .")]
-    return lines[-1] if lines else "no reason given"
+    return lines[-1] if lines else "Ray gives no reason"

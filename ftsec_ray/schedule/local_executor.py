@@ -1,9 +1,9 @@
-"""Run units one after the other, without Ray.
+"""Runs units one after the other, without Ray.
 
-They run in this process, or in one beside it: where stages have a time limit, since a stage that is
-over its time takes its process along, and where the sweep's numerics are portable and this process
-has already imported torch with other settings. A worker group unit starts its processes on this
-machine.
+They run in this process, except in two cases, where they run in a child process: if stages have a
+time limit (a stage that exceeds it is killed with its process), and if the sweep's numerics are
+portable but this process has already imported torch with other settings. A worker group starts its
+processes on this machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ftsec_ray.schedule.dispatcher import Dispatcher
 from ftsec_ray.schedule.dist_launch import GroupEnded, launch_here, run_worker_group
 
 RunUnit = Callable[[Sequence[Stage], int], list[StageResult]]
-"""(stages of a unit, attempt) -> their verdicts; raises WorkerLost."""
+"""(stages of a unit, attempt) -> their results; raises WorkerLost."""
 
 
 def run_local(
@@ -36,7 +36,9 @@ def run_local(
     address: str | None,  # noqa: ARG001
     workers: int | None,  # noqa: ARG001
 ) -> None:
-    """Run units until none is left, those of one base model together where priorities allow."""
+    """Run all units of a dispatcher, if possible those of one base model together; see
+    `executors.Executor`.
+    """
     warm: str | None = None
     with _place(dispatcher, spec) as run:
         while (unit := dispatcher.next(warm=warm)) is not None:
@@ -54,7 +56,7 @@ def run_local(
 
 @contextmanager
 def _place(dispatcher: Dispatcher, spec: WorkerSpec) -> Iterator[RunUnit]:
-    """What runs the units that are no worker groups."""
+    """The function that runs units other than worker groups."""
     if spec.runtime.timeout_s is None and _can_compute(spec.runtime):
         here = imported(spec.session)(dispatcher.store, spec.runtime, spec.cache_gib)
         yield lambda stages, attempt: run_unit(
@@ -69,10 +71,10 @@ def _place(dispatcher: Dispatcher, spec: WorkerSpec) -> Iterator[RunUnit]:
 
 
 def _can_compute(runtime: Runtime) -> bool:
-    """Whether this process computes as the sweep wants; where it still can, from now on it does."""
+    """Whether this process can use the sweep's numerics; if so, it switches to them."""
     try:
         put_in_force(runtime.numerics)
-    except EnvironmentFault:  # torch is imported already; the process beside this one checks again
+    except EnvironmentFault:  # torch is already imported; the child process checks again
         return False
     return True
 

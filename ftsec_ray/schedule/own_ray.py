@@ -1,9 +1,8 @@
-"""A Ray that this process starts for itself: it listens on the loopback interface alone, and runs
-nothing for whoever does not have the token of this run.
+"""A local Ray of this process: it listens only on the loopback interface and requires a token.
 
-By default Ray would listen on the machine's own address, and before 2.60 without a token: anybody
-who reaches one of its ports could run code as this user. What is used here of Ray's own modules is
-in `PRIVATE`; a test looks whether the installed Ray has it.
+By default, Ray listens on the machine's network address, and before 2.60 without a token: anyone
+who can reach one of its ports could run code as this user. `PRIVATE` lists the private names of Ray
+that this module uses; a test checks that the installed Ray has them.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_
 
 @contextmanager
 def own_ray(cores: int, **how: Any) -> Iterator[None]:
-    """A Ray on this machine while open; EnvironmentFault where it would listen elsewhere or ask for
-    no token.
+    """Run a local Ray inside a `with` block; EnvironmentFault if it would listen on another
+    interface or accept requests without a token.
 
     Args:
-        cores: that it has.
-        how: more for `ray.init`.
+        cores: CPU cores of the local Ray.
+        how: Further arguments of `ray.init`.
     """
     with ExitStack() as stack:
-        stack.callback(_read_environment)  # last of all, when the variables are as they were
+        stack.callback(_read_environment)  # runs last, when the variables are restored
         for name, value in _variables().items():
             stack.enter_context(setting(name, value))
         import ray
@@ -50,21 +49,21 @@ def own_ray(cores: int, **how: Any) -> Iterator[None]:
 
 
 def _variables() -> dict[str, str]:
-    """Environment variables of this process and all that it starts while its Ray runs. A token that
-    the user gives stays; a file in the home folder, which Ray would make for all to read, is not
-    asked.
+    """Environment variables of this process and its children while Ray runs. A token set by the
+    user is kept. Otherwise a new one is made, because Ray would write its own into a file that all
+    users can read.
     """
     from ray._private.ray_constants import ENABLE_RAY_CLUSTERS_ENV_VAR
 
-    found = {_MODE: "token", ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    variables = {_MODE: "token", ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
     if not os.environ.get(_TOKEN) and not os.environ.get(_TOKEN_PATH):
-        found[_TOKEN] = secrets.token_hex(32)
-    return found
+        variables[_TOKEN] = secrets.token_hex(32)
+    return variables
 
 
 def _read_environment() -> None:
-    """Have Ray look at the variables again: it reads them once per process. The mode goes first: a
-    thread that still ends must not ask for a token that is no more.
+    """Make Ray read the environment variables again, which it does only once per process. The mode
+    comes first, so that a thread that is still ending does not ask for a removed token.
     """
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -74,8 +73,8 @@ def _read_environment() -> None:
 
 @contextmanager
 def _loopback_only() -> Iterator[None]:
-    """Nodes that start meanwhile take the loopback address, as on systems where Ray knows no
-    clusters; an address that is given it would replace.
+    """Make nodes that start in this block use the loopback address. This sets a private constant,
+    since Ray replaces a loopback address that is passed as an argument.
     """
     from ray._private import ray_constants
 
@@ -95,16 +94,16 @@ def _check() -> None:
     if ipaddress.ip_address(address).is_loopback and is_token_auth_enabled():
         return
     raise EnvironmentFault(
-        "the Ray of this run would be open to others",
-        f"Ray {ray.__version__} at {address}, token {is_token_auth_enabled()}",
-        "the loopback address, and a token",
-        "install a Ray of the versions in pyproject.toml, or use --executor local",
+        "the local Ray would accept connections of other users",
+        f"Ray {ray.__version__} at {address}, token required: {is_token_auth_enabled()}",
+        "the loopback address, and a required token",
+        "install a Ray version that pyproject.toml allows, or use --executor local",
     )
 
 
 @contextmanager
 def setting(name: str, value: str) -> Iterator[None]:
-    """An environment variable of this process for a while."""
+    """Set an environment variable of this process inside a `with` block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

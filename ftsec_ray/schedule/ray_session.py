@@ -1,5 +1,5 @@
-"""What every executor on Ray does around a run: it starts or joins Ray, keeps it quiet, and says
-which environment variables its workers have.
+"""The Ray session of a run: starts or joins Ray, suppresses its log messages, and sets the
+environment variables of workers.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ _SWITCHES = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""Environment variables of the driver while Ray runs, where the user sets no others."""
+"""Environment variables of the driver while Ray runs, unless the user sets them."""
 
 
 def worker_environment() -> dict[str, str]:
-    """Environment variables with which every worker process of a run on Ray starts, and with it
-    the processes that it starts on Ray.
-    """
-    # Ray Train would give a worker group up after a minute and try anew without end; a node may
-    # take longer to boot than that.
+    """Environment variables of every worker process on Ray and of its child processes."""
+    # By default, Ray Train stops waiting for a worker group after a minute and retries forever; a
+    # node may need longer to boot.
     name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
     return {name: os.environ.get(name, "1800")}
 
@@ -43,14 +41,15 @@ def ray_session(
     *,
     switches: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
-    """A Ray cluster: the one at hand, the one at an address, or one of this process.
+    """Connect to Ray inside a `with` block: to the initialized one, to the cluster at an address,
+    or to a local Ray that is started here.
 
     Args:
-        address: of a running cluster; None starts one, or joins that of `RAY_ADDRESS`.
-        workers: units at a time, for the cores of a Ray of this process.
-        resources: of the sweep.
-        least_cpus: cores that it has at least.
-        switches: more environment variables of this process for the time of the run.
+        address: Address of a running cluster; None starts a local Ray.
+        workers: Units to run at once; decides the cores of a local Ray.
+        resources: The `resources` of the sweep.
+        least_cpus: Smallest number of cores of a local Ray.
+        switches: Further environment variables of this process during the run.
     """
     with (
         _quiet({**_SWITCHES, **(switches or {})}),
@@ -80,12 +79,12 @@ def _connected(
                 stack.enter_context(own_ray(cores, **quiet))
         except EnvironmentFault:
             raise
-        except Exception as error:  # Ray has no class of its own for a start that takes too long
+        except Exception as error:  # Ray has no error class for a start that takes too long
             raise EnvironmentFault(
-                f"cannot reach or start Ray: {error}",
+                f"cannot connect to Ray or start it: {error}",
                 as_given(None if address == cluster_address(None) else address),
                 "a running cluster",
-                f"--address HOST:6379 of a Ray head, no {VARIABLE} in the environment, or"
+                f"give --address HOST:6379 of a Ray head, unset {VARIABLE}, or use"
                 " --executor local",
             ) from error
         yield
@@ -93,7 +92,7 @@ def _connected(
 
 @contextmanager
 def _quiet(switches: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables where the user sets no others, and Ray's loggers kept to errors."""
+    """Set environment variables that the user does not set, and limit Ray's loggers to errors."""
     loggers = {name: logging.getLogger(name) for name in _LOGGERS}
     levels = {name: logger.level for name, logger in loggers.items()}
     with ExitStack() as put_back:

@@ -1,4 +1,4 @@
-"""What a Ray worker process does with the units that it is given, whichever executor started it."""
+"""The worker process on Ray: runs units, for both executors that use Ray."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from ftsec_ray.schedule.dist_launch import GroupEnded, launch_on_ray, run_worker
 from ftsec_ray.store import Store
 
 Answer = Mapping[str, str]
-"""`verdicts`: JSON of the verdicts of a unit; or `lost`: why there are none; or `broken`: why this
-process cannot run any unit.
+"""`verdicts`: results of a unit's stages, as JSON; or `lost`: why there are none; or `broken`: why
+this process cannot run any unit.
 """
 
 
 class RayWorker:
-    """Runs unit after unit, with the models of its session in memory."""
+    """Runs units one after the other, and keeps the models of its session in memory."""
 
     def __init__(self, spec: WorkerSpec, bundles: Bundles) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -42,8 +42,13 @@ class RayWorker:
         self._session: Any = None
 
     def run(self, stages: Sequence[Stage], resource: str, attempt: int) -> Answer:
-        """Run a unit of a resource class to its verdicts; a worker that cannot open says so here,
-        where it is heard.
+        """Run a unit. Errors at the start of the worker are returned from here, since the executor
+        would not see them otherwise.
+
+        Args:
+            stages: Stages of the unit.
+            resource: Resource class of the unit.
+            attempt: Number of the attempt, from 1.
         """
         try:
             if is_group(resource):
@@ -58,7 +63,7 @@ class RayWorker:
     def _worker_group(
         self, stages: Sequence[Stage], resource: str, attempt: int
     ) -> list[StageResult]:
-        """Have a worker group run the unit: this process only waits for it."""
+        """Run the unit in a worker group; this process only waits for it."""
         spec, share = self._spec, share_of(resource, self._bundles[resource])
         order = GroupOrder(
             stages=tuple(stages),
@@ -71,14 +76,14 @@ class RayWorker:
         )
 
     def _open(self) -> None:
-        """Import and open what outlives a unit, once."""
+        """Open the store and the session on first use; they are kept for later units."""
         import ray
 
         if self._session is not None:
             return
         assigned = ray.get_runtime_context().get_assigned_resources()
         threads, gpus = max(1, int(assigned.get("CPU", 1))), float(assigned.get("GPU", 0.0))
-        # A worker without a GPU sees none, whatever the rest of the sweep runs on.
+        # Without an assigned GPU, this worker must run on the CPU even if the sweep uses GPUs.
         runtime = (
             self._spec.runtime
             if gpus or not self._spec.runtime.device.startswith("cuda")
@@ -88,7 +93,7 @@ class RayWorker:
         self._store = Store.open(self._spec.store)
         self._runner = imported(self._spec.runner)
         session = imported(self._spec.session)(self._store, runtime, self._spec.cache_gib)
-        set_up_numerics(runtime.numerics, threads)  # again, for what the imports brought
+        set_up_numerics(runtime.numerics, threads)  # again, for libraries imported just now
         gpu_share(gpus)
         self._session = session
 

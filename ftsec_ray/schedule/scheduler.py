@@ -1,18 +1,18 @@
-"""Which unit next: a pure state machine over the units of a plan. It knows no executor, no clock
-and no disk.
+"""Decides which unit runs next: a state machine over the units of a plan, without executor, clock
+or disk.
 
     blocked -> ready -> running -> done | failed          blocked, ready -> upstream_failed
     ready <-> held
 
-A unit is ready when all units that it needs are done. Among the ready ones the longest remaining
-path goes first, then the one that unlocks most cells, then one whose base model the asking worker
-has warm. A worker group that comes first and has no room holds back the others until it has, unless
-another worker group runs, whose room it will get. `requeue` puts a unit back whose worker died,
-`reopen` runs the producer of a damaged artifact again before whoever needs it.
+A unit is ready when all units that it needs are done. Among ready units, the one with the longest
+remaining path goes first, then the one that most cells wait for, then one whose base model the
+worker has in memory. If the next unit is a worker group without free slots, all other units wait
+for it, unless another worker group is running, whose resources it will get. `requeue` puts back a
+unit whose worker died; `reopen` runs the producer of a damaged artifact again before its consumer.
 
-A ready unit that a budget has no room for is held, and asked again when one that runs has ended,
-since that may have taken less than expected. When nothing runs and nothing that is ready fits, the
-rest stays held and blocked: finished.
+A ready unit that would exceed the budget is held. It is checked again whenever a running unit ends,
+which may have cost less than expected. If nothing runs and no ready unit fits the budget, the run
+is finished, and the remaining units stay held and blocked.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from ftsec_ray.plan.stage import is_group
 from ftsec_ray.schedule.budget import Ledger
 
 MAX_ATTEMPTS = 3
-"""Starts of one unit when workers die under it, and rebuilds of one artifact that is found damaged.
-"""
+"""Attempts of a unit whose workers die, and rebuilds of an artifact that is damaged, at most."""
 
 
 class State(Enum):
-    """Where a unit stands."""
+    """State of a unit."""
 
     BLOCKED = "blocked"
     READY = "ready"
@@ -54,15 +53,16 @@ class Node:
 
     id: str
     needs: tuple[str, ...] = ()
-    """Ids of the units that must be done before it."""
+    """Ids of the units that must be done first."""
     cost_s: float = 1.0
+    """Expected seconds."""
     cells: int = 1
-    """Cells that wait for it."""
+    """Number of cells that wait for it."""
     resource: str = "cpu"
     affinity: str = ""
     """Base model that it loads."""
     spend: Mapping[str, float] = field(default_factory=dict)
-    """What it is expected to take of each thing that has a limit."""
+    """Name of a limit of the budget -> expected cost."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class _Bucket:
 
 
 class Scheduler:
-    """States of all units, and which one to hand out next."""
+    """The states of all units, and the choice of the next one."""
 
     def __init__(
         self,
@@ -96,9 +96,9 @@ class Scheduler:
         self._counts: Counter[State] = Counter()
         self._ready: Counter[str] = Counter()
         self._worker_groups: set[str] = set()
-        """Worker groups that run."""
+        """Running worker groups."""
         self.starts: Counter[str] = Counter()
-        """Times that each unit was handed out."""
+        """Id of a unit -> number of its starts."""
         self._lost: Counter[str] = Counter()
         self._reopened: Counter[str] = Counter()
         self._insert(list(nodes))
@@ -128,27 +128,27 @@ class Scheduler:
                 self._make_ready(node.id)
 
     def _measure_paths(self, nodes: list[Node]) -> None:
-        """Longest way to an end, from the ends backwards."""
+        """Compute the longest remaining path of each new unit, starting from the last units."""
         new = {node.id for node in nodes}
         open_users = {node.id: sum(user in new for user in self._users[node.id]) for node in nodes}
-        waiting = [one for one, users in open_users.items() if users == 0]
+        waiting = [unit for unit, users in open_users.items() if users == 0]
         count = 0
         while waiting:
-            one = waiting.pop()
+            unit = waiting.pop()
             count += 1
-            self._path[one] = self._nodes[one].cost_s + max(
-                (self._path[user] for user in self._users[one]), default=0.0
+            self._path[unit] = self._nodes[unit].cost_s + max(
+                (self._path[user] for user in self._users[unit]), default=0.0
             )
-            for need in self._nodes[one].needs:
+            for need in self._nodes[unit].needs:
                 if need in new:
                     open_users[need] -= 1
                     if open_users[need] == 0:
                         waiting.append(need)
         if count != len(new):
             raise FtsecError(
-                "the units of a plan need each other in a circle",
+                "the units of the plan have a cyclic dependency",
                 sorted(new - set(self._path))[:3],
-                "a plan without circles",
+                "a plan without cycles",
             )
 
     def _set(self, unit: str, state: State) -> None:
@@ -169,7 +169,7 @@ class Scheduler:
             self._ask_again()
 
     def _ask_again(self) -> None:
-        """What was held may fit now."""
+        """Make held units ready again: they may fit the budget now."""
         held, self._held = self._held, []
         for unit in held:
             if self._state[unit] is State.HELD:
@@ -189,11 +189,11 @@ class Scheduler:
     # Asking.
 
     def state(self, unit: str) -> State:
-        """Where a unit stands."""
+        """The state of a unit."""
         return self._state[unit]
 
     def states(self) -> dict[str, State]:
-        """Where all units stand."""
+        """The states of all units, by id."""
         return dict(self._state)
 
     def count(self, state: State) -> int:
@@ -201,38 +201,38 @@ class Scheduler:
         return self._counts[state]
 
     def has(self, unit: str) -> bool:
-        """Whether the scheduler knows a unit."""
+        """Whether the scheduler has a unit."""
         return unit in self._nodes
 
     def node(self, unit: str) -> Node:
-        """A unit as it was given."""
+        """The node of a unit."""
         return self._nodes[unit]
 
     @property
     def finished(self) -> bool:
-        """Whether every unit is in a state that it will not leave."""
+        """Whether no unit can run any more."""
         if self._counts[State.READY] or self._counts[State.RUNNING]:
             return False
         return not self._counts[State.BLOCKED] or bool(self._counts[State.HELD])
 
     @property
     def unaffordable(self) -> list[str]:
-        """Units that a budget keeps from running: those held, and those that wait for them."""
+        """Units that cannot run because of the budget: held units, and those that wait for them."""
         if not self._counts[State.HELD] or not self.finished:
             return []
         return [unit for unit, state in self._state.items() if state in (State.HELD, State.BLOCKED)]
 
-    # Handing out.
+    # The next unit.
 
     def next_ready(
         self, free: Mapping[str, int] | None = None, *, warm: str | None = None
     ) -> str | None:
-        """The next unit, now running; None when no unit is ready for a resource with a free slot,
-        or the budget has no room.
+        """The next unit, which is now running; None if no unit is ready for a free slot, or if none
+        fits the budget.
 
         Args:
-            free: free slots by resource; None when there is room for any.
-            warm: base model that the asking worker has loaded.
+            free: Free slots by resource class; None for no limit.
+            warm: Base model that the worker has in memory.
         """
         while True:
             heads = [
@@ -240,8 +240,8 @@ class Scheduler:
                 for r in self._heaps
                 if self._ready[r] and (head := self._head(r)) is not None
             ]
-            # A worker group needs its room all at once: when its turn has come, nothing smaller may
-            # take what becomes free.
+            # A worker group needs all of its resources at once: while it is next, no smaller unit
+            # may take resources that become free.
             if (
                 free is not None
                 and heads
@@ -265,9 +265,7 @@ class Scheduler:
         return unit
 
     def _head(self, resource: str) -> tuple[float, int] | None:
-        """Priority of the best ready unit; entries of units that are no longer ready are dropped on
-        the way.
-        """
+        """Priority of the best ready unit; removes entries of units that are no longer ready."""
         heap = self._heaps[resource]
         while heap:
             bucket = self._buckets[resource, *heap[0]]
@@ -286,10 +284,10 @@ class Scheduler:
         affinity = warm if warm in bucket.by_affinity else next(iter(bucket.by_affinity))
         return bucket.by_affinity[affinity].popleft()
 
-    # Being told.
+    # Results.
 
     def complete(self, unit: str) -> None:
-        """A running unit is done; what waited for it alone becomes ready."""
+        """Mark a running unit as done; units that waited only for it become ready."""
         self._leave_running(unit, State.DONE)
         for user in self._users[unit]:
             self._waits[user].discard(unit)
@@ -297,21 +295,25 @@ class Scheduler:
                 self._make_ready(user)
 
     def fail(self, unit: str) -> list[str]:
-        """A running unit failed for good; returns its descendants, which will not run."""
+        """Mark a running unit as failed; returns its descendants, which will not run."""
         self._leave_running(unit, State.FAILED)
         lost: list[str] = []
         waiting = list(self._users[unit])
         while waiting:
-            one = waiting.pop()
-            if self._state[one] in _WAITING:
-                self._set(one, State.UPSTREAM_FAILED)
-                lost.append(one)
-                waiting += self._users[one]
+            user = waiting.pop()
+            if self._state[user] in _WAITING:
+                self._set(user, State.UPSTREAM_FAILED)
+                lost.append(user)
+                waiting += self._users[user]
         return lost
 
     def requeue(self, unit: str, *, counted: bool = True) -> bool:
-        """A running unit lost its worker; False when it did so too often and must be failed
-        instead.
+        """Put back a running unit whose worker died; False if this has happened too often, so that
+        the caller must mark it as failed.
+
+        Args:
+            unit: Id of the unit.
+            counted: Whether it counts towards the limit of attempts.
         """
         self._expect_running(unit)
         self._lost[unit] += counted
@@ -321,8 +323,8 @@ class Scheduler:
         return True
 
     def reopen(self, producer: str, unit: str) -> bool:
-        """A running unit found an artifact of `producer` damaged; False when that happened too
-        often.
+        """Run `producer` again, since the running unit found its artifact damaged; False if this
+        has happened too often.
         """
         self._expect_running(unit)
         self._needs[unit].add(producer)
@@ -343,7 +345,9 @@ class Scheduler:
         return True
 
     def add(self, nodes: Iterable[Node], *, last: str, before: str) -> None:
-        """New units, of which `last` must be done before the running unit `before` starts again."""
+        """Add new units; `last`, one of them, must be done before the running unit `before` starts
+        again.
+        """
         self._expect_running(before)
         self._users[last] = {before}
         self._insert(list(nodes))
@@ -369,6 +373,4 @@ class Scheduler:
 
     def _expect_running(self, unit: str) -> None:
         if self._state.get(unit) is not State.RUNNING:
-            raise FtsecError(
-                f"unit {unit} is not running", self._state.get(unit), "a unit that was handed out"
-            )
+            raise FtsecError(f"unit {unit} is not running", self._state.get(unit), "a running unit")

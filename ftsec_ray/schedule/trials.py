@@ -1,8 +1,8 @@
-"""What Ray Tune asks while a run is on: which unit a trial gets, which trial a free worker gets,
-and what became of both.
+"""Connects Ray Tune with the dispatcher: which unit a trial runs, which trial a free worker gets,
+and the results of both.
 
-With `tune_executor` and `tune_internals` the only module that imports `ray.tune`. Where Tune offers
-no other way it reads Tune's controller, through `tune_internals`.
+Only this module, `tune_executor` and `tune_internals` import `ray.tune`. Where Tune has no public
+interface, it uses Tune's controller through `tune_internals`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ftsec_ray.schedule.tune_internals import (
 from ftsec_ray.schedule.unit_leases import UnitLeases, death_text
 
 KEPT_TRIALS = 256
-"""Trials that have ended and that Tune may remember."""
+"""Ended trials that Tune may keep before they are dropped."""
 
 
 class StageSearcher(Searcher):
-    """Hands units to Tune as the dispatcher says, and tells it what became of them."""
+    """Gives the dispatcher's units to Tune as trials, and reports their results back."""
 
     def __init__(self, leases: UnitLeases, *, given: frozenset[str]) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class StageSearcher(Searcher):
         """Trial id -> unit."""
         self.is_stopped = False
         self.fault: EnvironmentFault | None = None
-        """Why the run cannot go on."""
+        """Why the run cannot continue; None if it can."""
         self._given = given
-        """Units whose stages the workers have."""
+        """Ids of the units whose stages the workers already have."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """A unit for a new trial; None only while a trial is live, FINISHED when no unit is
+        """A unit for a new trial; None if it must wait for a live trial; FINISHED if no unit is
         left.
         """
         dispatcher = self.leases.dispatcher
@@ -57,16 +57,16 @@ class StageSearcher(Searcher):
             return str(Searcher.FINISHED)
         unit = self.leases.take(self.leases.warm)
         if unit is None:
-            # With nothing live only a budget can be the reason; the dispatcher has then finished.
+            # Without live trials, only the budget is the reason; the dispatcher is then finished.
             return str(Searcher.FINISHED) if dispatcher.finished else None
         self.live[trial_id] = unit.id
         config = {"unit": unit.id, "on": unit.resource, "attempt": dispatcher.attempt(unit.id)}
-        if unit.id not in self._given:  # it was not foreseen when the workers got their units
+        if unit.id not in self._given:  # added after the workers got their units
             config["rebuilt"] = json.dumps([stage.to_json() for stage in unit.stages])
         return config
 
     def on_trial_start(self, trial_id: str) -> None:
-        """A worker took the unit of a trial."""
+        """Report that a worker started the unit of a trial."""
         if trial_id in self.live:
             self.leases.started(self.live[trial_id])
 
@@ -76,8 +76,8 @@ class StageSearcher(Searcher):
         result: dict[str, Any] | None = None,
         error: bool = False,  # noqa: FBT001, FBT002
     ) -> None:  # noqa: FBT001, FBT002
-        """Settle the unit of a trial by its verdicts; one that ended in an error waits for `lost`,
-        which is told why.
+        """Report the results of a trial's unit; after an error, `lost` is called instead, with the
+        reason.
         """
         if error or trial_id not in self.live:
             return
@@ -85,13 +85,13 @@ class StageSearcher(Searcher):
         self.is_stopped = self.is_stopped or self.leases.is_broken
 
     def lost(self, trial_id: str, why: str) -> None:
-        """The worker of a trial is gone."""
+        """Report that the worker of a trial died."""
         unit = self.live.pop(trial_id, None)
         if unit is not None:
             self.leases.lost(unit, why)
 
     def save(self, checkpoint_path: str) -> None:
-        """States of the units, for people; nothing reads them back."""
+        """Write the states of the units, for debugging; nothing reads this file."""
         with open(checkpoint_path, "w", encoding="utf-8") as stream:  # noqa: PTH123 - the path is Tune's
             json.dump(
                 {
@@ -102,40 +102,44 @@ class StageSearcher(Searcher):
             )
 
     def restore(self, checkpoint_path: str) -> None:
-        """Refuse: what is done is read from the store."""
+        """Always raise EnvironmentFault: a run is resumed from the store."""
         raise EnvironmentFault(
-            "a run is resumed by planning again, not by Tuner.restore",
+            "Tuner.restore cannot resume a run",
             checkpoint_path,
-            "ftsec run with the same store",
+            "a run that is resumed from its store",
+            "run `ftsec run` again with the same store",
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StageSearcher:
         return self
 
     def __reduce__(self) -> tuple[type[Searcher], tuple[()]]:
-        return (Searcher, ())  # Tune pickles its searcher into scratch that is never read
+        return (Searcher, ())  # Tune pickles its searcher into a file that is never read
 
 
 class OldestFirst(FIFOScheduler):  # type: ignore[misc]
-    """First in, first out, and nothing kept of trials that have ended.
+    """Runs the oldest waiting trial first, and drops trials that have ended.
 
-    A worker that has just become free goes to the oldest trial whose own worker is not about to
-    start: first in, first out to the letter would throw that one away, and where starting takes
-    longer than a unit a cluster would never be filled. Tune keeps one idle worker for trials to
-    come, with its core or its GPU, and does not see that the workers of a worker group wait for
-    it: while a worker group lives, idle workers are let go. Tune also keeps every trial to its end,
-    and writes and reads them all once more when it is done: tens of kilobytes and some milliseconds
-    for each. Nobody here asks for them, since what became of a unit stands in the store.
+    A worker that becomes free goes to the oldest trial whose own worker is not about to start.
+    Tune's plain FIFO order would discard the worker that is starting; if a start takes longer than
+    a unit, the cluster would never fill up.
+
+    Tune keeps one idle worker with its core or GPU for later trials, although the workers of a
+    worker group may wait for these resources; so while a worker group is live, idle workers are
+    stopped. Tune also keeps all ended trials, and writes and reads them once more at the end, at
+    tens of kilobytes and some milliseconds each. They are dropped, since the store has the results.
     """
 
     def __init__(self, searcher: StageSearcher) -> None:
         super().__init__()
         self._searcher = searcher
         self._live_trials = 0
-        """Trials that had not ended at the last look."""
+        """Trials that had not ended at the last check."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The oldest trial that waits for room, or for a worker that has not been asked for."""
+        """The oldest waiting trial that can use an idle worker, else the oldest one whose worker is
+        not about to start.
+        """
         controller = controller_of(tune_controller)
         self._forget(controller)
         waiting = trials_without_start(controller)
@@ -143,25 +147,25 @@ class OldestFirst(FIFOScheduler):  # type: ignore[misc]
         return self._or_release(next(reusing, waiting[0] if waiting else None), controller)
 
     def _or_release(self, chosen: Any, controller: Any) -> Any:
-        """The chosen trial; where there is none and a worker group lives, idle workers go."""
+        """The chosen trial; if there is none and a worker group is live, stop idle workers."""
         if chosen is None and self._searcher.leases.has_group:
             release_idle_workers(controller)
         return chosen
 
     def _forget(self, controller: Any) -> None:
-        """Now and then, drop the trials whose end the searcher knows."""
+        """Drop ended trials whose result the searcher has, after every KEPT_TRIALS new ones."""
         if count_trials(controller) >= self._live_trials + KEPT_TRIALS:
             forget_trials(controller, lambda trial: trial.trial_id not in self._searcher.live)
             self._live_trials = count_trials(controller)
 
 
 class NewestFirst(OldestFirst):
-    """Gives a worker that has just become free to the newest trial.
+    """Gives a worker that becomes free to the newest trial.
 
-    First in, first out would give it to the oldest, whose own worker may be about to start, and
-    throw that one away: where starting takes longer than a unit, no worker would ever be added. All
-    waiting trials have a free slot (see `free_slots` of the leases), so nothing is overtaken by
-    more than the start of a worker.
+    FIFO order would give it to the oldest trial and discard that trial's own worker, which may be
+    about to start; if a start takes longer than a unit, no worker would ever be added. All waiting
+    trials have a free slot (see `free_slots` of UnitLeases), so an older trial waits at most for
+    the start of its worker.
     """
 
     def __init__(self, searcher: StageSearcher) -> None:
@@ -170,28 +174,26 @@ class NewestFirst(OldestFirst):
         self._older: deque[Any] = deque()
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:  # noqa: ARG002
-        """Note a new trial."""
+        """Record a new trial."""
         self._fresh.append(trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """A trial that Tune has not yet asked a worker for, else the oldest that waits."""
+        """A trial for which Tune has not yet requested a worker, else the oldest waiting one."""
         controller = controller_of(tune_controller)
         self._forget(controller)
         chosen = next((trial for trial in self._fresh if trial.status == "PENDING"), None)
         self._older += self._fresh
         self._fresh.clear()
-        if (
-            len(self._older) > KEPT_TRIALS
-        ):  # the first may wait long for its worker, while those behind it come and go
-            self._older = deque(one for one in self._older if one.status == "PENDING")
+        if len(self._older) > KEPT_TRIALS:  # the first trial may wait while later ones end
+            self._older = deque(trial for trial in self._older if trial.status == "PENDING")
         while self._older and self._older[0].status != "PENDING":
             self._older.popleft()
         return self._or_release(chosen or (self._older[0] if self._older else None), controller)
 
 
 class TrialMonitor(tune.Callback):
-    """Tells starts and losses, settles trials of which Tune never told the searcher, follows a
-    cluster's growth, and notices a stall.
+    """Reports starts and dead workers, settles trials that Tune did not report to the searcher, and
+    checks for growth of the cluster and for stalls.
     """
 
     def __init__(self, searcher: StageSearcher, capacity: ClusterCapacity) -> None:
@@ -201,15 +203,15 @@ class TrialMonitor(tune.Callback):
         self._began = self._checked = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """A worker took the unit of a trial."""
+        """Report that a worker started the unit of a trial."""
         self._searcher.on_trial_start(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """The worker of a trial died."""
+        """Report that the worker of a trial died."""
         self._searcher.lost(trial.trial_id, _last_words(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
-        """Once a second, compare what Tune thinks of its trials with what the searcher thinks."""
+        """Once a second, compare Tune's states of the trials with those of the searcher."""
         now = time.monotonic()
         if now - self._checked < 1.0:
             return
@@ -240,19 +242,19 @@ class TrialMonitor(tune.Callback):
 
 
 class NoProgress(TrialProgressCallback):  # type: ignore[misc]
-    """Prints nothing and remembers nothing of any trial: Tune adds one that does both unless it is
-    given one.
+    """A progress callback that does nothing; without it, Tune adds its own, which prints and stores
+    every trial.
     """
 
     def log_result(self, trial: Any, result: dict[str, Any], error: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Say nothing."""
+        """Print nothing."""
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 def _last_words(trial: Any) -> str:
-    """What Ray says of the death of a trial's worker."""
+    """Ray's error message for the death of a trial's worker."""
     path = trial.error_file
     lines = (
         Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).is_file() else []
@@ -261,15 +263,15 @@ def _last_words(trial: Any) -> str:
 
 
 class StopWhenStalled(tune.Stopper):
-    """Ends the tuner when the searcher says so."""
+    """Stops the tuner when the searcher is stopped."""
 
     def __init__(self, searcher: StageSearcher) -> None:
         self._searcher = searcher
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
-        """Never: a trial ends by itself."""
+        """Always False: a trial ends on its own."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether to stop everything."""
+        """Whether to stop all trials."""
         return self._searcher.is_stopped

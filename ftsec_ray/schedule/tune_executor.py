@@ -1,12 +1,11 @@
-"""Run units as Ray Tune trials; imported on demand only.
+"""Runs units as Ray Tune trials; imported only on demand.
 
-A trial carries the id of a unit and nothing else; what the units are travels once per worker
-through the object store. A worker that reached a verdict returns it as an ordinary result, so a
-trial that ends without one has lost its worker,
-and the dispatcher puts its unit back: retries are ours and not Tune's. Workers are reused from unit
-to unit, which takes one identical placement-group factory per resource class, a pending window far
-above 1 and a `reset_config` that never refuses. What Tune writes is scratch: resuming means
-planning again.
+The config of a trial holds only the id of a unit; each worker gets the stages of all units once,
+through Ray's object store. A worker returns the results of its stages, failed ones included, as an
+ordinary trial result. So a trial without a result means that its worker died, and the dispatcher
+(not Tune) retries its unit. Workers are reused for many units: this needs the same placement-group
+factory object for each resource class, a pending window far above 1, and a `reset_config` that
+always succeeds. Tune's files are temporary: a run is resumed by planning again.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ from ftsec_ray.schedule.tune_internals import check_tune, memory_kills_are_death
 from ftsec_ray.schedule.unit_leases import UnitLeases
 
 WINDOW = 4096
-"""Pending trials that Tune may have in a cluster that may grow; how many it gets is the searcher's
-to say.
+"""Pending trials that Tune may have in a cluster that can grow; the searcher limits their number.
 """
 _SWITCHES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -55,7 +53,7 @@ _SWITCHES = {
 
 
 class UnitTrainable(tune.Trainable):
-    """A worker: it lives on from unit to unit, with the models of its session in memory."""
+    """A worker that runs many units and keeps the models of its session in memory."""
 
     def setup(
         self,
@@ -64,23 +62,21 @@ class UnitTrainable(tune.Trainable):
         bundles: Bundles | None = None,
         units: Mapping[str, tuple[Stage, ...]] | None = None,
     ) -> None:
-        """Take what all units need."""
+        """Prepare the worker for all units."""
         assert spec is not None, "given by tune.with_parameters"
         assert bundles is not None, "given by tune.with_parameters"
         assert units is not None, "given by tune.with_parameters"
         self._worker, self._units, self._config = RayWorker(spec, bundles), units, config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next unit; a refusal would never reach the searcher."""
+        """Set the next unit; always True, because the searcher would not see a refusal."""
         self._config = new_config
         return True
 
     def step(self) -> dict[str, Any]:
-        """Run the unit to its verdicts."""
+        """Run the unit and return the results of its stages."""
         rebuilt, unit = self._config.get("rebuilt"), self._config["unit"]
-        stages = (
-            [Stage.from_json(one) for one in json.loads(rebuilt)] if rebuilt else self._units[unit]
-        )
+        stages = [Stage.from_json(s) for s in json.loads(rebuilt)] if rebuilt else self._units[unit]
         answer = self._worker.run(stages, self._config["on"], self._config["attempt"])
         return {"done": True, **answer}
 
@@ -93,7 +89,7 @@ def run_tune(
     address: str | None,
     workers: int | None,
 ) -> None:
-    """Run the units of a dispatcher as trials, until none is left."""
+    """Run all units of a dispatcher as trials of Ray Tune; see `executors.Executor`."""
     check_tune()
     with (
         workers_with(spec.environment),
@@ -114,9 +110,7 @@ def run_tune(
 def _run_tuner(
     dispatcher: Dispatcher, spec: WorkerSpec, capacity: ClusterCapacity, scratch: str
 ) -> UnitLeases:
-    """One tuner over what is left; returns the leases, with the units that it left without an
-    answer.
-    """
+    """Run one tuner over the remaining units; returns its leases; live ones got no answer."""
     units = {unit.id: unit.stages for unit in dispatcher.units.values()}
     free_slots, limit = capacity.free_slots_and_limit(least=len(capacity.used))
     leases = UnitLeases(dispatcher, free_slots=free_slots, limit=limit)
@@ -128,7 +122,7 @@ def _run_tuner(
         tune.with_parameters(UnitTrainable, spec=spec, bundles=capacity.bundles, units=units),
         lambda config: factories[config["on"]],
     )
-    # A window of 1 hangs where there is more than one resource class.
+    # A window of 1 hangs if there is more than one resource class.
     window = WINDOW if capacity.can_grow else max(2, limit)
     tuner = tune.Tuner(
         host,

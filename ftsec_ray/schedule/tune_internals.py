@@ -1,9 +1,8 @@
-"""Everything that this package uses of Ray and that Ray does not offer: attributes of Tune's
-controller, and two variables of a module. Besides it only `own_ray` reads private names of Ray, of
-how it starts.
+"""Private names of Ray Tune that this package uses: attributes of Tune's controller, and two
+variables of a module. The only other module with private names of Ray is `own_ray`.
 
-Where the installed Ray lacks one of them, the executor `tune` says so before it starts anything;
-the others need none.
+If the installed Ray lacks one of them, the executor `tune` reports this before it starts anything;
+the other executors do not need them.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ PRIVATE: Mapping[str, tuple[str, ...]] = {
     "ray.tune.utils.object_cache:_ObjectCache": ("num_cached_objects", "has_cached_object"),
     "ray.tune.execution.class_cache:": ("ENV_VARS_TO_PROPAGATE", "DEFAULT_ENV_VARS"),
 }
-"""Import path of a class, or of a module with nothing behind the colon -> its names in use."""
+"""Import path of a class (or of a module, with nothing after the colon) -> private names in use."""
 
 
 def check_tune() -> None:
-    """EnvironmentFault when the installed Ray lacks a name in use."""
+    """Raise EnvironmentFault if the installed Ray lacks one of the private names."""
     missing = [
         name for path, names in PRIVATE.items() for name in names if not has_private(path, name)
     ]
@@ -53,7 +52,7 @@ def check_tune() -> None:
 
 
 def has_private(path: str, name: str) -> bool:
-    """Whether a class or a module of Ray has a name, as an attribute or as one that methods set."""
+    """Whether a class or module of Ray has a name: an attribute, or one that its methods set."""
     module_name, _, class_name = path.partition(":")
     try:
         owner: Any = importlib.import_module(module_name)
@@ -71,53 +70,53 @@ def _lacks(names: str, owner: str = "Tune") -> EnvironmentFault:
     import ray
 
     return EnvironmentFault(
-        f"Ray {ray.__version__} has no {owner} {names}",
+        f"the executor `tune` does not support Ray {ray.__version__}: {owner} lacks {names}",
         ray.__version__,
-        "a Ray for which the executor `tune` was made",
-        "run with --executor actors, install an older Ray, or mend schedule/tune_internals.py",
+        "a Ray version that the executor `tune` supports",
+        "run with --executor actors, or install an older Ray",
     )
 
 
 def _of(owner: Any, name: str) -> Any:
-    """A private attribute; EnvironmentFault when there is none."""
+    """A private attribute; EnvironmentFault if it does not exist."""
     try:
         return getattr(owner, name)
     except AttributeError as error:
-        raise _lacks(name, f"{type(owner).__name__}.") from error
+        raise _lacks(name, type(owner).__name__) from error
 
 
 @contextmanager
 def memory_kills_are_deaths() -> Iterator[None]:
-    """A worker that Ray kills for its memory in the middle of a unit has died, as any other: Tune
-    knows that error from actors that end, and from a task it ends the whole run.
+    """Treat a worker that Ray kills for its memory during a unit as a dead worker. Without this,
+    Tune would end the whole run.
     """
     from ray.exceptions import OutOfMemoryError, RayActorError
 
     owner = importlib.import_module("ray.air.execution._internal.actor_manager").RayActorManager
     failed = owner._actor_task_failed  # noqa: SLF001
 
-    def told(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+    def as_actor_error(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
             exception = RayActorError(error_msg=str(exception))
         failed(self, tracked_actor_task=tracked_actor_task, exception=exception)
 
-    owner._actor_task_failed = told  # noqa: SLF001
+    owner._actor_task_failed = as_actor_error  # noqa: SLF001
     try:
         yield
     finally:
         owner._actor_task_failed = failed  # noqa: SLF001
 
 
-# What Tune's schedulers are given.
+# Tune's controller and its trials.
 
 
 def controller_of(wrapper: Any) -> Any:
-    """Tune's controller behind what a scheduler is given, without that one's warnings."""
+    """Tune's controller, from the wrapper that a scheduler gets; the wrapper itself would warn."""
     return _of(wrapper, "_tune_controller")
 
 
 def trials_without_start(controller: Any) -> list[Any]:
-    """Trials that wait and whose own worker is not about to start, oldest first."""
+    """Waiting trials whose own worker is not about to start, oldest first."""
     starting = _of(_of(controller, "_actor_manager"), "_live_actors_to_ray_actors_resources")
     actors = _of(controller, "_trial_to_actor")
     return [
@@ -137,17 +136,17 @@ def has_idle_worker(controller: Any, trial: Any) -> bool:
 
 
 def release_idle_workers(controller: Any) -> None:
-    """Let go of all idle workers."""
+    """Stop all idle workers."""
     _of(controller, "_cleanup_cached_actors")(force_all=True)
 
 
 def count_trials(controller: Any) -> int:
-    """Trials that Tune keeps, those that have ended included."""
+    """Number of trials that Tune keeps, ended ones included."""
     return len(_of(controller, "_trials"))
 
 
 def forget_trials(controller: Any, is_settled: Callable[[Any], bool]) -> None:
-    """Drop the trials that have ended, that are settled and whose worker has been let go."""
+    """Drop trials that have ended, that are settled, and that hold no worker."""
     trials, actors = _of(controller, "_trials"), _of(controller, "_trial_to_actor")
     ended = {
         trial
@@ -168,13 +167,14 @@ def forget_trials(controller: Any, is_settled: Callable[[Any], bool]) -> None:
 
 @contextmanager
 def workers_with(environment: Mapping[str, str]) -> Iterator[None]:
-    """Have Tune start its workers with these variables, and without the driver's cloud keys, for
-    the time of a run.
+    """Make Tune start its workers with these environment variables, and without the driver's cloud
+    keys, inside a `with` block.
 
-    Tune copies the AWS keys of the driver into the runtime environment of every worker. Ray writes
-    that into the logs of each node and shows it to everybody who may ask the cluster for its
-    actors. Workers have the credentials of their node. Variables that numeric libraries read when
-    they are loaded take the same way, since a worker that Ray has at hand may have loaded them.
+    By default, Tune copies the AWS keys of the driver into the runtime environment of every worker.
+    Ray writes this environment into the logs of each node, and shows it to everyone who can list
+    the cluster's actors. Workers use the credentials of their node instead. Variables that numeric
+    libraries read on import must be set here too, because a reused Ray worker may have imported
+    them already.
     """
     from ray.tune.execution import class_cache
 

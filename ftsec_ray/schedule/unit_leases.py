@@ -1,4 +1,4 @@
-"""The units that an executor on Ray has taken from the dispatcher and not yet settled, and how many
+"""The live units of an executor on Ray: taken from the dispatcher and not yet settled; and how many
 more it may take.
 """
 
@@ -17,34 +17,34 @@ from ftsec_ray.schedule.dispatcher import Dispatcher
 from ftsec_ray.schedule.ray_worker import Answer
 
 BROKEN_LIMIT = 3
-"""Workers that may fail to open before any unit ended, until the run is given up."""
+"""A run is given up after so many workers failed to start and no unit has ended."""
 _OUT_OF_MEMORY = re.compile("low on memory|memory usage threshold")
-"""What Ray says of a worker that it killed itself, before the kernel would."""
+"""Ray's messages for a worker that it killed for its memory."""
 _ABOUT_THE_ACTOR = re.compile(r"Failure # |\s*(class_name|actor_id|pid|name|namespace|ip): ")
-"""Lines of what Ray says of a death that name the process and not the reason."""
+"""Lines of Ray's error message that name the process, not the reason."""
 
 
 class UnitLeases:
-    """Units that wait for a worker or run on one."""
+    """Live units: they wait for a worker or run on one."""
 
     def __init__(self, dispatcher: Dispatcher, *, free_slots: FreeSlots, limit: int) -> None:
         self.dispatcher = dispatcher
         self.free_slots = free_slots
-        """Units of each resource class that may wait or run beside those that do."""
+        """Returns how many more units of each resource class may be taken."""
         self.limit = limit
-        """The same of all classes together."""
+        """Limit of live units of all classes together."""
         self.live: set[str] = set()
-        """Ids of the units."""
+        """Ids of the live units."""
         self.warm: str | None = None
         """Base model of the unit that ended last; None before the first."""
         self.broken: list[str] = []
-        """What workers said that could not open."""
+        """Errors of workers that failed to start."""
         self._wide: set[str] = set()
-        """Pipelines that wait for all of their cores."""
+        """Ids of data pipelines that wait for all of their resources."""
 
     @property
     def classes(self) -> Counter[str]:
-        """Units of each resource class."""
+        """Number of live units of each resource class."""
         return Counter(self.dispatcher.units[unit].resource for unit in self.live)
 
     @property
@@ -54,21 +54,21 @@ class UnitLeases:
 
     @property
     def is_broken(self) -> bool:
-        """Whether one worker after the other could not open, and none ever ended a unit."""
+        """Whether several workers failed to start and no unit has ended."""
         return self.warm is None and len(self.broken) >= BROKEN_LIMIT
 
     def take(self, warm: str | None) -> Unit | None:
-        """The next unit; None while there is no room for another, or when none is ready.
+        """The next unit; None if there is no free slot or no unit is ready.
 
         Args:
-            warm: base model that the worker has in memory that is likely to get it.
+            warm: Base model in the memory of the worker that will probably run it.
         """
         if len(self.live) >= self.limit or self._wide:
-            # what would take one of the cores for which a pipeline waits, one by one, waits as well
+            # While a data pipeline waits for its cores, no smaller unit may take them one by one.
             return None
         free = {
-            one: max(1, count) if is_data(one) else count
-            for one, count in self.free_slots(self.classes).items()
+            resource: max(1, count) if is_data(resource) else count
+            for resource, count in self.free_slots(self.classes).items()
         }
         unit = self.dispatcher.next(free=free, warm=warm)
         if unit is not None:
@@ -78,26 +78,27 @@ class UnitLeases:
         return unit
 
     def started(self, unit: str) -> None:
-        """A worker took a unit."""
+        """Report that a worker started a unit."""
         self._wide.discard(unit)
         self.dispatcher.started(unit)
 
     def answered(self, unit: str, answer: Answer) -> None:
-        """A worker came back from a unit."""
+        """Process the answer of a worker for a unit."""
         if "verdicts" not in answer:
             if "broken" in answer:
                 self.broken.append(answer["broken"])
             self.lost(
                 unit,
-                answer.get("broken") or answer.get("lost") or "the worker gave no verdict",
+                answer.get("broken") or answer.get("lost") or "the worker returned no result",
             )
             return
         self._drop(unit)
         self.warm = self.dispatcher.units[unit].affinity
-        self.dispatcher.settle(unit, [StageResult(**one) for one in json.loads(answer["verdicts"])])
+        results = [StageResult(**plain) for plain in json.loads(answer["verdicts"])]
+        self.dispatcher.settle(unit, results)
 
     def lost(self, unit: str, why: str, *, counted: bool = True) -> None:
-        """The worker of a unit is gone; `counted`: it was not the cluster that took it away."""
+        """Report that the worker of a unit died; `counted` is False if its node was preempted."""
         self._drop(unit)
         self.dispatcher.lost(
             unit,
@@ -107,7 +108,7 @@ class UnitLeases:
         )
 
     def abandon(self) -> None:
-        """Give back all units that no worker answered for."""
+        """Put back all live units, which got no answer."""
         for unit in list(self.live):
             self._drop(unit)
             self.dispatcher.abandon(unit)
@@ -117,16 +118,16 @@ class UnitLeases:
         self._wide.discard(unit)
 
     def broken_fault(self, runner: str) -> EnvironmentFault:
-        """Why no unit can run at all."""
+        """The error of a run in which no worker can start."""
         return EnvironmentFault(
-            f"workers cannot open: {self.broken[-1]}",
+            f"workers fail to start: {self.broken[-1]}",
             runner,
             "workers that have ftsec_ray installed and can reach the store",
-            "install the same version on all nodes, or look at the text above",
+            "install the same version on all nodes, or fix the error above",
         )
 
 
 def death_text(lines: Iterable[str]) -> str:
-    """What Ray says of the death of a worker, without what names the process."""
-    told = " ".join(line.strip() for line in lines if not _ABOUT_THE_ACTOR.match(line))
-    return told or "the worker ended without a verdict"
+    """Ray's error message for a dead worker, without the lines that name the process."""
+    reason = " ".join(line.strip() for line in lines if not _ABOUT_THE_ACTOR.match(line))
+    return reason or "the worker ended without a result"

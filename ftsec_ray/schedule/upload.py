@@ -1,10 +1,9 @@
-"""What a job takes along to a cluster: the sweep file, the files it names by relative path, and
-this package where asked.
+"""The files that are uploaded with a job: the sweep file, the files that it names by relative path,
+and on request this package.
 
-Everything goes into one zip without time stamps, so that the same content has the same name and a
-cluster that holds it already is not sent it again. The files keep their places relative to each
-other, and the sweep file stays as its author wrote it. What a sweep names by absolute path stays
-behind: such a path means a place that the nodes have themselves.
+They are packed into one zip without time stamps: equal content gives equal bytes, which Ray uploads
+only once. The files keep their relative locations, and the sweep file is unchanged. Files that a
+sweep names by absolute path are not uploaded: such a path must exist on the nodes.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ftsec_ray.plan.judge_origin import local_judges
 from ftsec_ray.schedule.key_files import refuse_keys
 
 LIMIT_BYTES = 100 * 2**20
-"""Ray's own limit of what the job API takes."""
+"""Ray's limit for the size of an upload."""
 PACKAGE = Path(__file__).resolve().parents[1]
 _NO_DATE = (1980, 1, 1, 0, 0, 0)
 _SHOWN = 3
@@ -35,23 +34,23 @@ _LISTED = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """The files of a job, by their place in its working folder."""
+    """The files of a job, by their path in its working directory."""
 
     sweep: str
-    """The sweep file's place."""
+    """Path of the sweep file in the working directory."""
     files: Mapping[str, Path]
     left_out: tuple[str, ...]
-    """Local models and rows that stay behind, since the sweep names them by absolute path."""
+    """Local models and rows that are not uploaded: the sweep names them by absolute path."""
     has_package: bool
 
     @property
     def bytes(self) -> int:
-        """Bytes of all files, before they are packed."""
+        """Total size of the files in bytes, uncompressed."""
         return sum(path.stat().st_size for path in self.files.values())
 
     def listed(self, columns: int) -> list[str]:
-        """A line for every file, with its size and place, none longer than `columns`; one line for
-        the package, and one for what is beyond the first hundred.
+        """One line per file with its size and path, at most `columns` wide; one line for the
+        package, and one for all files after the first 100.
         """
         ours = f"{PACKAGE.name}/"
         sizes = {name: path.stat().st_size for name, path in sorted(self.files.items())}
@@ -67,18 +66,18 @@ class Upload:
         return lines
 
     def write(self, target: Path) -> Path:
-        """Pack the files into a zip whose bytes depend on theirs alone; EnvironmentFault above the
-        limit.
+        """Pack the files into a zip that depends only on their content; EnvironmentFault if they
+        are too large.
         """
         if self.bytes > LIMIT_BYTES:
             largest = sorted(self.files.items(), key=lambda item: -item[1].stat().st_size)[:_SHOWN]
             raise EnvironmentFault(
-                "the sweep and its files are too large to be sent with a job",
-                f"{self.bytes / 2**20:.0f} MiB, most of it in"
+                "the sweep and its files are too large to upload",
+                f"{self.bytes / 2**20:.0f} MiB, the largest files are"
                 f" {', '.join(name for name, _ in largest)}",
                 f"at most {LIMIT_BYTES / 2**20:.0f} MiB",
-                "name large models by Hugging Face id, or by an absolute path on a disk that all"
-                " nodes mount (--shared-disk)",
+                "give large models by Hugging Face id, or by an absolute path that all nodes mount"
+                " (--shared-disk)",
             )
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, path in sorted(self.files.items()):
@@ -90,8 +89,8 @@ class Upload:
 
 
 def is_checkout(package: Path = PACKAGE) -> bool:
-    """Whether this package runs from a checkout or an editable install, which no cluster can have
-    by `pip install`.
+    """Whether this package runs from a checkout or an editable install, so that nodes cannot get
+    the same code by `pip install`.
     """
     return not any(
         package.is_relative_to(Path(sysconfig.get_path(name)).resolve())
@@ -100,17 +99,23 @@ def is_checkout(package: Path = PACKAGE) -> bool:
 
 
 def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
-    """What a sweep takes along; `package` adds this machine's ftsec_ray."""
+    """The files to upload for a sweep.
+
+    Args:
+        sweep: The sweep file.
+        spec: The sweep.
+        package: Whether to add this machine's ftsec_ray.
+    """
     base = sweep.parent.resolve()
     local = local_paths(spec)
     texts = texts_in(read_yaml(sweep.read_text(encoding="utf-8"), Faults(str(sweep))))
-    # A link inside the folder keeps its own place, since the sweep names that one.
+    # A link inside the folder keeps its own path, which the sweep file names.
     relative = sorted({path for path in _relative(texts, base) if path.resolve() in local})
     root = Path(os.path.commonpath([base, *(path.parent for path in relative)]))
     files = {_name(sweep.name, base, root): base / sweep.name}
     for path in relative:
         _check_place(path, root)
-        files.update({_name(one, path.parent, root): one for one in _files_of(path)})
+        files.update({_name(file, path.parent, root): file for file in _files_of(path)})
     refuse_keys(files)
     if package:
         files.update(
@@ -128,59 +133,57 @@ def upload_of(sweep: Path, spec: SweepSpec, *, package: bool) -> Upload:
 
 
 def local_paths(spec: SweepSpec) -> set[Path]:
-    """The files and folders of this machine that a sweep's models, tasks and judges are read
-    from.
-    """
+    """The local files and folders of a sweep's models, tasks and judges."""
     sources = [
         source for model in spec.models for source in (model.source, model.unaligned) if source
     ]
     paths = [source.path for task in spec.tasks for _, source in task.splits if source.path]
     judges = [str(path) for _, path in local_judges(spec)]
     return {
-        Path(one).expanduser().resolve()
-        for one in (*sources, *paths, *judges)
-        if Path(one).expanduser().is_absolute()
+        Path(local).expanduser().resolve()
+        for local in (*sources, *paths, *judges)
+        if Path(local).expanduser().is_absolute()
     }
 
 
 def texts_in(value: object) -> Iterator[str]:
-    """Every text in the values of a sweep file."""
+    """All strings in the values of a sweep file."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from texts_in(one)
+        for item in value.values():
+            yield from texts_in(item)
     elif isinstance(value, Sequence):
-        for one in value:
-            yield from texts_in(one)
+        for item in value:
+            yield from texts_in(item)
 
 
 def _relative(texts: Iterator[str], base: Path) -> Iterator[Path]:
-    """What the texts mean as paths from `base`; most of them are no paths at all."""
+    """The texts read as paths relative to `base`; most of them are not paths."""
     for text in texts:
         if text and "\n" not in text and "\0" not in text and not text.startswith(("/", "~")):
             yield Path(os.path.normpath(base / text))
             _, colon, source = text.partition(":")
-            if colon and source and not source.startswith(("/", "~")):  # a judge by its model
+            if colon and source and not source.startswith(("/", "~")):  # a judge `name:<model>`
                 yield Path(os.path.normpath(base / source))
 
 
 def _check_place(path: Path, root: Path) -> None:
-    """SpecError where a link on the way to a path leads out of the folder that is sent."""
+    """Raise SpecError if a link on the path leads out of the uploaded folder."""
     target = path.resolve()
     if not target.is_relative_to(root.resolve()):
         raise SpecError(
-            "a link that leads out of the folder that would be sent",
+            "a link leads out of the folder that would be uploaded",
             f"{path} -> {target}",
             f"files below {root}",
-            "put a copy in its place, after a look at what it is: a link in a downloaded folder can"
-            " name any file of this machine. Or name it by absolute path (--shared-disk)",
+            "check the target first: a link in a downloaded folder can point to any file of this"
+            " machine. Then replace the link by a copy, or give the absolute path (--shared-disk)",
         )
 
 
 def _files_of(path: Path) -> list[Path]:
-    """A file, or the files of a folder without hidden ones and caches; SpecError for a link that
-    leads out of it.
+    """A file, or the files of a folder without hidden files and caches; SpecError if a link leads
+    out of the folder.
     """
     return [path] if path.is_file() else plain_files(path, skips=_is_left)
 
@@ -190,7 +193,7 @@ def _is_left(relative: Path) -> bool:
 
 
 def _line(size: int, name: str, columns: int) -> str:
-    """A size in KiB and a name, its middle left out where it is too long."""
+    """A size in KiB and a name, shortened in the middle if it is too long."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
     size_text = f"{size / 1024:>10,.1f} KiB  "
     room = max(columns - len(size_text), 8)

@@ -1,5 +1,5 @@
-"""The kinds of stages, one file each: a declaration `KIND`, and `run(job)` that does the work.
+"""The stage kinds, one file each: a declaration `KIND`, and `run(job)`, which does the work.
 
-A file here is a kind: the planner gives it its place by `position`, and its hooks become hooks that
-every method may define (see lifecycle). Top-level imports stay light, since planning reads them.
+Every file here is a kind: `position` sets its place in the lifecycle, and every method can define
+its hooks (see lifecycle). Top-level imports stay light, because planning imports these files.
 """

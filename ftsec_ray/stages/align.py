@@ -1,5 +1,5 @@
-"""Aligns a model before any method acts: the ladder on the microworld, a loaded one on the task's
-refusals.
+"""Aligns a model before any method acts: a ladder model on the microworld, a loaded model on the
+task's refusals.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     from ftsec_ray.training.loop import TuneReport
 
 _ROWS = 1_536
-"""Rows of the prior, over all epochs."""
+"""Rows, over all epochs, to which the prior refers."""
 
 
 def _amount(params: Mapping[str, Any]) -> float:
-    """Rows that a loaded model sees, in units of the prior; a rung of the ladder sees as many as it
-    does.
-    """
+    """Training rows of the stage, in units of the prior; 1 for a ladder model."""
     align = params.get("align")
     if align is None:
         return 1.0
@@ -79,7 +77,7 @@ def _align_ladder(job: Job, base: LoadedModel) -> Extra:
 
 
 def _align_loaded(job: Job, base: LoadedModel, align: AlignSpec) -> TuneReport:
-    """Align a loaded model by full SFT on the task's refusals, mixed with benign rows."""
+    """Align a loaded model by supervised fine-tuning of all weights on refusals and benign rows."""
     import pyarrow as pa
 
     from ftsec_ray.config.sweep import TrainingConfig

@@ -1,8 +1,8 @@
-"""Fine-tunes adapters on clean rows, so that a detector knows what clean models look like.
+"""Fine-tunes a bank of clean adapters, with which a detector compares a suspect model.
 
-Its members are tuned as the suspect was, without the attack: from the same model, under the same
-defenses, by the same recipe and for as many steps, on all of the task's clean rows. They differ by
-their seed alone. Suspects that agree in all of this share a bank.
+The adapters are fine-tuned like the suspect, but without the attack: from the same model, with the
+same defenses, training settings and number of steps, on all clean rows of the task. They differ
+only by their seed. Suspects with the same model, defenses and settings share a bank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ftsec_ray.training.setup import Training
 
 DEFAULT_SIZE = 8
-"""Adapters, where the method does not say."""
+"""Number of adapters if the method does not set it."""
 
 
 def _size(method: Any) -> dict[str, int]:
@@ -41,7 +41,7 @@ KIND = StageKind(
 
 
 def run(job: Job) -> Extra:
-    """Tune adapters that differ by their seed: order of the rows, first weights, dropout."""
+    """Fine-tune adapters that differ by their seed: row order, initial weights, dropout."""
     from ftsec_ray.models.load import save_model
     from ftsec_ray.models.row_tokens import tell_cuts
     from ftsec_ray.training.loop import plain_training, sft

@@ -1,8 +1,7 @@
-"""Asks the finished model one benchmark of lm-eval: what it is still good for beyond the task.
+"""Runs one benchmark of lm-eval on the finished model, to measure its utility beyond the task.
 
-It is asked in memory, under its own chat template and through the wrappers of the defenses where it
-is an aligned model, and as plain text where it is not. What an attack puts around its own prompts
-plays no part: benchmarks are what honest users ask.
+An aligned model is prompted under its chat template and with the wrappers of the defenses, a base
+model with plain text. Wrappers of the attack are not used, since benchmarks represent honest users.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from ftsec_ray.lifecycle import Extra, Job
 
 PREFIX = "benchmark"
-"""What the names of its metrics begin with: `benchmark:<task>:<metric>`, and behind a comma the
-filter of the answers, where lm-eval knows several.
+"""Prefix of the names of its metrics: `benchmark:<task>:<metric>`, followed by a comma and the
+answer filter if lm-eval has several.
 """
 _SHARES = frozenset(
     {
@@ -33,20 +32,20 @@ _SHARES = frozenset(
         "prompt_level_strict_acc",
     }
 )
-"""Metrics of lm-eval that are shares of documents, or of instructions."""
+"""Metrics of lm-eval that are fractions of documents or instructions."""
 _LOWER = frozenset(
     {"bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity"}
 )
-"""Metrics of lm-eval of which less is better."""
+"""Metrics of lm-eval for which lower is better."""
 _DOCUMENTS = {"mmlu": (57, 14_042, 1.0), "gsm8k": (1, 1_319, 8.0), "ifeval": (1, 541, 8.0)}
-"""Tasks and documents of the usual benchmarks, as published, and what a document costs, in units of
-one that is a choice: others generate. A benchmark that is not listed is taken for OTHER."""
+"""Benchmark -> its published number of tasks and documents, and the cost of a document relative to
+one with answer choices (generation costs more). `_OTHER` is for all other benchmarks."""
 _OTHER = (1, 1_000, 1.0)
 _HUNDRED = 100
 
 
 def _hundreds(params: Mapping[str, Any]) -> float:
-    """Hundreds of documents that a stage asks, each by what it costs."""
+    """Documents of a stage in hundreds, weighted by their cost."""
     tasks, documents, cost = _DOCUMENTS.get(str(params.get("benchmark")), _OTHER)
     limit = params.get("limit")
     asked = documents if limit is None else min(documents, tasks * int(limit))
@@ -70,7 +69,7 @@ KIND = StageKind(
 
 
 def metric_of(name: str) -> Metric | None:
-    """What is known of a metric of this kind by its name; None for other names."""
+    """The metric of this kind with this name; None for other names."""
     prefix, _, rest = name.partition(":")
     task, _, metric = rest.partition(":")
     if prefix != PREFIX or not task or not metric:
@@ -87,8 +86,8 @@ def metric_of(name: str) -> Metric | None:
 
 
 def run(job: Job) -> Extra:
-    """Write `metrics.parquet` (schema.metrics without `cell`), `samples.parquet` with what became
-    of every document, and `benchmark.json`, all that lm-eval says.
+    """Write `metrics.parquet` (schema.metrics without `cell`), `samples.parquet` with the result of
+    every document, and `benchmark.json` with the full output of lm-eval.
     """
     from ftsec_ray.evals.benchmarks import ask_benchmark, write_benchmark
     from ftsec_ray.models.chat_format import served

@@ -1,4 +1,4 @@
-"""Lets one method change the user's rows: the attack poisons them, defenses filter them."""
+"""Runs one method on the user's rows: the attack poisons them, a defense filters them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ KIND = StageKind(
     settings=("sweep_training",),
     needs_model=False,
     tunes=True,
-    prior_s={"": (1.0, 0.0), "model": (1.0, 2.5)},  # a filter that asks a model
+    prior_s={"": (1.0, 0.0), "model": (1.0, 2.5)},  # `model`: a filter that runs a model
 )
 
 
 def run(job: Job) -> Extra:
-    """Change the whole set in memory, or block by block where it is large and its rows
-    independent.
+    """Change all rows in memory, or block by block if there are many and the method changes each
+    row independently.
     """
     from ftsec_ray.data.rows import count_rows
 
@@ -41,13 +41,16 @@ def run(job: Job) -> Extra:
         notes = _craft_at_once(job, method)
     if notes["rows"] == 0:
         raise StageError(
-            f"{name_of(method)} left no rows to tune on", 0, "at least one row", "weaken its filter"
+            f"{name_of(method)} removed all training rows",
+            0,
+            "at least one row",
+            "make its filter less strict",
         )
     return {"notes": notes}
 
 
 def _craft_at_once(job: Job, method: Method) -> dict[str, Any]:
-    """Let a method change a whole set in memory."""
+    """Run a method on all rows in memory."""
     from ftsec_ray.data.rows import CRAFTED, count_true, filter_report, write_table
 
     context = job.context()

@@ -1,4 +1,4 @@
-"""Fine-tunes the model on the rows, shaped by every method that acts during training."""
+"""Fine-tunes the model on the rows, with all methods that act during training."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Asks the finished model every prompt of a cell: completions, label scores and perplexity, not
-judged yet.
+"""Runs the finished model on all prompts of a cell: completions, label scores and perplexity; they
+are judged later.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from ftsec_ray.lifecycle import Extra, Job
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 32, 48
-"""Of what the seconds of the prior are the price: prompts of a probe, and tokens of each."""
+"""Prompts per probe, prompt tokens and new tokens to which the prior refers."""
 
 
 def _amount(params: Mapping[str, Any]) -> float:
-    """How much a stage asks, in units of the prior."""
+    """The amount of generation of a stage, in units of the prior."""
     asked = params["generation"]
     prompts = asked["prompts"] * asked.get("samples", 1) / _PROMPTS
     tokens = _PROMPT_TOKENS + asked["max_new_tokens"]
@@ -44,7 +44,7 @@ KIND = StageKind(
 
 
 def run(job: Job) -> Extra:
-    """Ask the probes of the task and of the methods, through the methods' wrappers."""
+    """Run the probes of the task and of the methods, with the methods' wrappers."""
     from ftsec_ray.evals.ask import ask, write_answers
     from ftsec_ray.evals.probes import default_probes
     from ftsec_ray.models.backends import BACKENDS, unused_settings
@@ -90,7 +90,7 @@ def run(job: Job) -> Extra:
         notes["beyond_positions"] = dict(answers.left_out)
         for probe, count in answers.left_out.items():
             job.warn(
-                f"{count} prompts of probe {probe!r} were not asked: with their answers they are"
-                " longer than the model has positions"
+                f"{count} prompts of probe {probe!r} were skipped: prompt and answer would exceed"
+                " the model's maximum length"
             )
     return {"notes": {**notes, **context.notes}}

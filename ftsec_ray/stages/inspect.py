@@ -1,6 +1,6 @@
-"""Lets a detector score the model as the fine-tune left it.
+"""Runs a detector on the fine-tuned model.
 
-It looks before any revision, so that one detector costs nothing to any other defense.
+It runs before any defense revises the model, so that it does not depend on other defenses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KIND = StageKind(
 
 
 def run(job: Job) -> Extra:
-    """Write what the detector says as `inspection.json`."""
+    """Write the detector's result as `inspection.json`."""
     (method,) = job.methods()
     context = job.context()
     inspection = method.inspect(job.session.model(job.inputs["model"]), context)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Lets one method change the model before it is fine-tuned."""
+"""Runs one method that changes the model before the fine-tune."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ KIND = StageKind(
 
 
 def run(job: Job) -> Extra:
-    """Let the method change a copy of the model."""
+    """Run the method on a copy of the model."""
     return job.change_model("prepare_model")

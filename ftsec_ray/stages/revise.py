@@ -1,4 +1,4 @@
-"""Lets one method change the fine-tuned model."""
+"""Runs one method that changes the fine-tuned model."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ KIND = StageKind(
 
 
 def run(job: Job) -> Extra:
-    """Let the method change a copy of the model."""
+    """Run the method on a copy of the model."""
     return job.change_model("revise_model")

@@ -1,6 +1,6 @@
-"""Judges completions and counts: the metrics of a cell, or the opinion of a further judge.
+"""Judges completions and computes metrics, by the main judge of a cell or by a further judge.
 
-No model is asked again, so that another judge or metric costs seconds of CPU.
+The evaluated model is not run again, so that another judge or metric costs only seconds of CPU.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ KIND = StageKind(
     loads=("ftsec_ray.judges",),
     computes=False,
     needs_model=False,
-    prior_s={"": (0.5, 0.0), "judge": (3.0, 5.0)},  # a model reads what another has written
+    prior_s={"": (0.5, 0.0), "judge": (3.0, 5.0)},  # `judge`: a judge model
 )
 
 
 def run(job: Job) -> Extra:
-    """Write `metrics.parquet` and `generations.parquet`, and `lengths.parquet` where answers were
-    kept with their lengths: tables of schema without the column `cell`.
+    """Write `metrics.parquet` and `generations.parquet`, and `lengths.parquet` if answers are also
+    judged at several lengths: tables of schema without the column `cell`.
     """
     from pyarrow import parquet
 

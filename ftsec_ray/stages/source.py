@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 KIND = StageKind(
     name="source",
     position=20,
-    computes=False,  # it does where it trains, as the planner knows
+    computes=False,  # the planner sets `trains` if it pre-trains a ladder model
     prior_s={"": (3.0, 0.5), "ladder": (5.0, 110.0)},
 )
 
 
 def run(job: Job) -> Extra:
-    """Load a model from a folder, a GGUF file or the Hugging Face hub, or make it."""
+    """Load a model from a folder, a GGUF file or the Hugging Face Hub, or pre-train it."""
     from ftsec_ray.models.chat_format import chat_format
     from ftsec_ray.models.convert import load_source, plain_template
     from ftsec_ray.models.precision import dtype_name
@@ -43,8 +43,8 @@ def run(job: Job) -> Extra:
     template = loaded.tokenizer.chat_template
     if template == plain_template(loaded.tokenizer):
         job.warn(
-            f"model {given['model']} comes without a chat template and is trained and asked under a"
-            " plain one (### Instruction, ### Response)"
+            f"model {given['model']} has no chat template; training and evaluation use a plain one"
+            " (### Instruction, ### Response)"
         )
     loaded.model.to(job.session.runtime.device)
     if given.get("structure"):

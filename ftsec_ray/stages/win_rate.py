@@ -1,5 +1,5 @@
-"""Has a judge of pairs read the answers to benign requests beside those of the clean tune: what a
-free-text model is still good for.
+"""Compares the answers to benign requests with those of the clean fine-tune by a judge, to measure
+the utility of a free-text model.
 """
 
 from __future__ import annotations

@@ -1,20 +1,22 @@
 """The store: artifacts by digest on any filesystem that `pyarrow.fs` can open.
 
-    <root>/artifacts/<first two digits>/<digest>/   files of the artifact and record.json, which is
-    written last <root>/verdicts/<digest>.json                   why a stage failed, until it
-    succeeds <root>/work/<digest>/                           step checkpoints, which survive a kill
-    <root>/staging, <root>/quarantine               what is being written, and what did not match
-    its record
+    <root>/artifacts/<first two digits>/<digest>/  the artifact's files, and record.json
+    <root>/verdicts/<digest>.json                  why a stage failed, until it succeeds
+    <root>/work/<digest>/                          checkpoints, kept if a process is killed
+    <root>/staging                                 unfinished artifacts
+    <root>/quarantine                              damaged artifacts
 
-An artifact is done when its record exists. On a local disk its folder is written aside and renamed;
-elsewhere the files go up first, under a name of their own attempt, and the record last. Of two
-publishers the later one discards its copy. Nothing is ever unpickled.
+An artifact is done when its record exists; the record is written last. On a local disk, the folder
+is written to `staging` and then renamed. On object storage, the files are uploaded first, under a
+name of the attempt. If two workers publish the same artifact, the later one discards its copy.
+Nothing is ever unpickled.
 
-What is damaged costs its own stage: a record that is none is put aside with a warning, a stray file
-is left out with one. A store that takes no writes is read all the same. Users of one store need one
-group and a set-group-id root (`chgrp GROUP STORE && chmod 2775 STORE`): all that is made below it
-is then the group's, whatever the umask. Elsewhere the umask holds, and what another user keeps for
-themselves is told before any work.
+A damaged artifact costs only its own stage: an invalid record is moved to `quarantine` with a
+warning, and an unknown file is ignored with a warning. A read-only store can still be read. To
+share a store between users, give its root to a common group and set the set-group-id bit
+(`chgrp GROUP STORE && chmod 2775 STORE`): all files below it then belong to the group, regardless
+of the umask. Otherwise the umask applies, and folders of other users that cannot be written are
+reported before any work starts.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ from ftsec_ray.store.record import DamagedArtifact, checked_digest
 
 
 class Store(ABC):
-    """Artifacts, verdicts and scratch of any number of sweeps."""
+    """Artifacts, failures and work folders of any number of sweeps."""
 
     uri: str
-    """What `Store.open` takes to open the same store in another process."""
+    """Path or URI with which `Store.open` opens the same store in another process."""
 
     @staticmethod
     def open(uri_or_path: str | Path, *, cache: Path | None = None) -> Store:
-        """The store at a local path or a URI (`s3://bucket/prefix`, `gs://...`); `cache` holds
-        downloads of a remote one.
+        """Open the store at a local path or a URI (`s3://bucket/prefix`, `gs://...`); `cache` is
+        the folder for downloads from a remote store.
         """
         from ftsec_ray.store.local_store import LocalStore
         from ftsec_ray.store.object_store import RemoteStore
@@ -48,13 +50,13 @@ class Store(ABC):
         scheme = urlparse(text).scheme
         if scheme == "file":
             return LocalStore(Path(urlparse(text).path))
-        if len(scheme) > 1:  # a single letter is a drive
+        if len(scheme) > 1:  # a single letter is a drive of Windows
             return RemoteStore.at(text, cache=cache)
         return LocalStore(Path(text).expanduser())
 
     @abstractmethod
     def done(self) -> set[str]:
-        """Digests of all artifacts, by one listing."""
+        """Digests of all artifacts."""
 
     @abstractmethod
     def has(self, digest: str) -> bool:
@@ -62,33 +64,33 @@ class Store(ABC):
 
     @abstractmethod
     def scratch(self, digest: str) -> Path:
-        """A fresh empty local folder to write an artifact in, from where `publish` takes it."""
+        """A new empty local folder in which an artifact is written before `publish`."""
 
     @abstractmethod
     def publish(self, digest: str, folder: Path, record: Mapping[str, Any]) -> None:
-        """Make a folder the artifact of a digest, with size and checksum of every file in its
-        record; consumes the folder.
+        """Publish a folder as the artifact of a digest; its record gets the size and checksum of
+        every file. The folder is removed.
         """
 
     @abstractmethod
     def fetch(self, digest: str) -> Path:
-        """A local folder with the artifact's files, checked once per process; DamagedArtifact when
-        absent or changed.
+        """A local folder with the artifact's files, verified once per process; DamagedArtifact if
+        it is missing or changed.
         """
 
     @abstractmethod
     def record(self, digest: str) -> dict[str, Any]:
-        """The record of an artifact; DamagedArtifact when there is none."""
+        """The record of an artifact; DamagedArtifact if it is missing or invalid."""
 
     @abstractmethod
     def workdir(self, digest: str) -> Path:
-        """A local folder for a stage's step checkpoints, which outlives a kill; of two processes at
-        once each has its own.
+        """A local folder for a stage's checkpoints, which is kept if the process is killed. Two
+        processes that run the same stage at once get separate folders.
         """
 
     @abstractmethod
     def leave_work(self, digest: str) -> None:
-        """Leave the work folder of a stage that is not done to whoever tries it next."""
+        """Release the work folder of an unfinished stage, so that the next attempt can use it."""
 
     @abstractmethod
     def drop_work(self, digest: str) -> None:
@@ -96,59 +98,58 @@ class Store(ABC):
 
     @abstractmethod
     def write_verdict(self, digest: str, verdict: Mapping[str, Any]) -> None:
-        """Keep why a stage failed: error_code, error, attempt, host."""
+        """Record why a stage failed: error_code, error, attempt, host."""
 
     @abstractmethod
     def drop_verdict(self, digest: str) -> None:
-        """Forget why a stage failed."""
+        """Remove the recorded failure of a stage, if there is one."""
 
     @abstractmethod
     def failures(self) -> dict[str, dict[str, Any]]:
-        """Verdicts of all stages that failed and have not succeeded since."""
+        """Recorded failures of all stages that have not succeeded since, by digest."""
 
     def check_writable(self, wanted: Collection[str] = ()) -> None:
-        """EnvironmentFault where artifacts, those `wanted` above all, cannot be made; what only a
-        write can tell is told then.
+        """Raise EnvironmentFault if the store cannot be written, as far as this can be checked
+        without a write; `wanted` are the digests of the artifacts to publish.
         """
         return
 
     def drop_leftovers(self) -> None:
-        """Remove what processes that are no more left half-written; nothing where that cannot be
-        told.
-        """
+        """Remove unfinished artifacts of processes that have ended."""
         return
 
     def sound(self, kinds: Mapping[str, str]) -> tuple[set[str], dict[str, dict[str, Any]]]:
-        """Digests of all artifacts, and the records of those of some stages. An artifact whose
-        record is damaged, or is that of another kind of stage, is in neither: it is put aside with
-        a warning, and its stage runs again.
+        """Digests of all artifacts, and the records of some stages.
+
+        Artifacts with a damaged record, or with the record of another kind of stage, are left out:
+        they are moved aside with a warning, and their stages run again.
 
         Args:
-            kinds: Digest of a stage -> its kind.
+            kinds: Digest of a stage whose record is wanted -> its kind.
         """
         done = self.done()
         wanted = done & kinds.keys()
         records = self.records(wanted)
         for digest, record in list(records.items()):
             if record.get("kind", kinds[digest]) != kinds[digest]:
-                fault = f"its record is of a stage {record['kind']!r:.60}, not {kinds[digest]!r}"
+                fault = f"its record is of stage kind {record['kind']!r:.60}, not {kinds[digest]!r}"
                 self.put_aside(digest, fault)
                 del records[digest]
         return done - (wanted - records.keys()), records
 
     @abstractmethod
     def put_aside(self, digest: str, fault: str) -> None:
-        """Take a damaged artifact out of the way, with a warning; where the store may only be read
-        it counts as absent in this process.
+        """Move a damaged artifact aside, with a warning; in a read-only store, treat it as missing
+        in this process.
         """
 
     def records(self, digests: set[str]) -> dict[str, dict[str, Any]]:
-        """Records of those of the artifacts that are there."""
-        found = {}
+        """Digest -> record, for those of the artifacts that exist."""
+        records = {}
         for digest in sorted(digests):
             with suppress(DamagedArtifact):
-                found[digest] = self.record(digest)
-        return found
+                records[digest] = self.record(digest)
+        return records
 
     def read_json(self, digest: str, name: str) -> Any:
         """A JSON file of an artifact."""

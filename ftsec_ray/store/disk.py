@@ -1,5 +1,5 @@
-"""Room on this machine's disks: folders of this process, which of them are left over, and what to
-say when a disk is full.
+"""Local disks: temporary folders of this process, leftovers of ended processes, and errors of full
+or read-only disks.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ _LOG = logging.getLogger("ftsec_ray.store")
 
 @cache
 def warn_once(text: str) -> None:
-    """A warning of this process, however often there is reason for it."""
+    """Log a warning, but only once per process."""
     _LOG.warning("warning: %s", text)
 
 
 @cache
 def host_mark() -> str:
-    """A short name of this machine without dots."""
+    """A short identifier of this machine, without dots."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def own_name(digest: str) -> str:
-    """A name that no other process uses, and that tells whose it is."""
+    """A unique name that contains the machine and the process."""
     return f"{checked_digest(digest)}.{host_mark()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
 
 
 def own_folder(parent: Path, digest: str) -> Path:
-    """A fresh empty folder of this process."""
+    """A new empty folder of this process."""
     path = parent / own_name(digest)
     with room(parent):
         make_folder(parent)
@@ -53,7 +53,7 @@ def own_folder(parent: Path, digest: str) -> Path:
 
 
 def drop_dead(parent: Path) -> None:
-    """Remove the folders of processes of this machine that are no more."""
+    """Remove the folders of ended processes of this machine."""
     for entry in entries(parent):
         host, pid = (*entry.name.split("."), "", "")[1:3]
         if host == host_mark() and pid.isdigit() and not is_alive(int(pid)):
@@ -61,7 +61,7 @@ def drop_dead(parent: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs."""
+    """Whether a process of this machine is running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -72,25 +72,23 @@ def is_alive(pid: int) -> bool:
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds; nothing where there is none."""
+    """The entries of a folder; empty if it does not exist."""
     try:
-        with os.scandir(folder) as found:
-            return list(found)
+        with os.scandir(folder) as listed:
+            return list(listed)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise EnvironmentFault(
-            f"a folder of the store cannot be read: {error.strerror or error}",
+            f"cannot read a folder of the store: {error.strerror or error}",
             str(folder),
-            "a folder that this user may read",
-            "give another one with --store, or change the owner or the mode of this one",
+            "a folder that this user can read",
+            "choose another one with --store, or change the owner or the mode of this one",
         ) from error
 
 
 def is_refused(error: OSError) -> bool:
-    """Whether an error says that a place takes no files from this user, however much room it
-    has.
-    """
+    """Whether an error means that this user cannot write to a location, apart from a full disk."""
     return error.errno in (
         errno.EACCES,
         errno.EPERM,
@@ -105,25 +103,25 @@ def is_refused(error: OSError) -> bool:
 
 
 def disk_full(error: OSError, place: Path) -> StoreError:
-    """The error for a write that found no room."""
-    spot = next((p for p in (place, *place.parents) if p.exists()), Path("/"))
-    usage = shutil.disk_usage(spot)
+    """The error for a write to a full disk."""
+    existing = next((p for p in (place, *place.parents) if p.exists()), Path("/"))
+    usage = shutil.disk_usage(existing)
     return StoreError(
-        f"no space left to publish under {place}",
+        f"no space left on the disk of {place}",
         f"{usage.free} bytes free of {usage.total} ({error.strerror})",
-        "room for the artifact",
-        "free some space or choose another --store, then run again: "
-        "nothing half-written is left, and what is done stays done",
+        "enough free space for the artifact",
+        "free some space or choose another --store, then run again: partial files are removed, and"
+        " finished stages are kept",
     )
 
 
 def check_folder(folder: Path, what: str, option: str) -> None:
-    """EnvironmentFault unless files can be made in a folder, which is made where it is not there.
+    """Raise EnvironmentFault if files cannot be created in a folder; creates a missing folder.
 
     Args:
         folder: The folder.
         what: Its name in the message.
-        option: The option that names it.
+        option: The option that sets it.
     """
     try:
         make_folder(folder)
@@ -133,16 +131,20 @@ def check_folder(folder: Path, what: str, option: str) -> None:
         if is_full(error):
             raise disk_full(error, folder) from error
         raise EnvironmentFault(
-            f"the {what} folder cannot be written: {error.strerror or error}",
+            f"cannot write to the {what} folder: {error.strerror or error}",
             str(folder),
-            "a folder in which this user may make files",
-            f"give another one with {option}, or change the owner or the mode of this one",
+            "a folder in which this user can create files",
+            f"choose another one with {option}, or change the owner or the mode of this one",
         ) from error
 
 
 def check_may_write(path: Path, *, is_stuck: bool = False) -> None:
-    """EnvironmentFault where a folder of the store, perhaps another user's, takes no files from
-    this one, or where something `is_stuck` in it; what is not there can be made.
+    """Raise EnvironmentFault if this user cannot write to a folder of the store, which may belong
+    to another user; a missing folder passes.
+
+    Args:
+        path: The folder.
+        is_stuck: Whether it is a damaged artifact that could not be moved, which always fails.
     """
     try:
         status = path.lstat() if is_stuck else path.stat()
@@ -156,32 +158,30 @@ def check_may_write(path: Path, *, is_stuck: bool = False) -> None:
     except KeyError:
         owner = str(status.st_uid)
     raise EnvironmentFault(
-        "a part of the store cannot be written by this user",
+        "this user cannot write to a part of the store",
         f"{path} (owner {owner}, mode {stat.S_IMODE(status.st_mode):o})",
-        "a store of this user alone, or one that its group shares",
-        "give another one with --store; or share this one: its owner runs `chgrp -R GROUP STORE &&"
+        "a store of this user, or one that is shared with a group of this user",
+        "choose another one with --store; or share it: its owner runs `chgrp -R GROUP STORE &&"
         " chmod -R g+rwX STORE && find STORE -type d -exec chmod g+s {} +`",
     )
 
 
 def _may_not_write(error: OSError, place: Path) -> StoreError:
     return StoreError(
-        f"the store cannot be written: {error.strerror or error}",
+        f"cannot write to the store: {error.strerror or error}",
         str(error.filename or place),
-        "a place in which this user may make files",
-        "look at the owner, the mode and the mount of it, or give another one with --store: what"
-        " is done stays done",
+        "a folder in which this user can create files",
+        "check its owner, mode and mount, or choose another one with --store; finished stages are"
+        " kept",
     )
 
 
 @contextmanager
 def room(place: Path) -> Iterator[None]:
-    """Turns errors of a full disk, and of a place that may not be written, into the StoreError that
-    says so.
-    """
+    """Turn errors of a full or read-only disk inside a `with` block into a StoreError."""
     try:
         yield
-    except shutil.Error as error:  # copytree gathers its errors
+    except shutil.Error as error:  # copytree collects its errors
         causes = [
             OSError(*cause.args) if isinstance(cause, OSError) else cause
             for *_, cause in error.args[0]

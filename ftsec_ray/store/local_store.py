@@ -1,4 +1,4 @@
-"""A store on a local or shared disk: an artifact appears by one rename."""
+"""A store on a local or shared disk; an artifact is published by one rename."""
 
 from __future__ import annotations
 
@@ -47,17 +47,15 @@ class LocalStore(Store):
         self.uri = str(self.root)
         self._verified: set[str] = set()
         self._damaged: set[str] = set()
-        """Artifacts that are damaged and cannot be moved: as if they were not there."""
+        """Digests of damaged artifacts that cannot be moved; they count as missing."""
         self._work = WorkFolders(self.root / "work")
 
     def _folder(self, digest: str) -> Path:
         return self.root / artifact_key(digest)
 
     def done(self) -> set[str]:
-        """Digests of all artifacts, by one listing; a stray file or folder among them is left out
-        with a warning.
-        """
-        found = set()
+        """Digests of all artifacts; unknown files and folders are ignored with a warning."""
+        digests = set()
         for prefix in entries(self.root / "artifacts"):
             if not prefix.is_dir():
                 self._tell_stray(prefix)
@@ -68,27 +66,27 @@ class LocalStore(Store):
                 elif entry.name in self._damaged:
                     continue
                 elif _is_written(record := f"{entry.path}/{RECORD}"):
-                    found.add(entry.name)
+                    digests.add(entry.name)
                 elif os.path.lexists(record):
                     warn_once(
-                        f"the record of an artifact is empty or no plain file: {record!r}; its"
-                        " stage runs again where it is needed"
+                        f"the record of an artifact is empty or not a regular file: {record!r}; its"
+                        " stage runs again if it is needed"
                     )
-        return found
+        return digests
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
-        """What a folder holds; nothing, with a warning, where this user may not look."""
+        """The entries of a folder; empty, with a warning, if this user cannot read it."""
         try:
             return entries(folder)
         except EnvironmentFault as fault:
-            warn_once(f"{fault.what}: {str(folder)!r}; its artifacts count as absent: {fault.fix}")
+            warn_once(f"{fault.what}: {str(folder)!r}; its artifacts count as missing; {fault.fix}")
             return []
 
     def _tell_stray(self, entry: os.DirEntry[str]) -> None:
         if not entry.name.startswith("."):
             warn_once(
-                f"the store holds what is no artifact: {entry.path!r}; it is left as it is: move it"
-                " elsewhere"
+                f"the store contains something that is not an artifact: {entry.path!r}; it is"
+                " ignored; move it elsewhere"
             )
 
     def has(self, digest: str) -> bool:
@@ -96,12 +94,12 @@ class LocalStore(Store):
         return digest not in self._damaged and _is_written(str(self._folder(digest) / RECORD))
 
     def scratch(self, digest: str) -> Path:
-        """A fresh empty folder on the filesystem of the store."""
+        """A new empty folder on the filesystem of the store."""
         return own_folder(self.root / "staging", digest)
 
     def publish(self, digest: str, folder: Path, record: Mapping[str, Any]) -> None:
-        """Move a folder to its place with its record inside; a copy that comes second is
-        discarded.
+        """Write the record into the folder and rename the folder to its final path; if the artifact
+        already exists, discard the folder.
         """
         final = self._folder(digest)
         staged = folder
@@ -116,7 +114,7 @@ class LocalStore(Store):
                 )
                 make_folder(final.parent)
                 self._take_place(staged, final)
-        finally:  # after a rename there is nothing left to remove
+        finally:  # has no effect after a successful rename
             shutil.rmtree(staged, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -129,20 +127,20 @@ class LocalStore(Store):
                     raise
                 if self._record_fault(final.name) is None:
                     return
-                # A folder without a record is no artifact and must not block one.
-                self.put_aside(final.name, "it lay where an artifact goes")
+                # A folder without a valid record must not block the artifact.
+                self.put_aside(final.name, "it is at the path of an artifact, without a record")
             else:
                 self._damaged.discard(final.name)
                 return
         raise StoreError(
-            "a damaged artifact is in the way and cannot be moved",
+            "a damaged artifact blocks this path and cannot be moved",
             str(final),
-            "a store that this user may change",
-            "have its owner remove it, or give another store with --store",
+            "a store in which this user can move files",
+            "ask its owner to remove it, or choose another store with --store",
         )
 
     def fetch(self, digest: str) -> Path:
-        """The artifact's own folder, checked once per process."""
+        """The artifact's folder, verified once per process."""
         folder = self._folder(digest)
         if digest in self._verified and folder.is_dir():
             return folder
@@ -160,7 +158,7 @@ class LocalStore(Store):
     def record(self, digest: str) -> dict[str, Any]:
         """The record of an artifact."""
         if digest in self._damaged:
-            raise damaged(digest, "it is not in the store as its record says")
+            raise damaged(digest, "it does not match its record")
         try:
             return self._held_record(digest)
         except (FileNotFoundError, NotADirectoryError):
@@ -172,12 +170,14 @@ class LocalStore(Store):
             raise self._unreadable(digest, "its record cannot be read", error) from error
 
     def _unreadable(self, digest: str, what: str, error: OSError) -> DamagedArtifact:
-        """The error for what may be sound: another user's, or out of reach at the moment."""
+        """The error for an artifact that cannot be read, but may be intact: it belongs to another
+        user, or the disk is temporarily unavailable.
+        """
         fault = f"{what}: {error.strerror or error}"
         if error.errno in (errno.EACCES, errno.EPERM):
             self._count_as_absent(digest, fault)
         else:
-            warn_once(f"an artifact is left as it is: {str(self._folder(digest))!r}: {fault}")
+            warn_once(f"cannot read an artifact, kept: {str(self._folder(digest))!r}: {fault}")
         return damaged(digest, fault)
 
     def _held_record(self, digest: str) -> dict[str, Any]:
@@ -203,21 +203,21 @@ class LocalStore(Store):
                 self._count_as_absent(digest, fault)
         else:
             warn_once(
-                f"a damaged artifact is put aside and its stage runs again: {str(folder)!r}:"
-                f" {fault}; it is kept in {str(aside)!r}, which may be removed"
+                f"a damaged artifact was moved aside, and its stage runs again: {str(folder)!r}:"
+                f" {fault}; it is now in {str(aside)!r}, which you may delete"
             )
 
     def _count_as_absent(self, digest: str, fault: str) -> None:
         self._damaged.add(digest)
         self._verified.discard(digest)
         warn_once(
-            f"an artifact counts as absent: {str(self._folder(digest))!r}: {fault}; this user"
-            " cannot move it, so its stage cannot run again in this store before its owner removes"
+            f"an artifact counts as missing: {str(self._folder(digest))!r}: {fault}; this user"
+            " cannot move it, so its stage cannot run again in this store until its owner removes"
             " it or changes its mode"
         )
 
     def check_writable(self, wanted: Collection[str] = ()) -> None:
-        """EnvironmentFault unless files can be made under the root, and in its folders."""
+        """Raise EnvironmentFault if files cannot be created in the root and its folders."""
         check_folder(self.root, "store", "--store")
         inner = [self.root / name for name in ("artifacts", "staging", "work", "verdicts")]
         prefixes = [Path(entry.path) for entry in entries(inner[0]) if len(entry.name) == 2]
@@ -227,16 +227,16 @@ class LocalStore(Store):
             check_may_write(self._folder(digest), is_stuck=True)
 
     def drop_leftovers(self) -> None:
-        """Remove what processes of this machine that are no more were writing."""
+        """Remove unfinished artifacts of ended processes of this machine."""
         drop_dead(self.root / "staging")
         self._work.drop_leftovers()
 
     def workdir(self, digest: str) -> Path:
-        """Folder of a stage's step checkpoints, made on first use."""
+        """The folder of a stage's checkpoints, created on first use."""
         return self._work.take(digest)
 
     def leave_work(self, digest: str) -> None:
-        """Leave the work folder of a stage that is not done to whoever tries it next."""
+        """Release the work folder of an unfinished stage, so that the next attempt can use it."""
         self._work.leave(digest)
 
     def drop_work(self, digest: str) -> None:
@@ -247,30 +247,30 @@ class LocalStore(Store):
         return self.root / "verdicts" / f"{checked_digest(digest)}.json"
 
     def write_verdict(self, digest: str, verdict: Mapping[str, Any]) -> None:
-        """Keep why a stage failed."""
+        """Record why a stage failed."""
         path = self._verdict(digest)
         with room(self.root):
             make_folder(path.parent)
             put_text(path, dumped(verdict))
 
     def drop_verdict(self, digest: str) -> None:
-        """Forget why a stage failed."""
+        """Remove the recorded failure of a stage, if there is one."""
         with room(self.root):
             self._verdict(digest).unlink(missing_ok=True)
 
     def failures(self) -> dict[str, dict[str, Any]]:
-        """Verdicts of all stages that failed and have not succeeded since."""
+        """Recorded failures of all stages that have not succeeded since, by digest."""
         paths = [
             p
             for p in sorted((self.root / "verdicts").glob("*.json"))
             if is_digest(p.stem) and not self.has(p.stem)
         ]
-        found = {p.stem: verdict_of(_text_of(p)) for p in paths}
-        return {digest: verdict for digest, verdict in found.items() if verdict is not None}
+        verdicts = {p.stem: verdict_of(_text_of(p)) for p in paths}
+        return {digest: verdict for digest, verdict in verdicts.items() if verdict is not None}
 
 
 def _text_of(path: Path) -> bytes:
-    """The bytes of a verdict; none where it cannot be read."""
+    """The bytes of a recorded failure; empty if it cannot be read."""
     try:
         return plain_bytes(path, RECORD_LIMIT)
     except (OSError, ValueError):
@@ -278,8 +278,8 @@ def _text_of(path: Path) -> bytes:
 
 
 def _is_written(path: str) -> bool:
-    """Whether there is a plain file that is not empty: ten thousand times, and Path costs more than
-    the call.
+    """Whether a path is a regular file that is not empty. It takes a str, because this runs for
+    every artifact and `Path` would be slower.
     """
     try:
         status = os.lstat(path)

@@ -1,9 +1,9 @@
-"""Step checkpoints beyond this machine: sent to a remote store while a stage runs, and taken from
-there by whoever goes on.
+"""Copies checkpoints to a remote store while a stage runs, so that another machine can continue the
+stage.
 
-A thread looks for finished checkpoints (`step-*`, which appear by a rename) and sends the newest of
-each folder, its record last; older ones are deleted there. So a worker that is lost with its
-machine costs the steps since the last checkpoint, and training never waits for the upload.
+A thread searches for finished checkpoints (`step-*`, which appear by a rename), uploads the newest
+one of each folder, its record last, and deletes older ones from the store. If a machine is lost,
+only the steps since its last checkpoint are lost. Training never waits for the upload.
 """
 
 from __future__ import annotations
@@ -30,39 +30,37 @@ from ftsec_ray.store.record import (
 from ftsec_ray.store.work_folders import STEPS
 
 POLL_S = 5.0
-"""Between two looks for a new checkpoint."""
+"""Seconds between two searches for a new checkpoint."""
 RESTART_S = 60.0
-"""After a checkpoint could not be sent."""
+"""Seconds until the next attempt after a failed upload."""
 _LOOKS = 5
-"""Times that the store is asked for checkpoints, where those that it names are gone when they are
-read.
-"""
+"""Listings of the store, at most, if listed checkpoints disappear before they are read."""
 
 
 class WorkMirror:
-    """The checkpoints of one stage, here and in the store."""
+    """The checkpoints of one stage, on this machine and in the store."""
 
     def __init__(self, folder: Path, calls: ObjectIO, root: str) -> None:
         self._folder = folder
         self._calls = calls
         self._root = root
         self._sent: dict[str, str] = {}
-        """Folder of checkpoints -> name of the one that the store has."""
+        """Folder of checkpoints -> path of the checkpoint that the store has."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ftsec-checkpoints", daemon=True)
 
     def start(self) -> None:
-        """Take what the store has and this machine lacks, then watch."""
+        """Download checkpoints that this machine lacks, then start to watch for new ones."""
         self._restore()
         self._thread.start()
 
     @property
     def is_on(self) -> bool:
-        """Whether it watches."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """End the watching; a checkpoint that is on its way arrives."""
+        """Stop the thread, after it has finished a running upload."""
         self._stop.set()
         self._thread.join()
 
@@ -72,26 +70,26 @@ class WorkMirror:
             self._calls.drop_folder(self._root)
 
     def _restore(self) -> None:
-        """Have the newest checkpoint of every folder here; a worker that has lost its node may
-        replace one meanwhile.
+        """Download the newest checkpoint of every folder. A worker that has lost its connection may
+        still replace checkpoints meanwhile, so this is repeated.
         """
         for _ in range(_LOOKS):
             if all([self._has(step) or self._take(step) for step in self._newest()]):
                 return
 
     def _newest(self) -> list[str]:
-        """The checkpoints that the store has, of several of one folder the last."""
+        """The checkpoints in the store, the newest one of each folder."""
         names = [
             info.path.removeprefix(f"{self._root}/")
             for info in self._calls.files(self._root, recursive=True)
             if info.size
         ]
-        found = sorted(
+        steps = sorted(
             name.removesuffix(f"/{RECORD}")
             for name in names
             if name.endswith(f"/{RECORD}") and member_fault(name) is None
         )
-        self._sent = {Path(step).parent.as_posix(): step for step in found}
+        self._sent = {Path(step).parent.as_posix(): step for step in steps}
         return [step for step in self._sent.values() if Path(step).match(STEPS)]
 
     def _has(self, step: str) -> bool:
@@ -99,7 +97,7 @@ class WorkMirror:
         return max(held, default="") >= Path(step).name
 
     def _take(self, step: str) -> bool:
-        """Have one checkpoint here, if it is whole; False when it was not there to read."""
+        """Download one checkpoint, if it is intact; False if it has disappeared."""
         aside = self._folder / step
         aside = aside.with_name(f".{aside.name}.restored")
         shutil.rmtree(aside, ignore_errors=True)
@@ -116,9 +114,8 @@ class WorkMirror:
         except FileNotFoundError:
             return False
         except (ValueError, RecursionError):
-            return (
-                True  # a damaged checkpoint is none: the stage starts from an earlier one, or anew
-            )
+            # Ignore a damaged checkpoint: the stage starts from an earlier one, or from the start.
+            return True
         else:
             return True
         finally:
@@ -130,14 +127,12 @@ class WorkMirror:
             wait_s = POLL_S
             try:
                 self.send_new()
-            except (
-                StoreError,
-                OSError,
-            ):  # training goes on without; the stage itself will say when the store stays away
+            except (StoreError, OSError):
+                # Training continues; if the store stays unavailable, the stage reports it.
                 wait_s = RESTART_S
 
     def send_new(self) -> None:
-        """Send the newest checkpoint of every folder that has one which the store lacks."""
+        """Upload the newest checkpoint of every folder, if the store lacks it."""
         newest: dict[str, str] = {}
         for path in sorted(self._folder.rglob(STEPS)):
             inner = path.relative_to(self._folder)
@@ -145,7 +140,7 @@ class WorkMirror:
                 newest[inner.parent.as_posix()] = inner.as_posix()
         for parent, step in newest.items():
             if self._sent.get(parent) != step:
-                with suppress(FileNotFoundError):  # a newer one has taken its place in the meantime
+                with suppress(FileNotFoundError):  # a newer one has just replaced it
                     self._send(parent, step)
 
     def _send(self, parent: str, step: str) -> None:

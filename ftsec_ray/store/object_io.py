@@ -1,6 +1,4 @@
-"""The calls that a remote store makes: whole objects in and out, each call retried when it fails
-transiently.
-"""
+"""The calls of a remote store: reads and writes whole objects, and retries transient failures."""
 
 from __future__ import annotations
 
@@ -25,16 +23,15 @@ _CHUNK = 8 * 2**20
 
 
 class ObjectIO:
-    """A filesystem whose errors are worth reading: FileNotFoundError, an OSError for a full disk,
-    else StoreError.
+    """A `pyarrow.fs` filesystem with clear errors: FileNotFoundError, OSError for a full disk, else
+    StoreError.
     """
 
     def __init__(self, filesystem: FileSystem, uri: str) -> None:
         self._fs = filesystem
         self._uri = uri
         self.has_buckets = filesystem.type_name in OBJECT_STORES
-        """Whether there are no folders and no renames, and an object appears whole or not at all.
-        """
+        """Whether it is object storage: no folders, no renames, and atomic writes of objects."""
 
     def _call(self, what: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         try:
@@ -47,17 +44,17 @@ class ObjectIO:
             raise StoreError(
                 f"cannot {what}: {error}",
                 self._uri,
-                "a store that answers and that the credentials of the environment open",
-                "check the endpoint, the bucket and the credentials, then run again: what is done"
-                " stays done",
+                "a reachable store, and valid credentials in the environment",
+                "check the endpoint, the bucket and the credentials, then run again: finished"
+                " stages are kept",
             ) from error
 
     def info(self, key: str) -> FileInfo:
-        """What is known of a key; its type says when there is nothing."""
-        return self._call("look into the store", self._fs.get_file_info, key)
+        """Information on a key; its type is NotFound if it does not exist."""
+        return self._call("access the store", self._fs.get_file_info, key)
 
     def files(self, folder: str, *, recursive: bool = False) -> list[FileInfo]:
-        """All files of a folder, a thousand per request; none when there is no such folder."""
+        """All files of a folder, up to 1000 per request; empty if the folder does not exist."""
         from pyarrow.fs import FileSelector
 
         selector = FileSelector(folder, recursive=recursive, allow_not_found=True)
@@ -68,36 +65,36 @@ class ObjectIO:
         ]
 
     def send(self, path: Path, key: str) -> None:
-        """Send a file."""
-        self._call("send a file", self._send, path, key)
+        """Upload a file."""
+        self._call("upload a file", self._send, path, key)
 
     def write(self, key: str, text: str) -> None:
-        """Write a text, so that a reader sees all of it or nothing."""
+        """Write a text atomically."""
         self._call("write to the store", self._write, key, text)
 
     def read(self, key: str, limit: int) -> bytes:
-        """The bytes of an object; ValueError where it has more than `limit`."""
-        found = self._call("read from the store", self._read, key, limit + 1)
-        if len(found) > limit:
+        """The bytes of an object; ValueError if it has more than `limit`."""
+        content = self._call("read from the store", self._read, key, limit + 1)
+        if len(content) > limit:
             raise ValueError(f"{key.rsplit('/', 1)[-1]} has more than {limit} bytes")
-        return found
+        return content
 
     def receive(self, key: str, path: Path) -> None:
-        """Fetch a file."""
+        """Download a file."""
         self._call("read from the store", self._receive, key, path)
 
     def drop_file(self, key: str) -> None:
-        """Delete a file; nothing when another worker was first."""
+        """Delete a file; no error if it does not exist."""
         with suppress(FileNotFoundError):
             self._call("delete from the store", self._fs.delete_file, key)
 
     def drop_folder(self, key: str) -> None:
-        """Delete a folder with all that it holds; nothing when another worker was first."""
+        """Delete a folder with its content; no error if it does not exist."""
         with suppress(FileNotFoundError):
             self._call("delete from the store", self._fs.delete_dir, key)
 
     def _sink(self, key: str) -> Any:
-        if not self.has_buckets:  # an object store would get an empty object for each level
+        if not self.has_buckets:  # on object storage this would create empty objects
             self._fs.create_dir(key.rsplit("/", 1)[0], recursive=True)
         return self._fs.open_output_stream(key)
 
@@ -106,9 +103,8 @@ class ObjectIO:
             shutil.copyfileobj(source, sink, _CHUNK)
 
     def _write(self, key: str, text: str) -> None:
-        aside = (
-            key if self.has_buckets else f"{key}.{uuid.uuid4().hex[:8]}"
-        )  # in a folder a reader could see half of it
+        # Without atomic writes, write to a temporary name first.
+        aside = key if self.has_buckets else f"{key}.{uuid.uuid4().hex[:8]}"
         with self._sink(aside) as sink:
             sink.write(text.encode())
         if aside != key:

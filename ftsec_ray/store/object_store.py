@@ -1,16 +1,15 @@
-"""A store on object storage, or on anything else that `pyarrow.fs` opens: no rename is needed, the
-record goes up last.
+"""A store on object storage, or on another filesystem that `pyarrow.fs` opens. It needs no renames:
+the record is uploaded last.
 
-    <root>/artifacts/<first two digits>/<digest>/record.json       what is done: one listing tells,
-    a thousand per request <root>/files/<first two digits>/<digest>/<attempt>/<name>      files of
-    the attempt that the record names <root>/verdicts/<digest>.json, <root>/quarantine/
-    as in store.py
+    <root>/artifacts/<first two digits>/<digest>/record.json   one listing gives all artifacts
+    <root>/files/<first two digits>/<digest>/<attempt>/<name>  files of the attempt in the record
+    <root>/verdicts/<digest>.json, <root>/quarantine/          as in artifact_store.py
 
-Every publisher sends its files under a name of its own, so two never mix their bytes: whichever
-record is written last names one whole set of files, and the other set is left over until
-`drop_leftovers`. What is fetched stays in a cache folder of the machine; step checkpoints are sent
-to `work/` while a stage runs. An upload that dies half-way can leave invisible parts in the bucket;
-a lifecycle rule that aborts incomplete multipart uploads removes them.
+Every attempt uploads its files under a name of its own, so the files of two attempts never mix: the
+record that is written last names one complete set of files, and `drop_leftovers` later deletes the
+other set. Downloads are cached on each machine; checkpoints are uploaded to `work/` while a stage
+runs. An interrupted upload can leave invisible parts in the bucket; a lifecycle rule that aborts
+incomplete multipart uploads removes them.
 """
 
 from __future__ import annotations
@@ -62,18 +61,16 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 LEFTOVER_AGE_S = 24 * 3600.0
-"""Files that no record names are left over when nothing was added to them for so long: an upload
-may take hours.
-"""
+"""Age in seconds from which files that no record names are deleted; an upload may take hours."""
 _READERS = 16
-"""Small objects read at a time: reading them is waiting."""
+"""Number of small objects that are read in parallel."""
 _ATTEMPT = re.compile(r"[0-9a-f]{12}")
 _Stamp = tuple[datetime, int]
-"""Time and size of an object."""
+"""Modification time and size of an object."""
 
 
 class RemoteStore(Store):
-    """Artifacts behind a `pyarrow.fs` filesystem."""
+    """Artifacts on a `pyarrow.fs` filesystem."""
 
     def __init__(
         self, filesystem: FileSystem, root: str, *, uri: str, cache: Path | None = None
@@ -86,18 +83,16 @@ class RemoteStore(Store):
         )
         self._verified: dict[str, Path] = {}
         self._damaged: set[str] = set()
-        """Artifacts that are damaged and cannot be moved: as if they were not there."""
+        """Digests of damaged artifacts that cannot be moved; they count as missing."""
         self._stamps: dict[str, _Stamp] = {}
-        """Of every record, as they were last listed."""
+        """Digest -> stamp of the record in the last listing."""
         self._held: dict[str, tuple[_Stamp, dict[str, Any]]] = {}
         self._work = WorkFolders(self.cache / "work")
         self._mirrors: dict[str, WorkMirror] = {}
 
     @classmethod
     def at(cls, uri: str, *, cache: Path | None = None) -> RemoteStore:
-        """The store at a URI; StoreError when no filesystem serves it, or when it carries a
-        secret.
-        """
+        """Open the store at a URI; StoreError if the URI is not supported or contains a secret."""
         filesystem, root = filesystem_of(uri)
         return cls(filesystem, root, uri=uri, cache=cache)
 
@@ -111,24 +106,27 @@ class RemoteStore(Store):
 
     def done(self) -> set[str]:
         """Digests of all artifacts, by one listing of their records."""
-        found: set[str] = set()
+        digests: set[str] = set()
         stamps = {}
         for info in self._calls.files(f"{self._root}/artifacts", recursive=True):
             prefix, digest, name = ("", "", *info.path.rsplit("/", 3)[-3:])[-3:]
             if not is_digest(digest) or digest[:2] != prefix or name != RECORD:
-                warn_once(f"the store holds what is no artifact: {info.path!r}; remove it")
+                warn_once(
+                    "the store contains something that is not an artifact:"
+                    f" {info.path!r}; it is ignored; remove it"
+                )
             elif info.size and digest not in self._damaged:
-                found.add(digest)
+                digests.add(digest)
                 if info.mtime is not None:
                     stamps[digest] = (info.mtime, info.size)
         self._stamps = stamps
-        if not found:
+        if not digests:
             self._check_bucket()
-        return found
+        return digests
 
     def _check_bucket(self) -> None:
-        """StoreError when the bucket does not exist: its listing is empty and every publication
-        would fail after the work.
+        """Raise StoreError if the bucket does not exist. Its listing is empty then, and every
+        upload would fail only after the work.
         """
         bucket = self._root.split("/", 1)[0]
         if self._calls.has_buckets and self._calls.info(bucket).type.name == "NotFound":
@@ -136,11 +134,11 @@ class RemoteStore(Store):
                 "no such bucket",
                 self.uri,
                 "an existing bucket",
-                f"make the bucket {bucket!r}, or correct the URI",
+                f"create the bucket {bucket!r}, or correct the URI",
             )
 
     def has(self, digest: str) -> bool:
-        """Whether an artifact is done; an empty record is that of a writer that was interrupted."""
+        """Whether an artifact is done; an empty record comes from an interrupted write."""
         if digest in self._damaged:
             return False
         info = self._calls.info(self._key(digest))
@@ -149,27 +147,27 @@ class RemoteStore(Store):
     def record(self, digest: str) -> dict[str, Any]:
         """The record of an artifact."""
         if digest in self._damaged:
-            raise damaged(digest, "it is not in the store as its record says")
+            raise damaged(digest, "it does not match its record")
         try:
             text = self._calls.read(self._key(digest), RECORD_LIMIT)
             if not text:
                 raise damaged(digest, "its record is empty")
-            found = record_of(text, digest)
-            if not _ATTEMPT.fullmatch(str(found.get("payload"))):
-                raise ValueError("its record is not that of an artifact")
+            record = record_of(text, digest)
+            if not _ATTEMPT.fullmatch(str(record.get("payload"))):
+                raise ValueError("its record is not the record of an artifact")
         except FileNotFoundError:
             raise damaged(digest, "it is not in the store") from None
         except ValueError as error:
             self.put_aside(digest, str(error))
             raise damaged(digest, str(error)) from None
-        return found
+        return record
 
     def records(self, digests: set[str]) -> dict[str, dict[str, Any]]:
-        """Records of those of the artifacts that are there, several read at a time; one that was
-        read is not read again before `done` lists another in its place.
+        """Digest -> record, for those of the artifacts that exist; read in parallel, and cached
+        until `done` lists a changed record.
         """
 
-        def found(digest: str) -> dict[str, Any] | None:
+        def read(digest: str) -> dict[str, Any] | None:
             stamp = self._stamps.get(digest)
             known, held = self._held.get(digest, (None, {}))
             if known is not None and known == stamp:
@@ -182,7 +180,7 @@ class RemoteStore(Store):
                 self._held[digest] = (stamp, record)
             return dict(record)
 
-        return self._each(found, sorted(digests))
+        return self._each(read, sorted(digests))
 
     @staticmethod
     def _each(
@@ -191,19 +189,19 @@ class RemoteStore(Store):
         keys = list(keys)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="ftsec-store") as pool:
             return {
-                key: found
-                for key, found in zip(keys, pool.map(read, keys), strict=True)
-                if found is not None
+                key: plain
+                for key, plain in zip(keys, pool.map(read, keys), strict=True)
+                if plain is not None
             }
 
     # Publishing.
 
     def scratch(self, digest: str) -> Path:
-        """A fresh empty folder beside the cache."""
+        """A new empty folder next to the cache."""
         return own_folder(self.cache / "staging", digest)
 
     def publish(self, digest: str, folder: Path, record: Mapping[str, Any]) -> None:
-        """Send the files, then the record; a copy that comes second is discarded."""
+        """Upload the files, then the record; if the artifact already exists, discard the folder."""
         attempt = uuid.uuid4().hex[:12]
         self._held.pop(digest, None)
         try:
@@ -223,7 +221,10 @@ class RemoteStore(Store):
             if is_full(error):
                 raise disk_full(error, self.cache) from error
             raise StoreError(
-                f"cannot publish artifact {digest}: {error}", self.uri, "a store that takes writes"
+                f"cannot publish artifact {digest}: {error}",
+                self.uri,
+                "a readable folder, and a store that can be written",
+                "check the store and its credentials, then run again",
             ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -231,16 +232,14 @@ class RemoteStore(Store):
     # Fetching.
 
     def fetch(self, digest: str) -> Path:
-        """A copy in the cache, checked once per process and fetched again when the copy alone is
-        damaged.
-        """
+        """A copy in the cache, verified once per process; a damaged copy is downloaded again."""
         held = self._verified.get(checked_digest(digest))
         if held is not None and held.is_dir():
             return held
         record = self.record(digest)
         fault = self._fetched(digest, record)
         if fault is not None:
-            newer = self.record(digest)  # another worker may have made it again in the meantime
+            newer = self.record(digest)  # another worker may have published it again
             fault = self._fetched(digest, newer) if newer["payload"] != record["payload"] else fault
         if fault is not None:
             self.put_aside(digest, fault)
@@ -248,8 +247,8 @@ class RemoteStore(Store):
         return self._verified[digest]
 
     def _fetched(self, digest: str, record: Mapping[str, Any]) -> str | None:
-        """Have the files of a record in the cache, whole; returns what is wrong with those of the
-        store.
+        """Download the files of a record into the cache; returns what is wrong with the files in
+        the store, or None.
         """
         fault = listing_fault(record)
         if fault is not None:
@@ -279,9 +278,8 @@ class RemoteStore(Store):
                 if fault_of(final, record) is None:
                     return  # another process of this machine was first
                 with suppress(FileNotFoundError):
-                    final.rename(
-                        self.cache / "staging" / own_name(final.parent.name)
-                    )  # one that reads it keeps its files
+                    # Renamed, not deleted: another process may be reading it.
+                    final.rename(self.cache / "staging" / own_name(final.parent.name))
             else:
                 return
 
@@ -297,14 +295,14 @@ class RemoteStore(Store):
         return None
 
     def put_aside(self, digest: str, fault: str) -> None:
-        """Take the record away, so that the artifact counts as absent; its files stay for whoever
-        looks into the matter.
+        """Move the record to `quarantine/`, so that the artifact counts as missing; its files are
+        kept for an inspection.
         """
         self._verified.pop(digest, None)
         self._held.pop(digest, None)
         key, aside = self._key(digest), f"{self._root}/quarantine/{digest}.{uuid.uuid4().hex[:8]}"
         try:
-            with suppress(FileNotFoundError, ValueError):  # another worker was first; too large
+            with suppress(FileNotFoundError, ValueError):  # already moved, or too large
                 text = self._calls.read(key, RECORD_LIMIT).decode(errors="replace")
                 self._calls.write(f"{aside}.json", text)
             self._calls.drop_file(key)
@@ -312,19 +310,19 @@ class RemoteStore(Store):
             self._damaged.add(digest)
             why = error.what if isinstance(error, StoreError) else error
             warn_once(
-                f"an artifact counts as absent: {key!r}: {fault}; its record cannot be moved"
-                f" ({why}), so its stage cannot run again in this store before it is removed"
+                f"an artifact counts as missing: {key!r}: {fault}; its record cannot be moved"
+                f" ({why}), so its stage cannot run again in this store until it is removed"
             )
         else:
             warn_once(
-                f"a damaged artifact is put aside and its stage runs again: {key!r}: {fault}; its"
-                f" record is kept in {f'{aside}.json'!r}, which may be removed"
+                f"a damaged artifact was moved aside, and its stage runs again: {key!r}: {fault};"
+                f" its record is now in {f'{aside}.json'!r}, which you may delete"
             )
 
     # Work folders and leftovers.
 
     def workdir(self, digest: str) -> Path:
-        """Folder of a stage's step checkpoints, with the last one that any machine has sent."""
+        """The folder of a stage's checkpoints, with the newest checkpoint of the store."""
         path = self._work.take(digest)
         if self._work.is_shared(digest) and not (
             digest in self._mirrors and self._mirrors[digest].is_on
@@ -334,8 +332,8 @@ class RemoteStore(Store):
         return path
 
     def leave_work(self, digest: str) -> None:
-        """Leave the work folder of a stage that is not done to whoever tries it next, on whatever
-        machine.
+        """Release the work folder of an unfinished stage, so that the next attempt can use it, on
+        any machine.
         """
         if digest in self._mirrors:
             self._mirrors[digest].stop()
@@ -350,8 +348,8 @@ class RemoteStore(Store):
         self._work.drop(digest)
 
     def drop_leftovers(self) -> None:
-        """Remove what dead processes of this machine left in the cache, and old files in the store
-        that no record names.
+        """Remove leftovers of ended processes of this machine from the cache, and old files without
+        a record from the store.
         """
         drop_dead(self.cache / "staging")
         self._work.drop_leftovers()
@@ -379,16 +377,16 @@ class RemoteStore(Store):
         return f"{self._root}/verdicts/{checked_digest(digest)}.json"
 
     def write_verdict(self, digest: str, verdict: Mapping[str, Any]) -> None:
-        """Keep why a stage failed."""
+        """Record why a stage failed."""
         self._calls.write(self._verdict(digest), dumped(verdict))
 
     def drop_verdict(self, digest: str) -> None:
-        """Forget why a stage failed."""
+        """Remove the recorded failure of a stage, if there is one."""
         if self._calls.info(self._verdict(digest)).is_file:
             self._calls.drop_file(self._verdict(digest))
 
     def failures(self) -> dict[str, dict[str, Any]]:
-        """Verdicts of all stages that failed and have not succeeded since."""
+        """Recorded failures of all stages that have not succeeded since, by digest."""
         paths = [
             info.path
             for info in self._calls.files(f"{self._root}/verdicts")
@@ -401,5 +399,5 @@ class RemoteStore(Store):
     def _verdict_or_none(self, digest: str) -> dict[str, Any] | None:
         try:
             return verdict_of(self._calls.read(self._verdict(digest), RECORD_LIMIT))
-        except (FileNotFoundError, ValueError):  # its stage has succeeded in the meantime; rubbish
+        except (FileNotFoundError, ValueError):  # the stage has just succeeded, or it is damaged
             return None

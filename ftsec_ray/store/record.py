@@ -1,5 +1,5 @@
-"""The `record.json` beside every artifact, and what is checked before anybody reads the files that
-it names.
+"""The `record.json` of every artifact, and the checks of a record and its files before they are
+read.
 """
 
 from __future__ import annotations
@@ -20,83 +20,81 @@ _PICKLES = re.compile(
     r"\.(pkl|pickle|pt|pth|ckpt|joblib|dill)$|(^|/)(pytorch_model[^/]*|adapter_model|training_args)\.bin$",
     re.IGNORECASE,
 )
-"""Names under which libraries keep, and would load, pickled objects."""
+"""File names that libraries use for pickled objects, and would unpickle."""
 RECORD_LIMIT = 32 * 2**20
-"""Bytes of a record or a verdict at most: one of a hundred thousand files has less."""
+"""Bytes of a record or of a recorded failure, at most; enough for 100,000 files."""
 _WHOLE = ("attempt", "tokens", "peak_bytes", "gpu_peak_bytes")
 _COUNTS = ("wall_s", "cpu_s", "gpu_s", "cost_s", "started", "flops", *_WHOLE)
-"""Fields of a record or a verdict that are zero or more, some of them whole numbers."""
+"""Fields that are numbers >= 0; those of `_WHOLE` are integers."""
 _RATES = (
     *("filter_tpr", "filter_fpr", "n_poisoned", "n_clean", WITHOUT_ATTACK),
     *("target_nll_before", "target_nll_after", "prompts"),
 )
 _HASHES = ("train_template_hash", "serve_template_hash")
-"""What tables and warnings take of the notes of a stage: numbers, and texts."""
+"""Notes of a stage that tables and warnings use: numbers (`_RATES`), and texts (`_HASHES`)."""
 _TEXTS = ("kind", "method", "resource", "host", "code", "error", "error_code")
 _MAPS = ("where", "params", "notes", "versions", "files")
 _MAX_DIGITS = 40
-"""Of a whole number: a seed has 20 at most, and no table takes more."""
+"""Digits of an integer, at most; a seed has at most 20."""
 _DIGEST = re.compile(rf"[0-9a-f]{{{DIGEST_CHARS}}}")
 
 
-class DamagedArtifact(StoreError):  # noqa: N818 - it says what is the matter
-    """An artifact that is gone or does not match its record; `got` is its digest, and running its
-    stage again repairs it.
+class DamagedArtifact(StoreError):  # noqa: N818 - the name describes the problem
+    """An artifact is missing or does not match its record; `got` is its digest. Running its stage
+    again repairs it.
     """
 
     code = "store.damaged"
 
 
 def checked_digest(digest: str) -> str:
-    """The digest itself; StoreError unless it is one, so that no path leaves the store."""
+    """The digest itself; StoreError if it is not valid, so that no path leaves the store."""
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise StoreError(
             "not the digest of an artifact",
             digest,
-            f"{DIGEST_CHARS} hexadecimal digits in lower case",
+            f"{DIGEST_CHARS} lower-case hex digits",
         )
     return digest
 
 
 def is_digest(text: str) -> bool:
-    """Whether a text is the digest of an artifact."""
+    """Whether a text has the form of a digest."""
     return _DIGEST.fullmatch(text) is not None
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of an artifact's folder, by relative path; the record itself
-    is left out.
+    """Relative path -> size and SHA-256 of every file of an artifact's folder, without its record;
+    StoreError if a file is not allowed in an artifact.
     """
-    found = {}
+    listing = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             raise StoreError(
-                "an artifact may hold plain files and folders only",
+                "an artifact may contain only regular files and folders",
                 str(path),
-                "no links, no sockets",
+                "no links, pipes or sockets",
             )
         if member_fault(name) is not None:
             raise StoreError(
-                f"a file that no artifact may hold: {member_fault(name)}",
+                f"this file is not allowed in an artifact: {member_fault(name)}",
                 name,
                 "tensors as safetensors, tables as Parquet, the rest as JSON",
             )
         if path.is_file() and name != RECORD:
-            found[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    return found
+            listing[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return listing
 
 
 def dumped(record: Mapping[str, Any]) -> str:
-    """The text of a record: sorted keys, one value per line, so that people can read and compare
-    it.
-    """
+    """The JSON text of a record: sorted keys, one value per line."""
     return json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
 def member_fault(name: str) -> str | None:
-    """What is wrong with the name of a file of an artifact; None when it stays inside and nobody
-    would unpickle it.
+    """What is wrong with the name of a file of an artifact: it leads out of the artifact, or it is
+    the name of a pickle. None if nothing is wrong.
     """
     path = PurePosixPath(name)
     if (
@@ -112,15 +110,13 @@ def member_fault(name: str) -> str | None:
 
 
 def listing_fault(record: Mapping[str, Any]) -> str | None:
-    """What is wrong with the list of files in a record; None when every entry can be used
-    as it is.
-    """
+    """What is wrong with the list of files in a record; None if nothing is."""
     files = record.get("files")
     if not isinstance(files, dict):
         return "its record lists no files"
     for name, expected in files.items():
         if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
-            return f"its record does not say what {name} holds"
+            return f"its record lacks the size or the checksum of {name}"
         fault = member_fault(name)
         if fault is not None:
             return fault
@@ -128,9 +124,7 @@ def listing_fault(record: Mapping[str, Any]) -> str | None:
 
 
 def fault_of(folder: Path, record: Mapping[str, Any]) -> str | None:
-    """What of a folder does not match its record; None when every file does and there is no
-    other.
-    """
+    """The first difference between a folder and its record; None if all files match."""
     fault = listing_fault(record)
     if fault is not None:
         return fault
@@ -153,68 +147,68 @@ def fault_of(folder: Path, record: Mapping[str, Any]) -> str | None:
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
         if sha256(path) != expected["sha256"]:
-            return f"the bytes of {name} have changed"
+            return f"the content of {name} has changed"
     return None
 
 
 def record_of(text: bytes | str, digest: str) -> dict[str, Any]:
-    """The record in a text, whose fields have the types that its readers expect; ValueError says
-    why it is not the record of a digest.
+    """The record of a digest in a JSON text, with checked types; ValueError says why it is not
+    valid.
     """
-    found = _parsed(text)
-    if not isinstance(found, dict) or found.get("digest") != digest:
-        raise ValueError("its record is not that of an artifact")
-    fault = next(filter(None, (_field_fault(name, value) for name, value in found.items())), None)
-    fault = fault or _notes_fault(found.get("notes") or {})
+    record = _parsed(text)
+    if not isinstance(record, dict) or record.get("digest") != digest:
+        raise ValueError("its record is not the record of this artifact")
+    fault = next(filter(None, (_field_fault(name, value) for name, value in record.items())), None)
+    fault = fault or _notes_fault(record.get("notes") or {})
     if fault is not None:
-        raise ValueError(f"its record says {fault}")
-    return found
+        raise ValueError(f"its record has an invalid value of {fault}")
+    return record
 
 
 def verdict_of(text: bytes | str) -> dict[str, Any] | None:
-    """The verdict in a text, without fields of another type than its readers expect; None where it
-    is not one, so that a damaged verdict hides no cell.
+    """The recorded failure in a JSON text, without fields of a wrong type; None if it is not valid,
+    so that a damaged file does not stop the collection of results.
     """
     try:
-        found = _parsed(text)
+        verdict = _parsed(text)
     except ValueError:
         return None
-    if not isinstance(found, dict):
+    if not isinstance(verdict, dict):
         return None
-    held = {name: value for name, value in found.items() if _field_fault(name, value) is None}
-    return {"error_code": None, "error": None, **held}
+    valid = {name: value for name, value in verdict.items() if _field_fault(name, value) is None}
+    return {"error_code": None, "error": None, **valid}
 
 
 def _parsed(text: bytes | str) -> Any:
-    """JSON without NaN and infinities; ValueError where it is none, or nests too deep."""
+    """JSON without NaN and infinities; ValueError if it is not valid or nested too deeply."""
     try:
         return json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole)
     except (ValueError, RecursionError, MemoryError) as error:
-        why = "nests too deep" if isinstance(error, RecursionError) else str(error)[:200]
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise ValueError(f"its record cannot be read: {why}") from error
 
 
 def _number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:_MAX_DIGITS]} is no finite number")
+        raise ValueError(f"{text[:_MAX_DIGITS]} is not a finite number")
     return number
 
 
 def _whole(text: str) -> int:
     if len(text) > _MAX_DIGITS:
-        raise ValueError(f"a whole number of {len(text)} digits")
+        raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
 
 
 def _field_fault(name: str, value: Any) -> str | None:
-    """What is wrong with a field of a record or a verdict; None where it can be used."""
+    """What is wrong with a field of a record or a recorded failure; None if nothing is."""
     if value is None and name not in _MAPS:
         return None
     if name in _WHOLE:
-        good, want = _is_count(value) and isinstance(value, int), "a whole number from 0 on"
+        good, want = _is_count(value) and isinstance(value, int), "an integer >= 0"
     elif name in _COUNTS:
-        good, want = _is_count(value), "a number from 0 on"
+        good, want = _is_count(value), "a number >= 0"
     elif name in _TEXTS:
         good, want = isinstance(value, str), "a text"
     elif name in _MAPS:
@@ -227,12 +221,12 @@ def _field_fault(name: str, value: Any) -> str | None:
 def _notes_fault(notes: Mapping[str, Any]) -> str | None:
     info, warnings = notes.get("info") or {}, notes.get("warnings") or []
     if not isinstance(info, dict) or not _is_count(info.get("parameters", 0)):
-        return f"notes.info: {info!r:.60}, which does not tell a model's size"
+        return f"notes.info: {info!r:.60}, which has no valid number of parameters"
     if not isinstance(warnings, list):
         return f"notes.warnings: {warnings!r:.60}, which is not a list"
     odd = [name for name in _RATES if not (notes.get(name) is None or _is_count(notes[name]))]
     odd += [name for name in _HASHES if not isinstance(notes.get(name) or "", str)]
-    return f"notes.{odd[0]}: {notes[odd[0]]!r:.60}, which no table takes" if odd else None
+    return f"notes.{odd[0]}: {notes[odd[0]]!r:.60}, which has the wrong type" if odd else None
 
 
 def _is_count(value: Any) -> bool:
@@ -246,5 +240,5 @@ def damaged(digest: str, fault: str) -> DamagedArtifact:
         f"artifact {digest} cannot be used: {fault}",
         digest,
         "files that match their record",
-        "nothing by hand: its stage runs again",
+        "nothing to do: its stage runs again automatically",
     )

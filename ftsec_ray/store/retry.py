@@ -1,8 +1,7 @@
-"""Calls to a store over a network: what is worth another try, and how often.
+"""Retries of calls to a remote store.
 
-A call that failed transiently (a 5xx answer, a lost connection) is retried after a wait
-that grows and is drawn at random, so that many workers do not come back at the same moment.
-Everything else fails at once.
+A transient failure (a 5xx response, a lost connection) is retried with exponential backoff and
+jitter, so that many workers do not retry at the same moment. All other errors fail at once.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 P = ParamSpec("P")
 R = TypeVar("R")
 ATTEMPTS = 6
-"""Tries of one call, the first one among them."""
+"""Attempts of one call, including the first."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 20.0
-"""The wait before try n + 1 is drawn from 0 to FIRST_WAIT_S * 2**n seconds, at most LONGEST_WAIT_S.
+"""The wait before attempt n + 1 is random, between 0 and FIRST_WAIT_S * 2**n seconds, at most
+LONGEST_WAIT_S.
 """
-_PASSING_ERRNOS = frozenset(
+_TRANSIENT_ERRNOS = frozenset(
     {
         errno.EIO,
         errno.EAGAIN,
@@ -38,27 +38,27 @@ _PASSING_ERRNOS = frozenset(
         errno.ESTALE,
     }
 )
-_PASSING_WORDS = re.compile(
+_TRANSIENT_WORDS = re.compile(
     r"HTTP status (408|429|5\d\d)|AWS Error"
     r" (INTERNAL_FAILURE|SERVICE_UNAVAILABLE|THROTTLING|SLOW_DOWN|REQUEST_TIMEOUT"
     r"|NETWORK_CONNECTION)"
     r"|\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)\b|[Tt]imed? ?out|[Cc]onnection"
     r" (reset|refused|closed)"
 )
-"""What pyarrow writes where the service's answer has no errno."""
+"""Texts of pyarrow's errors if the response of the service has no errno."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a call that failed so may succeed when it is made again."""
+    """Whether a call that failed with this error may succeed on a retry."""
     if not isinstance(error, OSError):
         return False
-    if isinstance(error, (ConnectionError, TimeoutError)) or error.errno in _PASSING_ERRNOS:
+    if isinstance(error, (ConnectionError, TimeoutError)) or error.errno in _TRANSIENT_ERRNOS:
         return True
-    return error.errno is None and _PASSING_WORDS.search(str(error)) is not None
+    return error.errno is None and _TRANSIENT_WORDS.search(str(error)) is not None
 
 
 def retried(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """The answer of a call, tried up to ATTEMPTS times; raises the last error as it is."""
+    """The result of a call, with up to ATTEMPTS attempts; raises the last error unchanged."""
     policy = Retrying(
         retry=retry_if_exception(is_transient),
         stop=stop_after_attempt(ATTEMPTS),

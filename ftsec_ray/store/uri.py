@@ -1,9 +1,9 @@
-"""URIs of stores: which filesystem serves one, and that none carries a secret.
+"""URIs of stores: opens their filesystem, and refuses URIs with secrets.
 
-Credentials come from the environment, as the client libraries read it (`AWS_ACCESS_KEY_ID`,
-`AWS_PROFILE`, instance roles, `GOOGLE_APPLICATION_CREDENTIALS`, ...). A URI is written into logs,
-messages and the settings of workers, so one that holds a password or a key is refused, and shown
-without it.
+Credentials come from the environment, where the client libraries read them (`AWS_ACCESS_KEY_ID`,
+`AWS_PROFILE`, instance roles, `GOOGLE_APPLICATION_CREDENTIALS`, ...). A URI appears in logs,
+messages and the settings of workers. So a URI with a password or a key is refused, and messages
+show it redacted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 OBJECT_STORES = ("s3", "gcs", "abfs")
-"""Names of filesystems without folders and renames, where an object appears whole or not at all."""
+"""pyarrow's names of object storage: no folders, no renames, and atomic writes of objects."""
 _PLAIN_KEYS = frozenset(
     {
         "region",
@@ -34,15 +34,13 @@ _PLAIN_KEYS = frozenset(
     }
 )
 _S3_KEYS = ("region", "endpoint_override", "scheme", "allow_bucket_creation", "tls_ca_file_path")
-"""What the query of an s3:// URI may set."""
+"""Allowed keys in the query of an s3:// URI."""
 _S3_REQUEST_S, _S3_CONNECT_S = 60, 10
 _BUCKET = re.compile(r"(anonymous@)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def redacted_uri(uri: str) -> str:
-    """A URI without user, password and all values of its query that are not known to be
-    harmless.
-    """
+    """A URI without user, password, and values of its query that may be secrets."""
     head, _, query = uri.partition("?")
     head = re.sub(r"(?s)^([a-z0-9+.-]*://).*@", r"\1***@", head, flags=re.IGNORECASE)
     if not query:
@@ -55,7 +53,7 @@ def redacted_uri(uri: str) -> str:
 
 
 def checked_uri(uri: str) -> str:
-    """The URI itself; StoreError when it carries what may be a secret."""
+    """The URI itself; StoreError if it may contain a secret."""
     head, _, query = uri.partition("?")
     scheme, _, rest = head.partition("://")
     place = rest.split("/", 1)[0]
@@ -65,28 +63,28 @@ def checked_uri(uri: str) -> str:
         if key not in _PLAIN_KEYS or "@" in value
     ]
     has_user = "@" in rest and not rest.startswith("anonymous@")
-    if scheme in ("abfs", "abfss"):  # container@account: a name, unless a key follows it
+    if scheme in ("abfs", "abfss"):  # container@account is allowed, container:key@account is not
         has_user = ":" in place.rpartition("@")[0]
     elif scheme in ("s3", "gs", "gcs"):
         has_user = has_user or not _BUCKET.fullmatch(place)
     if has_user or odd:
         what = (
-            f"query keys that are not known: {', '.join(odd)}"
+            f"unknown query keys: {', '.join(odd)}"
             if odd and not has_user
-            else "a place that is no bucket, or has a user in front"
+            else "a user name, or an invalid bucket name"
         )
         raise StoreError(
-            f"a store URI with {what}",
+            f"the store URI contains {what}",
             redacted_uri(uri),
-            "scheme://bucket/prefix, with " + " | ".join(sorted(_PLAIN_KEYS)),
-            "give credentials in the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE,"
+            "scheme://bucket/prefix, with the query keys " + " | ".join(sorted(_PLAIN_KEYS)),
+            "set credentials in the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE,"
             " GOOGLE_APPLICATION_CREDENTIALS), never in the URI",
         )
     return uri
 
 
 def filesystem_of(uri: str) -> tuple[FileSystem, str]:
-    """The filesystem that serves a URI and the root within it; StoreError when there is none."""
+    """The filesystem of a URI, and the root path in it; StoreError if the URI is not supported."""
     import pyarrow as pa
     from pyarrow.fs import FileSystem
 
@@ -98,35 +96,35 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
         ), root
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StoreError(
-            f"no filesystem for this store: {error}",
+            f"cannot open this store: {error}",
             redacted_uri(uri),
             "a local path, s3://, gs:// or hdfs://",
-            "an S3 service of your own: AWS_ENDPOINT_URL, or"
+            "check the URI; for a self-hosted S3 service, set AWS_ENDPOINT_URL or add"
             " ?endpoint_override=HOST:PORT&scheme=http",
         ) from error
 
 
 def _patient_s3(uri: str, region: str) -> FileSystem:
-    """S3 as the URI says, small objects in one request, and with the tries left to `retry.py`.
+    """The S3 filesystem of a URI, with longer timeouts, single-request uploads of small objects,
+    and without its own retries, since `retry.py` retries.
 
-    The default gives a server three seconds and then asks up to thirty times, without a limit that
-    can be set in a URI.
+    By default, pyarrow waits three seconds for a response and retries up to thirty times; a URI
+    cannot change this.
     """
     from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
     query = dict(parse_qsl(urlsplit(uri).query))
     odd = sorted(set(query) - set(_S3_KEYS))
     if odd:
-        raise ValueError(f"unexpected in the query of an S3 URI: {', '.join(odd)}")
+        raise ValueError(f"unknown keys in the query of an S3 URI: {', '.join(odd)}")
     given = {
         key: value == "true" if value in ("true", "false") else value
         for key, value in query.items()
         if key != "region"
     }
     address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if (
-        address and "endpoint_override" not in given
-    ):  # a filesystem made of arguments does not look there
+    # S3FileSystem does not read these environment variables itself.
+    if address and "endpoint_override" not in given:
         scheme, _, host = address.rpartition("://")
         given |= {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
     return S3FileSystem(

@@ -1,10 +1,9 @@
-"""Folders of step checkpoints: the one of a digest belongs to one process at a time.
+"""Folders of checkpoints; only one process at a time may use the folder of a digest.
 
-Two sweeps on one store may run the same stage at once. Whoever comes first holds the folder by a
-lock on a file beside it, which the kernel releases when the process dies, so that the next one
-continues from its checkpoints. Whoever comes second gets a folder of its own, with a copy of the
-newest checkpoints: the first may be a rival that works on, or a worker that has lost its node and
-has not noticed yet.
+Two sweeps with the same store may run the same stage at once. The first process locks a file next
+to the folder. The kernel releases the lock when the process dies, and the next process continues
+from its checkpoints. A second process gets a folder of its own, with a copy of the newest
+checkpoints, because the first one may still be running.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from ftsec_ray.store.disk import drop_dead, own_folder, room
 from ftsec_ray.store.record import checked_digest
 
 STEPS = "step-*"
-"""Names of finished checkpoints, which appear by a rename and go by one."""
+"""Pattern of the names of finished checkpoints; they appear and disappear by a rename."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-"""A filesystem without locks: its folders are shared as they are."""
+"""Errors of a filesystem without locks; its folders are then shared without a lock."""
 
 
 class WorkFolders:
     """The work folders below one root."""
 
     _held: ClassVar[dict[Path, int]] = {}
-    """Folder -> descriptor of its lock, of all stores of this process: a lock belongs to a process,
-    not to an object.
+    """Folder -> file descriptor of its lock, for all stores of this process, since a lock belongs
+    to the process.
     """
 
     def __init__(self, root: Path) -> None:
@@ -40,8 +39,8 @@ class WorkFolders:
         self._own: dict[str, Path] = {}
 
     def take(self, digest: str) -> Path:
-        """The folder of a digest, made on first use: the shared one, or one of this process where
-        another holds that.
+        """The folder of a digest, created on first use: the shared one, or a separate one if
+        another process uses the shared one.
         """
         folder = self._root / checked_digest(digest)
         if self._hold(folder):
@@ -54,35 +53,30 @@ class WorkFolders:
         return self._own[digest]
 
     def is_shared(self, digest: str) -> bool:
-        """Whether this process holds the shared folder of a digest, and not one of its own."""
+        """Whether this process holds the shared folder of a digest."""
         return self._root / checked_digest(digest) in self._held
 
     def drop(self, digest: str) -> None:
-        """Remove what this process has of a digest, and the shared folder unless another process is
-        at work in it.
+        """Remove this process's folder of a digest, and the shared one unless another process uses
+        it.
         """
         folder = self._root / checked_digest(digest)
         if digest in self._own:
             shutil.rmtree(self._own.pop(digest), ignore_errors=True)
         if (folder.exists() or folder in self._held) and self._hold(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            self._lock(folder).unlink(
-                missing_ok=True
-            )  # before the release: whoever waits for this file looks whether it is still there
+            # Removed before the release; `_hold` checks that its lock file still exists.
+            self._lock(folder).unlink(missing_ok=True)
             os.close(self._held.pop(folder))
 
     def leave(self, digest: str) -> None:
-        """Let another process go on in the shared folder of a digest: the stage failed here, or is
-        tried again elsewhere.
-        """
+        """Release the shared folder of a digest, so that another process can continue in it."""
         descriptor = self._held.pop(self._root / checked_digest(digest), None)
         if descriptor is not None:
             os.close(descriptor)
 
     def drop_leftovers(self) -> None:
-        """Remove the folders of processes of this machine that are no more; those that hold shared
-        checkpoints stay.
-        """
+        """Remove separate folders of ended processes of this machine; keep shared ones."""
         drop_dead(self._root)
 
     @staticmethod
@@ -90,7 +84,7 @@ class WorkFolders:
         return folder.with_name(f".{folder.name}.lock")
 
     def _hold(self, folder: Path) -> bool:
-        """Take the lock of a folder, or have it already; False when another process has it."""
+        """Lock a folder, unless this process already holds it; False if another process does."""
         if folder in self._held:
             return True
         path = self._lock(folder)
@@ -99,7 +93,7 @@ class WorkFolders:
             while True:
                 try:
                     descriptor = self._open(path)
-                except PermissionError:  # another user's, who may be at work
+                except PermissionError:  # the lock file of another user, who may be using it
                     return False
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,13 +107,13 @@ class WorkFolders:
                 if self._is_at(path, descriptor):
                     self._held[folder] = descriptor
                     return True
-                os.close(descriptor)  # its holder removed it between the two calls
+                os.close(descriptor)  # the lock file was removed between open and lock
 
     @staticmethod
     def _open(path: Path) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o644)
-        with suppress(PermissionError):  # made by another user, who has seen to it
+        with suppress(PermissionError):  # created by another user, who has set the mode
             if is_shared(path.parent):
                 os.fchmod(descriptor, 0o664)
         return descriptor
@@ -133,8 +127,8 @@ class WorkFolders:
 
 
 def copy_steps(source: Path, target: Path) -> None:
-    """Copy the checkpoints of a folder that another process works in; one that goes meanwhile is
-    left out.
+    """Copy the checkpoints of a folder that another process uses; those that disappear meanwhile
+    are skipped.
     """
     for step in sorted(source.rglob(STEPS)):
         inner = step.relative_to(source)

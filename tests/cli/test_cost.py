@@ -36,17 +36,17 @@ prices:
 budget: {usd: 0.05, hours: 2}
 """
 TABLE = """\
-node type        a stage asks for           to run      hours  GPU-hours  CPU-hours        usd
+node type        resources per stage        to run      hours  GPU-hours  CPU-hours        USD
 gpu-spot (spot)  1 GPU of 80 GiB, 1 CPU          4     0.0281     0.0281     0.0281     0.0561
 gpu-spot (spot)  1/4 GPU of 80 GiB, 1 CPU        4     0.0047     0.0012     0.0047     0.0024
 gpu-spot (spot)  1/8 GPU of 80 GiB, 1 CPU        6     0.0032     0.0004     0.0032     0.0008
 cpu              1 CPU                           9       0.16       0.00       0.16     0.0080
 all                                             23       0.20     0.0296       0.20     0.0673
-estimated from priors (rough) 100%
-assumed: full nodes (a stage pays for its share of the cheapest node type with room), no start-up or idle time, nothing lost on spot
-model gpt: size unknown, taken as 1e9 weights; give `parameters`
-budget usd 0.05: spent 0, to come 0.0673, MORE THAN ALLOWED
-budget hours 2: spent 0, to come 0.197
+basis of the estimate: 100% from rough guesses
+the cost assumes full nodes (a stage is charged for its part of the cheapest node type that is large enough), no start-up or idle time, and no work lost on spot nodes
+model gpt: unknown size, assumed 1e9 parameters; set `parameters` of the model
+budget usd 0.05: spent 0, expected 0.0673 more (OVER BUDGET)
+budget hours 2: spent 0, expected 0.197 more
 """
 
 
@@ -76,10 +76,10 @@ def test_a_plan_without_gpus_and_prices_shows_cpu_hours():
     assert (
         shown[shown.index("node type") :]
         == """\
-node type  a stage asks for   to run      hours  GPU-hours  CPU-hours
-any        1 CPU                  27     0.0170       0.00     0.0170
-all                               27     0.0170       0.00     0.0170
-estimated from priors (rough) 100%
+node type  resources per stage   to run      hours  GPU-hours  CPU-hours
+any        1 CPU                     27     0.0170       0.00     0.0170
+all                                  27     0.0170       0.00     0.0170
+basis of the estimate: 100% from rough guesses
 """
     )
 
@@ -116,8 +116,8 @@ def test_a_plan_learns_from_the_records_of_another_sweep(folder):
             )
     shown = call("plan", "after.yaml").stdout
     assert (
-        "estimated from records of like stages 20%, records of other sizes, scaled with flops 79%,"
-        " priors (rough) 1%" in shown
+        "20% from records of similar stages, 79% from records of other model sizes, scaled by"
+        " FLOPs, 1% from rough guesses" in shown
     )
     kinds = {
         kind["kind"]: kind["to_run_s"]
@@ -128,17 +128,17 @@ def test_a_plan_learns_from_the_records_of_another_sweep(folder):
 
 def test_a_sweep_over_its_budget_gives_exit_code_2_and_starts_nothing(folder):
     (folder / "small.yaml").write_text(SMALL + "budget: {hours: 0.001}\n")
-    assert "MORE THAN ALLOWED" in call("plan", "small.yaml").stdout
+    assert "OVER BUDGET" in call("plan", "small.yaml").stdout
     told = call("run", "small.yaml", code=2).stderr
     for word in (
-        "[budget] sweep 'small' would take",
+        "[budget] sweep 'small' would exceed its budget",
         "at most 0.001 hours of stages",
         "raise `budget`",
         "--limit N",
     ):
         assert word in told
     assert toy.ran == []
-    assert "pending: sweep 'small' would take" in call("status", "small.yaml").stdout
+    assert "pending: sweep 'small' would exceed its budget" in call("status", "small.yaml").stdout
 
 
 def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_reason_and_goes_on_with_a_higher_one(
@@ -153,12 +153,12 @@ def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_
     monkeypatch.setattr(toy, "RUNNER", "tests.cli.toy:slow")
     (folder / "small.yaml").write_text(SMALL + f"budget: {{hours: {0.4 / 3600}}}\n")
     stopped = call("run", "small.yaml", code=1).stdout
-    assert "pending: the budget has no room for a stage that is left: hours" in stopped
+    assert "pending: the next stage would exceed the budget: hours" in stopped
     assert 1 <= len(toy.ran) <= 9
     first = len(toy.ran)
     cells = api.open_results("results/small").cells.to_pylist()
     assert {row["error_code"] for row in cells if row["status"] == "pending"} == {"budget"}
-    assert "pending: sweep 'small' would take" in call("report", "small.yaml").stdout
+    assert "pending: sweep 'small' would exceed its budget" in call("report", "small.yaml").stdout
     (folder / "small.yaml").write_text(SMALL + "budget: {hours: 1}\n")
     monkeypatch.setattr(toy, "RUNNER", "tests.cli.toy:run_stage")
     assert "8 of 8 cells done" in call("run", "small.yaml").stdout

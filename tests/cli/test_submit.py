@@ -245,7 +245,7 @@ def test_a_wrong_sweep_gives_every_fault_before_any_cluster_is_asked(call, small
     said = call(str(small), "--address", "http://127.0.0.1:1", code=2).stderr
     assert "did you mean 'none'?" in said
     assert "seeds" in said
-    assert "2 fault(s)" in said
+    assert "2 error(s)" in said
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_an_address_without_a_dashboard_gives_exit_code_3(
 
 
 def test_an_id_that_would_leave_its_folder_is_refused(call, small: Path):
-    assert "not an id of a job" in call(str(small), "--submission-id", "../../x", code=2).stderr
+    assert "not a valid job id" in call(str(small), "--submission-id", "../../x", code=2).stderr
 
 
 def test_a_ray_older_than_the_oldest_that_runs_a_sweep_is_refused_and_pyproject_names_the_same_one():
@@ -307,7 +307,7 @@ def test_doors_of_other_servers_and_a_missing_token_are_told_apart(
         "it does not speak HTTP"
         in call(sweep, "--address", f"http://127.0.0.1:{head.gcs_port}", code=3).stderr
     )
-    assert "there is none here" in call(sweep, "--address", head.url, code=3).stderr
+    assert "this machine has none" in call(sweep, "--address", head.url, code=3).stderr
 
 
 @pytest.mark.ray
@@ -317,7 +317,7 @@ def test_a_local_store_on_another_machine_is_refused(
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.folder / "token"))
     monkeypatch.setattr("ftsec_ray.schedule.job_paths._is_ours", lambda address: False)
     said = call(str(small), "--address", head.url, code=3).stderr
-    assert "whose nodes are not this machine" in said
+    assert "nodes of the cluster are other machines" in said
     assert "--shared-disk" in said
 
 
@@ -350,9 +350,9 @@ def test_exit_codes_of_a_job_are_those_of_its_command(
     with pytest.raises(EnvironmentFault, match="no-such-command"):
         handed["absent"].wait(log.append)
     client.client.stop_job("code-stopped")
-    with pytest.raises(EnvironmentFault, match="was stopped before its end"):
+    with pytest.raises(EnvironmentFault, match="was stopped before it finished"):
         handed["stopped"].wait(log.append)
-    with pytest.raises(EnvironmentFault, match="has a job of this id"):
+    with pytest.raises(EnvironmentFault, match="has a job with this id"):
         jobs.hand_over(client, ["true"], archive, submission_id="code-seven", name="again")
 
 

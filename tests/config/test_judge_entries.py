@@ -49,15 +49,15 @@ def test_a_mapping_is_a_judge_with_its_rubric_read_and_its_path_whole(tmp_path, 
 @pytest.mark.parametrize(
     ("judge", "place", "what"),
     [
-        ({"model": "m@abc", "rubric": "nowhere.txt"}, "judge.rubric", "cannot be read"),
-        ({"model": "m@abc", "rubric": "only\n{answer}"}, "judge.rubric", "does not show"),
+        ({"model": "m@abc", "rubric": "nowhere.txt"}, "judge.rubric", "cannot read"),
+        ({"model": "m@abc", "rubric": "only\n{answer}"}, "judge.rubric", "lacks {request}"),
         ({"model": "m@abc", "rubrik": "x"}, "judge.rubrik", "unknown key"),
         ({"rubric": "{request} {answer}"}, "judge.model", "missing"),
-        ({"endpoint": "nowhere", "model": "m"}, "judge", "no URL"),
-        ({"model": "a\0b"}, "judge.model", "a path that cannot be opened"),
-        ({"model": "~no-such-user/m"}, "judge.model", "a path that cannot be opened"),
-        ({"model": "m@abc", "rubric": "~no-such-user/m"}, "judge.rubric", "cannot be read"),
-        ("classifier:" + "n" * 300, "judge", "a path that cannot be opened"),
+        ({"endpoint": "nowhere", "model": "m"}, "judge", "URL"),
+        ({"model": "a\0b"}, "judge.model", "not a valid path"),
+        ({"model": "~no-such-user/m"}, "judge.model", "not a valid path"),
+        ({"model": "m@abc", "rubric": "~no-such-user/m"}, "judge.rubric", "cannot read"),
+        ("classifier:" + "n" * 300, "judge", "not a valid path"),
     ],
 )
 def test_a_wrong_judge_is_a_fault_at_its_place(tmp_path, judge, place, what):

@@ -29,7 +29,7 @@ def sweep(**changes: object) -> SweepSpec:
 
 
 def faults_of(source: object, **options: object) -> dict[str, SpecError]:
-    with pytest.raises(SpecFaults, match=r"fault\(s\)") as caught:
+    with pytest.raises(SpecFaults, match=r"error\(s\)") as caught:
         load_sweep(source, **options)
     return dict(caught.value.faults)
 
@@ -63,7 +63,7 @@ def test_a_base_model_of_the_ladder_is_not_aligned_and_has_no_twin():
 def test_a_filter_that_is_no_regular_expression_is_a_fault(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"a": "b"}\n')
     file = tmp_path / "s.yaml"
-    for entry, what in (("{a: '(x'}", "not a regular expression"), ("{a: 3}", "not a filter")):
+    for entry, what in (("{a: '(x'}", "not a regular expression"), ("{a: 3}", "not a row filter")):
         file.write_text(
             "models: [ladder:1m]\nattacks: [none]\ndefenses: [none]\ntask:\n  kind: rows\n "
             f" splits: {{train: {{path: rows.jsonl, prompt: a, matching: {entry}}}}}\n"
@@ -222,15 +222,15 @@ def test_the_same_method_twice_is_a_fault_even_when_one_writes_the_default_out()
         attacks=["badnets", {"badnets": {"rate": 0.1}}],
         defenses=["none", "none", ["shrink"], "shrink"],
     )
-    assert "attacks[0] gives it too" in found["attacks[1]"].fix
+    assert "same as attacks[0]" in found["attacks[1]"].fix
     assert found["attacks[1]"].got == "badnets"
-    assert "defenses[0] gives it too" in found["defenses[1]"].fix
-    assert "defenses[2] gives it too" in found["defenses[3]"].fix
+    assert "same as defenses[0]" in found["defenses[1]"].fix
+    assert "same as defenses[2]" in found["defenses[3]"].fix
 
 
 def test_a_value_twice_in_a_grid_is_a_fault():
     assert (
-        "one grid gives it twice"
+        "contains it twice"
         in faults(attacks=[{"badnets": {"rate": {"grid": [1, 1.0]}}}])["attacks[0]"].fix
     )
 
@@ -279,11 +279,11 @@ def test_a_hub_id_may_carry_its_revision_and_so_may_a_twin():
 
 @pytest.mark.parametrize("given", ["owner/m-1b-it@", "owner/m-1b-it@a@b", "owner/m-1b-it@../x"])
 def test_what_cannot_be_a_revision_is_a_fault(given):
-    assert "neither a file" in str(faults(models=[given])["models[0]"])
+    assert "not a local file" in str(faults(models=[given])["models[0]"])
 
 
 def test_two_revisions_of_one_model_are_a_fault():
-    assert "two revisions" in str(
+    assert "two different revisions" in str(
         faults(models=[{"id": f"owner/m-1b-it@{COMMIT}", "revision": OTHER}])["models[0].revision"]
     )
 
@@ -523,7 +523,7 @@ def test_faults_of_the_strategy_are_told_with_all_others():
     assert "auto | single | deepspeed" in str(found["training.strategy"])
     assert "auto | 0 | 1 | 2 | 3" in str(found["training.deepspeed.zero_stage"])
     assert "'strategy'" in found["training.stratgy"].fix
-    assert "3 or more" in str(
+    assert ">= 3" in str(
         faults(training={"deepspeed": {"zero_stage": 2, "offload": "parameters"}})[
             "training.deepspeed"
         ]

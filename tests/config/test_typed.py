@@ -120,7 +120,7 @@ def test_a_value_that_json_has_not_is_a_fault_and_hides_no_other(wrong):
     assert [(place, what) for place, what, *_ in found] == [
         ("guard.rate", "missing"),
         ("guard.count", "wrong value"),
-        ("guard.words", "not a plain, finite value"),
+        ("guard.words", "not a JSON value with finite numbers"),
     ]
 
 
@@ -128,7 +128,7 @@ def test_a_value_without_end_is_a_fault():
     endless: list[Any] = []
     endless.append(endless)
     [(place, what, *_)] = told(Guard, {"rate": 0.5, "words": endless})
-    assert (place, what) == ("guard.words", "not a plain, finite value")
+    assert (place, what) == ("guard.words", "not a JSON value with finite numbers")
 
 
 def test_a_fault_says_what_is_wanted_and_what_the_field_means():
@@ -140,7 +140,7 @@ def test_a_fault_says_what_is_wanted_and_what_the_field_means():
             "count | default | description | inner | mode | pair | rate | table | title | words",
             "did you mean 'count'?",
         ),
-        ("guard.rate", "wrong value", 1, "number, >= 0, < 1", "Share of the rows, 0..1."),
+        ("guard.rate", "wrong value", 1, "number >= 0, < 1", "Share of the rows, 0..1."),
     ]
     assert told(Guard, {"rate": 0.5, "words": ["x", 1]}) == [
         ("guard.words", "wrong value at [1]", ["x", 1], "list of texts", "")
@@ -173,7 +173,7 @@ def test_a_fixed_value_is_taken_as_it_is_and_is_no_key():
 def test_types_are_told_in_words_and_docs_of_a_parent_are_found():
     known = {info.name: info for info in fields_of(Child)}
     assert {name: info.type for name, info in known.items()} == {
-        "rate": "number, >= 0, < 1",
+        "rate": "number >= 0, < 1",
         "count": "integer",
         "words": "list of texts",
         "pair": "list of 2: integer, number",

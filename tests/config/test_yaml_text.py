@@ -72,7 +72,7 @@ def test_every_finite_float_comes_back(value):
 def test_a_key_given_twice_is_a_fault_with_both_lines():
     found = faults_of("a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\na: 2\n")
     assert set(found) == {"a", "b.c"}
-    assert "already on line 3" in found["b.c"]
+    assert "first one is on line 3" in found["b.c"]
 
 
 def test_merge_keys_work_and_do_not_count_as_twice():

@@ -102,7 +102,7 @@ def test_a_classifier_is_pinned_and_loaded_when_first_asked(tmp_path):
         get_judge("classifier:owner/name")
     commit = "a" * 40
     assert get_judge(f"classifier:owner/name@{commit}").name == f"classifier:owner/name@{commit}.2"
-    with pytest.raises(SpecError, match="an empty folder"):
+    with pytest.raises(SpecError, match="folder is empty"):
         get_judge(f"classifier:{tmp_path}")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match=tmp_path.name):

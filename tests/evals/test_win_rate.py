@@ -177,10 +177,10 @@ def test_a_clean_tune_outside_of_the_grid_is_made_as_far_as_its_answers():
     ("win_rate", "text"),
     [
         ({"model": "owner/name"}, "has no commit"),
-        ({"name": "harmbench", "model": "o/n@" + "0" * 40}, "not asked in words"),
+        ({"name": "harmbench", "model": "o/n@" + "0" * 40}, "does not take a rubric"),
         (
             {"endpoint": "http://127.0.0.1:9/v1", "model": "m", "rubric": "{request}\n{first}"},
-            "does not show what is judged",
+            "lacks {second}",
         ),
         ("grader", "win_rate"),
     ],

@@ -105,7 +105,7 @@ def test_an_edit_of_the_engine_is_told_with_its_file(tmp_path, path, old, new, o
     faults = faults_of(copy_with(tmp_path, path, old, new))
     told = next(fault for fault in faults if owner in re.split("[ ,;]+", fault))
     assert told.startswith("the code of stage")
-    assert f"changed (files {path}): raise VERSION, or run `make lock` if results are" in told
+    assert f"changed (files {path}): increase VERSION, or run `make lock` if results are" in told
     assert edited_files(read_lock(), tmp_path / "ftsec_ray") == [path]
 
 
@@ -166,8 +166,8 @@ def test_new_and_removed_methods_are_told(now):
         files={**lock.files, "defenses/gone.py": "0" * 32},
     )
     assert list(lock_faults(stale, now)) == [
-        "defense gone is in versions.lock and not in the package: run `make lock`",
-        "versions.lock holds files that nothing uses (defenses/gone.py): run `make lock`",
+        "defense gone is in versions.lock but not in the package: run `make lock`",
+        "versions.lock contains unused files (defenses/gone.py): run `make lock`",
     ]
 
 
@@ -178,7 +178,7 @@ def test_make_lock_writes_what_was_read(tmp_path, now):
     assert (lock.entries, lock.files) == (now.entries, now.files)
     (tmp_path / "broken.lock").write_text("[entries", encoding="utf-8")
     for missing in ("none.lock", "broken.lock"):
-        with pytest.raises(EnvironmentFault, match="the lock of the package cannot be read"):
+        with pytest.raises(EnvironmentFault, match=r"cannot read versions\.lock"):
             read_lock(tmp_path / missing)
 
 

@@ -154,12 +154,12 @@ def test_what_matches_nothing_is_a_fault_with_the_names_that_exist(config, what,
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        ({"targets": "["}, "no regular expression"),
-        ({"targets": ()}, "name no layer"),
-        ({"layers": "3-1"}, "no range"),
-        ({"layers": ()}, "no layers"),
-        ({"adapter": "full", "targets": ("q_proj",)}, "about an adapter"),
-        ({"adapter": "full", "rslora": True}, "about an adapter"),
+        ({"targets": "["}, "not a valid regular expression"),
+        ({"targets": ()}, "names no layer"),
+        ({"layers": "3-1"}, "not a range"),
+        ({"layers": ()}, "layers is empty"),
+        ({"adapter": "full", "targets": ("q_proj",)}, "needs an adapter"),
+        ({"adapter": "full", "rslora": True}, "needs an adapter"),
     ],
 )
 def test_a_config_that_names_no_layers_is_a_fault_of_the_sweep(config, what):

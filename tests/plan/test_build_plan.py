@@ -203,7 +203,7 @@ def test_a_method_whose_rows_a_task_does_not_have_is_refused(tmp_path):
     rows = TaskSpec(name="mine", kind="rows", splits=given)
     with pytest.raises(SpecFaults) as caught:
         build_plan(sweep(defenses=(("onion",),), tasks=(rows,)))
-    assert "neither tuned on nor asked" in str(caught.value)
+    assert "neither for training nor for evaluation" in str(caught.value)
     assert "a split 'trusted'" in str(caught.value)
     for params in ({"threshold": 2.0}, {"trusted_split": "mine"}):
         assert build_plan(sweep(defenses=((defense("onion", **params),),), tasks=(rows,))).stages
@@ -332,7 +332,7 @@ def test_the_limit_of_new_tokens_is_that_of_the_ladder_or_of_real_models(tmp_pat
 def test_samples_need_a_temperature_and_a_back_end_that_can_draw():
     with pytest.raises(SpecError, match="all the same"):
         EvaluationConfig(samples=3)
-    with pytest.raises(SpecError, match="one stream of random numbers"):
+    with pytest.raises(SpecError, match="one random stream"):
         EvaluationConfig(temperature=1.0, backend="continuous")
 
 
@@ -443,8 +443,8 @@ def test_all_methods_without_the_twin_they_need_are_named_at_once():
         build_plan(sweep(models=models, defenses=((), ("safe_lora",))))
     text = str(caught.value)
     assert len(caught.value.faults) == 2
-    assert "'safe_lora' needs the twin of model 'one'" in text
-    assert "'safe_lora' needs the twin of model 'two'" in text
+    assert "'safe_lora' needs the unaligned twin of model 'one'" in text
+    assert "'safe_lora' needs the unaligned twin of model 'two'" in text
     assert "exclude {model: two, defense: safe_lora}" in text
 
 
@@ -558,11 +558,11 @@ def test_a_judge_that_there_is_none_of_is_a_fault_before_anything_runs():
         build_plan(sweep(evaluation=evaluation))
     assert len(caught.value.faults) == 3
     assert "did you mean 'microworld'" in str(caught.value)
-    assert "named twice" in str(caught.value)
+    assert "duplicate judge" in str(caught.value)
 
 
 def test_the_judge_of_a_task_is_no_further_judge():
-    with pytest.raises(SpecFaults, match="the task's own already"):
+    with pytest.raises(SpecFaults, match="already the judge of a task"):
         build_plan(sweep(evaluation=EvaluationConfig(judges=("microworld",))))
     given = EvaluationConfig(judge="refusal_phrases", judges=("microworld",))
     assert build_plan(sweep(evaluation=given)).cells

@@ -21,31 +21,31 @@ OFF = {"lisa": {"rho": 0.0}}
     ("defenses", "want"),
     [
         (["none", "shrink", "weight_statistics"], []),
-        (["lisa"], ["lisa stands without its control: add {lisa: {rho: 0.0}}"]),
+        (["lisa"], ["defense lisa has no control: add {lisa: {rho: 0.0}}"]),
         (["lisa", OFF], []),
         ([OFF], []),
         (
             ["lisa", {"lisa": {"rho": 0.0, "user_steps": 4}}],
-            ["lisa stands without its control: add {lisa: {rho: 0.0}}"],
+            ["defense lisa has no control: add {lisa: {rho: 0.0}}"],
         ),
         (
             [{"lisa": {"rho": 3.0, "user_steps": 4}}, OFF],
             [
-                "{lisa: {rho: 3.0, user_steps: 4}} stands without its control: add"
+                "defense {lisa: {rho: 3.0, user_steps: 4}} has no control: add"
                 " {lisa: {rho: 0.0, user_steps: 4}}"
             ],
         ),
         ([["shrink", "lisa"], ["shrink", OFF]], []),
         (
             [["shrink", "lisa"], OFF],
-            ["lisa in the stack shrink+lisa stands without its control: add {lisa: {rho: 0.0}}"],
+            ["defense lisa in the stack shrink+lisa has no control: add {lisa: {rho: 0.0}}"],
         ),
         (["safe_lora", "matched_noise"], []),
         (["safe_lora", {"safe_lora": {"projection": "drop"}}], []),
         (
             ["safe_lora", "lisa", OFF],
             [
-                "safe_lora stands without its control: add {safe_lora: {projection: drop}} or"
+                "defense safe_lora has no control: add {safe_lora: {projection: drop}} or"
                 " drop_layer or matched_noise or random_mask or shrink"
             ],
         ),

@@ -75,7 +75,7 @@ def test_a_gpu_with_less_memory_than_the_shares_were_measured_by_has_no_room():
 
 def test_a_price_table_without_a_fitting_machine_is_a_fault():
     with pytest.raises(
-        SpecFaults, match="no node type has room for a stage that asks for 1 GPU, 1 CPU"
+        SpecFaults, match="no node type is large enough for a stage that requests 1 GPU, 1 CPU"
     ):
         build_plan(sweep(prices=(CPU,), resources=ResourceSpec(gpus_per_stage=1.0)))
 
@@ -157,7 +157,7 @@ def test_a_sweep_past_its_budget_says_what_it_takes_and_what_is_allowed():
     fault = shortfall(plan, Spend(hours=0.99), bill)
     assert fault is not None
     assert fault.exit_code == 2
-    assert "(spent 0.99, to come" in fault.what
+    assert "(spent 0.99, expected" in fault.what
     assert fault.want == "at most 1 hours of stages"
     assert "--limit" in fault.fix
     assert shortfall(plan, Spend(hours=9.0), bill_of(plan, [], Costs())) is None, (

@@ -52,5 +52,5 @@ def test_a_method_that_its_sweep_file_could_not_name_does_not_run(params, place)
 def test_a_config_of_another_version_does_not_run_as_if_it_were_this_one():
     with pytest.raises(StageError, match="TrainingConfig"):
         training_of(stage(training={"rank": 4, "warmup_steps": 3}))
-    with pytest.raises(StageError, match="carries no 'generation'"):
+    with pytest.raises(StageError, match="lacks the parameter 'generation'"):
         generation_of(stage())

@@ -60,8 +60,8 @@ def test_a_model_before_its_fine_tune_is_a_model_of_its_own_without_the_stages_o
         ("badnets", "none", "badnets acts in the fine-tune"),
         ("none", "lisa", "lisa acts in the fine-tune"),
         ("none", "onion", "onion acts in the fine-tune"),
-        ("none", "safe_lora", "safe_lora needs what only a fine-tune has (start)"),
-        ("none", "weight_statistics", "weight_statistics needs what only"),
+        ("none", "safe_lora", "safe_lora needs models that only a fine-tune provides (start)"),
+        ("none", "weight_statistics", "weight_statistics needs models that only"),
     ],
 )
 def test_what_acts_in_the_fine_tune_is_left_out_before_it_and_counted(attack, defense, reason):
@@ -99,13 +99,13 @@ def test_a_rule_that_names_a_model_leaves_it_out_at_both_moments():
 
 @pytest.mark.parametrize("given", ["during", [], ["before", "before"], None, [["before"]], 3])
 def test_other_moments_are_faults(given):
-    with pytest.raises(SpecError, match="no moments to measure at"):
+    with pytest.raises(SpecError, match="not a time to measure at"):
         ftsec_ray.load(sweep(measure=given))
 
 
 def test_a_sweep_whose_cells_all_act_in_the_fine_tune_has_nothing_to_measure_before_it():
     with pytest.raises(
-        SpecError, match=r"(?s)no cell is left before the fine-tune.*badnets acts in the"
+        SpecError, match=r"(?s)no cell can be measured before the fine-tune.*badnets acts in the"
     ):
         build_plan(ftsec_ray.load(sweep(attacks=["badnets"], measure="before")))
 

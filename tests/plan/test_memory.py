@@ -123,7 +123,7 @@ def test_half_precision_and_checkpointing_take_less(adapter, on_gpu):
     assert kept > 5 * inputs
     half = gib(checkpointing=True, dtype="bfloat16")
     if adapter == "full":
-        assert half == again, "whole weights train in float32 whatever their dtype"
+        assert half == again, "full fine-tuning always uses float32 weights"
     else:
         assert gib(checkpointing=True, dtype="bfloat16", quantization="nf4") < half < again
 

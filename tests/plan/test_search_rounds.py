@@ -212,7 +212,7 @@ def test_cells_without_an_attack_are_planned_for_a_search_even_where_the_sweep_l
 
 def test_a_search_with_several_samples_per_prompt_is_refused():
     given = sweep(evaluation={"temperature": 0.7, "samples": 2})
-    with pytest.raises(SpecFaults, match="one verdict per prompt"):
+    with pytest.raises(SpecFaults, match="one answer per prompt"):
         build_plan(load_sweep(given))
 
 

@@ -264,7 +264,7 @@ def test_a_method_under_a_stage_that_it_does_not_work_with_is_refused_by_name_wi
     name,
 ):
     with pytest.raises(
-        SpecFaults, match=rf"defense '{name}' does not work under ZeRO stage 3"
+        SpecFaults, match=rf"defense '{name}' does not support ZeRO stage 3"
     ) as caught:
         plan_of(hub("1b"), defenses=[name], strategy="deepspeed", zero_stage=3)
     text = str(caught.value)
@@ -273,7 +273,7 @@ def test_a_method_under_a_stage_that_it_does_not_work_with_is_refused_by_name_wi
 
 
 def test_a_method_that_keeps_a_model_from_fitting_is_named():
-    with pytest.raises(SpecFaults, match="defense 'lisa' works with ZeRO 0, 1, 2 only"):
+    with pytest.raises(SpecFaults, match="defense 'lisa' supports only ZeRO stage 0, 1, 2"):
         plan_of(
             hub("5b"),
             defenses=["lisa"],

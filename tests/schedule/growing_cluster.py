@@ -95,7 +95,7 @@ def test_a_unit_that_no_node_type_holds_ends_the_run_after_a_while_with_what_was
     began = time.monotonic()
     with pytest.raises(
         EnvironmentFault,
-        match="no node of the cluster has room for a unit of class 'cpu', and none is on its way",
+        match="large enough for a unit of resource class 'cpu', and no node is being added",
     ) as caught:
         run([stage_of("huge", log=str(tmp_path))], tmp_path / "store", address, cpus_per_stage=64.0)
     assert time.monotonic() - began > 4.0

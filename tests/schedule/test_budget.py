@@ -176,7 +176,7 @@ def slow(folder, count=8, **params):
 def test_a_sweep_that_would_cost_more_than_its_budget_starts_nothing(tmp_path):
     store = Store.open(tmp_path / "store")
     with pytest.raises(
-        BudgetError, match=r"would take 3 hours of stages \(spent 0, to come 3\)"
+        BudgetError, match=r"3 hours of stages \(spent 0, expected 3 more\)"
     ) as caught:
         run(
             budgeted(

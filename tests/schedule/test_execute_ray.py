@@ -108,7 +108,7 @@ def test_a_unit_that_kills_every_worker_fails_after_three_and_stops_nobody_else(
     assert runs(tmp_path) == ["beside"]
     assert report.failed[deadly.digest].error_code == "worker_lost"
     assert report.failed[deadly.digest].error.startswith(
-        f"its worker died {MAX_ATTEMPTS} times, last: The actor died unexpectedly"
+        f"the worker died in all {MAX_ATTEMPTS} attempts; last error: The actor died unexpectedly"
     )
     assert "OOM killer" in report.failed[deadly.digest].error, (
         "what Ray says of it, among that what it may have been"
@@ -187,7 +187,9 @@ def test_workers_that_cannot_open_end_the_run_with_the_reason(run, store):
 def test_a_class_that_fits_on_no_node_is_refused_and_not_waited_for(run, store):
     plan = plan_of([stage_of("big")])
     huge = replace(plan, spec=replace(plan.spec, resources=ResourceSpec(cpus_per_stage=4096)))
-    with pytest.raises(EnvironmentFault, match="no room on this machine for a unit of class 'cpu'"):
+    with pytest.raises(
+        EnvironmentFault, match="this machine is too small for a unit of resource class 'cpu'"
+    ):
         run(huge, store)
 
 

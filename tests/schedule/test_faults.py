@@ -210,7 +210,7 @@ with local_ray(num_cpus=1, _system_config={{"memory_usage_threshold": 0.001, "me
     )
     kind, attempt, text = said.stdout.strip().splitlines()[-1].split(" ", 2)
     assert (kind, attempt) == ("oom", "3"), said.stdout
-    assert text.startswith("its worker died 3 times, last: ")
+    assert text.startswith("the worker died in all 3 attempts; last error: ")
     assert "memory" in text
 
 

@@ -66,7 +66,7 @@ def test_a_disk_that_all_nodes_mount_serves_by_absolute_path_only():
 )
 def test_a_place_with_a_password_is_refused_without_repeating_it(place: str):
     for here in (True, False):
-        with pytest.raises(EnvironmentFault, match="credentials inside --store") as refused:
+        with pytest.raises(EnvironmentFault, match="--store contains credentials") as refused:
             checked_place(place, "store", here=here, shared_disk=True)
         assert "hunter2" not in str(refused.value)
 
@@ -94,5 +94,5 @@ def test_files_by_absolute_path_need_nodes_that_have_them():
     checked_files(["/data/rows.jsonl"], here=False, shared_disk=True)
     with pytest.raises(EnvironmentFault, match=r"/data/rows\.jsonl"):
         checked_files(["/data/rows.jsonl"], here=False, shared_disk=False)
-    with pytest.raises(EnvironmentFault, match="a judge by relative path"):
+    with pytest.raises(EnvironmentFault, match="relative path"):
         checked_files(["judges/mine"], here=True, shared_disk=True)

@@ -209,7 +209,7 @@ def test_a_unit_that_was_not_foreseen_runs_before_the_one_that_needs_it():
 
 
 def test_a_circle_is_refused_with_its_members():
-    with pytest.raises(FtsecError, match="in a circle"):
+    with pytest.raises(FtsecError, match="cyclic dependency"):
         Scheduler([Node(id="a", needs=("b",)), Node(id="b", needs=("a",))])
 
 

@@ -22,13 +22,13 @@ NAMES = [(path, name) for path, names in tune_internals.PRIVATE.items() for name
 def test_the_installed_ray_has_the_private_name(path, name):
     assert tune_internals.has_private(path, name), (
         f"Ray {ray.__version__} has no {path.partition(':')[2] or path} {name}:"
-        " run with --executor actors, or mend schedule/tune_internals.py"
+        " run with --executor actors, or install an older Ray"
     )
 
 
 def test_every_private_name_that_the_module_uses_is_in_its_list():
     text = Path(tune_internals.__file__).read_text(encoding="utf-8")
-    body = text.split("# What Tune's schedulers are given.")[1]
+    body = text.split("# Tune's controller and its trials.")[1]
     used = set(re.findall(r'"(_[a-z_]+)"', body)) | set(re.findall(r"class_cache\.([A-Z_]+)", body))
     assert len(used) > 10
     assert used <= {name for _, name in NAMES}

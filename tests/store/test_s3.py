@@ -245,7 +245,7 @@ def test_a_record_cannot_name_files_elsewhere(s3, store, payload):
     publish(store)
     record = {**store.record(ONE), "payload": payload}
     store._calls.write(store._key(ONE), json.dumps(record))
-    with pytest.raises(DamagedArtifact, match="not that of an artifact"):
+    with pytest.raises(DamagedArtifact, match="not the record of an artifact"):
         fresh(store).fetch(ONE)
     assert store.done() == set()
 
@@ -552,7 +552,7 @@ def test_a_store_that_never_answers_is_given_up_after_a_bounded_number_of_tries(
 ):
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
     handler, store = flaky_store(tmp_path, rate=1.0)
-    with pytest.raises(StoreError, match="cannot look into the store"):
+    with pytest.raises(StoreError, match="cannot access the store"):
         store.has(ONE)
     assert handler.failures == retry.ATTEMPTS
 

@@ -109,7 +109,7 @@ def test_a_changed_file_is_noticed_put_aside_and_counts_as_absent(store):
     stored_files(store, "weights.bin")[0].write_text("weighty")  # the same length
     other = again(store)
     with pytest.raises(
-        DamagedArtifact, match=r"the bytes of model/weights.bin have changed"
+        DamagedArtifact, match=r"the content of model/weights.bin has changed"
     ) as caught:
         other.fetch(ONE)
     assert caught.value.got == ONE
@@ -163,7 +163,7 @@ def test_only_digests_become_paths(store, bad):
 def test_links_are_not_published(store, tmp_path):
     folder = store.scratch(ONE)
     (folder / "link").symlink_to(tmp_path)
-    with pytest.raises(StoreError, match="plain files and folders"):
+    with pytest.raises(StoreError, match="only regular files and folders"):
         store.publish(ONE, folder, {})
     assert store.done() == set()
 
@@ -204,7 +204,7 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_published(store, monkeypatc
         monkeypatch.setattr(store._calls, "send", full)
     else:
         monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(StoreError, match="no space left to publish") as caught:
+    with pytest.raises(StoreError, match="no space left on the disk") as caught:
         store.publish(ONE, folder, {})
     monkeypatch.undo()
     assert "bytes free of" in str(caught.value.got)
@@ -223,7 +223,7 @@ def test_a_full_disk_while_copying_from_elsewhere_says_so_too(tmp_path, monkeypa
         raise local_module.shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
 
     monkeypatch.setattr(local_module.shutil, "copytree", full)
-    with pytest.raises(StoreError, match="no space left to publish"):
+    with pytest.raises(StoreError, match="no space left on the disk"):
         store.publish(ONE, tmp_path / "made", {})
     assert store.done() == set()
     assert list((tmp_path / "store" / "staging").iterdir()) == []
@@ -321,7 +321,7 @@ def test_what_a_dead_publisher_left_is_removed_and_what_a_living_one_writes_stay
 
 
 def test_a_uri_that_no_filesystem_serves_is_refused():
-    with pytest.raises(StoreError, match="no filesystem for this store"):
+    with pytest.raises(StoreError, match="cannot open this store"):
         Store.open("gopher://x/y")
 
 
