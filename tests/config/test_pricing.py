@@ -61,7 +61,7 @@ def test_gpus_are_a_number_or_auto():
     ],
 )
 def test_a_fault_is_told_at_its_place(changes, place, what):
-    with pytest.raises(SpecFaults, match=r"1 fault\(s\)") as caught:
+    with pytest.raises(SpecFaults, match=r"1 error\(s\)") as caught:
         load_sweep({**BASE, **changes})
     ((found, fault),) = caught.value.faults
     assert found == place
