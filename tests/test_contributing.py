@@ -114,6 +114,35 @@ def test_the_method_of_the_document_is_one_file_and_acts(package):
     )
 
 
+LOWER_CASE = """
+import json
+from ftsec_ray.context import Runtime, StageContext
+from ftsec_ray.conversation import asked_text, with_asked
+from ftsec_ray.data.rows import map_rows
+from ftsec_ray.registry import DEFENSES
+from tests.fixtures_models import prompts, tiny_task
+task = tiny_task()
+context = StageContext(seed=0, task=task, runtime=Runtime(), workdir=None, load=None)
+rows = map_rows(task.split("train"), lambda row: with_asked(row, asked_text(row).upper()))
+lower = DEFENSES.get("lower_case")
+print(json.dumps([prompts(rows), *(
+    prompts(lower(share=share).craft_data(rows, context)) for share in (0.0, 1.0)
+)]))
+"""
+
+
+def test_the_method_of_the_readme_is_one_file_and_acts(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = readme.split("## Add a method")[1].split("```python\n")[1].split("```")[0]
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "ftsec_ray", tmp_path / "ftsec_ray", ignore=ignored)
+    (tmp_path / "ftsec_ray/defenses/lower_case.py").write_text(block, encoding="utf-8")
+    assert "Share of the prompts" in says(tmp_path, "-m", "ftsec_ray", "show", "lower_case")
+    before, control, after = json.loads(says(tmp_path, "-c", LOWER_CASE))
+    assert control == before, "its control changes nothing"
+    assert after == [prompt.lower() for prompt in before] != before
+
+
 def test_the_metric_of_the_judge_is_listed_and_the_hook_of_the_stage_kind(package):
     assert "terse_rate" in says(package, "-m", "ftsec_ray", "list", "metrics")
     kinds = says(package, "-m", "ftsec_ray", "list", "stages")

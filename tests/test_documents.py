@@ -168,18 +168,11 @@ def test_every_relative_link_and_anchor_resolves(name):
     assert dead_links(name) == []
 
 
-NEW_README = pytest.mark.xfail(reason="README.md is being rewritten", strict=True)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=NEW_README) if n == "README.md" else n for n in DOCUMENTS],
-)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_lines_of_prose_have_at_most_100_columns(name):
     assert wide_lines(name) == []
 
 
-@NEW_README
 def test_the_readme_has_at_most_200_lines():
     assert len(text_of("README.md").splitlines()) <= MOST_README_LINES
 

@@ -161,7 +161,7 @@ def audit_judges(
             "there is only one judge, and nothing to audit it with",
             next(iter(sheet.verdicts)),
             "--labels FILE, --exact, or --judge NAME for a second judge",
-            "to label by hand, draw answers with the tenth query of the README",
+            "to label by hand, draw answers with the query 10 of sweeps/READING_RESULTS.md",
         )
     unmatched = unlabelled = 0
     truth: dict[Key, str] = {}

@@ -135,7 +135,7 @@ def _check_columns(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             f"{path} is not a table of labels",
             sorted(columns),
             f"truth, and prompt_id or completion_sha256; also {', '.join(KEYS[:2])}",
-            "draw a sample to label with the tenth query of the README",
+            "draw a sample to label with the query 10 of sweeps/READING_RESULTS.md",
         )
 
 

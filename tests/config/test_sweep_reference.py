@@ -16,7 +16,7 @@ from ftsec_ray.config.yaml_text import read_yaml
 from ftsec_ray.errors import SpecFaults
 from ftsec_ray.registry import ATTACKS, DEFENSES
 from tests import sweep_reference
-from tests.document_blocks import DOCUMENTS, README, RESULTS, ROOT, SWEEP_FILE, blocks_of
+from tests.document_blocks import DOCUMENTS, RESULTS, ROOT, SWEEP_FILE, blocks_of
 from tests.shipped_sweeps import FILES
 from tests.sweep_reference import BLOCK, PLACES, TABLES, mapping_at, whole_schema, written
 
@@ -29,13 +29,8 @@ SMALLEST = {
     "defenses": "none",
 }
 """What completes an example of some keys to a sweep."""
-STALE = pytest.mark.xfail(reason="it excludes a defense that it does not name", strict=True)
 EXAMPLES = [
-    pytest.param(
-        block,
-        id=f"{document.relative_to(ROOT)}-{number}",
-        marks=STALE if (document, number) == (README, 0) else (),
-    )
+    pytest.param(block, id=f"{document.relative_to(ROOT)}-{number}")
     for document in DOCUMENTS
     for number, block in enumerate(blocks_of(document, "yaml"))
 ]
