@@ -269,7 +269,7 @@ def test_a_stage_that_fails_costs_its_own_cells_only(world, tmp_path):
         pytest.param("tune", 1, marks=[pytest.mark.ray, pytest.mark.slow]),
         pytest.param("tune", 2, marks=pytest.mark.ray),
         pytest.param("actors", 1, marks=[pytest.mark.ray, pytest.mark.slow]),
-        pytest.param("actors", 2, marks=pytest.mark.ray),
+        pytest.param("actors", 2, marks=[pytest.mark.ray, pytest.mark.slow]),
     ],
 )
 def test_the_same_sweep_from_an_empty_store_gives_equal_tables(

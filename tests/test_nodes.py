@@ -131,13 +131,13 @@ class Killer(threading.Thread):
     ("what", "kind", "executor"),
     [
         ("node", "s3", "tune"),
-        ("node", "disk", "actors"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 ("worker", "disk", "tune"),
                 ("raylet", "disk", "tune"),
                 ("node", "disk", "tune"),
+                ("node", "disk", "actors"),
                 ("worker", "disk", "actors"),
                 ("raylet", "disk", "actors"),
                 ("node", "s3", "actors"),

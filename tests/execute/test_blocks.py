@@ -232,7 +232,10 @@ def plan_with(*others, stage, workers=2):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(("asked", "executor"), [(2, "tune"), (16, "tune"), (16, "actors")])
+@pytest.mark.parametrize(
+    ("asked", "executor"),
+    [(2, "tune"), (16, "tune"), pytest.param(16, "actors", marks=pytest.mark.slow)],
+)
 def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(
     asked, executor, expected, tmp_path
 ):
@@ -270,7 +273,7 @@ def test_a_pipeline_gets_its_cores_while_other_units_want_all_of_them(
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.slow
-@pytest.mark.parametrize("on_ray", ["tune", "actors"])
+@pytest.mark.parametrize("on_ray", ["tune", pytest.param("actors", marks=pytest.mark.slow)])
 def test_a_chain_of_pipelines_on_ray_has_the_bytes_of_the_local_executor(tmp_path, on_ray):
     stores = [filled(tmp_path / name, many_rows(ROWS)) for name in ("ray", "local")]
     poison = craft_stage(METHODS[0], resource="data:2")

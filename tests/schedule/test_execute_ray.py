@@ -43,6 +43,12 @@ def executor(request):
     return request.param
 
 
+TWIN_IS_SLOW = pytest.mark.parametrize(
+    "executor", ["tune", pytest.param("actors", marks=pytest.mark.slow)], indirect=True
+)
+"""Of the tests that take longest: under the other executor in the slow tier."""
+
+
 @pytest.fixture
 def run(executor):
     def call(plan, store, **rest):
@@ -139,6 +145,7 @@ def test_an_artifact_damaged_before_the_run_is_made_again(run, store, tmp_path):
     assert runs(tmp_path).count("base") == 1
 
 
+@TWIN_IS_SLOW
 @pytest.mark.usefixtures("cluster")
 def test_units_of_two_resource_classes_run_side_by_side(run, store, tmp_path, monkeypatch):
     """A half-CPU class stands for the GPU that this machine lacks."""
@@ -301,6 +308,7 @@ def test_an_interrupt_ends_the_run_and_all_of_its_workers(store, tmp_path):
     assert 3 <= len(store.done()) < 17
 
 
+@TWIN_IS_SLOW
 def test_a_killed_driver_loses_what_was_in_flight_and_the_resumed_run_has_the_bytes_of_one_in_one_go(
     executor, store, tmp_path, monkeypatch
 ):

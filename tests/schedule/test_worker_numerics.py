@@ -31,6 +31,12 @@ CASES = {
 """Executor and sort of stage -> who must have said what is in force; `late` drivers have computed
 with torch before. The case `tune` starts its own Ray, the others with it run on one at hand.
 """
+MARKS = {
+    "tune": RAY,
+    "tune-data": RAY,
+    "tune-given-ray": [*RAY, pytest.mark.slow],
+    "tune-group": [*RAY, pytest.mark.slow],
+}
 
 
 def told_by(case, folder):
@@ -51,9 +57,7 @@ def told_by(case, folder):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "case", [pytest.param(one, marks=RAY if one.startswith("tune") else []) for one in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(one, marks=MARKS.get(one, [])) for one in CASES])
 def test_stages_compute_with_portable_numerics(case, tmp_path):
     told, driver = told_by(case, tmp_path)
     assert driver["failed"] == {}
