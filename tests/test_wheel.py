@@ -26,7 +26,7 @@ TIMEOUT_S = 1_200
 """Of one command: the run trains the smallest model of the ladder."""
 SWEEP = """\
 name: two
-models: [ladder:0.2m]
+models: [ladder:0.1m]
 task: {kind: microworld, options: {train_rows: 16}}
 attacks: [none]
 defenses: [none, self_reminder]
