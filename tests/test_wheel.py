@@ -37,11 +37,11 @@ evaluation: {prompts: 4, max_new_tokens: 4, perplexity_rows: 0}
 
 
 def data_files():
-    """What the package holds besides its modules, by path inside the package."""
+    """What the package holds besides modules and documents, by path inside the package."""
     return sorted(
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc")
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".md")
     )
 
 
