@@ -26,7 +26,7 @@ TIMEOUT_S = 1_200
 """Of one command: the run trains the smallest model of the ladder."""
 SWEEP = """\
 name: two
-models: [ladder:0.2m]
+models: [ladder:0.1m]
 task: {kind: microworld, options: {train_rows: 16}}
 attacks: [none]
 defenses: [none, self_reminder]
@@ -37,11 +37,11 @@ evaluation: {prompts: 4, max_new_tokens: 4, perplexity_rows: 0}
 
 
 def data_files():
-    """What the package holds besides its modules, by path inside the package."""
+    """What the package holds besides modules and documents, by path inside the package."""
     return sorted(
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc")
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".md")
     )
 
 

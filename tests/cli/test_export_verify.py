@@ -282,8 +282,8 @@ def test_artifacts_of_other_code_are_told_when_they_are_planned_run_and_verified
     assert made_by_other_code(workplace / ".ftsec/store", "finetune") == 2
     stages = ftsec_ray.make_plan("small.yaml").stages
     line = (
-        f"2 of {len(stages)} stages in the store were made by other code (finetune): their VERSION is"
-        " unchanged, so they are reused; see `ftsec verify`\n"
+        f"2 of {len(stages)} stages in the store were made by other code (finetune); they are"
+        " reused, because their VERSION is unchanged; see `ftsec verify`\n"
     )
     assert line in call("plan", "small.yaml").stdout
     assert json.loads(call("plan", "small.yaml", "--json").stdout)["made_by_other_code"] == {
