@@ -330,7 +330,7 @@ def test_the_limit_of_new_tokens_is_that_of_the_ladder_or_of_real_models(tmp_pat
 
 
 def test_samples_need_a_temperature_and_a_back_end_that_can_draw():
-    with pytest.raises(SpecError, match="all the same"):
+    with pytest.raises(SpecError, match="all be the same"):
         EvaluationConfig(samples=3)
     with pytest.raises(SpecError, match="one random stream"):
         EvaluationConfig(temperature=1.0, backend="continuous")

@@ -49,7 +49,7 @@ def test_a_ray_that_lacks_a_name_is_refused_with_what_to_do(monkeypatch):
     assert not tune_internals.has_private("ray.tune.no_such_module:TuneController", "_trials")
     monkeypatch.setattr(tune_internals, "PRIVATE", {path: ("_trials", "_no_such_name")})
     with pytest.raises(
-        EnvironmentFault, match=f"Ray {ray.__version__} has no .*_no_such_name"
+        EnvironmentFault, match=f"Ray {ray.__version__}: .*lacks _no_such_name"
     ) as caught:
         tune_internals.check_tune()
     assert "_trials" not in caught.value.what
@@ -60,7 +60,7 @@ def test_an_attribute_that_is_gone_within_a_run_is_told_as_well():
     class Wrapper:
         """Of a Ray that keeps its controller elsewhere."""
 
-    with pytest.raises(EnvironmentFault, match=r"no Wrapper\. ?_tune_controller") as caught:
+    with pytest.raises(EnvironmentFault, match=r"Wrapper lacks _tune_controller") as caught:
         tune_internals.controller_of(Wrapper())
     assert "--executor actors" in caught.value.fix
 
