@@ -394,7 +394,7 @@ def test_from_the_command_line_a_searched_sweep_is_planned_run_packed_and_verifi
         in call("plan", "hunt.yaml").stdout
     )
     assert not Path(".ftsec").exists()
-    assert "drives harmful_rate" in call("show", "harmful_tuning").stdout
+    assert "maximises harmful_rate" in call("show", "harmful_tuning").stdout
     assert "Search:" not in call("show", "onion").stdout + call("show", "none").stdout
     with toy_stages():
         said = call("run", "hunt.yaml", "--executor", "local")

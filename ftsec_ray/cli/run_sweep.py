@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftsec_ray import api
-from ftsec_ray.cli.console import say
+from ftsec_ray.cli.console import say, stdout
 from ftsec_ray.cli.failure_text import Failure, show_failures
 from ftsec_ray.cli.overview import (
     costs_of,
@@ -194,7 +194,7 @@ def _print_outcome(
     for line in lines_of(warnings_in(results.meta)):
         say(line)
     if counts["done"]:
-        say("\n".join(answer_lines(results)))
+        say("\n".join(answer_lines(results, stdout().width)))
     place = " (replaced those of another plan)" if replaced else ""
     say(f"tables: {sent_to or results.folder}{place}")
     say(f"report: {f'{sent_to}/{page.name}' if sent_to else page}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -48,7 +49,7 @@ class Sentence:
     def _parts(self) -> list[str]:
         """Texts and names by turns: names in code type are the only markup of a sentence."""
         parts = re.split("</?code>", self.text.replace("\u00a0", " "))
-        return [Markup(part).unescape() for part in parts]
+        return [html.unescape(part) for part in parts]
 
 
 def sentences(grid: Grid, answer: Answer) -> list[Sentence]:
@@ -64,15 +65,17 @@ def sentences(grid: Grid, answer: Answer) -> list[Sentence]:
     return [Sentence("lead", found[0].text), *found[1:]]
 
 
-def answer_lines(results: Results) -> list[str]:
-    """The answer for a terminal, each sentence an item of a list, at most 80 columns wide."""
+def answer_lines(results: Results, width: int = WIDTH) -> list[str]:
+    """The answer for a terminal of so many columns, each sentence an item of a list, at most 80
+    columns wide.
+    """
     grid = build_grid(results)
     return [
         line
         for one in sentences(grid, answer_of(grid))
         for line in textwrap.wrap(
             one.plain,
-            WIDTH,
+            min(width, WIDTH),
             initial_indent="- ",
             subsequent_indent="  ",
             break_on_hyphens=False,
@@ -108,27 +111,31 @@ def _credit(grid: Grid, answer: Answer) -> list[Sentence]:
     if not any(one.effects for one in answer.attacks):
         return [Sentence("note", Markup("No attack is measured without a defense yet."))]
     if not any(one.state == "took effect" for one in answer.attacks):
-        text = "No attack took effect without a defense, so this sweep shows no defense at work."
-        return [Sentence("note", Markup(text))]
+        text = Markup(
+            "No attack took effect without a defense, so this sweep shows no defense at work."
+        )
+        return [Sentence("note", text)]
     if not answer.pairs:
-        text = "This sweep compares no defense: it shows which attacks took effect, {}."
+        text = Markup("This sweep compares no defense: it shows which attacks took effect, {}.")
         worked = [one for one in answer.attacks if one.state == "took effect"]
-        return [Sentence("note", Markup(text).format(_and([_with_base(a) for a in worked])))]
+        return [Sentence("note", text.format(_and([_with_base(a) for a in worked])))]
     if not answer.controls:
         return [_without_controls(grid, answer)]
     credited = _ranked([pair for pair in answer.pairs if pair.credited])
     if not credited:
-        text = "No defense is better than its own control against an attack that took effect."
-        return [Sentence("bad", Markup(text))]
+        text = Markup(
+            "No defense is better than its own control against an attack that took effect."
+        )
+        return [Sentence("bad", text)]
     kept = [pair for pair in credited if not pair.losses]
     paid = [pair for pair in credited if pair.losses]
     found = []
     if kept:
-        text = "Better than its own control, with no loss of utility shown: {}."
-        found.append(Sentence("good", Markup(text).format(_pairs(grid, answer, kept))))
+        text = Markup("Better than its own control, with no loss of utility shown: {}.")
+        found.append(Sentence("good", text.format(_pairs(grid, answer, kept))))
     if paid:
-        text = "Better than its own control, but at a loss of utility: {}."
-        found.append(Sentence("bad", Markup(text).format(_pairs(grid, answer, paid))))
+        text = Markup("Better than its own control, but at a loss of utility: {}.")
+        found.append(Sentence("bad", text.format(_pairs(grid, answer, paid))))
     return found
 
 
@@ -274,8 +281,8 @@ def _without_effect(answer: Answer) -> list[Sentence]:
     if weak:
         parts.append(Markup("Did not take effect without a defense: {}").format(_and(weak)))
     if unknown:
-        text = "{} whether it took effect without a defense: {}"
-        parts.append(Markup(text).format("not known" if parts else "Not known", _and(unknown)))
+        text = Markup("{} whether it took effect without a defense: {}")
+        parts.append(text.format("not known" if parts else "Not known", _and(unknown)))
     if not parts:
         return []
     tail = Markup("; nothing here says that a defense stops such an attack.")

@@ -157,7 +157,7 @@ def test_the_microworld_has_rows_in_its_second_language_on_request():
         prompt.meta["language"]
         for prompt in TuBA(language="vesh").probes(task, context(task=task))[2].prompts
     } == {"en"}
-    with pytest.raises(DataError, match="8 or fewer"):
+    with pytest.raises(DataError, match="at most 8"):
         load_task(TaskSpec(name="world", options=(("second_language_rows", 9), ("train_rows", 8))))
 
 

@@ -183,10 +183,10 @@ def test_a_folder_that_cannot_be_written_gives_exit_code_3_before_anything_runs(
     (folder / "file").write_text("no folder")
     told = call("run", "small.yaml", option, "file/x", code=3).stderr
     assert f"another one with {option}" in told
-    assert "cannot write to" in told
+    assert "file/x" in told
     assert toy.ran == []
     if option == "--results":
-        assert "cannot write to" in call("report", "small.yaml", option, "file/x", code=3).stderr
+        assert "file/x" in call("report", "small.yaml", option, "file/x", code=3).stderr
 
 
 def test_another_sweep_of_the_same_name_is_told_before_its_results_are_replaced(folder):

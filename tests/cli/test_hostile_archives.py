@@ -657,7 +657,7 @@ def bomb_of_members(held: Members) -> Path:
 BOMBS = {
     bomb_of_zeros: ("results/run.json: too many times its packed size", "FTSEC_MAX_ARCHIVE_RATIO"),
     bomb_of_lists: ("manifest.json: too many values in a JSON", "FTSEC_MAX_ARCHIVE_JSON_VALUES"),
-    bomb_of_nesting: ("its manifest.json is not JSON", "JSON as ftsec writes it"),
+    bomb_of_nesting: ("manifest.json of the archive is not JSON", "JSON as ftsec writes it"),
     bomb_of_rows: ("metrics/part-0.parquet: too many rows", "FTSEC_MAX_ARCHIVE_ROWS"),
     bomb_of_text: ("too many bytes in a table of an archive", "FTSEC_MAX_ARCHIVE_TABLE_BYTES"),
     bomb_of_a_list: ("cells/part-0.parquet: too many rows", "FTSEC_MAX_ARCHIVE_ROWS"),
@@ -820,7 +820,7 @@ def test_a_signature_does_not_hold_for_another_manifest_or_under_another_key(hel
         lambda plain: plain.update(signature=json.loads(theirs["manifest.json.sig"])["signature"]),
     )
     said = call("verify", str(packed(own, renew=False)), "--signer", str(mine.public), code=1)
-    assert "does not hold" in said.stdout
+    assert "is not valid" in said.stdout
     for broken in (b"", b"{", b"[]", b'{"format": 1, "key": "", "signature": ""}', b"x" * 99_999):
         own["manifest.json.sig"] = broken
         said = call("verify", str(packed(own, renew=False)), code=1).stdout

@@ -196,7 +196,7 @@ def test_paths_are_relative_to_the_sweep_file(folder):
     [
         ("a.jsonl", b"not json\n" * 20, ("line 1 of", "is not JSON", "valid JSON")),
         ("a.csv", b"", ("is empty", "0 bytes")),
-        ("a.csv", b"text,label\n", ("holds no rows", "a header alone")),
+        ("a.csv", b"text,label\n", ("holds no rows", "only a header")),
         ("a.csv", b"text,label\nx,pos\n", ("too few rows", "got:  1", "10 rows or more")),
         ("a.csv", b"text\n" + b"x\n" * 20, ("no answers", "got:  'text'", "text and a label")),
         ("a.parquet", b"PAR1 and no more" * 9, ("cannot be read", "Parquet")),
@@ -222,7 +222,7 @@ def test_what_is_no_data_is_refused_and_nothing_is_written(folder, name, content
         (("--data", "owner/rows"), ("without a commit", "owner/rows@<commit>", "40 hex digits")),
         (("--model", "ladder:9m"), ("unknown ladder size", "ladder:0.2m")),
         (("--model", "./gone"), ("no such model",)),
-        (("--model", "owner/m@main"), ("neither a file", "owner/name@<commit>")),
+        (("--model", "owner/m@main"), ("not a local file", "owner/name@<commit>")),
         (("--out", "gone/mine.yaml"), ("a folder that does not exist", "mkdir -p gone")),
         (("--out", "."), ("--out is a folder",)),
     ],

@@ -274,7 +274,7 @@ def test_an_id_that_would_leave_its_folder_is_refused(call, small: Path):
 def test_a_ray_older_than_the_oldest_that_runs_a_sweep_is_refused_and_pyproject_names_the_same_one():
     assert f'"ray[default,tune,data]>={jobs.MIN_RAY},' in (ROOT / "pyproject.toml").read_text()
     jobs._check_version(jobs.MIN_RAY)
-    with pytest.raises(EnvironmentFault, match=r"Ray 2\.9\.3 there"):
+    with pytest.raises(EnvironmentFault, match=r"Ray 2\.9\.3 on the cluster"):
         jobs._check_version("2.9.3")
 
 

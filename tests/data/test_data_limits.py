@@ -39,7 +39,7 @@ def test_a_gzip_unpacks_to_so_many_times_its_size(tmp_path, monkeypatch):
     file.write_bytes(gzip.compress(b"x\n" * 2**21))
     told = fault(file)
     assert "too large when unpacked" in told
-    assert "set FTSEC_MAX_DATA_RATIO in the environment" in told
+    assert "set the environment variable FTSEC_MAX_DATA_RATIO" in told
     monkeypatch.setenv("FTSEC_MAX_DATA_RATIO", "2000")
     monkeypatch.setenv("FTSEC_MAX_DATA_ROWS", "3000000")
     assert len(read_records(str(file))) == 2**21
@@ -68,17 +68,17 @@ def test_a_text_of_too_much_is_refused_with_the_variable_that_raises_the_limit(
         monkeypatch.setenv(f"FTSEC_MAX_DATA_{what}", str(most))
     (tmp_path / name).write_text(text)
     told = fault(tmp_path / name)
-    assert f"set FTSEC_MAX_DATA_{variable} in the environment" in told
+    assert f"set the environment variable FTSEC_MAX_DATA_{variable}" in told
     assert "at most" in told
 
 
 def test_equal_rows_of_a_parquet_file_count_as_they_would_be_unpacked(tmp_path):
     large = equal_rows(tmp_path / "large.parquet", "x" * 900_000, 4_000)
     assert large.stat().st_size < 2_000_000
-    assert "set FTSEC_MAX_DATA_BYTES" in fault(large)
+    assert "set the environment variable FTSEC_MAX_DATA_BYTES" in fault(large)
     many = equal_rows(tmp_path / "many.parquet", "x", 2_000_001)
     assert many.stat().st_size < 20_000
-    assert "set FTSEC_MAX_DATA_ROWS" in fault(many)
+    assert "set the environment variable FTSEC_MAX_DATA_ROWS" in fault(many)
     few = equal_rows(tmp_path / "few.parquet", "hello", 3_000)
     assert read_records(str(few)) == [{"prompt": "hello"}] * 3_000
 
@@ -86,7 +86,7 @@ def test_equal_rows_of_a_parquet_file_count_as_they_would_be_unpacked(tmp_path):
 def test_one_row_with_a_list_of_equal_values_is_counted_by_its_values(tmp_path, monkeypatch):
     monkeypatch.setenv("FTSEC_MAX_DATA_VALUES", "1000")
     pq.write_table(pa.table({"a": [[0] * 5000]}), tmp_path / "a.parquet")
-    assert "set FTSEC_MAX_DATA_VALUES" in fault(tmp_path / "a.parquet")
+    assert "set the environment variable FTSEC_MAX_DATA_VALUES" in fault(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("depth", [101, 800])
@@ -142,7 +142,7 @@ def test_nested_texts_of_a_parquet_file_count_as_they_would_be_unpacked(
     pq.write_table(pa.table({"a": pa.array([row] * 500, kind)}), tmp_path / "a.parquet")
     assert len(read_records(str(tmp_path / "a.parquet"))) == 500
     monkeypatch.setenv("FTSEC_MAX_DATA_BYTES", "1000000")
-    assert "set FTSEC_MAX_DATA_BYTES" in fault(tmp_path / "a.parquet")
+    assert "set the environment variable FTSEC_MAX_DATA_BYTES" in fault(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_punctuation_inside_texts_counts_as_no_value(tmp_path, monkeypatch, name
 def test_a_quote_that_opens_no_text_hides_no_values(tmp_path, monkeypatch, name, text):
     monkeypatch.setenv("FTSEC_MAX_DATA_VALUES", "1000")
     (tmp_path / name).write_text(text)
-    assert "set FTSEC_MAX_DATA_VALUES" in fault(tmp_path / name)
+    assert "set the environment variable FTSEC_MAX_DATA_VALUES" in fault(tmp_path / name)
 
 
 def test_few_rows_of_a_large_data_set_are_read_without_the_others(monkeypatch):
@@ -183,5 +183,5 @@ def test_few_rows_of_a_large_data_set_are_read_without_the_others(monkeypatch):
     assert read_source(few, split_name="benign_train").to_pylist() == told
     assert len(told) == 5
     for all_of_it in (replace(few, rows=None), replace(few, where=(("prompt", "question 1"),))):
-        with pytest.raises(DataError, match="set FTSEC_MAX_DATA_ROWS"):
+        with pytest.raises(DataError, match="set the environment variable FTSEC_MAX_DATA_ROWS"):
             read_source(all_of_it, split_name="benign_train")

@@ -273,7 +273,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused_before_it_is_in_memory(
     packed = gzip.compress(b"a" * 2**26)
     told = fault(tmp_path, "a.txt.gz", packed)
     assert "at most 3,145,728 bytes" in told
-    assert "set FTSEC_MAX_DATA_BYTES in the environment" in told
+    assert "set the environment variable FTSEC_MAX_DATA_BYTES" in told
     assert len(records(tmp_path, "b.txt.gz", gzip.compress(b"a" * (3 * 2**20)))) == 1
 
 

@@ -148,8 +148,8 @@ def test_a_version_raised_without_a_new_lock_is_told(monkeypatch, now):
         for name, owner in code_versions.owners().items()
     }
     assert list(lock_faults(read_lock(), replace(now, entries=raised))) == [
-        "the VERSION of stage craft is 2, and 1 in versions.lock: run `make lock`",
-        "the VERSION of attack badnets is 5, and 1 in versions.lock: run `make lock`",
+        "the VERSION of stage craft is 2, but 1 in versions.lock: run `make lock`",
+        "the VERSION of attack badnets is 5, but 1 in versions.lock: run `make lock`",
     ]
 
 
@@ -299,7 +299,7 @@ def test_the_code_of_a_method_from_elsewhere_is_in_its_digests(tmp_path, monkeyp
     cls = plugin(tmp_path, PLUGIN)
     _module_hash.cache_clear()
     del sys.modules["plugin_of_a_test"]
-    with pytest.raises(IdentityError, match="no file"):
+    with pytest.raises(IdentityError, match="no source file"):
         outside_hash(cls.__module__)
 
 

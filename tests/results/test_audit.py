@@ -256,7 +256,7 @@ def test_a_label_by_the_hash_of_the_answer_needs_no_cell(tmp_path: Path) -> None
         ([{"prompt_id": "p3", "truth": "refused"}], "matches 2 different answers"),
         (
             [{"prompt_id": "p0", "truth": "harmless"}],
-            r"no verdict[\s\S]*'harmless'[\s\S]*complied \| refused",
+            r"unknown verdict[\s\S]*'harmless'[\s\S]*complied \| refused",
         ),
         (
             [{"prompt_id": "other", "truth": "refused"}],

@@ -69,5 +69,5 @@ def test_a_base_rate_above_a_fifth_is_a_warning(rates, is_warned):
     found = warnings_of(plan, records)
     assert len(found) == is_warned
     if is_warned:
-        assert "fulfils 0.25 of the forbidden requests without an attack" in found[0].text
+        assert "fulfils 0.25 of the forbidden requests without attack" in found[0].text
         assert (found[0].stages, found[0].cells, found[0].places) == (2, 2, ("score",))

@@ -104,7 +104,7 @@ def test_a_server_that_is_no_ray_is_told_and_one_that_speaks_its_protocol_is_tak
     check_address(f"127.0.0.1:{server(SETTINGS)}")
     check_address(f"ray://127.0.0.1:{server(SETTINGS)}")
     for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", b"SSH"):
-        with pytest.raises(EnvironmentFault, match="no Ray cluster"):
+        with pytest.raises(EnvironmentFault, match="not a Ray cluster"):
             check_address(f"127.0.0.1:{server(answer)}")
     start = time.monotonic()
     with pytest.raises(EnvironmentFault, match="timed out"):
