@@ -18,6 +18,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from ftsec_ray.measured import UNKNOWN, Measured, Utility, mean_utility, null_share, summed
+from ftsec_ray.results.paired import multiple_tests
 
 ALPHA = 0.05
 """Maximum probability of a wrong verdict per claim, after correction over its comparisons."""
@@ -160,13 +161,12 @@ def _over_prompts(
 
 def holm(pvalues: Sequence[float]) -> list[bool]:
     """Which of a claim's p-values are significant, by Holm."""
-    from statsmodels.stats.multitest import multipletests
+    import numpy as np
 
-    return (
-        [bool(is_small) for is_small in multipletests(pvalues, alpha=ALPHA, method="holm")[0]]
-        if pvalues
-        else []
-    )
+    if not pvalues:
+        return []
+    is_significant, _ = multiple_tests(np.asarray(pvalues, dtype=np.float64), "holm")
+    return [bool(is_small) for is_small in is_significant]
 
 
 def decided(contrasts: Sequence[Contrast]) -> list[Contrast]:

@@ -23,6 +23,7 @@ agree), over seeds the t interval.
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -152,17 +153,30 @@ def sign_flip_p(counts: tuple[int, ...], total: int) -> float:
 
 def corrected(p: NDArray[np.float64], correction: str) -> tuple[NDArray[np.float64], float]:
     """The corrected p of a family, and the p that one more row would need to be significant."""
-    from statsmodels.stats.multitest import multipletests
-
     if correction not in CORRECTIONS:
         raise SpecError("unknown correction", correction, " | ".join(CORRECTIONS))
     if len(p) == 0:
         return p, ALPHA
-    is_significant, q, _, _ = multipletests(p, alpha=ALPHA, method=CORRECTIONS[correction])
+    is_significant, q = multiple_tests(p, correction)
     hits, tests = int(is_significant.sum()), len(p)
     return q, (
         ALPHA * min(tests, hits + 1) / tests if correction == "bh" else ALPHA / max(1, tests - hits)
     )
+
+
+def multiple_tests(
+    p: NDArray[np.float64], correction: str
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Which tests of a family are significant, and their corrected p."""
+    from statsmodels.stats.multitest import multipletests
+
+    # statsmodels collects garbage in each call: 0.3 s where a process holds many objects.
+    gc.freeze()
+    try:
+        is_significant, q, _, _ = multipletests(p, alpha=ALPHA, method=CORRECTIONS[correction])
+    finally:
+        gc.unfreeze()
+    return is_significant, q
 
 
 def detectable(result: Paired, seeds: int, needed: float) -> NDArray[np.float64]:
