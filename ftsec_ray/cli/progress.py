@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 LINE_EVERY_S = 10.0
 
 
+EXPECTED_SHARE = 0.1
+"""The expected pace counts as much as the pace over this share of the work."""
+
+
 class Tally:
     """Counts of a run, from the plan and the events; it reads no clock and prints nothing."""
 
@@ -99,12 +103,21 @@ class Tally:
             self.cells_done += self._open[index] == 0
 
     def left_s(self, elapsed_s: float) -> float | None:
-        """Remaining seconds at the pace so far; None before any stage has succeeded."""
+        """Remaining seconds at the pace so far, of which the expected pace is a part; None before
+        any stage has succeeded.
+
+        The first stages are short beside the start of Ray and of the workers, so that their pace
+        alone says hours where minutes are left.
+        """
         done, given_up = (
             self.done_s,
             sum(self._seconds[digest] for digest in self._given_up - self._done),
         )
-        return elapsed_s * (self.work_s - done - given_up) / done if done > 0 else None
+        if not done:
+            return None
+        trust_s = EXPECTED_SHARE * self.work_s
+        pace = (elapsed_s + trust_s / max(1, self.running)) / (done + trust_s)
+        return pace * (self.work_s - done - given_up)
 
     def line(self, elapsed_s: float) -> str:
         """The counts in one line."""

@@ -22,7 +22,7 @@ KIND = StageKind(
     loads=("ftsec_ray.judges",),
     computes=False,
     needs_model=False,
-    prior_s={"": (0.5, 0.0), "judge": (3.0, 5.0)},  # `judge`: a judge model
+    prior_s={"": (0.05, 0.0), "judge": (3.0, 5.0)},  # `judge`: a judge model
 )
 
 

@@ -13,7 +13,7 @@ KIND = StageKind(
     name="source",
     position=20,
     computes=False,  # the planner sets `trains` if it pre-trains a ladder model
-    prior_s={"": (3.0, 0.5), "ladder": (5.0, 110.0)},
+    prior_s={"": (3.0, 0.5), "ladder": (40.0, 150.0)},
 )
 
 

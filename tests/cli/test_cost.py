@@ -39,14 +39,14 @@ TABLE = """\
 node type        resources per stage        to run      hours  GPU-hours  CPU-hours        USD
 gpu-spot (spot)  1 GPU of 80 GiB, 1 CPU          4     0.0281     0.0281     0.0281     0.0561
 gpu-spot (spot)  1/4 GPU of 80 GiB, 1 CPU        4     0.0047     0.0012     0.0047     0.0024
-gpu-spot (spot)  1/8 GPU of 80 GiB, 1 CPU        6     0.0032     0.0004     0.0032     0.0008
+gpu-spot (spot)  1/8 GPU of 80 GiB, 1 CPU        6     0.0130     0.0016     0.0130     0.0033
 cpu              1 CPU                           9       0.16       0.00       0.16     0.0080
-all                                             23       0.20     0.0296       0.20     0.0673
+all                                             23       0.21     0.0309       0.21     0.0697
 basis of the estimate: 100% from rough guesses
 the cost assumes full nodes (a stage is charged for its part of the cheapest node type that is large enough), no start-up or idle time, and no work lost on spot nodes
 model gpt: unknown size, assumed 1e9 parameters; set `parameters` of the model
-budget usd 0.05: spent 0, expected 0.0673 more (OVER BUDGET)
-budget hours 2: spent 0, expected 0.197 more
+budget usd 0.05: spent 0, expected 0.0697 more (OVER BUDGET)
+budget hours 2: spent 0, expected 0.206 more
 """
 
 
@@ -77,8 +77,8 @@ def test_a_plan_without_gpus_and_prices_shows_cpu_hours():
         shown[shown.index("node type") :]
         == """\
 node type  resources per stage   to run      hours  GPU-hours  CPU-hours
-any        1 CPU                     27     0.0170       0.00     0.0170
-all                                  27     0.0170       0.00     0.0170
+any        1 CPU                     27     0.0279       0.00     0.0279
+all                                  27     0.0279       0.00     0.0279
 basis of the estimate: 100% from rough guesses
 """
     )

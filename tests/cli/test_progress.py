@@ -59,10 +59,22 @@ def test_time_left_is_the_pace_so_far_on_the_work_left(plan):
     tally = Tally(plan, set(), second)
     unit = plan.units(set())[0]
     tally.take(event("finished", unit))
-    count = len(unit.stages)
-    assert tally.left_s(10.0) == pytest.approx(10.0 / count * (len(plan.stages) - count))
+    count, stages = len(unit.stages), len(plan.stages)
+    pace = (10.0 + 0.1 * stages) / (count + 0.1 * stages)
+    assert tally.left_s(10.0) == pytest.approx(pace * (stages - count))
     tally.take(event("finished", unit))
     assert tally.stages_done == count
+
+
+def test_a_slow_start_does_not_make_hours_of_minutes(plan):
+    """The first stage takes a hundred times what was expected, since Ray starts: of two workers."""
+    first, *others = plan.units(set())
+    tally = Tally(plan, set(), lambda stage: 0.1 if stage in first.stages else 10.0)
+    for unit in others[:2]:
+        tally.take(event("started", unit))
+    tally.take(event("finished", first))
+    expected = tally.work_s / 2
+    assert expected < tally.left_s(10.0 * len(first.stages)) < 3 * expected
 
 
 def test_what_waits_for_a_failed_stage_is_no_work_left(plan):
