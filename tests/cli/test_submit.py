@@ -429,7 +429,7 @@ def test_a_sweep_runs_on_the_cluster_and_nothing_secret_is_written(
     )
     assert plain.returncode == 0, (plain.stdout, plain.stderr)
     assert "2 of 2 cells done" in plain.stdout
-    assert "note: --results results lies in the working folder of this Ray job" in plain.stdout
+    assert "note: --results results is in the working folder of this Ray job" in plain.stdout
 
     # Without --wait, stdout is the id and nothing else. All that was written anywhere knows no
     # token.
