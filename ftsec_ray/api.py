@@ -1,4 +1,4 @@
-"""The public Python API; it offers everything that the command line does.
+"""The public Python API; all that the command line does with a sweep.
 
 `load` reads a sweep, `make_plan` plans it, `run` runs it and returns the tables, `submit` runs it
 on a cluster, `open_results` opens the tables again, and `check_claims` tests the survey's findings
