@@ -17,6 +17,7 @@ def test_there_are_sweep_files_and_each_is_tested():
     assert besides - {path.name for path in FILES} - DOCUMENTS == {
         "benchmarks/ag_news_choice.yaml",
         "refusal_judge.py",
+        "report.png",
     }
 
 
