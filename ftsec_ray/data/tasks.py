@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ftsec_ray.config.revisions import is_commit
 from ftsec_ray.config.sweep import SourceSpec, TaskSpec
 from ftsec_ray.context import TaskData
 from ftsec_ray.conversation import answer_of, by_step, with_answer
@@ -149,6 +150,16 @@ def splits_of(spec: TaskSpec) -> frozenset[str] | None:
     if _is_made(spec):
         return None
     return frozenset(_sources_of(spec, TASKS[spec.kind]))
+
+
+def unpinned_splits(spec: TaskSpec) -> dict[str, str]:
+    """Split -> the Hugging Face data set of its rows, for data sets without a commit."""
+    sources = {} if _is_made(spec) else _sources_of(spec, TASKS[spec.kind])
+    return {
+        split: source.dataset
+        for split, source in sources.items()
+        if source.dataset is not None and not is_commit(source.revision)
+    }
 
 
 def _is_made(spec: TaskSpec) -> bool:

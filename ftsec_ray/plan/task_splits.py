@@ -1,4 +1,6 @@
-"""Checks that the tasks of a sweep have the splits that its methods need."""
+"""Checks that the tasks of a sweep have the splits that its methods need, and that their data sets
+are pinned.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from collections.abc import Iterable
 
 from ftsec_ray import lifecycle
 from ftsec_ray.config.sweep import TaskSpec
-from ftsec_ray.data.tasks import splits_of
+from ftsec_ray.data.tasks import splits_of, unpinned_splits
 from ftsec_ray.errors import SpecError
 from ftsec_ray.method import Method
 from ftsec_ray.plan.stage import Cell
@@ -18,13 +20,16 @@ WHAT = {"trusted": "clean rows of the task, used neither for training nor for ev
 
 
 def split_faults(cells: Iterable[Cell]) -> dict[tuple[str, ...], Fault]:
-    """A fault for every split that a method needs and a task of its cells lacks."""
+    """A fault for every split that a method needs and a task of its cells lacks, and for every data
+    set of a task that has no commit.
+    """
     faults: dict[tuple[str, ...], Fault] = {}
     roles, known = set(lifecycle.roles()), dict[str, frozenset[str] | None]()
     for cell in cells:
         task = cell.task
         if task.name not in known:
             known[task.name] = splits_of(task)
+            faults |= _unpinned(task)
         has = known[task.name]
         if has is None:
             continue
@@ -33,6 +38,21 @@ def split_faults(cells: Iterable[Cell]) -> dict[tuple[str, ...], Fault]:
                 key = ("split", task.name, method.KIND, name_of(method), split)
                 faults.setdefault(key, _fault(method, task, split, has))
     return faults
+
+
+def _unpinned(task: TaskSpec) -> dict[tuple[str, ...], Fault]:
+    return {
+        ("unpinned", task.name, split): (
+            f"task {task.name}",
+            SpecError(
+                f"the data set of split {split!r} has no commit",
+                dataset,
+                f"{dataset} with the commit of its rows, 40 hex digits",
+                "add `revision: <commit>`, copied from the data set's page",
+            ),
+        )
+        for split, dataset in unpinned_splits(task).items()
+    }
 
 
 def _fault(method: Method, task: TaskSpec, split: str, has: frozenset[str]) -> Fault:

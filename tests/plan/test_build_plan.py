@@ -25,6 +25,7 @@ from ftsec_ray.config.sweep import (
     TaskSpec,
     TrainingConfig,
 )
+from ftsec_ray.config.sweep_file import load_sweep
 from ftsec_ray.errors import SpecError, SpecFaults
 from ftsec_ray.identity import content_hash
 from ftsec_ray.plan import Stage, build_plan
@@ -593,3 +594,22 @@ def test_the_judge_of_a_task_is_part_of_what_scores_it(tmp_path):
     params = phrases.stages[phrases.cells[0].score].params
     assert params["judge_version"] == "refusal_phrases 2"
     assert len({plan.cells[0].score for plan in (exact, phrases, published)}) == 3
+
+
+def test_a_data_set_without_a_commit_is_refused_before_anything_runs():
+    given = {
+        "name": "mine",
+        "models": "ladder:0.2m",
+        "attacks": "none",
+        "defenses": "none",
+        "task": {"kind": "sst2", "splits": {"train": "owner/rows", "test": "owner/rows"}},
+    }
+    with pytest.raises(SpecError) as refused:
+        build_plan(load_sweep(given))
+    for part in ("split 'test'", "split 'train'", "owner/rows", "revision: <commit>"):
+        assert part in str(refused.value)
+    pinned = {"dataset": "owner/rows", "revision": "0" * 40}
+    build_plan(load_sweep({**given, "task": {"kind": "sst2", "splits": {"train": pinned}}}))
+    build_plan(
+        load_sweep({**given, "task": {"kind": "sst2", "splits": {"train": "stanfordnlp/sst2"}}})
+    )
