@@ -7,7 +7,7 @@ What is found is a proposal for a person to check: each choice comes with the re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftsec_ray.data.cell_values import is_missing, label_text, plain_text
@@ -43,7 +43,7 @@ class DataForm:
     """Why, one sentence each."""
     checks: tuple[str, ...] = ()
     """What the data did not tell, and its owner must check."""
-    unused: tuple[str, ...] = field(default=())
+    unused: tuple[str, ...] = ()
     """Columns that no key names."""
 
 
@@ -72,13 +72,7 @@ def form_of(records: Sequence[Record], place: str) -> DataForm:
             "add the column that is missing",
         )
     unused = tuple(name for name in columns if name not in found.columns.values())
-    return DataForm(
-        columns=found.columns,
-        labels=found.labels,
-        reasons=found.reasons,
-        checks=found.checks,
-        unused=unused,
-    )
+    return replace(found, unused=unused)
 
 
 def _conversation(columns: Sequence[str], records: Sequence[Record]) -> DataForm | None:

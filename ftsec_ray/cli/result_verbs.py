@@ -33,7 +33,9 @@ def report(
     results: ResultsDir = DEFAULT_RESULTS,
     markdown: Annotated[
         bool,
-        typer.Option("--markdown", help="Print only the attack x defense table, as Markdown."),
+        typer.Option(
+            "--markdown", help="Print the attack x defense table and the answer, as Markdown."
+        ),
     ] = False,
     correction: Annotated[
         Correction,

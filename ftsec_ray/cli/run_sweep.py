@@ -18,9 +18,10 @@ from ftsec_ray.cli.overview import (
     other_plan_line,
 )
 from ftsec_ray.cli.progress import LiveProgress, Tally
-from ftsec_ray.plan.cost_estimate import spent_of
+from ftsec_ray.plan.cost_estimate import spent
 from ftsec_ray.plan.graph import Plan
 from ftsec_ray.plan.show import render, summarize
+from ftsec_ray.plan.stage import cell_text
 from ftsec_ray.results.paired import Correction
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.remote_results import local_results, send_results
@@ -62,8 +63,8 @@ def run_sweep(
     if warning:
         say(warning, err=True)
     if part.needed(done):
-        spent = spent_of(part, held, done) if part.spec.budget else None
-        say(render(summarize(part, done, costs=costs, spent=spent)), err=True)
+        took = spent(part, records, held.failures()) if part.spec.budget else None
+        say(render(summarize(part, done, costs=costs, spent=took)), err=True)
         with LiveProgress(Tally(part, done, costs)) as shown:
 
             def follow(left: Plan) -> None:
@@ -203,5 +204,5 @@ def _print_outcome(
 def _failure(row: dict[str, Any], attack: str, stack: str) -> Failure:
     """A failed cell of the table `cells`; its error follows the name of its stage."""
     stage, _, error = str(row["error"] or "").partition(": ")
-    name = f"{row['model']} x {row['task']} x {attack} x {stack}, seed {row['seed']}"
+    name = cell_text(row["model"], row["task"], attack, [stack], row["seed"])
     return Failure(cell=name, stage=stage, error=error or str(row["error_code"]))

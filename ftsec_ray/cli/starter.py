@@ -135,7 +135,8 @@ def _rows(data: str, base: Path) -> SourceRows:
                 "the names of the columns under `columns`: the data set could not be opened here",
             ),
         )
-        return SourceRows(source=source, form=form, counts=None, is_known=False)
+        most = TRAIN_ROWS, TEST_ROWS, TRUSTED_ROWS
+        return SourceRows(source=source, form=form, counts=most, is_known=False)
     return SourceRows(source=source, form=form_of(records, hub), counts=_counts(len(records), hub))
 
 

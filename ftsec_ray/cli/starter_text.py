@@ -77,8 +77,8 @@ class SourceRows:
     source: Mapping[str, str]
     """`path`, or `dataset` with `revision` and `split`."""
     form: DataForm
-    counts: tuple[int, int, int] | None
-    """Rows of train, test and trusted; None where they are not known."""
+    counts: tuple[int, int, int]
+    """Rows of train, test and trusted; at most these where the data set was not read."""
     is_known: bool = True
     """Whether the rows were read."""
 
@@ -191,7 +191,7 @@ _OF_SPLITS = {
 
 
 def _splits(rows: SourceRows) -> list[str]:
-    train, test, trusted = rows.counts or (1_000, 256, 128)
+    train, test, trusted = rows.counts
     parts = {"train": (train, 0), "test": (test, train), "trusted": (trusted, train + test)}
     lines = []
     for split, (count, skip) in parts.items():

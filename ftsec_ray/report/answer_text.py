@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from ftsec_ray.models.ladder import FAMILY
 from ftsec_ray.report.answer import Answer, AttackOnModels, PairResult, answer_of
 from ftsec_ray.report.grid import WORDS, Grid, build_grid
 from ftsec_ray.report.took_effect import text_over
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 MAX_NAMED = 4
 """Pairs that one sentence names; the table below the sentences holds all."""
-LADDER = "ladder"
 WIDTH = 80
 """Columns of the answer in a terminal."""
 
@@ -362,5 +362,5 @@ def ladder_models(grid: Grid) -> list[str]:
     return [
         model.name
         for model in grid.models
-        if model.family == LADDER or model.name.startswith(f"{LADDER}:")
+        if model.family == FAMILY or model.name.startswith(f"{FAMILY}:")
     ]
