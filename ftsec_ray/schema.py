@@ -18,12 +18,12 @@ from ftsec_ray.errors import SpecError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = "6"
+SCHEMA_VERSION = "7"
 """Version of the results as a whole: raise it by one when a table or a column is added, and give
 that its `since`; older results then open with null in its place. ("1" had no `comparisons`, "2" no
 `n_null` and no `searches`, "3" no `success_metric`, which is then derived from the attack's goal,
 "4" no hashes of templates in `cells`, "5" no `measured` in `cells`, no `sample`, no `head_verdict`
-and no `lengths`.)
+and no `lengths`, "6" corrected attack success and all other metrics as one family.)
 """
 
 Direction = Literal["higher", "lower", "none"]
@@ -622,7 +622,12 @@ def comparisons() -> pa.Schema:
             _field("n_null_against", i, "of `against`", since="3"),
             _field("test", s, "mcnemar_exact | sign_flip_and_t | null"),
             _field("p", f, "null if not tested; `note` says why"),
-            _field("q", f, "p corrected for multiple tests over all rows of this table"),
+            _field(
+                "q",
+                f,
+                "p corrected for multiple tests: over those of attack success in this table, or"
+                " over all others; 1 if too few prompts differ for any outcome to be significant",
+            ),
             _field(
                 "detectable",
                 f,

@@ -8,7 +8,7 @@ number of cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from itertools import product
 from math import prod
@@ -17,7 +17,7 @@ from typing import TypeVar
 from ftsec_ray.config.attack_search import SEARCH, search_of
 from ftsec_ray.config.faults import Faults
 from ftsec_ray.config.limits import POINTS
-from ftsec_ray.config.sweep import AttackSearch
+from ftsec_ray.config.sweep import AttackSearch, ExcludeRule
 from ftsec_ray.config.typed import build
 from ftsec_ray.errors import SpecError
 from ftsec_ray.identity import canonical
@@ -220,6 +220,18 @@ def _expand(cls: type[Method], given: object, place: str, faults: Faults) -> lis
     unique = {(where, fault.what): (where, fault) for where, fault in point_faults.found}
     faults.found += [fault for fault in unique.values() if fault[0] not in no_grid.values()]
     return [method for method in methods if method is not None and not no_grid]
+
+
+def is_excluded(rules: Iterable[ExcludeRule], attack: Method, stack: Stack, seed: int) -> bool:
+    """Whether one of the rules leaves out the cell with these methods; they all concern its model
+    and task.
+    """
+    return any(
+        rule.matches(
+            attack=name_of(attack), defenses=[name_of(method) for method in stack], seed=seed
+        )
+        for rule in rules
+    )
 
 
 def _is_no_grid(value: object) -> bool:

@@ -455,16 +455,19 @@ class ExcludeRule:
     defense: str | None = None
     seed: int | None = None
 
-    def matches(
-        self, *, model: str, task: str, attack: str, defenses: Sequence[str], seed: int
-    ) -> bool:
-        """Whether the rule excludes the cell with these names."""
-        stack = defenses or ("none",)
+    def concerns(self, model: str, task: str) -> bool:
+        """Whether cells of this model and task can match the rule."""
+        return (self.model is None or self.model in (model, model.removesuffix(BEFORE))) and (
+            self.task is None or self.task == task
+        )
+
+    def matches(self, *, attack: str, defenses: Sequence[str], seed: int) -> bool:
+        """Whether the rule leaves out the cell with these methods and seed, of a model and task
+        that it concerns.
+        """
         return (
-            (self.model is None or self.model in (model, model.removesuffix(BEFORE)))
-            and (self.task is None or self.task == task)
-            and (self.attack is None or self.attack == attack)
-            and (self.defense is None or self.defense in stack)
+            (self.attack is None or self.attack == attack)
+            and (self.defense is None or self.defense in (defenses or ("none",)))
             and (self.seed is None or self.seed == seed)
         )
 

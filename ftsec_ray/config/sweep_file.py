@@ -22,7 +22,7 @@ from ftsec_ray.config.benchmark_entries import with_paths
 from ftsec_ray.config.faults import Faults, name_or_none, nearest
 from ftsec_ray.config.judge_entries import with_judges
 from ftsec_ray.config.limits import CELLS, FILE_BYTES, RULES
-from ftsec_ray.config.method_entries import NONE, attacks_of, defenses_of
+from ftsec_ray.config.method_entries import NONE, attacks_of, defenses_of, is_excluded
 from ftsec_ray.config.model_entries import models_of
 from ftsec_ray.config.pricing import budget_of, prices_of
 from ftsec_ray.config.strategy import split_training
@@ -306,17 +306,11 @@ def _some_cell(spec: SweepSpec, faults: Faults) -> None:
     """A fault if the rules exclude every cell."""
     if not spec.exclude:
         return
-    for model, task, attack, stack, seed in product(
-        spec.models, spec.tasks, spec.attacks, spec.defenses, spec.seeds
-    ):
-        names = [name_of(defense) for defense in stack]
-        if not any(
-            rule.matches(
-                model=model.name, task=task.name, attack=name_of(attack), defenses=names, seed=seed
-            )
-            for rule in spec.exclude
-        ):
-            return
+    for model, task in product(spec.models, spec.tasks):
+        rules = [rule for rule in spec.exclude if rule.concerns(model.name, task.name)]
+        for attack, stack, seed in product(spec.attacks, spec.defenses, spec.seeds):
+            if not is_excluded(rules, attack, stack, seed):
+                return
     faults.add(
         "exclude",
         "the rules exclude every cell",

@@ -116,6 +116,7 @@ class Sizing:
             for hook in ("prepare_model", "revise_model")
         )
         self._is_base_whole = bool(self._changes or roles_needed)
+        self._recomputes: dict[tuple[str, bool], bool] = {}
 
     def resource(self, model: ModelSpec, *, trains_all: bool = False) -> str:
         """Resource class of the stages of a model that run in one process; SpecError if they do not
@@ -188,12 +189,15 @@ class Sizing:
         """Whether training in one process uses gradient checkpointing: as the sweep sets it, else
         if it does not fit on its GPU otherwise.
         """
-        chosen, share = self._spec.strategy.gradient_checkpointing, self._share()
-        if chosen != "auto":
-            return chosen == "on"
-        return share is not None and (
-            self.needed_gib(model, trains_all=trains_all, runs=False) > share
-        )
+        key = model.name, trains_all
+        if key not in self._recomputes:  # asked for every stage that trains
+            chosen, share = self._spec.strategy.gradient_checkpointing, self._share()
+            self._recomputes[key] = chosen == "on" or (
+                chosen == "auto"
+                and share is not None
+                and self.needed_gib(model, trains_all=trains_all, runs=False) > share
+            )
+        return self._recomputes[key]
 
     def _share(self) -> float | None:
         """GPU memory in GiB for a stage in one process; None without a GPU."""

@@ -4,7 +4,7 @@ The rule. A defense is credited with an effect on an attack only where
 
 - the attack took effect without a defense (`took_effect`), on a finished model;
 - the table `comparisons` calls the defense `better` than each of its own controls (kind `control`):
-  on the same prompts and seeds, and corrected over the whole table;
+  on the same prompts and seeds, and corrected over all tests of attack success;
 - it is also `better` than no defense, where that was compared.
 
 What is lost in utility stands in the same sentence: every measure that the same table calls `worse`

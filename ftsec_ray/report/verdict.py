@@ -2,9 +2,9 @@
 attack took effect (`took_effect`).
 
 A defense lowers an attack clearly where the table `comparisons` says `better`: paired, and
-corrected over the whole grid. Where a pair could not be tested there, Newcombe's interval stands
-in. Points whose output is mostly incoherent never count as defended. Whether the mechanism of a
-defense does it is the comparison with its control: see `answer`.
+corrected over all tests of attack success. Where a pair could not be tested there, Newcombe's
+interval stands in. Points whose output is mostly incoherent never count as defended. Whether the
+mechanism of a defense does it is the comparison with its control: see `answer`.
 """
 
 from __future__ import annotations

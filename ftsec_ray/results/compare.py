@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -33,7 +33,7 @@ from ftsec_ray.measured import NO_ANSWER
 from ftsec_ray.results.answers import GIBBERISH, Answers, answers_of
 from ftsec_ray.results.paired import ALPHA, Correction, Paired, corrected, detectable, paired, plain
 from ftsec_ray.results.points import GridPoint, points_of
-from ftsec_ray.success import source_of
+from ftsec_ray.success import ASR, source_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -213,6 +213,14 @@ class _Row:
     """
     pair: _Pair | None = None
 
+    @property
+    def test(self) -> _Test:
+        """What identifies the test of this row: rows of equal answers of a pair share it."""
+        return self.pair, self.source
+
+
+_Test = tuple[_Pair | None, str]
+
 
 _EMPTY = dict.fromkeys(
     (
@@ -349,18 +357,38 @@ def _value(point: GridPoint, metric: str, cell: str) -> tuple[float, int | None]
     return None if run is None else (run.value, run.n)
 
 
+_Results = list[tuple[Paired, int, list[list[_Row]]]]
+"""Results of comparisons, the number of seeds, and the rows of each comparison."""
+
+
 def _test(rows: Sequence[_Row], answers: Answers, correction: Correction) -> None:
-    """Test each set of answers once, and correct for multiple tests over all of them."""
+    """Test each set of answers once, and correct for multiple tests: over all tests of attack
+    success, which a sweep is made to compare, and apart from them over all others.
+    """
+    tested = _tested([row for row in rows if row.lines[0]], answers)
+    successes = {row.test for row in rows if row.shown["metric"] == ASR}
+    for is_success in (True, False):
+        family: _Results = [
+            (
+                result,
+                seeds,
+                [[r for r in same if (r.test in successes) == is_success] for same in held],
+            )
+            for result, seeds, held in tested
+        ]
+        _correct(family, correction)
+
+
+def _tested(rows: Iterable[_Row], answers: Answers) -> _Results:
+    """Every comparison that rows ask for, made once."""
     import numpy as np
 
     groups: dict[tuple[str, int], dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Row]]] = (
         defaultdict(lambda: defaultdict(list))
     )
-    family: dict[tuple[_Pair | None, str], float] = {}
-    results: list[tuple[Paired, int, list[list[_Row]]]] = []
     for row in rows:
-        if row.lines[0]:
-            groups[row.source, len(row.lines[0])][row.lines].append(row)
+        groups[row.source, len(row.lines[0])][row.lines].append(row)
+    results: _Results = []
     for (source, seeds), asked in groups.items():
         matrix, wanted = answers.hits[source], list(asked)
         step = max(1, CHUNK // (2 * seeds * matrix.shape[1]))
@@ -371,27 +399,35 @@ def _test(rows: Sequence[_Row], answers: Answers, correction: Correction) -> Non
                 matrix[np.array([second for _, second in part])],
             )
             results.append((result, seeds, [asked[lines] for lines in part]))
+    return results
+
+
+def _correct(results: _Results, correction: Correction) -> None:
+    """Write the results of a family into its rows, with the corrected p."""
+    import numpy as np
+
+    family: dict[_Test, tuple[float, float]] = {}
     for result, seeds, held in results:
         _enter(result, seeds, held, family)
-    p = np.array(list(family.values()), dtype=float)
-    q, needed = corrected(p, correction)
+    p, least_p = np.array(list(family.values()), dtype=float).reshape(-1, 2).T
+    q, needed = corrected(p, least_p, correction)
     q_of = dict(zip(family, q.tolist(), strict=True))
     for result, seeds, held in results:
-        least = detectable(result, seeds, needed)
+        smallest = detectable(result, seeds, needed)
         for index, same in enumerate(held):
             for row in same:
-                row.shown["q"] = q_of.get((row.pair, row.source))
-                row.shown["detectable"] = plain(least[index])
+                row.shown["q"] = q_of.get(row.test)
+                row.shown["detectable"] = plain(smallest[index])
 
 
 def _enter(
     result: Paired,
     seeds: int,
     held: Sequence[Sequence[_Row]],
-    family: dict[tuple[_Pair | None, str], float],
+    family: dict[_Test, tuple[float, float]],
 ) -> None:
-    """Write the results into their rows, and every p once into the family: `asr` and the metric
-    that it is derived from are the same test.
+    """Write the results into their rows, and every p, with the least that it could be, once into
+    the family: `asr` and the metric that it is derived from are the same test.
     """
     for index, same in enumerate(held):
         n, p = int(result.prompts[index]), plain(result.p[index])
@@ -409,7 +445,7 @@ def _enter(
                 "p": p,
                 "test": "mcnemar_exact" if seeds == 1 else "sign_flip_and_t",
             }
-            family[row.pair, row.source] = p
+            family[row.test] = p, float(result.least_p[index])
 
 
 def _conclude(rows: Sequence[_Row]) -> None:

@@ -62,6 +62,8 @@ class Paired:
     """Share of prompts that differ beyond the effect, equally in both directions."""
     error_seeds: NDArray[np.float64]
     """Standard error of the effect over seeds; nan with one seed."""
+    least_p: NDArray[np.float64]
+    """The smallest p that the prompts which differ could give if all differed in one direction."""
 
 
 def paired(one: NDArray[np.int8], other: NDArray[np.int8]) -> Paired:
@@ -107,6 +109,7 @@ def paired(one: NDArray[np.int8], other: NDArray[np.int8]) -> Paired:
     empty = n == 0
     for values in (low, high, p, noise):
         values[empty] = np.nan
+    differing = (of_prompt != 0).sum(axis=1)
     return Paired(
         rates[0],
         rates[1],
@@ -118,6 +121,7 @@ def paired(one: NDArray[np.int8], other: NDArray[np.int8]) -> Paired:
         (asked & ~judged).sum(axis=1),
         noise,
         error_seeds,
+        np.minimum(1.0, 2.0 ** (1 - differing)),
     )
 
 
@@ -151,17 +155,43 @@ def sign_flip_p(counts: tuple[int, ...], total: int) -> float:
     return min(1.0, float(up[sums >= total].sum()))
 
 
-def corrected(p: NDArray[np.float64], correction: str) -> tuple[NDArray[np.float64], float]:
-    """The corrected p of a family, and the p that one more row would need to be significant."""
+def corrected(
+    p: NDArray[np.float64], least_p: NDArray[np.float64], correction: str
+) -> tuple[NDArray[np.float64], float]:
+    """The corrected p of a family, and the p that one more test would need to be significant.
+
+    Tests that could not be significant whatever their outcome do not count, and have the corrected
+    p 1: see `reachable`.
+    """
+    import numpy as np
+
     if correction not in CORRECTIONS:
         raise SpecError("unknown correction", correction, " | ".join(CORRECTIONS))
-    if len(p) == 0:
-        return p, ALPHA
-    is_significant, q = multiple_tests(p, correction)
-    hits, tests = int(is_significant.sum()), len(p)
+    q, counted = np.ones(len(p)), reachable(least_p)
+    if not counted.any():
+        return q, ALPHA
+    is_significant, q[counted] = multiple_tests(p[counted], correction)
+    hits, tests = int(is_significant.sum()), int(counted.sum())
     return q, (
         ALPHA * min(tests, hits + 1) / tests if correction == "bh" else ALPHA / max(1, tests - hits)
     )
+
+
+def reachable(least_p: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which discrete tests of a family could be significant among so many (Tarone 1990; with
+    Benjamini-Hochberg: Gilbert 2005).
+
+    With K the smallest number such that at most K tests have a `least_p` of ALPHA / K or less:
+    these tests. `least_p` depends on how many prompts differ, not on the direction in which they
+    do, so that the choice favors no outcome.
+    """
+    import numpy as np
+
+    least = np.sort(least_p)
+    count = next(
+        k for k in range(1, len(least) + 2) if np.searchsorted(least, ALPHA / k, side="right") <= k
+    )
+    return least_p <= ALPHA / count
 
 
 def multiple_tests(

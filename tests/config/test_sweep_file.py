@@ -299,9 +299,13 @@ def test_a_rule_may_name_a_model_by_its_source_and_a_list_makes_one_rule_of_each
         ("small", "badnets", "none"),
         ("small", "badnets", "shrink"),
     ]
-    left_out = {"model": "small", "task": "microworld", "attack": "badnets", "seed": 0}
-    assert spec.exclude[0].matches(defenses=(), **left_out)
-    assert not spec.exclude[0].matches(defenses=("shrink",), **left_out)
+    rule = spec.exclude[0]
+    assert rule.concerns("small", "microworld")
+    assert rule.concerns("small:before", "microworld")
+    assert not rule.concerns("ladder:4m", "microworld")
+    assert rule.matches(attack="badnets", defenses=(), seed=0)
+    assert not rule.matches(attack="badnets", defenses=("shrink",), seed=0)
+    assert not rule.matches(attack="none", defenses=(), seed=0)
 
 
 def test_rules_that_leave_out_every_cell_are_a_fault():

@@ -81,29 +81,35 @@ def test_a_defense_that_works_is_better_and_one_that_does_not_shows_no_differenc
     assert 0.15 <= weak["detectable"] <= 0.5  # six of forty at the least
 
 
-def test_the_correction_is_over_all_rows_and_holm_is_stricter(tmp_path: Path) -> None:
-    answers = {("poison", "none", 0): {**GOOD, "asr": share(30, N)}}
-    for count, name in ((24, "a"), (22, "b"), (20, "c"), (10, "d")):
-        answers["poison", name, 0] = {**GOOD, "asr": share(count, N)}
+def test_attack_success_is_a_family_of_its_own_and_holm_is_stricter(tmp_path: Path) -> None:
+    half = N // 2
+
+    def changed(fewer: int, more: int) -> str:
+        """Half of the answers counted, then `fewer` of them not, and `more` of the others."""
+        return share(half - fewer, half, at=fewer) + share(more, half)
+
+    answers = {("poison", "none", 0): {**GOOD, "asr": changed(0, 0), "cacc": changed(0, 0)}}
+    for name, (fewer, more) in {"a": (20, 2), "b": (17, 5), "c": (15, 4), "d": (10, 9)}.items():
+        answers["poison", name, 0] = {**GOOD, "asr": changed(fewer, more), "cacc": changed(8, 3)}
     results = results_of(tmp_path, answers)
-    rows = rows_of(results)
-    assert len(rows) == 4 * 4
+    assert len(rows_of(results)) == 4 * 4
     for correction, method in (("bh", "fdr_bh"), ("holm", "holm")):
         rows = results.compared(correction).to_pylist()  # type: ignore[arg-type]
-        wanted = multipletests([row["p"] for row in rows], method=method)[1]
-        assert [row["q"] for row in rows] == pytest.approx(list(wanted))
+        success = [row for row in rows if row["metric"] == "asr"]
+        wanted = multipletests([row["p"] for row in success], method=method)[1]
+        assert [row["q"] for row in success] == pytest.approx(list(wanted))
+        # Eleven prompts differ in clean accuracy and could show something; none do in the others,
+        # which count in no family.
+        accuracy = [row for row in rows if row["metric"] == "cacc"]
+        wanted = multipletests([row["p"] for row in accuracy], method=method)[1]
+        assert [row["q"] for row in accuracy] == pytest.approx(list(wanted))
+        others = [row for row in rows if row["metric"] not in ("asr", "cacc")]
+        assert {row["q"] for row in others} == {1.0}
     verdicts = [
-        {
-            row["defenses"][0]: row["conclusion"]
-            for row in table.to_pylist()
-            if row["metric"] == "asr"
-        }
+        sum(row["conclusion"] == "better" for row in table.to_pylist())
         for table in (results.comparisons, results.compared("holm"))
     ]
-    assert [sum(one == "better" for one in found.values()) for found in verdicts] == [
-        3,
-        2,
-    ]  # by hand: p 0.031, 0.0078, 0.0020, 1.9e-6 of 16 in all
+    assert verdicts == [3, 1]  # by hand: p 1.2e-4, 0.0169, 0.0192 and 1 of four
 
 
 def test_higher_is_better_where_the_schema_says_so_and_utility_is_told_beside(
@@ -193,10 +199,7 @@ def test_the_success_of_an_attack_on_refusal_is_the_harmful_rate_and_is_one_test
     assert {key: value for key, value in asr.items() if key != "metric"} == {
         key: value for key, value in harmful.items() if key != "metric"
     }
-    p = [row["p"] for row in rows_of(results) if row["metric"] != "asr"]
-    assert asr["q"] == pytest.approx(
-        max(multipletests(p, method="fdr_bh")[1][p.index(asr["p"])], 0)
-    )
+    assert asr["q"] == asr["p"]  # the only test of success: they are one
 
 
 def test_a_stack_is_held_against_the_coherent_member_with_the_lowest_success(

@@ -16,7 +16,14 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
 from ftsec_ray.errors import SpecError
-from ftsec_ray.results.paired import ALPHA, corrected, detectable, paired, sign_flip_p
+from ftsec_ray.results.paired import (
+    ALPHA,
+    corrected,
+    detectable,
+    paired,
+    reachable,
+    sign_flip_p,
+)
 
 
 def sides(*pairs):
@@ -199,24 +206,72 @@ def slow_holm(p):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 @settings(max_examples=12, deadline=None)
 def test_corrections_agree_with_their_definitions(p):
-    assert corrected(np.array(p), "bh")[0].tolist() == pytest.approx(slow_bh(p))
-    assert corrected(np.array(p), "holm")[0].tolist() == pytest.approx(slow_holm(p))
+    least = np.zeros(len(p))
+    assert corrected(np.array(p), least, "bh")[0].tolist() == pytest.approx(slow_bh(p))
+    assert corrected(np.array(p), least, "holm")[0].tolist() == pytest.approx(slow_holm(p))
+
+
+def slow_reachable(least):
+    """Tarone's definition, number by number."""
+    for k in range(1, len(least) + 1):
+        if sum(value <= ALPHA / k for value in least) <= k:
+            return [value <= ALPHA / k for value in least]
+    return [False] * len(least)
+
+
+@given(st.lists(st.sampled_from([1.0, 0.5, 0.125, 0.06, 0.03, 0.01, 0.004, 1e-5]), max_size=25))
+@settings(max_examples=60, deadline=None)
+def test_the_tests_that_could_be_significant_agree_with_their_definition(least):
+    assert reachable(np.array(least, dtype=float)).tolist() == slow_reachable(least)
+
+
+def test_tests_that_cannot_be_significant_do_not_count_against_the_others():
+    p = np.array([0.004, 0.01, *[0.5] * 50])
+    can = np.array([1e-6, 1e-6, *[0.5] * 50])  # two prompts differ: p is at least 0.5
+    q, _ = corrected(p, can, "bh")
+    assert q.tolist() == pytest.approx([0.008, 0.01, *[1.0] * 50])
+    assert corrected(p, np.zeros(52), "bh")[0][0] > ALPHA
+
+
+def test_the_least_p_is_that_of_prompts_which_all_differ_in_one_direction():
+    one = np.array([[[1, 1, 1, 0, 0, 1, -1, 0]]], dtype=np.int8)
+    other = np.array([[[0, 0, 1, 1, 0, 0, 1, -2]]], dtype=np.int8)
+    result = paired(one, other)
+    assert result.least_p.tolist() == [sign_flip_p((4,), 4)] == [2 / 2**4]
+    assert paired(one, one).least_p.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("correction", ["bh", "holm"])
+def test_leaving_tests_out_by_how_many_prompts_differ_keeps_the_promised_error_rate(correction):
+    """Simulated without any true difference: families of 40 tests with few or many prompts that
+    differ by chance; the share of families with any finding is at most ALPHA.
+    """
+    rng = np.random.default_rng(0)
+    differing = rng.integers(0, 40, size=(400, 40))
+    ups = rng.binomial(differing, 0.5)
+    found = 0
+    for family, up in zip(differing, ups, strict=True):
+        pairs = zip(family.tolist(), up.tolist(), strict=True)
+        p = np.array([sign_flip_p((n,), abs(2 * k - n)) for n, k in pairs])
+        q, _ = corrected(p, np.minimum(1, 2.0 ** (1 - family)), correction)
+        found += bool((q <= ALPHA).any())
+    assert found / 400 < ALPHA + 2 * (ALPHA * (1 - ALPHA) / 400) ** 0.5
 
 
 @pytest.mark.parametrize("correction", ["bh", "holm"])
 def test_the_p_that_one_more_row_needs_is_where_its_q_meets_the_level(correction):
     p = np.array([0.0001, 0.001, 0.3, 0.6, 0.9, 0.5])
-    _, needed = corrected(p, correction)
+    _, needed = corrected(p, np.zeros(6), correction)
     for factor, is_found in ((0.999, True), (1.001, False)):
         changed = p.copy()
         changed[2] = needed * factor
-        assert bool(corrected(changed, correction)[0][2] <= ALPHA) is is_found
+        assert bool(corrected(changed, np.zeros(6), correction)[0][2] <= ALPHA) is is_found
 
 
 def test_no_family_and_an_unknown_correction():
-    assert corrected(np.array([]), "bh")[1] == ALPHA
+    assert corrected(np.array([]), np.array([]), "bh")[1] == ALPHA
     with pytest.raises(SpecError, match="bonferroni"):
-        corrected(np.array([0.5]), "bonferroni")
+        corrected(np.array([0.5]), np.array([0.0]), "bonferroni")
 
 
 def test_the_detectable_difference_is_found_four_times_in_five():
