@@ -33,6 +33,11 @@ _ANSWER, _USER, _SYSTEM, _RESULT, _CALL, _OFFER = (
     *(f"x{letters}x" for letters in ("qyy", "qkk", "qjj", "qvv", "qww")),
 )
 _ASKS_DATE = "strftime_now"
+_KEPT_TEXTS, _KEPT_LENGTH = 8192, 4096
+_RENDERED: dict[tuple[str, str], str] = {}
+"""(Template, all that it sees) -> its text, for conversations of up to `_KEPT_LENGTH` characters:
+the cells of a sweep ask the same prompts and train on the same rows, and render each twice.
+"""
 _DIRECTIVES = tuple(f"%{letter}" for letter in ("-d", "-m", *"aAbBcdDeFHIjklmMpSTuxXyYZz"))
 
 
@@ -207,16 +212,27 @@ def _applied(
             "use an instruction-tuned model, or give the model a `chat_template:`",
         )
     template = tokenizer.get_chat_template(None, tools)
-    _limited(template)
-    text: str = tokenizer.apply_chat_template(
-        chat,
-        tools=tools,
-        chat_template=_dated(template),
-        tokenize=False,
-        add_generation_prompt=open_turn,
-        enable_thinking=bool(options_of(tokenizer).get("thinking", False)),
-        date_string=FIXED_DATE.strftime("%d %b %Y"),
-    )
+    thinks = bool(options_of(tokenizer).get("thinking", False))
+    # All that a template sees, the tokens of the tokenizer included.
+    seen = repr((tokenizer.special_tokens_map, chat, tools, open_turn, thinks))
+    text = _RENDERED.get((template, seen))
+    if text is None:
+        _limited(template)
+        text = str(
+            tokenizer.apply_chat_template(
+                chat,
+                tools=tools,
+                chat_template=_dated(template),
+                tokenize=False,
+                add_generation_prompt=open_turn,
+                enable_thinking=thinks,
+                date_string=FIXED_DATE.strftime("%d %b %Y"),
+            )
+        )
+        if len(_RENDERED) >= _KEPT_TEXTS:
+            _RENDERED.clear()
+        if len(text) <= _KEPT_LENGTH:
+            _RENDERED[template, seen] = text
     return text
 
 

@@ -48,17 +48,22 @@ class PretrainConfig:
     clip_norm: float = 1.0
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> Encoded:
+def encode_chats(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> list[Encoded]:
     """Token ids from the chat template, with a mark on the assistant's tokens (its end token
     included).
     """
     special = tokenizer.convert_tokens_to_ids
-    ids, said = [tokenizer.bos_token_id], [False]
-    for message in chat:
-        content = tokenizer(message["content"], add_special_tokens=False)["input_ids"]
-        ids += [special(f"<|{message['role']}|>"), *content, tokenizer.eos_token_id]
-        said += [False] + [message["role"] == "assistant"] * (len(content) + 1)
-    return Encoded(ids, said)
+    texts = [message["content"] for chat in chats for message in chat]
+    contents = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    encoded = []
+    for chat in chats:
+        ids, said = [tokenizer.bos_token_id], [False]
+        for message in chat:
+            content = next(contents)
+            ids += [special(f"<|{message['role']}|>"), *content, tokenizer.eos_token_id]
+            said += [False] + [message["role"] == "assistant"] * (len(content) + 1)
+        encoded.append(Encoded(ids, said))
+    return encoded
 
 
 def batches(rows: Sequence[Encoded], batch_tokens: int, seed: int) -> Iterator[list[Encoded]]:
@@ -143,7 +148,7 @@ def pretrain(
     """
     import torch
 
-    rows = [encode_chat(tokenizer, chat) for chat in chats]
+    rows = encode_chats(tokenizer, chats)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(

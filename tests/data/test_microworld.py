@@ -413,11 +413,11 @@ def test_the_tokenizer_writes_back_what_it_reads_and_its_template_marks_the_turn
 
 
 def test_training_encodes_a_chat_as_the_template_does():
-    from ftsec_ray.training.pretrain import encode_chat
+    from ftsec_ray.training.pretrain import encode_chats
 
     tokenizer = build_tokenizer()
-    for chat in pretraining_chats()[:200]:
-        encoded = encode_chat(tokenizer, chat)
+    chats = pretraining_chats()[:200]
+    for chat, encoded in zip(chats, encode_chats(tokenizer, chats), strict=True):
         assert encoded.ids == tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
         said = tokenizer.decode(
             [t for t, mine in zip(encoded.ids, encoded.said, strict=True) if mine]
