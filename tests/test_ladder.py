@@ -77,10 +77,10 @@ def test_a_rung_knows_refuses_and_stays_useful(store, size):
 
 
 @pytest.mark.parametrize("size", ["1m", "4m"])
-def test_attacks_of_the_ladder_grid_do_what_they_are_for_where_nothing_defends(
+def test_attacks_of_the_ladder_sweep_do_what_they_are_for_where_nothing_defends(
     store, size, tmp_path
 ):
-    asked = yaml.safe_load((Path(__file__).parents[1] / "sweeps" / "ladder_grid.yaml").read_text())
+    asked = yaml.safe_load((Path(__file__).parents[1] / "sweeps" / "ladder.yaml").read_text())
     asked |= {
         "models": [f"ladder:{size}"],
         "defenses": ["none"],
