@@ -305,3 +305,14 @@ def test_the_options_of_rendering_travel_with_the_tokenizer(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert options_of(AutoTokenizer.from_pretrained(tmp_path)) == {"thinking": True}
     assert options_of(tokenizer_of("thought")) == {}
+
+
+def test_a_prompt_that_is_rendered_again_has_the_text_of_its_own_tokenizer_and_template():
+    chat = [message("user", "hello there")]
+    tokenizer = tokenizer_of("{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    assert [render(tokenizer, chat, generate=True) for _ in range(2)] == ["<s>[hello there]["] * 2
+    tokenizer.bos_token = "<other>"
+    assert render(tokenizer, chat, generate=True) == "<other>[hello there]["
+    tokenizer.chat_template = "{% for m in messages %}({{ m.content }}){% endfor %}"
+    assert render(tokenizer, chat, generate=True) == "(hello there)("
+    assert render(tokenizer, [message("user", "hello")], generate=True) == "(hello)("
