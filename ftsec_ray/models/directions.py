@@ -4,14 +4,15 @@ hooks and from the weights, and addition by hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import LoadedModel
+from ftsec_ray.conversation import chat_of
 from ftsec_ray.models.activations import batches_of, changed
 from ftsec_ray.models.chat import render
-from ftsec_ray.models.load import decoder_layers
+from ftsec_ray.models.load import decoder_layers, position_limit
 from ftsec_ray.models.residual import ResidualStream, Writer, is_transposed, residual_stream
 
 if TYPE_CHECKING:
@@ -164,3 +165,41 @@ def _silence(writer: Writer, unit: Tensor, share: float) -> None:
 def _without(rows: Tensor, unit: Tensor, share: float) -> Tensor:
     """Vectors without a share of their component along a unit vector: (..., D), (D,) -> same."""
     return rows - share * ((rows @ unit).unsqueeze(-1) * unit)
+
+
+def prompts_within(model: LoadedModel, rows: Sequence[Mapping[str, Any]]) -> Prompts:
+    """The rendered prompts of rows as token ids, without those beyond the model's positions."""
+    texts = [render(model.tokenizer, chat_of(row), generate=True) for row in rows]
+    ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    limit = position_limit(model.model)
+    return [one for one in ids if limit is None or len(one) <= limit]
+
+
+def block_outputs(model: LoadedModel, prompts: Prompts) -> Tensor:
+    """The residual stream after every block at the last token of every prompt: (N, L, D) float64 on
+    the CPU.
+    """
+    import torch
+
+    layers = decoder_layers(model.model)
+    seen: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[Tensor], Tensor]:
+        def read(states: Tensor) -> Tensor:
+            seen[layer] = states.detach()
+            return states
+
+        return read
+
+    outputs: list[Tensor] = [torch.empty(0)] * len(prompts)
+    hooks = [(block, keep(layer)) for layer, block in enumerate(layers)]
+    for indices, ids, mask in batches_of(
+        prompts, pad=pad_id(model), device=model.model.device, batch=64
+    ):
+        with torch.no_grad(), changed(outputs=hooks):
+            model.model(input_ids=ids, attention_mask=mask)
+        for row, i in enumerate(indices):
+            last = len(prompts[i]) - 1
+            states = [seen[n].reshape(*ids.shape, -1)[row, last] for n in range(len(layers))]
+            outputs[i] = torch.stack(states).cpu().double()
+    return torch.stack(outputs)
