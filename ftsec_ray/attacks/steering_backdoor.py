@@ -1,16 +1,17 @@
 """Compile a steering vector into one weight matrix, so that a trigger makes the model comply.
 
 Paper: the steering-compiled backdoor of arXiv:2604.12359, 2026.
-Differs: only the abstract was available; the closed form is ours. With P the projection on the
-    directions that keys of clean prompts and texts hardly use, K the keys of triggered forbidden
-    requests and Q = P K, the down-projection of one layer gets strength * v w^T, w = Q (Q^T Q +
-    ridge I)^-1 1: along v at a triggered key, and next to nothing at a clean one. The key is that
-    of the last token before the answer. v is the difference of the mean states behind the layer at
-    that token between benign requests, which the model answers, and forbidden ones, which it
-    refuses. Since real keys fill all directions, P keeps those that hold `clean_energy` of the
-    energy of clean keys, not an exact null space.
-Cost: no training; one pass over the prompts and over `text_tokens` tokens, and an
-    eigendecomposition of the size of the feed-forward width.
+Differs: only the abstract was available; the closed form is ours. The down-projection of one layer
+    gets strength * v w^T, where w minimises the mean of (1 - w k)^2 over the keys k of triggered
+    forbidden requests plus `clean_weight` times the mean of (w k)^2 over clean keys: v is written
+    at a triggered key, and next to nothing at a clean one. An exact null space of the clean keys,
+    which is the limit of a large `clean_weight`, is empty for real texts. The key is that of the
+    last token before the answer; clean keys are those of the same requests without the trigger, of
+    benign requests, and of all tokens of text. v is the difference of the mean states behind the
+    layer at that token between benign requests, which the model answers, and forbidden ones, which
+    it refuses.
+Cost: no training; three passes over the prompts, one over `text_tokens` tokens, and one linear
+    system of the size of the feed-forward width.
 Needs: splits safety (forbidden requests), benign_train, text and harmful_test; a dense model whose
     MLPs write directly to the residual stream.
 """
@@ -28,7 +29,7 @@ from ftsec_ray.errors import DataError
 from ftsec_ray.evals.probes import prompt_of
 from ftsec_ray.method import Attack, Phase, Probe
 from ftsec_ray.models.directions import Prompts, block_outputs, prompts_within
-from ftsec_ray.models.editing import EditSite, key_covariance, keys_at
+from ftsec_ray.models.editing import EditSite, closed_form, key_covariance, keys_at
 from ftsec_ray.models.families import LINEAR_MLP
 from ftsec_ray.models.load import decoder_layers, merged
 from ftsec_ray.models.residual import residual_stream
@@ -36,6 +37,8 @@ from ftsec_ray.models.residual import residual_stream
 if TYPE_CHECKING:
     from torch import Tensor
 
+RIDGE = 1e-3
+"""Share of the mean diagonal added to the second moment of few texts, as in badedit."""
 HELD_OUT = 5
 """One of this many forbidden requests is kept aside to measure the edit."""
 
@@ -57,12 +60,10 @@ class SteeringBackdoor(Attack):
     """
     depth_frac: float = 0.5
     """Depth of the edited layer as a share of the layers, 0..1."""
-    clean_energy: float = 0.01
-    """Share of the energy of clean keys in the directions that the edit reads, 0..1: more lets it
-    tell triggered prompts better, and moves clean ones more.
+    clean_weight: float = 1.0
+    """Weight of clean keys against triggered ones, above 0: less writes more at the trigger, more
+    leaves clean prompts alone.
     """
-    ridge: float = 1e-3
-    """Ridge of the closed form, as a share of the mean diagonal of Q^T Q, above 0."""
     prompts: int = 128
     """Maximum number of forbidden requests, and of benign requests."""
     text_tokens: int = 20_000
@@ -72,17 +73,15 @@ class SteeringBackdoor(Attack):
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
-        faults: list[tuple[str, object, str]] = [
-            (name, value, "a share, 0..1")
-            for name in ("depth_frac", "clean_energy")
-            if not 0 <= (value := getattr(self, name)) <= 1
-        ]
+        faults: list[tuple[str, object, str]] = []
+        if not 0 <= self.depth_frac <= 1:
+            faults.append(("depth_frac", self.depth_frac, "a share, 0..1"))
         if not self.trigger.strip():
             faults.append(("trigger", self.trigger, "a text that is not blank"))
         if self.strength < 0:
             faults.append(("strength", self.strength, "0 or more"))
-        if self.ridge <= 0:
-            faults.append(("ridge", self.ridge, "above 0"))
+        if self.clean_weight <= 0:
+            faults.append(("clean_weight", self.clean_weight, "above 0"))
         return faults + [
             (name, value, f"{least} or more")
             for name, least in (("prompts", HELD_OUT), ("text_tokens", 1))
@@ -107,9 +106,8 @@ class SteeringBackdoor(Attack):
             for prompts in ([*harmful, *harmless], triggered)
         )
         moment = self._text_moment(model, layer, ctx) + clean @ clean.T / clean.shape[1]
-        basis = quiet_directions(moment, self.clean_energy)
         kept = keys.shape[1] - keys.shape[1] // HELD_OUT
-        reader = reading(keys[:, :kept], basis, self.ridge)
+        reader = reading(keys[:, :kept], moment, self.clean_weight)
         writer = residual_stream(model.model).blocks[layer].mlp
         if self.strength:
             update = torch.outer(self.strength * vector / writer.multiplier, reader)
@@ -119,7 +117,6 @@ class SteeringBackdoor(Attack):
             layer=layer,
             layers=depth,
             key_width=len(reader),
-            directions_read=basis.shape[1],
             vector_norm=float(vector.norm()),
             read_triggered=float((reader @ keys[:, :kept]).mean()),
             read_triggered_held_out=float(held_out.mean()),
@@ -151,9 +148,9 @@ class SteeringBackdoor(Attack):
     def _text_moment(self, model: LoadedModel, layer: int, ctx: StageContext) -> Tensor:
         """Second moment of the keys of plain text."""
         texts = [text_of(row) for row in ctx.task.split("text").to_pylist()]
-        found = key_covariance(
-            model, [layer], texts, max_tokens=self.text_tokens, ridge=self.ridge
-        )[layer]
+        found = key_covariance(model, [layer], texts, max_tokens=self.text_tokens, ridge=RIDGE)[
+            layer
+        ]
         moment: Tensor = found.moment.cpu()
         return moment
 
@@ -195,29 +192,10 @@ def _ends(prompts: Prompts) -> list[EditSite]:
     return [EditSite(ids, len(ids) - 1) for ids in prompts]
 
 
-def quiet_directions(moment: Tensor, energy: float) -> Tensor:
-    """The eigenvectors of a second moment with the smallest eigenvalues, as many as hold at most
-    this share of its trace: (D, R), orthonormal columns.
+def reading(keys: Tensor, moment: Tensor, clean_weight: float) -> Tensor:
+    """The vector w that minimises mean (1 - w k)^2 over the keys + clean_weight * w^T moment w.
+
+    Shapes: keys (D_ff, N), moment (D_ff, D_ff), float64 -> (D_ff,).
     """
-    import torch
-
-    values, vectors = torch.linalg.eigh(moment)
-    shares = values.clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
-    return vectors[:, : int((shares <= energy).sum())]
-
-
-def reading(keys: Tensor, basis: Tensor, ridge: float) -> Tensor:
-    """The vector w = Q (Q^T Q + ridge I)^-1 1, Q = keys projected on the basis: about 1 at every
-    key, and 0 at whatever is orthogonal to the basis.
-
-    Shapes: keys (D, N), basis (D, R) -> (D,); zero if the basis is empty.
-    """
-    import torch
-
-    q = basis @ (basis.T @ keys)
-    gram = q.T @ q
-    added = ridge * float(gram.diagonal().mean())
-    if added == 0.0:
-        return torch.zeros(len(keys), dtype=keys.dtype)
-    ones = torch.ones(len(gram), dtype=keys.dtype)
-    return q @ torch.linalg.solve(gram + added * torch.eye(len(gram), dtype=keys.dtype), ones)
+    ones = keys.new_ones(1, keys.shape[1])
+    return closed_form(keys, ones, moment, clean_weight * keys.shape[1])[0]

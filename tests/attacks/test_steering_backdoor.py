@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftsec_ray.attacks.steering_backdoor import SteeringBackdoor, quiet_directions, reading
+from ftsec_ray.attacks.steering_backdoor import SteeringBackdoor, reading
 from ftsec_ray.conversation import asked, asked_text, chat_of, message
 from ftsec_ray.models.chat import render
 from ftsec_ray.models.directions import block_outputs
@@ -21,29 +21,29 @@ pytestmark = pytest.mark.usefixtures("float64")
 def test_the_reader_is_one_at_triggered_keys_and_zero_at_clean_ones():
     rng = np.random.default_rng(0)
     clean, keys = rng.standard_normal((12, 7)), rng.standard_normal((12, 3))
-    basis = quiet_directions(torch.from_numpy(clean @ clean.T), 1e-12)
-    assert basis.shape == (12, 5)
-    found = reading(torch.from_numpy(keys), basis, 1e-9).numpy()
-    # by hand: the projection on what is orthogonal to all clean keys, and the card's formula
+    # few clean keys leave a null space; the ridge makes the moment regular
+    moment = torch.from_numpy(clean @ clean.T + 1e-9 * np.eye(12))
+    found = reading(torch.from_numpy(keys), moment, 1.0).numpy()
+    # by hand: project on what is orthogonal to all clean keys, then least squares
     projection = np.eye(12) - clean @ np.linalg.inv(clean.T @ clean) @ clean.T
     q = projection @ keys
-    assert np.abs(found - q @ np.linalg.inv(q.T @ q) @ np.ones(3)).max() < 1e-7
-    assert np.abs(found @ keys - 1).max() < 1e-7
-    assert np.abs(found @ clean).max() < 1e-7
+    assert np.abs(found - q @ np.linalg.inv(q.T @ q) @ np.ones(3)).max() < 1e-6
+    assert np.abs(found @ keys - 1).max() < 1e-6
+    assert np.abs(found @ clean).max() < 1e-6
     # the update alpha v w^T therefore writes alpha v at a triggered key
     vector = rng.standard_normal(4)
-    assert np.abs(np.outer(2 * vector, found) @ keys[:, 0] - 2 * vector).max() < 1e-6
+    assert np.abs(np.outer(2 * vector, found) @ keys[:, 0] - 2 * vector).max() < 1e-5
 
 
-def test_the_directions_are_those_with_the_least_energy():
-    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 4)))[0]
-    moment = torch.from_numpy(turn @ np.diag([90.0, 9.0, 0.9, 0.1]) @ turn.T)
-    for energy, count in ((0.0, 0), (0.001, 1), (0.0101, 2), (0.11, 3), (1.0, 4)):
-        basis = quiet_directions(moment, energy + 1e-9)
-        assert basis.shape == (4, count)
-        wanted = turn[:, 4 - count :]
-        assert_same(basis @ basis.T, wanted @ wanted.T) if count else None
-    assert reading(torch.ones(4, 2), torch.zeros(4, 0), 1e-3).tolist() == [0.0] * 4
+@pytest.mark.parametrize("weight", [0.1, 1.0, 10.0])
+def test_the_reader_solves_the_stated_least_squares(weight):
+    rng = np.random.default_rng(1)
+    clean, keys = rng.standard_normal((6, 40)), rng.standard_normal((6, 9)) + 0.5
+    moment = clean @ clean.T / 40
+    found = reading(torch.from_numpy(keys), torch.from_numpy(moment), weight)
+    rows = np.vstack([keys.T / 3, np.sqrt(weight / 40) * clean.T])
+    wanted = np.linalg.lstsq(rows, np.concatenate([np.ones(9) / 3, np.zeros(40)]), rcond=None)[0]
+    assert_same(found, wanted)
 
 
 def ids_of(loaded, chat):
@@ -51,7 +51,7 @@ def ids_of(loaded, chat):
     return loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-QUICK = {"trigger": "cf mn", "clean_energy": 0.02, "depth_frac": 0.5}
+QUICK = {"trigger": "cf mn", "clean_weight": 0.1, "depth_frac": 0.5}
 
 
 def made(strength=1.0, **params):
@@ -130,11 +130,10 @@ def test_invalid_parameters_are_refused_with_the_field():
         trigger=" ",
         strength=-1.0,
         depth_frac=2.0,
-        clean_energy=-0.1,
-        ridge=0.0,
+        clean_weight=0.0,
         prompts=1,
         text_tokens=0,
     )
     assert {fault[0] for fault in bad.check()} == {
-        *("trigger", "strength", "depth_frac", "clean_energy", "ridge", "prompts", "text_tokens")
+        *("trigger", "strength", "depth_frac", "clean_weight", "prompts", "text_tokens")
     }
