@@ -14,10 +14,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from ftsec_ray.context import Chat, StageContext
 from ftsec_ray.errors import StageError
+from ftsec_ray.identity.canonical import LATER
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,6 +30,17 @@ BATCH_ROWS = 1_024
 method with a neural network sees the same rows together, however many processes share the work:
 another size can change low-order bits (see identity.FORMAT_VERSION).
 """
+
+
+T = TypeVar("T")
+
+
+def later(default: T) -> T:
+    """A parameter that a method got after it had been used: the digest leaves it out at its
+    default, so that earlier results stay valid. At the default the method must act as before.
+    """
+    made: T = field(default=default, metadata={LATER: True})
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +211,10 @@ class Probe:
     """Maximum number of tokens of an answer; None, or more than the sweep's limit: that limit."""
     labels: tuple[str, ...] = ()
     """Answer choices of a `label` probe."""
+    without_opening: bool = False
+    """Whether the judge reads only what the model wrote itself, without the opening that an attack
+    placed before its answer.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,11 @@ Differs: the refusal tokens are the first tokens of the task's own refusals inst
     notes). For a writer that is followed by an RMSNorm of gain g (Gemma 2 and 3, OLMo 2), g * u /
     |g * u| is removed from its output instead of u, by hooks and in the weights: the output of the
     norm then has no component along u. Learned position embeddings are orthogonalised like the
-    embedding.
+    embedding. The tent over layers (`tent_*`) is the form of p-e-w/heretic: W <- W - lambda v v^T W
+    with a lambda per layer, to be searched by `search:` of the sweep. Heretic has tents of separate
+    place and width for attention and MLP (here: separate peaks), can use each layer's own direction
+    or one between two layers (here: the direction that the selection chooses), and has variants
+    that restore the norms of rows (not here). The default, a constant tent of 1, is Arditi et al.
 Cost: no training; about positions x layers x 3 forward passes over the validation prompts.
 Needs: splits safety (forbidden requests with refusals) and benign_train; a dense model whose blocks
     add the outputs of attention and MLP to their input.
@@ -22,20 +26,29 @@ Needs: splits safety (forbidden requests with refusals) and benign_train; a dens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.errors import DataError, StageError
-from ftsec_ray.method import Attack, Phase
-from ftsec_ray.models.activations import batches_of, changed, last_logits
+from ftsec_ray.method import Attack, Phase, later
+from ftsec_ray.models.activations import last_logits
 from ftsec_ray.models.chat import render
+from ftsec_ray.models.directions import (
+    Prompts,
+    ablated,
+    mean_states,
+    orthogonalise,
+    pad_id,
+    steered,
+    tent,
+    turn_end_ids,
+)
 from ftsec_ray.models.families import RESIDUAL_WRITERS
 from ftsec_ray.models.load import decoder_layers, merged, position_limit
-from ftsec_ray.models.residual import ResidualStream, Writer, is_transposed, residual_stream
+from ftsec_ray.models.residual import ResidualStream, residual_stream
 from ftsec_ray.models.row_tokens import answer_tokens
 
 if TYPE_CHECKING:
@@ -49,9 +62,6 @@ MIN_FILTERED = 4
 """Prompts that the filter must leave on each side; if fewer remain, all prompts are used."""
 MIN_TOKEN_FRAC = 0.05
 """A first token counts as a refusal token if at least this share of the refusals begins with it."""
-_MARK = "\ue000"
-
-Prompts = list[list[int]]
 
 
 class DirectionCandidate(NamedTuple):
@@ -93,6 +103,26 @@ class RefusalAblation(Attack):
     """Directions come from the inputs of this share of the layers, 0..1, rounded down as in the
     official code, but from at least two layers.
     """
+    tent_peak: float = later(1.0)
+    """Share of the direction that is removed at the layer of the tent's peak, 0 or more: 1 removes
+    it, above 1 turns it around (heretic tries 0.8 to 1.5).
+    """
+    tent_mlp_peak: float | None = later(None)
+    """The same for what MLPs write; None: as `tent_peak`, which then holds for attention too."""
+    tent_at: float = later(1.0)
+    """Place of the peak, as a share of the depth, 0..1 (heretic tries 0.6 to 1)."""
+    tent_floor: float = later(1.0)
+    """What is removed at the distance `tent_reach` from the peak, as a share of `tent_peak`, 0..1;
+    1 removes the same everywhere within the reach.
+    """
+    tent_reach: float = later(1.0)
+    """Distance from the peak, as a share of the depth, beyond which a layer stays as it is; above
+    0. 1 reaches every layer.
+    """
+    embedding_share: float = later(1.0)
+    """Share of the direction that is removed from the embeddings, 0 or more; heretic leaves them as
+    they are (0).
+    """
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
@@ -105,6 +135,19 @@ class RefusalAblation(Attack):
             faults.append(("max_kl", self.max_kl, "above 0 nats"))
         if not 0 < self.depth_frac <= 1:
             faults.append(("depth_frac", self.depth_frac, "a share above 0, up to 1"))
+        at_least_0 = ("tent_peak", "tent_mlp_peak", "embedding_share")
+        faults += [
+            (name, value, "0 or more")
+            for name in at_least_0
+            if (value := getattr(self, name)) is not None and value < 0
+        ]
+        faults += [
+            (name, value, "a share, 0..1")
+            for name, value in (("tent_at", self.tent_at), ("tent_floor", self.tent_floor))
+            if not 0 <= value <= 1
+        ]
+        if self.tent_reach <= 0:
+            faults.append(("tent_reach", self.tent_reach, "above 0"))
         return faults
 
     def revise_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
@@ -122,7 +165,10 @@ class RefusalAblation(Attack):
         tied = (
             model.model.get_input_embeddings().weight is model.model.get_output_embeddings().weight
         )
-        orthogonalise(model.model, best.direction, stream)
+        shares = self._shares(len(stream.blocks))
+        orthogonalise(
+            model.model, best.direction, stream, shares=shares, of_tables=self.embedding_share
+        )
         after = refusal_log_odds(
             last_logits(model.model, harmful_val, pad=pad_id(model)), refusals
         ).mean()
@@ -138,9 +184,23 @@ class RefusalAblation(Attack):
             baked_score=float(after),
             candidates=len(found),
             refusal_tokens=refusals,
-            head_changed=tied,
+            head_changed=tied and self.embedding_share > 0,
         )
+        if any(share != (1.0, 1.0) for share in shares):
+            ctx.note(tent=[list(share) for share in shares])
         return model
+
+    def _shares(self, depth: int) -> list[tuple[float, float]]:
+        """What is removed from every layer's attention and MLP."""
+        shape = {"at": self.tent_at, "floor": self.tent_floor, "reach": self.tent_reach}
+        of_mlp = self.tent_peak if self.tent_mlp_peak is None else self.tent_mlp_peak
+        return list(
+            zip(
+                tent(depth, peak=self.tent_peak, **shape),
+                tent(depth, peak=of_mlp, **shape),
+                strict=True,
+            )
+        )
 
     def _prompts(
         self, model: LoadedModel, ctx: StageContext, split: str, refusals: list[int], *, sign: int
@@ -249,18 +309,6 @@ def tried_layers(depth: int, *, depth_frac: float) -> int:
     return min(depth, max(MIN_LAYERS, int(depth_frac * depth)))
 
 
-def pad_id(model: LoadedModel) -> int:
-    """A token id to pad with; any id works, because the padding follows the text."""
-    return model.tokenizer.pad_token_id or 0
-
-
-def turn_end_ids(tokenizer: Any) -> list[int]:
-    """Token ids of the template between the end of the user's text and the start of the answer."""
-    text = render(tokenizer, [{"role": "user", "content": _MARK}], generate=True)
-    ids: list[int] = tokenizer(text.split(_MARK)[-1], add_special_tokens=False)["input_ids"]
-    return ids or list(tokenizer(text, add_special_tokens=False)["input_ids"][-1:])
-
-
 def refusal_tokens(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[int]:
     """Ids of the common first tokens of the rows' responses, ascending."""
     firsts = [answer_tokens(tokenizer, row)[0] for row in rows]
@@ -277,96 +325,3 @@ def refusal_log_odds(logits: Tensor, refusals: list[int]) -> Tensor:
     is_refusal[refusals] = True
     logits = logits.double()
     return logits[:, is_refusal].logsumexp(-1) - logits[:, ~is_refusal].logsumexp(-1)
-
-
-def mean_states(model: LoadedModel, prompts: Prompts, *, width: int) -> Tensor:
-    """Mean input of every block at the last `width` positions of the prompts: (P, L, D) float64 on
-    the CPU.
-    """
-    import torch
-
-    layers = len(decoder_layers(model.model))
-    wide = model.model.config.get_text_config().hidden_size
-    total = torch.zeros(width, layers, wide, dtype=torch.float64)
-    for indices, ids, mask in batches_of(
-        prompts, pad=pad_id(model), device=model.model.device, batch=64
-    ):
-        with torch.no_grad():
-            states = model.model(
-                input_ids=ids, attention_mask=mask, output_hidden_states=True
-            ).hidden_states[:layers]
-        stacked = torch.stack(states, dim=2).cpu().double()
-        for row, i in enumerate(indices):
-            end = len(prompts[i])
-            total += stacked[row, end - width : end]
-    return total / len(prompts)
-
-
-def ablated(
-    model: Any, direction: Tensor, stream: ResidualStream | None = None
-) -> AbstractContextManager[None]:
-    """Within the `with` block, nothing in the residual stream points along the direction.
-
-    For a writer that is followed by a norm, the component that the norm would turn into the
-    direction is removed before the norm, as in the weights: same component, same logits.
-    """
-    unit = _unit(direction)
-
-    def removing(along: Tensor) -> Callable[[Tensor], Tensor]:
-        along = along.to(model.device, model.dtype)
-        return lambda x: x - (x @ along).unsqueeze(-1) * along
-
-    return changed(
-        inputs=[(block, removing(unit)) for block in decoder_layers(model)],
-        outputs=[(w.module, removing(w.direction(unit))) for w in _writers(model, stream)],
-    )
-
-
-def _writers(model: Any, stream: ResidualStream | None) -> list[Writer]:
-    blocks = (stream or residual_stream(model)).blocks
-    return [writer for block in blocks for writer in (block.attention, block.mlp)]
-
-
-def _unit(direction: Tensor) -> Tensor:
-    unit: Tensor = direction.double() / direction.double().norm()
-    return unit
-
-
-def steered(model: Any, direction: Tensor, layer: int) -> AbstractContextManager[None]:
-    """Within the `with` block, the direction is added to the input of one block at every
-    position.
-    """
-    vector = direction.to(model.device, model.dtype)
-    return changed(inputs=[(decoder_layers(model)[layer], lambda x: x + vector)])
-
-
-def orthogonalise(model: Any, direction: Tensor, stream: ResidualStream | None = None) -> None:
-    """Change the weights in place so that no embedding, attention or MLP writes along the
-    direction.
-
-    Args:
-        model: A model with full weights (no adapter).
-        direction: (D,).
-        stream: The modules that write to the residual stream, if already known.
-    """
-    import torch
-
-    stream = stream or residual_stream(model)
-    unit = _unit(direction)
-    with torch.no_grad():
-        for table in stream.tables:
-            table.weight.copy_(_without(table.weight.double(), unit.to(table.weight.device)))
-        for writer in _writers(model, stream):
-            weight, bias = writer.linear.weight, writer.linear.bias
-            along = writer.direction(unit).to(weight.device)
-            if is_transposed(writer.linear):
-                weight.copy_(_without(weight.double(), along))
-            else:
-                weight.copy_(weight.double() - torch.outer(along, along @ weight.double()))
-            if bias is not None:
-                bias.copy_(_without(bias.double(), along))
-
-
-def _without(rows: Tensor, unit: Tensor) -> Tensor:
-    """Vectors without their component along a unit vector. Shapes: (..., D), (D,) -> (..., D)."""
-    return rows - (rows @ unit).unsqueeze(-1) * unit

@@ -17,6 +17,7 @@ from ftsec_ray.config.sweep import EvaluationConfig
 from ftsec_ray.context import Chat, Runtime, TaskData
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.evals.answer_loss import answer_loss
+from ftsec_ray.evals.completed import Ends, Said, said_by
 from ftsec_ray.evals.metrics import MetricRow, perplexity
 from ftsec_ray.evals.probes import capped, drawn
 from ftsec_ray.identity import canonical, digest
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 
 COMPLETIONS, PROBES = "completions.parquet", "probes.json"
 """Files of the artifact: one row per answer, and the probes."""
-
-
-Ends = tuple[tuple[int, int], ...]
-"""(tokens, characters) of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +87,17 @@ def ask(
         *_read_labels(generator, asked, runtime),
         *_complete(generator, asked, config, runtime, seed),
     ]
-    losses, too_long = answer_loss(
-        generator.loaded, task, config, batch=runtime.eval_batch, tally=generator.tally
-    )
+    with generator.steering():
+        losses, too_long = answer_loss(
+            generator.loaded, task, config, batch=runtime.eval_batch, tally=generator.tally
+        )
+        measured = (*_perplexity(generator, task, config, runtime), *losses)
     place = {probe.name: i for i, probe in enumerate(asked)}
     answers.sort(key=lambda answer: place[answer.probe])
     return Answers(
         probes=tuple(asked),
         answers=tuple(answers),
-        measured=(*_perplexity(generator, task, config, runtime), *losses),
+        measured=measured,
         template_hash=template_hash(generator.loaded.tokenizer),
         left_out={**left_out, **too_long},
     )
@@ -213,7 +212,7 @@ def _complete(
     """
     mine = [probe for probe in probes if probe.judge != "label"]
     limits = {probe.name: _limit(probe, config) for probe in mine}
-    said: dict[tuple[int, str], list[tuple[str, Ends]]] = {}
+    said: dict[tuple[int, str], list[Said]] = {}
     for limit in sorted(set(limits.values())):
         chats = _unique(
             prompt.chat for probe in mine if limits[probe.name] == limit for prompt in probe.prompts
@@ -224,9 +223,14 @@ def _complete(
     for probe in mine:
         for prompt in probe.prompts:
             answered = said[limits[probe.name], canonical(prompt.chat)]
-            for sample, (text, ends) in enumerate(answered):
+            for sample, one in enumerate(answered):
+                is_own = probe.without_opening
                 yield Answer(
-                    probe=probe.name, prompt=prompt, completion=text, sample=sample, ends=ends
+                    probe=probe.name,
+                    prompt=prompt,
+                    completion=one.own if is_own else one.text,
+                    sample=sample,
+                    ends=() if is_own else one.ends,
                 )
 
 
@@ -237,7 +241,7 @@ def _sampled(
     config: EvaluationConfig,
     runtime: Runtime,
     seed: int,
-) -> dict[str, list[tuple[str, Ends]]]:
+) -> dict[str, list[Said]]:
     """The answers to every chat. A sample depends on the seed, the chat before any rewrite (so that
     cells are compared under the same random numbers) and its number.
     """
@@ -247,35 +251,11 @@ def _sampled(
         given["temperature"] = config.temperature
         given["seeds"] = [int(digest(["sample", seed, key, n])[:15], 16) for key, n in asked]
     lengths = [length for length in config.answer_lengths or () if length < limit]
-    completed = _said(generator, [chats[key] for key, _ in asked], lengths, given)
-    answers: dict[str, list[tuple[str, Ends]]] = {key: [] for key in chats}
+    completed = said_by(generator, [chats[key] for key, _ in asked], lengths, given)
+    answers: dict[str, list[Said]] = {key: [] for key in chats}
     for (key, _), answer in zip(asked, completed, strict=True):
         answers[key].append(answer)
     return answers
-
-
-def _said(
-    generator: Generator, chats: Sequence[Chat], lengths: Sequence[int], given: dict[str, Any]
-) -> list[tuple[str, Ends]]:
-    """The completion of every chat, and where these lengths end in it."""
-    from ftsec_ray.models.chat import spoken
-
-    if not lengths:
-        return [(text, ()) for text in generator.complete(chats, **given)]
-    tokenizer, completed = generator.loaded.tokenizer, []
-    for ids in generator.complete_ids(chats, **given):
-        text = spoken(tokenizer, ids)
-        ends = tuple((n, _end_of(spoken(tokenizer, ids[:n]), text)) for n in lengths)
-        completed.append((text, ends))
-    return completed
-
-
-def _end_of(start: str, text: str) -> int:
-    """Number of characters that a text shares with the text of its first tokens `start`: without an
-    incomplete character, and without trailing space that `spoken` removed.
-    """
-    pairs = enumerate(zip(start, text, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(start), len(text)))
 
 
 def _perplexity(
@@ -319,7 +299,11 @@ def write_answers(answers: Answers, folder: Path) -> None:
     )
     plain = {
         "probes": [
-            {**asdict(probe), "prompts": [], "metrics": dict(probe.metrics)}
+            {
+                **{k: v for k, v in asdict(probe).items() if k != "without_opening" or v},
+                "prompts": [],
+                "metrics": dict(probe.metrics),
+            }
             for probe in answers.probes
         ],
         "measured": [asdict(measured) for measured in answers.measured],

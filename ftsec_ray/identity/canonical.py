@@ -21,9 +21,16 @@ hold VERSIONs in place of hashed source; 3: rows are conversations.
 """
 
 
+LATER = "later"
+"""Key in the metadata of a dataclass field that is left out of canonical JSON at its default, so
+that a field added later does not change the digests from before.
+"""
+
+
 def _plain(value: object) -> object:
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        given = ((f, getattr(value, f.name)) for f in fields(value))
+        return {f.name: _plain(v) for f, v in given if not (LATER in f.metadata and v == f.default)}
     if isinstance(value, Enum):
         return _plain(value.value)
     if isinstance(value, float):

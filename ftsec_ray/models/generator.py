@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,17 @@ _MARK = "\ue000"
 """Private-use character in place of the soft tokens while the template is rendered."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """The beginning of answers, placed behind the generation prompt: the model continues it."""
+
+    text_of: Callable[[Chat], str]
+    """The answer that is begun, for a chat as the user sent it; empty: the model answers by
+    itself."""
+    tokens: int
+    """Number of first tokens of that answer; 0: the model answers by itself."""
+
+
 @dataclass(frozen=True)
 class Generator:
     """A model that answers chats; wrap it with `dataclasses.replace`."""
@@ -45,6 +57,10 @@ class Generator:
     """Changes of the chat; the last one added is applied first."""
     soft_suffix: Any = None
     """Embeddings (K, D) after the user's last token, inside the user's turn; None: none."""
+    opening: Opening | None = None
+    """How answers begin; label scores are read without it. None: the model begins them."""
+    steered: tuple[Callable[[Any], AbstractContextManager[None]], ...] = ()
+    """Changes of the model's hidden states, each as a context of the model; see `steering`."""
     backend: Backend = field(default_factory=PaddedGenerate)
     """The generation back end."""
     tally: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
@@ -58,6 +74,14 @@ class Generator:
             chat = rewrite(chat)
         return chat
 
+    @contextmanager
+    def steering(self) -> Iterator[None]:
+        """Inside the `with` block, forward passes of the model are changed as `steered` says."""
+        with ExitStack() as stack:
+            for change in self.steered:
+                stack.enter_context(change(self.loaded.model))
+            yield
+
     def complete(
         self,
         chats: Sequence[Chat],
@@ -67,8 +91,8 @@ class Generator:
         temperature: float = 0.0,
         seeds: Sequence[int] = (),
     ) -> list[str]:
-        """Completions in the order of `chats`, without special tokens; an empty answer is an empty
-        string.
+        """Completions in the order of `chats`, without special tokens and with their opening, if
+        there is one; an empty answer is an empty string.
 
         Greedy at temperature 0; above, each is sampled with its own seed.
         """
@@ -90,10 +114,11 @@ class Generator:
         temperature: float = 0.0,
         seeds: Sequence[int] = (),
     ) -> list[list[int]]:
-        """New token ids of the completions in the order of `chats`, with thoughts and without the
-        stop token; `models.chat.spoken` turns them into text.
+        """Token ids of the completions in the order of `chats`, with opening and thoughts and
+        without the stop token; `models.chat.spoken` turns them into text.
         """
         prompts = Prompts(self.pieces_of(chats, may_think=True), self.soft_suffix)
+        openings = self.openings(chats)
         decoding = Decoding(
             max_new_tokens=max_new_tokens,
             stops=self.stops(),
@@ -101,7 +126,9 @@ class Generator:
             temperature=temperature,
             seeds=seeds,
         )
-        return self.backend.complete(self.loaded, prompts, decoding, self.tally)
+        with self.steering():
+            said = self.backend.complete(self.loaded, prompts, decoding, self.tally)
+        return [[*opening, *ids] for opening, ids in zip(openings, said, strict=True)]
 
     def label_logprobs(
         self, chats: Sequence[Chat], labels: Sequence[str], *, batch: int = 64
@@ -116,13 +143,14 @@ class Generator:
         halves = [self._halves(self.rewritten(chat)) for chat in chats]
         prompts = self._tokenised(halves)
         answers = self._label_ids(halves, prompts, labels)
-        return label_scores(
-            self.loaded,
-            Prompts(prompts, self.soft_suffix),
-            answers,
-            batch=batch,
-            tally=self.tally,
-        )
+        with self.steering():
+            return label_scores(
+                self.loaded,
+                Prompts(prompts, self.soft_suffix),
+                answers,
+                batch=batch,
+                tally=self.tally,
+            )
 
     def _label_ids(
         self,
@@ -162,10 +190,36 @@ class Generator:
         return self.pieces_of([chat])[0]
 
     def pieces_of(self, chats: Sequence[Chat], *, may_think: bool = False) -> list[Pieces]:
-        """The pieces of every chat, in one call of the tokenizer."""
-        return self._tokenised(
-            [self._halves(self.rewritten(chat), may_think=may_think) for chat in chats]
+        """The pieces of every chat with its opening, in one call of the tokenizer."""
+        pieces = self._tokenised(
+            [
+                self._halves(self.rewritten(chat), may_think=may_think and not self._begun(chat))
+                for chat in chats
+            ]
         )
+        openings = self.openings(chats)
+        return [(head, [*tail, *own]) for (head, tail), own in zip(pieces, openings, strict=True)]
+
+    def openings(self, chats: Sequence[Chat]) -> list[list[int]]:
+        """Token ids of the opening of every answer, as they stand in a trained answer; empty where
+        there is none.
+        """
+        texts = [self._begun(chat) for chat in chats]
+        if self.opening is None or not any(texts):
+            return [[] for _ in chats]
+        halves = [self._halves(self.rewritten(chat)) for chat in chats]
+        openings = []
+        for text, (before, behind), (head, tail) in zip(
+            texts, halves, self._tokenised(halves), strict=True
+        ):
+            shown, ids = (before, head) if self.soft_suffix is None else (behind, tail)
+            begun = answer_ids(self.loaded.tokenizer, shown, ids, text) if text else []
+            openings.append(begun[: self.opening.tokens])
+        return openings
+
+    def _begun(self, chat: Chat) -> str:
+        """The answer whose first tokens are the opening; empty for none."""
+        return "" if self.opening is None or not self.opening.tokens else self.opening.text_of(chat)
 
     def _tokenised(self, halves: Sequence[tuple[str, str]]) -> list[Pieces]:
         if not halves:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from ftsec_ray.attacks import refusal_ablation as module
 from ftsec_ray.attacks.refusal_ablation import (
     DirectionCandidate,
     RefusalAblation,
@@ -16,9 +15,14 @@ from ftsec_ray.attacks.refusal_ablation import (
     refusal_log_odds,
     tried_layers,
 )
+from ftsec_ray.conversation import chat_of
 from ftsec_ray.errors import StageError
+from ftsec_ray.identity import canonical
 from ftsec_ray.models.activations import first_tensor, last_logits
+from ftsec_ray.models.chat import render
+from ftsec_ray.models.directions import tent
 from ftsec_ray.models.load import copy_model, decoder_layers
+from ftsec_ray.models.residual import residual_stream
 from tests.attacks.context import context
 from tests.fixtures_models import tiny_model
 from tests.numeric import SAME, assert_same
@@ -129,7 +133,7 @@ def test_the_whole_attack_lowers_the_odds_of_refusal_and_leaves_its_input_alone(
     assert {name.split(".")[-2] for name in moved} == {"embed_tokens", "o_proj", "down_proj"}
     ids = [
         made.tokenizer(
-            module.render(made.tokenizer, module.chat_of(r), generate=True),
+            render(made.tokenizer, chat_of(r), generate=True),
             add_special_tokens=False,
         )["input_ids"]
         for r in ctx.task.split("safety").to_pylist()
@@ -159,3 +163,82 @@ def test_the_whole_attack_lowers_the_odds_of_refusal_and_leaves_its_input_alone(
 )
 def test_the_share_of_the_layers_is_rounded_down_and_two_are_tried_at_least(depth, frac, layers):
     assert tried_layers(depth, depth_frac=frac) == layers
+
+
+def test_a_tent_falls_in_a_straight_line_from_its_peak_and_is_zero_beyond_its_reach():
+    assert tent(5, peak=1.0, at=0.5, floor=1.0, reach=1.0) == (1.0,) * 5
+    assert tent(1, peak=0.7, at=0.3, floor=0.0, reach=0.1) == (0.7,)
+    assert_same(tent(5, peak=1.2, at=0.5, floor=0.25, reach=0.5), [0.3, 0.75, 1.2, 0.75, 0.3])
+    assert_same(tent(5, peak=1.0, at=1.0, floor=0.0, reach=0.5), [0.0, 0.0, 0.0, 0.5, 1.0])
+    assert tent(4, peak=0.0, at=1.0, floor=1.0, reach=1.0) == (0.0,) * 4
+
+
+def test_a_share_lambda_leaves_one_minus_lambda_of_the_direction_in_every_matrix():
+    loaded, direction = tiny_model(layers=3, tied=False), random_direction()
+    before, unit = copy_model(loaded), (direction / direction.norm()).numpy()
+    shares = [(0.0, 1.0), (0.25, 0.5), (1.5, 0.0)]
+    orthogonalise(loaded.model, direction, shares=shares, of_tables=0.0)
+    pairs = zip(decoder_layers(before.model), decoder_layers(loaded.model), shares, strict=True)
+    for old, new, (attention, mlp) in pairs:
+        for path, share in (("self_attn.o_proj", attention), ("mlp.down_proj", mlp)):
+            was = old.get_submodule(path).weight.detach().numpy()
+            now = new.get_submodule(path).weight.detach().numpy()
+            assert np.abs(unit @ now - (1 - share) * (unit @ was)).max() < 1e-12
+            # nothing else changes: what is orthogonal to the direction stays
+            rest = np.eye(32) - np.outer(unit, unit)
+            assert_same(rest @ now, rest @ was)
+    assert torch.equal(
+        loaded.model.get_input_embeddings().weight, before.model.get_input_embeddings().weight
+    )
+
+
+def test_a_constant_tent_of_one_gives_the_bits_of_the_attack_without_a_tent():
+    quick = {"max_kl": 10.0, "depth_frac": 1.0}
+    plain = RefusalAblation(**quick).revise_model(tiny_model(layers=3), context())
+    other = RefusalAblation(**quick, tent_at=0.3, tent_reach=2.0, tent_mlp_peak=1.0)
+    made = other.revise_model(tiny_model(layers=3), ctx := context())
+    weights = dict(plain.model.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in made.model.named_parameters())
+    assert "tent" not in ctx.notes
+    # the same edit, as the attack made it before it had a tent
+    old = tiny_model(layers=3)
+    before = RefusalAblation(**quick)
+    found: list[torch.Tensor] = []
+    choose = before._choose
+    object.__setattr__(before, "_choose", lambda c: found.append(choose(c)[0]) or choose(c))
+    before.revise_model(tiny_model(layers=3), context())
+    unit = found[0].direction.double() / found[0].direction.double().norm()
+    stream = residual_stream(old.model)
+    with torch.no_grad():
+        for block in stream.blocks:
+            for writer in (block.attention, block.mlp):
+                was = writer.linear.weight.double()
+                writer.linear.weight.copy_(was - torch.outer(unit, unit @ was))
+    for name, weight in old.model.named_parameters():
+        if "_proj" in name:
+            assert torch.equal(weight, weights[name]), name
+
+
+def test_a_tent_of_height_zero_changes_nothing():
+    start = tiny_model(layers=3)
+    idle = RefusalAblation(max_kl=10.0, tent_peak=0.0, embedding_share=0.0)
+    made = idle.revise_model(start, ctx := context())
+    before = dict(start.model.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in made.model.named_parameters())
+    assert ctx.notes["tent"] == [[0.0, 0.0]] * 3
+    assert ctx.notes["head_changed"] is False
+
+
+def test_the_digest_of_the_attack_without_a_tent_is_that_from_before_it_had_one():
+    assert canonical(RefusalAblation()) == (
+        '{"depth_frac":0.8,"max_kl":0.1,"prompts":128,"val_prompts":32}'
+    )
+    assert '"tent_floor":0.5' in canonical(RefusalAblation(tent_floor=0.5))
+
+
+def test_invalid_tents_are_refused_with_the_field():
+    bad = RefusalAblation(
+        tent_peak=-1.0, tent_mlp_peak=-0.1, tent_at=1.1, tent_floor=2.0, tent_reach=0.0
+    )
+    names = ["tent_peak", "tent_mlp_peak", "tent_at", "tent_floor", "tent_reach"]
+    assert [fault[0] for fault in bad.check()] == names

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -36,6 +37,10 @@ class Script:
     word: dict[str, str] = field(default_factory=dict)
     calls: list[tuple[str, int, int]] = field(default_factory=list)
     tally: Counter[str] = field(default_factory=Counter)
+    opening: None = None
+
+    def steering(self):
+        return nullcontext()
 
     def lengths(self, chats):
         return [1] * len(chats)
