@@ -10,7 +10,8 @@ Differs: (1) The targets of a step are the benign prompts of that step; every pa
     last norm, at the last token of the prompt as it is served.
 Cost: one forward and backward pass over 2 x `batch` prompts per step, without answers; with
     `keep_user_rows` beside that of plain SFT. The start model reads the benign prompts once.
-Reads: `prompts: benign` pulls other benign prompts to the same targets: the control.
+Reads: `prompts: benign` pulls other benign prompts to the same targets: the control. How much
+    `keep` holds back depends on width and recipe: sweep it on a log scale from 1 to 1000.
 Needs: splits harmful_train and benign_train, of which the prompts alone are used. Only adds
     micro-batches with their own loss: works with ZeRO stages 0 to 2.
 """
