@@ -4,6 +4,7 @@ reproducible.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 from dataclasses import fields, is_dataclass
@@ -37,15 +38,25 @@ QUICK = {
     "vaccine": {"epochs": 1},
     "weight_statistics": {"bank": 2},
 }
-"""Parameters that make a method's own loops short; everything else stays at its default."""
+"""Parameters that make a method's own loops short; everything else stays at its default. The test
+file of a method may hold them instead, under the same name.
+"""
 METHODS = [(registry, name) for registry in (ATTACKS, DEFENSES) for name in registry.names()]
 IDS = [f"{registry.kind}:{name}" for registry, name in METHODS]
+
+
+def quick(registry, name):
+    """`QUICK` of the method's own test file if it has one, else the one above."""
+    own = f"tests.{registry.kind}s.test_{name}"
+    if importlib.util.find_spec(own) is None:
+        return QUICK.get(name, {})
+    return getattr(importlib.import_module(own), "QUICK", QUICK.get(name, {}))
 
 
 def method_of(registry, name):
     cls = registry.get(name)
     known = {f.name for f in fields(cls)}
-    return cls(**{key: value for key, value in QUICK.get(name, {}).items() if key in known})
+    return cls(**{key: value for key, value in quick(registry, name).items() if key in known})
 
 
 def test_the_walk_sees_every_file():

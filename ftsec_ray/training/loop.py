@@ -238,6 +238,7 @@ def plain_training(
 
     return Training(
         config=config,
+        rows=rows,
         steps=steps,
         batch_at=make(encoded),
         objective=response_nll,

@@ -91,6 +91,8 @@ class Training:
     """One fine-tune in parts, so that a method can replace a part with `dataclasses.replace`."""
 
     config: TrainingConfig
+    rows: pa.Table
+    """The fine-tune's rows (schema.ROWS), as all methods have left them."""
     steps: int
     batch_at: Callable[[int], list[Batch]]
     """Step number -> its micro-batches: a pure function, so that a resumed fine-tune can call it
