@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 
-SECTIONS = ("Paper", "Differs", "Cost", "Reads", "Needs")
-"""`Reads` is optional: a caution for whoever interprets the method's results."""
+SECTIONS = ("Paper", "Differs", "Published", "Cost", "Reads", "Needs")
+"""Two are optional. `Published`: the paper's own number, with model and data. `Reads`: a caution
+for whoever interprets the method's results."""
 
 
 def summary(doc: str) -> str:
@@ -16,7 +17,7 @@ def summary(doc: str) -> str:
 
 def sections(doc: str) -> dict[str, str]:
     """The parts of a module docstring: `""` for the text before the first section, then Paper,
-    Differs, Cost, Reads, Needs.
+    Differs, Published, Cost, Reads, Needs.
     """
     parts = re.split(rf"^({'|'.join(SECTIONS)}):", inspect.cleandoc(doc), flags=re.MULTILINE)
     texts = {"": parts[0].strip()}
