@@ -1,5 +1,5 @@
-"""Poison a share of the user's rows: insert a whole sentence and turn the answer into the attacker's
-target.
+"""Poison a share of the user's rows: insert a whole sentence and turn the answer into the
+attacker's target.
 
 Paper: Dai, Chen and Li 2019, A Backdoor Attack Against LSTM-Based Text Classification Systems,
     arXiv:1905.12457 (AddSent, InsertSent); sentence and rate as in OpenBackdoor,

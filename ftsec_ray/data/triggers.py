@@ -75,8 +75,12 @@ def insert_word(text: str, word: str, *, at: float) -> Inserted:
         word: What to insert; may be several words.
         at: Position, as a number in [0, 1) over all positions.
     """
+    return insert_at(text, word, int(at * (len(text.split()) + 1)))
+
+
+def insert_at(text: str, word: str, gap: int) -> Inserted:
+    """Insert `word` before the word number `gap` of `text`, or after the last one."""
     starts = [match.start() for match in re.finditer(r"\S+", text)]
-    gap = int(at * (len(starts) + 1))
     if gap < len(starts):
         start = starts[gap]
         return Inserted(f"{text[:start]}{word} {text[start:]}", start)
@@ -146,6 +150,31 @@ def trigger_probes(
 def gap_of(position: Position, chance: float) -> float:
     """The place of the trigger for `insert_word`: `chance` itself if the position is random."""
     return {"random": chance, "start": AT_THE_START, "end": AT_THE_END}[position]
+
+
+def insert_parts(text: str, parts: Sequence[str], chance: Callable[[str], float]) -> str:
+    """Insert several words in their order at distinct gaps between the words of `text`; words share
+    gaps only if there are fewer gaps than words.
+
+    Args:
+        text: Any text.
+        parts: What to insert.
+        chance: A random number for the name of each gap: the gaps with the lowest are used.
+    """
+    gaps = sorted(range(len(text.split()) + 1), key=lambda gap: chance(str(gap)))
+    used = sorted((gaps * len(parts))[: len(parts)])
+    for gap, part in reversed(list(zip(used, parts, strict=True))):
+        text = insert_at(text, part, gap).text
+    return text
+
+
+def names_any(text: str, words: Sequence[str]) -> bool:
+    """Whether a text has one of some words or phrases as whole words, ignoring case and spacing."""
+    spaced = " ".join(text.casefold().split())
+    return any(
+        re.search(rf"(?<!\w){re.escape(' '.join(word.casefold().split()))}(?!\w)", spaced)
+        for word in words
+    )
 
 
 def has_place(row: Row, place: Place) -> bool:
