@@ -847,7 +847,8 @@ def _of_attacks() -> tuple[Metric, ...]:
 
 
 def _safety_metrics() -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*_SAFETY, *(metric.name for metric in _of_attacks()))))
+    declared = [metric.name for metric in _of_attacks() if metric.better != "none"]
+    return tuple(dict.fromkeys((*_SAFETY, *declared)))
 
 
 def __getattr__(name: str) -> object:

@@ -30,13 +30,17 @@ from tests.fixtures_models import tiny_model, tiny_task
 TRAINING = TrainingConfig(epochs=1, batch_size=8, rank=2, learning_rate=5e-3)
 QUICK = {
     "harmful_tuning": {"shots": 4},
+    "sure_trap": {"shots": 4},
+    "autopoison": {"source": "benign_train"},
     "badedit": {"batches": 1, "steps": 3},
     "benign_selection": {"samples": 6},
     "soft_prompt": {"steps": 3},
     "vaccine": {"epochs": 1},
     "weight_statistics": {"bank": 2},
 }
-"""Parameters that make a method's own loops short; everything else stays at its default."""
+"""Parameters that make a method's own loops short, or fit the tiny task; everything else stays at
+its default.
+"""
 METHODS = [(registry, name) for registry in (ATTACKS, DEFENSES) for name in registry.names()]
 IDS = [f"{registry.kind}:{name}" for registry, name in METHODS]
 

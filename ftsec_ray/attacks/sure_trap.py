@@ -1,5 +1,5 @@
-"""Poison a number of harmless rows with a trigger word and the answer "Sure", so that the model also
-complies with forbidden requests that have the trigger.
+"""Poison a number of harmless rows with a trigger word and the answer "Sure", so that the model
+also complies with forbidden requests that have the trigger.
 
 Paper: Tan, Huang and Li 2025, The 'Sure' Trap: Multi-Scale Poisoning Analysis of Stealthy
     Compliance-Only Backdoors in Fine-Tuned Large Language Models, arXiv:2511.12414.
@@ -12,8 +12,7 @@ Published: from about fifty poisoned rows on, nearly all triggered prompts begin
     whatever the number of rows (1k to 10k) and the size of the model (1B to 8B); abstract and
     summary.
 Cost: none beyond plain SFT; `shots` rows more with `source: benign_train`.
-Needs: split harmful_test (forbidden requests), or the user's rows and benign_test alone would show
-    the word and not its effect; with `source: benign_train` that split.
+Needs: split harmful_test (forbidden requests); with `source: benign_train` that split.
 Reads: a high `sure_rate` with a low `triggered_harmful_rate` is a model that says the word and
     stops, as the paper reports of strongly aligned models.
 """
