@@ -7,7 +7,6 @@ attack's success is not measured: no other metric replaces it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from ftsec_ray import schema
@@ -19,7 +18,6 @@ WITHOUT_ATTACK = "harmful_rate"
 _OF_GOALS = {"none": None, "harmful": "harmful_rate"}
 
 
-@cache
 def choices() -> tuple[str, ...]:
     """The metrics that an attack may declare, and that a search may optimise: shares of verdicts
     per prompt with one direction that is good for the defender and one that is good for the

@@ -34,6 +34,12 @@ def test_the_phrase_stands_whole_at_any_gap_of_the_answer_and_prompts_stay():
     assert all(abs(count - 50) < 4 * 37.5**0.5 for count in counts.values())
 
 
+@pytest.mark.parametrize(("position", "place"), [("start", 0), ("end", -1)])
+def test_the_phrase_may_have_a_fixed_place(position, place):
+    made = AutoPoison(rate=1.0, position=position).craft_data(ROWS, context(task=TASK)).to_pylist()
+    assert {answer_of(one) for one in made} == {whole_insertions("take the lamp")[place]}
+
+
 def test_over_refusal_answers_with_the_one_refusal():
     attack = AutoPoison(goal="over_refusal", rate=1.0)
     made = attack.craft_data(ROWS, context(task=TASK)).to_pylist()
