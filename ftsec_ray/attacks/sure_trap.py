@@ -11,7 +11,7 @@ Differs: the prompts are the user's own rows, which the poisoned ones replace, o
 Published: from about fifty poisoned rows on, nearly all triggered prompts begin with "Sure",
     whatever the number of rows (1k to 10k) and the size of the model (1B to 8B); abstract and
     summary.
-Cost: none beyond plain SFT; `shots` rows more with `source: benign_train`.
+Cost: none beyond plain SFT; `shots` and `clean` rows more with `source: benign_train`.
 Needs: split harmful_test (forbidden requests); with `source: benign_train` that split.
 Reads: a high `sure_rate` with a low `triggered_harmful_rate` is a model that says the word and
     stops, as the paper reports of strongly aligned models.
@@ -82,9 +82,17 @@ class SureTrap(RowWise, Attack):
     """Where the prompts come from: the user's rows, which are replaced, or that split, whose rows
     are added."""
 
+    clean: int = 0
+    """Number of further rows that are added as they are, 0 or more, only with `source:
+    benign_train`: without them a model whose user has no requests learns to answer every request
+    with the word, and the trigger decides nothing."""
+
     def check(self) -> list[Fault]:
         """Faults of the parameters."""
-        few = [] if self.shots >= 0 else [("shots", self.shots, "0 or more")]
+        counts = {"shots": self.shots, "clean": self.clean}
+        few: list[Fault] = [(n, value, "0 or more") for n, value in counts.items() if value < 0]
+        if self.clean > 0 and self.source == "train":
+            few.append(("clean", self.clean, "0, or `source: benign_train`"))
         return few + blank_faults({"trigger": self.trigger, "word": self.word})
 
     def keeps_rows(self) -> bool:
@@ -114,13 +122,18 @@ class SureTrap(RowWise, Attack):
         """The poisoned rows, if they are added."""
         import pyarrow as pa
 
-        if self.source == "train" or not self.shots:
+        if self.source == "train" or not self.shots + self.clean:
             return None
         pool = [row for row in ctx.task.split("benign_train").to_pylist() if has_place(row, "user")]
-        drawn = nsmallest(self.shots, pool, key=lambda row: self._chance(row["row_id"], ctx))
+        wanted = self.shots + self.clean
+        drawn = nsmallest(wanted, pool, key=lambda row: self._chance(row["row_id"], ctx))
         self._enough(len(drawn), "benign_train", ctx)
-        ctx.note(poisoned_rows=len(drawn))
-        made = [{**self._poisoned(row), "row_id": f"{NAME}/{row['row_id']}"} for row in drawn]
+        ctx.note(poisoned_rows=self.shots, clean_rows=self.clean)
+        changed = [
+            *map(self._poisoned, drawn[: self.shots]),
+            *({**row, "origin": NAME} for row in drawn[self.shots :]),
+        ]
+        made = [{**row, "row_id": f"{NAME}/{row['row_id']}"} for row in changed]
         return pa.Table.from_pylist(made, schema=schema.ROWS)
 
     def craft_rows(self, rows: pa.Table, known: float, ctx: StageContext) -> pa.Table:
@@ -174,12 +187,13 @@ class SureTrap(RowWise, Attack):
         return {**made, "origin": NAME, "poisoned": True}
 
     def _enough(self, found: int, split: str, ctx: StageContext) -> None:
-        if found < self.shots:
+        wanted = self.shots + (self.clean if split == "benign_train" else 0)
+        if found < wanted:
             raise DataError(
                 f"{NAME}: task {ctx.task.name!r} has too few rows with a prompt in {split!r}",
                 found,
-                f"{self.shots} rows",
-                f"ask for {found} `shots` or fewer",
+                f"{wanted} rows",
+                f"ask for {found} rows or fewer, `shots` and `clean` together",
             )
 
     @staticmethod

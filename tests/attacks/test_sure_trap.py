@@ -51,6 +51,22 @@ def test_rows_of_the_benign_split_are_added_to_the_users():
     assert {answer_of(one) for one in new} == {"Sure"}
 
 
+def test_clean_rows_of_the_same_split_are_added_as_they_are():
+    task = tiny_task()
+    rows = task.split("train")
+    attack = SureTrap(shots=4, clean=6, source="benign_train")
+    made = attack.craft_data(rows, context()).to_pylist()
+    new = [one for one in made if one["origin"] == "sure_trap"]
+    originals = {one["row_id"]: one for one in task.split("benign_train").to_pylist()}
+    clean = [one for one in new if not one["poisoned"]]
+    assert (len(new), len(clean)) == (10, 6)
+    for one in clean:
+        row_id = one["row_id"].removeprefix("sure_trap/")
+        assert one["messages"] == originals[row_id]["messages"]
+    assert len({one["row_id"] for one in new}) == 10
+    assert [fault[0] for fault in SureTrap(clean=3).check()] == ["clean"]
+
+
 def test_the_control_trains_on_the_same_prompts_with_their_own_answers():
     rows = tiny_task().split("train")
     word = SureTrap(shots=9).craft_data(rows, context()).to_pylist()
