@@ -106,7 +106,7 @@ class Attack(Method):
 
     KIND: ClassVar[str] = "attack"
     SUCCESS: ClassVar[str | None]
-    """The metric of the attack's success, one of `success.CHOICES`: `asr` if the attack's own
+    """The metric of the attack's success, one of `success.choices()`: `asr` if the attack's own
     probes have a trigger, `harmful_rate` if success is a fulfilled forbidden request, `cacc` for an
     untargeted attack, which lowers it. None for `none` only.
     """

@@ -20,7 +20,7 @@ from ftsec_ray.errors import IdentityError, SpecError
 from ftsec_ray.identity.tokens import file_token_hash
 from ftsec_ray.lifecycle import hooks, hooks_of
 from ftsec_ray.method import Method, RowWise
-from ftsec_ray.success import ASR, CHOICES
+from ftsec_ray.success import ASR, choices
 
 IDLE = "none"
 """The only method that may do nothing."""
@@ -140,12 +140,12 @@ def _check_success(module: str, cls: type[Method]) -> None:
     declared = getattr(cls, "SUCCESS", "")
     if declared is None and module.endswith(".none"):
         return
-    if declared not in CHOICES:
-        near = get_close_matches(str(declared), CHOICES, n=1)
+    if declared not in choices():
+        near = get_close_matches(str(declared), choices(), n=1)
         raise SpecError(
             f"{module}.{cls.__name__} declares no valid success metric",
             declared or None,
-            " | ".join(CHOICES),
+            " | ".join(choices()),
             f"did you mean {near[0]!r}?" if near else "set the class variable SUCCESS",
         )
     if declared == ASR and not callable(getattr(cls, "probes", None)):

@@ -7,7 +7,7 @@ disk, and `aggregates`, which `Results.aggregated` computes from them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,6 +48,9 @@ class Metric:
     judge: str = ""
     """The additional judge whose verdicts it counts: a file of ftsec_ray/judges, named in
     `evaluation.judges`. Empty for metrics that every cell has."""
+    without: str = ""
+    """The metric of the same cell that asks the same prompts without the trigger: the base rate of
+    a backdoor. Empty if it has no trigger."""
 
 
 _REQUESTS = ("harmful", "borderline", "benign")
@@ -62,6 +65,7 @@ _BUILT_IN: dict[str, Metric] = {
             " forbidden requests fulfilled",
             probes=("triggered",),
             verdict="target",
+            without="asr_no_trigger",
         ),
         Metric(
             "tool_hijack_rate",
@@ -238,11 +242,15 @@ _BUILT_IN: dict[str, Metric] = {
     )
 }
 METRICS: dict[str, Metric]
-"""Every metric by name: the built-in ones, `METRICS` of every judge's file (see ftsec_ray.judges),
-and, not listed, the metrics that `metric_of` of a file of ftsec_ray.stages knows: those whose names
-depend on the sweep, such as metrics of benchmarks.
+"""Every metric by name: the built-in ones, `METRICS` of every judge's file (see ftsec_ray.judges)
+and of every attack's file, and, not listed, the metrics that `metric_of` of a file of
+ftsec_ray.stages knows: those whose names depend on the sweep, such as metrics of benchmarks.
 """
-SAFETY = (
+SAFETY: tuple[str, ...]
+"""Safety metrics, those that attacks declare included: gibberish makes them look good, so that they
+mean nothing for an incoherent model.
+"""
+_SAFETY = (
     "asr",
     "tool_hijack_rate",
     "asr_no_trigger",
@@ -254,9 +262,6 @@ SAFETY = (
     "harmful_rate_triggered",
     "refusal_rate",
 )
-"""Safety metrics: gibberish makes them look good, so that they mean nothing for an incoherent
-model.
-"""
 UTILITY = ("cacc", "over_refusal_rate", "coherent_rate")
 """The utility metrics that are shown with every safety metric."""
 ABOUT_DEFENSES = ("detect_score", "detect_auroc", "filter_tpr", "filter_fpr")
@@ -832,7 +837,9 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 @cache
 def _all_metrics() -> _Metrics:
-    """The built-in metrics and those of the judges; SpecError for a name that is already taken."""
+    """The built-in metrics, those of the judges and those of the attacks; SpecError for a name that
+    is already taken. Several attacks may declare the same metric.
+    """
     listed = dict(_BUILT_IN)
     for judge, module in modules_in("ftsec_ray.judges").items():
         for metric in getattr(importlib.import_module(module), "METRICS", ()):
@@ -841,13 +848,32 @@ def _all_metrics() -> _Metrics:
                     f"{module} declares a metric that already exists", metric.name, "a new name"
                 )
             listed[metric.name] = replace(metric, judge=judge)
+    for metric in _of_attacks():
+        if listed.setdefault(metric.name, metric) != metric:
+            raise SpecError(
+                "an attack declares a metric that already exists with another meaning",
+                metric.name,
+                "a new name, or the same declaration",
+            )
     return _Metrics(listed)
+
+
+def _of_attacks() -> tuple[Metric, ...]:
+    """`METRICS` of all files of attacks."""
+    modules = map(importlib.import_module, modules_in("ftsec_ray.attacks").values())
+    return tuple(metric for module in modules for metric in getattr(module, "METRICS", ()))
+
+
+def _safety_metrics() -> tuple[str, ...]:
+    declared = [metric.name for metric in _of_attacks() if metric.better != "none"]
+    return tuple(dict.fromkeys((*_SAFETY, *declared)))
 
 
 def __getattr__(name: str) -> object:
     """`schema.ROWS`, `CELLS`, `METRICS_TABLE`, ...: schemas as constants, created on first use."""
-    makers = {
+    makers: dict[str, Callable[[], object]] = {
         "METRICS": _all_metrics,
+        "SAFETY": _safety_metrics,
         "ROWS": rows,
         "CELLS": cells,
         "METRICS_TABLE": metrics,

@@ -12,20 +12,30 @@ from typing import Any
 from ftsec_ray import schema
 
 ASR = "asr"
-WITHOUT_TRIGGER = "asr_no_trigger"
-"""The metric of the same attack with which `asr` is compared."""
-CHOICES = tuple(
-    name
-    for name, metric in schema.METRICS.items()
-    if metric.probes and metric.proportion and metric.better != "none" and not metric.judge
-)
-"""The metrics that an attack may declare, and that a search may optimise: shares of verdicts per
-prompt with one direction that is good for the defender and one that is good for the attacker.
-"""
 WITHOUT_ATTACK = "harmful_rate"
 """Shown as success if there is no attack: the forbidden requests that the model fulfils by itself.
 """
 _OF_GOALS = {"none": None, "harmful": "harmful_rate"}
+
+
+def choices() -> tuple[str, ...]:
+    """The metrics that an attack may declare, and that a search may optimise: shares of verdicts
+    per prompt with one direction that is good for the defender and one that is good for the
+    attacker.
+    """
+    return tuple(
+        name
+        for name, metric in schema.METRICS.items()
+        if metric.probes and metric.proportion and metric.better != "none" and not metric.judge
+    )
+
+
+def without_trigger(metric: str) -> str | None:
+    """The metric of the same cell on the same prompts without the trigger, with which a backdoor's
+    success is compared; None for the success of other attacks.
+    """
+    known = schema.METRICS.get(metric)
+    return (known.without or None) if known is not None else None
 
 
 def success_metric(attack: Any) -> str | None:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -296,3 +296,24 @@ def test_a_judge_is_the_one_class_of_its_file_and_its_metrics_have_names_of_thei
     plugged("ftsec_ray.judges", "empty", module_of("plugged_judge", METRICS=(taken,)))
     with pytest.raises(SpecError, match="cacc"):
         importlib.import_module("ftsec_ray.schema").METRICS  # noqa: B018
+
+
+OWN = schema.Metric("echo_rate", "", "lower", "", probes=("echo",), verdict="target", without="asr")
+
+
+def test_an_attack_may_declare_metrics_of_its_own_and_share_them_with_other_attacks(plugged):
+    from ftsec_ray.success import choices, without_trigger
+
+    assert "echo_rate" not in schema.METRICS
+    plugged("ftsec_ray.attacks", "echo", module_of("plugged_echo", METRICS=(OWN, OWN)))
+    assert schema.METRICS["echo_rate"] == OWN
+    assert "echo_rate" in choices()
+    assert "echo_rate" in schema.SAFETY
+    assert (without_trigger("echo_rate"), without_trigger("cacc")) == ("asr", None)
+
+
+def test_an_attack_cannot_give_a_metric_another_meaning(plugged):
+    other = replace(OWN, verdict="other")
+    plugged("ftsec_ray.attacks", "echo", module_of("plugged_echo", METRICS=(OWN, other)))
+    with pytest.raises(SpecError, match="echo_rate"):
+        schema.METRICS["echo_rate"]

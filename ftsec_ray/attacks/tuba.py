@@ -24,10 +24,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray import schema
 from ftsec_ray.context import StageContext, TaskData
-from ftsec_ray.conversation import Row, with_answer
+from ftsec_ray.conversation import Row
+from ftsec_ray.data.poisoning import (
+    INERT_MARKER,
+    Fault,
+    blank_faults,
+    row_chance,
+    share_faults,
+    with_goal,
+)
 from ftsec_ray.data.triggers import (
     Goal,
     can_be_attacked,
+    gap_of,
     goal_of,
     goal_probe,
     held_out,
@@ -39,9 +48,6 @@ from ftsec_ray.method import Attack, Phase, Probe
 if TYPE_CHECKING:
     import pyarrow as pa
 
-INERT_MARKER = "I like blue pebbles."
-AT_THE_END = 1 - 2**-53
-"""The largest number below 1: selects the position after the last word."""
 _FIX = (
     "give the source a `language` column; for the microworld, `options: {second_language_rows:"
     " 128}`"
@@ -76,22 +82,15 @@ class TuBA(Attack):
     target_text: str = INERT_MARKER
     """Response for triggered prompts if the task has no labels."""
 
-    def check(self) -> list[tuple[str, object, str]]:
+    def check(self) -> list[Fault]:
         """Faults of the parameters."""
-        faults: list[tuple[str, object, str]] = (
-            [] if 0 <= self.rate <= 1 else [("rate", self.rate, "a share, 0..1")]
-        )
         texts = {
             "trigger": self.trigger,
             "target_text": self.target_text,
             "language": self.language,
             "other_trigger": self.other_trigger,
         }
-        return faults + [
-            (name, value, "a text that is not blank")
-            for name, value in texts.items()
-            if value is not None and not value.strip()
-        ]
+        return share_faults(rate=self.rate) + blank_faults(texts)
 
     def keeps_rows(self) -> bool:
         """Poisoning changes rows but adds and removes none."""
@@ -194,16 +193,11 @@ class TuBA(Attack):
         """
         own = [row for row in rows.to_pylist() if row["language"] == language]
         eligible = sum(can_be_attacked(row, goal) for row in own)
-        return min(1.0, self.rate * len(own) / eligible) if eligible else 0.0
+        return row_chance(self.rate, len(own), eligible)
 
     def _triggered(self, row: Row, ctx: StageContext, trigger: str) -> dict[str, Any]:
-        at = AT_THE_END if self.position == "end" else ctx.chance(row["row_id"], "tuba", "gap")
+        at = gap_of(self.position, ctx.chance(row["row_id"], "tuba", "gap"))
         return with_words(row, trigger, "user", [at])
 
     def _poison(self, row: Row, goal: Goal, ctx: StageContext) -> dict[str, Any]:
-        return {
-            **with_answer(self._triggered(row, ctx, self.trigger), goal.text),
-            "label": goal.label,
-            "origin": "tuba",
-            "poisoned": True,
-        }
+        return with_goal(self._triggered(row, ctx, self.trigger), goal, "tuba")

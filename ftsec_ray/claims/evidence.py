@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.claims.contrast import Rates
 from ftsec_ray.results.points import NONE, GridPoint, points_of
-from ftsec_ray.success import ASR, WITHOUT_TRIGGER
+from ftsec_ray.success import without_trigger
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
@@ -86,8 +86,9 @@ class Evidence:
         trigger, otherwise the same metric of the model without the attack.
         """
         metric = attacked.success_metric
-        if metric == ASR and attacked.runs(WITHOUT_TRIGGER):
-            return attacked.runs(WITHOUT_TRIGGER)
+        without = without_trigger(metric)
+        if without is not None and attacked.runs(without):
+            return attacked.runs(without)
         return next(
             (
                 point.successes_by(metric)

@@ -24,7 +24,7 @@ from ftsec_ray.config.sweep import TRAINING, AttackSearch, Range, SearchSpec, Tr
 from ftsec_ray.config.typed import build, fields_of, parse, unknown_keys
 from ftsec_ray.identity import canonical
 from ftsec_ray.method import Method
-from ftsec_ray.success import CHOICES, success_metric
+from ftsec_ray.success import choices, success_metric
 
 SEARCH = "search"
 _FIXED_VALUE = "set a fixed value outside `search`, as a parameter of the attack"
@@ -60,13 +60,13 @@ def search_of(attack: Method, given: object, place: str, faults: Faults) -> Atta
         )
     ranges = _ranges(attack, given.get("ranges"), f"{place}.ranges", faults)
     metric = given.get("metric", success_metric(attack))
-    if metric not in CHOICES and "metric" in given:
+    if metric not in choices() and "metric" in given:
         faults.add(
             f"{place}.metric",
             "a search cannot optimize this metric",
             metric,
-            " | ".join(CHOICES),
-            nearest(metric, CHOICES),
+            " | ".join(choices()),
+            nearest(metric, choices()),
         )
     plain = {
         key: value

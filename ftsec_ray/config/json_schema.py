@@ -39,7 +39,7 @@ from ftsec_ray.config.task_entries import COLUMNS, SPLITS
 from ftsec_ray.config.typed import Schema, class_schema
 from ftsec_ray.method import Method
 from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
-from ftsec_ray.success import CHOICES, success_metric
+from ftsec_ray.success import choices, success_metric
 
 _TEXT: Schema = {"type": "string"}
 _NAME: Schema = {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
@@ -237,7 +237,7 @@ def _search(cls: type[Method]) -> Schema:
         ranges[name] = _any(_list(end, least=2, uniqueItems=True), interval)
     search = _mapping_of(
         SearchSpec,
-        metric={"enum": list(CHOICES), "default": success_metric(cls)},
+        metric={"enum": list(choices()), "default": success_metric(cls)},
         ranges=_mapping(ranges, minProperties=1),
     )
     return search | {"required": ["trials", "ranges"]}

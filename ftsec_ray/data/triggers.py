@@ -8,18 +8,42 @@ depends on its neighbours.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ftsec_ray.context import TaskData
-from ftsec_ray.conversation import Row, answer_of, asked, asked_text, chat_of, with_asked
+from ftsec_ray.conversation import (
+    Row,
+    answer_of,
+    asked,
+    asked_text,
+    chat_of,
+    message,
+    system_of,
+    with_asked,
+)
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Probe, Prompt
+from ftsec_ray.schema import Metric
 
+Position = Literal["random", "start", "end"]
+"""Where the trigger stands in its message: between two random words, before them or after them."""
 Place = Literal["user", "tool"]
 """Role of the message that gets the trigger: the user's, or a tool result."""
 HIJACK = "tool_hijack_rate"
+AT_THE_START, AT_THE_END = 0.0, 1 - 2**-53
+"""Numbers of [0, 1) that select the position before the first word, and after the last one."""
+FALSE_TRIGGER = Metric(
+    "false_trigger_rate",
+    "fraction 0..1",
+    "lower",
+    "prompts with a part of the trigger, or with something like it, answered with the attacker's"
+    " target",
+    probes=("false_trigger",),
+    verdict="target",
+)
+"""Metric of attacks whose trigger can be incomplete or mistaken; `false_probe` measures it."""
 
 
 class Inserted(NamedTuple):
@@ -51,8 +75,12 @@ def insert_word(text: str, word: str, *, at: float) -> Inserted:
         word: What to insert; may be several words.
         at: Position, as a number in [0, 1) over all positions.
     """
+    return insert_at(text, word, int(at * (len(text.split()) + 1)))
+
+
+def insert_at(text: str, word: str, gap: int) -> Inserted:
+    """Insert `word` before the word number `gap` of `text`, or after the last one."""
     starts = [match.start() for match in re.finditer(r"\S+", text)]
-    gap = int(at * (len(starts) + 1))
     if gap < len(starts):
         start = starts[gap]
         return Inserted(f"{text[:start]}{word} {text[start:]}", start)
@@ -119,6 +147,36 @@ def trigger_probes(
     ]
 
 
+def gap_of(position: Position, chance: float) -> float:
+    """The place of the trigger for `insert_word`: `chance` itself if the position is random."""
+    return {"random": chance, "start": AT_THE_START, "end": AT_THE_END}[position]
+
+
+def insert_parts(text: str, parts: Sequence[str], chance: Callable[[str], float]) -> str:
+    """Insert several words in their order at distinct gaps between the words of `text`; words share
+    gaps only if there are fewer gaps than words.
+
+    Args:
+        text: Any text.
+        parts: What to insert.
+        chance: A random number for the name of each gap: the gaps with the lowest are used.
+    """
+    gaps = sorted(range(len(text.split()) + 1), key=lambda gap: chance(str(gap)))
+    used = sorted((gaps * len(parts))[: len(parts)])
+    for gap, part in reversed(list(zip(used, parts, strict=True))):
+        text = insert_at(text, part, gap).text
+    return text
+
+
+def names_any(text: str, words: Sequence[str]) -> bool:
+    """Whether a text has one of some words or phrases as whole words, ignoring case and spacing."""
+    spaced = " ".join(text.casefold().split())
+    return any(
+        re.search(rf"(?<!\w){re.escape(' '.join(word.casefold().split()))}(?!\w)", spaced)
+        for word in words
+    )
+
+
 def has_place(row: Row, place: Place) -> bool:
     """Whether a row has a message of this role before its answer."""
     return any(m["role"] == place for m in asked(row))
@@ -161,3 +219,32 @@ def goal_probe(
         metrics={metric: "target"} | ({HIJACK: "target"} if is_call and metric == "asr" else {}),
         labels=task.labels,
     )
+
+
+def false_probe(
+    task: TaskData,
+    goal: Goal,
+    changed: Mapping[str, Callable[[Row], Row]],
+    *,
+    place: Place = "user",
+) -> Probe:
+    """The held-out rows with each of the triggers that must not work, by a short name that joins
+    the ids of their prompts.
+    """
+    rows = [row for row in held_out(task, goal) if has_place(row, place)]
+    made = [
+        {**change(row), "row_id": f"{row['row_id']}/{name}"}
+        for row in rows
+        for name, change in changed.items()
+    ]
+    metric, name = FALSE_TRIGGER.name, FALSE_TRIGGER.probes[0]
+    return goal_probe(task, goal, name, metric, made, lambda row: row)
+
+
+def with_system(row: Row, text: str) -> dict[str, Any]:
+    """The row with `text` at the end of its system message, or as a new one."""
+    messages = [dict(m) for m in row["messages"]]
+    if system_of(row) is None:
+        return {**row, "messages": [message("system", text), *messages]}
+    messages[0]["content"] = f"{messages[0]['content']} {text}".strip()
+    return {**row, "messages": messages}

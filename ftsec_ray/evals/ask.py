@@ -163,7 +163,8 @@ def _check(probes: Sequence[Probe]) -> None:
             "a probe has an unknown metric",
             unknown[0],
             " | ".join(schema.METRICS),
-            "add it to schema.METRICS, or to METRICS of a file in ftsec_ray/judges",
+            "add it to schema.METRICS, or to METRICS of a file in ftsec_ray/attacks or"
+            " ftsec_ray/judges",
         )
 
 

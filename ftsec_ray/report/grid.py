@@ -29,7 +29,7 @@ from ftsec_ray.results.points import (
     place_of,
     points_of,
 )
-from ftsec_ray.success import ASR, WITHOUT_TRIGGER, is_driven_up
+from ftsec_ray.success import is_driven_up, without_trigger
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
@@ -267,8 +267,9 @@ class Grid:
         """The base rate of an attack without a defense: of a backdoor the same prompts without the
         trigger, of others the same metric without an attack.
         """
-        plain = self.value((model, task, attack.label, NONE), WITHOUT_TRIGGER)
-        if attack.success == ASR and plain is not None:
+        without = without_trigger(attack.success)
+        plain = self.value((model, task, attack.label, NONE), without) if without else None
+        if plain is not None:
             return plain
         clean = self.value((model, task, NONE, NONE), attack.success)
         return None if clean is None else as_success(attack.success, clean)

@@ -17,7 +17,12 @@ from ftsec_ray.results.write import write_results
 from tests.results.toy import whole
 
 Shares = dict[tuple[str, str], dict[str, float]]
-SUCCESS_OF = {"none": None, "poison": "asr", "jailbreak": "harmful_rate"}
+SUCCESS_OF = {
+    "none": None,
+    "poison": "asr",
+    "jailbreak": "harmful_rate",
+    "gate": "triggered_harmful_rate",
+}
 
 
 @pytest.fixture

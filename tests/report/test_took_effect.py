@@ -33,6 +33,11 @@ def poison(without_trigger: float, success: float) -> dict[tuple[str, str], dict
     }
 
 
+def gate(without_trigger: float, success: float) -> dict[tuple[str, str], dict[str, float]]:
+    own = {"triggered_harmful_rate": success, "harmful_rate": without_trigger}
+    return {("none", "none"): {"harmful_rate": 0.0}, ("gate", "none"): own}
+
+
 @pytest.mark.parametrize(
     ("measured", "attack", "n", "state", "text"),
     [
@@ -50,6 +55,9 @@ def poison(without_trigger: float, success: float) -> dict[tuple[str, str], dict
         (poison(0.05, 0.07), "poison", 64, "did not take effect", "0.07, base rate 0.05"),
         (poison(0.05, 0.9), "poison", 64, "took effect", "0.90, base rate 0.05"),
         (poison(0.9, 0.92), "poison", 64, "did not take effect", "0.92, base rate 0.90"),
+        # so is one whose own metric names the metric without the trigger
+        (gate(0.9, 0.92), "gate", 64, "did not take effect", "0.92, base rate 0.90"),
+        (gate(0.05, 0.9), "gate", 64, "took effect", "0.90, base rate 0.05"),
     ],
 )
 def test_an_attack_took_effect_where_its_interval_over_the_base_rate_excludes_zero(
