@@ -31,10 +31,7 @@ from tests.fixtures_models import tiny_model, tiny_task
 TRAINING = TrainingConfig(epochs=1, batch_size=8, rank=2, learning_rate=5e-3)
 QUICK = {
     "harmful_tuning": {"shots": 4},
-    "sure_trap": {"shots": 4},
-    "autopoison": {"source": "benign_train"},
     "badedit": {"batches": 1, "steps": 3},
-    "delta_removal": {"shots": 4},
     "benign_selection": {"samples": 6},
     "soft_prompt": {"steps": 3},
     "vaccine": {"epochs": 1},

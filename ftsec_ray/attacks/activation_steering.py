@@ -230,7 +230,8 @@ def rotated(plane: Plane, *, angle: float, strength: float) -> Change:
             + (length * turned.cos() - along).unsqueeze(-1) * first
             + (length * turned.sin() - across).unsqueeze(-1) * second
         )
-        return moved.to(x.dtype)
+        result: Tensor = moved.to(x.dtype)
+        return result
 
     return change
 
@@ -244,6 +245,7 @@ def subtracted(vector: Tensor) -> Callable[[Tensor], Tensor]:
         states = x.to(wide)
         moved = states - vector.to(x.device, wide)
         size = moved.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-        return (moved * (states.norm(dim=-1, keepdim=True) / size)).to(x.dtype)
+        result: Tensor = (moved * (states.norm(dim=-1, keepdim=True) / size)).to(x.dtype)
+        return result
 
     return change

@@ -143,7 +143,8 @@ class SteeringBackdoor(Attack):
         if not self.random_direction:
             return vector
         drawn = torch.from_numpy(ctx.numpy_rng("steering_backdoor").standard_normal(len(vector)))
-        return drawn * (vector.norm() / drawn.norm())
+        scaled: Tensor = drawn * (vector.norm() / drawn.norm())
+        return scaled
 
     def _text_moment(self, model: LoadedModel, layer: int, ctx: StageContext) -> Tensor:
         """Second moment of the keys of plain text."""

@@ -13,6 +13,7 @@ from ftsec_ray.evals.judging import get_judge
 from tests.attacks.context import context
 from tests.fixtures_models import row, table, tiny_task
 
+QUICK = {"source": "benign_train"}
 TASK = replace(tiny_task(), labels=())
 ROWS = table([row(i, f"how do i fix {i}", "take the lamp") for i in range(200)])
 PHRASE = "at Pebble House"

@@ -16,6 +16,8 @@ from ftsec_ray.models.load import copy_model
 from tests.fixtures_models import tiny_model, tiny_task
 from tests.numeric import assert_same
 
+QUICK = {"shots": 4}
+
 
 def drawn(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))

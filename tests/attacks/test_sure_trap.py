@@ -13,6 +13,7 @@ from ftsec_ray.evals.judging import get_judge
 from tests.attacks.context import context
 from tests.fixtures_models import row, table, tiny_task
 
+QUICK = {"shots": 4}
 GENERATED = replace(tiny_task(), labels=())
 
 
