@@ -12,6 +12,12 @@ from ftsec_ray.models.chat import render
 from ftsec_ray.models.chat_format import chat_format
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.load import position_limit
+from ftsec_ray.models.logits import vocabulary
+
+LOGITS_OF_A_BATCH = 2**28
+"""Logits of one forward pass that lm-eval may ask for: 1 GiB of float32, and it holds about three
+times as much.
+"""
 
 
 def as_lm_eval(generator: Generator, *, batch: int) -> Any:
@@ -23,9 +29,11 @@ def as_lm_eval(generator: Generator, *, batch: int) -> Any:
 
     Args:
         generator: The model, without an adapter, and its rewrites.
-        batch: Prompts per forward pass.
+        batch: Prompts per forward pass; fewer where their logits would take too much memory.
     """
     from lm_eval.models.huggingface import HFLM
+
+    loaded = generator.loaded
 
     class InMemory(HFLM):  # type: ignore[misc]  # lm-eval has no types here
         """See `as_lm_eval`."""
@@ -55,8 +63,16 @@ def as_lm_eval(generator: Generator, *, batch: int) -> Any:
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             most = self.max_length + 1
-            self.cut += sum(len(given) + len(answer) > most for _, given, answer in requests)
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+            sizes = [len(given) + len(answer) for _, given, answer in requests]
+            self.cut += sum(size > most for size in sizes)
+            # lm-eval holds the logits of every position of a batch
+            width = min(max(sizes, default=1), most)
+            fitting = LOGITS_OF_A_BATCH // (width * vocabulary(loaded.model))
+            self.batch_size_per_gpu = max(1, min(batch, fitting))
+            try:
+                return super()._loglikelihood_tokens(requests, *args, **kwargs)
+            finally:
+                self.batch_size_per_gpu = batch
 
         def tok_batch_encode(
             self,
@@ -78,7 +94,6 @@ def as_lm_eval(generator: Generator, *, batch: int) -> Any:
             kwargs.setdefault("eos_token_id", list(generator.stops()))
             return super()._model_generate(context, *args, **kwargs)
 
-    loaded = generator.loaded
     return InMemory(
         pretrained=loaded.model,
         tokenizer=copy.deepcopy(loaded.tokenizer),

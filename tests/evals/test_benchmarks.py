@@ -226,6 +226,27 @@ def test_limit_takes_the_first_documents_and_the_files_hold_what_results_take(
     assert json.loads((out / "benchmark.json").read_text())["versions"] == {"words": 1.5}
 
 
+def test_a_batch_holds_no_more_logits_than_fit_into_memory(loaded, task_file, monkeypatch):
+    """With a vocabulary of 262,144 words, a batch of 64 prompts of 80 tokens takes 5 GiB, three
+    times over.
+    """
+    most, seen = 60 * loaded.model.config.vocab_size, []
+    hook = loaded.model.register_forward_pre_hook(
+        lambda _, given, named: seen.append((given or (named["input_ids"],))[0].shape),
+        with_kwargs=True,
+    )
+    file = task_file(CHOOSE, "words", documents())
+    whole = asked(Generator(loaded), file, batch=24)
+    widest = max(rows * width for rows, width in seen)
+    assert widest > 60
+    monkeypatch.setattr("ftsec_ray.models.lm_eval_model.LOGITS_OF_A_BATCH", most)
+    seen.clear()
+    parts = asked(Generator(loaded), file, batch=24)
+    hook.remove()
+    assert max(rows * width for rows, width in seen) <= 60
+    assert outcomes(parts, "acc") == outcomes(whole, "acc")
+
+
 def hashes(answer):
     return [row["prompt_hash"] for row in answer.samples if row["measure"] == "acc"]
 
