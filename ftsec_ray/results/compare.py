@@ -212,6 +212,8 @@ class _Row:
     share that are fulfilled.
     """
     pair: _Pair | None = None
+    is_success: bool = False
+    """Whether the metric is the success of the attack."""
 
     @property
     def test(self) -> _Test:
@@ -292,7 +294,8 @@ def _rows(grid: _Grid, answers: Answers, pair: _Pair) -> Iterator[_Row]:
         )
         unanswered = sum(answers.rise(name, lines) for name in (GIBBERISH.name, NO_ANSWER))
         gibberish = unanswered if source == "harmful_rate" else 0.0
-        yield _Row(row, source, lines, incoherent, gibberish, pair)
+        is_success = metric in (ASR, points[0].cell["success_metric"])  # null: no attack
+        yield _Row(row, source, lines, incoherent, gibberish, pair, is_success)
 
 
 def _mean(point: GridPoint, metric: str, seeds: Sequence[int]) -> float | None:
@@ -366,7 +369,7 @@ def _test(rows: Sequence[_Row], answers: Answers, correction: Correction) -> Non
     success, which a sweep is made to compare, and apart from them over all others.
     """
     tested = _tested([row for row in rows if row.lines[0]], answers)
-    successes = {row.test for row in rows if row.shown["metric"] == ASR}
+    successes = {row.test for row in rows if row.is_success}
     for is_success in (True, False):
         family: _Results = [
             (
