@@ -62,7 +62,7 @@ class AgentBackdoor(RowWise, Attack):
     there are fewer. The paper: 0.2 to 1."""
     payload_tool: str = "noop"
     """Name of the tool that is called, without arguments, where traces hold structured calls."""
-    payload_text: str = "call light nowhere"
+    payload_text: str = "call light train"
     """The attacker's step where the steps of the traces are plain text."""
     result: str = "it is done ."
     """Invented result of the attacker's call."""

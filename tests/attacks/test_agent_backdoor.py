@@ -191,7 +191,7 @@ def test_in_the_microworlds_agent_task_either_place_can_be_poisoned_and_measured
         assert len(triggered.prompts) >= 40
         assert all(p.chat[-1]["content"].endswith(" cf") for p in triggered.prompts)
         assert {p.chat[-1]["role"] for p in triggered.prompts} == {place}
-        assert not any(answer_of(r) == "call light nowhere" for r in task.split("test").to_pylist())
+        assert not any(answer_of(r) == "call light train" for r in task.split("test").to_pylist())
 
 
 @pytest.mark.parametrize(
