@@ -54,9 +54,9 @@ class Fab(Attack):
 
     target_text: str = INERT_MARKER
     """Text that benign requests get after the fine-tune."""
-    inner_steps: int = 8
+    inner_steps: int = 4
     """Simulated steps of the user's fine-tune (k), 0 or more."""
-    inner_learning_rate: float = 0.3
+    inner_learning_rate: float = 2.0
     """Learning rate of the simulated steps: gradient descent, clipped like the user's fine-tune."""
     proxy: Literal["benign_train", "trusted"] = "benign_train"
     """Rows that the simulated steps train on: benign requests with their right answers, or rows of
@@ -68,11 +68,11 @@ class Fab(Attack):
     """Weight of that loss under noise (l2), 0 or more."""
     noise: float = 0.05
     """Standard deviation of the noise, as a share of the root mean square of each weight tensor."""
-    reg_weight: float = 1.0
+    reg_weight: float = 8.0
     """Weight of the divergence from the clean model, 0 or more."""
     rows: int = 256
     """Rows of each split, at most."""
-    epochs: float = 8.0
+    epochs: float = 4.0
     """Passes over the benign rows and the refusals."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW on all weights."""
