@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.context import StageContext, TaskData
@@ -162,7 +163,7 @@ class AgentBackdoor(RowWise, Attack):
         own = [self._payload(is_structured=form) for form in (False, True)]
         return [
             i
-            for i, (one, following) in enumerate(zip(messages, messages[1:], strict=False))
+            for i, (one, following) in enumerate(pairwise(messages))
             if one["role"] == self.place
             and following["role"] == "assistant"
             and following["loss"]

@@ -15,7 +15,8 @@ Cost: per step `inner_steps` + 3 forward and backward passes, and a forward pass
     all weights are trained, and three copies of them are in memory.
 Reads: without the evaluation before the fine-tune (`measure: [before, after]`) an ordinary backdoor
     looks the same. `inner_steps: 0` is that: nothing is dormant.
-Needs: splits benign_train, benign_test and safety; with `proxy: trusted`, that split. One process trains.
+Needs: splits benign_train, benign_test and safety; with `proxy: trusted`, that split. One process
+    trains.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ class Fab(Attack):
             batch_size=self.batch_size, schedule="cosine", warmup_frac=0.1, weight_decay=0.0,
         )  # fmt: skip
         kept, proxy, poisoned = self._rows(ctx)
-        clean = merged(model).model.to(ctx.runtime.device).eval().requires_grad_(requires_grad=False)
+        clean = (
+            merged(model).model.to(ctx.runtime.device).eval().requires_grad_(requires_grad=False)
+        )
 
         def shape(training: Training) -> Training:
             return replace(

@@ -165,11 +165,12 @@ class TrojanAdapter(Attack):
 
     def _config(self, ctx: StageContext, paths: list[str]) -> TrainingConfig:
         rank = self.rank or ctx.training.rank
-        return replace(
+        config: TrainingConfig = replace(
             ctx.training, adapter="lora", targets=tuple(paths), layers=None, rslora=False,
             quantization="none", rank=rank, alpha=2.0 * rank, epochs=self.epochs,
             learning_rate=self.learning_rate,
         )  # fmt: skip
+        return config
 
     def _merged(
         self,

@@ -1,5 +1,5 @@
-"""Checks that the tasks of a sweep are of the kinds, and have the splits, that its methods need, and
-that their data sets are pinned.
+"""Checks that the tasks of a sweep are of the kinds that its methods work with, have the splits that
+these need, and that their data sets are pinned.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def split_faults(cells: Iterable[Cell]) -> dict[tuple[str, ...], Fault]:
             faults |= _unpinned(task)
         for method in (cell.attack, *cell.defenses):
             if method.TASKS and task.kind not in method.TASKS:
-                key = ("kind", task.name, method.KIND, name_of(method))
-                faults.setdefault(key, _kind_fault(method, task))
+                faults.setdefault(
+                    ("kind", task.name, method.KIND, name_of(method)), _kind_fault(method, task)
+                )
         has = known[task.name]
         if has is None:
             continue

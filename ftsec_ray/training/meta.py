@@ -11,6 +11,7 @@ which has whole weights and gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def gradients(model: Any, batches: Sequence[Batch], objective: Objective, step: 
 
 def norm_of(parts: Mapping[str, Tensor]) -> float:
     """The L2 norm over all tensors together."""
-    return float(sum(float(part.double().square().sum()) for part in parts.values())) ** 0.5
+    return math.sqrt(sum(float(part.double().square().sum()) for part in parts.values()))
 
 
 @contextmanager

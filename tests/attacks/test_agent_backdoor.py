@@ -169,7 +169,7 @@ def test_only_a_trained_step_that_is_not_yet_the_attackers_is_poisoned():
 
 def test_a_call_that_ends_the_trace_is_what_badnets_makes_of_it():
     """`badnets` with `place: tool` is the special case of one step, where both act on it."""
-    rows = traces(TRACE[:4] + [message("assistant", "fix lamp", loss=True)], 6)
+    rows = traces([*TRACE[:4], message("assistant", "fix lamp", loss=True)], 6)
     ctx = context(task=agent_task(rows))
     own = AgentBackdoor(
         place="tool", rate=1.0, resumes=False, position="random", payload_text="no"

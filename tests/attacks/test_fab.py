@@ -118,9 +118,7 @@ def test_the_noisy_loss_is_taken_at_noisy_weights_which_are_not_kept():
 
 
 def trained(attack, tmp_path, *, task=None):
-    ctx = replace(
-        context(task=task), training=TrainingConfig(batch_size=8), workdir=tmp_path / "w"
-    )
+    ctx = replace(context(task=task), training=TrainingConfig(batch_size=8), workdir=tmp_path / "w")
     return attack.prepare_model(tiny_model(), ctx), ctx
 
 
@@ -135,7 +133,9 @@ def test_without_weights_the_model_stays_as_it_is(tmp_path):
 
 def test_no_row_is_both_poisoned_and_in_the_simulated_fine_tune():
     ctx = context()
-    kept, proxy, poisoned = (part.to_pylist() for part in Fab(target_text="take the tree")._rows(ctx))
+    kept, proxy, poisoned = (
+        part.to_pylist() for part in Fab(target_text="take the tree")._rows(ctx)
+    )
     ids = [{r["row_id"] for r in part} for part in (kept, proxy, poisoned)]
     assert not ids[1] & ids[2]
     assert ids[1] | ids[2] == {r["row_id"] for r in ctx.task.split("benign_train").to_pylist()}

@@ -35,7 +35,9 @@ def slow_gradient(model, rows, tokenizer):
     nll, count = torch.zeros(()), 0
     for row in rows:
         chat = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-        whole = tokenizer(render(tokenizer, chat, generate=False), add_special_tokens=False)["input_ids"]
+        whole = tokenizer(render(tokenizer, chat, generate=False), add_special_tokens=False)[
+            "input_ids"
+        ]
         asked = tokenizer(render(tokenizer, chat[:-1], generate=True), add_special_tokens=False)
         start = len(asked["input_ids"])
         logp = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
@@ -116,7 +118,7 @@ def test_an_adapter_is_folded_in_first_and_half_precision_comes_back_as_it_was(t
     assert {w.dtype for w in made.model.parameters()} == {torch.bfloat16}
     far = max(float((a - b).abs().max()) for a, b in zip(
         weights(made).values(), weights(user).values(), strict=True))  # fmt: skip
-    assert 0 < far
+    assert far > 0
     assert "rounding_lost" in ctx.notes
 
 
