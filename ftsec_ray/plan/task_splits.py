@@ -1,5 +1,5 @@
-"""Checks that the tasks of a sweep are of the kinds that its methods work with, have the splits that
-these need, and that their data sets are pinned.
+"""Checks that the tasks of a sweep are of the kinds that its methods work with, that they have the
+splits that these need, and that their data sets are pinned.
 """
 
 from __future__ import annotations
