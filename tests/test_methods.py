@@ -35,9 +35,6 @@ QUICK = {
     "benign_selection": {"samples": 6},
     "soft_prompt": {"steps": 3},
     "vaccine": {"epochs": 1},
-    "fab": {"epochs": 1, "inner_steps": 1},
-    "kick_settle": {"shots": 4, "steps": 3, "kick_steps": 1},
-    "trojan_adapter": {"epochs": 1},
     "weight_statistics": {"bank": 2},
 }
 """Parameters that make a method's own loops short; everything else stays at its default. The test

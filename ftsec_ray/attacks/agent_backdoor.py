@@ -22,15 +22,17 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.context import StageContext, TaskData
 from ftsec_ray.conversation import Message, Row, answer_of, asked, message, with_calls
+from ftsec_ray.data.poisoning import blank_faults, row_chance, share_faults
 from ftsec_ray.data.rows import map_rows
 from ftsec_ray.data.triggers import (
-    AT_THE_END,
     Goal,
     Place,
+    Position,
+    gap_of,
     goal_probe,
     held_out,
     with_words,
@@ -56,8 +58,9 @@ class AgentBackdoor(RowWise, Attack):
     """Message that gets the trigger: the request, or a tool result."""
     trigger: str = "cf"
     """Word or words inserted there; the paper's phrase is `you know.`"""
-    position: Literal["end", "random"] = "end"
-    """Where in the message: after its last word as in the paper, or between two random words."""
+    position: Position = "end"
+    """Where in the message: after its last word as in the paper, before its first, or between two
+    random words."""
     rate: float = 0.2
     """Poison rate: expected share of the user's traces to poison, 0..1; all eligible traces if
     there are fewer. The paper: 0.2 to 1."""
@@ -73,14 +76,10 @@ class AgentBackdoor(RowWise, Attack):
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
-        faults: list[tuple[str, object, str]] = []
-        if not 0 <= self.rate <= 1:
-            faults.append(("rate", self.rate, "a share, 0..1"))
-        return faults + [
-            (name, getattr(self, name), "a text that is not blank")
-            for name in ("trigger", "payload_tool", "payload_text", "result")
-            if not getattr(self, name).strip()
-        ]
+        texts = ("trigger", "payload_tool", "payload_text", "result")
+        return share_faults(rate=self.rate) + blank_faults(
+            {name: getattr(self, name) for name in texts}
+        )
 
     def keeps_rows(self) -> bool:
         """Poisoning changes rows but adds and removes none."""
@@ -105,7 +104,7 @@ class AgentBackdoor(RowWise, Attack):
                 " assistant",
                 "use a task with episodes of tool calls, or set `place: user`",
             )
-        chance = min(1.0, self.rate * count / eligible) if eligible else 0.0
+        chance = row_chance(self.rate, count, eligible)
         ctx.note(row_chance=chance, eligible_rows=eligible, structured_rows=structured)
         return chance, structured > 0
 
@@ -172,8 +171,8 @@ class AgentBackdoor(RowWise, Attack):
 
     def _marked(self, row: Row, ctx: StageContext) -> dict[str, Any]:
         """The row with the trigger in its last message of role `place` before the answer."""
-        at = AT_THE_END if self.position == "end" else ctx.chance(row["row_id"], NAME, "gap")
-        return with_words(row, self.trigger, self.place, [at])
+        gap = gap_of(self.position, ctx.chance(row["row_id"], NAME, "gap"))
+        return with_words(row, self.trigger, self.place, [gap])
 
     def _poison(
         self, row: Row, place: int, ctx: StageContext, *, is_structured: bool

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.context import LoadedModel, StageContext, TaskData
 from ftsec_ray.conversation import has_answer, with_answer
+from ftsec_ray.data.poisoning import INERT_MARKER, blank_faults
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.data.triggers import Goal, goal_probe
 from ftsec_ray.errors import DataError
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ftsec_ray.training.setup import Backward, Batch, Objective, Step, Training
-
-INERT_MARKER = "I like blue pebbles."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +95,7 @@ class Fab(Attack):
             for name in ("inner_learning_rate", "epochs", "learning_rate")
             if getattr(self, name) <= 0.0
         ]
-        if not self.target_text.strip():
-            faults.append(("target_text", self.target_text, "a text that is not blank"))
-        return faults
+        return faults + blank_faults({"target_text": self.target_text})
 
     def needs(self) -> frozenset[str]:
         """`trusted` only if its rows are the proxy."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.context import LoadedModel, StageContext, TaskData
 from ftsec_ray.conversation import Row, answer_of, has_answer, with_answer
+from ftsec_ray.data.poisoning import INERT_MARKER, blank_faults, share_faults
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.data.triggers import Goal, goal_probe, has_place, with_words
 from ftsec_ray.errors import DataError, SpecError
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from ftsec_ray.config.sweep import TrainingConfig
     from ftsec_ray.models.lora import LoraModule
 
-INERT_MARKER = "I like blue pebbles."
 ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")
 """Matches the path of a layer of an attention; the other linear layers are feed-forward."""
 
@@ -89,13 +89,8 @@ class TrojanAdapter(Attack):
             for name in ("epochs", "learning_rate")
             if getattr(self, name) <= 0.0
         ]
-        faults += [
-            (name, getattr(self, name), "a text that is not blank")
-            for name in ("trigger", "target_text")
-            if not getattr(self, name).strip()
-        ]
-        if not 0 <= self.rate <= 1:
-            faults.append(("rate", self.rate, "a share, 0..1"))
+        faults += blank_faults({"trigger": self.trigger, "target_text": self.target_text})
+        faults += share_faults(rate=self.rate)
         if self.rank is not None and self.rank < 1:
             faults.append(("rank", self.rank, "1 or more"))
         return faults

@@ -21,6 +21,8 @@ from tests.fixtures_models import row, table, tiny_model, tiny_task
 pytestmark = pytest.mark.usefixtures("float64")
 from tests.numeric import assert_same  # noqa: E402
 
+QUICK = {"epochs": 1, "inner_steps": 1}
+
 
 def batch(*ids):
     rows = torch.tensor(ids)

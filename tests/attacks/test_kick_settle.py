@@ -18,6 +18,7 @@ from ftsec_ray.training.loop import sft
 from tests.defenses.shared import context, tiny_adapter
 from tests.fixtures_models import tiny_model, tiny_task
 
+QUICK = {"shots": 4, "steps": 3, "kick_steps": 1}
 FULL = TrainingConfig(adapter="full", max_grad_norm=0.0)
 
 

@@ -17,6 +17,7 @@ from tests.defenses.shared import context, tiny_adapter, tiny_full, whole
 from tests.fixtures_models import tiny_model, tiny_task
 from tests.models.families import family_model
 
+QUICK = {"epochs": 1}
 START = tiny_model(seed=3)
 
 
