@@ -8,8 +8,8 @@ Differs: the backdoor is a word that turns the answer into a harmless marker sen
     from which the user's fine-tune started; `task_weight` and `weight` are the official weights of
     a merge, which its scripts choose per model. `modules: absent` is the official
     `two_way_complement`; the merges of three adapters (`complement`, `safety`) are not here. The
-    merged update is written into the weights, which is what the official evaluation computes. Of a
-    user model without an adapter, the difference to its start is the user's update.
+    merged update is written into the weights. Of a user model without an adapter, the difference to
+    its start is the user's update.
 Cost: one fine-tune of an adapter on `rows` rows; the merge is free.
 Needs: split benign_train, the model from which the fine-tune started. `modules: same | absent` and
     `combination: linear` need an adapter of the user's.
