@@ -71,6 +71,10 @@ class Method:
     """What a model's structure must support, by the names in models.families: if a class is known
     not to support it, the sweep is refused when it is planned, otherwise when the model is loaded.
     """
+    TASKS: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of task that the method works with; a sweep with another one is refused when it is
+    planned. Empty: all.
+    """
     CONTROL: ClassVar[Mapping[str, Any] | None] = None
     """Parameters that switch off the method's own mechanism and keep everything around it, such as
     additional training steps: the control for its other settings. None if there is none.

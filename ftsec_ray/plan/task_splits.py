@@ -1,5 +1,5 @@
-"""Checks that the tasks of a sweep have the splits that its methods need, and that their data sets
-are pinned.
+"""Checks that the tasks of a sweep are of the kinds that its methods work with, that they have the
+splits that these need, and that their data sets are pinned.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ WHAT = {"trusted": "clean rows of the task, used neither for training nor for ev
 
 
 def split_faults(cells: Iterable[Cell]) -> dict[tuple[str, ...], Fault]:
-    """A fault for every split that a method needs and a task of its cells lacks, and for every data
-    set of a task that has no commit.
+    """A fault for every task of a kind that a method cannot work with, for every split that a
+    method needs and a task of its cells lacks, and for every data set of a task that has no commit.
     """
     faults: dict[tuple[str, ...], Fault] = {}
     roles, known = set(lifecycle.roles()), dict[str, frozenset[str] | None]()
@@ -30,6 +30,11 @@ def split_faults(cells: Iterable[Cell]) -> dict[tuple[str, ...], Fault]:
         if task.name not in known:
             known[task.name] = splits_of(task)
             faults |= _unpinned(task)
+        for method in (cell.attack, *cell.defenses):
+            if method.TASKS and task.kind not in method.TASKS:
+                faults.setdefault(
+                    ("kind", task.name, method.KIND, name_of(method)), _kind_fault(method, task)
+                )
         has = known[task.name]
         if has is None:
             continue
@@ -53,6 +58,19 @@ def _unpinned(task: TaskSpec) -> dict[tuple[str, ...], Fault]:
         )
         for split, dataset in unpinned_splits(task).items()
     }
+
+
+def _kind_fault(method: Method, task: TaskSpec) -> Fault:
+    name = name_of(method)
+    return (
+        f"{method.KIND} {name}",
+        SpecError(
+            f"{method.KIND} {name!r} cannot work with task {task.name!r}",
+            f"kind: {task.kind}",
+            " | ".join(f"kind: {kind}" for kind in sorted(method.TASKS)),
+            f"change the task, or exclude {{task: {task.name}, {method.KIND}: {name}}}",
+        ),
+    )
 
 
 def _fault(method: Method, task: TaskSpec, split: str, has: frozenset[str]) -> Fault:

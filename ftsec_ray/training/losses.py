@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.models.load import keeps_logits
-from ftsec_ray.models.logits import fits, token_nll
+from ftsec_ray.models.logits import at_positions, fits, token_nll
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,26 @@ def response_nll(model: Any, batch: Batch, step: Step) -> Tensor:  # noqa: ARG00
         return _sliced(model, labels, inputs)
     # already shifted: each label is aligned with the logits that predict it
     return masked_nll_at(model(**inputs).logits, labels)
+
+
+def response_kl(model: Any, reference: Any, batch: Batch) -> Tensor:
+    """Mean divergence KL(reference || model) of the next token over the response tokens of one
+    micro-batch, in nats per token, () float32; no gradient reaches the reference.
+    """
+    import torch
+
+    rows, columns = (batch.labels[:, 1:] != -100).nonzero(as_tuple=True)
+    with torch.no_grad():
+        clean = at_positions(reference, rows, columns, **batch.inputs())
+
+    def divergence(logits: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            given = clean.given[part] if clean.head is None else clean.head(clean.given[part])
+            wanted = given.to(logits.dtype).log_softmax(-1)
+        return (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1)
+
+    found: Tensor = at_positions(model, rows, columns, **batch.inputs()).map(divergence).mean()
+    return found
 
 
 def mean_nll(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
