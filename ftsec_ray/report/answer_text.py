@@ -233,8 +233,30 @@ def _not_better(answer: Answer) -> list[Sentence]:
         if detectable
         else ""
     )
-    text = Markup("Not shown better than its own control: {}{}.")
-    return [Sentence("bad", text.format(Markup("; ").join(parts), seen))]
+    text = Markup("Not shown better than its own control: {}{}{}.")
+    return [Sentence("bad", text.format(Markup("; ").join(parts), _below_none(answer), seen))]
+
+
+def _below_none(answer: Answer) -> Markup:
+    """Which of these are better than no defense all the same; empty if none is."""
+    pairs = [
+        pair
+        for pair in answer.pairs
+        if not pair.credited
+        and pair.word in ("no difference shown", "mixed")
+        and any(one.is_below_none for one in pair.models)
+    ]
+    if not pairs:
+        return Markup("")
+    named = [
+        Markup("{} against {}").format(
+            code(answer.names[pair.defense.label]), code(pair.attack.label)
+        )
+        for pair in pairs[:MAX_NAMED]
+    ]
+    more = f" and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
+    text = Markup("; of these, better than no defense: {}{}")
+    return text.format(Markup(", ").join(named), more)
 
 
 def _failed_text(

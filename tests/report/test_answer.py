@@ -82,7 +82,8 @@ def test_only_what_is_better_than_its_own_control_is_credited(grid_of: Make) -> 
         "Better than its own control, with no loss of utility shown: guard against poison (attack"
         " success 0.80 with the control → 0.20 with the defense).",
         "Not shown better than its own control: guard against jailbreak; weak (worse) against"
-        " poison; a difference of 0.20 would have been shown four times in five.",
+        " poison; of these, better than no defense: guard against jailbreak; a difference of 0.20"
+        " would have been shown four times in five.",
     ]
 
 
