@@ -147,14 +147,14 @@ TASKS: dict[str, TaskKind] = {
 
 def splits_of(spec: TaskSpec) -> frozenset[str] | None:
     """Names of the splits of a task, without reading it; None if the task is generated."""
-    if _is_made(spec):
+    if is_generated(spec):
         return None
     return frozenset(_sources_of(spec, TASKS[spec.kind]))
 
 
 def unpinned_splits(spec: TaskSpec) -> dict[str, str]:
     """Split -> the Hugging Face data set of its rows, for data sets without a commit."""
-    sources = {} if _is_made(spec) else _sources_of(spec, TASKS[spec.kind])
+    sources = {} if is_generated(spec) else _sources_of(spec, TASKS[spec.kind])
     return {
         split: source.dataset
         for split, source in sources.items()
@@ -162,7 +162,8 @@ def unpinned_splits(spec: TaskSpec) -> dict[str, str]:
     }
 
 
-def _is_made(spec: TaskSpec) -> bool:
+def is_generated(spec: TaskSpec) -> bool:
+    """Whether the rows of a task are made here, in the words of the ladder's models."""
     return spec.kind == "microworld" or (spec.kind == "agent" and not spec.splits)
 
 
@@ -173,7 +174,7 @@ def load_task(spec: TaskSpec) -> TaskData:
     kind = TASKS.get(spec.kind)
     if kind is None:
         raise DataError("unknown kind of task", spec.kind, " | ".join(TASKS))
-    task = _microworld(spec) if _is_made(spec) else _from_sources(spec, kind)
+    task = _microworld(spec) if is_generated(spec) else _from_sources(spec, kind)
     for name in kind.required:
         task.split(name)
     return replace(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ftsec_ray.data.tasks import is_generated
 from ftsec_ray.identity import canonical
 from ftsec_ray.redact import known_secrets, secrets_in
 from ftsec_ray.registry import name_of
@@ -73,6 +74,7 @@ def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[St
         for why, count in plan.left_out.items()
     ]
     warnings += _secrets_of(plan.spec, len(plan.cells))
+    warnings += _foreign_answers(plan)
     for text, digests in stages_of.items():
         stages = [plan.stages[digest] for digest in digests]
         places = {" ".join(filter(None, (stage.kind, stage.method))) for stage in stages}
@@ -85,6 +87,27 @@ def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[St
             )
         )
     return sorted(warnings, key=lambda warning: (-warning.cells, warning.text))
+
+
+def _foreign_answers(plan: Plan) -> Iterator[StageWarning]:
+    """A warning for every generated task whose judge cannot read the answers of some models."""
+    cells: dict[str, dict[str, int]] = {}
+    for cell in plan.cells:
+        if is_generated(cell.task) and not cell.model.source.startswith("ladder:"):
+            models = cells.setdefault(cell.task.name, {})
+            models[cell.model.name] = models.get(cell.model.name, 0) + 1
+    for task, models in cells.items():
+        yield StageWarning(
+            text=(
+                f"task {task} is generated in the thousand words of the ladder's models, and its"
+                f" judge takes other words for gibberish: refusals, fulfilled requests and"
+                f" coherence of {', '.join(models)} mean nothing there. Give the task rows of your"
+                " own (`splits`)"
+            ),
+            stages=0,
+            cells=sum(models.values()),
+            places=(),
+        )
 
 
 def _secrets_of(spec: SweepSpec, cells: int) -> Iterator[StageWarning]:
