@@ -1,4 +1,4 @@
-"""The survey's grid: it plans without a network, pins everything it loads, and holds every method
+"""The survey's grid: it plans without a network, pins everything it loads, and holds every defense
 of the catalogue.
 """
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ftsec_ray import api
 from ftsec_ray.data.tasks import TASKS
@@ -48,12 +49,17 @@ def test_it_plans_without_a_network(tmp_path):
     assert json.loads(done.stdout)["gpu_hours"] > 0
 
 
-def test_it_holds_every_attack_and_every_defense_of_the_catalogue(plan):
-    attacks = {name_of(cell.attack) for cell in plan.cells}
+def test_it_holds_every_defense_of_the_catalogue_and_the_shipped_sweeps_every_attack(plan):
+    entries = [
+        entry
+        for file in SWEEP.parent.glob("*.yaml")
+        for entry in yaml.safe_load(file.read_text())["attacks"]
+    ]
+    attacks = {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
     defenses = {name_of(defense) for cell in plan.cells for defense in cell.defenses} | {
         "none" for cell in plan.cells if not cell.defenses
     }
-    assert set(ATTACKS.names()) - attacks == set(), "add the new attack to sweeps/paper_1b_4b.yaml"
+    assert set(ATTACKS.names()) - attacks == set(), "add the new attack to a sweep of sweeps/"
     assert set(DEFENSES.names()) - defenses == set(), (
         "add the new defense to sweeps/paper_1b_4b.yaml"
     )

@@ -13,8 +13,14 @@ from safetensors.torch import load_file
 
 from ftsec_ray.attacks.badedit import BadEdit
 from ftsec_ray.attacks.benign_selection import BenignSelection
+from ftsec_ray.attacks.delta_removal import DeltaRemoval
+from ftsec_ray.attacks.fab import Fab
+from ftsec_ray.attacks.kick_settle import KickSettle
 from ftsec_ray.attacks.refusal_ablation import RefusalAblation
+from ftsec_ray.attacks.safety_prune import SafetyPrune
 from ftsec_ray.attacks.soft_prompt import SoftPrompt
+from ftsec_ray.attacks.steering_backdoor import SteeringBackdoor
+from ftsec_ray.attacks.trojan_adapter import TrojanAdapter
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime
 from ftsec_ray.conversation import chat_of
@@ -229,6 +235,8 @@ BEFORE = [
         lambda_per_width=0.001,
     ),
     Vaccine(epochs=1.0, safety_rows=8, benign_rows=4, batch_size=4, lora_rank=2),
+    Fab(epochs=1.0, inner_steps=1, rows=8, batch_size=4),
+    SteeringBackdoor(trigger="cf", clean_weight=0.1, prompts=8),
 ]  # fmt: skip
 AFTER = [
     RefusalAblation(max_kl=10.0, prompts=8),
@@ -237,15 +245,25 @@ AFTER = [
     RandomMask(frac=0.5),
     SafeLora(select="number", number=4),
     Shrink(gamma=0.5),
+    SafetyPrune(rows=8),
+    DeltaRemoval(shots=4, rank=2),
+    KickSettle(shots=4, benign_rows=4, steps=3, kick_steps=1),
+    TrojanAdapter(epochs=1.0, rows=8, rank=2),
 ]
+TRAIN = {"vaccine", "fab", "delta_removal", "kick_settle", "trojan_adapter"}
+"""Methods that train: see the tests of tuning."""
+NO_WEIGHTS = {"template_backdoor"}
+"""Methods that change a model, but none of its weights."""
 CHANGES = [(m, "prepare_model") for m in BEFORE] + [(m, "revise_model") for m in AFTER]
 
 
 def test_every_method_that_changes_weights_is_tested_here():
     hooks = {"prepare_model", "revise_model"}
     known = [registry.get(name) for registry in (ATTACKS, DEFENSES) for name in registry.names()]
-    wanted = {cls.__module__ for cls in known if hooks & set(hooks_of(cls))}
-    assert {type(method).__module__ for method, _ in CHANGES} == wanted
+    wanted = {
+        cls.__module__.rpartition(".")[2] for cls in known if hooks & set(hooks_of(cls))
+    } - NO_WEIGHTS
+    assert {name_of(method) for method, _ in CHANGES} == wanted
 
 
 @some_families
@@ -268,8 +286,8 @@ def test_a_method_computes_in_float32_and_writes_in_the_dtype(
     assert dtypes_of(made.model) == {torch.bfloat16}
     assert all(torch.equal(w, before[n]) for n, w in whole_weights(subject).items()), "shared"
     assert all(bool(w.isfinite().all()) for w in whole_weights(made).values())
-    if name_of(method) == "vaccine":
-        return  # it trains: see the tests of tuning
+    if name_of(method) in TRAIN:
+        return
     exact = getattr(method, hook)(widened(subject), ctx("wide"))
     wanted = whole_weights(exact)
     assert {w.dtype for w in wanted.values()} == {torch.float32}
