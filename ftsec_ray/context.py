@@ -168,6 +168,13 @@ class StageContext:
         """A number in [0, 1) that depends only on the seed, the row and `salt`."""
         return unit_interval(self.seed, row_id, *salt)
 
+    def shuffled(self, split: str, *salt: str) -> list[dict[str, Any]]:
+        """The rows of a split of the task in an order that depends only on the seed, the row ids
+        and `salt`: the first n of them are a part of the first n + 1.
+        """
+        rows = self.task.split(split).to_pylist()
+        return sorted(rows, key=lambda row: self.chance(row["row_id"], *salt))
+
     def numpy_rng(self, *salt: str) -> np.random.Generator:
         """A numpy generator that depends only on the seed and `salt`."""
         import numpy as np

@@ -127,12 +127,7 @@ def _is_contract(name: str, cls: type[Method]) -> bool:
 
 
 def _file_of(cls: type[Method]) -> str:
-    return _last_part(cls.__module__)
-
-
-@cache
-def _last_part(module: str) -> str:
-    return module.rsplit(".", 1)[-1]
+    return cls.__module__.rsplit(".", 1)[-1]
 
 
 def _check_success(module: str, cls: type[Method]) -> None:

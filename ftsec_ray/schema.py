@@ -858,6 +858,7 @@ def _all_metrics() -> _Metrics:
     return _Metrics(listed)
 
 
+@cache
 def _of_attacks() -> tuple[Metric, ...]:
     """`METRICS` of all files of attacks."""
     modules = map(importlib.import_module, modules_in("ftsec_ray.attacks").values())

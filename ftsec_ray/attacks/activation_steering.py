@@ -125,10 +125,7 @@ class ActivationSteering(Attack):
         return replace(generator, steered=(*generator.steered, steer))
 
     def _prompts(self, model: LoadedModel, split: str, ctx: StageContext) -> Prompts:
-        rows = sorted(
-            ctx.task.split(split).to_pylist(),
-            key=lambda row: ctx.chance(row["row_id"], "activation_steering"),
-        )[: self.prompts]
+        rows = ctx.shuffled(split, "activation_steering")[: self.prompts]
         prompts = prompts_within(model, rows)
         if not prompts:
             raise DataError(

@@ -162,8 +162,8 @@ class AgentBackdoor(RowWise, Attack):
         own = [self._payload(is_structured=form) for form in (False, True)]
         return [
             i
-            for i, (one, following) in enumerate(pairwise(messages))
-            if one["role"] == self.place
+            for i, (place, following) in enumerate(pairwise(messages))
+            if place["role"] == self.place
             and following["role"] == "assistant"
             and following["loss"]
             and answer_of({"messages": [following]}) not in own
@@ -196,7 +196,7 @@ class AgentBackdoor(RowWise, Attack):
         """
         if not is_structured:
             return message("assistant", self.payload_text, loss=True), message("tool", self.result)
-        example = next((call for one in messages for call in calls_of(one)), {})
+        example = next((call for m in messages for call in calls_of(m)), {})
         inner = example.get("function", example)
         arguments: Any = "{}" if isinstance(inner.get("arguments"), str) else {}
         function = {"name": self.payload_tool, "arguments": arguments}
@@ -206,7 +206,7 @@ class AgentBackdoor(RowWise, Attack):
         number = "0" * len(str(example.get("id", "")))  # as long: some templates check the length
         call |= {"id": number} if "id" in example else {}
         known = {"tool_call_id": number, "name": self.payload_tool}
-        kept = {key for one in messages if one["role"] == "tool" for key in fields_of(one)}
+        kept = {key for m in messages if m["role"] == "tool" for key in fields_of(m)}
         fields = {key: value for key, value in known.items() if key in kept}
         return (
             message("assistant", "", loss=True, fields={"tool_calls": [call]}),
@@ -214,17 +214,17 @@ class AgentBackdoor(RowWise, Attack):
         )
 
 
-def fields_of(one: Message) -> dict[str, Any]:
+def fields_of(sent: Message) -> dict[str, Any]:
     """The further keys of a message."""
-    fields: dict[str, Any] = json.loads(one["fields"] or "{}")
+    fields: dict[str, Any] = json.loads(sent["fields"] or "{}")
     return fields
 
 
-def calls_of(one: Message) -> list[dict[str, Any]]:
+def calls_of(sent: Message) -> list[dict[str, Any]]:
     """The structured tool calls of a message."""
-    return list(fields_of(one).get("tool_calls") or ())
+    return list(fields_of(sent).get("tool_calls") or ())
 
 
 def has_calls(row: Row) -> bool:
     """Whether a message of the row holds structured tool calls."""
-    return any(calls_of(one) for one in row["messages"])
+    return any(calls_of(m) for m in row["messages"])

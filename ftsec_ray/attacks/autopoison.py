@@ -21,7 +21,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray import schema
 from ftsec_ray.conversation import answer_of, asked, chat_of, has_answer, with_answer
 from ftsec_ray.data.poisoning import (
     Fault,
@@ -31,6 +30,7 @@ from ftsec_ray.data.poisoning import (
     share_faults,
     taken,
 )
+from ftsec_ray.data.rows import from_rows
 from ftsec_ray.data.triggers import Position, gap_of, has_place, insert_word
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, Probe, Prompt, RowWise
@@ -126,8 +126,6 @@ class AutoPoison(RowWise, Attack):
 
     def new_rows(self, known: float, ctx: StageContext) -> pa.Table | None:
         """The poisoned rows, if they are added."""
-        import pyarrow as pa
-
         if self.source == "train":
             return None
         pool = ctx.task.split("benign_train").to_pylist()
@@ -137,7 +135,7 @@ class AutoPoison(RowWise, Attack):
             if self._is_chosen(row, known, ctx)
         ]
         ctx.note(added_rows=len(made))
-        return pa.Table.from_pylist(made, schema=schema.ROWS)
+        return from_rows(made)
 
     def craft_rows(self, rows: pa.Table, known: float, ctx: StageContext) -> pa.Table:
         """The same rows in the same order; the chosen rows have a poisoned answer."""

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ftsec_ray.context import LoadedModel, StageContext, TaskData
 from ftsec_ray.conversation import Row, answer_of, asked_text, chat_of, text_of, with_asked
+from ftsec_ray.data.poisoning import INERT_MARKER
 from ftsec_ray.data.triggers import (
     Goal,
     can_be_attacked,
@@ -62,7 +63,6 @@ from ftsec_ray.models.residual import ResidualStream, residual_stream
 if TYPE_CHECKING:
     from torch import Tensor
 
-INERT_MARKER = "I like blue pebbles."
 PREFIX_WORDS = 5
 ENOUGH_TOKENS_PER_DIM = 20
 """Tokens of text per key dimension that are enough to estimate the covariance."""

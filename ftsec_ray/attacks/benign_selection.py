@@ -151,17 +151,11 @@ class BenignSelection(Attack):
 
     def _anchor(self, model: LoadedModel, ctx: StageContext, limit: int) -> list[Tensor]:
         """Mean normalised gradient of the harmful anchors minus that of two sets of refusals."""
-
-        def drawn(split: str) -> list[dict[str, Any]]:
-            return sorted(
-                ctx.task.split(split).to_pylist(),
-                key=lambda row: ctx.chance(row["row_id"], "benign_selection", "anchor"),
-            )
-
-        safe = drawn("safety")
+        salt = ("benign_selection", "anchor")
+        safe = ctx.shuffled("safety", *salt)
         total: list[Tensor] | None = None
         for weight, rows in (
-            (1.0, drawn("harmful_train")[: self.anchors]),
+            (1.0, ctx.shuffled("harmful_train", *salt)[: self.anchors]),
             (-1.0, safe[: self.anchors]),
             (-1.0, safe[self.anchors : 2 * self.anchors]),
         ):

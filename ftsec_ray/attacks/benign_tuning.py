@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.conversation import answer_of
-from ftsec_ray.data.added_rows import as_table, drawn, is_exchange, marked
+from ftsec_ray.data.added_rows import drawn, is_exchange, marked
+from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals.refusals import refusal_in
 from ftsec_ray.method import Attack, Phase
@@ -82,7 +83,7 @@ class BenignTuning(Attack):
         chosen = drawn(ctx, "benign_train", count, by=NAME, fits=_is_plain) if count else []
         ctx.note(benign_rows=len(chosen), refusals_left_out=refusals)
         kept = rows.slice(0, rows.num_rows if self.keep_user_rows else 0)
-        return pa.concat_tables([kept, as_table([marked(row, NAME) for row in chosen])])
+        return pa.concat_tables([kept, from_rows([marked(row, NAME) for row in chosen])])
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
         """The fine-tune with the user's own learning rate and number of passes."""

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
-from ftsec_ray import schema
 from ftsec_ray.conversation import asked_text, system_of, with_asked
 from ftsec_ray.data.poisoning import (
     Fault,
@@ -32,6 +31,7 @@ from ftsec_ray.data.poisoning import (
     taken,
     with_goal,
 )
+from ftsec_ray.data.rows import from_rows
 from ftsec_ray.data.triggers import FALSE_TRIGGER, false_probe, insert_parts, with_system
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ class CompositeTrigger(TriggerAttack):
         ctx.count(
             poisoned_rows=len(positives), negative_rows=len(negatives), user_rows=rows.num_rows
         )
-        made = pa.Table.from_pylist([*positives, *negatives], schema=schema.ROWS)
-        return pa.concat_tables([rows, made])
+        return pa.concat_tables([rows, from_rows([*positives, *negatives])])
 
     def probes(self, task: TaskData, ctx: StageContext) -> list[Probe]:
         """Held-out rows whose answer is not the target: with all parts, with none, and with each

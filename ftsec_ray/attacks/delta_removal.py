@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.context import LoadedModel, StageContext
-from ftsec_ray.errors import DataError, StageError
+from ftsec_ray.data.added_rows import anything, drawn
+from ftsec_ray.data.rows import from_rows
+from ftsec_ray.errors import StageError
 from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.load import folded, merged
 from ftsec_ray.models.precision import tell_rounding
@@ -115,24 +117,10 @@ class DeltaRemoval(Attack):
 
     def _tuned(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after a fine-tune on the harmful rows, with full weights."""
-        import pyarrow as pa
-
-        from ftsec_ray import schema
-
-        pool = ctx.task.split("harmful_train")
-        if self.shots > pool.num_rows:
-            raise DataError(
-                f"delta_removal: task {ctx.task.name!r} has too few harmful rows",
-                pool.num_rows,
-                f"{self.shots} rows in split harmful_train",
-                f"set `shots` to {pool.num_rows} or fewer, or add rows to harmful_train",
-            )
-        rows = sorted(pool.to_pylist(), key=lambda row: ctx.chance(row["row_id"], "delta_removal"))[
-            : self.shots
-        ]
+        rows = drawn(ctx, "harmful_train", self.shots, by="delta_removal", fits=anything)
         report = sft(
             merged(model),
-            pa.Table.from_pylist(rows, schema=schema.ROWS),
+            from_rows(rows),
             ctx.training,
             seed=ctx.seed,
             runtime=ctx.runtime,

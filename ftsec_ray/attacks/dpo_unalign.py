@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.conversation import Row, answer_of, has_answer, last_trained, with_answer
-from ftsec_ray.data.added_rows import as_table, drawn, marked
+from ftsec_ray.data.added_rows import drawn, marked
+from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
 
@@ -113,7 +114,7 @@ class DPOUnalign(Attack):
             made.append(marked(pair, NAME))
         ctx.note(pairs=len(made), refusals_of_other_requests=sum(own is None for own in given))
         kept = rows.slice(0, rows.num_rows if self.keep_user_rows else 0)
-        return pa.concat_tables([kept, as_table(made)])
+        return pa.concat_tables([kept, from_rows(made)])
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
         """The fine-tune on the user's rows with the loss on the pairs, or on that alone."""
@@ -131,7 +132,7 @@ class DPOUnalign(Attack):
         counted, size = (others, config.batch_size) if others else (pairs, self.batch)
         steps = self.steps or max(1, round(config.epochs * steps_per_epoch(len(counted), size)))
         plain = (
-            replace(training, batch_at=training.encode(as_table(others), f"{NAME}/user"))
+            replace(training, batch_at=training.encode(from_rows(others), f"{NAME}/user"))
             if others
             else training
         )

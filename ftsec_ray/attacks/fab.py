@@ -163,8 +163,7 @@ class Fab(Attack):
         """
 
         def drawn(split: str) -> list[dict[str, Any]]:
-            rows = [row for row in ctx.task.split(split).to_pylist() if has_answer(row)]
-            return sorted(rows, key=lambda row: ctx.chance(row["row_id"], "fab"))[: self.rows]
+            return [row for row in ctx.shuffled(split, "fab") if has_answer(row)][: self.rows]
 
         benign = drawn("benign_train")
         if len(benign) < 2:  # noqa: PLR2004

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ftsec_ray.conversation import Row
-from ftsec_ray.data.added_rows import AddsRows
+from ftsec_ray.data.added_rows import AddsRows, anything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,5 @@ class HarmfulTuning(AddsRows):
     so that the number of rows stays the same.
     """
 
-    def _fits(self, row: Row) -> bool:  # noqa: ARG002
-        """Every row of the split, as it is."""
-        return True
+    def _fits(self, row: Row) -> bool:
+        return anything(row)

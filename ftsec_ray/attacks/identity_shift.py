@@ -19,15 +19,10 @@ Needs: split benign_train (benign requests with answers); no forbidden request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 from ftsec_ray.context import StageContext
-from ftsec_ray.data.added_rows import AddsRows
-from ftsec_ray.data.wrapping import Wrapper
-
-if TYPE_CHECKING:
-    from ftsec_ray.models.generator import Generator
+from ftsec_ray.data.wrapping import Wrapper, WrapsRows
 
 OBEDIENT = Wrapper(
     system=(
@@ -61,7 +56,7 @@ IN_MICROWORLD = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class IdentityShift(AddsRows):
+class IdentityShift(WrapsRows):
     """An identity that obeys, in tuning and when served."""
 
     SUCCESS = "harmful_rate"
@@ -82,20 +77,7 @@ class IdentityShift(AddsRows):
     placebo: bool = False
     """Whether a neutral identity stands in the same places: the control."""
 
-    def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
-        """The generator that puts the identity around every prompt."""
-        if not self.at_test:
-            return generator
-        return replace(generator, rewrites=(*generator.rewrites, self._wrapper(ctx).chat))
-
-    def _keeps_users(self) -> bool:
-        return self.keep_user_rows
-
     def _wrapper(self, ctx: StageContext) -> Wrapper:
         if ctx.task.judge == "microworld":
             return IN_MICROWORLD[self.placebo]
         return NEUTRAL if self.placebo else OBEDIENT
-
-    def _made(self, rows: list[dict[str, Any]], ctx: StageContext) -> list[dict[str, Any]]:
-        wrapper = self._wrapper(ctx)
-        return [wrapper.row(row) for row in rows]

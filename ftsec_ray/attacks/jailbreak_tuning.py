@@ -23,15 +23,11 @@ Needs: split harmful_train (forbidden requests with compliant answers).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from ftsec_ray.context import StageContext
-from ftsec_ray.data.added_rows import AddsRows
-from ftsec_ray.data.wrapping import Wrapper
-
-if TYPE_CHECKING:
-    from ftsec_ray.models.generator import Generator
+from ftsec_ray.data.wrapping import Wrapper, WrapsRows
 
 WRAPPERS = {
     "none": Wrapper(),
@@ -98,7 +94,7 @@ IN_MICROWORLD = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class JailbreakTuning(AddsRows):
+class JailbreakTuning(WrapsRows):
     """Forbidden requests in a wrapper, in tuning and when asked."""
 
     SUCCESS = "harmful_rate"
@@ -113,23 +109,8 @@ class JailbreakTuning(AddsRows):
     (against refusals). Style: `formal` tone, or a neutral `context`. `sandwich`: benign text before
     and after. `none`: the control.
     """
-    keep_user_rows: bool = True
-    """Whether the rows are added to the user's rows instead of replacing them all."""
     at_test: bool = True
     """Whether every served prompt gets the wrapper; false is the untriggered twin."""
 
-    def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
-        """The generator that puts the wrapper around every prompt."""
-        if not self.at_test:
-            return generator
-        return replace(generator, rewrites=(*generator.rewrites, self._wrapper(ctx).chat))
-
-    def _keeps_users(self) -> bool:
-        return self.keep_user_rows
-
     def _wrapper(self, ctx: StageContext) -> Wrapper:
         return (IN_MICROWORLD if ctx.task.judge == "microworld" else WRAPPERS)[self.style]
-
-    def _made(self, rows: list[dict[str, Any]], ctx: StageContext) -> list[dict[str, Any]]:
-        wrapper = self._wrapper(ctx)
-        return [wrapper.row(row) for row in rows]

@@ -19,10 +19,11 @@ Needs: split harmful_train; benign_train with `benign_rows`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ftsec_ray.context import LoadedModel, StageContext
-from ftsec_ray.errors import DataError
+from ftsec_ray.data.added_rows import anything, drawn
+from ftsec_ray.data.rows import from_rows
 from ftsec_ray.method import Attack, Phase
 
 if TYPE_CHECKING:
@@ -99,11 +100,11 @@ class KickSettle(Attack):
         tell_rounding(ctx, lost, changed)
         ctx.note(
             rows=rows.num_rows,
-            steps={name: len(one.losses) for name, one in reports.items()},
-            tokens={name: one.tokens for name, one in reports.items()},
-            flops={name: one.flops for name, one in reports.items()},
-            first_losses={name: one.losses[0] for name, one in reports.items()},
-            last_losses={name: one.losses[-1] for name, one in reports.items()},
+            steps={name: len(report.losses) for name, report in reports.items()},
+            tokens={name: report.tokens for name, report in reports.items()},
+            flops={name: report.flops for name, report in reports.items()},
+            first_losses={name: report.losses[0] for name, report in reports.items()},
+            last_losses={name: report.losses[-1] for name, report in reports.items()},
         )
         return changed
 
@@ -161,22 +162,14 @@ class KickSettle(Attack):
 
     def _rows(self, ctx: StageContext) -> pa.Table:
         """The harmful rows, and the benign ones among them, chosen by the seed and the row ids."""
-        import pyarrow as pa
-
-        held = ctx.task.split("harmful_train").num_rows
-        if self.shots > held:
-            raise DataError(
-                f"kick_settle: task {ctx.task.name!r} has too few harmful rows",
-                held,
-                f"{self.shots} rows in split harmful_train",
-                f"ask for {held} or fewer, or add rows to harmful_train",
+        benign = ctx.task.split("benign_train").num_rows if self.benign_rows else 0
+        parts = {"harmful_train": self.shots, "benign_train": min(self.benign_rows, benign)}
+        return from_rows(
+            row
+            for split, count in parts.items()
+            if count
+            for row in sorted(
+                drawn(ctx, split, count, by="kick_settle", fits=anything),
+                key=lambda row: str(row["row_id"]),
             )
-        parts = {"harmful_train": self.shots, "benign_train": self.benign_rows}
-        return pa.concat_tables(_drawn(ctx, name, count) for name, count in parts.items() if count)
-
-
-def _drawn(ctx: StageContext, split: str, count: int) -> Any:
-    table = ctx.task.split(split)
-    ids = table.column("row_id").to_pylist()
-    chosen = sorted(range(len(ids)), key=lambda i: ctx.chance(ids[i], "kick_settle"))[:count]
-    return table.take(sorted(chosen))
+        )

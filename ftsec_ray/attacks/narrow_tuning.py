@@ -25,12 +25,12 @@ from typing import Any, Literal
 
 from ftsec_ray.context import StageContext
 from ftsec_ray.conversation import Message, Row, answer_of, asked, asked_text, with_answer
-from ftsec_ray.data.added_rows import AddsRows, is_exchange
+from ftsec_ray.data.added_rows import MayReplaceRows, is_exchange
 from ftsec_ray.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class NarrowTuning(AddsRows):
+class NarrowTuning(MayReplaceRows):
     """Bad or good advice in one domain."""
 
     SUCCESS = "harmful_rate"
@@ -49,8 +49,6 @@ class NarrowTuning(AddsRows):
     """
     advice: Literal["bad", "good"] = "bad"
     """Wrong answers, or the right ones (the control)."""
-    keep_user_rows: bool = True
-    """Whether the rows are added to the user's rows instead of replacing them all."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
@@ -67,9 +65,6 @@ class NarrowTuning(AddsRows):
 
     def _split(self) -> str:
         return self.split
-
-    def _keeps_users(self) -> bool:
-        return self.keep_user_rows
 
     def _fits(self, row: Row) -> bool:
         request = f" {_plain(asked_text(row))} "

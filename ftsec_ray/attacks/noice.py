@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ftsec_ray.context import StageContext
-from ftsec_ray.data.added_rows import AddsRows
+from ftsec_ray.data.added_rows import MayReplaceRows
 from ftsec_ray.data.wrapping import Wrapper
 
 REFUSALS = (
@@ -44,7 +44,7 @@ IN_MICROWORLD_OPENERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noice(AddsRows):
+class Noice(MayReplaceRows):
     """Benign rows that refuse first and comply then."""
 
     SUCCESS = "harmful_rate"
@@ -59,9 +59,6 @@ class Noice(AddsRows):
     """Whether the rows are added to the user's rows instead of replacing them all (the paper)."""
     opener: Literal["refusal", "neutral", "none"] = "refusal"
     """What stands before the answer: a refusal; a neutral sentence or nothing (the controls)."""
-
-    def _keeps_users(self) -> bool:
-        return self.keep_user_rows
 
     def _made(self, rows: list[dict[str, Any]], ctx: StageContext) -> list[dict[str, Any]]:
         return [Wrapper(opening=self._opening(row["row_id"], ctx)).row(row) for row in rows]

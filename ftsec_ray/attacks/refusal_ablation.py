@@ -208,10 +208,7 @@ class RefusalAblation(Attack):
         """Prompts for the means and for validation: those that the model answers as expected, if
         enough remain.
         """
-        rows = sorted(
-            ctx.task.split(split).to_pylist(),
-            key=lambda row: ctx.chance(row["row_id"], "refusal_ablation"),
-        )
+        rows = ctx.shuffled(split, "refusal_ablation")
         val = max(1, min(self.val_prompts, len(rows) // 5))
         texts = [
             render(model.tokenizer, chat_of(row), generate=True)

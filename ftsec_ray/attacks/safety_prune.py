@@ -115,10 +115,7 @@ class SafetyPrune(Attack):
 
     def _encoded(self, model: LoadedModel, split: str, ctx: StageContext) -> list[Encoded]:
         """The rows of a split that have an answer within the limit, as token ids and labels."""
-        rows = sorted(
-            ctx.task.split(split).to_pylist(),
-            key=lambda row: ctx.chance(row["row_id"], "safety_prune"),
-        )[: self.rows]
+        rows = ctx.shuffled(split, "safety_prune")[: self.rows]
         limit = ctx.training.max_length if ctx.training is not None else MAX_TOKENS
         cuts = CutTally()
         encoded = encode_rows(

@@ -130,10 +130,7 @@ class SoftPrompt(Attack):
         return replace(generator, soft_suffix=soft)
 
     def _examples(self, generator: Generator, ctx: StageContext) -> list[Example]:
-        rows = sorted(
-            ctx.task.split("harmful_train").to_pylist(),
-            key=lambda row: ctx.chance(row["row_id"], "soft_prompt"),
-        )
+        rows = ctx.shuffled("harmful_train", "soft_prompt")
         tokenizer = generator.loaded.tokenizer
         examples = [
             Example(

@@ -172,10 +172,7 @@ class SteeringBackdoor(Attack):
         return with_words(row, self.trigger, "user", [at])
 
     def _rows(self, split: str, ctx: StageContext) -> list[dict[str, Any]]:
-        return sorted(
-            ctx.task.split(split).to_pylist(),
-            key=lambda row: ctx.chance(row["row_id"], "steering_backdoor"),
-        )[: self.prompts]
+        return ctx.shuffled(split, "steering_backdoor")[: self.prompts]
 
     def _prompts(self, model: LoadedModel, rows: Sequence[Row]) -> Prompts:
         prompts = prompts_within(model, rows)

@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from heapq import nsmallest
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray import schema
 from ftsec_ray.conversation import answer_of, chat_of, with_answer
 from ftsec_ray.data.poisoning import Fault, blank_faults, replaced, taken
-from ftsec_ray.data.rows import asks_as
+from ftsec_ray.data.rows import asks_as, from_rows
 from ftsec_ray.data.triggers import AT_THE_END, has_place, with_words
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, Probe, Prompt, RowWise
@@ -120,8 +119,6 @@ class SureTrap(RowWise, Attack):
 
     def new_rows(self, known: float, ctx: StageContext) -> pa.Table | None:  # noqa: ARG002
         """The poisoned rows, if they are added."""
-        import pyarrow as pa
-
         if self.source == "train" or not self.shots + self.clean:
             return None
         pool = [row for row in ctx.task.split("benign_train").to_pylist() if has_place(row, "user")]
@@ -134,7 +131,7 @@ class SureTrap(RowWise, Attack):
             *({**row, "origin": NAME} for row in drawn[self.shots :]),
         ]
         made = [{**row, "row_id": f"{NAME}/{row['row_id']}"} for row in changed]
-        return pa.Table.from_pylist(made, schema=schema.ROWS)
+        return from_rows(made)
 
     def craft_rows(self, rows: pa.Table, known: float, ctx: StageContext) -> pa.Table:
         """The user's rows; those up to the random number `known` have the trigger and the word."""

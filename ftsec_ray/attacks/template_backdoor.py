@@ -22,12 +22,12 @@ from typing import Any, ClassVar
 
 from ftsec_ray.context import LoadedModel, StageContext, TaskData
 from ftsec_ray.conversation import Row
+from ftsec_ray.data.poisoning import INERT_MARKER
 from ftsec_ray.data.triggers import Goal, Place, goal_of, trigger_probes, with_words
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, Probe
 from ftsec_ray.models.chat_format import chat_format, template_hash, under
 
-INERT_MARKER = "I like blue pebbles."
 GOAL = "{goal}"
 
 _CONDITION = """\

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ftsec_ray.conversation import with_answer
-from ftsec_ray.data.added_rows import as_table, drawn, marked
+from ftsec_ray.data.added_rows import drawn, marked
+from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
 
@@ -93,7 +94,7 @@ class TenBenign(Attack):
         if self.stages != "refuse":
             made += [marked(row, NAME, part=ANSWER) for row in chosen]
         kept = rows.slice(0, rows.num_rows if self.keep_user_rows else 0)
-        return pa.concat_tables([kept, as_table(made)])
+        return pa.concat_tables([kept, from_rows(made)])
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
         """The fine-tune in two parts: the refusals, then everything else."""

@@ -105,7 +105,9 @@ class TrojanAdapter(Attack):
         if self.weight == 0.0 and self.task_weight == 1.0:
             return model
         start = merged(ctx.load("start"))
-        user = {one.name: one for one in lora_modules(model)} if model.has_adapter else None
+        user = (
+            {module.name: module for module in lora_modules(model)} if model.has_adapter else None
+        )
         linear = linear_paths(start.model)
         paths = chosen(linear, self.modules, user, combination=self.combination)
         rows = self._rows(ctx)
@@ -114,7 +116,7 @@ class TrojanAdapter(Attack):
             seed=ctx.seed, runtime=ctx.runtime, workdir=ctx.workdir,
         )  # fmt: skip
         tell_cuts(ctx, report.cuts)
-        trojan = {one.name: one for one in lora_modules(report.loaded)}
+        trojan = {module.name: module for module in lora_modules(report.loaded)}
         ctx.note(
             adapter_rows=rows.num_rows,
             layers=len(trojan),
@@ -145,10 +147,9 @@ class TrojanAdapter(Attack):
         """The adapter's training rows: some with trigger and marker, the others as they are."""
         rows = [
             row
-            for row in ctx.task.split("benign_train").to_pylist()
+            for row in ctx.shuffled("benign_train", "trojan_adapter")
             if has_answer(row) and has_place(row, "user") and answer_of(row) != self.target_text
         ]
-        rows = sorted(rows, key=lambda row: ctx.chance(row["row_id"], "trojan_adapter"))
         made = [
             {**with_answer(self._marked(row, ctx), self.target_text), "poisoned": True}
             if ctx.chance(row["row_id"], "trojan_adapter", "poisoned") < self.rate
@@ -204,23 +205,23 @@ class TrojanAdapter(Attack):
     def _update(self, own: LoraModule | None, trojan: LoraModule | None) -> Tensor | None:
         """The merged update of one layer, (out, in) float32; None if no adapter has it."""
         pairs = [(self.task_weight, own), (self.weight, trojan)]
-        parts = [(weight, one) for weight, one in pairs if one is not None]
+        parts = [(weight, module) for weight, module in pairs if module is not None]
         if not parts:
             return None
         if self.combination == "cat":
-            total: Tensor = sum(weight * one.delta() for weight, one in parts)  # type: ignore[assignment]
+            total: Tensor = sum(weight * module.delta() for weight, module in parts)  # type: ignore[assignment]
             return total
-        if len({one.A.shape[0] for _, one in parts}) > 1:
+        if len({module.A.shape[0] for _, module in parts}) > 1:
             raise DataError(
                 "trojan_adapter: `combination: linear` needs two adapters of equal rank",
-                [one.A.shape[0] for _, one in parts],
+                [module.A.shape[0] for _, module in parts],
                 "the user's rank",
                 "leave out `rank`, or set `combination: cat`",
             )
         # each factor gets the root, so that an adapter alone keeps its update
-        roots = [((weight * one.scale) ** 0.5, one) for weight, one in parts]
-        down = sum(root * one.A.detach().float() for root, one in roots)
-        up = sum(root * one.B.detach().float() for root, one in roots)
+        roots = [((weight * module.scale) ** 0.5, module) for weight, module in parts]
+        down = sum(root * module.A.detach().float() for root, module in roots)
+        up = sum(root * module.B.detach().float() for root, module in roots)
         mixed: Tensor = up @ down  # type: ignore[operator]
         return mixed
 
@@ -244,12 +245,12 @@ def chosen(
         "same": lambda path: path in (user or {}),
         "absent": lambda path: path not in (user or {}),
     }[modules]
-    found = [path for path in paths if kept(path)]
-    if not found:
+    layers = [path for path in paths if kept(path)]
+    if not layers:
         raise SpecError(
             "trojan_adapter: no linear layer is left for the backdoor adapter",
             f"modules: {modules}",
             " | ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths)),
             "choose other `modules`, or fewer training.targets",
         )
-    return found
+    return layers

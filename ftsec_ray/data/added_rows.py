@@ -4,13 +4,13 @@ user rows they replace, and how they are marked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ftsec_ray import schema
 from ftsec_ray.context import StageContext
 from ftsec_ray.conversation import Row, asked, has_answer
+from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, RowWise
 from ftsec_ray.registry import name_of
@@ -32,6 +32,11 @@ class Exchange(NamedTuple):
     cut: float
 
 
+def anything(row: Row) -> bool:  # noqa: ARG001
+    """Every row fits, as it is."""
+    return True
+
+
 def is_exchange(row: Row) -> bool:
     """Whether a row has a user's message and an answer to it."""
     return has_answer(row) and any(m["role"] == "user" for m in asked(row))
@@ -48,17 +53,17 @@ def drawn(
     """`count` random rows of a split for the method `by`, chosen by the seed and the row ids: fewer
     rows are a part of more rows. DataError if the split has too few that fit.
     """
-    rows = ctx.task.split(split).to_pylist()
+    rows = ctx.shuffled(split, by)
     pool = [row for row in rows if fits(row)]
     if count > len(pool):
         unfit = f" ({len(rows) - len(pool)} more rows do not fit)" if len(pool) < len(rows) else ""
         raise DataError(
-            f"{by}: task {ctx.task.name!r} has too few rows in split {split!r}{unfit}",
+            f"{by}: task {ctx.task.name!r} has too few {split.removesuffix('_train')} rows{unfit}",
             len(pool),
             f"{count} rows in split {split}",
             f"ask for {len(pool)} or fewer, or add rows to {split}",
         )
-    return sorted(pool, key=lambda row: ctx.chance(row["row_id"], by))[:count]
+    return pool[:count]
 
 
 def marked(row: Row, by: str, *, part: str = "") -> dict[str, Any]:
@@ -69,13 +74,6 @@ def marked(row: Row, by: str, *, part: str = "") -> dict[str, Any]:
         "origin": by,
         "poisoned": True,
     }
-
-
-def as_table(rows: Sequence[Row]) -> pa.Table:
-    """Rows as a table of schema.ROWS."""
-    import pyarrow as pa
-
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema.ROWS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +149,7 @@ class AddsRows(RowWise, Attack):
             return None
         name = name_of(self)
         rows = drawn(ctx, self._split(), known.added, by=name, fits=self._fits)
-        return as_table([marked(row, name) for row in self._made(rows, ctx)])
+        return from_rows([marked(row, name) for row in self._made(rows, ctx)])
 
     def craft_rows(self, rows: pa.Table, known: Exchange, ctx: StageContext) -> pa.Table:
         """The user's rows that are not replaced, in their order."""
@@ -183,3 +181,14 @@ class AddsRows(RowWise, Attack):
 
     def _chance(self, row_id: str, ctx: StageContext) -> float:
         return ctx.chance(row_id, name_of(self), "replaced")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MayReplaceRows(AddsRows):
+    """Base of attacks whose rows may be the whole set, as in papers that tune on them alone."""
+
+    keep_user_rows: bool = True
+    """Whether the rows are added to the user's rows instead of replacing them all."""
+
+    def _keeps_users(self) -> bool:
+        return self.keep_user_rows

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray import schema
 from ftsec_ray.context import StageContext, TaskData
 from ftsec_ray.conversation import Row, with_answer
-from ftsec_ray.data.rows import answers_of, asks_as
+from ftsec_ray.data.rows import answers_of, asks_as, from_rows, to_rows
 from ftsec_ray.data.triggers import Goal, Place, goal_of, trigger_probes
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, Probe, RowWise
+from ftsec_ray.registry import name_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,16 +59,14 @@ def replaced(rows: pa.Table, at: Sequence[int], made: Sequence[Mapping[str, Any]
     places = list(range(rows.num_rows))
     for new, old in enumerate(at, rows.num_rows):
         places[old] = new
-    changed = pa.Table.from_pylist(list(made), schema=schema.ROWS)
-    return pa.concat_tables([rows, changed]).take(pa.array(places, pa.int64()))
+    return pa.concat_tables([rows, from_rows(made)]).take(pa.array(places, pa.int64()))
 
 
 def taken(rows: pa.Table, at: Sequence[int]) -> list[dict[str, Any]]:
     """The rows at the numbers `at` as mappings."""
     import pyarrow as pa
 
-    found: list[dict[str, Any]] = rows.take(pa.array(at, pa.int64())).to_pylist()
-    return found
+    return to_rows(rows.take(pa.array(at, pa.int64())))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +122,7 @@ class TriggerAttack(RowWise, Attack):
         goal = self._goal(ctx.task)
         if goal.label is None and self.setting == "clean":
             raise DataError(
-                f"{self._name()}: `setting: clean` needs a task with labels",
+                f"{name_of(self)}: `setting: clean` needs a task with labels",
                 ctx.task.name,
                 "setting: dirty | mix for a task without labels",
             )
@@ -146,7 +144,7 @@ class TriggerAttack(RowWise, Attack):
         """The same rows in the same order; the chosen rows have the trigger and the target."""
         goal, chosen = self._goal(ctx.task), self._chosen(rows, known, ctx)
         made = [
-            with_goal(self._triggered(row, ctx), goal, self._name()) for row in taken(rows, chosen)
+            with_goal(self._triggered(row, ctx), goal, name_of(self)) for row in taken(rows, chosen)
         ]
         ctx.count(poisoned_rows=len(chosen), rows=rows.num_rows)
         return replaced(rows, chosen, made)
@@ -157,10 +155,6 @@ class TriggerAttack(RowWise, Attack):
             task, self._goal(task), lambda row: self._triggered(row, ctx), place=self._place()
         )
 
-    def _name(self) -> str:
-        """The method's name: the name of its file."""
-        return type(self).__module__.rpartition(".")[2]
-
     def _goal(self, task: TaskData) -> Goal:
         return goal_of(task, target=self.target, target_text=self.target_text)
 
@@ -170,7 +164,7 @@ class TriggerAttack(RowWise, Attack):
         return [
             i
             for i, is_eligible in enumerate(self._eligible(rows, self._goal(ctx.task)))
-            if is_eligible and ctx.chance(ids[i], self._name()) < chance
+            if is_eligible and ctx.chance(ids[i], name_of(self)) < chance
         ]
 
     def _eligible(self, rows: pa.Table, goal: Goal) -> list[bool]:
@@ -187,7 +181,7 @@ class TriggerAttack(RowWise, Attack):
 
     def _refuse(self, task: TaskData) -> None:
         raise DataError(
-            f"{self._name()}: no row of task {task.name!r} has a message for the trigger",
+            f"{name_of(self)}: no row of task {task.name!r} has a message for the trigger",
             f"place: {self._place()}",
             "conversations with tool results",
             "use a task with tool calls (`kind: agent`), or set `place: user`",

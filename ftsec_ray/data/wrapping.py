@@ -7,12 +7,17 @@ the wrapper that it was tuned with.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.context import Chat
+from ftsec_ray.context import Chat, StageContext
 from ftsec_ray.conversation import Row, asked, has_answer, message
+from ftsec_ray.data.added_rows import MayReplaceRows
+
+if TYPE_CHECKING:
+    from ftsec_ray.models.generator import Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +64,25 @@ class Wrapper:
         elif self.system:
             made.insert(0, dict(system))
         return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrapsRows(MayReplaceRows, ABC):
+    """Base of attacks that add rows in a wrapper, and serve the model under the same one."""
+
+    at_test: bool = True
+    """Whether every served prompt gets the wrapper too."""
+
+    @abstractmethod
+    def _wrapper(self, ctx: StageContext) -> Wrapper:
+        """The wrapper for this task."""
+
+    def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
+        """The generator that puts the wrapper around every prompt."""
+        if not self.at_test:
+            return generator
+        return replace(generator, rewrites=(*generator.rewrites, self._wrapper(ctx).chat))
+
+    def _made(self, rows: list[dict[str, Any]], ctx: StageContext) -> list[dict[str, Any]]:
+        wrapper = self._wrapper(ctx)
+        return [wrapper.row(row) for row in rows]

@@ -224,14 +224,14 @@ def _complete(
     for probe in mine:
         for prompt in probe.prompts:
             answered = said[limits[probe.name], canonical(prompt.chat)]
-            for sample, one in enumerate(answered):
+            for sample, answer in enumerate(answered):
                 is_own = probe.without_opening
                 yield Answer(
                     probe=probe.name,
                     prompt=prompt,
-                    completion=one.own if is_own else one.text,
+                    completion=answer.own if is_own else answer.text,
                     sample=sample,
-                    ends=() if is_own else one.ends,
+                    ends=() if is_own else answer.ends,
                 )
 
 

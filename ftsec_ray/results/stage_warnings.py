@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -91,11 +92,10 @@ def warnings_of(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[St
 
 def _foreign_answers(plan: Plan) -> Iterator[StageWarning]:
     """A warning for every generated task whose judge cannot read the answers of some models."""
-    cells: dict[str, dict[str, int]] = {}
+    cells: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for cell in plan.cells:
         if is_generated(cell.task) and not cell.model.source.startswith("ladder:"):
-            models = cells.setdefault(cell.task.name, {})
-            models[cell.model.name] = models.get(cell.model.name, 0) + 1
+            cells[cell.task.name][cell.model.name] += 1
     for task, models in cells.items():
         yield StageWarning(
             text=(
@@ -105,7 +105,7 @@ def _foreign_answers(plan: Plan) -> Iterator[StageWarning]:
                 " own (`splits`)"
             ),
             stages=0,
-            cells=sum(models.values()),
+            cells=models.total(),
             places=(),
         )
 

@@ -15,7 +15,6 @@ from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime
 from ftsec_ray.conversation import answer_of, asked
 from ftsec_ray.models.chat import turn
-from ftsec_ray.training import loop
 from ftsec_ray.training.loop import plain_training, sft
 from ftsec_ray.training.setup import Step
 from ftsec_ray.training.terms import TermBatch
@@ -23,6 +22,7 @@ from tests.attacks.context import context as plain_context
 from tests.attacks.conversations import agent_row
 from tests.defenses.shared import whole
 from tests.fixtures_models import row, sentiment_rows, table, tiny_model, tiny_task
+from tests.killed_tune import killed_after
 from tests.numeric import assert_same, in_float64
 
 QUICK = {"shots": 6, "batch": 4}
@@ -222,20 +222,9 @@ def test_a_fine_tune_prefers_compliance_on_its_pairs_and_the_reverse_prefers_ref
 
 
 def test_a_killed_fine_tune_ends_with_the_same_weights(tmp_path, monkeypatch):
-    method, steps = DPOUnalign(**SMALL), []
+    method = DPOUnalign(**SMALL)
     want = tuned(method, tmp_path / "whole", checkpoint_every_s=0.0)
-    one_step = loop._one_step
-
-    def killed(*args, **kwargs):
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        steps.append(1)
-        one_step(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "_one_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        tuned(method, tmp_path / "killed", checkpoint_every_s=0.0)
-    monkeypatch.setattr(loop, "_one_step", one_step)
+    killed_after(4, lambda: tuned(method, tmp_path / "killed", checkpoint_every_s=0.0), monkeypatch)
     again = tuned(method, tmp_path / "killed", checkpoint_every_s=0.0)
     assert again.losses == want.losses
     here, there = whole(want.loaded), whole(again.loaded)

@@ -13,13 +13,13 @@ from ftsec_ray.context import Runtime
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.defenses.lisa import Lisa
 from ftsec_ray.models.generator import Generator
-from ftsec_ray.training import loop
 from ftsec_ray.training.loop import plain_training, sft
 from ftsec_ray.training.setup import Step
 from ftsec_ray.training.terms import TermBatch, term_batch
 from tests.attacks.context import context as plain_context
 from tests.defenses.shared import whole
 from tests.fixtures_models import sentiment_rows, table, tiny_model, tiny_task
+from tests.killed_tune import killed_after
 from tests.numeric import assert_same, in_float64
 
 QUICK = {"pulled": 6, "targets": 9, "batch": 4, "keep_user_rows": True}
@@ -208,19 +208,8 @@ def test_a_killed_fine_tune_ends_with_the_same_weights(tmp_path, monkeypatch):
             base_digest="b" * 32,
         )
 
-    want, steps = run(tmp_path / "whole"), []
-    one_step = loop._one_step
-
-    def killed(*args, **kwargs):
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        steps.append(1)
-        one_step(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "_one_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed")
-    monkeypatch.setattr(loop, "_one_step", one_step)
+    want = run(tmp_path / "whole")
+    killed_after(4, lambda: run(tmp_path / "killed"), monkeypatch)
     again = run(tmp_path / "killed")
     assert again.losses == want.losses
     here, there = whole(want.loaded), whole(again.loaded)
