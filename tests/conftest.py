@@ -28,6 +28,16 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+@pytest.fixture(autouse=True)
+def torch_starts_anew() -> None:
+    """What a test draws from torch's own generator does not depend on the tests before it, or on
+    chance: a new process seeds it anew.
+    """
+    import torch
+
+    torch.default_generator.manual_seed(0)
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """The test computes in float64, where rounding cannot be taken for a mistake."""

@@ -201,7 +201,7 @@ def plugged(monkeypatch):
     caches = (discovery.modules_in, lifecycle.kinds, lifecycle.hooks, lifecycle._hooks_of)
 
     def clear():
-        for cached in (*caches, schema._all_metrics):
+        for cached in (*caches, schema._all_metrics, schema._of_attacks):
             cached.cache_clear()
 
     def plug(group, name, module):

@@ -67,7 +67,8 @@ def test_baked_weights_give_the_logits_of_ablation_by_hooks():
 def test_a_tied_head_changes_with_the_embedding_and_biases_are_projected_too():
     loaded = tiny_model(tied=True)
     block = decoder_layers(loaded.model)[0]
-    block.mlp.down_proj.bias = torch.nn.Parameter(torch.randn(32))
+    drawn = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    block.mlp.down_proj.bias = torch.nn.Parameter(drawn)
     before, direction = loaded.model.lm_head.weight.clone(), random_direction()
     orthogonalise(loaded.model, direction)
     assert not torch.equal(loaded.model.lm_head.weight, before)

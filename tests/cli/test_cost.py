@@ -47,6 +47,7 @@ the cost assumes full nodes (a stage is charged for its part of the cheapest nod
 model gpt: unknown size, assumed 1e9 parameters; set `parameters` of the model
 budget usd 0.05: spent 0, expected 0.0697 more (OVER BUDGET)
 budget hours 2: spent 0, expected 0.206 more
+warning: task microworld is generated in the thousand words of the ladder's models, and its judge takes other words for gibberish: refusals, fulfilled requests and coherence of m-135m, gpt mean nothing there. Give the task rows of your own (`splits`) (4 cells)
 """
 
 
@@ -154,7 +155,9 @@ def test_a_run_that_reaches_its_budget_gives_exit_code_1_pending_cells_with_the_
     (folder / "small.yaml").write_text(SMALL + f"budget: {{hours: {0.4 / 3600}}}\n")
     stopped = call("run", "small.yaml", code=1).stdout
     assert "pending: the next stage would exceed the budget: hours" in stopped
-    assert 1 <= len(toy.ran) <= 9
+    # Seven stages of 0.05 s leave room for one more unit, and a unit that has started ends.
+    longest = max(len(unit.stages) for unit in api.make_plan("small.yaml").units(()))
+    assert 1 <= len(toy.ran) <= 7 + longest < len(api.make_plan("small.yaml").stages)
     first = len(toy.ran)
     cells = api.open_results("results/small").cells.to_pylist()
     assert {row["error_code"] for row in cells if row["status"] == "pending"} == {"budget"}
