@@ -15,6 +15,7 @@ from ftsec_ray.config.attack_search import SEARCH, is_searchable
 from ftsec_ray.config.docs import sections, summary
 from ftsec_ray.config.faults import NAME_PATTERN
 from ftsec_ray.config.method_entries import NONE
+from ftsec_ray.config.stack_entries import Order
 from ftsec_ray.config.strategy import StrategyConfig
 from ftsec_ray.config.sweep import (
     LADDER_SIZES,
@@ -59,6 +60,8 @@ _MEANINGS = {
     "task": "The task axis: one task or a list.",
     "attacks": "The attack axis: a list of attacks, or `all`.",
     "defenses": "The defense axis: a list of defenses and of stacks (lists of them), or `all`.",
+    "order": "Order of the defenses of a stack at the same hook: canonical, or as written.",
+    "controls": "Whether every stack gets cells in which a control takes the place of a member.",
     "seeds": "The seed axis: a count, or a list of seeds.",
     "exclude": "Rules that leave cells out.",
     "measure": "When cells are measured: before the fine-tune, after it, or both.",
@@ -101,6 +104,8 @@ def sweep_schema() -> Schema:
         "task": _one_or_list(_any({"enum": list(TASK_KINDS)}, _task())),
         "attacks": _any({"const": "all"}, _list(_ATTACK), _ATTACK),
         "defenses": _any({"const": "all"}, _list(_stack()), _DEFENSE),
+        "order": {"enum": list(get_args(Order)), "default": "canonical"},
+        "controls": {"type": "boolean", "default": False},
         "seeds": seeds | {"default": 1},
         "exclude": {"type": "array", "items": _mapping(rule, minProperties=1)},
         "measure": _one_or_list({"enum": list(get_args(Moment))}) | {"default": "after"},

@@ -25,6 +25,7 @@ from ftsec_ray.config.limits import CELLS, FILE_BYTES, RULES
 from ftsec_ray.config.method_entries import NONE, attacks_of, defenses_of, is_excluded
 from ftsec_ray.config.model_entries import models_of
 from ftsec_ray.config.pricing import budget_of, prices_of
+from ftsec_ray.config.stack_entries import Stack, arranged
 from ftsec_ray.config.strategy import split_training
 from ftsec_ray.config.sweep import (
     BEFORE,
@@ -50,6 +51,8 @@ KEYS = (
     "task",
     "attacks",
     "defenses",
+    "order",
+    "controls",
     "seeds",
     "exclude",
     "measure",
@@ -123,7 +126,7 @@ def _spec(
     values: dict[str, Any] = {
         "models": () if "models" in missing else models_of(given["models"], base, faults),
         "tasks": () if "task" in missing else tasks_of(given["task"], base, faults),
-        "defenses": () if "defenses" in missing else defenses_of(given["defenses"], faults),
+        "defenses": () if "defenses" in missing else _stacks(given, faults),
         "seeds": _seeds(given.get("seeds", 1), faults),
     }
     values["attacks"], values["searches"] = (
@@ -155,6 +158,11 @@ def _spec(
     _some_cell(spec, faults)
     faults.check()
     return spec
+
+
+def _stacks(given: Mapping[str, Any], faults: Faults) -> tuple[Stack, ...]:
+    """The stacks of defenses in the order in which they run, with added controls."""
+    return tuple(arranged(given, defenses_of(given["defenses"], faults), faults))
 
 
 def _measured(

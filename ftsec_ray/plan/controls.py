@@ -6,22 +6,30 @@ from __future__ import annotations
 
 import json
 
+from ftsec_ray.config.stack_entries import (
+    control_stacks,
+    controls_of,
+    stack_key,
+    trivial_controls,
+)
 from ftsec_ray.config.sweep import SweepSpec
 from ftsec_ray.identity import canonical
-from ftsec_ray.lifecycle import hooks_of
 from ftsec_ray.method import Method, control_of
-from ftsec_ray.registry import DEFENSES, name_of
+from ftsec_ray.registry import name_of
 
 
 def uncontrolled(spec: SweepSpec) -> list[str]:
     """One line for each defense whose control the sweep lacks, alone or in the same stack."""
-    stacks = {_key(stack) for stack in spec.defenses}
+    stacks = {stack_key(stack) for stack in spec.defenses}
+    only_controls = control_stacks(spec.defenses)
     lines: dict[str, None] = {}
     for stack in spec.defenses:
+        if len(stack) > 1 and stack_key(stack) in only_controls:
+            continue
         for place, defense in enumerate(stack):
             wanted = _wanted(defense)
             if wanted and not any(
-                _key((*stack[:place], other, *stack[place + 1 :])) in stacks
+                stack_key((*stack[:place], other, *stack[place + 1 :])) in stacks
                 for other in _controls_in(spec, defense)
             ):
                 within = "" if len(stack) == 1 else f" in the stack {'+'.join(map(name_of, stack))}"
@@ -31,29 +39,18 @@ def uncontrolled(spec: SweepSpec) -> list[str]:
 
 def _wanted(defense: Method) -> str:
     """The possible controls of a defense as written in a sweep file; empty if there are none."""
-    own = control_of(defense)
-    if (own is None and defense.CONTROL is not None) or getattr(defense, "IS_CONTROL", False):
+    if not controls_of(defense):
         return ""
-    hooked = set(hooks_of(type(defense)))
-    trivial = [name for name in DEFENSES.names() if _is_trivial(DEFENSES.get(name), hooked)]
+    own = control_of(defense)
+    trivial = [name_of(cls()) for cls in trivial_controls(defense)]
     return " or ".join([*([_text(own)] if own else []), *trivial])
 
 
 def _controls_in(spec: SweepSpec, defense: Method) -> list[Method]:
     """The controls of a defense: its own, and the trivial ones of the sweep."""
-    own, hooked = control_of(defense), set(hooks_of(type(defense)))
+    own, trivial = control_of(defense), tuple(trivial_controls(defense))
     members = [member for stack in spec.defenses for member in stack]
-    trivial = [member for member in members if _is_trivial(type(member), hooked)]
-    return [*([own] if own else []), *trivial]
-
-
-def _is_trivial(cls: type[Method], hooked: set[str]) -> bool:
-    """Whether a class is a trivial control that acts at one of these hooks."""
-    return bool(getattr(cls, "IS_CONTROL", False)) and bool(hooked & set(hooks_of(cls)))
-
-
-def _key(stack: tuple[Method, ...]) -> str:
-    return canonical([[name_of(defense), defense] for defense in stack])
+    return [*([own] if own else []), *(one for one in members if isinstance(one, trivial))]
 
 
 def _text(defense: Method) -> str:

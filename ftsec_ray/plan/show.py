@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ftsec_ray.config.stack_entries import conflicts
 from ftsec_ray.lifecycle import kinds
 from ftsec_ray.numerics import NumericsMode
 from ftsec_ray.plan.controls import uncontrolled
@@ -78,6 +79,8 @@ class PlanSummary:
     """Trials that may still be proposed; no other figure includes them."""
     uncontrolled: tuple[str, ...] = ()
     """A warning for each defense without a control."""
+    conflicts: tuple[str, ...] = ()
+    """A warning for each two defenses of a stack that work against each other."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values of all figures."""
@@ -138,6 +141,7 @@ def summarize(
         trials=sum(len(search.trials) for search in plan.searches),
         trials_left=sum(search.left for search in plan.searches),
         uncontrolled=tuple(uncontrolled(spec)),
+        conflicts=tuple(conflicts(spec.defenses)),
         kinds=tuple(
             KindSummary(
                 kind=kind,
@@ -183,7 +187,10 @@ def render(summary: PlanSummary) -> str:
         f" {duration(s.critical_path_s)} with any number of workers"
     )
     lines += _bill_lines(s)
-    return "\n".join([*lines, *(f"warning: {line}" for line in s.uncontrolled)])
+    lines += [f"warning: {line}" for line in (*s.uncontrolled, *s.conflicts)]
+    if s.uncontrolled:
+        lines.append("`controls: true` in the sweep file adds the missing controls")
+    return "\n".join(lines)
 
 
 def _search_lines(s: PlanSummary) -> list[str]:

@@ -58,4 +58,6 @@ def test_a_defense_without_its_control_beside_it_is_told(defenses, want):
 def test_the_plan_warns_of_it():
     plan = api.make_plan({**SWEEP, "defenses": ["none", "lisa"]})
     (line,) = summarize(plan, ()).uncontrolled
-    assert render(summarize(plan, ())).endswith(f"warning: {line}")
+    shown = render(summarize(plan, ()))
+    assert f"\nwarning: {line}\n" in shown
+    assert "controls: true" in shown
