@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from ftsec_ray import schema
 from ftsec_ray.cli.console import say, say_json, table
+from ftsec_ray.cli.method_costs import costs_of
 from ftsec_ray.config.attack_search import is_searchable
 from ftsec_ray.config.docs import sections, summary
 from ftsec_ray.config.faults import nearest
@@ -223,6 +224,7 @@ def page(registry: Registry, name: str) -> dict[str, Any]:
         "zero_stages": sorted(cls.ZERO_STAGES),
         "text": parts.pop(""),
         "sections": parts,
+        "measured_cost": [asdict(cost) for cost in costs_of(registry.kind, name)],
         "hooks": hooks,
         "parameters": parameters,
         **({"control": dict(cls.CONTROL)} if cls.CONTROL else {}),
@@ -250,6 +252,8 @@ def _print_page(shown: dict[str, Any]) -> None:
     say(f"\n{shown['text']}\n")
     for name, text in shown["sections"].items():
         say(f"{name}: {text}")
+    for cost in costs_of(shown["kind"], shown["name"]):
+        say(f"Measured cost: {cost.text}")
     if shown["needs"]:
         say(f"Inputs: {', '.join(shown['needs'])}")
     if shown["zero_stages"] != sorted(ZERO_STAGES):
