@@ -44,7 +44,10 @@ def filled(folder):
         loaded.tokenizer.save_pretrained(folder / name)
     for split in SPLITS:
         rows = [
-            {"prompt": asked_text(r), "response": answer_of(r), "label": r["label"]}
+            {
+                **{"prompt": asked_text(r), "response": answer_of(r)},
+                **{name: r[name] for name in ("label", "language")},
+            }
             for r in tiny_task().split(split).to_pylist()
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -1,0 +1,94 @@
+"""Every attack of the catalogue through the engine: in this process, and in a worker process that
+is killed within a stage of the attack; both leave the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from ftsec_ray import api
+from ftsec_ray.lifecycle import hooks_of, kinds
+from ftsec_ray.registry import ATTACKS
+from ftsec_ray.schedule.execution import execute
+from ftsec_ray.store import Store
+from tests.execute.killing import RUNNER, STEPS, markers
+from tests.test_end_to_end import filled, sweep
+from tests.test_methods import quick
+
+NAMES = [name for name in ATTACKS.names() if name != "none"]
+ORDER = ("finetune", "prepare", "revise", "craft", "generate")
+"""Where an attack that acts in several stages is killed: in one that trains, if there is one."""
+RESOURCES = {"timeout_s": 600.0, "checkpoint_every_s": 1e-6}
+"""Stages run in a worker process, and a fine-tune leaves a checkpoint after every step."""
+
+
+def sweep_of(world, name):
+    """One cell with an attack, on a task of a kind that the attack works with."""
+    given = sweep(
+        world,
+        attacks=["none" if name == "none" else {name: dict(quick(ATTACKS, name))}],
+        defenses=["none"],
+        training={"epochs": 1, "batch_size": 8, "rank": 2},
+        evaluation={"prompts": 4, "max_new_tokens": 4},
+    )
+    given["task"]["splits"]["train"]["language"] = "language"
+    given["task"]["splits"]["test"]["language"] = "language"
+    kinds_of_task = ATTACKS.get(name).TASKS
+    return {**given, "task": {"kind": min(kinds_of_task)}} if kinds_of_task else given
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a model and rows, and a store with all stages of the cell without attack."""
+    world = filled(tmp_path_factory.mktemp("world"))
+    assert run(sweep_of(world, "none"), world / "store")
+    return world
+
+
+def run(given, store, **how):
+    report = execute(api.make_plan(given), Store.open(store), executor="local", **how)
+    assert report.is_complete, [verdict.error for verdict in report.failed.values()]
+    return report
+
+
+def artifact(store, stage):
+    """Bytes of the files of an artifact but its record, by name."""
+    folder = Store.open(store).fetch(stage.digest)
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "record.json"
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_an_attack_killed_in_a_worker_process_leaves_the_bytes_of_this_process(
+    name, base, tmp_path
+):
+    given = sweep_of(base, name)
+    plan = api.make_plan(given)
+    own = [stage for stage in plan.stages.values() if stage.method == name]
+    own.sort(key=lambda stage: ORDER.index(stage.kind))
+    hooks = set(hooks_of(ATTACKS.get(name)))
+    assert (
+        {kind for kind, one in kinds().items() if hooks & set(one.hooks)}
+        >= {stage.kind for stage in own}
+        > set()
+    )
+    here, there = tmp_path / "here/store", tmp_path / "there/store"
+    for store in (here, there):
+        shutil.copytree(base / "store", store)
+    run(given, here)
+    order = markers(there) / own[0].digest
+    order.parent.mkdir()
+    order.touch()
+    run({**given, "resources": RESOURCES}, there, runner=RUNNER)
+    assert not order.exists(), "it was killed"
+    assert Store.open(there).record(own[0].digest)["attempt"] == 2
+    if own[0].kind == "finetune":
+        assert int(order.with_suffix(".training").read_text()) == STEPS, "from the checkpoint on"
+    for stage in own:
+        assert artifact(here, stage) == artifact(there, stage)
