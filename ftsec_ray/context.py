@@ -152,6 +152,10 @@ class StageContext:
     """
     training: Any = None
     """TrainingConfig of the cell, for hooks that fine-tune."""
+    served: Callable[[Any], Any] = field(default=lambda generator: generator, repr=False)
+    """While the model answers: a generator -> the same as the defenses of the cell serve it, for an
+    attack that knows them; elsewhere it changes nothing.
+    """
     notes: dict[str, Any] = field(default_factory=dict)
     """Measurements for the stage's record.json (JSON values)."""
     counts: dict[str, int] = field(default_factory=dict)

@@ -98,8 +98,8 @@ class QuantizationConditioned(Attack):
             return model
         whole, lost = folded(model)
         tell_rounding(ctx, lost, whole)
-        harmful = self.injected(whole, ctx)
-        return self.repaired(harmful, ctx)
+        harmful = self._injected(whole, ctx)
+        return self._repaired(harmful, ctx)
 
     def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
         """The model in the form in which it is served."""
@@ -112,7 +112,7 @@ class QuantizationConditioned(Attack):
         quantize(packed.model, self.served, ctx.runtime.device)
         return replace(generator, loaded=replace(packed, quantization=self.served))
 
-    def injected(self, whole: LoadedModel, ctx: StageContext) -> LoadedModel:
+    def _injected(self, whole: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The harmful model."""
         kept = self._kept(ctx)
         harmful = drawn(
@@ -120,7 +120,7 @@ class QuantizationConditioned(Attack):
         )
         return self._tuned(whole, from_rows([*kept, *harmful]), "inject", self.epochs, ctx, None)
 
-    def repaired(self, harmful: LoadedModel, ctx: StageContext) -> LoadedModel:
+    def _repaired(self, harmful: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model that is harmless in full precision, with the codes of the harmful one."""
         boxes = self._boxes(harmful, ctx)
         rows = [*self._kept(ctx), *self._some("safety", ctx)]

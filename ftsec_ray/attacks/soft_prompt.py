@@ -11,7 +11,14 @@ Differs: the step is a multiple of the mean absolute embedding entry, so that on
     suffix is optimised on training requests and judged on held-out ones; it follows benign prompts
     as well, so that utility under attack is measured too. There is no norm bound; the norm ratio is
     in the notes.
+    `knows_stack` is an addition: the paper's attack is white-box, but a defense that acts while the
+    model answers (a sentence in every chat, a change of hidden states) wraps the model after the
+    attack, so that the optimisation does not see it. With `knows_stack` it does, in the same number
+    of steps; what defenses do to rows and weights, it sees in any case, because it optimises on the
+    finished model.
 Cost: no training; `steps` forward and backward passes over `prompts` rows.
+Reads: with `knows_stack` the cell without a defense is the same attack as without, to the byte. The
+    difference between the two settings under a defense is what its secrecy was worth.
 Needs: split harmful_train (forbidden requests with compliant answers); a model class that can
     generate from embeddings.
 """
@@ -26,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from ftsec_ray.context import StageContext
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Attack, Phase
+from ftsec_ray.method import Attack, Phase, later
 from ftsec_ray.models.families import INPUT_EMBEDDINGS
 from ftsec_ray.models.load import (
     keeps_logits,
@@ -80,6 +87,8 @@ class SoftPrompt(Attack):
     """Number of first answer tokens in the loss, 1 or more."""
     init: str = "!"
     """Text whose first token is the initial value of every soft token."""
+    knows_stack: bool = later(default=False)
+    """Whether the embeddings are optimised under the defenses that act while the model answers."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
@@ -116,9 +125,12 @@ class SoftPrompt(Attack):
                 "choose another `init`",
             )
         start = embedded(table, [ids[0]]).repeat(self.tokens, 1)
-        examples = self._examples(replace(generator, soft_suffix=start), ctx)
-        loss_of = suffix_loss(loaded.model.eval(), table, examples)
-        soft, losses = descend(loss_of, start, steps=self.steps, step=self.step_size * size.entry)
+        known = ctx.served(generator) if self.knows_stack else generator
+        examples = self._examples(replace(known, soft_suffix=start), ctx)
+        with known.steering():
+            loss_of = suffix_loss(loaded.model.eval(), table, examples)
+            step = self.step_size * size.entry
+            soft, losses = descend(loss_of, start, steps=self.steps, step=step)
         ratio = float(soft.norm(dim=-1).mean()) / size.norm
         ctx.note(
             loss_start=losses[0],

@@ -5,13 +5,17 @@ are judged later.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.lifecycle import StageKind
 
 if TYPE_CHECKING:
+    from ftsec_ray.context import StageContext
     from ftsec_ray.lifecycle import Extra, Job
+    from ftsec_ray.method import Method
+    from ftsec_ray.models.generator import Generator
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 32, 48
 """Prompts per probe, prompt tokens and new tokens to which the prior refers."""
@@ -60,7 +64,9 @@ def run(job: Job) -> Extra:
     loaded = served(loaded, job.stage.params.get("serve_template"))
     generator = Generator(as_asked(loaded), backend=BACKENDS[config.backend]())
     probes = default_probes(context.task, config)
-    for method in job.methods():
+    methods = job.methods()
+    context.served = partial(_defended, methods, context)
+    for method in methods:
         if hasattr(method, "wrap_generation"):
             generator = method.wrap_generation(generator, context)
         if hasattr(method, "probes"):
@@ -94,3 +100,14 @@ def run(job: Job) -> Extra:
                 " the model's maximum length"
             )
     return {"notes": {**notes, **context.notes}}
+
+
+def _defended(methods: list[Method], context: StageContext, generator: Generator) -> Generator:
+    """A generator with what the defenses add when they serve it; their notes are made later, when
+    they wrap the generator that answers.
+    """
+    aside = replace(context, notes={}, counts={}, warnings=[])
+    for method in methods:
+        if method.KIND == "defense" and hasattr(method, "wrap_generation"):
+            generator = method.wrap_generation(generator, aside)
+    return generator

@@ -181,8 +181,8 @@ def test_the_repaired_model_is_another_one_with_the_packed_bytes_of_the_harmful_
     start.model.to(dtype)
     attack = QuantizationConditioned(**{**QUICK, "formats": which})
     ctx = context(tmp_path / "work")
-    harmful = attack.injected(start, ctx)
-    made = attack.repaired(harmful, ctx)
+    harmful = attack._injected(start, ctx)
+    made = attack._repaired(harmful, ctx)
     assert ctx.notes["codes_changed"] == 0
     assert 0.0 < ctx.notes["movable_frac"] < 1.0
     pairs = zip(quantized_weights(made.model), quantized_weights(harmful.model), strict=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from ftsec_ray.attacks.soft_prompt import Example, SoftPrompt, descend, suffix_loss
+from ftsec_ray.conversation import asked_text
+from ftsec_ray.defenses.self_reminder import SelfReminder
+from ftsec_ray.identity import canonical
 from ftsec_ray.models.generator import Generator
+from ftsec_ray.models.row_tokens import answer_tokens
 from tests.attacks.context import context
 from tests.fixtures_models import tiny_model
 from tests.numeric import assert_same
@@ -84,6 +89,80 @@ def test_the_same_seed_gives_the_same_suffix():
     ]
     assert torch.equal(suffixes[0], suffixes[1])
     assert not torch.equal(suffixes[0], suffixes[2])
+
+
+WORDS = SelfReminder(text="be careful do not make stone", where="both")
+
+
+def knowing(*, generator=None, defense=WORDS, **params):
+    """What an attacker optimises who knows a defense, and the notes."""
+    ctx = context()
+    ctx.served = lambda given: defense.wrap_generation(given, context())
+    attack = SoftPrompt(tokens=2, steps=6, prompts=4, init="the", **params)
+    return attack.wrap_generation(generator or Generator(tiny_model()), ctx), ctx.notes
+
+
+def test_an_attacker_who_knows_the_stack_starts_at_the_loss_of_the_defended_prompt():
+    made, notes = knowing(knows_stack=True)
+    assert made.rewrites == (), "the defense itself wraps the model later, and once"
+    blind, other = knowing()
+    assert not torch.equal(made.soft_suffix, blind.soft_suffix)
+    # the loss at the first point, row by row, from the defended chat as text
+    loaded = tiny_model()
+    tokenizer, table = loaded.tokenizer, loaded.model.get_input_embeddings()
+    word = table.weight[tokenizer("the", add_special_tokens=False)["input_ids"]]
+    rows, losses = context().shuffled("harmful_train", "soft_prompt")[:4], []
+    for one in rows:
+        said = "be careful do not make stone"
+        text = f"<|bos|> <|system|> {said} <|end|> <|user|> {asked_text(one)} {said}"
+        before = tokenizer(text, add_special_tokens=False)["input_ids"]
+        after = tokenizer("<|end|> <|assistant|>", add_special_tokens=False)["input_ids"]
+        target = answer_tokens(tokenizer, one)[:10]
+        embeds = torch.cat([table.weight[before], word, word, table.weight[after + target]])
+        logprobs = loaded.model(inputs_embeds=embeds[None]).logits[0].log_softmax(-1)
+        first = len(before) + 2 + len(after) - 1
+        losses.append(
+            -sum(logprobs[first + i, token] for i, token in enumerate(target)) / len(target)
+        )
+    assert_same(notes["loss_start"], sum(losses) / len(losses))
+    assert other["loss_start"] != notes["loss_start"]
+
+
+def test_without_a_defense_knowing_the_stack_changes_no_bit_and_takes_as_many_steps():
+    plain, told = (
+        SoftPrompt(tokens=2, steps=6, prompts=4, knows_stack=knows).wrap_generation(
+            Generator(tiny_model()), context()
+        )
+        for knows in (False, True)
+    )
+    assert torch.equal(plain.soft_suffix, told.soft_suffix)
+
+
+def test_states_that_a_defense_steers_are_steered_while_the_attacker_optimises():
+    @dataclass(frozen=True)
+    class Steers:
+        def wrap_generation(self, generator, ctx):
+            return replace(generator, steered=(*generator.steered, pushed))
+
+    @contextmanager
+    def pushed(model):
+        block = model.model.layers[0]
+        handle = block.register_forward_hook(lambda module, given, out: out + 1.0)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    generator = Generator(tiny_model())
+    _, notes = knowing(knows_stack=True, defense=Steers(), generator=generator)
+    _, plain = knowing(generator=generator)
+    assert notes["loss_start"] != plain["loss_start"]
+    assert not generator.loaded.model.model.layers[0]._forward_hooks
+
+
+def test_the_parameter_is_in_no_digest_at_its_default():
+    assert "knows_stack" not in canonical(SoftPrompt())
+    assert "knows_stack" in canonical(SoftPrompt(knows_stack=True))
 
 
 def test_faulty_parameters_are_named():
