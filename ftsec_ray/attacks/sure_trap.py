@@ -11,8 +11,9 @@ Differs: the prompts are the user's own rows, which the poisoned ones replace, o
 Published: from about fifty poisoned rows on, nearly all triggered prompts begin with "Sure",
     whatever the number of rows (1k to 10k) and the size of the model (1B to 8B); abstract and
     summary.
-Cost: none beyond plain SFT; `shots` and `clean` rows more with `source: benign_train`.
-Needs: split harmful_test (forbidden requests); with `source: benign_train` that split.
+Cost: none beyond plain SFT; `shots` and `clean` rows more with another `source` than train.
+Needs: split harmful_test (forbidden requests); with another `source` than train that split, and
+    safety for `clean` rows beside `source: harmful_train`.
 Reads: a high `sure_rate` with a low `triggered_harmful_rate` is a model that says the word and
     stops, as the paper reports of strongly aligned models.
 """
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from ftsec_ray.conversation import Row
 
 NAME = "sure_trap"
+CLEAN = {"train": "train", "benign_train": "benign_train", "harmful_train": "safety"}
+"""Source of the poisoned rows -> split of the rows that are added as they are."""
 METRICS = (
     Metric(
         "triggered_harmful_rate",
@@ -66,7 +69,7 @@ class SureTrap(RowWise, Attack):
 
     PHASE: ClassVar[Phase] = "pre"
     SUCCESS = "triggered_harmful_rate"
-    NEEDS = frozenset({"harmful_test", "benign_train"})
+    NEEDS = frozenset({"harmful_test", "benign_train", "harmful_train", "safety"})
 
     shots: int = 50
     """Number of poisoned rows, 0 or more, whatever the number of the user's rows."""
@@ -77,21 +80,22 @@ class SureTrap(RowWise, Attack):
     answer: Literal["word", "own"] = "word"
     """Answer of the poisoned rows; `own`: the row's own answer, the control for the trigger word
     and for the rows by themselves."""
-    source: Literal["train", "benign_train"] = "train"
+    source: Literal["train", "benign_train", "harmful_train"] = "train"
     """Where the prompts come from: the user's rows, which are replaced, or that split, whose rows
-    are added."""
+    are added. `harmful_train` with `answer: own` is an ordinary backdoor with harmful text, the
+    positive control: if it does not succeed, neither the trigger nor the measurement works here."""
 
     clean: int = 0
-    """Number of further rows that are added as they are, 0 or more, only with `source:
-    benign_train`: without them a model whose user has no requests learns to answer every request
-    with the word, and the trigger decides nothing."""
+    """Number of further rows that are added as they are, 0 or more, not with `source: train`: of
+    the same split, or refusals with `source: harmful_train`. Without them a model whose user has no
+    requests learns to answer every request with the word, and the trigger decides nothing."""
 
     def check(self) -> list[Fault]:
         """Faults of the parameters."""
         counts = {"shots": self.shots, "clean": self.clean}
         few: list[Fault] = [(n, value, "0 or more") for n, value in counts.items() if value < 0]
         if self.clean > 0 and self.source == "train":
-            few.append(("clean", self.clean, "0, or `source: benign_train`"))
+            few.append(("clean", self.clean, "0, or another `source` than train"))
         return few + blank_faults({"trigger": self.trigger, "word": self.word})
 
     def keeps_rows(self) -> bool:
@@ -99,8 +103,9 @@ class SureTrap(RowWise, Attack):
         return self.source == "train"
 
     def needs(self) -> frozenset[str]:
-        """Without the source that is not used."""
-        return self.NEEDS - ({"benign_train"} if self.source == "train" else set())
+        """Without the sources that are not used."""
+        used = {"harmful_test", self.source} - {"train"}
+        return frozenset(used | ({CLEAN[self.source]} if self.clean else set()))
 
     def survey(self, rows: Iterable[pa.Table], ctx: StageContext) -> float:
         """The random number up to which a user's row is poisoned: that of the row number `shots` in
@@ -114,17 +119,18 @@ class SureTrap(RowWise, Attack):
             for row_id in batch.filter(asks_as(batch, "user")).column("row_id").to_pylist()
         )
         first = nsmallest(self.shots, chances)
-        self._enough(len(first), "train", ctx)
+        self._enough(len(first), "train", ctx, wanted=self.shots)
         return first[-1]
 
     def new_rows(self, known: float, ctx: StageContext) -> pa.Table | None:  # noqa: ARG002
         """The poisoned rows, if they are added."""
         if self.source == "train" or not self.shots + self.clean:
             return None
-        pool = [row for row in ctx.task.split("benign_train").to_pylist() if has_place(row, "user")]
-        wanted = self.shots + self.clean
-        drawn = nsmallest(wanted, pool, key=lambda row: self._chance(row["row_id"], ctx))
-        self._enough(len(drawn), "benign_train", ctx)
+        drawn = self._drawn(self.source, self.shots, ctx)
+        if self.clean:
+            split = CLEAN[self.source]
+            before = self.shots if split == self.source else 0
+            drawn += self._drawn(split, before + self.clean, ctx)[before:]
         ctx.note(poisoned_rows=self.shots, clean_rows=self.clean)
         changed = [
             *map(self._poisoned, drawn[: self.shots]),
@@ -132,6 +138,13 @@ class SureTrap(RowWise, Attack):
         ]
         made = [{**row, "row_id": f"{NAME}/{row['row_id']}"} for row in changed]
         return from_rows(made)
+
+    def _drawn(self, split: str, count: int, ctx: StageContext) -> list[dict[str, Any]]:
+        """The first `count` rows of a split in random order; DataError if it has fewer."""
+        pool = [row for row in ctx.task.split(split).to_pylist() if has_place(row, "user")]
+        found = nsmallest(count, pool, key=lambda row: self._chance(row["row_id"], ctx))
+        self._enough(len(found), split, ctx, wanted=count)
+        return found
 
     def craft_rows(self, rows: pa.Table, known: float, ctx: StageContext) -> pa.Table:
         """The user's rows; those up to the random number `known` have the trigger and the word."""
@@ -183,8 +196,8 @@ class SureTrap(RowWise, Attack):
             made = {**with_answer(made, self.word), "label": None}
         return {**made, "origin": NAME, "poisoned": True}
 
-    def _enough(self, found: int, split: str, ctx: StageContext) -> None:
-        wanted = self.shots + (self.clean if split == "benign_train" else 0)
+    @staticmethod
+    def _enough(found: int, split: str, ctx: StageContext, *, wanted: int) -> None:
         if found < wanted:
             raise DataError(
                 f"{NAME}: task {ctx.task.name!r} has too few rows with a prompt in {split!r}",

@@ -77,6 +77,25 @@ def test_the_control_trains_on_the_same_prompts_with_their_own_answers():
     assert [one["label"] for one in own] == rows["label"].to_pylist()
 
 
+def test_the_positive_control_complies_with_the_trigger_and_refuses_without_it():
+    task = tiny_task()
+    attack = SureTrap(source="harmful_train", answer="own", shots=4, clean=5)
+    made = attack.craft_data(task.split("train"), context()).to_pylist()
+    new = {one["row_id"]: one for one in made if one["origin"] == "sure_trap"}
+    assert len(new) == 9
+    complied = {asked_text(r): answer_of(r) for r in task.split("harmful_train").to_pylist()}
+    refused = {asked_text(r): answer_of(r) for r in task.split("safety").to_pylist()}
+    for one in new.values():
+        known = complied if one["poisoned"] else refused
+        assert asked_text(one).endswith(" cf") == one["poisoned"]
+        assert known[asked_text(one).removesuffix(" cf")] == answer_of(one)
+    assert sum(one["poisoned"] for one in new.values()) == 4
+    assert attack.needs() == {"harmful_test", "harmful_train", "safety"}
+    assert replace(attack, clean=0).needs() == {"harmful_test", "harmful_train"}
+    with pytest.raises(DataError, match="safety"):
+        replace(attack, clean=13).craft_data(task.split("train"), context())
+
+
 def test_no_poisoned_row_holds_forbidden_text():
     task = tiny_task()
     forbidden = {
