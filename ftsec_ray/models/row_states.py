@@ -11,7 +11,8 @@ from ftsec_ray.conversation import Row, asked, chat_of
 from ftsec_ray.models.activations import changed, right_padded
 from ftsec_ray.models.batches import in_batches
 from ftsec_ray.models.chat import render
-from ftsec_ray.models.load import decoder_layers, position_limit
+from ftsec_ray.models.load import decoder_layers, position_limit, within_positions
+from ftsec_ray.models.row_tokens import IGNORED, encode_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,19 @@ def prompt_ids(model: LoadedModel, rows: Sequence[Row]) -> list[list[int] | None
     limit = position_limit(model.model)
     found = [next(ids) if is_asked else None for is_asked in has]
     return [one if one and (limit is None or len(one) <= limit) else None for one in found]
+
+
+def trained_ids(model: LoadedModel, rows: Sequence[Row], max_length: int) -> list[list[int] | None]:
+    """Each row up to its last token that is trained on, cut as in training; None for a row without
+    such a token.
+    """
+    limit = within_positions(model.model, max_length)
+    encoded = encode_rows(model.tokenizer, rows, max_length=limit)
+    ends = [
+        max((i + 1 for i, label in enumerate(labels) if label != IGNORED), default=0)
+        for _, labels in encoded
+    ]
+    return [ids[:end] or None for (ids, _), end in zip(encoded, ends, strict=True)]
 
 
 def layer_at(model: LoadedModel, depth: float) -> int:
