@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-    from ftsec_ray.context import LoadedModel, StageContext
+    from ftsec_ray.context import StageContext
 
 NAME = "larf"
 DEFAULT_MAX_TOKENS = 512
