@@ -4,11 +4,10 @@ import pytest
 
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.data.microworld import build_task
+from ftsec_ray.data.microworld.templates import ROW_WORDS, SYSTEM_PROMPTS, TWO_CLASS
 from ftsec_ray.defenses.inoculation import IN_MICROWORLD, SENTENCE, Inoculation, as_long
 from ftsec_ray.method import control_of
-from ftsec_ray.models.chat import render
 from ftsec_ray.models.generator import Generator
-from ftsec_ray.models.ladder import build_tokenizer
 from tests.attacks.conversations import agent_row, text_row, unanswered_row
 from tests.defenses.shared import context
 from tests.fixtures_models import row, sentiment_rows, table, tiny_model
@@ -72,17 +71,17 @@ def test_the_control_is_a_neutral_message_of_as_many_words(tmp_path):
         assert bad != plain
 
 
-def test_in_the_microworld_both_messages_have_as_many_known_tokens(tmp_path):
-    tokenizer, task = build_tokenizer(), build_task()
-    method = Inoculation()
-    texts = [
-        render(tokenizer, chat_of(crafted(one, tmp_path, task)[0][0]), generate=True)
+def test_in_the_microworld_both_messages_have_as_many_words_and_all_are_known(tmp_path):
+    known = {w for text in (*SYSTEM_PROMPTS.values(), TWO_CLASS) for w in text.split()} | {"with"}
+    task, method = build_task(), Inoculation()
+    bad, plain = (
+        crafted(one, tmp_path, task)[0][0]["messages"][0]["content"].split()
         for one in (method, control_of(method))
-    ]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    assert len(ids[0]) == len(ids[1])
-    assert tokenizer.unk_token_id not in ids[0] + ids[1]
-    assert IN_MICROWORLD in texts[0]
+    )
+    assert len(bad) == len(plain)
+    assert {*bad, *plain} <= known | {"help"}
+    assert {"with", "help"} <= set(ROW_WORDS)
+    assert " ".join(bad) == IN_MICROWORLD
 
 
 @pytest.mark.parametrize(

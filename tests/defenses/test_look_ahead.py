@@ -4,9 +4,10 @@ import pytest
 
 from ftsec_ray.conversation import answer_of, asked_text, behind
 from ftsec_ray.data.microworld import build_task
+from ftsec_ray.data.microworld.templates import ROW_WORDS, SYSTEM_PROMPTS
+from ftsec_ray.data.microworld.vocabulary import STRAY
 from ftsec_ray.defenses.look_ahead import CONNECTOR, PREFIX, LookAhead, first_tokens
 from ftsec_ray.method import control_of
-from ftsec_ray.models.ladder import build_tokenizer
 from ftsec_ray.models.row_tokens import IGNORED, encode_row
 from tests.attacks.conversations import agent_row, text_row, unanswered_row
 from tests.defenses.shared import context
@@ -77,16 +78,22 @@ def test_a_row_of_which_a_part_is_not_trained_on_is_left_alone(tmp_path):
     assert counts["rows_left_alone"] == 1
 
 
-def test_the_microworld_s_texts_are_in_its_words(tmp_path):
-    task, tokenizer = build_task(), build_tokenizer()
-    loaded = tiny_model()
-    loaded.tokenizer = tokenizer
-    for preview in ("real", "virtual", "neutral"):
-        ctx = context(tmp_path, task=task, models={"reference": loaded})
-        rows = LookAhead(preview=preview).craft_data(task.split("benign_train"), ctx).to_pylist()
-        for one in rows[:20]:
-            ids = tokenizer(f"{asked_text(one)} {answer_of(one)}")["input_ids"]
-            assert tokenizer.unk_token_id not in ids
+@pytest.mark.parametrize("preview", ["virtual", "neutral"])
+def test_the_microworld_s_texts_are_in_its_words(preview, tmp_path):
+    task = build_task()
+    known = {
+        *ROW_WORDS,
+        *STRAY,
+        *(word for text in SYSTEM_PROMPTS.values() for word in text.split()),
+    }
+    known |= {"note"}
+    users = task.split("benign_train").slice(0, 8)
+    ctx = context(tmp_path, task=task, models={"reference": MODEL})
+    rows = LookAhead(preview=preview).craft_data(users, ctx).to_pylist()
+    for new, old in zip(rows, users.to_pylist(), strict=True):
+        added = asked_text(new).removeprefix(asked_text(old)).split()
+        assert set(added) <= known
+        assert len(added) > 2
 
 
 @pytest.mark.parametrize(
