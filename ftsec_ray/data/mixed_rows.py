@@ -46,6 +46,7 @@ class MixesRows(RowWise, Defense):
     """Base of defenses that add rows to the user's rows, which stay as they are."""
 
     PHASE: ClassVar[Phase] = "pre"
+    ORDER: ClassVar[int] = 10
     DEFAULT_SHOTS: ClassVar[int] = 100
 
     shots: int | None = None

@@ -44,6 +44,7 @@ class Inoculation(RowWise, Defense):
     """A system message for training alone."""
 
     PHASE: ClassVar[Phase] = "pre"
+    ORDER: ClassVar[int] = 20
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"neutral": True}
 
     text: str | None = None

@@ -42,7 +42,8 @@ IN_MICROWORLD = {"connector": " answer : ", "prefix": "well , ", "neutral": "thi
 class LookAhead(RowWise, Defense):
     """A preview of the answer in training prompts."""
 
-    PHASE: ClassVar[Phase] = "during"
+    PHASE: ClassVar[Phase] = "pre"
+    ORDER: ClassVar[int] = 20
     NEEDS: ClassVar[frozenset[str]] = frozenset({"reference"})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"preview": "neutral"}
 
