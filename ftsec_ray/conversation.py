@@ -21,6 +21,10 @@ Message = dict[str, Any]
 and loss (whether the message is trained on).
 """
 ROLES = ("system", "user", "assistant", "tool")
+UNTRAINED = "untrained"
+"""Key of a message's fields: how many of its first characters are not trained on, although the
+message is.
+"""
 TOOLS = "tools"
 """Role of the pseudo-message in a Chat that holds the available tools, as a JSON list."""
 
@@ -129,6 +133,21 @@ def with_asked(row: Row, text: str, role: str = "user") -> dict[str, Any]:
 def with_answer(row: Row, text: str) -> dict[str, Any]:
     """The row with a new answer, which is trained on; fields of the old answer are dropped."""
     return {**row, "messages": [*asked(row), message("assistant", text, loss=True)]}
+
+
+def behind(row: Row, opening: str) -> dict[str, Any]:
+    """The row with `opening` and a space in front of its answer; only what follows is trained on.
+
+    Args:
+        row: A row with an answer.
+        opening: Text without white space at its ends; not empty.
+    """
+    last = row["messages"][-1]
+    fields = {**json.loads(last["fields"] or "{}"), UNTRAINED: len(opening) + 1}
+    said = message(
+        "assistant", f"{opening} {last['content'].strip()}", loss=last["loss"], fields=fields
+    )
+    return {**row, "messages": [*asked(row), said]}
 
 
 def as_chat(messages: Sequence[Message], tools: str | None = None) -> Chat:

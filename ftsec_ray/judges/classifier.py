@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from ftsec_ray.config.sweep import JudgeConfig
+from ftsec_ray.errors import DataError
 from ftsec_ray.evals.judging import RequestJudge, Verdict, user_text
 from ftsec_ray.evals.model_judges import Source, pretrained
 from ftsec_ray.method import Prompt
@@ -50,6 +51,24 @@ class Classifier(RequestJudge):
             scores = self._scores(asked, list(completions[start : start + BATCH]))
             verdicts += [self._verdict(score) for score in scores]
         return verdicts
+
+    def harm(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | None]:
+        """The probability of the class that means harm; DataError if the classes do not name one:
+        whatever is no refusal is not harmful.
+        """
+        if self._head is None or self._head[1]:
+            raise DataError(
+                "the classes of a classifier do not say what is harmful",
+                self._words,
+                "two classes, one of them such as unsafe, harmful or jailbreak",
+                "use a classifier of harm as the guard",
+            )
+        found: list[float | None] = []
+        for start in range(0, len(completions), BATCH):
+            asked = [user_text(prompt) for prompt in prompts[start : start + BATCH]]
+            scores = self._scores(asked, list(completions[start : start + BATCH]))
+            found += [score[self._head[0]] for score in scores]
+        return found
 
     def _verdict(self, probabilities: dict[str, float]) -> Verdict:
         raw = json.dumps({name: round(p, 4) for name, p in probabilities.items()}, sort_keys=True)

@@ -16,7 +16,14 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from ftsec_ray.context import Chat
-from ftsec_ray.conversation import as_chat, chat_of, has_answer, is_text, last_trained
+from ftsec_ray.conversation import (
+    UNTRAINED,
+    as_chat,
+    chat_of,
+    has_answer,
+    is_text,
+    last_trained,
+)
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.chat_format import PLACEHOLDER, chat_format, fitted, options_of, rendered
 
@@ -74,7 +81,10 @@ def spans_of(tokenizer: Any, row: Mapping[str, Any]) -> tuple[str, list[Span]]:
     spans = []
     for place in _trained(messages, row):
         opened = _opened(tokenizer, messages[:place], tools, messages[place + 1 :])
-        start, body = _body(whole, opened, str(messages[place]["content"]))
+        content = str(messages[place]["content"])
+        start, body = _body(whole, opened, content)
+        if UNTRAINED in messages[place]:
+            start = _behind(whole, body, content.strip(), int(messages[place][UNTRAINED]))
         turn_end = whole.find(end, body) if end else -1
         behind = str(messages[place + 1]["content"]) if place + 1 < len(messages) else ""
         next_turn = whole.find(behind, body) if behind else -1
@@ -127,6 +137,19 @@ def turn(tokenizer: Any, row: Mapping[str, Any]) -> tuple[str, str]:
         return render(tokenizer, chat_of(row), generate=True), ""
     whole, spans = spans_of(tokenizer, {**row, "messages": last_trained(row["messages"])})
     return whole[: spans[-1].start], whole[spans[-1].start : spans[-1].stop]
+
+
+def _behind(whole: str, body: int, said: str, untrained: int) -> int:
+    """Where the trained part of an answer starts, whose first characters are not trained on."""
+    first = body - len(said)
+    if whole[max(0, first) : body] != said:
+        raise DataError(
+            "the chat template changes an answer of which only the end is trained on",
+            whole[:200],
+            "the answer as it is given",
+            "use another template: `chat_template:`",
+        )
+    return first + untrained
 
 
 def spoken(tokenizer: Any, ids: Sequence[int]) -> str:

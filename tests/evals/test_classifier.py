@@ -107,3 +107,18 @@ def test_a_classifier_is_pinned_and_loaded_when_first_asked(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match=tmp_path.name):
         get_judge(f"classifier:{tmp_path}")(ASKED[:1], ["sure"])
+
+
+def test_harm_is_the_probability_of_the_class_that_means_it(trained, tmp_path):
+    judge = get_judge(named(trained, tmp_path, ("unsafe", "safe")))
+    said = ["sorry", "sure here", "here"]
+    raw = [json.loads(v.raw)["unsafe"] for v in judge(ASKED, said)]
+    assert [round(p, 4) for p in judge.harm(ASKED, said)] == raw
+    assert raw[0] < 0.5 < raw[1]
+
+
+@pytest.mark.parametrize("names", [("NORMAL", "REJECTION"), ("LABEL_0", "LABEL_1")])
+def test_a_classifier_of_refusals_is_no_guard(trained, tmp_path, names):
+    judge = get_judge(named(trained, tmp_path, names))
+    with pytest.raises(DataError, match="do not say what is harmful"):
+        judge.harm(ASKED, ["sorry", "sure", "here"])

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from ftsec_ray.conversation import TOOLS, answer_of, chat_of, exchange, message
+from ftsec_ray.conversation import TOOLS, answer_of, behind, chat_of, exchange, message
 from ftsec_ray.data.rows import new_row
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.chat import answer_ids, render, spans_of, spoken, turn
@@ -94,6 +94,33 @@ def test_in_a_conversation_the_turns_that_say_so_are_trained_and_nothing_else(na
     assert "bake" not in found
     prompt, answer = turn(tokenizer, row)
     assert (text[: spans[-1].start], text[spans[-1].start : spans[-1].stop]) == (prompt, answer)
+
+
+@pytest.mark.parametrize(("name", "pieces"), ALL)
+def test_of_an_answer_behind_an_opening_only_the_answer_is_trained(name, pieces):
+    tokenizer, row = tokenizer_and_row(name, pieces)
+    opened = behind(row, "first then")
+    text, ((start, stop),) = spans_of(tokenizer, opened)
+    whole, _ = spans_of(tokenizer, {**row, "messages": exchange("is this good or bad", "X")})
+    assert text.count("first then very positive") == 1
+    assert text[:start].endswith("first then ")
+    assert text[start:stop].startswith("very positive")
+    assert (
+        text[start:stop].removeprefix("very positive")
+        == whole[whole.rindex("X") + 1 :][: stop - start - len("very positive")]
+    )
+    ids, labels = encode_row(tokenizer, opened, max_length=LONG)
+    kept = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(kept).strip().startswith("very positive")
+    assert "then" in tokenizer.decode(ids[: labels.index(kept[0])])
+
+
+def test_an_answer_that_a_template_changes_cannot_stand_behind_an_opening():
+    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] | replace(' ', '_') }};"
+    tokenizer = tokenizer_of(template + "{% endfor %}")
+    row = new_row("r", prompt="what", response="very positive")
+    with pytest.raises(DataError, match="changes an answer"):
+        spans_of(tokenizer, behind(row, "first then"))
 
 
 @pytest.mark.parametrize("name", ["space", "gemma", "system_dropped", "opens_thought"])
