@@ -22,10 +22,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.errors import StageError
-from ftsec_ray.method import Defense, Phase
+from ftsec_ray.training.hardening import Hardens, at_least
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from torch import Tensor
 
     from ftsec_ray.context import LoadedModel, StageContext
@@ -38,12 +37,11 @@ ATTENTION_NAMES = ("self_attn", "attn", "attention")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vaccine(Defense):
+class Vaccine(Hardens):
     """Fine-tunes on refusals with the gradient taken at the perturbed hidden states, then merges
     the adapter.
     """
 
-    PHASE: ClassVar[Phase] = "pre"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety"})
     TRAINS: ClassVar[frozenset[str]] = frozenset({"prepare_model"})
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
@@ -52,105 +50,17 @@ class Vaccine(Defense):
     rho: float = 2.0
     """Norm of the perturbation over all blocks, rows and tokens of a step; 0 is plain fine-tuning.
     """
-    safety_rows: int = 256
-    """Maximum number of refusal rows."""
-    benign_rows: int = 256
-    """Maximum number of benign rows mixed in; the paper has 0."""
-    epochs: float = 3.0
-    """Passes over the rows (the paper: 50 over 2000 rows)."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of the optimizer."""
-    batch_size: int = 16
-    """Rows per optimizer step."""
-    lora_rank: int = 8
-    """Rank of the adapter that is trained and merged; its alpha is twice the rank."""
-    weight_decay: float = 0.1
-    """Weight decay of AdamW on the adapter."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
-        least = {
-            "rho": 0.0,
-            "safety_rows": 1,
-            "benign_rows": 0,
-            "batch_size": 1,
-            "lora_rank": 1,
-            "weight_decay": 0.0,
-        }
-        faults = [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        return faults + [
-            (name, getattr(self, name), "more than 0")
-            for name in ("epochs", "learning_rate")
-            if getattr(self, name) <= 0.0
-        ]
+        return at_least(self, {"rho": 0.0}) + super().check()
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after perturbation-aware alignment, with the adapter merged."""
-        from ftsec_ray.models.load import folded
-        from ftsec_ray.models.precision import tell_rounding
-        from ftsec_ray.models.row_tokens import tell_cuts
-        from ftsec_ray.training.loop import sft
-
-        config = replace(
-            ctx.training,
-            adapter="lora",
-            # the settings of the user's adapter do not apply to the adapter that hardens the base
-            targets="all-linear",
-            layers=None,
-            rslora=False,
-            quantization="none",
-            rank=self.lora_rank,
-            alpha=2.0 * self.lora_rank,
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            schedule="cosine",
-            warmup_frac=0.1,
-            weight_decay=self.weight_decay,
-        )
-        rows = self._rows(ctx)
-        report = sft(
-            model,
-            rows,
-            config,
-            seed=ctx.seed,
-            runtime=ctx.runtime,
-            workdir=ctx.workdir,
-            shape=self._shape,
-        )
-        tell_cuts(ctx, report.cuts)
-        ctx.note(
-            rows=rows.num_rows,
-            steps=len(report.losses),
-            first_loss=report.losses[0],
-            last_loss=report.losses[-1],
-        )
-        aligned, lost = folded(report.loaded)
-        tell_rounding(ctx, lost, aligned)
-        return aligned
-
-    def _rows(self, ctx: StageContext) -> pa.Table:
-        import pyarrow as pa
-
-        parts = [("safety", self.safety_rows), ("benign_train", self.benign_rows)]
-        return pa.concat_tables(_drawn(ctx, split, count) for split, count in parts if count)
+        return self.merged_sft(model, self.plain_rows(ctx), ctx, shape=self._shape)
 
     def _shape(self, training: Training) -> Training:
         return replace(training, backward=vaccinated(training.backward, rho=self.rho))
-
-
-def _drawn(ctx: StageContext, split: str, count: int) -> pa.Table:
-    """Up to `count` random rows of a split, chosen by the seed and the row ids, in the order of the
-    split.
-    """
-    table = ctx.task.split(split)
-    ids = table.column("row_id").to_pylist()
-    chosen = sorted(range(len(ids)), key=lambda i: ctx.chance(ids[i], "vaccine"))[:count]
-    return table.take(sorted(chosen))
 
 
 def vaccinated(inner: Backward, *, rho: float) -> Backward:
