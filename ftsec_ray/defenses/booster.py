@@ -79,7 +79,7 @@ class Booster(Hardens):
                 ),
             )
 
-        hardened = self.merged_sft(model, self.plain_rows(ctx), ctx, shape=shape)
+        hardened = self._merged_sft(model, self._plain_rows(ctx), ctx, shape=shape)
         ctx.note(harmful_rows=harmful.num_rows)
         if DROPS in drops:
             first, last = drops[DROPS]

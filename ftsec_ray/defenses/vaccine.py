@@ -57,7 +57,7 @@ class Vaccine(Hardens):
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after perturbation-aware alignment, with the adapter merged."""
-        return self.merged_sft(model, self.plain_rows(ctx), ctx, shape=self._shape)
+        return self._merged_sft(model, self._plain_rows(ctx), ctx, shape=self._shape)
 
     def _shape(self, training: Training) -> Training:
         return replace(training, backward=vaccinated(training.backward, rho=self.rho))

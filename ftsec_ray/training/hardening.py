@@ -56,7 +56,7 @@ class Hardens(Defense):
         """Faults of the parameters beyond their types."""
         return at_least(self, LEAST) + above_0(self, ("epochs", "learning_rate"))
 
-    def merged_sft(
+    def _merged_sft(
         self,
         model: LoadedModel,
         rows: pa.Table,
@@ -116,7 +116,7 @@ class Hardens(Defense):
         tell_rounding(ctx, lost, hardened)
         return hardened
 
-    def plain_rows(self, ctx: StageContext) -> pa.Table:
+    def _plain_rows(self, ctx: StageContext) -> pa.Table:
         """The refusals and the benign rows."""
         import pyarrow as pa
 
@@ -166,7 +166,7 @@ def capped(
     """
     table = ctx.task.split(split)
     ids = table.column("row_id").to_pylist()
-    places = range(len(ids))
+    places = list(range(len(ids)))
     if fits is not None:
         places = [i for i, row in enumerate(table.to_pylist()) if fits(row)]
         if not places:

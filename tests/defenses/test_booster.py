@@ -139,7 +139,7 @@ def test_strength_0_is_plain_tuning_and_a_little_strength_changes_little(tmp_pat
     control = control_of(method)
     zero, ctx = hardened(control, tmp_path / "zero", dropout=dropout)
     plain = context(tmp_path / "plain")
-    want = control.merged_sft(tiny_model(), control.plain_rows(plain), plain, dropout=dropout)
+    want = control._merged_sft(tiny_model(), control._plain_rows(plain), plain, dropout=dropout)
     assert same(zero, want)
     assert "last_harmful_drop" not in ctx.notes
     most, _ = hardened(method, tmp_path / "most", dropout=dropout)

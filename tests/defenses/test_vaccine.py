@@ -164,7 +164,7 @@ def test_it_gives_whole_weights_that_refuse_more(tmp_path):
 
 
 def test_the_rows_are_capped_and_benign_rows_can_be_left_out(tmp_path):
-    rows = Vaccine(safety_rows=5, benign_rows=0).plain_rows(context(tmp_path))
+    rows = Vaccine(safety_rows=5, benign_rows=0)._plain_rows(context(tmp_path))
     assert rows.num_rows == 5
     assert set(answers(rows)) == {answers(tiny_task().split("safety"))[0]}
 
