@@ -43,7 +43,7 @@ class Booster(Hardens):
     gradient).
     """
 
-    NEEDS: ClassVar[frozenset[str]] = frozenset({"safety", "harmful_train"})
+    NEEDS: ClassVar[frozenset[str]] = frozenset({"safety", "harmful_train", "benign_train"})
     TRAINS: ClassVar[frozenset[str]] = frozenset({"prepare_model"})
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset()
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"strength": 0.0}

@@ -42,7 +42,7 @@ class Vaccine(Hardens):
     the adapter.
     """
 
-    NEEDS: ClassVar[frozenset[str]] = frozenset({"safety"})
+    NEEDS: ClassVar[frozenset[str]] = frozenset({"safety", "benign_train"})
     TRAINS: ClassVar[frozenset[str]] = frozenset({"prepare_model"})
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0}

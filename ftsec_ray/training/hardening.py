@@ -28,6 +28,7 @@ LEAST = {
     "weight_decay": 0.0,
 }
 HARMFUL = "harmful_train"
+BENIGN = "benign_train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,10 @@ class Hardens(Defense):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         return at_least(self, LEAST) + above_0(self, ("epochs", "learning_rate"))
+
+    def needs(self) -> frozenset[str]:
+        """`benign_train` only if its rows are mixed in."""
+        return self.NEEDS if self.benign_rows else self.NEEDS - {BENIGN}
 
     def _merged_sft(
         self,
@@ -120,7 +125,7 @@ class Hardens(Defense):
         """The refusals and the benign rows."""
         import pyarrow as pa
 
-        parts = [(REFUSALS, self.safety_rows), ("benign_train", self.benign_rows)]
+        parts = [(REFUSALS, self.safety_rows), (BENIGN, self.benign_rows)]
         return pa.concat_tables(
             capped(ctx, split, count, by=name_of(self)) for split, count in parts if count
         )
