@@ -85,8 +85,8 @@ def by_hand(model, *, alpha, beta, seed):
         wanted = torch.tensor([labels[t] for t in places])
         before = torch.tensor([t - 1 for t in places])
         first = model.lm_head(model.model.norm(output.hidden_states[1]))[0, before]
-        for logits in (first, output.logits[0, before]):
-            losses.append(cross_entropy(logits, wanted, reduction="none"))
+        for given in (first, output.logits[0, before]):
+            losses.append(cross_entropy(given, wanted, reduction="none"))
     ascent = torch.log1p(torch.cat(losses).mean())  # as many tokens at either depth
     torch.manual_seed(seed)
     distances = []
