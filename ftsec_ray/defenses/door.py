@@ -3,8 +3,8 @@ than they were, so that an answer that has begun is still refused.
 
 Paper: Zhao, Cai, Shi, Huang, Lin, Mei, Song 2025, Improving LLM Safety Alignment with
     Dual-Objective Optimization (DOOR), arXiv:2503.03710; official code wicai24/DOOR-Alignment:
-    alpha * (loss of the refusal behind k tokens of the harmful answer - (2 / beta) log sigmoid(-beta
-    (log p(answer) - log p0(answer)))) + (1 - alpha) * loss of benign rows.
+    alpha * (loss of the refusal behind k tokens of the harmful answer - (2 / beta) log sigmoid(
+    -beta (log p(answer) - log p0(answer)))) + (1 - alpha) * loss of benign rows.
 Differs: (1) Every loss is per token; the official code adds up tokens, so that long answers count
     more. (2) k is drawn anew in every pass over the rows, and never reaches the end of the answer.
     (3) The task's own refusals stand beside the benign rows in the last term. (4) A request without
@@ -15,8 +15,8 @@ Cost: about 3 forward and backward passes per step, and one pass of the start mo
 Reads: the prefixes are beginnings of harmful answers. How far it holds against a fixed opener,
     which is none, is what `prefill` measures. Its harmful rows come from the split that also serves
     attacks.
-Needs: splits safety and harmful_train (and benign_train with `benign_rows`). Only adds micro-batches
-    with their own loss: ZeRO stages 0 to 2.
+Needs: splits safety and harmful_train (and benign_train with `benign_rows`). Only adds
+    micro-batches with their own loss: ZeRO stages 0 to 2.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def test_at_the_start_its_gradient_is_that_of_the_answers_log_probability():
 def test_a_step_weighs_plain_rows_refusals_and_answers():
     loaded, method = in_float64(tiny_model(seed=1)), Door(alpha=0.3, npo=0.6, harmful_batch=3)
     ctx = context(None)
-    rows, found = pairs()
+    _, found = pairs()
     config = TrainingConfig(max_length=64, batch_size=4, epochs=1.0)
     users = plain_training(
         loaded, ctx.task.split("benign_train"), config, seed=0, runtime=Runtime()
