@@ -135,7 +135,7 @@ class Door(Hardens):
     ) -> Callable[[int], list[TermBatch]]:
         from ftsec_ray.models.row_tokens import label_nats
         from ftsec_ray.training.encode import steps_per_epoch
-        from ftsec_ray.training.terms import drawn_at
+        from ftsec_ray.training.terms import drawn_at, in_chunks
 
         before: list[float] = []
         if self.npo:
@@ -167,33 +167,6 @@ class Door(Hardens):
             return made
 
         return batches_of
-
-
-def in_chunks(
-    rows: Sequence[Encoded],
-    term_of: Callable[[list[int]], Term | None],
-    *,
-    pad: int,
-    device: str,
-    by_tokens: bool = True,
-) -> list[TermBatch]:
-    """Encoded rows as micro-batches, whose weights are their shares of the labelled tokens or of
-    the rows.
-    """
-    from ftsec_ray.training.terms import chunks, term_batch
-
-    sizes = [sum(label != IGNORED for label in labels) if by_tokens else 1 for _, labels in rows]
-    return [
-        term_batch(
-            [rows[i][0] for i in group],
-            term_of(group),
-            labels=[rows[i][1] for i in group],
-            pad=pad,
-            device=device,
-            weight=sum(sizes[i] for i in group) / sum(sizes),
-        )
-        for group in chunks(range(len(rows)), max(len(ids) for ids, _ in rows))
-    ]
 
 
 def _npo_term(before: Sequence[float], beta: float, weight: float, device: str) -> Term:

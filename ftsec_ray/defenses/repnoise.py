@@ -92,7 +92,7 @@ class RepNoise(Hardens):
     def _batches(
         self, rows: Sequence[Encoded], model: LoadedModel, ctx: StageContext
     ) -> Callable[[int], list[TermBatch]]:
-        from ftsec_ray.training.terms import chunks, drawn_at, term_batch
+        from ftsec_ray.training.terms import drawn_at, in_chunks
 
         pad = model.tokenizer.pad_token_id or 0
 
@@ -101,18 +101,13 @@ class RepNoise(Hardens):
 
         def batches_of(step: int) -> list[TermBatch]:
             places = drawn_at(step, len(rows), self.harmful_batch, seed=ctx.seed, salt=NAME)
-            width = max(len(rows[i][0]) for i in places)
-            return [
-                term_batch(
-                    [rows[i][0] for i in group],
-                    term,
-                    labels=[rows[i][1] for i in group],
-                    pad=pad,
-                    device=ctx.runtime.device,
-                    weight=len(group) / len(places),
-                )
-                for group in chunks(places, width)
-            ]
+            return in_chunks(
+                [rows[i] for i in places],
+                lambda _: term,
+                pad=pad,
+                device=ctx.runtime.device,
+                by_tokens=False,
+            )
 
         return batches_of
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.conversation import Row
-from ftsec_ray.data.pairs import REFUSALS
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Defense, Phase
 from ftsec_ray.registry import name_of
@@ -27,6 +26,7 @@ LEAST = {
     "lora_rank": 1,
     "weight_decay": 0.0,
 }
+REFUSALS = "safety"
 HARMFUL = "harmful_train"
 BENIGN = "benign_train"
 
