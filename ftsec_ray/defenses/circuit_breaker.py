@@ -148,44 +148,15 @@ class CircuitBreaker(Hardens):
         return batches_of
 
 
-def states_of(model: Any, batch: Batch) -> tuple[Any, ...]:
-    """The embeddings and the states behind every block, the last ones behind the last norm: (B, T,
-    D) each.
-    """
-    from ftsec_ray.models.load import keeps_logits
-
-    kept = {"logits_to_keep": 1} if keeps_logits(model) else {}
-    output = model(**batch.inputs(), output_hidden_states=True, **kept)
-    states: tuple[Any, ...] = output.hidden_states
-    return states
-
-
-def _wide(states: Tensor) -> Tensor:
-    """At least float32."""
-    import torch
-
-    return states if states.dtype is torch.float64 else states.float()
-
-
 def retaining(original: Any, strength: float) -> Any:
-    """The objective on retained rows: the mean distance of their states from those of the original
-    model, over all depths and tokens without padding, times a factor that grows.
+    """The objective on retained rows: the distance of their states from those of the original
+    model, times a factor that grows.
     """
-    import torch
+    from ftsec_ray.training.losses import state_distance
 
     def objective(model: Any, batch: Batch, step: Step) -> Tensor:
-        with torch.no_grad():
-            before = states_of(original, batch)
-        real = (
-            torch.ones_like(batch.input_ids)
-            if batch.attention_mask is None
-            else (batch.attention_mask)
-        )
-        far = [
-            (_wide(now) - _wide(then))[real.bool()].norm(dim=-1).mean()
-            for now, then in zip(states_of(model, batch), before, strict=True)
-        ]
-        loss: Tensor = strength * step.index / (2 * step.total) * torch.stack(far).mean()
+        factor = strength * step.index / (2 * step.total)
+        loss: Tensor = factor * state_distance(model, original, batch)
         return loss
 
     return objective
@@ -199,12 +170,14 @@ def breaking(original: Any, layers: Sequence[int], strength: float) -> Any:
     import torch
     from torch.nn.functional import cosine_similarity
 
+    from ftsec_ray.training.losses import states_of
+
     def term(model: Any, batch: Batch, step: Step) -> Tensor:
         with torch.no_grad():
             before = states_of(original, batch)
         now, answer = states_of(model, batch), batch.labels != IGNORED
         cosines = [
-            cosine_similarity(_wide(now[n])[answer], _wide(before[n])[answer], dim=-1).relu().mean()
+            cosine_similarity(now[n][answer], before[n][answer], dim=-1).relu().mean()
             for n in layers
         ]
         loss: Tensor = strength * (1 - step.index / (2 * step.total)) * torch.stack(cosines).mean()

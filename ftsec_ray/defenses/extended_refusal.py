@@ -15,7 +15,8 @@ Cost: that of plain fine-tuning on the longer refusals, once per base model.
 Reads: the attack `refusal_ablation` chooses its direction by the first tokens of the task's own
     refusals. A model with this defense begins otherwise, and an attacker who knows that would use
     other tokens: part of the effect may be that blindness. Compare with `share: 0`, which is the
-    same training on short refusals.
+    same training on short refusals. Its refusals are long: where `max_new_tokens` cuts them off
+    before they refuse, they count as neither refusal nor compliance.
 Needs: split safety (and benign_train with `benign_rows`).
 """
 

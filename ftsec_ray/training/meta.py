@@ -96,6 +96,7 @@ def simulated(
     learning_rate: float,
     max_norm: float | None = None,
     normalised: bool = False,
+    visit: Callable[[int], None] | None = None,
 ) -> Iterator[None]:
     """While open, the weights are those after `steps` steps of gradient descent.
 
@@ -106,6 +107,7 @@ def simulated(
         learning_rate: Factor of a gradient; below 0 the steps ascend.
         max_norm: Limit of a gradient's norm over all weights.
         normalised: Whether each gradient is divided by that norm instead.
+        visit: Called after each step with its number, at the weights behind it.
     """
     import torch
 
@@ -121,6 +123,8 @@ def simulated(
             with torch.no_grad():
                 for name, weight in trainable.items():
                     weight.sub_(scale * found[name])
+            if visit is not None:
+                visit(number)
         yield
 
 
