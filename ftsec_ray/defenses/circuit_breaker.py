@@ -53,6 +53,7 @@ class CircuitBreaker(Hardens):
     TRAINS: ClassVar[frozenset[str]] = frozenset({"prepare_model"})
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"pushed": "benign"}
+    ORDER: ClassVar[int] = 15
 
     strength: float = 10.0
     """Factor of both losses (alpha), 0 or more; 0 leaves the model as it is."""

@@ -36,6 +36,7 @@ class Hardens(Defense):
     """Base of defenses that train an adapter on the aligned model, and merge it."""
 
     PHASE: ClassVar[Phase] = "pre"
+    ORDER: ClassVar[int] = 10
 
     safety_rows: int = 256
     """Maximum number of refusal rows, 1 or more."""
