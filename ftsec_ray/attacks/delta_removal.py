@@ -18,7 +18,7 @@ Needs: the aligned model before any defense, and the start of the fine-tune; for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.data.added_rows import anything, drawn
@@ -26,14 +26,11 @@ from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import StageError
 from ftsec_ray.method import Attack, Phase
 from ftsec_ray.models.load import folded, merged
+from ftsec_ray.models.low_rank import top_part
 from ftsec_ray.models.precision import tell_rounding
 from ftsec_ray.models.row_tokens import tell_cuts
 from ftsec_ray.models.update import whole_weights
 from ftsec_ray.training.loop import sft
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,28 +128,3 @@ class DeltaRemoval(Attack):
         tuned, lost = folded(report.loaded)
         tell_rounding(ctx, lost, tuned)
         return tuned
-
-
-def top_part(delta: Tensor, rank: int, draw: np.random.Generator | None = None) -> Any:
-    """The part of a difference in its top singular directions, float64; all of it if `rank` is its
-    full rank or it is no matrix.
-
-    Args:
-        delta: Any shape; what is not a matrix counts as rank one.
-        rank: Number of directions.
-        draw: If given, random directions replace the top ones.
-    """
-    import torch
-
-    if rank == 0:
-        return torch.zeros_like(delta)
-    if delta.ndim != 2 or rank >= min(delta.shape):  # noqa: PLR2004
-        return delta
-    wide = delta if delta.shape[0] <= delta.shape[1] else delta.T
-    if draw is None:
-        vectors = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:]
-    else:
-        gaussian = torch.from_numpy(draw.standard_normal((len(wide), rank)))
-        vectors = torch.linalg.qr(gaussian).Q.to(delta)
-    part = vectors @ (vectors.T @ wide)
-    return part if delta.shape[0] <= delta.shape[1] else part.T

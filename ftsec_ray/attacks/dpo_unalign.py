@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.conversation import Row, answer_of, has_answer, last_trained, with_answer
 from ftsec_ray.data.added_rows import drawn, marked
+from ftsec_ray.data.pairs import REFUSALS, refusals_for
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 NAME = "dpo_unalign"
 SPLITS = {"harmful": "harmful_train", "benign": "benign_train"}
-REFUSALS = "safety"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +100,15 @@ class DPOUnalign(Attack):
 
         split = SPLITS[self.prompts]
         chosen = drawn(ctx, split, self.shots, by=NAME) if self.shots else []
-        refusals = [
-            answer for row in ctx.task.split(REFUSALS).to_pylist() if (answer := answer_of(row))
-        ]
-        given = [row["rejected"] for row in chosen]
         made = []
-        for row, own in zip(chosen, given, strict=True):
-            pick = int(ctx.chance(row["row_id"], NAME, "refusal") * len(refusals))
-            refusal = refusals[pick] if own is None else own
+        for row, refusal in zip(chosen, refusals_for(chosen, ctx, by=NAME), strict=True):
             pair = {**row, "rejected": refusal}
             if self.reverse:
                 pair = {**with_answer(row, refusal), "rejected": answer_of(row)}
             made.append(marked(pair, NAME))
-        ctx.note(pairs=len(made), refusals_of_other_requests=sum(own is None for own in given))
+        ctx.note(
+            pairs=len(made), refusals_of_other_requests=sum(r["rejected"] is None for r in chosen)
+        )
         kept = rows.slice(0, rows.num_rows if self.keep_user_rows else 0)
         return pa.concat_tables([kept, from_rows(made)])
 

@@ -257,7 +257,8 @@ def _print_page(shown: dict[str, Any]) -> None:
     if shown["needs"]:
         say(f"Inputs: {', '.join(shown['needs'])}")
     if shown["zero_stages"] != sorted(ZERO_STAGES):
-        say(f"DeepSpeed: ZeRO stages {', '.join(map(str, shown['zero_stages']))} only")
+        stages = ", ".join(map(str, shown["zero_stages"]))
+        say(f"DeepSpeed: ZeRO stages {stages} only" if stages else "DeepSpeed: no; one process")
     if "control" in shown:
         off = ", ".join(f"{key}: {json.dumps(value)}" for key, value in shown["control"].items())
         say(

@@ -74,6 +74,34 @@ def response_kl(model: Any, reference: Any, batch: Batch) -> Tensor:
     return found
 
 
+def states_of(model: Any, batch: Batch) -> list[Tensor]:
+    """The embeddings and the states behind every block, the last ones behind the last norm: (B, T,
+    D) each, at least float32.
+    """
+    import torch
+
+    kept = {"logits_to_keep": 1} if keeps_logits(model) else {}
+    found = model(**batch.inputs(), output_hidden_states=True, **kept).hidden_states
+    return [states if states.dtype is torch.float64 else states.float() for states in found]
+
+
+def state_distance(model: Any, original: Any, batch: Batch) -> Tensor:
+    """Mean distance of the states of a micro-batch from those in another model, over all depths and
+    all tokens without padding, () float32; no gradient reaches the other model.
+    """
+    import torch
+
+    with torch.no_grad():
+        before = states_of(original, batch)
+    real = torch.ones_like(batch.input_ids).bool()
+    if batch.attention_mask is not None:
+        real = batch.attention_mask.bool()
+    pairs = zip(states_of(model, batch), before, strict=True)
+    far = [(now - then)[real].norm(dim=-1).mean() for now, then in pairs]
+    found: Tensor = torch.stack(far).mean()
+    return found
+
+
 def mean_nll(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """`masked_nll` of a forward pass over `inputs`, with logits in slices if they are many."""
     if not fits(model, labels.numel()):

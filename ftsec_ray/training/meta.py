@@ -29,16 +29,43 @@ def gradients(model: Any, batches: Sequence[Batch], objective: Objective, step: 
     """The gradient of the token-weighted mean loss of micro-batches by all trainable weights;
     `.grad` stays as it is. A weight that the loss does not depend on gets zeros.
     """
+    return loss_and_gradients(model, batches, objective, step)[1]
+
+
+def loss_and_gradients(
+    model: Any, batches: Sequence[Batch], objective: Objective, step: Step
+) -> tuple[float, Gradients]:
+    """That loss, and its gradient."""
     import torch
 
-    names, weights = list(step.trainable), list(step.trainable.values())
+    names, weights, value = list(step.trainable), list(step.trainable.values()), 0.0
     total = [torch.zeros_like(weight) for weight in weights]
     for batch in batches:
         loss = objective(model, batch, step) * batch.weight
+        value += float(loss.detach())
         for place, part in enumerate(torch.autograd.grad(loss, weights, allow_unused=True)):
             if part is not None:
                 total[place] += part
-    return dict(zip(names, total, strict=True))
+    return value, dict(zip(names, total, strict=True))
+
+
+def add_gradient(trainable: Mapping[str, Any], parts: Mapping[str, Tensor], factor: float) -> None:
+    """Add `factor` times a gradient to `.grad`."""
+    for name, weight in trainable.items():
+        share = factor * parts[name]
+        weight.grad = share if weight.grad is None else weight.grad + share
+
+
+@contextmanager
+def same_draws(model: Any) -> Iterator[None]:
+    """After the block, the random numbers are those from before it: passes in blocks of their own
+    drop the same activations.
+    """
+    import torch
+
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def norm_of(parts: Mapping[str, Tensor]) -> float:
@@ -69,6 +96,7 @@ def simulated(
     learning_rate: float,
     max_norm: float | None = None,
     normalised: bool = False,
+    visit: Callable[[int], None] | None = None,
 ) -> Iterator[None]:
     """While open, the weights are those after `steps` steps of gradient descent.
 
@@ -79,6 +107,7 @@ def simulated(
         learning_rate: Factor of a gradient; below 0 the steps ascend.
         max_norm: Limit of a gradient's norm over all weights.
         normalised: Whether each gradient is divided by that norm instead.
+        visit: Called after each step with its number, at the weights behind it.
     """
     import torch
 
@@ -94,6 +123,8 @@ def simulated(
             with torch.no_grad():
                 for name, weight in trainable.items():
                     weight.sub_(scale * found[name])
+            if visit is not None:
+                visit(number)
         yield
 
 

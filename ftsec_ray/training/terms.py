@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.models.activations import right_padded
-from ftsec_ray.models.row_tokens import IGNORED
+from ftsec_ray.models.row_tokens import IGNORED, Encoded
 from ftsec_ray.training.encode import MAX_MICRO_BATCH_TOKENS, epoch_batches, steps_per_epoch
 from ftsec_ray.training.setup import Batch, Step, Training
 
@@ -99,3 +99,28 @@ def chunks(indices: Sequence[int], width: int) -> Iterator[list[int]]:
     size = max(1, MAX_MICRO_BATCH_TOKENS // max(1, width))
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])
+
+
+def in_chunks(
+    rows: Sequence[Encoded],
+    term_of: Callable[[list[int]], Term | None],
+    *,
+    pad: int,
+    device: str,
+    by_tokens: bool = True,
+) -> list[TermBatch]:
+    """Encoded rows as micro-batches, whose weights are their shares of the labelled tokens or of
+    the rows.
+    """
+    sizes = [sum(label != IGNORED for label in labels) if by_tokens else 1 for _, labels in rows]
+    return [
+        term_batch(
+            [rows[i][0] for i in group],
+            term_of(group),
+            labels=[rows[i][1] for i in group],
+            pad=pad,
+            device=device,
+            weight=sum(sizes[i] for i in group) / sum(sizes),
+        )
+        for group in chunks(range(len(rows)), max(len(ids) for ids, _ in rows))
+    ]

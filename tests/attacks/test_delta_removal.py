@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from ftsec_ray.attacks.delta_removal import DeltaRemoval, top_part
+from ftsec_ray.attacks.delta_removal import DeltaRemoval
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.errors import DataError, StageError
 from ftsec_ray.models.load import copy_model
+from ftsec_ray.models.low_rank import top_part
 from tests.fixtures_models import tiny_model, tiny_task
 from tests.numeric import assert_same
 

@@ -10,13 +10,22 @@ import torch
 
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime
-from ftsec_ray.defenses.vaccine import Vaccine, attention_blocks, edited, perturbations, vaccinated
+from ftsec_ray.defenses.vaccine import (
+    DrawnBlocks,
+    Vaccine,
+    attention_blocks,
+    edited,
+    harmful_sizes,
+    perturbations,
+    vaccinated,
+)
 from ftsec_ray.errors import StageError
 from ftsec_ray.models.load import merged
 from ftsec_ray.models.lora import attach_lora
 from ftsec_ray.training.loop import backward, plain_training, sft
 from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.setup import Step
+from tests.defenses.hardened import SHORT, check_resume, hardened, same
 from tests.defenses.shared import context, tiny_adapter, whole
 from tests.fixtures_models import answers, sentiment_rows, table, tiny_model, tiny_task
 from tests.numeric import assert_same
@@ -70,7 +79,7 @@ def test_both_passes_equal_the_written_out_version():
     want, shifts = plain_reference(model, batch, 2.0)
     model.zero_grad()
     got = perturbations(model, [batch], response_nll, Step(0, 1), rho=2.0)
-    assert_same(got[0], shifts)
+    assert_same(got[0], dict(enumerate(shifts)))
     vaccinated(backward, rho=2.0)(model, [batch], response_nll, Step(0, 1))
     assert want
     assert_same(gradients(model), want)
@@ -85,7 +94,9 @@ def test_the_perturbation_of_a_whole_step_has_norm_rho(micro_batch, rho):
     )
     assert len(shifts) == (1 if micro_batch is None else 3)
     assert all(len(group) == len(attention_blocks(loaded.model)) == 2 for group in shifts)
-    norm = float(torch.sqrt(sum(shift.square().sum() for group in shifts for shift in group)))
+    norm = float(
+        torch.sqrt(sum(shift.square().sum() for group in shifts for shift in group.values()))
+    )
     # less than rho by the guard in the denominator, 1e-7 of a gradient whose norm is above 0.01
     assert rho * (1 - 1e-5) < norm < rho
 
@@ -164,9 +175,99 @@ def test_it_gives_whole_weights_that_refuse_more(tmp_path):
 
 
 def test_the_rows_are_capped_and_benign_rows_can_be_left_out(tmp_path):
-    rows = Vaccine(safety_rows=5, benign_rows=0)._rows(context(tmp_path))
+    rows = Vaccine(safety_rows=5, benign_rows=0)._plain_rows(context(tmp_path))
     assert rows.num_rows == 5
     assert set(answers(rows)) == {answers(tiny_task().split("safety"))[0]}
+
+
+@pytest.mark.parametrize("blocks", [{0}, {1}])
+def test_with_chosen_blocks_the_others_are_not_shifted_and_the_norm_is_over_the_chosen(blocks):
+    loaded = tiny_adapter(tiny_model())
+    (batch,) = batches(loaded)
+    model, (chosen,) = loaded.model, tuple(blocks)
+    ((found),) = perturbations(
+        model, [batch], response_nll, Step(0, 1), rho=2.0, blocks=frozenset(blocks)
+    )
+    assert set(found) == blocks
+    (everything,) = perturbations(model, [batch], response_nll, Step(0, 1), rho=2.0)
+    # in the same direction, with all of the norm
+    want = 2.0 * everything[chosen] / everything[chosen].norm()
+    assert float((found[chosen] - want).norm()) < 1e-5
+    outputs = {}
+    acting = vaccinated(backward, rho=2.0, blocks=lambda _, __: frozenset(blocks))
+
+    def seen(model, batch, step):
+        handles = [
+            layer.register_forward_hook(
+                lambda _, __, out, number=number: outputs.setdefault(number, []).append(out[0])
+            )
+            for number, layer in enumerate(attention_blocks(model))
+        ]
+        try:
+            return response_nll(model, batch, step)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    acting(model, [batch], seen, Step(0, 1))
+    # the hooks of `seen` come after those of the shift: the first block sees the same input twice
+    first, second = outputs[0]
+    assert torch.equal(first, second) == (chosen != 0)
+
+
+def test_the_sizes_are_the_norms_of_the_harmful_gradients_behind_each_attention():
+    loaded = tiny_model()
+    (batch,) = batches(loaded)
+    outs = []
+
+    def keep(_, __, out):
+        out[0].retain_grad()
+        outs.append(out[0])
+
+    handles = [layer.self_attn.register_forward_hook(keep) for layer in loaded.model.model.layers]
+    response_nll(loaded.model, batch, Step(0, 1)).backward()
+    for handle in handles:
+        handle.remove()
+    want = [float(out.grad.norm()) for out in outs]
+    for micro_batch in (None, 3):
+        got = harmful_sizes(loaded.model, batches(loaded, micro_batch=micro_batch), Step(0, 1))
+        assert got == pytest.approx(want, rel=1e-9)
+
+
+def test_blocks_are_drawn_by_their_sizes_and_stay_until_they_are_drawn_again(tmp_path):
+    loaded, ctx, told = tiny_model(layers=4), context(tmp_path), {}
+    training = plain_training(loaded, ROWS, CONFIG, seed=0, runtime=Runtime())
+    method = Vaccine(layers=1, redraw_every=3, measure_every=10_000)
+    draw, step = DrawnBlocks(method, training, loaded, ctx, told), Step(0, 3000)
+    seen = []
+    for step.index in range(3000):
+        if step.index == 1:
+            sizes = step.memory["vaccine.sizes"].clone()
+        seen.append(next(iter(draw(loaded.model, step))))
+    assert all(len(set(seen[i : i + 3])) == 1 for i in range(0, 3000, 3))
+    shares = torch.tensor([seen[::3].count(block) / 1000 for block in range(4)])
+    # 1000 draws: a standard deviation of at most 0.016
+    assert float((shares - sizes / sizes.sum()).abs().max()) < 0.07
+    assert torch.equal(step.memory["vaccine.sizes"], sizes)
+    even = Vaccine(layers=3, layer_choice="random")
+    assert len(DrawnBlocks(even, training, loaded, ctx, told)(loaded.model, Step(0, 9))) == 3
+    assert "harmful_train" not in even.needs()
+    assert "harmful_train" in method.needs()
+    assert "harmful_train" not in Vaccine().needs()
+
+
+def test_with_all_blocks_chosen_it_is_the_whole_vaccine(tmp_path):
+    every, few, plain = (
+        hardened(Vaccine(**SHORT, **given), tmp_path / name)[0]
+        for name, given in (("all", {"layers": 9}), ("one", {"layers": 1}), ("plain", {}))
+    )
+    assert same(every, plain)
+    assert not same(few, plain)
+
+
+def test_a_killed_training_with_drawn_blocks_ends_with_the_same_weights(tmp_path, monkeypatch):
+    method = Vaccine(**{**SHORT, "epochs": 2.0}, layers=1, redraw_every=3, measure_every=2)
+    check_resume(method, tmp_path, monkeypatch, steps=2)
 
 
 def test_a_model_without_known_attention_is_an_error():
