@@ -13,7 +13,7 @@ from tests.defenses.shared import context, tiny_adapter, tiny_full, whole
 from tests.fixtures_models import tiny_model
 from tests.numeric import assert_same, in_float64
 
-pytestmark = pytest.mark.usefixtures("float64")
+wide = pytest.mark.usefixtures("float64")
 START = in_float64(tiny_model(seed=0))
 TUNED = {"adapter": tiny_adapter(START), "full": tiny_full(START)}
 
@@ -37,6 +37,7 @@ def rounded_by_hand(matrix, *, form, bits, block):
     return made
 
 
+@wide
 @pytest.mark.parametrize("kind", TUNED)
 @pytest.mark.parametrize(
     "params", [{"bits": 2}, {"bits": 4}, {"format": "nf4", "block": 24}, {"format": "nf4"}]
@@ -58,18 +59,13 @@ def test_every_weight_of_a_linear_layer_gets_the_nearest_value(kind, params, tmp
 
 def test_nf4_is_that_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes").functional
-    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float16)
-    weight = weight.to(torch.get_default_dtype())
-    single = weight.numpy().astype(np.float32)
-    packed, state = functional.quantize_4bit(
-        torch.from_numpy(single), blocksize=64, quant_type="nf4"
-    )
-    theirs = functional.dequantize_4bit(packed, state).numpy()
-    ours = to_nf4(weight, 64).numpy()
-    # theirs is computed in single precision
-    assert np.abs(ours - theirs).max() < 1e-6 * np.abs(single).max()
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    theirs, ours = functional.dequantize_4bit(packed, state), to_nf4(weight, 64)
+    assert float((ours - theirs).abs().max()) < 1e-6 * float(weight.abs().max())
 
 
+@wide
 def test_fewer_bits_move_the_weights_further_and_sixteen_change_nothing(tmp_path):
     norms = []
     for bits in (8, 6, 4, 2):
@@ -81,6 +77,7 @@ def test_fewer_bits_move_the_weights_further_and_sixteen_change_nothing(tmp_path
     assert all(np.array_equal(w, whole(got)[n]) for n, w in whole(TUNED["adapter"]).items())
 
 
+@wide
 @pytest.mark.parametrize("params", [{"bits": 4}, {"format": "nf4"}])
 def test_the_control_moves_every_matrix_as_far_at_random(params, tmp_path):
     def made(**more):
@@ -94,6 +91,7 @@ def test_the_control_moves_every_matrix_as_far_at_random(params, tmp_path):
         assert np.array_equal(rounded[name], noisy[name]) == ("_proj" not in name)
 
 
+@wide
 def test_a_row_of_zeros_stays_zero():
     weight = torch.tensor([[0.0, 0.0], [0.5, -1.0]])
     assert not to_integers(weight, 4)[0].any()
@@ -101,6 +99,7 @@ def test_a_row_of_zeros_stays_zero():
     assert to_integers(weight, 4)[1].tolist() == pytest.approx([4 / 7, -1.0])
 
 
+@wide
 def test_a_model_in_bfloat16_keeps_its_dtype(tmp_path):
     start = tiny_model(seed=0)
     start.model.to(torch.bfloat16)
@@ -109,5 +108,6 @@ def test_a_model_in_bfloat16_keeps_its_dtype(tmp_path):
     assert 0.0 < lost < 0.2
 
 
+@wide
 def test_parameters_out_of_range_are_named():
     assert [fault[0] for fault in Quantize(bits=1, block=0).check()] == ["bits", "block"]
