@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftsec_ray.errors import StageError
 from ftsec_ray.training.repair import (
     TunesOnCleanRows,
     exchanges_of,
@@ -64,13 +63,14 @@ class FineMixing(TunesOnCleanRows):
 
     def revise_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The mixed model after the fine-tune, without an adapter."""
-        from ftsec_ray.models.change import tell_change
+        from ftsec_ray.models.change import check_counterparts, tell_change
         from ftsec_ray.models.load import copy_model, merged
 
         if self.keep == 1.0 and not self.purify and not self.epochs:
             ctx.note(change_norm=0.0, change_share=0.0)
             return model
         before, start = merged(model), merged(ctx.load("start"))
+        check_counterparts("fine_mixing", before, start, "the start model")
         # the same rows as `clean_tuning`
         rows = exchanges_of(ctx, self.split, self.rows, by="clean_tuning")
         made = copy_model(before)
@@ -88,13 +88,6 @@ class FineMixing(TunesOnCleanRows):
         reset = changed = 0
         theirs = dict(start.model.named_parameters())
         for name, weight in made.model.named_parameters():
-            if name not in theirs or theirs[name].shape != weight.shape:
-                raise StageError(
-                    f"fine_mixing: weight {name!r} has no counterpart in the start model",
-                    tuple(theirs[name].shape) if name in theirs else None,
-                    f"a weight of shape {tuple(weight.shape)}",
-                    "do not combine it with an attack that changes shapes",
-                )
             base = theirs[name].detach().to(weight)
             moved = weight.detach() != base
             if self.keep == 1.0 or not moved.any():

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray.errors import StageError
 from ftsec_ray.method import Defense, Phase
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class MergeSanitize(Defense):
         """The mean, without an adapter."""
         import torch
 
-        from ftsec_ray.models.change import tell_change
+        from ftsec_ray.models.change import check_counterparts, tell_change
         from ftsec_ray.models.load import copy_model, merged
 
         share = self.bank / (self.bank + 1) if self.weight is None else self.weight
@@ -71,17 +70,12 @@ class MergeSanitize(Defense):
         for number in range(count):
             # one at a time: a bank of large models need not fit into memory together
             name = f"clean_bank:{number}" if self.partners == "clean_bank" else "start"
-            for key, weight in merged(ctx.load(name)).model.named_parameters():
+            partner = merged(ctx.load(name))
+            check_counterparts("merge_sanitize", before, partner, name)
+            for key, weight in partner.model.named_parameters():
                 part = weight.detach().float() / count
                 means[key] = means[key] + part if key in means else part
         for name, weight in made.model.named_parameters():
-            if name not in means or means[name].shape != weight.shape:
-                raise StageError(
-                    f"merge_sanitize: weight {name!r} has no counterpart in the partners",
-                    tuple(means[name].shape) if name in means else None,
-                    f"a weight of shape {tuple(weight.shape)}",
-                    "do not combine it with an attack that changes shapes",
-                )
             with torch.no_grad():
                 weight.copy_(torch.lerp(weight.float(), means[name].to(weight.device), share))
         ctx.note(partners=count, partner_share=share)

@@ -83,7 +83,7 @@ class Resta(Defense):
         """The model with the vector added, in its own dtype and without an adapter."""
         import torch
 
-        from ftsec_ray.models.change import tell_change
+        from ftsec_ray.models.change import check_counterparts, tell_change
         from ftsec_ray.models.load import merged
         from ftsec_ray.models.precision import narrow, tell_rounding, widened
 
@@ -91,9 +91,11 @@ class Resta(Defense):
             ctx.note(change_norm=0.0, change_share=0.0)
             return model
         before, start = merged(model), merged(ctx.load("start"))
-        made, vector, twin = widened(before), {}, None
+        check_counterparts("resta", before, start, "the start model")
+        made, vector = widened(before), {}
         if self.strength:
             twin = self._twin(widened(start), ctx)
+            check_counterparts("resta", start, twin, f"the twin ({self.twin})")
             vector = vectors(start, twin)
         theirs = dict(start.model.named_parameters())
         for name, weight in made.model.named_parameters():
@@ -144,20 +146,9 @@ class Resta(Defense):
 
 
 def vectors(start: LoadedModel, twin: LoadedModel) -> dict[str, Tensor]:
-    """Start minus twin for every weight that differs, float32; StageError if a weight of the start
-    has no counterpart.
-    """
-    from ftsec_ray.errors import StageError
-
+    """Start minus twin for every weight that differs, float32."""
     theirs, found = dict(twin.model.named_parameters()), {}
     for name, weight in start.model.named_parameters():
-        if name not in theirs or theirs[name].shape != weight.shape:
-            raise StageError(
-                f"resta: weight {name!r} has no counterpart in the twin",
-                tuple(theirs[name].shape) if name in theirs else None,
-                f"a weight of shape {tuple(weight.shape)}",
-                "give a twin of the same class and size",
-            )
         here = weight.detach().float()
         difference = here - theirs[name].detach().float().to(here.device)
         if difference.any():

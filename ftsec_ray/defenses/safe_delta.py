@@ -80,13 +80,14 @@ class SafeDelta(Defense):
         """The start with the chosen entries, without an adapter."""
         import torch
 
-        from ftsec_ray.models.change import tell_change
+        from ftsec_ray.models.change import check_counterparts, tell_change
         from ftsec_ray.models.load import copy_model, merged
         from ftsec_ray.models.precision import widen
         from ftsec_ray.models.targets import layer_of
         from ftsec_ray.training.weight_scores import encoded_split, input_moments, linear_layers
 
         before, start = merged(model), merged(ctx.load("start"))
+        check_counterparts("safe_delta", before, start, "the start model")
         made = copy_model(before)
         with torch.no_grad():
             theirs = dict(start.model.named_parameters())

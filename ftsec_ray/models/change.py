@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ftsec_ray.errors import StageError
 from ftsec_ray.models.update import whole_weights
 
 if TYPE_CHECKING:
@@ -31,6 +32,21 @@ def tell_change(
     ctx.note(change_norm=moved, change_share=moved / norm if norm else 0.0)
     if start is not None:
         ctx.note(update_norm=distance(whole_weights(start), old))
+
+
+def check_counterparts(by: str, model: LoadedModel, other: LoadedModel, what: str) -> None:
+    """StageError of method `by` if a weight of the model has none of the same name and shape in the
+    other one, which the message calls `what`; neither has an adapter.
+    """
+    theirs = dict(other.model.named_parameters())
+    for name, weight in model.model.named_parameters():
+        if name not in theirs or theirs[name].shape != weight.shape:
+            raise StageError(
+                f"{by}: weight {name!r} has no counterpart in {what}",
+                tuple(theirs[name].shape) if name in theirs else None,
+                f"a weight of shape {tuple(weight.shape)}",
+                "do not combine it with an attack that changes shapes",
+            )
 
 
 def distance(one: dict[str, object], other: dict[str, object]) -> float:
