@@ -10,6 +10,8 @@ Differs: the official code was not read; depth, positions and numbers of steps a
     states there: without a limit it can grow beyond any state. (2) Wanted and unwanted answers
     belong to different forbidden requests (splits safety and harmful_train). (3) The user's adapter
     is merged and a new one is trained.
+Published: backdoors set during RLHF fall from above 95 to below 1 % attack success, a sleeper agent
+    that writes unsafe code from 47 to 0 %.
 Cost: about 2 + 2 x `inner_steps` forward and backward passes on `batch_size` rows per step, for
     `epochs` passes over `rows` benign rows.
 Reads: `inner_steps: 0` is the same tuning on benign rows and refusals without a shift: the control.

@@ -3,12 +3,12 @@
 Paper: Fine-mixing: Mitigating Backdoors in Fine-tuned Language Models (Zhang et al. 2022,
     arXiv:2210.09545): mixing, then tuning on clean rows; E-PUR resets the words whose embeddings
     moved most for how rare they are.
-Differs: no official code was read. The start is the model from which the user's fine-tune started,
+Differs: no official code was read, and the numbers of E-PUR (200 words, counts of at least 20) were
+    not checked against the paper. The start is the model from which the user's fine-tune started,
     and not the pre-trained model; kept entries are not scaled up. The paper chooses the share of
     kept weights by accuracy on held-out rows, here it is `keep`. In E-PUR the counts of words are
-    those of the clean rows, and tokens that are in none count as 20 times seen, as in the paper's
-    formula; with tied embeddings the head is reset too. An adapter on linear layers moves no
-    embedding: then E-PUR does nothing.
+    those of the clean rows; with tied embeddings the head is reset too. An adapter on linear layers
+    moves no embedding: then E-PUR does nothing.
 Cost: one pass over the weights, and a fine-tune of `epochs` passes over `rows` rows.
 Reads: `keep: 1` with `purify: 0` is `clean_tuning` on the same rows with the same steps: the effect
     of mixing is the difference to it. Mixing alone (`epochs: 0`) is the control `random_mask`.
@@ -50,7 +50,7 @@ class FineMixing(TunesOnCleanRows):
     keep: float = 0.5
     """Share of the tuned weights that stay, 0 to 1; 1 resets nothing."""
     purify: int = 200
-    """Number of tokens whose embeddings are reset, 0 or more; the paper: about 200."""
+    """Number of tokens whose embeddings are reset, 0 or more."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""

@@ -5,6 +5,8 @@ Paper: Here's a Free Lunch: Sanitizing Backdoored Models with Model Merge (Arora
 Differs: the other models are adapters fine-tuned on clean rows of the task with the recipe of the
     cell, which differ in their seed (the clean bank); in the paper they are models that anyone
     published, some poisoned in another way. The updates are averaged, not the factors of adapters.
+Published: attack success falls by 75 % on average over BERT-Base, RoBERTa-Large, Llama2-7B and
+    Mistral-7B on SST-2, OLID, AG News and QNLI.
 Cost: `bank` clean fine-tunes for every start model and recipe, shared by all models that agree in
     these; the mean is one pass over the weights.
 Reads: averaging with clean models shrinks the attacker's update by 1 / (bank + 1). `partners:

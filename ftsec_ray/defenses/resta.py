@@ -4,11 +4,13 @@ model.
 Paper: Language Models are Homer Simpson! Safety Re-Alignment of Fine-tuned Language Models through
     Task Arithmetic (Bhardwaj, Do, Poria 2024, arXiv:2402.11746): RESTA, and RESTA_d with DARE (Yu
     et al. 2024, arXiv:2311.03099).
-Differs: the official code was not read; `strength` and `drop` are said to be the paper's, and were
-    not checked against it. The twin is the model from which the user's fine-tune started, tuned on
+Differs: the official code was not read, and the default of `strength` was not checked against the
+    paper. The twin is the model from which the user's fine-tune started, tuned on
     `harmful_rows` of the task's forbidden requests with answers; `twin: unaligned` takes the model
     before alignment instead, which costs nothing. Everything is computed in float32 and rounded
     once.
+Published: harmful answers of fine-tuned models fall from 18.6 to 5.1 % (adapters) and from 9.2 to
+    1.5 % (full fine-tuning), means over tasks and safety sets.
 Cost: one fine-tune on `harmful_rows` rows; none with `twin: unaligned`.
 Reads: `vector: random` adds a random direction of equal norm to every weight. The twin's rows may
     include rows that the attacker used. With `drop` above 0 the user's update changes too, also at
@@ -51,7 +53,7 @@ class Resta(Defense):
     """Factor of the safety vector, 0 or more; 0 adds nothing."""
     drop: float = 0.0
     """Share of the entries of the user's update that are set to zero at random, 0 to below 1; the
-    others grow by 1 / (1 - drop). RESTA_d: 0.3.
+    others grow by 1 / (1 - drop). Above 0 it is RESTA_d.
     """
     twin: Literal["harmful", "unaligned"] = "harmful"
     """The model at the other end of the safety vector: the start tuned on harm, or the model before
