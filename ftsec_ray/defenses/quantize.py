@@ -103,7 +103,8 @@ def to_integers(weight: Tensor, bits: int) -> Tensor:
     most = 2 ** (bits - 1) - 1
     scale = weight.abs().amax(dim=1, keepdim=True) / most
     # a row of zeros stays as it is
-    return (weight / scale.where(scale > 0, 1.0)).round() * scale
+    rounded: Tensor = (weight / scale.where(scale > 0, 1.0)).round() * scale
+    return rounded
 
 
 def to_nf4(weight: Tensor, block: int) -> Tensor:
