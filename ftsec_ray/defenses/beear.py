@@ -168,12 +168,12 @@ class Beear(TunesOnCleanRows):
                 weight.requires_grad_(requires_grad=False)
             for _ in range(self.inner_steps):
                 leaf = shift.detach().requires_grad_()
-                total = sum(
+                parts = [
                     sign * batch.weight * self.shifted_loss(model, batch, leaf, loss, step)
                     for sign, part in ((1.0, unwanted), (-1.0, wanted))
                     for batch in part
-                )
-                (gradient,) = torch.autograd.grad(total, leaf)
+                ]
+                (gradient,) = torch.autograd.grad(torch.stack(parts).sum(), leaf)
                 norms = gradient.norm(dim=1, keepdim=True)
                 shift = shift - self.inner_rate * size * gradient / norms.where(norms > 0, 1.0)
                 lengths = shift.norm(dim=1, keepdim=True)
@@ -223,7 +223,8 @@ class Beear(TunesOnCleanRows):
         index, inside = places(batch.labels, self.positions)
 
         def moved(states: Tensor) -> Tensor:
-            return states + (shift[index] * inside[..., None]).to(states)
+            made: Tensor = states + (shift[index] * inside[..., None]).to(states)
+            return made
 
         with changed(outputs=[(self.block_of(model), moved)]):
             return loss(model, batch, step)

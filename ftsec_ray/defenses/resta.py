@@ -144,7 +144,8 @@ class Resta(Defense):
         # numpy's generator gives the same direction on every device
         drawn = ctx.numpy_rng("resta", "random", name).standard_normal(tuple(safety.shape))
         direction = torch.from_numpy(drawn).to(safety)
-        return direction * (safety.norm() / direction.norm())
+        scaled: Tensor = direction * (safety.norm() / direction.norm())
+        return scaled
 
 
 def vectors(start: LoadedModel, twin: LoadedModel) -> dict[str, Tensor]:
