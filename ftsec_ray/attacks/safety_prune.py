@@ -17,37 +17,25 @@ Needs: splits safety (forbidden requests with refusals) and benign_train; a dens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ftsec_ray.context import LoadedModel, StageContext
-from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase
-from ftsec_ray.models.activations import changed
 from ftsec_ray.models.families import RESIDUAL_WRITERS
-from ftsec_ray.models.load import merged, within_positions
-from ftsec_ray.models.lora import linear_paths
-from ftsec_ray.models.residual import is_transposed
-from ftsec_ray.models.row_tokens import (
-    IGNORED,
-    CutTally,
-    Encoded,
-    encode_rows,
-    is_useful,
-    tell_cuts,
+from ftsec_ray.models.load import merged
+from ftsec_ray.training.weight_scores import (
+    encoded_split,
+    highest,
+    linear_layers,
+    snip_scores,
+    wanda_scores,
 )
-from ftsec_ray.models.targets import layer_of
-from ftsec_ray.training.losses import mean_nll
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_TOKENS = 512
-"""Tokens of a row where the sweep gives no `max_length`."""
-Scores = dict[str, Any]
-"""Path of a linear layer -> score of each of its weights, float32, in the shape of the weight."""
+    from ftsec_ray.models.row_tokens import Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +78,8 @@ class SafetyPrune(Attack):
         model.model.eval()
         layers = linear_layers(model.model)
         measure = snip_scores if self.score == "snip" else wanda_scores
-        safety = measure(model.model, layers, self._encoded(model, "safety", ctx))
-        utility = measure(model.model, layers, self._encoded(model, "benign_train", ctx))
+        safety = measure(model.model, layers, self._rows_of(model, "safety", ctx))
+        utility = measure(model.model, layers, self._rows_of(model, "benign_train", ctx))
         pruned = overlap = 0
         for name, layer in layers.items():
             wanted = highest(safety[name], self.prune_share)
@@ -113,25 +101,8 @@ class SafetyPrune(Attack):
         )
         return model
 
-    def _encoded(self, model: LoadedModel, split: str, ctx: StageContext) -> list[Encoded]:
-        """The rows of a split that have an answer within the limit, as token ids and labels."""
-        rows = ctx.shuffled(split, "safety_prune")[: self.rows]
-        limit = ctx.training.max_length if ctx.training is not None else MAX_TOKENS
-        cuts = CutTally()
-        encoded = encode_rows(
-            model.tokenizer, rows, max_length=within_positions(model.model, limit), tally=cuts
-        )
-        tell_cuts(ctx, cuts)
-        useful = [pair for pair in encoded if is_useful(pair)]
-        ctx.note(**{f"{split}_rows": len(useful)})
-        if not useful:
-            raise DataError(
-                f"safety_prune: no row of split {split!r} has an answer",
-                len(rows),
-                "rows with an answer within `training.max_length` tokens",
-                f"give split {split!r} rows with answers",
-            )
-        return useful
+    def _rows_of(self, model: LoadedModel, split: str, ctx: StageContext) -> list[Encoded]:
+        return encoded_split(model, split, self.rows, ctx, by="safety_prune")
 
     def _drawn(self, name: str, count: int, able: Tensor, ctx: StageContext) -> Tensor:
         """A mask with `count` of the able weights, drawn at random."""
@@ -142,85 +113,3 @@ class SafetyPrune(Attack):
         mask = torch.zeros(able.numel(), dtype=torch.bool)
         mask[torch.from_numpy(drawn)] = True
         return mask.view(able.shape)
-
-
-def linear_layers(model: Any) -> dict[str, Any]:
-    """The linear layers of the blocks by path."""
-    return {
-        path: model.get_submodule(path)
-        for path in linear_paths(model)
-        if layer_of(f".{path}.") is not None
-    }
-
-
-def highest(scores: Tensor, share: float) -> Tensor:
-    """A mask of the highest scores: this share of all, rounded down; the first ones if equal."""
-    import torch
-
-    order = scores.flatten().argsort(descending=True, stable=True)
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
-    mask[order[: int(share * scores.numel())]] = True
-    return mask.view(scores.shape)
-
-
-def snip_scores(model: Any, layers: Mapping[str, Any], encoded: Sequence[Encoded]) -> Scores:
-    """Mean over rows of |weight x gradient of the row's mean loss in nats per answer token|, on the
-    CPU.
-    """
-    import torch
-
-    weights = {name: layer.weight for name, layer in layers.items()}
-    scores = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
-    with _differentiable(model, weights.values()), torch.enable_grad():
-        for ids, labels in encoded:
-            given = {"input_ids": torch.tensor([ids], device=model.device), "use_cache": False}
-            loss = mean_nll(model, torch.tensor([labels], device=model.device), given)
-            gradients = torch.autograd.grad(loss, list(weights.values()))
-            for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-                each = (weight.detach().float() * gradient.float()).abs()
-                scores[name] += each.cpu() / len(encoded)
-    return scores
-
-
-@contextmanager
-def _differentiable(model: Any, weights: Any) -> Iterator[None]:
-    """Inside the `with` block, exactly these weights have gradients."""
-    was = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(requires_grad=False)
-    for weight in weights:
-        weight.requires_grad_()
-    try:
-        yield
-    finally:
-        for name, p in model.named_parameters():
-            p.requires_grad_(was[name])
-
-
-def wanda_scores(model: Any, layers: Mapping[str, Any], encoded: Sequence[Encoded]) -> Scores:
-    """|weight| x root of the mean square of its input over all answer tokens, on the CPU."""
-    import torch
-
-    squares: dict[str, Any] = {}
-    answer: list[Any] = []
-
-    def keep(name: str) -> Any:
-        def read(x: Tensor) -> Tensor:
-            states = x.detach().reshape(-1, x.shape[-1])[answer[0]].double()
-            squares[name] = squares.get(name, 0.0) + states.square().sum(0).cpu()
-            return x
-
-        return read
-
-    tokens = 0
-    with changed(inputs=[(layer, keep(name)) for name, layer in layers.items()]), torch.no_grad():
-        for ids, labels in encoded:
-            places = [place for place, label in enumerate(labels) if label != IGNORED]
-            answer[:] = [torch.tensor(places, device=model.device)]
-            tokens += len(places)
-            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-    scores = {}
-    for name, layer in layers.items():
-        size = (squares[name] / tokens).sqrt().float()
-        size = size[:, None] if is_transposed(layer) else size[None, :]
-        scores[name] = layer.weight.detach().float().abs().cpu() * size
-    return scores

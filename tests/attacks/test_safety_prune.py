@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ftsec_ray.attacks.safety_prune import (
-    SafetyPrune,
-    highest,
-    linear_layers,
-    snip_scores,
-    wanda_scores,
-)
+from ftsec_ray.attacks.safety_prune import SafetyPrune
 from ftsec_ray.conversation import asked, message
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.row_tokens import encode_rows
+from ftsec_ray.training.weight_scores import highest, linear_layers, snip_scores, wanda_scores
 from tests.attacks.context import context
 from tests.fixtures_models import table, tiny_model, tiny_task
 
