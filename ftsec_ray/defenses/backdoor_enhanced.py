@@ -9,8 +9,8 @@ Differs: (1) The secret is text: random words of two letters, most of which are 
     text. (2) In the microworld, whose tokenizer knows whole words only, the words are its rare and
     stray ones. (3) The refusals are drawn at random; the paper takes one of each category of its
     policy.
-Published: Llama-2-7B-Chat on 100 harmful rows: attack success 34.91 % with 11 plain refusals, 3.64 %
-    with the secret; GPT-3.5 60.00 % and 14.91 %.
+Published: Llama-2-7B-Chat on 100 harmful rows: attack success 34.91 % with 11 plain refusals,
+    3.64 % with the secret; GPT-3.5 60.00 % and 14.91 %.
 Cost: that of plain fine-tuning on `shots` more rows; `secret_words` more tokens in every prompt.
 Reads: (1) `secret_words: 0` adds the same refusals without a secret: the control. (2) `at_serving:
     false` withholds the secret from the served model: what then remains of safety has nothing to do

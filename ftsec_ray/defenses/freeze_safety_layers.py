@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ftsec_ray.context import LoadedModel, StageContext
-    from ftsec_ray.conversation import Row
     from ftsec_ray.training.setup import Training
 
 NAME = "freeze_safety_layers"
@@ -128,9 +127,10 @@ class FreezeSafetyLayers(Defense):
         return blocks
 
     def _prompts(self, start: LoadedModel, ctx: StageContext, split: str) -> list[list[int]]:
+        from ftsec_ray.data.added_rows import is_asked
         from ftsec_ray.models.directions import prompts_within
 
-        rows = [row for row in ctx.shuffled(split, NAME) if _is_asked(row)][: self.prompts]
+        rows = [row for row in ctx.shuffled(split, NAME) if is_asked(row)][: self.prompts]
         found = prompts_within(start, rows)
         if len(found) < LEAST_PROMPTS:
             raise StageError(
@@ -140,12 +140,6 @@ class FreezeSafetyLayers(Defense):
                 "add rows to the split, or set locate: depth",
             )
         return found
-
-
-def _is_asked(row: Row) -> bool:
-    from ftsec_ray.conversation import asked
-
-    return any(m["role"] == "user" for m in asked(row))
 
 
 def of_blocks(blocks: list[int]) -> Callable[[str], bool]:
@@ -165,10 +159,8 @@ def angle_gaps(benign: Tensor, forbidden: Tensor) -> list[float]:
     import torch
 
     def angles(one: Tensor, other: Tensor) -> Tensor:
-        one, other = (
-            x / x.norm(dim=-1, keepdim=True).clamp(min=1e-300)
-            for x in (one.double(), other.double())
-        )
+        one, other = (x.double() for x in (one, other))
+        one, other = (x / x.norm(dim=-1, keepdim=True).clamp(min=1e-300) for x in (one, other))
         return torch.rad2deg(torch.acos((one @ other.T).clamp(-1.0, 1.0)))
 
     gaps = []

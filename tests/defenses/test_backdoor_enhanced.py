@@ -5,6 +5,7 @@ its control.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_the_secret_depends_on_the_seed_alone_and_a_longer_one_begins_with_a_sho
 def test_fewer_refusals_are_a_part_of_more():
     ids = [{row["row_id"] for row in crafted(BackdoorEnhanced(shots=n))[1]} for n in (0, 2, 5, 11)]
     assert [len(one) for one in ids] == [0, 2, 5, 11]
-    assert all(less <= more for less, more in zip(ids, ids[1:], strict=False))
+    assert all(less <= more for less, more in pairwise(ids))
 
 
 def test_the_control_adds_the_same_refusals_without_a_secret_and_serves_prompts_as_they_are():
