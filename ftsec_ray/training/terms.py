@@ -90,12 +90,15 @@ def with_term(
 
 
 def on_rows(batch_at: Callable[[int], list[Batch]], term: Term) -> Callable[[int], list[TermBatch]]:
-    """The micro-batches that `batch_at` gives, with `term` as their loss."""
+    """The micro-batches that `batch_at` gives, with `term` as their loss; without those that
+    already have a loss of their own.
+    """
 
     def batches_of(step: int) -> list[TermBatch]:
         return [
             TermBatch(b.input_ids, b.labels, b.attention_mask, b.position_ids, b.weight, term)
             for b in batch_at(step)
+            if not (isinstance(b, TermBatch) and b.term is not None)
         ]
 
     return batches_of

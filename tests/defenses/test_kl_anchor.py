@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ftsec_ray.attacks.ssra import SSRA
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime
 from ftsec_ray.defenses.kl_anchor import KLAnchor
@@ -131,6 +132,21 @@ def test_packed_rows_do_not_count_the_first_token_of_a_row(tmp_path):
     config = TrainingConfig(**{**CONFIG.__dict__, "batching": "packed"})
     report = tuned(KLAnchor(**QUICK), tmp_path, config=config)
     assert len(report.losses) == 10
+
+
+def test_the_own_rows_of_an_attack_are_no_anchors():
+    start = tiny_model()
+    ctx = context(start)
+    plain = plain_training(start, USERS, CONFIG, seed=0, runtime=Runtime())
+    attack = SSRA(pulled=6, targets=9, batch=4, keep_user_rows=True)
+    attacked = attack.shape_training(plain, ctx)
+    both = KLAnchor(anchors="user", strength=0.7).shape_training(attacked, ctx)
+    users, pulled = attacked.batch_at(0)
+    (same, own, anchor) = both.batch_at(0)
+    assert torch.equal(users.input_ids, same.input_ids)
+    assert torch.equal(pulled.input_ids, own.input_ids)
+    assert torch.equal(users.input_ids, anchor.input_ids)
+    assert (own.weight, anchor.weight) == (1.0, 0.7)
 
 
 def test_the_rows_are_capped_and_counted_and_the_start_model_stays(tmp_path):
