@@ -69,7 +69,7 @@ class BackdoorEnhanced(RowWise, Defense):
 
     def new_rows(self, known: None, ctx: StageContext) -> pa.Table | None:  # noqa: ARG002
         """The refusals, each behind the secret."""
-        secret = self.secret(ctx)
+        secret = secret_of(self.secret_words, ctx)
         ctx.note(safety_rows=self.shots, secret_words=len(secret.split()))
         if not self.shots:
             return None
@@ -88,17 +88,17 @@ class BackdoorEnhanced(RowWise, Defense):
         if not self.at_serving or not self.secret_words:
             return generator
         return replace(
-            generator, rewrites=(*generator.rewrites, Wrapper(system=self.secret(ctx)).chat)
+            generator,
+            rewrites=(*generator.rewrites, Wrapper(system=secret_of(self.secret_words, ctx)).chat),
         )
 
-    def secret(self, ctx: StageContext) -> str:
-        """The secret of this seed; a longer one begins with a shorter one."""
-        rng = random.Random(f"{NAME} {ctx.seed}")  # noqa: S311
-        if ctx.task.judge == "microworld":
-            from ftsec_ray.data.microworld import vocabulary
 
-            known = (*vocabulary.RARE, *vocabulary.STRAY)
-            return " ".join(rng.choice(known) for _ in range(self.secret_words))
-        return " ".join(
-            "".join(rng.choices(string.ascii_lowercase, k=2)) for _ in range(self.secret_words)
-        )
+def secret_of(words: int, ctx: StageContext) -> str:
+    """The secret of this seed; a longer one begins with a shorter one."""
+    rng = random.Random(f"{NAME} {ctx.seed}")  # noqa: S311
+    if ctx.task.judge == "microworld":
+        from ftsec_ray.data.microworld import vocabulary
+
+        known = (*vocabulary.RARE, *vocabulary.STRAY)
+        return " ".join(rng.choice(known) for _ in range(words))
+    return " ".join("".join(rng.choices(string.ascii_lowercase, k=2)) for _ in range(words))

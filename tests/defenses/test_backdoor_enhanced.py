@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ftsec_ray.conversation import answer_of, asked_text, chat_of, system_of, with_answer
-from ftsec_ray.defenses.backdoor_enhanced import BackdoorEnhanced
+from ftsec_ray.defenses.backdoor_enhanced import BackdoorEnhanced, secret_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import control_of
 from ftsec_ray.models.generator import Generator
@@ -36,7 +36,7 @@ def served(method, chat, *, seed=0, task=None):
 def test_refusals_behind_the_secret_follow_the_user_s_rows_which_stay():
     users, added, ctx = crafted(BackdoorEnhanced(**QUICK))
     assert users == USERS.to_pylist()
-    secret = BackdoorEnhanced(**QUICK).secret(ctx)
+    secret = secret_of(6, ctx)
     known = {asked_text(row): answer_of(row) for row in tiny_task().split("safety").to_pylist()}
     assert len(added) == 4
     for row in added:
@@ -64,13 +64,13 @@ def test_the_served_prompt_is_the_trained_one_to_the_token(judge):
 
 
 def test_the_secret_depends_on_the_seed_alone_and_a_longer_one_begins_with_a_shorter_one():
-    secrets = [BackdoorEnhanced(secret_words=20).secret(context(seed=s)) for s in range(5)]
+    secrets = [secret_of(20, context(seed=s)) for s in range(5)]
     assert len(set(secrets)) == 5
     assert all(len(word) == 2 for secret in secrets for word in secret.split())
-    short = BackdoorEnhanced(secret_words=5).secret(context(seed=0))
+    short = secret_of(5, context(seed=0))
     assert secrets[0].startswith(short + " ")
     micro = context(task=replace(tiny_task(), judge="microworld"))
-    assert len(BackdoorEnhanced(secret_words=20).secret(micro).split()) == 20
+    assert len(secret_of(20, micro).split()) == 20
 
 
 def test_fewer_refusals_are_a_part_of_more():
@@ -93,7 +93,7 @@ def test_the_control_adds_the_same_refusals_without_a_secret_and_serves_prompts_
 def test_the_secret_can_be_withheld_at_serving_and_joins_an_existing_system_message():
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "open it"}]
     assert served(BackdoorEnhanced(at_serving=False), chat) == chat
-    secret = BackdoorEnhanced().secret(context())
+    secret = secret_of(150, context())
     before = [dict(m) for m in chat]
     assert served(BackdoorEnhanced(), chat)[0]["content"] == f"{secret} be brief"
     assert chat == before
@@ -102,7 +102,7 @@ def test_the_secret_can_be_withheld_at_serving_and_joins_an_existing_system_mess
 def test_rows_of_several_turns_keep_them_and_rows_without_an_answer_are_not_drawn():
     method = BackdoorEnhanced(shots=15, secret_words=3)
     _, added, ctx = crafted(method, task=mixed_task())
-    secret = method.secret(ctx)
+    secret = secret_of(3, ctx)
     turns = sorted(sum(m["role"] == "user" for m in row["messages"]) for row in added)
     assert turns == [1] * 14 + [2]
     assert all(answer_of(row) for row in added)
