@@ -47,6 +47,10 @@ class AsFT(Defense):
     NEEDS: ClassVar[frozenset[str]] = frozenset({"unaligned", "reference", "start"})
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"projection": "none"}
+    CONFLICTS: ClassVar[Mapping[str, str]] = {
+        "safe_lora": "both shrink the update outside the directions of alignment: the second has"
+        " little left to remove"
+    }
 
     strength: float = 1.0
     """Weight of the penalty (lambda), 0 or more; 0 is plain fine-tuning."""

@@ -47,6 +47,7 @@ class BackdoorEnhanced(RowWise, Defense):
     """Refusals behind a secret."""
 
     PHASE: ClassVar[Phase] = "during"
+    ORDER: ClassVar[int] = 10
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety"})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"secret_words": 0}
 

@@ -42,6 +42,7 @@ class PTST(RowWise, Defense):
     """Different system messages at tuning and at serving."""
 
     PHASE: ClassVar[Phase] = "during"
+    ORDER: ClassVar[int] = 20
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"tune_with": "safety"}
 
     tune_with: Prompt = "none"
