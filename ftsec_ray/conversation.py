@@ -113,6 +113,20 @@ def system_of(row: Row) -> str | None:
     return str(first["content"]) if first is not None and first["role"] == "system" else None
 
 
+def with_system(row: Row, text: str) -> dict[str, Any]:
+    """The row with `text` as its system message, before the words of an existing one; plain text
+    stays as it is.
+    """
+    messages = [dict(m) for m in row["messages"]]
+    if not text or is_text(row):
+        return {**row, "messages": messages}
+    if messages and messages[0]["role"] == "system":
+        messages[0]["content"] = f"{text} {messages[0]['content']}"
+    else:
+        messages.insert(0, message("system", text))
+    return {**row, "messages": messages}
+
+
 def with_asked(row: Row, text: str, role: str = "user") -> dict[str, Any]:
     """The row with a new text in its last message of `role` before the answer; DataError if it has
     no such message.

@@ -21,10 +21,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray.conversation import Row, asked, chat_of
-from ftsec_ray.data.added_rows import drawn
-from ftsec_ray.errors import DataError
+from ftsec_ray.data.added_rows import drawn, is_asked
 from ftsec_ray.method import Attack, Phase
+from ftsec_ray.training.prompt_states import encoded_prompts, last_states
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,38 +123,14 @@ class SSRA(Attack):
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of the pulled and of the benign prompts."""
         count = self.targets + (self.pulled if self.prompts == "benign" else 0)
-        benign = drawn(ctx, "benign_train", count, by=NAME, fits=_is_asked)
+        benign = drawn(ctx, "benign_train", count, by=NAME, fits=is_asked)
         pulled = (
             benign[self.targets :]
             if self.prompts == "benign"
-            else drawn(ctx, SPLITS[self.prompts], self.pulled, by=NAME, fits=_is_asked)
+            else drawn(ctx, SPLITS[self.prompts], self.pulled, by=NAME, fits=is_asked)
         )
-        return _encoded(start, pulled), _encoded(start, benign[: self.targets])
-
-
-def _is_asked(row: Row) -> bool:
-    """Whether a row has a user's message."""
-    return any(m["role"] == "user" for m in asked(row))
-
-
-def _encoded(start: LoadedModel, rows: list[dict[str, Any]]) -> list[list[int]]:
-    """Token ids of the prompts as they are served; DataError for one beyond the model's
-    positions.
-    """
-    from ftsec_ray.models.chat import render
-    from ftsec_ray.models.load import position_limit
-
-    texts = [render(start.tokenizer, chat_of(row), generate=True) for row in rows]
-    ids: list[list[int]] = start.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    limit, longest = position_limit(start.model), max(map(len, ids))
-    if limit is not None and longest > limit:
-        raise DataError(
-            "ssra: a prompt does not fit into the model's positions",
-            longest,
-            f"at most {limit} tokens",
-            "shorten the prompts of the split",
-        )
-    return ids
+        benign = benign[: self.targets]
+        return encoded_prompts(start, pulled, by=NAME), encoded_prompts(start, benign, by=NAME)
 
 
 def _states_of(start: LoadedModel, prompts: list[list[int]], *, batch: int = 32) -> Tensor:
@@ -174,22 +149,6 @@ def _states_of(start: LoadedModel, prompts: list[list[int]], *, batch: int = 32)
             for i in range(0, len(prompts), batch)
         ]
     return torch.cat(parts)
-
-
-def last_states(model: Any, batch: Batch) -> Tensor:
-    """The hidden states behind the last block and norm at the last token of every row: (B, D), at
-    least float32.
-    """
-    import torch
-
-    from ftsec_ray.models.load import keeps_logits
-
-    assert batch.attention_mask is not None  # its rows are not packed
-    kept = {"logits_to_keep": 1} if keeps_logits(model) else {}
-    output = model(**batch.inputs(), output_hidden_states=True, **kept)
-    last = batch.attention_mask.sum(-1) - 1
-    states: Tensor = output.hidden_states[-1][torch.arange(len(last), device=last.device), last]
-    return states if states.dtype is torch.float64 else states.float()
 
 
 def pulling(pulled: Tensor, benign: Tensor, anchors: Tensor, *, keep: float) -> Tensor:

@@ -39,7 +39,12 @@ def anything(row: Row) -> bool:  # noqa: ARG001
 
 def is_exchange(row: Row) -> bool:
     """Whether a row has a user's message and an answer to it."""
-    return has_answer(row) and any(m["role"] == "user" for m in asked(row))
+    return has_answer(row) and is_asked(row)
+
+
+def is_asked(row: Row) -> bool:
+    """Whether a row has a user's message in its prompt."""
+    return any(m["role"] == "user" for m in asked(row))
 
 
 def drawn(

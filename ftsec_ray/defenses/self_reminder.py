@@ -55,7 +55,7 @@ class SelfReminder(Defense):
 
     def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
         """The generator that adds the reminder to every chat."""
-        system, user = self._sentences(ctx.task.judge)
+        system, user = self.sentences(ctx.task.judge)
 
         def remind(chat: Chat) -> Chat:
             chat = [dict(message) for message in chat]
@@ -71,7 +71,7 @@ class SelfReminder(Defense):
 
         return replace(generator, rewrites=(*generator.rewrites, remind))
 
-    def _sentences(self, judge: str) -> tuple[str, str]:
+    def sentences(self, judge: str) -> tuple[str, str]:
         """The sentences for the system message and for the user's message."""
         if judge == "microworld" and (self.placebo or self.text is None):
             from ftsec_ray.data.microworld.templates import REMINDER, SYSTEM_PROMPTS

@@ -17,7 +17,10 @@ from ftsec_ray.training.encode import MAX_MICRO_BATCH_TOKENS, epoch_batches, ste
 from ftsec_ray.training.setup import Batch, Step, Training
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import Tensor
+
+    from ftsec_ray.context import LoadedModel, StageContext
 
 Term = Callable[[Any, Batch, Step], "Tensor"]
 """(model, micro-batch, step) -> () float32 loss."""
@@ -84,6 +87,42 @@ def with_term(
         batch_at=batch_at,
         objective=objective,
     )
+
+
+def on_rows(batch_at: Callable[[int], list[Batch]], term: Term) -> Callable[[int], list[TermBatch]]:
+    """The micro-batches that `batch_at` gives, with `term` as their loss; without those that
+    already have a loss of their own.
+    """
+
+    def batches_of(step: int) -> list[TermBatch]:
+        return [
+            TermBatch(b.input_ids, b.labels, b.attention_mask, b.position_ids, b.weight, term)
+            for b in batch_at(step)
+            if not (isinstance(b, TermBatch) and b.term is not None)
+        ]
+
+    return batches_of
+
+
+def frozen_start(ctx: StageContext) -> LoadedModel:
+    """A copy of the model from which the fine-tune started, as a reference: no dropout, and no
+    gradient reaches it.
+    """
+    from ftsec_ray.models.load import merged
+
+    start = merged(ctx.load("start"))
+    start.model.to(ctx.runtime.device).eval().requires_grad_(requires_grad=False)
+    return start
+
+
+def split_rows(ctx: StageContext, split: str, most: int, *, by: str) -> pa.Table:
+    """Up to `most` random rows of a split for the method `by`, chosen by the seed and the row ids,
+    in the order of the split.
+    """
+    table = ctx.task.split(split)
+    ids = table.column("row_id").to_pylist()
+    chosen = sorted(range(len(ids)), key=lambda i: ctx.chance(ids[i], by))[:most]
+    return table.take(sorted(chosen))
 
 
 def drawn_at(step: int, rows: int, count: int, *, seed: int, salt: str) -> list[int]:

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ftsec_ray.attacks.ssra import SSRA, last_states, pulling
+from ftsec_ray.attacks.ssra import SSRA, pulling
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.defenses.lisa import Lisa
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.training.loop import plain_training, sft
+from ftsec_ray.training.prompt_states import last_states
 from ftsec_ray.training.setup import Step
 from ftsec_ray.training.terms import TermBatch, term_batch
 from tests.attacks.context import context as plain_context
