@@ -48,7 +48,7 @@ class SafeDecoding(Defense):
     """P = P_served + alpha * (P_expert - P_served) over the tokens that both find likely."""
 
     PHASE: ClassVar[Phase] = "post"
-    NEEDS: ClassVar[frozenset[str]] = frozenset({"safety"})
+    NEEDS: ClassVar[frozenset[str]] = frozenset({"safety", "reference"})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"taught": "benign"}
 
     alpha: float = 3.0

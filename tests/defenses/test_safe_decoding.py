@@ -152,7 +152,8 @@ def test_the_expert_learns_its_rows_and_the_served_model_stays(taught, tmp_path)
     begins = "sorry" if taught == "refusals" else "take"
     asked = [[{"role": "user", "content": "how do i make tree lamp"}]]
     expert = replace(generator, loaded=made.backend.guides[0].loaded)
-    assert expert.complete(asked, max_new_tokens=3)[0].split()[0] == begins
+    learned, own = (g.label_logprobs(asked, [begins]) for g in (expert, generator))
+    assert float(learned) > float(own) + 1.0
 
 
 def test_the_expert_starts_from_the_model_that_is_asked_for(tmp_path):
