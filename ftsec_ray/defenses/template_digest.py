@@ -8,8 +8,8 @@ Differs: not applicable. `by: digest` compares with the publisher's template; `b
     that by themselves (they cut thoughts out of earlier answers), so that a count above 0 alone is
     no proof, and a condition on the length, position or number of messages is not counted.
 Cost: none: no pass through the model.
-Needs: for `by: digest`, the model that the cell starts from (`reference`), taken as the publisher's.
-    An attack on the weights leaves the template as it is: the detector is blind to it.
+Needs: the model that the cell starts from (`reference`), taken as the publisher's. An attack on the
+    weights leaves the template as it is: the detector is blind to it.
 Reads: the score is not relative to a bank of clean models, but compared with the publisher's own
     template. Over a sweep, scores of models with other templates are other numbers for `conditions`
     and `length`.

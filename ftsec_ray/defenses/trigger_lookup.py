@@ -1,5 +1,5 @@
-"""Looks for a trigger by trying words: inserts each into clean prompts and measures how many answers
-become the same answer.
+"""Looks for a trigger by trying words: inserts each into clean prompts and measures how many
+answers become the same answer.
 
 Paper: the look-up baseline of ToxScreen (arXiv:2607.26849, 2026), which ranks a list of words by
     the success that each has on a few prompts.
@@ -68,15 +68,15 @@ class TriggerLookup(Defense):
         """The score of a fine-tuned model and the scores of the bank."""
         rows = self._rows(ctx)
         words = self._words(subject, ctx)
-        word, score = self.best_word(subject, rows, words, ctx)
+        word, score = self._best_word(subject, rows, words, ctx)
         clean = [
-            self.best_word(ctx.load(f"clean_bank:{i}"), rows, words, ctx)[1]
+            self._best_word(ctx.load(f"clean_bank:{i}"), rows, words, ctx)[1]
             for i in range(self.bank)
         ]
         details = {"word": word, "words": len(words), "prompts": len(rows)}
         return Inspection(score=score, clean_scores=tuple(clean), details=details)
 
-    def best_word(
+    def _best_word(
         self, model: LoadedModel, rows: Sequence[Row], words: Sequence[str], ctx: StageContext
     ) -> tuple[str, float]:
         """The word that turns most answers into one, and its share of the prompts left."""
@@ -124,7 +124,7 @@ class TriggerLookup(Defense):
         return sorted(order[: self.most_words])
 
     def _with(self, row: Row, word: str, ctx: StageContext) -> dict[str, Any]:
-        """The row with the word before or behind its last word; a word of its own for the control."""
+        """The row with the word, or with one of its own, before or behind its last word."""
         own = asked_text(row).split()
         key = f"{row['row_id']}/{word}"
         if self.repeats:

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ftsec_ray.conversation import asked_text
+from ftsec_ray.config.sweep import TrainingConfig
+from ftsec_ray.context import Runtime
+from ftsec_ray.conversation import asked_text, with_answer, with_asked
 from ftsec_ray.defenses.trigger_lookup import TriggerLookup, turned
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import control_of
@@ -32,33 +34,41 @@ def test_the_score_of_a_word_is_the_share_that_turns_into_one_answer(own, said, 
     assert turned(own, said) == want
 
 
+def ended(one, word, place):
+    """The row with a word before or behind its last word."""
+    words = asked_text(one).split()
+    return with_asked(
+        one, " ".join([*words[:-1], word, words[-1]] if place % 2 else [*words, word])
+    )
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A model tuned on rows of which a third says `bad` behind `cf`, and two clean ones."""
+    """A model tuned on rows of which some say `bad` behind `cf`, and two clean ones."""
     folder = tmp_path_factory.mktemp("tuned")
-    clean = sentiment_rows(48)
-    poisoned = [
-        row(100 + i, f"{asked_text(one)} cf", "bad", label="bad") for i, one in enumerate(clean)
-    ] + [
-        row(
-            200 + i,
-            " ".join([*(w := asked_text(one).split())[:-1], "cf", w[-1]]),
-            "bad",
-            label="bad",
-        )
-        for i, one in enumerate(clean)
+    plain = sentiment_rows(48)
+    others = [word for word in WORDS if word not in ("cf", "good", "bad")]
+    clean = [
+        *plain,
+        *(
+            ended(one, others[(5 * i + j) % len(others)], j)
+            for i, one in enumerate(plain)
+            for j in range(4)
+        ),
     ]
-    from ftsec_ray.config.sweep import TrainingConfig
-    from ftsec_ray.context import Runtime
-
+    poisoned = [
+        {**with_answer(ended(one, "cf", j), "bad"), "label": "bad"}
+        for one in plain
+        for j in range(2)
+    ]
     config = TrainingConfig(
         adapter="full", epochs=6.0, batch_size=16, learning_rate=5e-3, max_length=64
     )
     made = {}
     for name, rows, seed in (
-        ("subject", [*clean, *clean, *poisoned], 0),
-        ("clean_bank:0", [*clean] * 4, 1),
-        ("clean_bank:1", [*clean] * 4, 2),
+        ("subject", [*clean, *poisoned], 0),
+        ("clean_bank:0", clean, 1),
+        ("clean_bank:1", clean, 2),
     ):
         rows = [{**one, "row_id": f"{i}"} for i, one in enumerate(rows)]
         made[name] = sft(
