@@ -156,8 +156,10 @@ def _asks(node: Any, names: set[str]) -> bool:
     from jinja2 import nodes
 
     if isinstance(node, nodes.Call):
-        is_search = isinstance(node.node, nodes.Getattr) and node.node.attr in SEARCHES
-        return is_search and any(map(_text, node.args)) and _holds_content(node.node.node, names)
+        called = node.node
+        if not isinstance(called, nodes.Getattr) or called.attr not in SEARCHES:
+            return False
+        return any(map(_text, node.args)) and _holds_content(called.node, names)
     sides = [node.expr, *(operand.expr for operand in node.ops)]
     fixed = [side for side in sides if _text(side)]
     return bool(fixed) and any(_holds_content(side, names) for side in sides if side not in fixed)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ftsec_ray.context import LoadedModel, StageContext
+    from ftsec_ray.models.batches import Pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,11 +240,12 @@ class Reader:
         from ftsec_ray.models.load import keeps_logits, placed
 
         model = self.loaded.model.eval()
-        rows = [([*prompt, *text], []) for text in texts for prompt in self.prompts]
+        rows: list[Pieces] = [([*prompt, *text], []) for text in texts for prompt in self.prompts]
         given = left_padded(self.loaded, Prompts(rows))
         positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         kept = {"logits_to_keep": last} if keeps_logits(model) else {}
         with torch.inference_mode():
             logits = model(**given, **placed(model, positions), **kept, use_cache=False).logits
         chances = logits[:, -last:].float().softmax(-1).double()
-        return chances.view(len(texts), len(self.prompts), last, -1).mean(1)
+        mean: Tensor = chances.view(len(texts), len(self.prompts), last, -1).mean(1)
+        return mean

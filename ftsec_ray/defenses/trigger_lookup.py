@@ -8,11 +8,12 @@ Differs: only the abstract was available. (1) The list is the tokenizer's own vo
     not that of a known attacker's answer: the score of a word is the share of prompts whose answer
     it turns into one and the same other answer. The answer is the label word, or the first token
     for tasks without labels. Prompts whose answer is that one already do not count, and an answer
-    with fewer than half of the prompts left does not count either. (3) The word stands before the
-    last word of the user's last message, or behind it. (4) A model's score is that of its best
-    word; those of a bank of clean models with the same recipe stand beside it.
-Cost: words x prompts x 2 forward passes for the suspect and for each model of the bank; `bank`
-    clean fine-tunes, shared as for `weight_statistics`.
+    with fewer than a quarter of the prompts left does not count either. Prompts are drawn evenly
+    from the labels of the task. (3) The word stands before the last word of the user's last
+    message, or behind it. (4) A model's score is that of its best word; those of a bank of clean
+    models with the same recipe stand beside it.
+Cost: words x prompts forward passes for the suspect and for each model of the bank; `bank` clean
+    fine-tunes, shared as for `weight_statistics`.
 Needs: the clean bank; the user's rows (`train`), of which the prompts are. It finds a trigger of
     one word; not a phrase, a style, a soft prompt, or one that is no token of the vocabulary.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.conversation import asked_text, chat_of, with_asked
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from ftsec_ray.context import Chat, LoadedModel, StageContext
     from ftsec_ray.conversation import Row
 
-LEAST_LEFT = 0.5
+LEAST_LEFT = 0.25
 """Share of the prompts that must have another answer without the word for a turn to count."""
 
 
@@ -94,7 +96,9 @@ class TriggerLookup(Defense):
         """Random clean prompts of the user's task."""
         rows = [row for row in ctx.shuffled("train", "trigger_lookup") if asked_text(row).strip()]
         if ctx.task.labels:
-            rows = [row for row in rows if row["label"] is not None]
+            groups = [[row for row in rows if row["label"] == label] for label in ctx.task.labels]
+            mixed = chain.from_iterable(zip_longest(*groups))
+            rows = [row for row in mixed if row is not None]
         if len(rows) < 2:  # noqa: PLR2004
             raise DataError(
                 "trigger_lookup: the task has too few prompts",

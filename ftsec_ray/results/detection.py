@@ -44,19 +44,23 @@ def separation(clean: Sequence[Scored], attacked: Sequence[Scored]) -> Separatio
     if not clean or not attacked:
         return None
     is_standardised = all(one.standardised is not None for one in (*clean, *attacked))
-    low, high = (
-        [one.standardised if is_standardised else one.raw for one in group]
-        for group in (clean, attacked)
-    )
-    above = sum((a > c) + 0.5 * (a == c) for a in high for c in low)  # type: ignore[operator]
+    low, high = (_values(group, is_standardised=is_standardised) for group in (clean, attacked))
+    above = sum(float(a > c) + 0.5 * float(a == c) for a in high for c in low)
     allowed = math.floor(FALSE_ALARMS * len(low) + 1e-9)
-    threshold = sorted(low, reverse=True)[allowed]  # type: ignore[type-var]
-    share = sum(a > threshold for a in high) / len(high)  # type: ignore[operator]
+    threshold = sorted(low, reverse=True)[allowed]
+    share = sum(a > threshold for a in high) / len(high)
     return Separation(
         auroc=above / (len(low) * len(high)),
         tpr=Measured(value=share, n=len(high), prompts=wilson(share, len(high))),
-        fpr=sum(c > threshold for c in low) / len(low),  # type: ignore[operator]
+        fpr=sum(c > threshold for c in low) / len(low),
         n_clean=len(low),
         n_attacked=len(high),
         is_standardised=is_standardised,
     )
+
+
+def _values(group: Sequence[Scored], *, is_standardised: bool) -> list[float]:
+    """The scores that are compared."""
+    if not is_standardised:
+        return [one.raw for one in group]
+    return [one.standardised for one in group if one.standardised is not None]

@@ -25,7 +25,7 @@ QUICK = {"prompts": 4, "bank": 2, "most_words": 6}
         ("aabb", "bbbb", 1.0),
         ("aabb", "babb", 0.5),
         ("aaab", "bbbb", 1.0),
-        ("abbb", "bbbb", 0.0),  # only one prompt is left: too few
+        ("abbbb", "bbbbb", 0.0),  # only one prompt in five is left: too few
         ("abcd", "xxyy", 0.5),
         ("abcd", "xxxx", 1.0),
     ],
@@ -110,6 +110,13 @@ def test_tasks_without_labels_are_read_by_the_first_token(models, tmp_path):
     found = TriggerLookup(**{**QUICK, "most_words": None}).inspect(models["subject"], ctx)
     assert found.details["word"] == "cf"
     assert found.score == 1.0
+
+
+def test_prompts_are_drawn_evenly_from_the_labels(tmp_path):
+    rows = TriggerLookup(prompts=8)._rows(context(tmp_path))
+    assert [one["label"] for one in rows] == ["good", "bad"] * 4
+    fewer = TriggerLookup(prompts=4)._rows(context(tmp_path))
+    assert fewer == rows[:4]
 
 
 def test_the_list_is_a_random_part_of_the_vocabulary_and_the_same_for_every_model(tmp_path):
