@@ -15,7 +15,8 @@ Differs: (1) The expert is trained on the task's `safety` rows; the paper lets t
     expert acts on the first tokens that the model writes itself. Perplexity and answer loss are
     those of the served model alone.
 Cost: no change of the fine-tune; `epochs` passes over `rows` refusals for every evaluated model, a
-    second model in memory, and a second forward pass for the prompt and for `tokens` tokens.
+    second model in memory, and a second forward pass for the prompt and for `tokens` tokens. One
+    process trains the expert, also where a worker group runs the fine-tune.
 Needs: the task's `safety` rows; for the control its `benign_train` rows. A model whose fine-tune
     ran on a quantized base needs `expert_of: reference`.
 """
@@ -103,50 +104,11 @@ class SafeDecoding(Defense):
         if not self.alpha or not self.tokens:
             ctx.note(expert_rows=0)
             return generator
-        return with_guide(generator, ExpertGuide(self._expert(generator, ctx), self))
+        expert = train_expert(self, self._split(), generator, ctx)
+        return with_guide(generator, ExpertGuide(expert, self))
 
     def _split(self) -> str:
         return "safety" if self.taught == "refusals" else "benign_train"
-
-    def _expert(self, generator: Generator, ctx: StageContext) -> LoadedModel:
-        """The start of the expert, fine-tuned with an adapter of the sweep's shape."""
-        from ftsec_ray.models.row_tokens import tell_cuts
-        from ftsec_ray.training.loop import sft
-
-        start = generator.loaded if self.expert_of == "served" else ctx.load("reference")
-        rows = [row for row in ctx.shuffled(self._split(), "safe_decoding") if is_exchange(row)]
-        rows = rows[: self.rows]
-        if not rows:
-            raise DataError(
-                f"safe_decoding: no row of split {self._split()!r} has a question and an answer",
-                ctx.task.split(self._split()).num_rows,
-                "rows with a user's message and an answer",
-                "give the task other rows, or leave out the defense",
-            )
-        training = replace(
-            ctx.training,
-            adapter="lora",
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            batch_size=min(ctx.training.batch_size, len(rows)),
-        )
-        report = sft(
-            start,
-            from_rows(rows),
-            training,
-            seed=ctx.seed,
-            runtime=ctx.runtime,
-            workdir=ctx.workdir / f"expert-{digest(self)[:12]}",
-        )
-        tell_cuts(ctx, report.cuts)
-        ctx.note(
-            expert_rows=len(rows),
-            expert_steps=len(report.losses),
-            expert_loss_start=report.losses[0],
-            expert_loss_end=report.losses[-1],
-        )
-        report.loaded.model.eval()
-        return report.loaded
 
 
 @dataclass(frozen=True)
@@ -182,6 +144,51 @@ class ExpertGuide:
         mixed = mix(own.exp(), other.to(own).exp(), self.method.alpha)
         is_none = (mixed <= FLOOR).all(-1, keepdim=True)
         return mixed.log().masked_fill(is_none, -torch.inf)
+
+
+def train_expert(
+    method: SafeDecoding, split: str, generator: Generator, ctx: StageContext
+) -> LoadedModel:
+    """The start of the expert, fine-tuned on rows of a split with an adapter of the sweep's shape,
+    by this process.
+    """
+    from ftsec_ray.models.row_tokens import tell_cuts
+    from ftsec_ray.training.loop import sft
+
+    start = generator.loaded if method.expert_of == "served" else ctx.load("reference")
+    rows = [row for row in ctx.shuffled(split, "safe_decoding") if is_exchange(row)]
+    rows = rows[: method.rows]
+    if not rows:
+        raise DataError(
+            f"safe_decoding: no row of split {split!r} has a question and an answer",
+            ctx.task.split(split).num_rows,
+            "rows with a user's message and an answer",
+            "give the task other rows, or leave out the defense",
+        )
+    training = replace(
+        ctx.training,
+        adapter="lora",
+        epochs=method.epochs,
+        learning_rate=method.learning_rate,
+        batch_size=min(ctx.training.batch_size, len(rows)),
+    )
+    report = sft(
+        start,
+        from_rows(rows),
+        training,
+        seed=ctx.seed,
+        runtime=ctx.runtime,
+        workdir=ctx.workdir / f"expert-{digest(method)[:12]}",
+    )
+    tell_cuts(ctx, report.cuts)
+    ctx.note(
+        expert_rows=len(rows),
+        expert_steps=len(report.losses),
+        expert_loss_start=report.losses[0],
+        expert_loss_end=report.losses[-1],
+    )
+    report.loaded.model.eval()
+    return report.loaded
 
 
 def mix(own: Tensor, other: Tensor, alpha: float) -> Tensor:
