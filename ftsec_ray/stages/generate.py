@@ -99,7 +99,7 @@ def run(job: Job) -> Extra:
                 f"{count} prompts of probe {probe!r} were skipped: prompt and answer would exceed"
                 " the model's maximum length"
             )
-    return {"notes": {**notes, **context.notes}}
+    return {"notes": {**notes, **context.notes, **context.counts}}
 
 
 def _defended(methods: list[Method], context: StageContext, generator: Generator) -> Generator:
