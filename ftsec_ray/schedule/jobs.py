@@ -33,10 +33,15 @@ ANSWER_S = 10.0
 """Seconds within which the head must answer."""
 PATIENCE_S = 300.0
 """Seconds without an answer after which `wait` stops following a job."""
+START_S = 60.0
+"""Seconds for which a head may still be starting: its dashboard answers before its node is listed
+and before its agent accepts jobs."""
 POLL_S = 1.0
 _WANT = "http://HOST:8265, the dashboard of a running Ray head"
 _NOT_FOUND = (126, 127)
 """Exit codes of a shell for a command that does not exist or cannot run."""
+_NO_AGENT = "No available agent"
+"""What a head says whose agents have not registered yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,28 +198,39 @@ def hand_over(
     """
     from ray.exceptions import RayError
 
-    try:
-        with _quiet():
-            head.client.submit_job(
-                entrypoint=shlex.join(command),
-                submission_id=submission_id,
-                metadata={"job_name": name},
-                runtime_env={"working_dir": str(archive), "env_vars": limits_set()},
-            )
-    except (OSError, RuntimeError, RayError) as error:
-        if "already exists" in str(error):
-            raise EnvironmentFault(
-                "the cluster already has a job with this id",
-                submission_id,
-                "an id that no job of this cluster has used",
-                "choose another --submission-id, or leave it out",
-            ) from error
-        raise EnvironmentFault(
-            f"the cluster rejected the job: {_last_line(str(error))}",
-            head.address,
-            _WANT,
-            "check the dashboard and the head's log",
-        ) from error
+    started = time.monotonic()
+    while True:
+        try:
+            with _quiet():
+                head.client.submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=submission_id,
+                    metadata={"job_name": name},
+                    runtime_env={"working_dir": str(archive), "env_vars": limits_set()},
+                )
+        except (OSError, RuntimeError, RayError) as error:
+            if _NO_AGENT not in str(error) or time.monotonic() - started > START_S:
+                raise _rejected(error, head, submission_id) from error
+            time.sleep(POLL_S)
+        else:
+            return
+
+
+def _rejected(error: Exception, head: Head, submission_id: str) -> EnvironmentFault:
+    """Why a head did not accept a job."""
+    if "already exists" in str(error):
+        return EnvironmentFault(
+            "the cluster already has a job with this id",
+            submission_id,
+            "an id that no job of this cluster has used",
+            "choose another --submission-id, or leave it out",
+        )
+    return EnvironmentFault(
+        f"the cluster rejected the job: {_last_line(str(error))}",
+        head.address,
+        _WANT,
+        "check the dashboard and the head's log",
+    )
 
 
 def _dashboard(given: str) -> str:
@@ -321,7 +337,15 @@ def _check_version(ray_version: str) -> None:
 
 
 def _nodes(address: str, headers: Mapping[str, str]) -> tuple[str, ...]:
-    """IP addresses of the live nodes."""
+    """IP addresses of the live nodes; waits for the first one of a head that is still starting."""
+    started = time.monotonic()
+    while not (listed := _listed(address, headers)) and time.monotonic() - started < START_S:
+        time.sleep(POLL_S)
+    return listed
+
+
+def _listed(address: str, headers: Mapping[str, str]) -> tuple[str, ...]:
+    """IP addresses of the nodes that the head lists as alive."""
     from ray.exceptions import RayError
     from ray.util.state import StateApiClient
     from ray.util.state.common import ListApiOptions, StateResource
