@@ -55,11 +55,12 @@ def _controls_in(spec: SweepSpec, defense: Method) -> list[Method]:
 
 def _text(defense: Method) -> str:
     """A defense as written in a sweep file, with its parameters that differ from the defaults."""
-    default = type(defense)()
+    default = json.loads(canonical(type(defense)()))
     given = {
         name: value
         for name, value in json.loads(canonical(defense)).items()
-        if value != json.loads(canonical(default))[name]
+        # later parameters are left out at their defaults
+        if name not in default or value != default[name]
     }
     name = name_of(defense)
     return f"{{{name}: {json.dumps(given)}}}".replace('"', "") if given else name

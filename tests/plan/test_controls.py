@@ -40,6 +40,10 @@ OFF = {"lisa": {"rho": 0.0}}
             [["shrink", "lisa"], OFF],
             ["defense lisa in the stack shrink+lisa has no control: add {lisa: {rho: 0.0}}"],
         ),
+        (
+            [{"vaccine": {"layers": 2}}],
+            ["defense {vaccine: {layers: 2}} has no control: add {vaccine: {layers: 2, rho: 0.0}}"],
+        ),
         (["safe_lora", "matched_noise"], []),
         (["safe_lora", {"safe_lora": {"projection": "drop"}}], []),
         (
