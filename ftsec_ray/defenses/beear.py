@@ -51,6 +51,7 @@ class Beear(TunesOnCleanRows):
 
     NEEDS: ClassVar[frozenset[str]] = TunesOnCleanRows.NEEDS | PAIR
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
+    ORDER: ClassVar[int] = 10
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"inner_steps": 0}
 
     inner_steps: int = 5

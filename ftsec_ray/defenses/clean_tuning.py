@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 class CleanTuning(TunesOnCleanRows):
     """A further fine-tune on trusted rows."""
 
+    ORDER: ClassVar[int] = 10
+    CONFLICTS: ClassVar[Mapping[str, str]] = {
+        "wanda": "further training moves pruned weights away from zero again",
+        "antidote": "further training can bring back what was removed",
+    }
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"shuffle_answers": True}
 
     shuffle_answers: bool = False

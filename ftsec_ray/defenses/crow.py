@@ -45,6 +45,7 @@ class Crow(TunesOnCleanRows):
     """Loss on clean rows + alpha * inconsistency of the states under a shift of the embeddings."""
 
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
+    ORDER: ClassVar[int] = 10
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0}
 
     alpha: float = 5.5

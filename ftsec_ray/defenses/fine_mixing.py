@@ -45,6 +45,7 @@ class FineMixing(TunesOnCleanRows):
     """Each tuned weight stays with probability `keep`; then a fine-tune on clean rows."""
 
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start", "benign_train", "trusted", "safety"})
+    ORDER: ClassVar[int] = 10
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0, "purify": 0}
 
     keep: float = 0.5

@@ -32,6 +32,7 @@ class MergeSanitize(Defense):
 
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"clean_bank", "start"})
+    ORDER: ClassVar[int] = 20
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"partners": "start"}
 
     bank: int = 2

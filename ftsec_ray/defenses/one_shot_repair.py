@@ -31,6 +31,7 @@ class OneShotRepair(Defense):
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety", "benign_train"})
     TRAINS: ClassVar[frozenset[str]] = frozenset({"revise_model"})
+    ORDER: ClassVar[int] = 10
     IS_CONTROL: ClassVar[bool] = True
 
     rows: int = 1

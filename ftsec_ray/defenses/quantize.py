@@ -41,6 +41,7 @@ class Quantize(Defense):
     """Every linear layer of the blocks with rounded weights."""
 
     PHASE: ClassVar[Phase] = "post"
+    ORDER: ClassVar[int] = 30
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"noise": True}
 
     format: Literal["int", "nf4"] = "int"

@@ -50,6 +50,7 @@ class SafeMerge(Defense):
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety", "unaligned", "reference", "start"})
     TRAINS: ClassVar[frozenset[str]] = frozenset({"revise_model"})
+    ORDER: ClassVar[int] = 20
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"safe": "zero"}
 
     tau: float = 0.35
