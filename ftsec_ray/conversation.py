@@ -21,7 +21,7 @@ Message = dict[str, Any]
 and loss (whether the message is trained on).
 """
 ROLES = ("system", "user", "assistant", "tool")
-UNTRAINED = "untrained"
+UNTRAINED = "untrained_chars"
 """Key of a message's fields: how many of its first characters are not trained on, although the
 message is.
 """
