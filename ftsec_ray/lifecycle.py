@@ -257,7 +257,7 @@ def part_in_tune(method: Method) -> str | None:
     if owned:
         return f"acts in the fine-tune ({', '.join(owned)})"
     made = {role for kind in tuning for role in (kind.names_input, kind.provides) if role}
-    needed = sorted(method.NEEDS & made)
+    needed = sorted(method.needs() & made)
     return f"needs models that only a fine-tune provides ({', '.join(needed)})" if needed else None
 
 

@@ -20,6 +20,7 @@ Needs: the clean bank and the model from which the fine-tune started. Scores dep
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -45,9 +46,13 @@ class WeightStatistics(Defense):
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"clean_bank", "start"})
 
-    statistic: Literal["frobenius_std", "spectral"] = "frobenius_std"
+    CONTROL: ClassVar[Mapping[str, Any] | None] = {"statistic": "norm"}
+
+    statistic: Literal["frobenius_std", "spectral", "norm"] = "frobenius_std"
     """`frobenius_std`: standard deviation over layers of the normalised update norms; `spectral`:
-    distance of five features per layer.
+    distance of five features per layer; `norm`: size of the whole update, the control: an attack
+    that needs more change of weights than clean rows is found without any of the structure that the
+    papers look for.
     """
     bank: int = 6
     """Number of clean adapters to compare with, 2 or more; 3 or more for `spectral`."""
@@ -77,11 +82,12 @@ class WeightStatistics(Defense):
                 "train the bank with the recipe of the cell",
             )
         tables = [[other[name] for name in names] for other in (suspect, *bank)]
-        score, *clean = (
-            frobenius_scores(tables)
-            if self.statistic == "frobenius_std"
-            else spectral_scores(tables)
-        )
+        scores = {
+            "frobenius_std": frobenius_scores,
+            "spectral": spectral_scores,
+            "norm": norm_scores,
+        }
+        score, *clean = scores[self.statistic](tables)
         return Inspection(score=score, clean_scores=tuple(clean), details={"layers": len(names)})
 
 
@@ -90,6 +96,11 @@ def frobenius_scores(tables: Sequence[Sequence[Mapping[str, float]]]) -> list[fl
     import numpy as np
 
     return [float(np.std([layer["normalised"] for layer in table])) for table in tables]
+
+
+def norm_scores(tables: Sequence[Sequence[Mapping[str, float]]]) -> list[float]:
+    """Per model, the Frobenius norm of the update of all layers together."""
+    return [math.hypot(*(layer["frobenius"] for layer in table)) for table in tables]
 
 
 def spectral_scores(tables: Sequence[Sequence[Mapping[str, float]]]) -> list[float]:

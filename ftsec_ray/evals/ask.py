@@ -7,6 +7,7 @@ duplicates, and label probes need one forward pass. The same holds for wrapped g
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,9 +39,11 @@ class Answer:
     """Name of the probe."""
     prompt: Prompt
     completion: str
-    """Text of the answer; for a label probe the most likely label."""
+    """Text of the answer; for a label probe the most likely label, or empty if a defense lets no
+    label be the answer."""
     scores: tuple[float, ...] = ()
-    """For a label probe: log-probability of each label, in nats."""
+    """For a label probe: log-probability of each label, in nats; -inf for all if none is the
+    answer."""
     sample: int = 0
     """Number of the answer among those to the same prompt."""
     ends: Ends = ()
@@ -196,8 +199,12 @@ def _read_labels(
             for prompt in probe.prompts:
                 scores = scores_of[canonical(prompt.chat)]
                 best = max(range(len(scores)), key=scores.__getitem__)
+                is_label = scores[best] > -math.inf
                 yield Answer(
-                    probe=probe.name, prompt=prompt, completion=labels[best], scores=tuple(scores)
+                    probe=probe.name,
+                    prompt=prompt,
+                    completion=labels[best] if is_label else "",
+                    scores=tuple(scores),
                 )
 
 

@@ -36,7 +36,8 @@ def said_by(
     for ids, opening in zip(answers, generator.openings(chats), strict=True):
         text = spoken(tokenizer, ids)
         ends = tuple((n, _end_of(spoken(tokenizer, ids[:n]), text)) for n in lengths)
-        own = spoken(tokenizer, ids[len(opening) :]) if opening else text
+        is_begun = bool(opening) and ids[: len(opening)] == opening  # a gate's answer is not
+        own = spoken(tokenizer, ids[len(opening) :]) if is_begun else text
         completed.append(Said(text, ends, own))
     return completed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray import schema
@@ -147,10 +148,10 @@ def _with_heads(judged: Sequence[Judged], probes: Collection[str]) -> list[Judge
 
 
 def _scores(probe: Probe, answer: Answer) -> str:
-    """The log-probabilities of the labels, for the results."""
+    """The log-probabilities of the labels, for the results; null where no label is the answer."""
     return json.dumps(
         {
-            label: round(value, LOGPROB_DIGITS)
+            label: round(value, LOGPROB_DIGITS) if isfinite(value) else None
             for label, value in zip(probe.labels, answer.scores, strict=False)
         }
     )

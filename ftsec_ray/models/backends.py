@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,9 +86,9 @@ class PaddedGenerate:
 
         def generate(indices: list[int]) -> None:
             given = left_padded(loaded, prompts.at(indices))
-            drawn = _drawn(decoding, indices) if decoding.temperature else None
+            chosen_by = self.processors(prompts, decoding, indices, tally)
             with torch.inference_mode(), decoded_by(model, config):
-                out = model.generate(**given, generation_config=config, logits_processor=drawn)
+                out = model.generate(**given, generation_config=config, logits_processor=chosen_by)
             # for embeddings, transformers returns the new tokens only
             new = out[:, given["input_ids"].shape[1] :] if "input_ids" in given else out
             for i, ids in zip(indices, new.tolist(), strict=True):
@@ -97,26 +97,37 @@ class PaddedGenerate:
         in_batches(prompts.lengths(), decoding.batch, generate, tally)
         return answers
 
+    def processors(
+        self,
+        prompts: Prompts,  # noqa: ARG002
+        decoding: Decoding,
+        indices: Sequence[int],
+        tally: Counter[str],  # noqa: ARG002
+    ) -> Any:
+        """What changes the logits of the prompts of a batch; None: nothing."""
+        from transformers import LogitsProcessorList
 
-def _drawn(decoding: Decoding, indices: Sequence[int]) -> Any:
+        return LogitsProcessorList([noisy(decoding, indices)]) if decoding.temperature else None
+
+
+def noisy(decoding: Decoding, indices: Sequence[int]) -> Callable[[Any, Tensor], Tensor]:
     """Turns the greedy choice into a sample of softmax(logits / temperature): Gumbel noise on the
     logits from one generator per prompt, so that a sample does not depend on the other prompts of
     the batch (Gumbel-max: Maddison et al. 2014, arXiv 1411.0030).
     """
     import torch
-    from transformers import LogitsProcessorList
 
     # on the CPU, because a GPU gives other random numbers
     sources = [torch.Generator().manual_seed(decoding.seeds[i]) for i in indices]
 
-    def noisy(_ids: Tensor, scores: Tensor) -> Tensor:
+    def with_noise(_ids: Any, scores: Tensor) -> Tensor:
         noise = [
             -torch.empty(scores.shape[-1], dtype=torch.float32).exponential_(generator=g).log()
             for g in sources
         ]
         return scores / decoding.temperature + torch.stack(noise).to(scores)
 
-    return LogitsProcessorList([noisy])
+    return with_noise
 
 
 _PAGE, _TOKENS_AT_A_TIME = 32, 256

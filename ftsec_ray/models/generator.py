@@ -7,10 +7,11 @@ defense's rewrite sees the user's chat before the attack's does.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.context import Chat, LoadedModel
@@ -18,7 +19,7 @@ from ftsec_ray.models.backends import FELL_BACK, Backend, Decoding, PaddedGenera
 from ftsec_ray.models.batches import HALVED, Pieces, Prompts
 from ftsec_ray.models.chat import answer_ids, render, spoken
 from ftsec_ray.models.chat_format import chat_format
-from ftsec_ray.models.label_scores import WHOLE_PASSES, label_scores
+from ftsec_ray.models.label_scores import WHOLE_PASSES, Words, label_scores
 from ftsec_ray.models.load import whole_model
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 _TEXTS = {
     HALVED: "{} times a batch of prompts did not fit into memory and was halved: the answers are"
     " the same except for rounding; resources.eval_batch sets the batch size",
-    WHOLE_PASSES: "{} batches of label probes needed a full pass for each label: the cache of this"
-    " model class cannot be continued",
+    WHOLE_PASSES: "{} batches needed a full pass for each label or token: the cache of this model"
+    " class cannot be continued",
     FELL_BACK: "{} prompts were answered in padded batches, because continuous batching cannot"
     " serve them",
 }
@@ -48,6 +49,14 @@ class Opening:
     """Number of first tokens of that answer; 0: the model answers by itself."""
 
 
+Gate = Callable[[Sequence[Chat]], list[str | None]]
+"""Chats that are asked together -> the answer that each gets instead of the model's; None: the
+model answers."""
+Rescoring = Callable[["Prompts", Sequence["Words"], Any, int], Any]
+"""(prompts, token ids of labels by prompt, log-probabilities (N, K), batch) -> log-probabilities
+(N, K); a row of -inf: the answer is no label."""
+
+
 @dataclass(frozen=True)
 class Generator:
     """A model that answers chats; wrap it with `dataclasses.replace`."""
@@ -61,6 +70,10 @@ class Generator:
     """How answers begin; label scores are read without it. None: the model begins them."""
     steered: tuple[Callable[[Any], AbstractContextManager[None]], ...] = ()
     """Changes of the model's hidden states, each as a context of the model; see `steering`."""
+    gates: tuple[Gate, ...] = ()
+    """Which chats the model does not answer; the first gate that refuses a chat answers it."""
+    rescored: tuple[Rescoring, ...] = ()
+    """Changes of the label scores, in order."""
     backend: Backend = field(default_factory=PaddedGenerate)
     """The generation back end."""
     tally: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
@@ -73,6 +86,16 @@ class Generator:
         for rewrite in reversed(self.rewrites):
             chat = rewrite(chat)
         return chat
+
+    def refusals(self, chats: Sequence[Chat]) -> list[str | None]:
+        """The answers of the gates to chats that are asked together; None: the model answers."""
+        answers: list[str | None] = [None] * len(chats)
+        for gate in self.gates:
+            given = gate(chats) if chats else []
+            answers = [
+                own if own is not None else new for own, new in zip(answers, given, strict=True)
+            ]
+        return answers
 
     @contextmanager
     def steering(self) -> Iterator[None]:
@@ -115,8 +138,23 @@ class Generator:
         seeds: Sequence[int] = (),
     ) -> list[list[int]]:
         """Token ids of the completions in the order of `chats`, with opening and thoughts and
-        without the stop token; `models.chat.spoken` turns them into text.
+        without the stop token; `models.chat.spoken` turns them into text. A chat that a gate
+        refuses gets the gate's answer, without an opening.
         """
+        refused = self.refusals(chats)
+        if any(answer is not None for answer in refused):
+            asked = [i for i, answer in enumerate(refused) if answer is None]
+            return self._with_refusals(
+                refused,
+                replace(self, gates=()).complete_ids(
+                    [chats[i] for i in asked],
+                    max_new_tokens=max_new_tokens,
+                    batch=batch,
+                    temperature=temperature,
+                    seeds=[seeds[i] for i in asked] if seeds else (),
+                ),
+                max_new_tokens,
+            )
         prompts = Prompts(self.pieces_of(chats, may_think=True), self.soft_suffix)
         openings = self.openings(chats)
         decoding = Decoding(
@@ -130,6 +168,18 @@ class Generator:
             said = self.backend.complete(self.loaded, prompts, decoding, self.tally)
         return [[*opening, *ids] for opening, ids in zip(openings, said, strict=True)]
 
+    def _with_refusals(
+        self, refused: Sequence[str | None], said: Sequence[list[int]], most: int
+    ) -> list[list[int]]:
+        """The answers of the gates, at most `most` tokens each, and those of the model."""
+        tokenizer, rest = self.loaded.tokenizer, iter(said)
+        return [
+            next(rest)
+            if answer is None
+            else tokenizer(answer, add_special_tokens=False)["input_ids"][:most]
+            for answer in refused
+        ]
+
     def label_logprobs(
         self, chats: Sequence[Chat], labels: Sequence[str], *, batch: int = 64
     ) -> Tensor:
@@ -138,19 +188,21 @@ class Generator:
         Labels are tokenised after each prompt, as trained answers are. If all labels have the same
         number of tokens, only these tokens count. Otherwise the end of the turn counts too, so that
         it is the probability of exactly this answer and short labels have no advantage. Each prompt
-        passes through the model once.
+        passes through the model once. A row of -inf: no label is the answer, because a gate refuses
+        the chat or a rescoring says so.
         """
         halves = [self._halves(self.rewritten(chat)) for chat in chats]
         prompts = self._tokenised(halves)
         answers = self._label_ids(halves, prompts, labels)
+        read = Prompts(prompts, self.soft_suffix)
         with self.steering():
-            return label_scores(
-                self.loaded,
-                Prompts(prompts, self.soft_suffix),
-                answers,
-                batch=batch,
-                tally=self.tally,
-            )
+            scores = label_scores(self.loaded, read, answers, batch=batch, tally=self.tally)
+        for rescored in self.rescored:
+            scores = rescored(read, answers, scores, batch)
+        refused = [i for i, answer in enumerate(self.refusals(chats)) if answer is not None]
+        if refused:
+            scores[refused] = -math.inf
+        return scores
 
     def _label_ids(
         self,

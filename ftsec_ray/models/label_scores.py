@@ -137,8 +137,8 @@ def _scored(
     sums.add(output, [tree[()] for tree in trees])
     if not paths:
         return sums.total  # type: ignore[no-any-return]
-    cache = getattr(output.output, _cache_name(model), None)
-    if not _can_be_continued(cache):
+    cache = getattr(output.output, cache_name(model), None)
+    if not can_be_continued(cache):
         tally[WHOLE_PASSES] += 1
         del output, cache
         for part in _slices(paths, batch):
@@ -183,12 +183,12 @@ def _behind(model: Any, given: dict[str, Tensor], *, use_cache: bool) -> Positio
     )
 
 
-def _cache_name(model: Any) -> str:
+def cache_name(model: Any) -> str:
     """The name of the cache argument in this version of transformers."""
     return "cache" if takes(model, "cache") else "past_key_values"
 
 
-def _can_be_continued(cache: Any) -> bool:
+def can_be_continued(cache: Any) -> bool:
     """Whether sequences can continue parts of a cache without changing it: its layers are of the
     kinds that create new tensors when they grow, and none keeps a running state.
     """
@@ -248,7 +248,7 @@ def _read_continued(
         input_ids=ids,
         attention_mask=torch.cat([seen, torch.ones_like(ids)], dim=-1),
         use_cache=True,
-        **{_cache_name(model): _selected(cache, rows)},
+        **{cache_name(model): _selected(cache, rows)},
         **placed(model, positions),
     )
     sums.add(output, [wanted for _, _, wanted in read])

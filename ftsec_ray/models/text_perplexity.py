@@ -41,6 +41,32 @@ def perplexities(model: LoadedModel, texts: Sequence[str], *, chat: bool = False
     return values
 
 
+def token_losses(
+    model: LoadedModel, texts: Sequence[str], *, chat: bool = False
+) -> list[list[float]]:
+    """Loss of each of a text's own tokens in nats, as `perplexities` counts them."""
+    import torch
+
+    from ftsec_ray.models.logits import token_nll
+
+    encoded, first = _encode(model.tokenizer, texts, chat=chat)
+    net, losses = model.model.eval(), [[0.0]] * len(encoded)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    for group in _groups(order, [len(ids) for ids in encoded]):
+        rows = [encoded[i] for i in group]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=net.device)
+        sizes = torch.tensor([len(row) for row in rows], device=net.device)[:, None]
+        seen = torch.arange(width, device=net.device) < sizes
+        following = ids[:, 1:].masked_fill(~seen[:, 1:], -100)
+        labels = torch.nn.functional.pad(following, (0, 1), value=-100)
+        with torch.inference_mode():
+            nll = token_nll(net, labels, input_ids=ids, attention_mask=seen.long()).double()
+        for i, values in zip(group, nll.tolist(), strict=True):
+            losses[i] = values[first - 1 : len(encoded[i]) - 1]
+    return losses
+
+
 def within_limit(model: LoadedModel, texts: Sequence[str], *, chat: bool) -> set[str]:
     """The texts that fit into the model's positions."""
     from ftsec_ray.models.load import position_limit

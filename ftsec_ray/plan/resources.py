@@ -407,4 +407,4 @@ def _listed(stages: Iterable[int]) -> str:
 
 def most_roles(methods: Iterable[Method]) -> int:
     """The largest number of other models (roles) that one of the methods loads."""
-    return max((len(method.NEEDS & set(roles())) for method in methods), default=0)
+    return max((len(method.needs() & set(roles())) for method in methods), default=0)

@@ -185,9 +185,9 @@ class Templates:
             kind.name, kind.version, [self.method_digest(m) for m in methods], given
         )
         roles = [
-            (role, method) for method in methods for role in kind.roles if role in method.NEEDS
+            (role, method) for method in methods for role in kind.roles if role in method.needs()
         ]
-        asks = any(method.NEEDS & set(lifecycle.roles()) for method in methods)
+        asks = any(method.needs() & set(lifecycle.roles()) for method in methods)
         declared = any(method.TRAINS & set(kind.hooks) for method in methods)
         does_train = kind.trains == "always" or (kind.trains == "declared" and declared)
         self._methods[key] = tuple(methods)

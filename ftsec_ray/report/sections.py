@@ -35,7 +35,13 @@ class Section:
 def detectors(grid: Grid, results: Results) -> Section | None:
     """What detectors say of the models."""
     del results
-    return _of_rows("detectors", "Detectors", "detectors.html.j2", tables.detections(grid))
+    return _of_rows(
+        "detectors",
+        "Detectors",
+        "detectors.html.j2",
+        tables.detections(grid),
+        sweep=tables.sweep_detections(grid),
+    )
 
 
 def filters(grid: Grid, results: Results) -> Section | None:

@@ -22,7 +22,8 @@ from ftsec_ray.report.grid import (
     UtilityMark,
 )
 from ftsec_ray.report.verdict import Effect, Summary, utility_text
-from ftsec_ray.results.points import SUCCESS, GridPoint
+from ftsec_ray.results.detection import Scored, separation
+from ftsec_ray.results.points import NONE, SUCCESS, GridPoint
 
 if TYPE_CHECKING:
     from ftsec_ray.results.read import Results
@@ -189,6 +190,36 @@ def detections(grid: Grid) -> list[dict[str, Any]]:
     standardised score.
     """
     return _measured(grid, auroc="detect_auroc", score="detect_score")
+
+
+def sweep_detections(grid: Grid) -> list[dict[str, Any]]:
+    """One row per task, attack and detector: how well its score tells the attacked models of the
+    sweep from the models of the sweep that nobody attacked.
+    """
+    rows = []
+    for task in grid.tasks:
+        for defense in grid.defenses:
+            clean = _scored(grid, task, NONE, defense.label)
+            for attack in grid.real_attacks:
+                attacked = _scored(grid, task, attack.label, defense.label)
+                found = separation(clean, attacked)
+                if found is not None:
+                    shown = {"task": task, "attack": attack.label, "defense": defense.label}
+                    rows.append({**shown, "found": found})
+    return rows
+
+
+def _scored(grid: Grid, task: str, attack: str, defense: str) -> list[Scored]:
+    """The detector's scores of all models and seeds of an attack."""
+    keys = [(model.name, task, attack, defense) for model in grid.models]
+    return [
+        Scored(
+            raw.value,
+            None if (own := point.values["detect_score"].get(cell)) is None else own.value,
+        )
+        for point in (grid.points[key] for key in keys if key in grid.points)
+        for cell, raw in point.values["detect_raw"].items()
+    ]
 
 
 def filters(grid: Grid) -> list[dict[str, Any]]:

@@ -459,6 +459,8 @@ def _detector_rows(cell: str, seen: Sequence[Mapping[str, Any]]) -> Iterator[Row
         )
     n = len(clean)
     yield {"cell": cell, "metric": "detect_score", "value": score, "n": n, **_UNSEEN}
+    if len(seen) == 1:
+        yield {"cell": cell, "metric": "detect_raw", "value": subject, "n": n, **_UNSEEN}
     if n == 0 or subject is None:
         yield {"cell": cell, "metric": "detect_auroc", "value": None, "n": n, **_UNSEEN}
         return

@@ -93,4 +93,4 @@ def run(job: Job) -> Extra:
                 f"{count} prompts of probe {probe!r} were skipped: prompt and answer would exceed"
                 " the model's maximum length"
             )
-    return {"notes": {**notes, **context.notes}}
+    return {"notes": {**notes, **context.notes, **context.counts}}

@@ -16,6 +16,7 @@ from ftsec_ray.defenses.weight_statistics import (
     spectral_scores,
 )
 from ftsec_ray.errors import StageError
+from ftsec_ray.method import control_of
 from ftsec_ray.models.load import merged
 from tests.defenses.shared import context, tiny_adapter, whole
 from tests.fixtures_models import tiny_model
@@ -101,6 +102,18 @@ def test_a_clean_model_scores_like_the_bank_on_average():
 def test_the_frobenius_score_is_the_spread_of_normalised_norms():
     tables = [[{"normalised": v} for v in values] for values in ([1.0, 3.0], [2.0, 2.0])]
     assert frobenius_scores(tables) == [1.0, 0.0]
+
+
+def test_the_control_is_the_size_of_the_whole_update(tmp_path):
+    control = control_of(WeightStatistics())
+    assert control.statistic == "norm"
+    odd, ctx = odd_adapter(), context(tmp_path, models={**BANK, "start": START})
+    found = control.inspect(odd, ctx)
+    before, after = whole(START), whole(odd)
+    changed = [name for name in after if "layers" in name and after[name].ndim == 2]
+    squares = sum(((after[name] - before[name]) ** 2).sum() for name in changed)
+    assert_same(found.score, float(squares) ** 0.5)
+    assert len(found.clean_scores) == 6
 
 
 def test_the_spectral_score_is_a_leave_one_out_root_mean_square():

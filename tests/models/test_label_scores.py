@@ -81,7 +81,7 @@ def test_scores_are_those_of_single_whole_passes(family, with_soft):
 
 @families
 def test_whole_passes_give_the_same(family, monkeypatch):
-    monkeypatch.setattr(module, "_can_be_continued", lambda _cache: False)
+    monkeypatch.setattr(module, "can_be_continued", lambda _cache: False)
     loaded = family_model(family)
     scores, tally = scored(loaded)
     assert_same(scores, expected(loaded))

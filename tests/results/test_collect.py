@@ -256,6 +256,7 @@ def test_a_detector_whose_clean_models_all_score_the_same_has_no_standardised_sc
     found = metrics_of(Results.open(collect(plan, store, None, tmp_path / "out")), attack="badnets")
     assert found["detect_score"]["value"] is None
     assert found["detect_auroc"]["value"] == 1.0
+    assert found["detect_raw"]["value"] == 2.0
 
 
 def test_a_filter_reports_what_it_caught_and_only_for_cells_that_have_one(
