@@ -130,6 +130,7 @@ def report_sweep(
     as Markdown.
     """
     from ftsec_ray.report.answer_text import answer_markdown
+    from ftsec_ray.report.controls_markdown import controls_markdown
     from ftsec_ray.report.markdown import grid_markdown
     from ftsec_ray.report.page import write_report
     from ftsec_ray.report.search_section import searches_markdown
@@ -142,8 +143,8 @@ def report_sweep(
     )
     found, page = api.open_results(folder), write_report(folder)
     if as_markdown:
-        parts = grid_markdown(found), searches_markdown(found), answer_markdown(found)
-        say("\n\n".join(filter(None, parts)))
+        sections = (grid_markdown, controls_markdown, searches_markdown, answer_markdown)
+        say("\n\n".join(filter(None, (section(found) for section in sections))))
     else:
         _print_outcome(found, page)
 

@@ -1,11 +1,11 @@
 """The grid as a Markdown table, for a README, an issue or a terminal.
 
-One row per model, task and attack, one column per defense stack; the task is named where there are
-several. A cell is the attack's success (the metric that it declares; `harmful_rate` without an
-attack) with its 95 % interval over prompts and, from two seeds on, over seeds; in its second line
-stand clean accuracy, over-refusal and coherence of the same cell. Where a judge left answers
-without a verdict, their share stands beside the rate. One seed has a mark, and incoherent cells
-say so.
+One row per model, task and attack, one column per defense stack, or the other way round if that is
+narrower; the task is named where there are several. A cell is the attack's success (the metric that
+it declares; `harmful_rate` without an attack) with its 95 % interval over prompts and, from two
+seeds on, over seeds; in its second line stand clean accuracy, over-refusal and coherence of the
+same cell. Where a judge left answers without a verdict, their share stands beside the rate. One
+seed has a mark, and incoherent cells say so.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from ftsec_ray.shown_text import for_markdown
 from ftsec_ray.success import is_driven_up
 
 Row = Mapping[str, Any]
+MAX_COLUMNS = 12
+"""Stacks that stand beside each other in one row; if there are more, and fewer attacks, a row is a
+stack and a column an attack."""
 PHASES = ("pre", "during", "post")
 ONE_SEED = "†"
 LEGEND = (
@@ -55,28 +58,36 @@ def grid_markdown(results: Results) -> str:
     """The attack x defense table of a run; failed and pending cells say so."""
     cells = sorted(results.cells.to_pylist(), key=_order)
     names = method_names(cells)
+    attacks = list(dict.fromkeys(names[cell["cell"]][0] for cell in cells))
     stacks = list(dict.fromkeys(names[cell["cell"]][1] for cell in sorted(cells, key=_stack_order)))
-    groups: dict[tuple[str, ...], dict[str, GridPoint]] = defaultdict(dict)
+    is_tall = len(stacks) > MAX_COLUMNS and len(attacks) < len(stacks)
     is_one_task = len({cell["task"] for cell in cells}) < 2
     points = points_of(cells, results.metrics.to_pylist())
+    groups: dict[tuple[str, ...], dict[tuple[str, str], GridPoint]] = defaultdict(dict)
     for point in points:
-        attack, stack = names[point.cell["cell"]]
-        groups[(point.model, attack) if is_one_task else (*point.slice, attack)][stack] = point
-    head = ["model", "attack"] if is_one_task else ["model", "task", "attack"]
-    titles = [*head, *map(for_markdown, stacks)]
+        groups[_place(point, is_one_task)][names[point.cell["cell"]]] = point
+    head = ["model"] if is_one_task else ["model", "task"]
+    columns = attacks if is_tall else stacks
+    titles = [*head, "defense" if is_tall else "attack", *map(for_markdown, columns)]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     above = lifts(results, points)
-    for place, by_stack in groups.items():
-        shown = [_shown(by_stack[stack], above) if stack in by_stack else "" for stack in stacks]
-        lines.append(f"| {' | '.join([*map(for_markdown, place), *shown])} |")
+    for place, by_names in groups.items():
+        for row in stacks if is_tall else attacks:
+            pairs = [(column, row) if is_tall else (row, column) for column in columns]
+            if not any(pair in by_names for pair in pairs):
+                continue
+            shown = [_shown(by_names[pair], above) if pair in by_names else "" for pair in pairs]
+            lines.append(f"| {' | '.join([*map(for_markdown, (*place, row)), *shown])} |")
     legend = _legend("\n".join(lines), points, results)
-    places = [
-        (*((point.model,) if is_one_task else point.slice), *names[point.cell["cell"]])
-        for point in points
-    ]
-    legend += utility_markdown(points, places, [*head, "defense"])
+    places = [(*_place(point, is_one_task), *names[point.cell["cell"]]) for point in points]
+    legend += utility_markdown(points, places, [*head, "attack", "defense"])
     warned = [f"- {for_markdown(line)}" for line in lines_of(warnings_in(results.meta))]
     return "\n".join([*lines, "", *legend, *([""] * bool(warned)), *warned])
+
+
+def _place(point: GridPoint, is_one_task: bool) -> tuple[str, ...]:  # noqa: FBT001
+    """The model, and its task where there are several."""
+    return (point.model,) if is_one_task else point.slice
 
 
 def _legend(grid: str, points: Sequence[GridPoint], results: Results) -> list[str]:

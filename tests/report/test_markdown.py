@@ -103,6 +103,25 @@ def test_tasks_are_rows_of_their_own_and_no_seeds_of_one():
     ]
 
 
+def test_many_stacks_and_few_attacks_make_a_row_of_each_stack():
+    names = [f"d{number:02}" for number in range(12)]
+    attacks = ("none", "badnets")
+    cells = [cell(f"{attack}/", attack) for attack in attacks] + [
+        cell(f"{attack}/{name}", attack, [name]) for attack in attacks for name in names
+    ]
+    rates = [
+        rate(one["cell"], "asr" if one["attack"] == "badnets" else "harmful_rate", 0.5)
+        for one in cells
+    ]
+    wide = grid_markdown(Tables(cells[:1] + cells[2:13], rates)).splitlines()
+    assert wide[0].startswith("| model | attack | none | d00 |")
+    tall = grid_markdown(Tables(cells, rates)).splitlines()
+    assert tall[0] == "| model | defense | none | badnets |"
+    assert [line.split(" | ")[1] for line in tall[2:15]] == ["none", *names]
+    half = "0.50† (0.00–1.00)<br>– · – · –"
+    assert tall[3] == f"| m | d00 | {half} | {half} |"
+
+
 def test_gibberish_is_called_so_however_low_the_attacks_success():
     text = grid_markdown(
         Tables([cell("a", "badnets")], [rate("a", "asr", 0.0), *beside("a", coherent=0.49)])
