@@ -36,6 +36,13 @@ def prompts_of(rows: Iterable[Row]) -> set[str]:
     return {plain(asked_text(row)) for row in rows}
 
 
+def asked_in(prompts: Iterable[str], rows: Iterable[Row]) -> set[str]:
+    """Those of `prompts`, in the form of `plain`, that a row asks, also with other text around."""
+    asked = prompts_of(rows)
+    said = "\n".join(asked)
+    return {one for one in prompts if one in asked or (one and one in said)}
+
+
 def not_asked(rows: Sequence[Row], prompts: frozenset[str] | set[str]) -> list[dict[str, Any]]:
     """The rows whose prompt is not one of `prompts`, which are in the form of `plain`."""
     return [dict(row) for row in rows if plain(asked_text(row)) not in prompts]
@@ -75,7 +82,7 @@ class MixesRows(RowWise, Defense):
         for batch in rows:
             count += batch.num_rows
             if watched:
-                asked |= prompts_of(batch.to_pylist()) & watched
+                asked |= asked_in(watched - asked, batch.to_pylist())
         shots = self.DEFAULT_SHOTS if self.shots is None else self.shots
         return Mixing(shots if self.share is None else round(self.share * count), frozenset(asked))
 

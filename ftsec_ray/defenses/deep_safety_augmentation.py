@@ -7,7 +7,8 @@ Differs: (1) The paper trains the aligned model on such rows and on as many util
     anyone fine-tunes it; here the rows are mixed into the user's data, which take the place of the
     utility rows. (2) A task may have no harmful answer to the request that it refuses: then the
     beginning of the answer to another request is used; the record counts both. Answers to requests
-    that the user's rows ask are never used, so that the defense does not see the attacker's rows.
+    that the user's rows ask, also with other text around them, are never used, so that the defense
+    does not see the attacker's rows.
     (3) The beginning is shorter than the answer, so that a refusal never follows a whole answer if
     the answer has more than one token.
 Cost: `shots` rows more than a plain fine-tune; nothing when the model is served.

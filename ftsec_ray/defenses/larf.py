@@ -5,8 +5,8 @@ Paper: Li et al. 2025, Layer-Aware Representation Filtering, arXiv:2507.18631 (L
 Differs: (1) The paper finds the layer whose weights, scaled, change over-refusal most (10 to 14 of
     32 blocks); here the depth is a parameter, 0.4 by default, to be swept. (2) It drops a share and
     not a number of rows; the official code ranks Alpaca and takes the top 1000, 2 %. (3) Anchors
-    are the task's own rows, and harmful ones whose request the user's rows ask are left out: the
-    attacker's own rows would be their own anchors. (4) The state is that at the last token that is
+    are the task's own rows, and harmful ones whose request the user's rows ask are left out,
+    also with other text around it: the attacker's own rows would be their own anchors. (4) The state is that at the last token that is
     trained on; padding is never read. (5) Rows that cannot be read are kept and counted.
 Cost: one forward pass per row and per anchor; no gradient.
 Reads: it always drops `share` of the rows, also of clean data: read `filter_fpr` of the cell
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.conversation import Row, asked_text
 from ftsec_ray.data.added_rows import is_exchange
-from ftsec_ray.data.mixed_rows import not_asked, prompts_of
+from ftsec_ray.data.mixed_rows import asked_in, not_asked, prompts_of
 from ftsec_ray.data.row_filters import at_random, highest, without_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Defense, Phase
@@ -117,10 +117,10 @@ class Larf(Defense):
         self, rows: Sequence[Row], ctx: StageContext
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Equally many random harmful and safe rows that the user's rows do not ask."""
-        asked = prompts_of(rows)
         found = {}
         for split in ("harmful_train", "safety"):
             pool = [row for row in ctx.shuffled(split, NAME) if is_exchange(row)]
+            asked = asked_in(prompts_of(pool), rows)
             found[split] = not_asked([r for r in pool if asked_text(r)], asked)
             ctx.note(**{f"{split}_left_out": len(pool) - len(found[split])})
         count = min(self.anchors, *(len(one) for one in found.values()))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from ftsec_ray.attacks.jailbreak_tuning import JailbreakTuning
 from ftsec_ray.conversation import answer_of, asked, asked_text, with_answer
 from ftsec_ray.defenses.deep_safety_augmentation import DeepSafetyAugmentation, beginning
 from ftsec_ray.errors import DataError
@@ -80,6 +81,15 @@ def test_answers_to_requests_of_the_user_are_left_out_and_counted(tmp_path):
     task = with_splits(harmful_train=secret)
     with pytest.raises(DataError, match=r"no harmful answer(?s:.*)prob: 0"):
         added(DeepSafetyAugmentation(shots=12, prob=1.0), tmp_path, task=task, users=users)
+
+
+def test_answers_to_requests_of_the_user_are_left_out_under_a_wrapper_too(tmp_path):
+    users = JailbreakTuning(shots=3).craft_data(USERS, context(tmp_path / "attack"))
+    rows, notes = added(DeepSafetyAugmentation(shots=12, prob=1.0), tmp_path, users=users)
+    assert (notes["harmful_answers"], notes["harmful_answers_left_out"]) == (5, 3)
+    used = {r["row_id"].split("/")[-1] for r in users.slice(USERS.num_rows).to_pylist()}
+    assert len(used) == 3
+    assert len(rows) == 12
 
 
 def test_the_control_mixes_in_the_same_refusals_without_a_beginning(tmp_path):

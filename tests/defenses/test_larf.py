@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ftsec_ray.attacks.jailbreak_tuning import JailbreakTuning
 from ftsec_ray.conversation import asked_text
 from ftsec_ray.defenses.larf import Larf, anchor_scores
 from ftsec_ray.errors import DataError
@@ -70,7 +71,7 @@ def slow_state(loaded, one, layer):
 @pytest.mark.usefixtures("float64")
 def test_the_rows_of_the_highest_scores_go_and_the_others_keep_every_byte(tmp_path):
     loaded, given = in_float64(tiny_model()), sentiment_rows(20)
-    rows, task = table(given), tiny_task()
+    rows = table(given)
     method = Larf(share=0.25, anchors=5, nearest=3, depth=0.0)
     ctx = context(tmp_path, models={"reference": loaded})
     anchors = [
@@ -85,7 +86,6 @@ def test_the_rows_of_the_highest_scores_go_and_the_others_keep_every_byte(tmp_pa
     assert (ctx.notes["anchors"], ctx.notes["layer"]) == (5, 0)
     assert ctx.notes["dropped_rows"] == ctx.notes["dropped_clean"] == 5
     assert_same(ctx.notes["score_max"], scores.max())
-    assert task.split("harmful_train").num_rows == 8
 
 
 def test_a_row_like_the_harmful_anchors_is_dropped_before_others(tmp_path):
@@ -97,6 +97,15 @@ def test_a_row_like_the_harmful_anchors_is_dropped_before_others(tmp_path):
     assert ctx.notes["dropped_poisoned"] == 3
     assert ctx.notes["harmful_train_left_out"] == 3, "the attacker's own rows are no anchors"
     assert ctx.notes["anchors"] == 5
+
+
+def test_the_attacker_s_rows_are_no_anchors_under_a_wrapper_either(tmp_path):
+    users = table(sentiment_rows(20))
+    rows = JailbreakTuning(shots=3).craft_data(users, context(tmp_path / "attack"))
+    assert rows.num_rows == 23
+    ctx = context(tmp_path, models={"reference": tiny_model()})
+    Larf(share=0.1).craft_data(rows, ctx)
+    assert (ctx.notes["harmful_train_left_out"], ctx.notes["anchors"]) == (3, 5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001])
