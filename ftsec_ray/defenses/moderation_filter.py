@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftsec_ray.conversation import Row, answer_of, asked_text, by_step, chat_of, has_answer
+from ftsec_ray.conversation import Row, answer_of, asked_text, chat_of
 from ftsec_ray.data.row_filters import at_random, without_rows
 from ftsec_ray.data.triggers import has_place
 from ftsec_ray.errors import DataError, SpecError
@@ -78,8 +78,8 @@ class ModerationFilter(Defense):
         steps = [
             (row["row_id"], step)
             for row in rows.to_pylist()
-            for step in by_step(row)
-            if has_answer(step) and has_place(step, "user")
+            for step in _answered(row)
+            if has_place(step, "user")
         ]
         flags = self._flags([step for _, step in steps], ctx)
         flagged = {row_id for (row_id, _), flag in zip(steps, flags, strict=True) if flag}
@@ -119,6 +119,16 @@ class ModerationFilter(Defense):
         return [
             None if harm is None else harm >= self.threshold for harm in judge.harm(prompts, said)
         ]
+
+
+def _answered(row: Row) -> list[dict[str, Any]]:
+    """The row up to each answer that is trained on, whatever follows it."""
+    messages = row["messages"]
+    return [
+        {**row, "row_id": f"{row['row_id']}/{place:03d}", "messages": messages[: place + 1]}
+        for place, one in enumerate(messages)
+        if one["role"] == "assistant" and one["loss"]
+    ]
 
 
 def is_fulfilled(row: Row) -> bool:

@@ -214,7 +214,8 @@ def mmd(ours: Tensor, theirs: Tensor) -> Tensor:
     import torch
 
     both = torch.cat([ours, theirs])
-    squares = (both[:, None] - both[None]).square().sum(-1)
+    # without the (N, N, D) differences, and without the cancellation of products
+    squares = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").square()
     count = len(both)
     scale = squares.detach().sum() / (count * count - count)
     kernel = torch.stack([torch.exp(-squares / (scale * width)) for width in KERNELS]).sum(0)

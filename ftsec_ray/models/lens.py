@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.load import bare
-from ftsec_ray.models.logits import LOGITS_AT_A_TIME, Positions, fits, vocabulary
+from ftsec_ray.models.logits import LOGITS_AT_A_TIME, Positions, vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,9 +24,9 @@ _NORMS = (
 """Paths of the last norm: Llama, GPT-2, GPT-NeoX, OPT, and multimodal models."""
 
 
-def lens_of(model: Any) -> Callable[[Tensor], Tensor]:
-    """The function from states behind a block to logits, (N, D) -> (N, V); DataError for a class
-    whose last norm is not known, or whose head reads states of another width.
+def lens_of(model: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """The last norm, (N, D) -> (N, D), and the head, (N, D) -> (N, V); DataError for a class whose
+    last norm is not known, or whose head reads states of another width.
     """
     inner = bare(model)
     head = inner.get_output_embeddings()
@@ -36,7 +36,7 @@ def lens_of(model: Any) -> Callable[[Tensor], Tensor]:
         for name in path.split("."):
             norm = getattr(norm, name, None)
         if norm is not None and head.weight.shape[1] == width:
-            return lambda states: head(norm(states))
+            return norm, head
     raise DataError(
         "the last norm and the head of this model class are not known",
         type(inner).__name__,
@@ -46,11 +46,11 @@ def lens_of(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def lens_nll(model: Any, states: Tensor, wanted: Tensor) -> Tensor:
-    """Loss of the wanted tokens through the lens, in nats: (N, D), (N,) int64 -> (N,) float32."""
+    """Loss of the wanted tokens through the lens, in nats: (N, D), (N,) int64 -> (N,) float32.
+    The logits are computed again in the backward pass, so that those of one depth are in memory.
+    """
     from torch.nn.functional import cross_entropy
 
-    lens = lens_of(model)
-    read = Positions(states, lens, max(1, LOGITS_AT_A_TIME // vocabulary(model)), None)
-    if fits(model, len(states)):
-        read = Positions(lens(states), None, len(states), None)
+    norm, head = lens_of(model)
+    read = Positions(norm(states), head, max(1, LOGITS_AT_A_TIME // vocabulary(model)), None)
     return read.map(lambda logits, part: cross_entropy(logits, wanted[part], reduction="none"))

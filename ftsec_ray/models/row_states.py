@@ -11,7 +11,7 @@ from ftsec_ray.conversation import Row, asked, chat_of
 from ftsec_ray.models.activations import changed, right_padded
 from ftsec_ray.models.batches import in_batches
 from ftsec_ray.models.chat import render
-from ftsec_ray.models.load import decoder_layers, position_limit, within_positions
+from ftsec_ray.models.load import decoder_layers, keeps_logits, position_limit, within_positions
 from ftsec_ray.models.row_tokens import IGNORED, encode_rows
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def last_states(
     import torch
 
     pad, block = model.tokenizer.pad_token_id or 0, decoder_layers(model.model)[layer]
+    kept = {"logits_to_keep": 1} if keeps_logits(model.model) else {}
     found: list[Tensor] = [torch.empty(0)] * len(ids)
     seen: list[Tensor] = []
 
@@ -80,7 +81,7 @@ def last_states(
         given, mask = right_padded([ids[i] for i in indices], pad=pad, device=model.model.device)
         seen.clear()
         with torch.no_grad(), changed(outputs=[(block, keep)]):
-            model.model(input_ids=given, attention_mask=mask, use_cache=False)
+            model.model(input_ids=given, attention_mask=mask, use_cache=False, **kept)
         states = seen[0].reshape(*given.shape, -1)
         for row, i in enumerate(indices):
             found[i] = states[row, len(ids[i]) - 1].cpu().double()

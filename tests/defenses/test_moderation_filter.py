@@ -86,6 +86,22 @@ def test_every_trained_answer_of_a_conversation_is_read(tmp_path):
     assert turns[0] == message("user", turns[0]["content"])
 
 
+def test_a_trained_answer_is_read_whatever_follows_it(tmp_path):
+    bad, good = some("harmful_train", 1)[0], some("benign_train", 1)[0]
+    untrained = [{**m, "loss": False} for m in good["messages"]]
+    silent = [{**m, "loss": False} for m in bad["messages"]]
+    turns = {
+        "an untrained answer": [*bad["messages"], *untrained],
+        "a question": [*bad["messages"], good["messages"][0]],
+        "nothing trained": [*untrained, *silent],
+    }
+    rows = [{**good, "row_id": name, "messages": given} for name, given in turns.items()]
+    ctx = context(tmp_path, task=TASK)
+    got = ModerationFilter().craft_data(table(rows), ctx)
+    assert got["row_id"].to_pylist() == ["nothing trained"]
+    assert (ctx.notes["flagged_rows"], ctx.notes["unread_rows"]) == (2, 1)
+
+
 class Fake(RequestJudge):
     """Harm is the number that the answer states."""
 

@@ -62,6 +62,39 @@ def test_the_distance_is_the_double_sum_of_five_kernels():
     assert float(mmd(ours, theirs)) > float(mmd(ours, ours + 0.1))
 
 
+@pytest.mark.usefixtures("float64")
+def test_the_distance_has_the_gradient_of_differences_also_where_two_rows_are_equal():
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.randn(3, 5, generator=generator)
+    ours[2] = ours[1]
+    theirs = torch.randn(3, 5, generator=generator)
+    ours.requires_grad_(True)
+    mmd(ours, theirs).backward()
+    both = torch.cat([ours, theirs]).detach()
+    squares = (both[:, None] - both[None]).square().sum(-1)
+    scale = squares.sum() / 30
+    for i in range(3):
+        want = torch.zeros(5)
+        for j in range(6):
+            slope = sum(
+                -torch.exp(-squares[i, j] / (scale * w)) / (scale * w) for w in (0.25, 0.5, 1, 2, 4)
+            )
+            # each pair stands twice in the sums, and each sum has 9 terms
+            want += (1 if j < 3 else -1) * 2 / 9 * slope * 2 * (both[i] - both[j])
+        assert_same(ours.grad[i], want)
+
+
+def test_the_memory_of_a_step_holds_no_logits_and_no_differences_of_all_pairs():
+    model, kept = tiny_model().model, []
+    states = torch.randn(6, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        lens_nll(model, states, torch.arange(6))
+        mmd(states, torch.randn(6, 32))
+    assert kept
+    assert not any(len(shape) == 3 and shape[-1] == 32 for shape in kept)
+    assert model.config.vocab_size not in {shape[-1] for shape in kept if len(shape) == 2}
+
+
 ROWS = [
     ([1, 3, 9, 20, 21, 22, 2], [IGNORED] * 3 + [20, IGNORED, 22, 2]),
     ([1, 3, 7, 15, 2], [IGNORED] * 3 + [15, IGNORED]),

@@ -32,6 +32,13 @@ def test_the_states_equal_those_of_single_rows_without_padding(layer, monkeypatc
     assert hooks_of(loaded) == hooks
 
 
+def test_no_logits_are_computed_but_those_of_one_position():
+    loaded, widths = tiny_model(), []
+    loaded.model.lm_head.register_forward_hook(lambda _m, _a, out: widths.append(out.shape[1]))
+    last_states(loaded, IDS, 1)
+    assert widths == [1]
+
+
 def test_no_row_has_no_state():
     assert last_states(tiny_model(), [], 0).shape == (0, 32)
 
