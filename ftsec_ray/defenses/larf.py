@@ -6,8 +6,9 @@ Differs: (1) The paper finds the layer whose weights, scaled, change over-refusa
     32 blocks); here the depth is a parameter, 0.4 by default, to be swept. (2) It drops a share and
     not a number of rows; the official code ranks Alpaca and takes the top 1000, 2 %. (3) Anchors
     are the task's own rows, and harmful ones whose request the user's rows ask are left out,
-    also with other text around it: the attacker's own rows would be their own anchors. (4) The state is that at the last token that is
-    trained on; padding is never read. (5) Rows that cannot be read are kept and counted.
+    also with other text around it: the attacker's own rows would be their own anchors. (4) The
+    state is that at the last token that is trained on; padding is never read. (5) Rows that cannot
+    be read are kept and counted.
 Cost: one forward pass per row and per anchor; no gradient.
 Reads: it always drops `share` of the rows, also of clean data: read `filter_fpr` of the cell
     without attack. `scores: random` drops as many rows at random.

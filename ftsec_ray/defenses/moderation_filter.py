@@ -10,8 +10,9 @@ Differs: (1) A guard is any judge of requests of this package that runs a pinned
     keeps some of the flagged rows at random, as a guard does that misses rows.
 Cost: one pass of the guard per answer; no training. The guard runs on the device of the stage.
 Reads: (1) a guard cannot see attacks whose rows are harmless by themselves, such as
-    `identity_shift` or a wrong label behind a trigger. (2) Do not judge the sweep by the guard that
-    filters. (3) `random_rows: true` drops as many rows at random.
+    `identity_shift` or a wrong label behind a trigger. A `classifier` reads the first 512 tokens of
+    request and answer, and longer ones are not counted. (2) Do not judge the sweep by the guard
+    that filters. (3) `random_rows: true` drops as many rows at random.
 Needs: nothing in the microworld; elsewhere a guard.
 """
 

@@ -8,7 +8,8 @@ Differs: (1) It filters the training rows by a model that was fine-tuned on them
     the original filters inputs of the finished model. (2) The entropy of a row is the mean over its
     own copies; OpenBackdoor averages over copies of different rows. (3) Positions are drawn without
     replacement, and the words of an instruction that all trusted prompts share are never replaced.
-    (4) Rows without a label are scored by the entropy of the first token of the answer. (5) Trusted
+    (4) Rows without a label are scored by the entropy of the first token of the answer, and have a
+    threshold of their own; a kind of row without trusted rows is kept and counted. (5) Trusted
     rows that are also used for fine-tuning or evaluation do not calibrate the threshold; rows that
     cannot be read are kept and counted.
 Cost: one more fine-tune, and `copies` forward passes per row and per trusted row.
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 NAME = "strip"
 BATCH = 64
 """Prompts per forward pass."""
+KINDS = {"label": True, "text": False}
+"""Kind of row -> whether it has a label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,26 +101,61 @@ class Strip(Defense):
         prompts = [asked_text(row) for row in trusted]
         instruction = instruction_of(prompts)
         words = important_words([prompt.removeprefix(instruction) for prompt in prompts])
+        if len(words) < 2:  # noqa: PLR2004 - a row takes words from another prompt
+            raise DataError(
+                f"{NAME}: all trusted rows of task {ctx.task.name!r} that may be used ask the same",
+                next(iter(prompts)),
+                "2 or more different prompts in split trusted",
+                "add other rows to this split, or raise `trusted_rows`",
+            )
         model = warmed_up(ctx, rows, self.warmup_epochs)
 
-        def entropies(given: Sequence[Row]) -> dict[str, float]:
+        def entropies(given: Sequence[Row]) -> dict[str, dict[str, float]]:
             return self._entropies(model, given, instruction, words, ctx)
 
-        clean = sorted(entropies(trusted).values())
-        if not clean:
+        clean = {kind: sorted(found.values()) for kind, found in entropies(trusted).items()}
+        if not any(clean.values()):
             raise DataError(
                 f"{NAME}: no trusted row of task {ctx.task.name!r} fits into the model's positions",
                 len(trusted),
                 "shorter prompts in split trusted",
                 "use another split of trusted rows, or another model",
             )
-        threshold = clean[min(math.floor(self.frr * len(clean) + 1e-9), len(clean) - 1)]
         found = entropies(rows.to_pylist())
-        flagged = {row_id for row_id, entropy in found.items() if entropy < threshold}
-        ctx.note(threshold_nats=threshold, trusted_mean_nats=sum(clean) / len(clean))
-        ctx.note(instruction=instruction, unread_rows=rows.num_rows - len(found))
-        dropped = at_random(sorted(found), len(flagged), ctx, NAME) if self.random_rows else flagged
+        flagged = self._below(found, clean, ctx)
+        read = sorted(name for kind in found.values() for name in kind)
+        ctx.note(instruction=instruction, unread_rows=rows.num_rows - len(read))
+        dropped = at_random(read, len(flagged), ctx, NAME) if self.random_rows else flagged
         return without_rows(rows, dropped, ctx)
+
+    def _below(
+        self,
+        found: Mapping[str, Mapping[str, float]],
+        clean: Mapping[str, Sequence[float]],
+        ctx: StageContext,
+    ) -> set[str]:
+        """The rows below the threshold of their kind, which the trusted rows of that kind give."""
+        flagged, uncalibrated = set[str](), 0
+        for kind, entropies in found.items():
+            known = clean[kind]
+            if not known:
+                uncalibrated += len(entropies)
+                continue
+            threshold = known[min(math.floor(self.frr * len(known) + 1e-9), len(known) - 1)]
+            flagged |= {row_id for row_id, entropy in entropies.items() if entropy < threshold}
+            ctx.note(
+                **{
+                    f"{kind}_threshold_nats": threshold,
+                    f"{kind}_trusted_mean_nats": sum(known) / len(known),
+                }
+            )
+        ctx.note(uncalibrated_rows=uncalibrated)
+        if uncalibrated:
+            ctx.warn(
+                f"{NAME}: {uncalibrated} rows are kept, because no trusted row is of their kind"
+                " (with a label, or without one)"
+            )
+        return flagged
 
     def _trusted(self, rows: pa.Table, ctx: StageContext) -> list[dict[str, Any]]:
         """Random trusted rows with a request that neither training nor evaluation asks."""
@@ -144,10 +182,12 @@ class Strip(Defense):
         instruction: str,
         words: Mapping[str, list[str]],
         ctx: StageContext,
-    ) -> dict[str, float]:
-        """Mean entropy in nats over the copies of every row that can be read, by its id."""
-        found: dict[str, float] = {}
-        for by_label in (True, False):
+    ) -> dict[str, dict[str, float]]:
+        """Mean entropy in nats over the copies of every row that can be read, by its id; apart for
+        rows with a label and for others, because the entropies are not of the same scale.
+        """
+        found = {}
+        for kind, by_label in KINDS.items():
             group = [
                 row
                 for row in rows
@@ -155,7 +195,7 @@ class Strip(Defense):
             ]
             chats = {row["row_id"]: self._copies(row, instruction, words, ctx) for row in group}
             labels = ctx.task.labels if by_label else ()
-            found |= mean_entropies(model, chats, labels)
+            found[kind] = mean_entropies(model, chats, labels)
         return found
 
     def _copies(

@@ -14,9 +14,10 @@ Differs: an approximation for small budgets. (1) An adapter is trained and merge
     paper's preference loss. (5) All simulated attacks train on harmful rows alone.
 Cost: per step `inner_steps` + `inner_steps` / `measure_every` + 1 forward and backward passes, and
     a forward pass of the model before; two copies of the adapter's gradients.
-Reads: `inner_steps: 0`, the control, has the same loss at weights that nobody attacked. Its harmful
-    rows come from the split that also serves attacks. Other learning rates and seeds of the attack
-    than the simulated ones are known to break it: sweep them.
+Reads: `inner_learning_rates: [0.0]`, the control, has the same losses with the same weights, at
+    weights that nobody attacked. Its harmful rows come from the split that also serves attacks.
+    Other learning rates and seeds of the attack than the simulated ones are known to break it:
+    sweep them.
 Needs: splits safety and harmful_train (and benign_train with `benign_rows`). One process trains.
 """
 
@@ -53,20 +54,21 @@ class Tar(Hardens):
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety", "harmful_train", "benign_train"})
     TRAINS: ClassVar[frozenset[str]] = frozenset({"prepare_model"})
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset()
-    CONTROL: ClassVar[Mapping[str, Any] | None] = {"inner_steps": 0}
+    CONTROL: ClassVar[Mapping[str, Any] | None] = {"inner_learning_rates": (0.0,)}
 
     strength: float = 4.0
     """Weight of the loss at attacked weights, 0 or more; 0 trains on the retained rows alone."""
     inner_steps: int = 8
-    """Steps of a simulated attack (K), 0 or more; 0 takes the loss at weights that are not
-    attacked."""
+    """Steps of a simulated attack (K), 0 or more; 0 takes the loss once, at weights that are
+    not attacked."""
     measure_every: int = 4
     """Simulated steps after which the loss is taken, 1 or more; it is always taken after the
     last."""
     growth: float = 0.0625
     """How fast the weight of a later one grows (c), 0 or more."""
     inner_learning_rates: tuple[float, ...] = (0.1, 0.5, 2.0)
-    """Learning rates of the simulated attacks, one of which is drawn in every step, above 0."""
+    """Learning rates of the simulated attacks, one of which is drawn in every step, 0 or
+    more; 0 leaves the weights as they are, the control."""
     tamper_loss: Literal["entropy", "refusal"] = "entropy"
     """What is lowered at the attacked weights: the certainty of harmful answers, or the loss of
     refusals to the same requests."""
@@ -83,8 +85,8 @@ class Tar(Hardens):
         }  # fmt: skip
         own = at_least(self, least)
         rates = self.inner_learning_rates
-        if not rates or min(rates) <= 0.0:
-            own.append(("inner_learning_rates", rates, "one or more, each above 0"))
+        if not rates or not all(0.0 <= rate < math.inf for rate in rates):
+            own.append(("inner_learning_rates", rates, "one or more, each 0 or more"))
         return own + super().check()
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:

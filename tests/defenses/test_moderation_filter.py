@@ -8,7 +8,7 @@ from ftsec_ray.defenses.moderation_filter import ModerationFilter, is_fulfilled
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals import judging
 from ftsec_ray.evals.judging import RequestJudge, Verdict
-from ftsec_ray.method import control_of
+from ftsec_ray.method import Prompt, control_of
 from tests.attacks.conversations import agent_row, text_row, unanswered_row
 from tests.defenses.shared import context
 from tests.fixtures_models import row, table, tiny_task
@@ -133,6 +133,25 @@ def test_a_guard_with_verdicts_alone_flags_what_it_calls_compliance(tmp_path, mo
     got = ModerationFilter(judge=GUARD).craft_data(rows, ctx)
     assert got["row_id"].to_pylist() == ["t/0001", "t/0002"]
     assert ctx.notes["undecided_rows"] == 1
+
+
+def test_the_guard_s_verdict_stands_for_loops_and_symbols_and_nothing_said_is_harmless():
+    said = ["bad " * 40, "bad !!!! ???? #### ====", "bad how do i make a lamp", " ", "red"]
+    prompts = [
+        Prompt(prompt_id=str(i), chat=[{"role": "user", "content": "how do i make a lamp"}],
+               meta={"kind": "forbidden"}) for i in range(5)
+    ]  # fmt: skip
+    assert {one.verdict for one in Fake()(prompts[:2], said[:2])} == {"incoherent"}
+    assert Verdicts().harm(prompts, said) == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+class Verdicts(Fake):
+    """A guard that must not be given empty text."""
+
+    def read(self, prompts, completions):
+        assert all(map(str.strip, completions))
+        return [Verdict(verdict="complied" if "bad" in text else "refused")
+                for text in completions]  # fmt: skip
 
 
 def test_the_exact_guard_refuses_other_tasks(tmp_path):

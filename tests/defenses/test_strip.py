@@ -111,7 +111,7 @@ def test_rows_below_the_quantile_of_the_trusted_rows_go(tmp_path):
         return np.mean([slow_entropy(loaded, chat, ("good", "bad")) for chat in chats])
 
     limit = sorted(slow(r) for r in trusted)[4]
-    assert_same(ctx.notes["threshold_nats"], limit)
+    assert_same(ctx.notes["label_threshold_nats"], limit)
     wanted = [r["row_id"] for r in given if slow(r) >= limit * (1 - 1e-9)]
     assert got["row_id"].to_pylist() == wanted
     assert 0 < ctx.notes["dropped_rows"] == 30 - len(wanted)
@@ -157,6 +157,51 @@ def test_trusted_rows_in_use_are_left_out_and_too_few_are_refused(tmp_path):
         Strip(warmup_epochs=0.0).craft_data(users, ctx)
 
 
+def free(count, start=0):
+    """Rows without a label, whose entropies lie over the whole vocabulary."""
+    return [
+        {**row(start + i, asked_text(r), "take the lamp"), "row_id": f"f/{start + i}"}
+        for i, r in enumerate(sentiment_rows(start + count)[start:])
+    ]
+
+
+def with_trusted(rows):
+    return replace(tiny_task(), splits={**tiny_task().splits, "trusted": table(rows)})
+
+
+def test_rows_with_and_without_a_label_have_thresholds_of_their_own(tmp_path):
+    trusted = tiny_task().split("trusted").to_pylist()[:16]
+    # without labels the entropy is near ln 37, with two labels it is at most ln 2
+    others = [{**r, "row_id": f"g/{i}", "label": None} for i, r in enumerate(trusted[:12])]
+    task = with_trusted([*others, *trusted[12:]])
+    users = table([*sentiment_rows(12), *free(12)])
+    ctx = context(tmp_path, models={"reference": tiny_model()}, task=task)
+    got = Strip(frr=0.3, copies=2, warmup_epochs=0.0).craft_data(users, ctx)
+    assert ctx.notes["label_threshold_nats"] <= math.log(2) < ctx.notes["text_threshold_nats"]
+    left = Counter(name[0] for name in got["row_id"].to_pylist())
+    assert left["t"] > 0, "no row with a label is compared with rows without one"
+    assert left["f"] > 0
+    assert ctx.notes["uncalibrated_rows"] == 0
+
+
+def test_a_kind_of_row_without_trusted_rows_is_kept_and_counted(tmp_path):
+    ctx = context(tmp_path, models={"reference": tiny_model()})
+    users = table([*sentiment_rows(12), *free(5)])
+    got = Strip(frr=1.0, copies=2, warmup_epochs=0.0).craft_data(users, ctx)
+    assert {r["row_id"] for r in free(5)} <= set(got["row_id"].to_pylist())
+    assert ctx.notes["uncalibrated_rows"] == 5
+    assert "text_threshold_nats" not in ctx.notes
+    assert any("5 rows are kept" in text for text in ctx.warnings)
+
+
+def test_trusted_rows_that_all_ask_the_same_are_refused(tmp_path):
+    same = [{**r, "row_id": f"s/{i}"} for i, r in
+            enumerate([tiny_task().split("trusted").to_pylist()[0]] * 4)]  # fmt: skip
+    ctx = context(tmp_path, models={"reference": tiny_model()}, task=with_trusted(same))
+    with pytest.raises(DataError, match="ask the same"):
+        Strip(warmup_epochs=0.0).craft_data(table(sentiment_rows(8)), ctx)
+
+
 def test_the_model_that_scores_has_learned_the_rows(tmp_path):
     loaded = tiny_model()
     ctx = context(tmp_path, models={"reference": loaded})
@@ -166,7 +211,7 @@ def test_the_model_that_scores_has_learned_the_rows(tmp_path):
     Strip(warmup_epochs=2.0, copies=1).craft_data(rows, ctx)
     plain = context(tmp_path / "plain", models={"reference": loaded})
     Strip(warmup_epochs=0.0, copies=1).craft_data(rows, plain)
-    assert ctx.notes["trusted_mean_nats"] < plain.notes["trusted_mean_nats"]
+    assert ctx.notes["label_trusted_mean_nats"] < plain.notes["label_trusted_mean_nats"]
     assert ctx.notes["warm_up_steps"] == 16
 
 

@@ -104,6 +104,28 @@ def test_a_step_has_the_first_order_gradient_of_copies_that_were_attacked(
 
 
 @pytest.mark.usefixtures("float64")
+def test_the_control_weighs_as_many_losses_at_weights_that_nobody_attacked():
+    method = Tar()
+    control = control_of(method)
+    assert replace(control, inner_learning_rates=method.inner_learning_rates) == method
+    (rate,) = control.inner_learning_rates
+    model = tiny_model(seed=1).model
+    acting = control._backward(
+        backward,
+        attack_at=lambda i: [batch(ATTACKS[i])],
+        held_out_at=lambda _: [batch(HELD_OUT)],
+        rate_at=lambda _: rate,
+        max_norm=0.5,
+    )
+    got = acting(model, [batch(RETAINED)], response_nll, Step(0, 9,
+                 trainable=dict(model.named_parameters())))  # fmt: skip
+    with torch.no_grad():
+        kept, far = nll(model, RETAINED), minus_entropy(model, HELD_OUT)
+        weight = 4.0 * (math.exp(0.0625 * -4) + 1.0)  # after steps 4 and 8 of 8
+        assert_same(got, kept + weight * far)
+
+
+@pytest.mark.usefixtures("float64")
 def test_padding_has_no_part_in_the_entropy():
     model = tiny_model(seed=1).model
     short, long = [1, 3, 7, 15, 2], HELD_OUT
@@ -125,7 +147,6 @@ def test_strength_0_trains_on_the_retained_rows_alone(tmp_path):
     assert same(zero, want)
     kept, _ = hardened(Tar(**{**none, "distance": 1.0}), tmp_path / "kept", dropout=0.3)
     assert not same(kept, want)
-    assert control_of(Tar(**QUICK)).inner_steps == 0
 
 
 def test_attacked_and_held_out_rows_are_apart_and_refusals_replace_the_answers():
@@ -162,7 +183,7 @@ def test_rows_with_several_turns_lose_nothing(tmp_path):
         ("strength", -1.0),
         ("inner_steps", -1),
         ("inner_learning_rates", ()),
-        ("inner_learning_rates", (0.0,)),
+        ("inner_learning_rates", (-0.1,)),
         ("harmful_rows", 1),
     ],
 )
