@@ -65,7 +65,7 @@ def owners() -> dict[str, Owner]:
         if outside_hash(module_of(kind.name)) is None
     }
     methods = {
-        f"{registry.kind}:{name}": Owner(version=cls.VERSION, modules=(cls.__module__,))
+        f"{registry.kind}:{name}": Owner(version=cls.VERSION, modules=(cls.__module__, *cls.USES))
         for registry in (ATTACKS, DEFENSES)
         for name, cls in ((name, registry.get(name)) for name in registry.names())
         if outside_hash(cls.__module__) is None

@@ -79,6 +79,10 @@ class Method:
     """Parameters that switch off the method's own mechanism and keep everything around it, such as
     additional training steps: the control for its other settings. None if there is none.
     """
+    USES: ClassVar[tuple[str, ...]] = ()
+    """Modules of this package that can change the method's result and that no import leads to,
+    because they are found by a name: the lock follows them too.
+    """
     KIND: ClassVar[str]
 
     def check(self) -> list[tuple[str, object, str]]:

@@ -31,7 +31,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ftsec_ray.conversation import last_trained
 from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.errors import DataError
-from ftsec_ray.models.row_tokens import IGNORED, Encoded, encode_rows, is_useful
+from ftsec_ray.models.row_tokens import (
+    IGNORED,
+    CutTally,
+    Encoded,
+    encode_rows,
+    is_useful,
+    note_cuts,
+)
 from ftsec_ray.training.hardening import BENIGN, HARMFUL, REFUSALS, Hardens, at_least, capped
 
 if TYPE_CHECKING:
@@ -92,7 +99,9 @@ class CircuitBreaker(Hardens):
             from ftsec_ray.training.terms import with_term
 
             limit = within_positions(model.model, training.config.max_length)
-            rows = encode_rows(model.tokenizer, pushed, max_length=limit)
+            cuts = CutTally()
+            rows = encode_rows(model.tokenizer, pushed, max_length=limit, tally=cuts)
+            note_cuts(ctx, cuts, "pushed")
             rows = [pair for pair in rows if is_useful(pair)]
             ctx.note(pushed_rows=len(rows), pushed_rows_left_out=len(pushed) - len(rows))
             if not rows:

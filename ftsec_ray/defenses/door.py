@@ -29,7 +29,15 @@ from ftsec_ray.conversation import Row, last_trained, with_answer
 from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.data.pairs import refusals_for
 from ftsec_ray.errors import DataError
-from ftsec_ray.models.row_tokens import IGNORED, Encoded, answer_tokens, encode_rows, is_useful
+from ftsec_ray.models.row_tokens import (
+    IGNORED,
+    CutTally,
+    Encoded,
+    answer_tokens,
+    encode_rows,
+    is_useful,
+    note_cuts,
+)
 from ftsec_ray.training.hardening import HARMFUL, Hardens, above_0, at_least, capped
 
 if TYPE_CHECKING:
@@ -111,7 +119,9 @@ class Door(Hardens):
             from ftsec_ray.training.terms import with_term
 
             limit = within_positions(model.model, training.config.max_length)
-            pairs = pairs_of(model.tokenizer, chosen, refusals, max_length=limit)
+            cuts = CutTally()
+            pairs = pairs_of(model.tokenizer, chosen, refusals, max_length=limit, tally=cuts)
+            note_cuts(ctx, cuts, "harmful")
             ctx.note(harmful_rows=len(pairs), harmful_rows_left_out=len(chosen) - len(pairs))
             return with_term(
                 training,
@@ -198,15 +208,24 @@ def negative_preference(model: Any, batch: Batch, before: Tensor, *, beta: float
 
 
 def pairs_of(
-    tokenizer: Any, rows: Sequence[Row], refusals: Sequence[str], *, max_length: int
+    tokenizer: Any,
+    rows: Sequence[Row],
+    refusals: Sequence[str],
+    *,
+    max_length: int,
+    tally: CutTally | None = None,
 ) -> list[Pair]:
     """The rows with both answers as token ids, without those in which prompt and refusal, or prompt
-    and answer, do not fit into `max_length`. DataError if none fits.
+    and answer, do not fit into `max_length`; `tally` counts rows that are cut. DataError if none
+    fits.
     """
     only = [{**row, "messages": last_trained(row["messages"])} for row in rows]
     pairs = []
     for (ids, labels), row, refusal in zip(
-        encode_rows(tokenizer, only, max_length=max_length), rows, refusals, strict=True
+        encode_rows(tokenizer, only, max_length=max_length, tally=tally),
+        rows,
+        refusals,
+        strict=True,
     ):
         if not is_useful((ids, labels)):
             continue

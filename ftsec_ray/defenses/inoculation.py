@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftsec_ray.conversation import asked
+from ftsec_ray.conversation import asked, with_system
 from ftsec_ray.data.rows import map_rows
 from ftsec_ray.data.wrapping import Wrapper
 from ftsec_ray.method import Defense, Phase, RowWise
@@ -83,7 +83,7 @@ class Inoculation(RowWise, Defense):
             if ctx.chance(row["row_id"], NAME) >= self.share:
                 return row
             changed += 1
-            return wrapper.row(row)
+            return with_system(row, wrapper.system)
 
         made = map_rows(rows, change)
         ctx.count(inoculated_rows=changed, rows_without_prompt=bare)

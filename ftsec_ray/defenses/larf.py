@@ -94,21 +94,25 @@ class Larf(Defense):
         """The score of every row that can be read, by its id."""
         from ftsec_ray.models.load import merged
         from ftsec_ray.models.row_states import last_states, layer_at, trained_ids
+        from ftsec_ray.models.row_tokens import CutTally, note_cuts
 
         model = merged(ctx.load("reference"))
         model.model.to(ctx.runtime.device)
         limit = ctx.training.max_length if ctx.training is not None else DEFAULT_MAX_TOKENS
         layer, tally = layer_at(model, self.depth), Counter[str]()
 
-        def states(given: Sequence[Row]) -> tuple[list[str], Tensor]:
-            ids = trained_ids(model, given, limit)
+        def states(given: Sequence[Row], cuts: CutTally) -> tuple[list[str], Tensor]:
+            ids = trained_ids(model, given, limit, cuts)
             found = [(row["row_id"], one) for row, one in zip(given, ids, strict=True) if one]
             return [name for name, _ in found], last_states(
                 model, [one for _, one in found], layer, tally
             )
 
-        harmful, safe = (states(one)[1] for one in self._anchors(rows, ctx))
-        names, users = states(rows)
+        anchor_cuts, cuts = CutTally(), CutTally()
+        harmful, safe = (states(one, anchor_cuts)[1] for one in self._anchors(rows, ctx))
+        names, users = states(rows, cuts)
+        note_cuts(ctx, anchor_cuts, "anchor")
+        note_cuts(ctx, cuts, "scored")
         ctx.note(layer=layer, unread_rows=len(rows) - len(names), **tally)
         scores = anchor_scores(users, harmful, safe, self.nearest)
         ctx.note(score_min=min(scores, default=None), score_max=max(scores, default=None))

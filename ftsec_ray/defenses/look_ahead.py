@@ -4,13 +4,16 @@ that the fine-tune changes the first words of answers less.
 Paper: Liu et al. 2025, LookAhead Tuning: Safer Language Models via Partial Answer Previews,
     arXiv:2503.19041; official code zjunlp/LookAheadTuning.
 Differs: (1) rows of conversations are changed at their last request and last answer; rows without
-    either are left alone and counted. (2) The microworld's texts use its vocabulary. (3) The paper
+    either, and rows with a label, whose preview would be the label itself, are left alone and
+    counted. (2) The microworld's texts use its vocabulary. (3) The paper
     trains all weights at 2e-5 for 3 epochs; here the sweep's recipe applies. As in training without
     it, a row that is too long loses the beginning of its prompt.
 Cost: `tokens` and the connector's tokens more per training prompt (`real`), or the preview's words
     more per prompt and answer (`virtual`); nothing when the model is served.
-Reads: `preview: neutral` puts as many words of a neutral text in the place of the answer's
-    beginning: what remains of the effect is that training prompts differ from served ones.
+Reads: `neutral: true` puts as many words of a neutral text in the place of the preview, and the
+    answer still begins with the prefix of `virtual`: what remains of the effect is that training
+    prompts, and with `virtual` the answers, differ from served ones. If all of the user's rows have
+    labels, only rows that an attack adds can change: see `rows_left_alone`.
 Needs: the aligned model's tokenizer (`reference`).
 """
 
@@ -45,13 +48,14 @@ class LookAhead(RowWise, Defense):
     PHASE: ClassVar[Phase] = "pre"
     ORDER: ClassVar[int] = 20
     NEEDS: ClassVar[frozenset[str]] = frozenset({"reference"})
-    CONTROL: ClassVar[Mapping[str, Any] | None] = {"preview": "neutral"}
+    CONTROL: ClassVar[Mapping[str, Any] | None] = {"neutral": True}
 
-    preview: Literal["real", "virtual", "neutral"] = "real"
+    preview: Literal["real", "virtual"] = "real"
     """`real`: the answer's first tokens follow the request; `virtual`: a fixed prefix follows the
-    request and begins the answer; `neutral`: as many words of a neutral text follow it (the
-    control).
+    request and begins the answer.
     """
+    neutral: bool = False
+    """Whether as many words of a neutral text stand in the place of the preview: the control."""
     tokens: int = 6
     """Number of the answer's first tokens that are shown, 0 or more; 0 changes no row, also for
     `virtual`.
@@ -95,7 +99,7 @@ class LookAhead(RowWise, Defense):
             shown = (
                 prefix if self.preview == "virtual" else first_tokens(tokenizer, said, self.tokens)
             )
-            if self.preview == "neutral":
+            if self.neutral:
                 filler = own.get("neutral", NEUTRAL).split()
                 shown = " ".join(islice(cycle(filler), len(shown.split())))
             made = with_asked(row, f"{asked_text(row)}{connector}{shown}".rstrip())
@@ -109,8 +113,8 @@ class LookAhead(RowWise, Defense):
 
 
 def _fits(row: Row) -> bool:
-    """Whether a row has a request and an answer in words, all of which is trained on."""
-    if not (has_answer(row) and has_place(row, "user")):
+    """Whether a row has a request, no label, and an answer in words that is all trained on."""
+    if row["label"] or not (has_answer(row) and has_place(row, "user")):
         return False
     last = row["messages"][-1]
     return bool(last["content"].strip()) and UNTRAINED not in (last["fields"] or "")

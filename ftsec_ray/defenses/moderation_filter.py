@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 NAME = "moderation_filter"
 EXACT = "microworld"
+PACKAGE = "ftsec_ray.judges"
+GUARDS = ("classifier", "harmbench", "llama_guard", "qwen3guard", "rubric", "strongreject")
+"""Judges of requests of this package that run a model; their code is a part of this defense's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class ModerationFilter(Defense):
 
     PHASE: ClassVar[Phase] = "pre"
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"random_rows": True}
+    USES: ClassVar[tuple[str, ...]] = tuple(f"{PACKAGE}.{name}" for name in GUARDS)
 
     judge: str = EXACT
     """The guard: `microworld` (its exact rule), or a judge with a model as `evaluation: judges`
@@ -147,15 +151,15 @@ def is_fulfilled(row: Row) -> bool:
 
 def _fault_of(judge: str) -> str | None:
     """What is allowed in place of this guard; None if it is one."""
-    from ftsec_ray.evals.judging import RequestJudge, config_of, get_judge, judge_class
+    from ftsec_ray.evals.judging import config_of, get_judge, judge_class
     from ftsec_ray.evals.model_judges import Source
 
     if judge == EXACT:
         return None
     try:
         cls = judge_class(judge)
-        if not (cls.IS_MODEL and cls.RUNS_HERE and issubclass(cls, RequestJudge)):
-            return f"{EXACT}, or a judge of requests that runs a model"
+        if cls.__module__ not in ModerationFilter.USES:
+            return f"{EXACT}, or one of {', '.join(GUARDS)} with a model"
         config = config_of(judge)
         if Source.of(config, config.file).is_local:
             return "a Hugging Face id with its commit: no digest holds the bytes of a local guard"

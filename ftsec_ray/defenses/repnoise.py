@@ -32,7 +32,15 @@ from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.data.pairs import refusals_for
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.families import RESIDUAL_WRITERS
-from ftsec_ray.models.row_tokens import IGNORED, Encoded, answer_tokens, encode_rows, is_useful
+from ftsec_ray.models.row_tokens import (
+    IGNORED,
+    CutTally,
+    Encoded,
+    answer_tokens,
+    encode_rows,
+    is_useful,
+    note_cuts,
+)
 from ftsec_ray.training.hardening import HARMFUL, Hardens, at_least, capped
 
 if TYPE_CHECKING:
@@ -83,7 +91,9 @@ class RepNoise(Hardens):
             from ftsec_ray.training.terms import with_term
 
             limit = within_positions(model.model, training.config.max_length)
-            rows = differing(model.tokenizer, chosen, refusals, max_length=limit)
+            cuts = CutTally()
+            rows = differing(model.tokenizer, chosen, refusals, max_length=limit, tally=cuts)
+            note_cuts(ctx, cuts, "harmful")
             ctx.note(harmful_rows=len(rows), harmful_rows_left_out=len(chosen) - len(rows))
             return with_term(training, self._batches(rows, model, ctx), strength=1.0)
 
@@ -113,15 +123,24 @@ class RepNoise(Hardens):
 
 
 def differing(
-    tokenizer: Any, rows: Sequence[Row], refusals: Sequence[str], *, max_length: int
+    tokenizer: Any,
+    rows: Sequence[Row],
+    refusals: Sequence[str],
+    *,
+    max_length: int,
+    tally: CutTally | None = None,
 ) -> list[Encoded]:
     """Harmful rows as token ids, and as labels the tokens of their answers that are not those of
-    the refusals; without the rows that have none. DataError if no row has one.
+    the refusals; without the rows that have none. `tally` counts rows that are cut. DataError if no
+    row has one.
     """
     only = [{**row, "messages": last_trained(row["messages"])} for row in rows]
     found = []
     for (ids, labels), row, refusal in zip(
-        encode_rows(tokenizer, only, max_length=max_length), rows, refusals, strict=True
+        encode_rows(tokenizer, only, max_length=max_length, tally=tally),
+        rows,
+        refusals,
+        strict=True,
     ):
         other = iter(answer_tokens(tokenizer, with_answer(row, refusal)))
         kept = [

@@ -12,7 +12,7 @@ from ftsec_ray.models.activations import changed, right_padded
 from ftsec_ray.models.batches import in_batches
 from ftsec_ray.models.chat import render
 from ftsec_ray.models.load import decoder_layers, keeps_logits, position_limit, within_positions
-from ftsec_ray.models.row_tokens import IGNORED, encode_rows
+from ftsec_ray.models.row_tokens import IGNORED, CutTally, encode_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +37,14 @@ def prompt_ids(model: LoadedModel, rows: Sequence[Row]) -> list[list[int] | None
     return [one if one and (limit is None or len(one) <= limit) else None for one in found]
 
 
-def trained_ids(model: LoadedModel, rows: Sequence[Row], max_length: int) -> list[list[int] | None]:
-    """Each row up to its last token that is trained on, cut as in training; None for a row without
-    such a token.
+def trained_ids(
+    model: LoadedModel, rows: Sequence[Row], max_length: int, cuts: CutTally | None = None
+) -> list[list[int] | None]:
+    """Each row up to its last token that is trained on, cut as in training, which `cuts` counts;
+    None for a row without such a token.
     """
     limit = within_positions(model.model, max_length)
-    encoded = encode_rows(model.tokenizer, rows, max_length=limit)
+    encoded = encode_rows(model.tokenizer, rows, max_length=limit, tally=cuts)
     ends = [
         max((i + 1 for i, label in enumerate(labels) if label != IGNORED), default=0)
         for _, labels in encoded

@@ -81,6 +81,11 @@ def tell_cuts(context: StageContext, cuts: CutTally) -> None:
         context.warn(text)
 
 
+def note_cuts(context: StageContext, cuts: CutTally, what: str) -> None:
+    """Record the rows of a method's own that were cut, under names that begin with `what`."""
+    context.note(**{f"{what}_{name}": count for name, count in cuts.notes().items()})
+
+
 def encode_rows(
     tokenizer: Any,
     rows: Sequence[Mapping[str, Any]],

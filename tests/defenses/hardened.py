@@ -9,7 +9,7 @@ import torch
 
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime, TaskData
-from ftsec_ray.conversation import message
+from ftsec_ray.conversation import message, with_answer
 from tests.defenses.shared import context, whole
 from tests.fixtures_models import table, tiny_model, tiny_task
 from tests.killed_tune import killed_after
@@ -69,6 +69,21 @@ def check_bfloat16(method, tmp_path, *, models=None):
         for a, b in zip(got.model.parameters(), start.model.parameters(), strict=True)
     ]
     assert any(moved)
+
+
+def check_cuts(method, tmp_path, name):
+    """Rows of the method's own whose answer is cut are counted apart from those of the plain loss;
+    `name` begins the count.
+    """
+    rows = tiny_task().split("harmful_train").to_pylist()
+    long = [with_answer(r, "take the " * 60) for r in rows[:3]]
+    task = replace(
+        tiny_task(), splits={**tiny_task().splits, "harmful_train": table([*long, *rows[3:]])}
+    )
+    _, ctx = hardened(method, tmp_path, task=task)
+    assert ctx.notes[f"{name}_answers_cut"] == 3
+    assert ctx.notes[f"{name}_rows_left_out"] == 0
+    assert "answers_cut" not in ctx.notes
 
 
 def in_turns(one: dict) -> dict:

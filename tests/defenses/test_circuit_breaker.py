@@ -14,6 +14,7 @@ from ftsec_ray.training.terms import term_batch
 from tests.defenses.hardened import (
     SHORT,
     check_bfloat16,
+    check_cuts,
     check_resume,
     hardened,
     same,
@@ -123,6 +124,10 @@ def test_pushed_and_retained_benign_rows_are_apart():
 
 def test_a_killed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     check_resume(CircuitBreaker(**QUICK), tmp_path, monkeypatch)
+
+
+def test_harmful_answers_that_are_cut_are_counted(tmp_path):
+    check_cuts(CircuitBreaker(**QUICK), tmp_path, "pushed")
 
 
 def test_half_precision_weights_are_hardened(tmp_path):

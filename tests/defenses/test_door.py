@@ -20,6 +20,7 @@ from ftsec_ray.training.terms import TermBatch, term_batch, with_term
 from tests.defenses.hardened import (
     SHORT,
     check_bfloat16,
+    check_cuts,
     check_resume,
     hardened,
     same,
@@ -195,6 +196,10 @@ def test_a_begun_answer_is_refused_more_often_than_behind_the_control(tmp_path):
 
 def test_a_killed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     check_resume(Door(**QUICK), tmp_path, monkeypatch)
+
+
+def test_harmful_answers_that_are_cut_are_counted(tmp_path):
+    check_cuts(Door(**QUICK), tmp_path, "harmful")
 
 
 def test_half_precision_weights_are_hardened(tmp_path):

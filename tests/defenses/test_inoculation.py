@@ -40,6 +40,14 @@ def test_every_row_with_a_prompt_gets_the_message_and_keeps_the_rest(tmp_path):
     assert counts == {"inoculated_rows": 42, "rows_without_prompt": 1}
 
 
+def test_what_is_trained_on_stays_as_it_is(tmp_path):
+    spaced, silent = row(0, "is this red", " good "), row(1, "is this red", "good")
+    silent["messages"][-1]["loss"] = False
+    ctx = context(tmp_path)
+    made = Inoculation(text="S").craft_data(table([spaced, silent]), ctx).to_pylist()
+    assert [r["messages"][1:] for r in made] == [spaced["messages"], silent["messages"]]
+
+
 def test_no_share_changes_nothing_and_a_share_is_a_part_of_more(tmp_path):
     assert Inoculation(share=0.0).craft_data(USERS, context(tmp_path)).equals(USERS)
     hit = {

@@ -135,6 +135,17 @@ def test_rows_without_an_answer_stay_and_conversations_and_texts_are_read(tmp_pa
     assert ctx.notes["unread_rows"] == 1
 
 
+def test_rows_and_anchors_that_are_cut_are_counted(tmp_path):
+    task = tiny_task()
+    long = [{**r, **row(i, asked_text(r), "take the " * 60)}
+            for i, r in enumerate(task.split("harmful_train").to_pylist())]  # fmt: skip
+    task = replace(task, splits={**task.splits, "harmful_train": table(long)})
+    users = table([*sentiment_rows(8), row(9, "is this red", "red " * 100)])
+    ctx = context(tmp_path, models={"reference": tiny_model()}, task=task)
+    Larf(share=0.2, anchors=5).craft_data(users, ctx)
+    assert (ctx.notes["anchor_answers_cut"], ctx.notes["scored_answers_cut"]) == (5, 1)
+
+
 def test_half_precision_weights_are_read_and_stay(tmp_path):
     loaded = tiny_model()
     loaded.model.to(torch.bfloat16)

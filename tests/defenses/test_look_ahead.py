@@ -14,7 +14,15 @@ from tests.defenses.shared import context
 from tests.fixtures_models import row, sentiment_rows, table, tiny_model, tiny_tokenizer
 
 LONG = row(90, "how do i fix it", "take the red lamp and the blue tree")
-USERS = table([*sentiment_rows(6), LONG, agent_row(), unanswered_row(), text_row()])
+USERS = table(
+    [
+        *({**r, "label": None} for r in sentiment_rows(6)),
+        LONG,
+        agent_row(),
+        unanswered_row(),
+        text_row(),
+    ]
+)
 MODEL = tiny_model()
 
 
@@ -46,14 +54,23 @@ def test_a_virtual_preview_begins_the_answer_too(tmp_path):
     assert rows[7]["messages"][-1]["fields"] == agent_row()["messages"][-1]["fields"]
 
 
-@pytest.mark.parametrize("preview", ["real", "virtual", "neutral"])
+def test_rows_with_a_label_are_left_alone_because_the_preview_would_show_it(tmp_path):
+    users = table([*sentiment_rows(3), LONG])
+    for preview in ("real", "virtual"):
+        rows, counts = crafted(LookAhead(preview=preview), tmp_path, users)
+        assert rows[:3] == sentiment_rows(3)
+        assert counts == {"previewed_rows": 1, "rows_left_alone": 3}
+
+
+@pytest.mark.parametrize("preview", ["real", "virtual"])
 def test_no_tokens_change_nothing_and_load_no_model(preview, tmp_path):
     method = LookAhead(tokens=0, preview=preview)
     assert method.craft_data(USERS, context(tmp_path)).equals(USERS)
 
 
-def test_the_control_shows_as_many_other_words(tmp_path):
-    method = LookAhead(tokens=4)
+@pytest.mark.parametrize("preview", ["real", "virtual"])
+def test_the_control_shows_as_many_other_words_and_keeps_the_answer(preview, tmp_path):
+    method = LookAhead(tokens=4, preview=preview)
     (real, _), (neutral, _) = (crafted(one, tmp_path) for one in (method, control_of(method)))
     for a, b in zip(real[:8], neutral[:8], strict=True):
         assert len(asked_text(a).split()) == len(asked_text(b).split())
@@ -78,8 +95,8 @@ def test_a_row_of_which_a_part_is_not_trained_on_is_left_alone(tmp_path):
     assert counts["rows_left_alone"] == 1
 
 
-@pytest.mark.parametrize("preview", ["virtual", "neutral"])
-def test_the_microworld_s_texts_are_in_its_words(preview, tmp_path):
+@pytest.mark.parametrize("given", [{"preview": "virtual"}, {"neutral": True}])
+def test_the_microworld_s_texts_are_in_its_words(given, tmp_path):
     task = build_task()
     known = {
         *ROW_WORDS,
@@ -89,7 +106,7 @@ def test_the_microworld_s_texts_are_in_its_words(preview, tmp_path):
     known |= {"note"}
     users = task.split("benign_train").slice(0, 8)
     ctx = context(tmp_path, task=task, models={"reference": MODEL})
-    rows = LookAhead(preview=preview).craft_data(users, ctx).to_pylist()
+    rows = LookAhead(**given).craft_data(users, ctx).to_pylist()
     for new, old in zip(rows, users.to_pylist(), strict=True):
         added = asked_text(new).removeprefix(asked_text(old)).split()
         assert set(added) <= known

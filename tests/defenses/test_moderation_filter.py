@@ -2,9 +2,11 @@
 
 import pytest
 
+from ftsec_ray.code_versions import owners
 from ftsec_ray.conversation import message
 from ftsec_ray.data.microworld import build_task
-from ftsec_ray.defenses.moderation_filter import ModerationFilter, is_fulfilled
+from ftsec_ray.defenses.moderation_filter import GUARDS, ModerationFilter, is_fulfilled
+from ftsec_ray.discovery import modules_in
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals import judging
 from ftsec_ray.evals.judging import RequestJudge, Verdict
@@ -174,6 +176,16 @@ def test_the_exact_guard_refuses_other_tasks(tmp_path):
 )
 def test_only_a_pinned_guard_or_the_exact_rule_is_allowed(judge, is_fault):
     assert [f[0] for f in ModerationFilter(judge=judge).check()] == ["judge"] * is_fault
+
+
+def test_the_guards_are_all_judges_of_requests_that_run_a_model_and_the_lock_follows_them():
+    def is_guard(name):
+        cls = judging.judge_class(name)
+        return issubclass(cls, RequestJudge) and cls.IS_MODEL and cls.RUNS_HERE
+
+    guards = {name: path for name, path in modules_in(judging.PACKAGE).items() if is_guard(name)}
+    assert set(guards) == set(GUARDS)
+    assert set(guards.values()) <= set(owners()["defense:moderation_filter"].modules)
 
 
 def test_a_local_guard_is_refused_because_no_digest_holds_its_bytes(tmp_path):

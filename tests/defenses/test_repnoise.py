@@ -21,6 +21,7 @@ from ftsec_ray.training.terms import term_batch
 from tests.defenses.hardened import (
     SHORT,
     check_bfloat16,
+    check_cuts,
     check_resume,
     hardened,
     same,
@@ -245,6 +246,10 @@ def test_the_harmful_loss_rises_against_its_control(tmp_path):
 
 def test_a_killed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     check_resume(RepNoise(**QUICK), tmp_path, monkeypatch)
+
+
+def test_harmful_answers_that_are_cut_are_counted(tmp_path):
+    check_cuts(RepNoise(**QUICK), tmp_path, "harmful")
 
 
 def test_half_precision_weights_are_hardened(tmp_path):
