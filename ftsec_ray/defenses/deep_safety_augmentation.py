@@ -61,8 +61,8 @@ class DeepSafetyAugmentation(MixesRows):
         return faults
 
     def needs(self) -> frozenset[str]:
-        """Without the harmful answers if no row has one."""
-        return self.NEEDS if self.prob else self.NEEDS - {"harmful_train"}
+        """The refusals alone if no harmful answer begins a row."""
+        return self.NEEDS if self.prob else frozenset({"safety"})
 
     def _watched(self, ctx: StageContext) -> set[str]:
         return prompts_of(ctx.task.split("harmful_train").to_pylist()) if self.prob else set()

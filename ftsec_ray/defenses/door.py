@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ftsec_ray.conversation import Row, last_trained, with_answer
+from ftsec_ray.conversation import Row, behind, last_trained, with_answer
 from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.data.pairs import refusals_for
 from ftsec_ray.errors import DataError
@@ -58,13 +58,16 @@ class Pair(NamedTuple):
     answer: list[int]
     """The harmful answer, with the end of the turn."""
     refusal: list[int]
+    """The refusal as the whole answer."""
+    going_on: list[int]
+    """The refusal behind other words of the answer, which may have another first token."""
     room: int
     """Tokens of the answer that may stand before the refusal."""
 
     def behind(self, k: int) -> Encoded:
         """The refusal behind the first `k` tokens of the answer."""
-        given = [*self.prompt, *self.answer[:k]]
-        return [*given, *self.refusal], [*([IGNORED] * len(given)), *self.refusal]
+        given, said = [*self.prompt, *self.answer[:k]], self.going_on if k else self.refusal
+        return [*given, *said], [*([IGNORED] * len(given)), *said]
 
     def answered(self) -> Encoded:
         """The harmful answer to the request."""
@@ -230,12 +233,15 @@ def pairs_of(
         if not is_useful((ids, labels)):
             continue
         first = next(i for i, label in enumerate(labels) if label != IGNORED)
-        said = answer_tokens(tokenizer, with_answer(row, refusal))
+        refused = with_answer(row, refusal)
+        said = answer_tokens(tokenizer, refused)
+        opening = row["messages"][-1]["content"].strip()
+        going_on = answer_tokens(tokenizer, behind(refused, opening)) if opening else said
         answer = labels[first:]
         # the end of the turn is never given
-        room = min(max(len(answer) - 1, 0), max_length - first - len(said))
-        if room >= 0 and first:
-            pairs.append(Pair(str(row["row_id"]), ids[:first], answer, said, room))
+        room = max(0, min(len(answer) - 1, max_length - first - len(going_on)))
+        if first and first + len(said) <= max_length:
+            pairs.append(Pair(str(row["row_id"]), ids[:first], answer, said, going_on, room))
     if not pairs:
         raise DataError(
             "door: no forbidden request fits into training.max_length with its refusal",

@@ -87,7 +87,7 @@ class ExtendedRefusal(Hardens):
         faults: list[tuple[str, object, str]] = []
         if not 0.0 <= self.share <= 1.0:
             faults.append(("share", self.share, "0 to 1"))
-        if self.overview is not None and not self.overview.strip():
+        if self.overview is not None and REQUEST not in self.overview:
             faults.append(("overview", self.overview, "a text with {request}, or null"))
         if self.reason is not None and not self.reason.strip():
             faults.append(("reason", self.reason, "a text that is not blank, or null"))

@@ -77,8 +77,8 @@ class Larf(Defense):
         return self.share == 0
 
     def needs(self) -> frozenset[str]:
-        """Without the anchors if they decide nothing."""
-        return self.NEEDS if self.scores == "anchors" and self.share else frozenset({"reference"})
+        """Nothing if no anchor decides which rows are dropped."""
+        return self.NEEDS if self.scores == "anchors" and self.share else frozenset()
 
     def craft_data(self, rows: pa.Table, ctx: StageContext) -> pa.Table:
         """The rows without those of the highest scores."""

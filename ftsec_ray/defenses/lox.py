@@ -50,15 +50,19 @@ class LoX(Defense):
     """Top singular directions of every matrix, 0 or more; 0 takes all of them."""
     random_directions: bool = False
     """Whether as many random directions of every change, scaled to the same norm, are taken
-    instead: the control."""
+    instead: the control. A matrix that has no more than `rank` directions gives all of them
+    either way."""
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
-        return [
+        faults: list[tuple[str, object, str]] = [
             (name, value, "0 or more")
             for name, value in (("coefficient", self.coefficient), ("rank", self.rank))
             if value < 0
         ]
+        if self.random_directions and self.rank == 0:
+            faults.append(("rank", 0, "1 or more with `random_directions`: 0 takes all of them"))
+        return faults
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model moved on in the directions of alignment."""

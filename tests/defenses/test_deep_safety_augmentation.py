@@ -103,7 +103,7 @@ def test_the_control_mixes_in_the_same_refusals_without_a_beginning(tmp_path):
     assert 0 < len(changed) == notes["prefixed_rows"] < 10
     assert all(asked(a) == asked(pool[a["row_id"]]) for a in rows)
     assert "prefixed_rows" not in plain_notes
-    assert control_of(method).needs() == {"reference", "safety"}
+    assert control_of(method).needs() == {"safety"}
 
 
 def test_a_higher_probability_opens_more_of_the_same_rows(tmp_path):

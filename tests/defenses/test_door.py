@@ -28,6 +28,7 @@ from tests.defenses.hardened import (
 )
 from tests.defenses.shared import context
 from tests.fixtures_models import tiny_model, tiny_task
+from tests.models.templates import tokenizer_of
 from tests.numeric import assert_same, in_float64
 
 QUICK = {**SHORT, "harmful_rows": 8, "harmful_batch": 4}
@@ -60,6 +61,19 @@ def test_the_refusal_follows_the_first_tokens_of_the_harmful_answer():
         ids, labels = pair.answered()
         assert tokenizer.decode(ids).split() == [*served.split(), *words, "<|end|>"]
         assert [label for label in labels if label != IGNORED] == ids[-6:]
+
+
+@pytest.mark.parametrize("pieces", ["bytes", "spaces"])
+def test_a_refusal_behind_other_words_begins_with_a_space(pieces):
+    tokenizer = tokenizer_of("chatml", pieces=pieces)
+    rows = tiny_task().split("harmful_train").to_pylist()[:2]
+    for pair in pairs_of(tokenizer, rows, [REFUSAL] * 2, max_length=512):
+        for k in range(1, pair.room + 1):
+            ids, _ = pair.behind(k)
+            begun = tokenizer.decode([*pair.prompt, *pair.answer[:k]])
+            assert tokenizer.decode(ids).startswith(f"{begun} {REFUSAL}")
+        whole = tokenizer.decode(pair.behind(0)[0])
+        assert whole.startswith(f"{tokenizer.decode(pair.prompt)}{REFUSAL}")
 
 
 def test_half_of_the_rows_are_begun_by_1_to_the_largest_number_of_tokens_anew_in_every_pass():

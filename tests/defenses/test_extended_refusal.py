@@ -140,7 +140,13 @@ def test_half_precision_weights_are_hardened(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("share", 1.5), ("overview", " "), ("reason", ""), ("safety_rows", 0)],
+    [
+        ("share", 1.5),
+        ("overview", " "),
+        ("overview", "it is asked"),
+        ("reason", ""),
+        ("safety_rows", 0),
+    ],
 )
 def test_faulty_parameters_are_named(field, value):
     assert [f[0] for f in ExtendedRefusal(**{field: value}).check()] == [field]

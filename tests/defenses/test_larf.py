@@ -124,7 +124,7 @@ def test_the_control_drops_as_many_random_rows_and_a_part_of_more(tmp_path):
     }
     assert (len(left[0.1]), len(left[0.5])) == (36, 20)
     assert left[0.5] < left[0.1]
-    assert control_of(Larf()).needs() == {"reference"}
+    assert control_of(Larf()).needs() == Larf(share=0.0).needs() == frozenset()
 
 
 def test_rows_without_an_answer_stay_and_conversations_and_texts_are_read(tmp_path):

@@ -122,6 +122,11 @@ def test_models_without_a_difference_or_of_other_shapes_are_errors():
         extrapolated(tiny_model(hidden=16), twin)
 
 
+def test_all_directions_have_no_random_twin():
+    assert not LoX(rank=0).check()
+    assert [f[0] for f in control_of(LoX(rank=0)).check()] == ["rank"]
+
+
 @pytest.mark.parametrize(("field", "value"), [("coefficient", -0.5), ("rank", -1)])
 def test_faulty_parameters_are_named(field, value):
     assert [f[0] for f in LoX(**{field: value}).check()] == [field]
