@@ -68,14 +68,15 @@ class BDS(Defense):
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
         """The fine-tune with weighted user rows, and refusals beside them."""
+        from ftsec_ray.training.hardening import capped
         from ftsec_ray.training.losses import response_nll
-        from ftsec_ray.training.terms import on_rows, split_rows, with_term
+        from ftsec_ray.training.terms import on_rows, with_term
 
         if self.rate:
             training = self._weighted(training, ctx)
         if not self.safe_weight:
             return training
-        rows = split_rows(ctx, "safety", self.safety_rows, by=NAME)
+        rows = capped(ctx, "safety", self.safety_rows, by=NAME)
         ctx.note(safety_rows=rows.num_rows)
         return with_term(
             training,

@@ -25,9 +25,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.data.added_rows import is_exchange
-from ftsec_ray.training.hardening import HARMFUL, Hardens, above_0, at_least, capped
+from ftsec_ray.training.hardening import HARMFUL, Hardens, capped
 from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.meta import add_gradient, loss_and_gradients, same_draws, simulated
+from ftsec_ray.training.repair import above_faults, least_faults
 
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext
@@ -57,7 +58,9 @@ class Booster(Hardens):
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
-        own = at_least(self, {"strength": 0.0, "harmful_rows": 1}) + above_0(self, ("step_size",))
+        own = least_faults(self, {"strength": 0.0, "harmful_rows": 1}) + above_faults(
+            self, "step_size"
+        )
         return own + super().check()
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.conversation import last_trained
 from ftsec_ray.data.added_rows import is_exchange
+from ftsec_ray.data.pairs import REFUSALS
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.row_tokens import (
     IGNORED,
@@ -39,7 +40,8 @@ from ftsec_ray.models.row_tokens import (
     is_useful,
     note_cuts,
 )
-from ftsec_ray.training.hardening import BENIGN, HARMFUL, REFUSALS, Hardens, at_least, capped
+from ftsec_ray.training.hardening import BENIGN, HARMFUL, Hardens, capped
+from ftsec_ray.training.repair import least_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,7 +77,7 @@ class CircuitBreaker(Hardens):
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
-        own = at_least(self, {"strength": 0.0, "harmful_rows": 1, "harmful_batch": 1})
+        own = least_faults(self, {"strength": 0.0, "harmful_rows": 1, "harmful_batch": 1})
         if not self.depths or not all(0.0 < depth <= 1.0 for depth in self.depths):
             own.append(("depths", self.depths, "one or more shares above 0, up to 1"))
         return own + super().check()

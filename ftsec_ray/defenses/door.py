@@ -38,7 +38,8 @@ from ftsec_ray.models.row_tokens import (
     is_useful,
     note_cuts,
 )
-from ftsec_ray.training.hardening import HARMFUL, Hardens, above_0, at_least, capped
+from ftsec_ray.training.hardening import HARMFUL, Hardens, capped
+from ftsec_ray.training.repair import above_faults, least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +108,7 @@ class Door(Hardens):
             if not 0.0 <= getattr(self, name) <= 1.0
         ]
         own = {"max_prefix": 0, "npo": 0.0, "harmful_rows": 1, "harmful_batch": 1}
-        return faults + at_least(self, own) + above_0(self, ("beta",)) + super().check()
+        return faults + least_faults(self, own) + above_faults(self, "beta") + super().check()
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after training on both objectives, with the adapter merged."""

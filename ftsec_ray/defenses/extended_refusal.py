@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.conversation import Row, answer_of, asked_text, with_answer
+from ftsec_ray.data.pairs import REFUSALS
 from ftsec_ray.data.rows import map_rows
-from ftsec_ray.training.hardening import REFUSALS, Hardens, capped
+from ftsec_ray.training.hardening import Hardens, capped
 
 if TYPE_CHECKING:
     import pyarrow as pa

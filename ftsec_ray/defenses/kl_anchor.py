@@ -76,13 +76,14 @@ class KLAnchor(Defense):
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
         """The fine-tune with the divergence on anchors added to its loss."""
-        from ftsec_ray.training.terms import on_rows, split_rows, with_term
+        from ftsec_ray.training.hardening import capped
+        from ftsec_ray.training.terms import on_rows, with_term
 
         if not self.strength:
             return training
         batch_at, count = training.batch_at, training.rows.num_rows
         if self.anchors in SPLITS:
-            rows = split_rows(ctx, SPLITS[self.anchors], self.rows, by=NAME)
+            rows = capped(ctx, SPLITS[self.anchors], self.rows, by=NAME)
             batch_at, count = training.encode(rows, NAME), rows.num_rows
         ctx.note(anchor_rows=count)
         return with_term(training, on_rows(batch_at, self._term(ctx)), strength=self.strength)

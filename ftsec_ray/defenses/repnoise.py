@@ -41,7 +41,8 @@ from ftsec_ray.models.row_tokens import (
     is_useful,
     note_cuts,
 )
-from ftsec_ray.training.hardening import HARMFUL, Hardens, at_least, capped
+from ftsec_ray.training.hardening import HARMFUL, Hardens, capped
+from ftsec_ray.training.repair import least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +78,7 @@ class RepNoise(Hardens):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         own = {"alpha": 0.0, "beta": 0.0, "harmful_rows": 1, "harmful_batch": 1}
-        return at_least(self, own) + super().check()
+        return least_faults(self, own) + super().check()
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after alignment with both terms, with the adapter merged."""

@@ -74,12 +74,13 @@ class SafeGrad(Defense):
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
         """The fine-tune with surgery on its gradients."""
+        from ftsec_ray.training.hardening import capped
         from ftsec_ray.training.losses import response_kl
-        from ftsec_ray.training.terms import frozen_start, split_rows
+        from ftsec_ray.training.terms import frozen_start
 
         if not self.strength and not self.project:
             return training
-        rows = split_rows(ctx, "safety", self.rows, by=NAME)
+        rows = capped(ctx, "safety", self.rows, by=NAME)
         start = frozen_start(ctx).model
         ctx.note(alignment_rows=rows.num_rows)
 

@@ -33,9 +33,10 @@ from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.data.pairs import refusals_for
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
-from ftsec_ray.training.hardening import HARMFUL, Hardens, at_least, capped
+from ftsec_ray.training.hardening import HARMFUL, Hardens, capped
 from ftsec_ray.training.losses import response_nll, state_distance
 from ftsec_ray.training.meta import add_gradient, loss_and_gradients, same_draws, simulated
+from ftsec_ray.training.repair import least_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,7 +84,7 @@ class Tar(Hardens):
             "strength": 0.0, "inner_steps": 0, "measure_every": 1, "growth": 0.0, "distance": 0.0,
             "harmful_rows": 2,
         }  # fmt: skip
-        own = at_least(self, least)
+        own = least_faults(self, least)
         rates = self.inner_learning_rates
         if not rates or not all(0.0 <= rate < math.inf for rate in rates):
             own.append(("inner_learning_rates", rates, "one or more, each 0 or more"))

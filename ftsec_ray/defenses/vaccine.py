@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.errors import StageError
 from ftsec_ray.method import later
-from ftsec_ray.training.hardening import HARMFUL, Hardens, at_least, capped
+from ftsec_ray.training.hardening import HARMFUL, Hardens, capped
+from ftsec_ray.training.repair import least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,9 +80,11 @@ class Vaccine(Hardens):
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
-        own = at_least(self, {"rho": 0.0, "redraw_every": 1, "measure_every": 1, "harmful_rows": 1})
+        own = least_faults(
+            self, {"rho": 0.0, "redraw_every": 1, "measure_every": 1, "harmful_rows": 1}
+        )
         if self.layers is not None:
-            own += at_least(self, {"layers": 1})
+            own += least_faults(self, {"layers": 1})
         return own + super().check()
 
     def needs(self) -> frozenset[str]:

@@ -4,15 +4,17 @@ rows, the recipe of an adapter that is merged afterwards, and the record of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.conversation import Row
+from ftsec_ray.data.pairs import REFUSALS
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Defense, Phase
 from ftsec_ray.registry import name_of
+from ftsec_ray.training.repair import above_faults, least_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +28,6 @@ LEAST = {
     "lora_rank": 1,
     "weight_decay": 0.0,
 }
-REFUSALS = "safety"
 HARMFUL = "harmful_train"
 BENIGN = "benign_train"
 
@@ -56,7 +57,7 @@ class Hardens(Defense):
 
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
-        return at_least(self, LEAST) + above_0(self, ("epochs", "learning_rate"))
+        return least_faults(self, LEAST) + above_faults(self, "epochs", "learning_rate")
 
     def needs(self) -> frozenset[str]:
         """`benign_train` only if its rows are mixed in."""
@@ -130,24 +131,6 @@ class Hardens(Defense):
         return pa.concat_tables(
             capped(ctx, split, count, by=name_of(self)) for split, count in parts if count
         )
-
-
-def at_least(method: Any, low: dict[str, Any]) -> list[tuple[str, object, str]]:
-    """Faults of the fields that are below their minimum."""
-    return [
-        (name, getattr(method, name), f"{least} or more")
-        for name, least in low.items()
-        if getattr(method, name) < least
-    ]
-
-
-def above_0(method: Any, names: Sequence[str]) -> list[tuple[str, object, str]]:
-    """Faults of the fields that are not above 0."""
-    return [
-        (name, getattr(method, name), "more than 0")
-        for name in names
-        if getattr(method, name) <= 0.0
-    ]
 
 
 def change_norm(tuned: LoadedModel) -> float:

@@ -17,7 +17,6 @@ from ftsec_ray.training.encode import MAX_MICRO_BATCH_TOKENS, epoch_batches, ste
 from ftsec_ray.training.setup import Batch, Step, Training
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from torch import Tensor
 
     from ftsec_ray.context import LoadedModel, StageContext
@@ -113,16 +112,6 @@ def frozen_start(ctx: StageContext) -> LoadedModel:
     start = merged(ctx.load("start"))
     start.model.to(ctx.runtime.device).eval().requires_grad_(requires_grad=False)
     return start
-
-
-def split_rows(ctx: StageContext, split: str, most: int, *, by: str) -> pa.Table:
-    """Up to `most` random rows of a split for the method `by`, chosen by the seed and the row ids,
-    in the order of the split.
-    """
-    table = ctx.task.split(split)
-    ids = table.column("row_id").to_pylist()
-    chosen = sorted(range(len(ids)), key=lambda i: ctx.chance(ids[i], by))[:most]
-    return table.take(sorted(chosen))
 
 
 def drawn_at(step: int, rows: int, count: int, *, seed: int, salt: str) -> list[int]:

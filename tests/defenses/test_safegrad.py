@@ -11,7 +11,7 @@ import torch
 from ftsec_ray.context import Runtime
 from ftsec_ray.defenses.kl_anchor import KLAnchor
 from ftsec_ray.defenses.safegrad import SafeGrad, operated
-from ftsec_ray.training.terms import split_rows
+from ftsec_ray.training.hardening import capped
 from tests.defenses.during import (
     CONFIG,
     are_equal,
@@ -93,7 +93,7 @@ def plain_gradients(start, model, micro_batch):
     plain, _ = shaped(SafeGrad(), start, runtime=Runtime(micro_batch=micro_batch))
     model.zero_grad()
     user = gradient(plain, model)
-    rows = split_rows(context(start), "safety", 256, by="safegrad")
+    rows = capped(context(start), "safety", 256, by="safegrad")
     total = 0.0
     for batch in plain.encode(rows, "safegrad")(0):
         labels, inputs = batch.labels[:, 1:], batch.inputs()
