@@ -62,7 +62,7 @@ def test_a_defense_without_a_setting_of_its_own_gets_the_trivial_controls_at_its
         IS_CONTROL = False
 
     added = [name_of(stack[0]) for stack in with_controls([(Repair(),)])[1:]]
-    assert added == ["drop_layer", "matched_noise", "random_mask", "shrink"]
+    assert added == ["drop_layer", "matched_noise", "one_shot_repair", "random_mask", "shrink"]
 
 
 def test_a_sweep_that_asks_for_controls_has_none_missing():

@@ -50,7 +50,7 @@ OFF = {"lisa": {"rho": 0.0}}
             ["safe_lora", "lisa", OFF],
             [
                 "defense safe_lora has no control: add {safe_lora: {projection: drop}} or"
-                " drop_layer or matched_noise or random_mask or shrink"
+                " drop_layer or matched_noise or one_shot_repair or random_mask or shrink"
             ],
         ),
     ],
