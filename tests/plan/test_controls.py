@@ -20,7 +20,7 @@ OFF = {"lisa": {"rho": 0.0}}
 @pytest.mark.parametrize(
     ("defenses", "want"),
     [
-        (["none", "shrink", "weight_statistics"], []),
+        (["none", "shrink", {"weight_statistics": {"statistic": "norm"}}], []),
         (["lisa"], ["defense lisa has no control: add {lisa: {rho: 0.0}}"]),
         (["lisa", OFF], []),
         ([OFF], []),
