@@ -100,7 +100,8 @@ def drawn_per_output(mask: Tensor, ctx: StageContext, *salt: str) -> Tensor:
     import torch
 
     draws = torch.from_numpy(ctx.numpy_rng(*salt).random(tuple(mask.shape)))
-    return per_output(draws, int(mask[0].sum()) / mask.shape[1], largest=False)
+    order = draws.argsort(dim=1, stable=True)[:, : int(mask[0].sum())]
+    return torch.zeros(mask.shape, dtype=torch.bool).scatter_(1, order, True)  # noqa: FBT003
 
 
 def snip_scores(model: Any, layers: Mapping[str, Any], encoded: Sequence[Encoded]) -> Scores:
@@ -188,7 +189,8 @@ def _summed(
     def keep(name: str) -> Any:
         def read(x: Tensor) -> Tensor:
             states = x.detach().reshape(-1, x.shape[-1])[places[0]].double()
-            sums[name] = sums.get(name, 0.0) + measure(states).cpu()
+            # on the device: a second moment is (in, in), too large to move for every row
+            sums[name] = sums.get(name, 0.0) + measure(states)
             return x
 
         return read
@@ -200,4 +202,4 @@ def _summed(
             places[:] = [torch.tensor(chosen, device=model.device)]
             count += len(chosen)
             model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-    return sums, count
+    return {name: total.cpu() for name, total in sums.items()}, count
