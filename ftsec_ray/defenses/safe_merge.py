@@ -128,8 +128,8 @@ class SafeMerge(Defense):
         return repair_sft(start, rows, config, ctx, part="safety")
 
     def _cosines(self, changes: list[Update], ctx: StageContext) -> dict[str, float]:
-        """Of every linear layer of a block that the fine-tune changed, the cosine between its update
-        and the projected update; 0 where alignment changed nothing, as in the official code.
+        """Of every linear layer of a block that the fine-tune changed, the cosine between its
+        update and the projected update; 0 where alignment changed nothing, as in the official code.
         """
         from ftsec_ray.models.update import whole_weights
 

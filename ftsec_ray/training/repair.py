@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ftsec_ray.training.setup import Training
 
 Fault = tuple[str, object, str]
+CONFLICTS_OF_TRAINING = {"antidote": "further training can bring back what was removed"}
+"""`CONFLICTS` of every defense that fine-tunes the finished model further."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class TunesOnCleanRows(Defense):
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"benign_train", "trusted", "safety"})
     TRAINS: ClassVar[frozenset[str]] = frozenset({"revise_model"})
+    CONFLICTS: ClassVar[Mapping[str, str]] = CONFLICTS_OF_TRAINING
 
     split: Literal["benign_train", "trusted", "safety"] = "benign_train"
     """The trusted rows: benign requests, held-out rows of the user's task, or refusals."""
