@@ -16,7 +16,8 @@ Cost: about 2 + 2 x `inner_steps` forward and backward passes on `batch_size` ro
     `epochs` passes over `rows` benign rows.
 Reads: `inner_steps: 0` is the same tuning on benign rows and refusals without a shift: the control.
     It assumes that the defender can name the unwanted behaviour: here compliance with forbidden
-    requests. The harmful rows may include rows that the attacker used.
+    requests. The harmful rows come from the end of the order in which `harmful_tuning` takes them;
+    another attack may share some.
 Needs: splits safety and harmful_train, and benign_train (or trusted). Only adds micro-batches with
     their own loss: works with ZeRO stages 0 to 2.
 """

@@ -12,9 +12,9 @@ Differs: the official code was not read, and the default of `strength` was not c
 Published: harmful answers of fine-tuned models fall from 18.6 to 5.1 % (adapters) and from 9.2 to
     1.5 % (full fine-tuning), means over tasks and safety sets.
 Cost: one fine-tune on `harmful_rows` rows; none with `twin: unaligned`.
-Reads: `vector: random` adds a random direction of equal norm to every weight. The twin's rows may
-    include rows that the attacker used. With `drop` above 0 the user's update changes too, also at
-    `strength` 0.
+Reads: `vector: random` adds a random direction of equal norm to every weight. The twin's rows come
+    from the end of the order in which `harmful_tuning` takes them; another attack may share some.
+    With `drop` above 0 the user's update changes too, also at `strength` 0.
 Needs: the model from which the fine-tune started; split harmful_train, or the model before
     alignment (`unaligned`).
 """

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftsec_ray.context import LoadedModel, StageContext
+from ftsec_ray.data.added_rows import defenders_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.activations import changed
 from ftsec_ray.models.load import within_positions
@@ -53,7 +54,7 @@ def encoded_split(
     """Up to `count` rows of a split that have an answer within the limit, as token ids and labels;
     the record of method `by` gets their number. DataError if there is none.
     """
-    rows = ctx.shuffled(split, by)[:count]
+    rows = defenders_rows(ctx, split, by)[:count]
     limit = ctx.training.max_length if ctx.training is not None else MAX_TOKENS
     cuts = CutTally()
     encoded = encode_rows(
