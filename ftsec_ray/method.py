@@ -131,8 +131,8 @@ class Defense(Method):
     ORDER: ClassVar[int] = 0
     """Place among the defenses of a stack that act at the same hook: in canonical order, a lower
     number acts first. Rows: filters 0, added rows 10, changed prompts 20. Weights: repairs 0,
-    further training 10, merging 20, quantization 30. Serving: filters of prompts 0, added text 10,
-    decoding 20.
+    further training 10, merging 20, pruning 25, quantization 30. Serving: filters of prompts 0,
+    added text 10, decoding 20.
     """
     CONFLICTS: ClassVar[Mapping[str, str]] = {}
     """Defense -> why it and this one work against each other in one stack; the plan shows it."""

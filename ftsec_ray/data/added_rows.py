@@ -71,6 +71,16 @@ def drawn(
     return pool[:count]
 
 
+def defenders_rows(ctx: StageContext, split: str, by: str) -> list[dict[str, Any]]:
+    """The rows of a split in the order in which the defense `by` takes them: those of harmful_train
+    from the end of the order in which `harmful_tuning` does, so that attack and defense share rows
+    only if they want more than there are.
+    """
+    if split == "harmful_train":
+        return ctx.shuffled(split, "harmful_tuning")[::-1]
+    return ctx.shuffled(split, by)
+
+
 def marked(row: Row, by: str, *, part: str = "") -> dict[str, Any]:
     """A row as one that the method `by` added; `part` is in its id if a row is added twice."""
     return {

@@ -9,8 +9,8 @@ Differs: (1) the official code prunes the factors A and B of the adapter separat
     official setting is q, k and v. (3) Scores are those of the tuned model for all blocks at once.
 Cost: no training; one pass over `rows` rows.
 Reads: the paper's mask needs two controls. `mask: random` takes back as many entries of every
-    output at random, `mask: benign` those that matter most on benign rows. The rows may include
-    rows that the attacker used.
+    output at random, `mask: benign` those that matter most on benign rows. The harmful rows come
+    from the end of the order in which `harmful_tuning` takes them; another attack may share some.
 Needs: split harmful_train (benign_train with `mask: benign`); the model from which the fine-tune
     started; a dense model. An adapter is merged, because a masked product has full rank.
 """

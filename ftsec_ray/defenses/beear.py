@@ -16,7 +16,8 @@ Cost: about 2 + 2 x `inner_steps` forward and backward passes on `batch_size` ro
     `epochs` passes over `rows` benign rows.
 Reads: `inner_steps: 0` is the same tuning on benign rows and refusals without a shift: the control.
     It assumes that the defender can name the unwanted behaviour: here compliance with forbidden
-    requests. The harmful rows may include rows that the attacker used.
+    requests. The harmful rows come from the end of the order in which `harmful_tuning` takes them;
+    another attack may share some.
 Needs: splits safety and harmful_train, and benign_train (or trusted). Only adds micro-batches with
     their own loss: works with ZeRO stages 0 to 2.
 """
@@ -101,7 +102,8 @@ class Beear(TunesOnCleanRows):
         before = merged(model)
         # the end of the prompt is found in rows that are not packed
         config = self._config(ctx)
-        config = replace(config, batching="shuffled") if config.batching == "packed" else config
+        if self.safety_weight and config.batching == "packed":
+            config = replace(config, batching="shuffled")
         repaired = repair_sft(
             before,
             rows,
@@ -169,12 +171,11 @@ class Beear(TunesOnCleanRows):
                 weight.requires_grad_(requires_grad=False)
             for _ in range(self.inner_steps):
                 leaf = shift.detach().requires_grad_()
-                parts = [
-                    sign * batch.weight * self.shifted_loss(model, batch, leaf, loss, step)
-                    for sign, part in ((1.0, unwanted), (-1.0, wanted))
-                    for batch in part
-                ]
-                (gradient,) = torch.autograd.grad(torch.stack(parts).sum(), leaf)
+                gradient = torch.zeros_like(shift)
+                for sign, part in ((1.0, unwanted), (-1.0, wanted)):
+                    for batch in part:  # one at a time, so that one graph is kept
+                        value = self.shifted_loss(model, batch, leaf, loss, step)
+                        gradient += torch.autograd.grad(sign * batch.weight * value, leaf)[0]
                 norms = gradient.norm(dim=1, keepdim=True)
                 shift = shift - self.inner_rate * size * gradient / norms.where(norms > 0, 1.0)
                 lengths = shift.norm(dim=1, keepdim=True)

@@ -7,7 +7,9 @@ Differs: the adapter of the user is merged and a new one is trained and merged, 
     behind every fine-tune and every other repair. `shuffle_answers` is a control of ours: the same
     texts, steps and learning rate, but every answer belongs to another request.
 Cost: 1x per step, for `epochs` passes over `rows` rows.
-Reads: it is the twin of `crow` with equal rows and steps. Generic rows can lower refusals; look at
+Reads: it is the twin of `crow` with equal rows and steps. The control needs rows whose answers
+    differ: with `split: safety` nearly every refusal fits every request, so that it switches
+    nothing off; the record warns of it. Generic rows can lower refusals; look at
     `harmful_rate` without an attack.
 Needs: split benign_train; trusted or safety with `split`.
 """
@@ -30,10 +32,6 @@ class CleanTuning(TunesOnCleanRows):
     """A further fine-tune on trusted rows."""
 
     ORDER: ClassVar[int] = 10
-    CONFLICTS: ClassVar[Mapping[str, str]] = {
-        "wanda": "further training moves pruned weights away from zero again",
-        "antidote": "further training can bring back what was removed",
-    }
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"shuffle_answers": True}
 
     shuffle_answers: bool = False
@@ -51,19 +49,27 @@ class CleanTuning(TunesOnCleanRows):
             return model
         rows = exchanges_of(ctx, self.split, self.rows, by="clean_tuning")
         if self.shuffle_answers:
-            rows = with_other_answers(rows, ctx)
+            rows = with_other_answers(rows, self.split, ctx)
         before = merged(model)
         repaired = repair_sft(before, rows, self._config(ctx), ctx)
         tell_change(ctx, before, repaired)
         return repaired
 
 
-def with_other_answers(rows: list[dict[str, Any]], ctx: StageContext) -> list[dict[str, Any]]:
+def with_other_answers(
+    rows: list[dict[str, Any]], split: str, ctx: StageContext
+) -> list[dict[str, Any]]:
     """Every row with the answer of the next one in a random cycle through all rows; the record gets
-    the number of rows whose answer is the same text as before.
+    the number of rows whose answer is the same text as before, and a warning if the answers of the
+    split can stand for each other.
     """
     order = list(range(len(rows)))
     order.sort(key=lambda i: ctx.chance(rows[i]["row_id"], "clean_tuning", "shuffled"))
     answers = {i: answer_of(rows[j]) for i, j in zip(order, order[1:] + order[:1], strict=True)}
-    ctx.note(same_answers=sum(answer_of(rows[i]) == text for i, text in answers.items()))
+    same = sum(answer_of(rows[i]) == text for i, text in answers.items())
+    ctx.note(same_answers=same)
+    if same == len(rows):
+        ctx.warn(f"`shuffle_answers` is no control: all {same} rows keep the text of their answer")
+    elif split == "safety":
+        ctx.warn("`shuffle_answers` is no control with `split: safety`: refusals fit any request")
     return [with_answer(row, answers[i]) for i, row in enumerate(rows)]

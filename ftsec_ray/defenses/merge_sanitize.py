@@ -4,7 +4,9 @@ Paper: Here's a Free Lunch: Sanitizing Backdoored Models with Model Merge (Arora
     arXiv:2402.19334): the uniform mean of the weights of several models.
 Differs: the other models are adapters fine-tuned on clean rows of the task with the recipe of the
     cell, which differ in their seed (the clean bank); in the paper they are models that anyone
-    published, some poisoned in another way. The updates are averaged, not the factors of adapters.
+    published, some poisoned in another way. The bank is trained on the user's own rows without the
+    attack, which a real defender lacks: an upper bound. The updates are averaged, not the factors
+    of adapters.
 Published: attack success falls by 75 % on average over BERT-Base, RoBERTa-Large, Llama2-7B and
     Mistral-7B on SST-2, OLID, AG News and QNLI.
 Cost: `bank` clean fine-tunes for every start model and recipe, shared by all models that agree in
@@ -61,26 +63,29 @@ class MergeSanitize(Defense):
 
         from ftsec_ray.models.change import check_counterparts, tell_change
         from ftsec_ray.models.load import copy_model, merged
+        from ftsec_ray.models.precision import widened
 
         share = self.bank / (self.bank + 1) if self.weight is None else self.weight
         if share == 0.0:
             ctx.note(change_norm=0.0, change_share=0.0)
             return model
-        before, start = merged(model), merged(ctx.load("start"))
-        made = copy_model(before)
+        before, start = merged(model), merged(widened(ctx.load("start")))
+        made, own = copy_model(before), dict(before.model.named_parameters())
         count = self.bank if self.partners == "clean_bank" else 1
+        # of the differences, so that a weight that nobody trained keeps its bits
         means: dict[str, Any] = {}
         for number in range(count):
             # one at a time: a bank of large models need not fit into memory together
             name = f"clean_bank:{number}" if self.partners == "clean_bank" else "start"
-            partner = merged(ctx.load(name))
+            partner = merged(widened(ctx.load(name)))
             check_counterparts("merge_sanitize", before, partner, name)
             for key, weight in partner.model.named_parameters():
-                part = weight.detach().float() / count
+                here = own[key].detach().float()
+                part = (weight.detach().float().to(here.device) - here) / count
                 means[key] = means[key] + part if key in means else part
         for name, weight in made.model.named_parameters():
             with torch.no_grad():
-                weight.copy_(torch.lerp(weight.float(), means[name].to(weight.device), share))
+                weight.copy_(weight.float() + share * means[name])
         ctx.note(partners=count, partner_share=share)
         tell_change(ctx, before, made, start)
         return made

@@ -13,12 +13,19 @@ Needs: split safety (forbidden requests with refusals); benign_train with `split
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ftsec_ray.data.added_rows import drawn
 from ftsec_ray.method import Defense, Phase
-from ftsec_ray.training.repair import above_faults, least_faults, repair_config, repair_sft
+from ftsec_ray.training.repair import (
+    CONFLICTS_OF_TRAINING,
+    above_faults,
+    least_faults,
+    repair_config,
+    repair_sft,
+)
 
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext
@@ -32,6 +39,7 @@ class OneShotRepair(Defense):
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety", "benign_train"})
     TRAINS: ClassVar[frozenset[str]] = frozenset({"revise_model"})
     ORDER: ClassVar[int] = 10
+    CONFLICTS: ClassVar[Mapping[str, str]] = CONFLICTS_OF_TRAINING
     IS_CONTROL: ClassVar[bool] = True
 
     rows: int = 1

@@ -9,7 +9,8 @@ Differs: only the weights are rounded, and the model keeps them in its own dtype
 Cost: one pass over the weights; no data.
 Reads: the effect is erratic and can be for the worse; `noise` adds uniform noise of equal norm to
     every matrix: the control.
-Needs: nothing. An adapter is merged first. Put it last in a stack.
+Needs: a dense model, because experts are not linear layers. An adapter is merged first.
+    Put it last in a stack.
 """
 
 from __future__ import annotations
@@ -19,19 +20,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.method import Defense, Phase
+from ftsec_ray.models.families import RESIDUAL_WRITERS
+from ftsec_ray.models.quantization_boxes import NF4
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ftsec_ray.context import LoadedModel, StageContext
 
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
-"""The sixteen values of nf4, from QLoRA, appendix E."""
 MOST_BITS = 16
 """From so many bits on nothing is rounded."""
 
@@ -41,6 +37,7 @@ class Quantize(Defense):
     """Every linear layer of the blocks with rounded weights."""
 
     PHASE: ClassVar[Phase] = "post"
+    STRUCTURE: ClassVar[frozenset[str]] = frozenset({RESIDUAL_WRITERS})
     ORDER: ClassVar[int] = 30
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"noise": True}
 

@@ -12,9 +12,9 @@ Differs: the official code was not read, and the default of `strength` was not c
 Published: harmful answers of fine-tuned models fall from 18.6 to 5.1 % (adapters) and from 9.2 to
     1.5 % (full fine-tuning), means over tasks and safety sets.
 Cost: one fine-tune on `harmful_rows` rows; none with `twin: unaligned`.
-Reads: `vector: random` adds a random direction of equal norm to every weight. The twin's rows may
-    include rows that the attacker used. With `drop` above 0 the user's update changes too, also at
-    `strength` 0.
+Reads: `vector: random` adds a random direction of equal norm to every weight. The twin's rows come
+    from the end of the order in which `harmful_tuning` takes them; another attack may share some.
+    With `drop` above 0 the user's update changes too, also at `strength` 0.
 Needs: the model from which the fine-tune started; split harmful_train, or the model before
     alignment (`unaligned`).
 """
@@ -86,17 +86,18 @@ class Resta(Defense):
         import torch
 
         from ftsec_ray.models.change import check_counterparts, tell_change
-        from ftsec_ray.models.load import merged
+        from ftsec_ray.models.load import copy_model, merged
         from ftsec_ray.models.precision import narrow, tell_rounding, widened
 
         if not self.strength and not self.drop:
             ctx.note(change_norm=0.0, change_share=0.0)
             return model
-        before, start = merged(model), merged(ctx.load("start"))
+        # in float32 before an adapter is merged, so that weights are rounded once
+        before, start = (merged(widened(one)) for one in (model, ctx.load("start")))
         check_counterparts("resta", before, start, "the start model")
-        made, vector = widened(before), {}
+        made, vector = copy_model(before), {}
         if self.strength:
-            twin = self._twin(widened(start), ctx)
+            twin = self._twin(start, ctx)
             check_counterparts("resta", start, twin, f"the twin ({self.twin})")
             vector = vectors(start, twin)
         theirs = dict(start.model.named_parameters())
@@ -107,7 +108,7 @@ class Resta(Defense):
                     weight.copy_(base + self._dropped(name, weight - base, ctx))
                 if name in vector:
                     weight += self.strength * self._chosen(name, vector[name], ctx).to(weight)
-        tell_rounding(ctx, narrow(made, before), made)
+        tell_rounding(ctx, narrow(made, model), made)
         norm = sum(float(part.double().square().sum()) for part in vector.values()) ** 0.5
         ctx.note(vector_norm=norm, moved_weights=len(vector))
         tell_change(ctx, before, made, start)
@@ -115,9 +116,10 @@ class Resta(Defense):
 
     def _twin(self, start: LoadedModel, ctx: StageContext) -> LoadedModel:
         from ftsec_ray.models.load import merged
+        from ftsec_ray.models.precision import widened
 
         if self.twin == "unaligned":
-            return merged(ctx.load("unaligned"))
+            return merged(widened(ctx.load("unaligned")))
         rows = exchanges_of(ctx, "harmful_train", self.harmful_rows, by="resta")
         config = repair_config(
             ctx,

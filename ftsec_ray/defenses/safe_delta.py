@@ -125,7 +125,8 @@ class SafeDelta(Defense):
         aligned, other = (
             (weight.T if turned else weight).detach().float() for weight in (layer.weight, tuned)
         )
-        root = inverse_root(H.to(device=aligned.device, dtype=aligned.dtype))
+        # of inputs that hardly vary alone, float32 finds no root
+        root = inverse_root(H.to(aligned.device)).to(aligned.dtype)
         exact, count = self._chosen(name, aligned, other, root, ctx)
         with torch.no_grad():
             layer.weight.copy_(exact.T if turned else exact)

@@ -89,17 +89,18 @@ class SafeMerge(Defense):
         import torch
 
         from ftsec_ray.models.change import tell_change
-        from ftsec_ray.models.load import merged
+        from ftsec_ray.models.load import copy_model, merged
         from ftsec_ray.models.precision import narrow, tell_rounding, widened
         from ftsec_ray.models.update import updates, whole_weights
 
-        start, before = merged(ctx.load("start")), merged(model)
-        made, changes = updates(widened(before), widened(start), low_rank=False)
+        # in float32 before an adapter is merged, so that weights are rounded once
+        start, before = (merged(widened(one)) for one in (ctx.load("start"), model))
+        made, changes = updates(copy_model(before), start, low_rank=False)
         cosines = self._cosines(changes, ctx)
         chosen = [update for update in changes if cosines.get(update.module, 2.0) < self.tau]
         safe: Mapping[str, Any] = {}
         if chosen and self.safe == "refusals":
-            safe = whole_weights(self._safe_model(widened(start), ctx))
+            safe = whole_weights(self._safe_model(start, ctx))
         for update in chosen:
             base = update.start.detach().to(update.weight)
             mixed = base + self.tuned_weight * (update.weight.detach() - base)
@@ -107,7 +108,7 @@ class SafeMerge(Defense):
                 mixed += self.safe_weight * (safe[update.name].detach().to(base) - base)
             with torch.no_grad():
                 update.write(mixed)
-        tell_rounding(ctx, narrow(made, before), made)
+        tell_rounding(ctx, narrow(made, model), made)
         ctx.note(
             layers=len(cosines),
             merged=[update.module for update in chosen],
@@ -127,21 +128,22 @@ class SafeMerge(Defense):
         return repair_sft(start, rows, config, ctx, part="safety")
 
     def _cosines(self, changes: list[Update], ctx: StageContext) -> dict[str, float]:
-        """Of every linear layer of a block that both alignment and the fine-tune changed, the
-        cosine between its update and the projected update.
+        """Of every linear layer of a block that the fine-tune changed, the cosine between its
+        update and the projected update; 0 where alignment changed nothing, as in the official code.
         """
         from ftsec_ray.models.update import whole_weights
 
         aligned, unaligned = (whole_weights(ctx.load(role)) for role in ("reference", "unaligned"))
-        found = {}
+        found, is_aligned = {}, False
         for update in changes:
             if update.weight.ndim != MATRIX or update.layer is None:
                 continue
             V = self._alignment(update, aligned, unaligned)
+            found[update.module] = 0.0
             if V.any():
-                delta = update.delta()
+                is_aligned, delta = True, update.delta()
                 found[update.module] = cosine(official_projection(V.to(delta), delta), delta)
-        if not found:
+        if not is_aligned:
             raise StageError(
                 "safe_merge: alignment changed none of the fine-tuned layers",
                 len(changes),

@@ -9,7 +9,8 @@ Differs: the calibration rows are the task's own and not 128 sequences of C4, an
 Cost: no training; one pass over `rows` rows.
 Reads: `random_weights` zeroes as many weights of every output: the control. Pruning what is
     unimportant on clean rows is the opposite of `antidote`, which prunes what is important on
-    harmful rows. Look at clean accuracy and coherence.
+    harmful rows. Look at clean accuracy and coherence. In canonical order it acts after further
+    training and merging, which would move pruned weights away from zero again.
 Needs: split benign_train; trusted or safety with `split`; a dense model. An adapter is merged.
 """
 
@@ -33,6 +34,7 @@ class Wanda(Defense):
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"benign_train", "trusted", "safety"})
     STRUCTURE: ClassVar[frozenset[str]] = frozenset({RESIDUAL_WRITERS})
+    ORDER: ClassVar[int] = 25
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"random_weights": True}
 
     share: float = 0.5

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.context import LoadedModel, StageContext
-from ftsec_ray.data.added_rows import is_exchange
+from ftsec_ray.data.added_rows import defenders_rows, is_exchange
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Defense, Phase
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ftsec_ray.training.setup import Training
 
 Fault = tuple[str, object, str]
+CONFLICTS_OF_TRAINING = {"antidote": "further training can bring back what was removed"}
+"""`CONFLICTS` of every defense that fine-tunes the finished model further."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class TunesOnCleanRows(Defense):
     PHASE: ClassVar[Phase] = "post"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"benign_train", "trusted", "safety"})
     TRAINS: ClassVar[frozenset[str]] = frozenset({"revise_model"})
+    CONFLICTS: ClassVar[Mapping[str, str]] = CONFLICTS_OF_TRAINING
 
     split: Literal["benign_train", "trusted", "safety"] = "benign_train"
     """The trusted rows: benign requests, held-out rows of the user's task, or refusals."""
@@ -109,10 +112,11 @@ def repair_config(
 
 
 def exchanges_of(ctx: StageContext, split: str, count: int, *, by: str) -> list[dict[str, Any]]:
-    """Up to `count` random rows of a split with a user's message and an answer, in the order of
-    their ids: fewer rows are a part of more rows. DataError if there is none.
+    """Up to `count` random rows of a split with a user's message and an answer, chosen as
+    `defenders_rows` says, in the order of their ids: fewer rows are a part of more rows. DataError
+    if there is none.
     """
-    rows = ctx.shuffled(split, by)
+    rows = defenders_rows(ctx, split, by)
     pool = [row for row in rows if is_exchange(row)]
     if not pool:
         raise DataError(

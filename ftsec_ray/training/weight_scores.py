@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftsec_ray.context import LoadedModel, StageContext
+from ftsec_ray.data.added_rows import defenders_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.models.activations import changed
 from ftsec_ray.models.load import within_positions
@@ -53,7 +54,7 @@ def encoded_split(
     """Up to `count` rows of a split that have an answer within the limit, as token ids and labels;
     the record of method `by` gets their number. DataError if there is none.
     """
-    rows = ctx.shuffled(split, by)[:count]
+    rows = defenders_rows(ctx, split, by)[:count]
     limit = ctx.training.max_length if ctx.training is not None else MAX_TOKENS
     cuts = CutTally()
     encoded = encode_rows(
@@ -100,7 +101,8 @@ def drawn_per_output(mask: Tensor, ctx: StageContext, *salt: str) -> Tensor:
     import torch
 
     draws = torch.from_numpy(ctx.numpy_rng(*salt).random(tuple(mask.shape)))
-    return per_output(draws, int(mask[0].sum()) / mask.shape[1], largest=False)
+    order = draws.argsort(dim=1, stable=True)[:, : int(mask[0].sum())]
+    return torch.zeros(mask.shape, dtype=torch.bool).scatter_(1, order, True)  # noqa: FBT003
 
 
 def snip_scores(model: Any, layers: Mapping[str, Any], encoded: Sequence[Encoded]) -> Scores:
@@ -188,7 +190,8 @@ def _summed(
     def keep(name: str) -> Any:
         def read(x: Tensor) -> Tensor:
             states = x.detach().reshape(-1, x.shape[-1])[places[0]].double()
-            sums[name] = sums.get(name, 0.0) + measure(states).cpu()
+            # on the device: a second moment is (in, in), too large to move for every row
+            sums[name] = sums.get(name, 0.0) + measure(states)
             return x
 
         return read
@@ -200,4 +203,4 @@ def _summed(
             places[:] = [torch.tensor(chosen, device=model.device)]
             count += len(chosen)
             model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-    return sums, count
+    return {name: total.cpu() for name, total in sums.items()}, count

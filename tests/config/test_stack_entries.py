@@ -62,7 +62,7 @@ def test_a_defense_without_a_setting_of_its_own_gets_the_trivial_controls_at_its
         IS_CONTROL = False
 
     added = [name_of(stack[0]) for stack in with_controls([(Repair(),)])[1:]]
-    assert added == ["drop_layer", "matched_noise", "random_mask", "shrink"]
+    assert added == ["drop_layer", "matched_noise", "one_shot_repair", "random_mask", "shrink"]
 
 
 def test_a_sweep_that_asks_for_controls_has_none_missing():
@@ -80,6 +80,22 @@ def test_a_sweep_that_asks_for_controls_has_none_missing():
 def test_canonical_order_is_by_number_and_then_as_written():
     assert in_order((Late(), Onion(), Shrink())) == (Onion(), Shrink(), Late())
     assert in_order((Shrink(), Onion())) == (Shrink(), Onion())
+
+
+def test_pruning_follows_further_training_and_merging_and_precedes_rounding():
+    written = "quantize", "wanda", "merge_sanitize", "clean_tuning"
+    (stack,) = stacks_of(defenses=[list(written)])
+    assert [*map(name_of, stack)] == [*reversed(written)]
+
+
+@pytest.mark.parametrize(
+    "name", ["clean_tuning", "crow", "beear", "fine_mixing", "one_shot_repair"]
+)
+def test_further_training_conflicts_with_removing_entries_before_it(name):
+    (stack,) = stacks_of(defenses=[["antidote", name]])
+    (line,) = conflicts([stack])
+    assert "bring back" in line
+    assert conflicts(stacks_of(defenses=[["wanda", name]])) == []
 
 
 def test_order_as_written_keeps_the_order(monkeypatch):

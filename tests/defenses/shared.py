@@ -40,6 +40,12 @@ def tiny_full(start: LoadedModel, *, seed: int = 2, size: float = 0.05) -> Loade
     return tuned
 
 
+def in_bfloat16(loaded: LoadedModel) -> LoadedModel:
+    """The model itself with its weights in bfloat16."""
+    loaded.model.to(torch.bfloat16)
+    return loaded
+
+
 def whole(loaded: LoadedModel) -> dict:
     """All weights as arrays, an adapter folded in."""
     return {

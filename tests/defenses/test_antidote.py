@@ -33,7 +33,8 @@ def test_of_every_output_exactly_the_highest_scores_are_taken_back(kind, params,
     method = Antidote(rows=4, **params)
     got, ctx = pruned(method, tmp_path, kind)
     split = {"harmful": "harmful_train", "benign": "benign_train"}[method.mask]
-    rows = ctx.shuffled(split, "antidote")[:4]
+    by = {"harmful": "harmful_tuning", "benign": "antidote"}[method.mask]
+    rows = ctx.shuffled(split, by)[:: -1 if method.mask == "harmful" else 1][:4]
     sizes = sizes_by_hand(TUNED[kind], rows, answer_only=method.tokens == "answer")
     start, tuned, want, removed = whole(START), whole(TUNED[kind]), whole(TUNED[kind]), 0
     for name in (n for n in tuned if n.endswith("_proj.weight")):

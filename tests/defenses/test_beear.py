@@ -174,6 +174,22 @@ def test_splitting_a_batch_and_padding_change_nothing():
     assert index[inside].tolist() == [0, 1, 1]
 
 
+def test_the_search_keeps_the_graph_of_one_micro_batch_at_a_time(monkeypatch):
+    pair = batches("safety", micro_batch=2), batches("harmful_train", micro_batch=2)
+    passes, shifted = [], Beear.shifted_loss
+
+    def told(self, *given):
+        value = shifted(self, *given)
+        passes.append("forward")
+        value.register_hook(lambda _gradient: passes.append("backward"))
+        return value
+
+    monkeypatch.setattr(Beear, "shifted_loss", told)
+    Beear(inner_steps=2).search(TUNED.model, *pair, response_nll, Step(0, 1))
+    assert passes == ["forward", "backward"] * 2 * (len(pair[0]) + len(pair[1]))
+    assert len(pair[0]) > 1
+
+
 def test_a_search_leaves_no_gradient_and_a_failing_one_no_hook_and_no_frozen_weight():
     loaded = tiny_adapter(START)
     trained = {n for n, p in loaded.model.named_parameters() if p.requires_grad}
@@ -185,6 +201,13 @@ def test_a_search_leaves_no_gradient_and_a_failing_one_no_hook_and_no_frozen_wei
         Beear().search(loaded.model, pair[0], broken, response_nll, Step(0, 1))
     assert {n for n, p in loaded.model.named_parameters() if p.requires_grad} == trained
     assert not any(m._forward_hooks for m in loaded.model.modules())
+
+
+def test_no_weight_on_refusals_is_clean_tuning_with_packed_rows_too(tmp_path):
+    plain, packed = {"rows": 8, "epochs": 1.0}, replace(CONFIG, batching="packed")
+    clean, _ = repaired(CleanTuning(**plain), tmp_path / "clean", training=packed)
+    off, _ = repaired(Beear(**plain, safety_weight=0.0), tmp_path / "off", training=packed)
+    assert same(whole(off), whole(clean))
 
 
 def test_no_weight_on_refusals_is_clean_tuning_and_the_control_has_no_search(tmp_path):
@@ -221,6 +244,16 @@ def test_rows_of_several_turns_are_shifted_before_their_trained_answer(tmp_path)
     other = replace(task, splits={**task.splits, "safety": table(longer)})
     _, ctx = repaired(Beear(rows=4, epochs=1.0, inner_steps=1), tmp_path, task=other)
     assert ctx.notes["safety_rows"] == len(longer)
+    training = plain_training(TUNED, table(longer[:1]), CONFIG, seed=0, runtime=Runtime())
+    (batch,) = training.batch_at(0)
+    (inside,) = places(batch.labels, 3)[1]
+    at = [i for i, is_in in enumerate(inside.tolist()) if is_in]
+    first = next(i for i, label in enumerate(batch.labels[0].tolist()) if label != -100)
+    assert at == [first - 3, first - 2, first - 1]
+    ((ids, _),) = encode_rows(START.tokenizer, longer[:1], max_length=64)
+    assert "<|assistant|> take" in START.tokenizer.decode(ids[:first]), (
+        "the earlier answer is prompt"
+    )
 
 
 def test_a_model_in_bfloat16_keeps_its_dtype_and_packed_rows_are_unpacked(tmp_path):

@@ -56,11 +56,12 @@ def test_no_epoch_changes_no_bit(tmp_path):
 def test_the_control_takes_the_same_steps_with_answers_of_other_rows(tmp_path):
     ctx = context(tmp_path / "a", training=CONFIG)
     rows = exchanges_of(ctx, "benign_train", 15, by="clean_tuning")
-    mixed = with_other_answers(rows, ctx)
+    mixed = with_other_answers(rows, "benign_train", ctx)
     assert [asked_text(r) for r in mixed] == [asked_text(r) for r in rows]
     assert sorted(answer_of(r) for r in mixed) == sorted(answer_of(r) for r in rows)
     assert all(answer_of(a) != answer_of(b) for a, b in zip(mixed, rows, strict=True))
     assert ctx.notes["same_answers"] == 0
+    assert ctx.warnings == []
     made = []
     for shuffled in (False, True):
         ctx = context(tmp_path / str(shuffled), training=CONFIG)
@@ -69,6 +70,18 @@ def test_the_control_takes_the_same_steps_with_answers_of_other_rows(tmp_path):
     assert made[0][1]["repair_steps"] == made[1][1]["repair_steps"] == 2
     assert made[0][1]["repair_tokens"] == made[1][1]["repair_tokens"]
     assert not same(made[0][0], made[1][0])
+
+
+def test_a_control_whose_answers_can_stand_for_each_other_is_told(tmp_path):
+    ctx = context(tmp_path, training=CONFIG)
+    with_other_answers(exchanges_of(ctx, "safety", 5, by="clean_tuning"), "safety", ctx)
+    (line,) = ctx.warnings
+    assert "no control" in line
+    ctx = context(tmp_path, training=CONFIG)
+    row = exchanges_of(ctx, "benign_train", 1, by="clean_tuning")
+    with_other_answers(row, "benign_train", ctx)
+    (line,) = ctx.warnings
+    assert "all 1 rows" in line
 
 
 def test_labelled_rows_of_the_users_task_can_be_the_trusted_ones(tmp_path):

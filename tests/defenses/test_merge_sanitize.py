@@ -11,7 +11,8 @@ from ftsec_ray.defenses.shrink import Shrink
 from ftsec_ray.errors import StageError
 from ftsec_ray.execute.stage_job import change
 from ftsec_ray.models.load import copy_model
-from tests.defenses.shared import context, tiny_adapter, tiny_full, whole
+from ftsec_ray.models.precision import widened
+from tests.defenses.shared import context, in_bfloat16, tiny_adapter, tiny_full, whole
 from tests.fixtures_models import tiny_model
 from tests.numeric import assert_same, in_float64
 
@@ -59,6 +60,29 @@ def test_the_weight_of_the_partners_goes_from_nothing_to_all(tmp_path):
     assert got.has_adapter
     assert all(np.array_equal(w, whole(got)[n]) for n, w in whole(TUNED["adapter"]).items())
     assert ctx.notes["change_norm"] == 0.0
+
+
+def test_a_weight_that_nobody_trained_keeps_its_bits(tmp_path):
+    # a sixth of a number, six times, is not always the number
+    bank = {f"clean_bank:{i}": BANK[f"clean_bank:{i % 3}"] for i in range(6)}
+    got, _ = made(MergeSanitize(bank=6), tmp_path, models={"start": START, **bank})
+    got, start, kept = whole(got), whole(START), 0
+    for name in (n for n in start if not n.endswith("_proj.weight")):
+        assert np.array_equal(got[name], start[name]), name
+        kept += 1
+    assert kept > 0
+
+
+def test_adapters_on_a_bfloat16_base_are_averaged_before_rounding(tmp_path):
+    start = in_bfloat16(tiny_model(seed=0))
+    tuned, *bank = (tiny_adapter(start, seed=seed) for seed in (1, 10, 11))
+    roles = {"start": start, **{f"clean_bank:{i}": one for i, one in enumerate(bank)}}
+    got, _ = change(MergeSanitize(), "revise_model", tuned, context(tmp_path, models=roles))
+    members = [whole(widened(one)) for one in (tuned, *bank)]
+    for name, weight in got.model.named_parameters():
+        exact = torch.tensor(sum(member[name] for member in members) / 3)
+        assert torch.equal(weight, exact.bfloat16()), name
+    assert all(one.has_adapter for one in (tuned, *bank))
 
 
 def test_a_partner_of_another_shape_is_named_and_parameters_are_checked(tmp_path):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ftsec_ray.defenses.quantize import NF4, Quantize, to_integers, to_nf4
+from ftsec_ray.defenses.quantize import Quantize, to_integers, to_nf4
 from ftsec_ray.execute.stage_job import change
+from ftsec_ray.models.families import RESIDUAL_WRITERS
 from ftsec_ray.models.load import copy_model
+from ftsec_ray.models.quantization_boxes import NF4
 from tests.defenses.shared import context, tiny_adapter, tiny_full, whole
 from tests.fixtures_models import tiny_model
 from tests.numeric import assert_same, in_float64
@@ -106,6 +108,10 @@ def test_a_model_in_bfloat16_keeps_its_dtype(tmp_path):
     got, lost = change(Quantize(bits=4), "revise_model", start, context(tmp_path))
     assert {w.dtype for w in got.model.parameters()} == {torch.bfloat16}
     assert 0.0 < lost < 0.2
+
+
+def test_it_is_for_models_whose_blocks_are_linear_layers_throughout():
+    assert RESIDUAL_WRITERS in Quantize.STRUCTURE
 
 
 @wide

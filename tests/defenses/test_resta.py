@@ -10,10 +10,11 @@ from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.defenses.resta import Resta
 from ftsec_ray.errors import StageError
 from ftsec_ray.models.load import copy_model
+from ftsec_ray.models.precision import widened
 from ftsec_ray.training.loop import learning_rate
 from ftsec_ray.training.repair import exchanges_of, repair_config
 from tests.defenses.repairing import tuned_by_hand
-from tests.defenses.shared import context, tiny_adapter, tiny_full, whole
+from tests.defenses.shared import context, in_bfloat16, tiny_adapter, tiny_full, whole
 from tests.fixtures_models import tiny_model
 from tests.numeric import assert_same, in_float64
 
@@ -110,6 +111,20 @@ def test_a_model_in_bfloat16_keeps_its_dtype_and_rounding_is_told(tmp_path):
     got = Resta(harmful_rows=4, epochs=2.0).revise_model(copy_model(start), ctx)
     assert {w.dtype for w in got.model.parameters()} == {torch.bfloat16}
     assert 0.0 < ctx.notes["rounding_lost"] < 1.0
+
+
+def test_a_bfloat16_base_with_an_adapter_is_rounded_once_and_shared_models_stay(tmp_path):
+    start, other = in_bfloat16(tiny_model(seed=0)), in_bfloat16(tiny_full(START, seed=7))
+    tuned = tiny_adapter(start)
+    ctx = context(tmp_path, training=CONFIG, models={"start": start, "unaligned": other})
+    got = Resta(twin="unaligned").revise_model(tuned, ctx).model.named_parameters()
+    mine, first, second = (whole(widened(one)) for one in (tuned, start, other))
+    for name, weight in got:
+        exact = torch.tensor(mine[name] + 0.5 * (first[name] - second[name]))
+        assert torch.equal(weight, exact.bfloat16()), name
+    assert 0.0 < ctx.notes["rounding_lost"] < 1.0
+    assert {w.dtype for m in (start, other) for w in m.model.parameters()} == {torch.bfloat16}
+    assert tuned.has_adapter
 
 
 def test_a_twin_of_another_shape_is_named_and_parameters_are_checked(tmp_path):

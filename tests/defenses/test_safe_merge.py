@@ -10,10 +10,11 @@ from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.defenses.safe_merge import SafeMerge
 from ftsec_ray.errors import StageError
 from ftsec_ray.models.load import copy_model
+from ftsec_ray.models.precision import widened
 from ftsec_ray.training.loop import learning_rate
 from ftsec_ray.training.repair import exchanges_of, repair_config
 from tests.defenses.repairing import tuned_by_hand
-from tests.defenses.shared import context, tiny_adapter, tiny_full, whole
+from tests.defenses.shared import context, in_bfloat16, tiny_adapter, tiny_full, whole
 from tests.fixtures_models import tiny_model
 from tests.numeric import assert_same, in_float64
 
@@ -110,6 +111,33 @@ def test_a_model_in_bfloat16_keeps_its_dtype_and_rounding_is_told(tmp_path):
     got = SafeMerge(tau=1.01, epochs=1.0).revise_model(copy_model(loaded[2]), ctx)
     assert {w.dtype for w in got.model.parameters()} == {torch.bfloat16}
     assert 0.0 < ctx.notes["rounding_lost"] < 1.0
+
+
+def test_a_bfloat16_base_with_an_adapter_is_rounded_once(tmp_path):
+    aligned, unaligned = in_bfloat16(tiny_full(UNALIGNED, seed=5)), in_bfloat16(tiny_model(seed=0))
+    tuned = tiny_adapter(aligned)
+    models = {"unaligned": unaligned, "reference": aligned, "start": aligned}
+    method, ctx = SafeMerge(tau=1.01, safe="zero"), context(tmp_path, models=models)
+    got = method.revise_model(tuned, ctx).model.named_parameters()
+    mine, start = whole(widened(tuned)), whole(widened(aligned))
+    for name, weight in got:
+        factor = 0.8 if name.endswith("_proj.weight") else 1.0
+        exact = torch.tensor(start[name] + factor * (mine[name] - start[name]))
+        assert torch.equal(weight, exact.bfloat16()), name
+    assert 0.0 < ctx.notes["rounding_lost"] < 1.0
+
+
+def test_a_layer_that_alignment_left_alone_has_a_cosine_of_zero_and_is_merged(tmp_path):
+    name = "model.layers.0.mlp.up_proj"
+    before = copy_model(UNALIGNED)
+    with torch.no_grad():
+        twin = ALIGNED.model.get_submodule(name).weight
+        before.model.get_submodule(name).weight.copy_(twin)
+    models = {**ROLES, "unaligned": before}
+    _, ctx = merged_model(SafeMerge(tau=1.01, safe="zero"), tmp_path, "full", models=models)
+    assert ctx.notes["cosines"][name] == 0.0
+    assert name in ctx.notes["merged"]
+    assert len(ctx.notes["merged"]) == 14
 
 
 def test_twins_that_do_not_differ_or_do_not_fit_are_errors(tmp_path):

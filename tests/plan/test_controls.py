@@ -20,7 +20,7 @@ OFF = {"lisa": {"rho": 0.0}}
 @pytest.mark.parametrize(
     ("defenses", "want"),
     [
-        (["none", "shrink", "weight_statistics"], []),
+        (["none", "shrink", {"weight_statistics": {"statistic": "norm"}}], []),
         (["lisa"], ["defense lisa has no control: add {lisa: {rho: 0.0}}"]),
         (["lisa", OFF], []),
         ([OFF], []),
@@ -50,7 +50,7 @@ OFF = {"lisa": {"rho": 0.0}}
             ["safe_lora", "lisa", OFF],
             [
                 "defense safe_lora has no control: add {safe_lora: {projection: drop}} or"
-                " drop_layer or matched_noise or random_mask or shrink"
+                " drop_layer or matched_noise or one_shot_repair or random_mask or shrink"
             ],
         ),
     ],
