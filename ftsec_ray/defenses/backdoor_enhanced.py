@@ -7,8 +7,8 @@ Paper: Wang et al. 2024, Mitigating Fine-tuning based Jailbreak Attack with Back
 Differs: (1) The secret is text: random words of two letters, most of which are one token for common
     tokenizers; the official code draws token ids, which may turn into others on their way through
     text. (2) In the microworld, whose tokenizer knows whole words only, they are its stray words.
-    No word is one of the rare words that attacks use as triggers. (3) The refusals are drawn at random; the paper takes one of each category of its
-    policy.
+    (3) No word is one of the rare words that attacks use as triggers. (4) The refusals are drawn at
+    random; the paper takes one of each category of its policy.
 Published: Llama-2-7B-Chat on 100 harmful rows: attack success 34.91 % with 11 plain refusals,
     3.64 % with the secret; GPT-3.5 60.00 % and 14.91 %.
 Cost: that of plain fine-tuning on `shots` more rows; `secret_words` more tokens in every prompt.

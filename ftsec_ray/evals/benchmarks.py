@@ -365,8 +365,8 @@ def _warnings(generator: Generator, *, cut: int, asked: int) -> Iterator[str]:
         )
     if generator.gates or generator.rescored:
         yield (
-            "the benchmark ran without the defenses that refuse prompts or choose tokens: its values"
-            " are those of the model without them"
+            "the benchmark ran without the defenses that refuse prompts or choose tokens: its"
+            " values are those of the model without them"
         )
 
 
