@@ -49,6 +49,7 @@ class SafeDecoding(Defense):
     """P = P_served + alpha * (P_expert - P_served) over the tokens that both find likely."""
 
     PHASE: ClassVar[Phase] = "post"
+    ORDER: ClassVar[int] = 20
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety", "reference"})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"taught": "benign"}
 
