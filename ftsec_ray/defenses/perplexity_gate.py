@@ -177,11 +177,14 @@ class TextGate:
         return [answer if refused else None for refused in is_refused]
 
     def _drawn(self, chats: Sequence[Chat], is_refused: Sequence[bool]) -> list[bool]:
-        """As many random prompts as are refused, each with all of its samples."""
-        keys = [canonical(chat) for chat in chats]
-        count = len({key for key, refused in zip(keys, is_refused, strict=True) if refused})
-        order = sorted(set(keys), key=lambda key: (self.ctx.chance(key, "gate"), key))
-        drawn = set(order[:count])
+        """Random prompts, each with all of its samples, until as many are refused."""
+        keys, left = [canonical(chat) for chat in chats], sum(is_refused)
+        drawn: set[str] = set()
+        sizes = Counter(keys)
+        for key in sorted(sizes, key=lambda key: (self.ctx.chance(key, "gate"), key)):
+            if sizes[key] <= left:
+                drawn.add(key)
+                left -= sizes[key]
         return [key in drawn for key in keys]
 
 
