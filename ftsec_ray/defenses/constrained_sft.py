@@ -42,6 +42,7 @@ class ConstrainedSFT(Defense):
 
     PHASE: ClassVar[Phase] = "during"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start"})
+    HELD_MODELS: ClassVar[int] = 1
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"where": "random"}
 
