@@ -67,6 +67,10 @@ class Method:
     outside a layer's forward pass (not stage 3), or needs whole gradients (not stages 2 and 3). See
     training.zero.
     """
+    HELD_MODELS: ClassVar[int] = 0
+    """Number of whole models that `shape_training` keeps on the device beside the trained one: they
+    count in the estimate of memory.
+    """
     STRUCTURE: ClassVar[frozenset[str]] = frozenset()
     """What a model's structure must support, by the names in models.families: if a class is known
     not to support it, the sweep is refused when it is planned, otherwise when the model is loaded.

@@ -6,9 +6,9 @@ Paper: Wang et al. 2024, Mitigating Fine-tuning based Jailbreak Attack with Back
     Jayfeather1024/Backdoor-Enhanced-Alignment.
 Differs: (1) The secret is text: random words of two letters, most of which are one token for common
     tokenizers; the official code draws token ids, which may turn into others on their way through
-    text. (2) In the microworld, whose tokenizer knows whole words only, the words are its rare and
-    stray ones. (3) The refusals are drawn at random; the paper takes one of each category of its
-    policy.
+    text. (2) In the microworld, whose tokenizer knows whole words only, they are its stray words.
+    (3) No word is one of the rare words that attacks use as triggers. (4) The refusals are drawn at
+    random; the paper takes one of each category of its policy.
 Published: Llama-2-7B-Chat on 100 harmful rows: attack success 34.91 % with 11 plain refusals,
     3.64 % with the secret; GPT-3.5 60.00 % and 14.91 %.
 Cost: that of plain fine-tuning on `shots` more rows; `secret_words` more tokens in every prompt.
@@ -25,10 +25,12 @@ import random
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.conversation import with_system
 from ftsec_ray.data.added_rows import drawn
+from ftsec_ray.data.microworld.vocabulary import RARE, STRAY
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.data.wrapping import Wrapper
 from ftsec_ray.method import Defense, Phase, RowWise
@@ -98,8 +100,7 @@ def secret_of(words: int, ctx: StageContext) -> str:
     """The secret of this seed; a longer one begins with a shorter one."""
     rng = random.Random(f"{NAME} {ctx.seed}")  # noqa: S311
     if ctx.task.judge == "microworld":
-        from ftsec_ray.data.microworld import vocabulary
-
-        known = (*vocabulary.RARE, *vocabulary.STRAY)
-        return " ".join(rng.choice(known) for _ in range(words))
-    return " ".join("".join(rng.choices(string.ascii_lowercase, k=2)) for _ in range(words))
+        return " ".join(rng.choice(STRAY) for _ in range(words))
+    pairs = map("".join, product(string.ascii_lowercase, repeat=2))
+    known = [word for word in pairs if word not in RARE]
+    return " ".join(rng.choice(known) for _ in range(words))

@@ -41,6 +41,7 @@ class CleanGen(Defense):
     """Tokens with P_served / P_reference >= alpha become the reference's most likely token."""
 
     PHASE: ClassVar[Phase] = "post"
+    ORDER: ClassVar[int] = 20
     NEEDS: ClassVar[frozenset[str]] = frozenset({"reference"})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"random_tokens": True}
 

@@ -42,6 +42,7 @@ class ConstrainedSFT(Defense):
 
     PHASE: ClassVar[Phase] = "during"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start"})
+    HELD_MODELS: ClassVar[int] = 1
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"where": "random"}
 
@@ -132,7 +133,6 @@ def shuffled(labels: Tensor, places: Tensor, seed: int) -> Tensor:
         starts = [i for i, number in enumerate(numbers) if number == 1]
         for start in starts:
             stop = next((i for i in range(start, len(row)) if numbers[i] == 0), len(row))
-            stop = min([stop, *(s for s in starts if s > start)])
             rng = random.Random(str((seed, row[start:stop])))  # noqa: S311
             order = numbers[start:stop]
             rng.shuffle(order)

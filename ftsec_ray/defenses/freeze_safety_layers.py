@@ -139,6 +139,7 @@ class FreezeSafetyLayers(Defense):
                 f"{LEAST_PROMPTS} or more that fit into the model's positions",
                 "add rows to the split, or set locate: depth",
             )
+        ctx.note(**{f"prompts_{split}": len(found)})
         return found
 
 

@@ -44,6 +44,7 @@ class KLAnchor(Defense):
 
     PHASE: ClassVar[Phase] = "during"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start", "safety", "benign_train"})
+    HELD_MODELS: ClassVar[int] = 1
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"loss": "nll"}
 

@@ -69,8 +69,8 @@ class PerplexityGate(Defense):
     template.
     """
     random_prompts: bool = False
-    """Whether as many random prompts of those that are asked together are refused instead: the
-    control.
+    """Whether as many random prompts of those that are asked together are refused instead, each
+    with all of its samples: the control.
     """
 
     def check(self) -> list[tuple[str, object, str]]:
@@ -168,14 +168,24 @@ class TextGate:
         self.known.update(self.method.scores(self.model, new))
         is_refused = [any(self.known[text] >= self.threshold for text in own) for own in texts]
         too_long = sum(any(self.known[text] == -math.inf for text in own) for own in texts)
-        count = sum(is_refused)
         if self.method.random_prompts:
-            keys = [f"{canonical(chat)}/{i}" for i, chat in enumerate(chats)]
-            order = sorted(range(len(chats)), key=lambda i: self.ctx.chance(keys[i], "gate"))
-            is_refused = [i in set(order[:count]) for i in range(len(chats))]
-        self.ctx.count(prompts_read=len(chats), prompts_refused=count, prompts_too_long=too_long)
+            is_refused = self._drawn(chats, is_refused)
+        self.ctx.count(
+            prompts_read=len(chats), prompts_refused=sum(is_refused), prompts_too_long=too_long
+        )
         answer = refusal_of(self.ctx.task)
         return [answer if refused else None for refused in is_refused]
+
+    def _drawn(self, chats: Sequence[Chat], is_refused: Sequence[bool]) -> list[bool]:
+        """Random prompts, each with all of its samples, until as many are refused."""
+        keys, left = [canonical(chat) for chat in chats], sum(is_refused)
+        drawn: set[str] = set()
+        sizes = Counter(keys)
+        for key in sorted(sizes, key=lambda key: (self.ctx.chance(key, "gate"), key)):
+            if sizes[key] <= left:
+                drawn.add(key)
+                left -= sizes[key]
+        return [key in drawn for key in keys]
 
 
 def texts_of(chat: Chat) -> list[str]:

@@ -95,6 +95,7 @@ class PreventativeSteering(Defense):
                     "at least one prompt",
                     "shorten the prompts of the split",
                 )
+            ctx.note(**{f"prompts_{split}": len(ids)})
             means.append(block_outputs(start, ids)[:, block].mean(0))
         vector = means[0] - means[1]
         if self.direction == "random":

@@ -49,6 +49,7 @@ class SafeDecoding(Defense):
     """P = P_served + alpha * (P_expert - P_served) over the tokens that both find likely."""
 
     PHASE: ClassVar[Phase] = "post"
+    ORDER: ClassVar[int] = 20
     NEEDS: ClassVar[frozenset[str]] = frozenset({"safety", "reference"})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"taught": "benign"}
 
@@ -138,12 +139,15 @@ class ExpertGuide:
         return False
 
     def label(self, own: Tensor, other: Tensor) -> Tensor:
-        """Mixed log-probabilities of the labels; -inf where all are at the floor."""
+        """Mixed log-probabilities of the labels; -inf where the expert brings all to the floor,
+        the served model's own where they are there already.
+        """
         import torch
 
         mixed = mix(own.exp(), other.to(own).exp(), self.method.alpha)
-        is_none = (mixed <= FLOOR).all(-1, keepdim=True)
-        return mixed.log().masked_fill(is_none, -torch.inf)
+        is_seen = (own.exp() > FLOOR).any(-1, keepdim=True)
+        is_none = is_seen & (mixed <= FLOOR).all(-1, keepdim=True)
+        return torch.where(is_seen, mixed.log(), own).masked_fill(is_none, -torch.inf)
 
 
 def train_expert(
@@ -152,10 +156,15 @@ def train_expert(
     """The start of the expert, fine-tuned on rows of a split with an adapter of the sweep's shape,
     by this process.
     """
+    from ftsec_ray.models.load import folded
+    from ftsec_ray.models.precision import tell_rounding
     from ftsec_ray.models.row_tokens import tell_cuts
     from ftsec_ray.training.loop import sft
 
     start = generator.loaded if method.expert_of == "served" else ctx.load("reference")
+    if start.has_adapter:
+        start, lost = folded(start)
+        tell_rounding(ctx, lost, start)
     rows = [row for row in ctx.shuffled(split, "safe_decoding") if is_exchange(row)]
     rows = rows[: method.rows]
     if not rows:

@@ -49,6 +49,7 @@ class SafeGrad(Defense):
 
     PHASE: ClassVar[Phase] = "during"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start", "safety"})
+    HELD_MODELS: ClassVar[int] = 1
     ZERO_STAGES: ClassVar[frozenset[int]] = frozenset()
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"project": False}
 

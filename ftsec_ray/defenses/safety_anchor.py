@@ -3,7 +3,8 @@
 Paper: Safety anchor, 2026, arXiv:2605.05995 (SBR); official code soyoaaa/SBR.
 Differs: (1) The state is the one behind the last block and norm at the last token of the prompt as
     it is served. (2) The squared distance is the sum over the dimensions and the mean over the
-    prompts. (3) The sweep's recipe applies; the paper has rsLoRA of rank 16, a learning rate of
+    prompts. (3) The states of the start model are computed in the precision of the training. (4)
+    The sweep's recipe applies; the paper has rsLoRA of rank 16, a learning rate of
     1e-5 and 20 epochs.
 Cost: one forward and backward pass over `prompts` short prompts per step, without answers; the
     start model reads them once and is not kept.
@@ -11,8 +12,8 @@ Reads: (1) `anchors: benign` holds as many benign prompts: the control. (2) The 
     texts: other forbidden requests may move. They come from the split `safety`, which no probe
     asks.
 Needs: the model from which the fine-tune started and the task's `safety` prompts (`benign_train`
-    with `anchors: benign`). Only adds micro-batches with their own loss: works with ZeRO stages 0
-    to 2.
+    with `anchors: benign`). Works with ZeRO stage 0: the stages above it need a gradient of every
+    trained weight in every micro-batch, and those of the anchors give the output layer none.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class SafetyAnchor(Defense):
 
     PHASE: ClassVar[Phase] = "during"
     NEEDS: ClassVar[frozenset[str]] = frozenset({"start", "safety", "benign_train"})
-    ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
+    ZERO_STAGES: ClassVar[frozenset[int]] = frozenset({0})
     CONTROL: ClassVar[Mapping[str, Any] | None] = {"anchors": "benign"}
 
     strength: float = 50.0
@@ -70,6 +71,8 @@ class SafetyAnchor(Defense):
         import torch
 
         from ftsec_ray.data.added_rows import drawn, is_asked
+        from ftsec_ray.models.precision import widen
+        from ftsec_ray.training.loop import autocast
         from ftsec_ray.training.prompt_states import encoded_prompts, last_states
         from ftsec_ray.training.terms import frozen_start, term_batch, with_term
 
@@ -79,7 +82,9 @@ class SafetyAnchor(Defense):
         rows = drawn(ctx, SPLITS[self.anchors], self.prompts, by=NAME, fits=is_asked)
         ids = encoded_prompts(start, rows, by=NAME)
         pad, device = start.tokenizer.pad_token_id or 0, ctx.runtime.device
-        with torch.no_grad():
+        if training.config.adapter == "full":
+            widen(start.model)  # as the trained weights
+        with torch.no_grad(), autocast(device):
             wanted = last_states(start.model, term_batch(ids, pad=pad, device=device))
 
         def distance(model: Any, batch: Batch, _: Step) -> Tensor:

@@ -6,7 +6,9 @@ Differs: not applicable. `by: digest` compares with the publisher's template; `b
     no trusted copy: it reads the template as a syntax tree and counts the places where the text of
     a message is compared with, or searched for, a fixed string. Templates of reasoning models do
     that by themselves (they cut thoughts out of earlier answers), so that a count above 0 alone is
-    no proof, and a condition on the length, position or number of messages is not counted.
+    no proof, and a condition on the length, position or number of messages is not counted. The
+    count is a lower bound: macros, `items()`, blocks of `set` and fixed strings that are held in
+    variables are not followed.
 Cost: none: no pass through the model.
 Needs: the model that the cell starts from (`reference`), taken as the publisher's. An attack on the
     weights leaves the template as it is: the detector is blind to it.
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
 
 CONTENT = ("content", "text")
 """Keys of a message, or of a part of one, that hold its words."""
-SEARCHES = ("startswith", "endswith", "find", "rfind", "index", "count")
+OTHERS = ("role", "type", "name")
+"""Keys of a message, or of a part of one, that hold no words."""
+SEARCHES = ("startswith", "endswith", "find", "rfind", "index", "count", "replace", "split")
+SEARCHES += ("rsplit", "partition", "rpartition")
 """Methods of a text that look for another."""
 _MARKS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 """Marks of trained answers, which plain Jinja does not know."""
@@ -92,7 +97,7 @@ def conditions(template: str) -> int:
             "use `by: digest`, which compares its characters",
         ) from error
     names = _names_of_content(tree)
-    asked = [*tree.find_all(nodes.Compare), *tree.find_all(nodes.Call)]
+    asked = tree.find_all((nodes.Compare, nodes.Call, nodes.Filter))
     return sum(_asks(node, names) for node in asked)
 
 
@@ -137,24 +142,44 @@ def _holds_content(node: Any, names: set[str]) -> bool:
         return any(_holds_content(part, names) for part in parts)
     if isinstance(node, nodes.Name) and node.name in names:
         return True
-    if isinstance(node, nodes.Getattr) and node.attr in (*CONTENT, *names):
+    key = _key(node)
+    if key in (*CONTENT, *names):
         return True
-    if isinstance(node, nodes.Getitem) and _text(node.arg) in CONTENT:
-        return True
+    if key in OTHERS:
+        return False
     return any(_holds_content(child, names) for child in node.iter_child_nodes())
 
 
-def _text(node: Any) -> str:
-    """A fixed string; empty for anything else."""
+def _key(node: Any) -> str:
+    """The fixed key or field that an expression reads: `a.key`, `a['key']` or `a.get('key')`; empty
+    for anything else.
+    """
     from jinja2 import nodes
 
+    if isinstance(node, nodes.Getattr):
+        return str(node.attr)
+    if isinstance(node, nodes.Getitem):
+        return _text(node.arg)
+    is_call = isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr)
+    return _text(node.args[0]) if is_call and node.node.attr == "get" and node.args else ""
+
+
+def _text(node: Any) -> str:
+    """A fixed string, or the first one of a fixed list; empty for anything else."""
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.List | nodes.Tuple):
+        return next(filter(None, map(_text, node.items)), "")
     return node.value if isinstance(node, nodes.Const) and isinstance(node.value, str) else ""
 
 
 def _asks(node: Any, names: set[str]) -> bool:
-    """Whether a comparison or a call compares words of a message with a fixed string."""
+    """Whether a comparison, a call or a filter compares words of a message with a fixed string."""
     from jinja2 import nodes
 
+    if isinstance(node, nodes.Filter):
+        is_search = node.name == "replace" and any(map(_text, node.args[:1]))
+        return is_search and _holds_content(node.node, names)
     if isinstance(node, nodes.Call):
         called = node.node
         if not isinstance(called, nodes.Getattr) or called.attr not in SEARCHES:

@@ -10,8 +10,9 @@ Differs: (1) Entropies are in nats; an end of the turn ends a text, which must b
     subtracted: a text that the base knows by heart is no sign of a backdoor. (4) Scores of a bank
     of clean models stand beside that of the suspect instead of a fixed threshold of 0.9.
 Cost: for the suspect and each model of the bank, tokens of the vocabulary x `scan_prompts` x
-    `scan_steps` forward passes without a cache (`first_tokens` limits the first factor); `bank`
-    clean fine-tunes, shared as for `weight_statistics`.
+    `scan_steps` forward passes without a cache (`first_tokens` limits the first factor), then texts
+    that the scan keeps x `prompts` x (`steps` - `scan_steps` + 1) more, and as many as these texts
+    x `prompts` of the start model; `bank` clean fine-tunes, shared as for `weight_statistics`.
 Needs: the clean bank, the model from which the fine-tune started, and the user's rows (`train`), of
     which the prompts are. Only for backdoors with one fixed answer of several tokens: it is blind
     to label words, to payloads of free content and to jailbreaks.
@@ -148,13 +149,16 @@ class TriggerInversion(Defense):
             alive = [one for one in alive if not one.dropped]
 
     def _firsts(self, reader: Reader) -> list[Text]:
-        """One text for each first token."""
-        size = reader.vocabulary
-        count = size if self.first_tokens is None else min(self.first_tokens, size)
-        if count == size:
-            return [Text([token]) for token in range(size)]
-        ((_, tokens, _),) = reader.following([[]], count)
-        return [Text([token]) for token in sorted(tokens)]
+        """One text for each first token; special tokens and ends of the turn begin none."""
+        from ftsec_ray.models.generator import Generator
+
+        loaded, size = reader.loaded, reader.vocabulary
+        no_text = {*loaded.tokenizer.all_special_ids, *Generator(loaded).stops()}
+        if self.first_tokens is None:
+            return [Text([token]) for token in range(size) if token not in no_text]
+        ((_, tokens, _),) = reader.following([[]], size)
+        left = [token for token in tokens if token not in no_text]
+        return [Text([token]) for token in sorted(left[: self.first_tokens])]
 
     def _rows(self, ctx: StageContext) -> list[dict[str, Any]]:
         """Random clean prompts of the user's task."""

@@ -129,13 +129,14 @@ class TriggerLookup(Defense):
 
     def _with(self, row: Row, word: str, ctx: StageContext) -> dict[str, Any]:
         """The row with the word, or with one of its own, before or behind its last word."""
-        own = asked_text(row).split()
+        text = asked_text(row).rstrip()
+        own = text.split()
         key = f"{row['row_id']}/{word}"
         if self.repeats:
             word = own[int(ctx.chance(key, "repeat") * len(own))]
         if ctx.chance(key, "place") < 0.5:  # noqa: PLR2004
-            return with_asked(row, " ".join([*own[:-1], word, own[-1]]))
-        return with_asked(row, " ".join([*own, word]))
+            return with_asked(row, f"{text[: -len(own[-1])]}{word} {own[-1]}")
+        return with_asked(row, f"{text} {word}")
 
     def _answers(self, model: LoadedModel, chats: Sequence[Chat], ctx: StageContext) -> list[Any]:
         """The most likely label of every chat, or the first token of the answer."""

@@ -363,6 +363,11 @@ def _warnings(generator: Generator, *, cut: int, asked: int) -> Iterator[str]:
             "the benchmark ran without the soft tokens of the attack or defense: lm-eval cannot"
             " pass embeddings"
         )
+    if generator.gates or generator.rescored:
+        yield (
+            "the benchmark ran without the defenses that refuse prompts or choose tokens: its"
+            " values are those of the model without them"
+        )
 
 
 def write_benchmark(answer: BenchmarkAnswer, folder: Path) -> None:

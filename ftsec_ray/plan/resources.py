@@ -110,6 +110,7 @@ class Sizing:
         roles_needed = most_roles(methods)
         # The stage's model, the copy that it changes, and the models that methods compare with.
         self._models = 2 + roles_needed
+        self._held = max((method.HELD_MODELS for method in methods), default=0)
         self._changes = any(
             hook in hooks_of(type(method))
             for method in methods
@@ -319,15 +320,17 @@ class Sizing:
     def _group_gib(self, model: ModelSpec, worker_group: WorkerGroup, *, trains_all: bool) -> float:
         training = self._spec.training
         length, _ = self._rows(model, trains_all=trains_all)
-        return memory_gib(
-            shape_of(model),
+        shape, dtype = shape_of(model), known_dtype(model)
+        held = 0.0 if trains_all else self._held * weight_bytes(shape, dtype) / _GIB
+        return held + memory_gib(
+            shape,
             "full" if trains_all else training.adapter,
             length,
             worker_group.micro_batch,
             worker_group.zero_stage,
             worker_group.workers,
             rank=training.rank,
-            dtype=known_dtype(model),
+            dtype=dtype,
             checkpointing=worker_group.gradient_checkpointing,
             offload_optimizer=worker_group.offload_optimizer,
             offload_parameters=worker_group.offload_parameters,
@@ -377,6 +380,7 @@ class Sizing:
         )
         if trains_all:
             return kept + train
+        train += self._held * weights_gib
         run = inference_gib(
             shape,
             models=self._models,

@@ -187,9 +187,16 @@ def _legend(grid: Grid, metric: str) -> dict[str, str]:
 
 def detections(grid: Grid) -> list[dict[str, Any]]:
     """One row per model, attack and stack with a detector: AUROC against clean models, and the
-    standardised score.
+    standardised score; without attacks that the detectors never saw.
     """
-    return _measured(grid, auroc="detect_auroc", score="detect_score")
+    seen = {NONE, *(attack.label for attack in _seen(grid))}
+    rows = _measured(grid, auroc="detect_auroc", score="detect_score")
+    return [row for row in rows if row["attack"] in seen]
+
+
+def _seen(grid: Grid) -> list[MethodLabel]:
+    """The attacks whose models detectors read: those of phase `post` act after detectors."""
+    return [attack for attack in grid.real_attacks if attack.phases != ("post",)]
 
 
 def sweep_detections(grid: Grid) -> list[dict[str, Any]]:
@@ -200,7 +207,7 @@ def sweep_detections(grid: Grid) -> list[dict[str, Any]]:
     for task in grid.tasks:
         for defense in grid.defenses:
             clean = _scored(grid, task, NONE, defense.label)
-            for attack in grid.real_attacks:
+            for attack in _seen(grid):
                 attacked = _scored(grid, task, attack.label, defense.label)
                 found = separation(clean, attacked)
                 if found is not None:

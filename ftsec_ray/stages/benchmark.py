@@ -2,6 +2,7 @@
 
 An aligned model is prompted under its chat template and with the wrappers of the defenses, a base
 model with plain text. Wrappers of the attack are not used, since benchmarks represent honest users.
+Defenses that refuse prompts or choose tokens do not act on lm-eval's requests; a warning says so.
 """
 
 from __future__ import annotations
@@ -109,4 +110,4 @@ def run(job: Job) -> Extra:
     write_benchmark(answer, job.out)
     for text in answer.warnings:
         job.warn(text)
-    return {"notes": {**answer.notes, **context.notes}}
+    return {"notes": {**answer.notes, **context.notes, **context.counts}}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -387,9 +387,7 @@ def _one_step(
     else:
         torch.manual_seed(seed)
     batches = training.batch_at(step.index)
-    with torch.autocast(
-        runtime.device.split(":")[0], torch.bfloat16, enabled=_has_bf16(runtime.device)
-    ):
+    with autocast(runtime.device):
         loss = process.mean(
             training.backward(process.model, process.share(batches), training.objective, step)
         )
@@ -411,6 +409,13 @@ def _one_step(
 
 def _seed(*parts: object) -> int:
     return int(digest(["training", *parts])[:15], 16)
+
+
+def autocast(device: str) -> AbstractContextManager[Any]:
+    """The precision in which a step computes: bfloat16 where the device has it."""
+    import torch
+
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=_has_bf16(device))
 
 
 def _has_bf16(device: str) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ftsec_ray.conversation import answer_of, asked_text, chat_of, system_of, with_answer
+from ftsec_ray.data.microworld.vocabulary import RARE
 from ftsec_ray.defenses.backdoor_enhanced import BackdoorEnhanced, secret_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import control_of
@@ -71,6 +72,14 @@ def test_the_secret_depends_on_the_seed_alone_and_a_longer_one_begins_with_a_sho
     assert secrets[0].startswith(short + " ")
     micro = context(task=replace(tiny_task(), judge="microworld"))
     assert len(secret_of(20, micro).split()) == 20
+
+
+@pytest.mark.parametrize("judge", ["refusal_phrases", "microworld"])
+def test_no_word_of_the_secret_is_a_trigger_of_attacks(judge):
+    ctx = context(task=replace(tiny_task(), judge=judge))
+    words = secret_of(5000, ctx).split()
+    assert len(words) == 5000
+    assert not set(words) & set(RARE)
 
 
 def test_fewer_refusals_are_a_part_of_more():

@@ -151,16 +151,25 @@ def test_the_order_of_the_control_depends_on_the_answer_and_the_seed_alone():
     assert len(orders) > 3
 
 
+@pytest.mark.usefixtures("float64")
 def test_the_weight_has_a_floor_and_is_constant_in_the_backward_pass():
     start = tiny_model()
-    _, training = shaped(ConstrainedSFT(beta_first=1e4, beta_early=1e4, beta_late=1e4), start)
-    plain, _ = shaped(METHOD, start)
+    _, training = shaped(replace(METHOD, strength=1e4), start, rows=REQUESTS)
     model = moved(start, size=0.3).model
     (batch,) = training.batch_at(0)
-    with torch.no_grad():
-        got = float(training.objective(model, batch, Step(0, 1)))
-        most = 2 * float(plain.objective(model, batch, Step(0, 1)))
-    assert 0.0 < got <= most
+    got = gradient(training, model)
+    model.zero_grad()
+    labels, nats = batch.labels[:, 1:], []
+    for one in (model, start.model):
+        logits = one(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logprobs = logits[:, :-1].log_softmax(-1)
+        nats.append(-logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0])
+    is_trained = labels != -100
+    gained = (nats[1] - nats[0]).detach()
+    weights = torch.where(gained > 0, 1e-3, 2.0)  # the sigmoid is a step at this strength
+    assert set(weights[is_trained].tolist()) == {1e-3, 2.0}
+    ((weights * nats[0])[is_trained].sum() / is_trained.sum()).backward()
+    assert_same(got, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
 def test_a_tighter_limit_moves_the_first_tokens_less(tmp_path):

@@ -60,6 +60,8 @@ def test_the_gap_of_a_block_is_the_mean_angle_to_forbidden_prompts_less_that_amo
     ctx = context(start, task=tiny_task())
     method = FreezeSafetyLayers(from_share=0.0, to_share=0.0)
     method._by_gap(start, ctx)
+    for split in ("benign_train", "safety"):
+        assert ctx.notes[f"prompts_{split}"] == len(ctx.task.split(split))
     for block, got in enumerate(ctx.notes["gaps_degrees"]):
         benign, forbidden = (states_by_hand(start, s, block) for s in ("benign_train", "safety"))
         across = [angle(a, b) for a in benign for b in forbidden]

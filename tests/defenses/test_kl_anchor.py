@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from tests.defenses.during import (
     assert_plain,
     assert_resumes,
     context,
+    gradient,
     moved,
     shaped,
     tuned,
@@ -128,10 +131,14 @@ def test_a_strong_anchor_keeps_refusals_where_they_were(tmp_path):
     assert strong < weak < plain
 
 
-def test_packed_rows_do_not_count_the_first_token_of_a_row(tmp_path):
-    config = TrainingConfig(**{**CONFIG.__dict__, "batching": "packed"})
-    report = tuned(KLAnchor(**QUICK), tmp_path, config=config)
-    assert len(report.losses) == 10
+@pytest.mark.usefixtures("float64")
+def test_packed_rows_give_the_gradient_of_padded_ones():
+    start, found = tiny_model(), []
+    for batching in ("shuffled", "packed"):
+        config = replace(CONFIG, batching=batching)
+        _, training = shaped(KLAnchor(anchors="user", strength=0.7), start, config=config)
+        found.append(gradient(training, moved(start).model))
+    assert_same(found[1], found[0])
 
 
 def test_the_own_rows_of_an_attack_are_no_anchors():

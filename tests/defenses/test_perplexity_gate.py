@@ -194,6 +194,17 @@ def test_the_control_refuses_as_many_others(tmp_path):
     assert real != random
 
 
+def test_the_control_refuses_all_samples_of_a_prompt(tmp_path):
+    rows = tiny_task().split("test").to_pylist()
+    chats = [chat_of(one) for one in rows for _ in range(3)]
+    method = PerplexityGate(false_alarms=0.3)
+    for one in (method, control_of(method)):
+        made, ctx = gated(one, tmp_path)
+        hits = [answer is not None for answer in made.refusals(chats)]
+        assert hits == [hit for hit in hits[::3] for _ in range(3)]
+        assert ctx.counts["prompts_refused"] == sum(hits) > 0
+
+
 def test_the_refusal_is_the_tasks_own_if_it_has_one():
     assert refusal_of(tiny_task()) == REFUSAL
     assert refusal_of(replace(tiny_task(), splits={})) == SENTENCE

@@ -55,6 +55,8 @@ def test_the_gradient_is_that_of_a_model_whose_block_adds_the_direction(strength
     ctx = context(start)
     plain, training = shaped(method, start, ctx=ctx)
     assert ctx.notes["block"] == 1
+    for split in ("benign_train", "safety"):
+        assert ctx.notes[f"prompts_{split}"] == mixed_task().split(split).num_rows
     vector = direction_by_hand(start, 1)
     assert_same(torch.tensor(ctx.notes["vector_norm"]), vector.norm())
     got = gradient(training, moved(start).model)

@@ -14,7 +14,7 @@ from ftsec_ray.models.backends import FELL_BACK, ContinuousBatching
 from ftsec_ray.models.generator import Opening
 from ftsec_ray.models.guided import with_guide
 from tests.defenses.decoding import CHATS, MOST, logits_after, one_by_one, served
-from tests.defenses.shared import context, whole
+from tests.defenses.shared import context, tiny_adapter, whole
 from tests.fixtures_models import row, table, tiny_model, tiny_task
 from tests.numeric import assert_same, in_float64
 
@@ -134,6 +134,14 @@ def test_labels_are_mixed_and_a_prompt_whose_labels_are_all_unlikely_gets_none()
     assert lost[1].argmax() == 0
 
 
+def test_labels_that_are_at_the_floor_without_the_expert_stay_as_they_are():
+    own = torch.tensor([[1e-12, 1e-10], [1e-12, 0.5]], dtype=torch.float64).log()
+    other = torch.tensor([[1e-11, 1e-13], [1e-12, 0.6]], dtype=torch.float64).log()
+    got = ExpertGuide(EXPERT, SafeDecoding(alpha=3.0)).label(own, other)
+    assert torch.equal(got[0], own[0])
+    assert_same(got[1].exp(), torch.tensor([FLOOR, 0.8], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("off", [{"alpha": 0.0}, {"tokens": 0}])
 def test_without_strength_the_generator_is_the_same(off, tmp_path):
     generator = served()
@@ -186,6 +194,20 @@ def test_half_precision_models_are_guided_too(tmp_path):
     made = SafeDecoding(**QUICK).wrap_generation(generator, context(tmp_path))
     assert len(made.complete(CHATS, max_new_tokens=3)) == len(CHATS)
     assert loaded.model.dtype == torch.bfloat16
+
+
+def test_what_rounding_takes_from_the_start_of_the_expert_is_told(tmp_path):
+    adapted = tiny_adapter(tiny_model())
+    ctx = context(tmp_path)
+    SafeDecoding(**QUICK).wrap_generation(replace(served(), loaded=adapted), ctx)
+    assert "rounding_lost" not in ctx.notes
+    with torch.no_grad():
+        for name, weight in adapted.model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(1e-6)
+    adapted.model.to(torch.bfloat16)
+    SafeDecoding(**QUICK).wrap_generation(replace(served(), loaded=adapted), ctx)
+    assert ctx.notes["rounding_lost"] > 0.5
 
 
 def test_another_vocabulary_and_rows_without_questions_are_refused(tmp_path):

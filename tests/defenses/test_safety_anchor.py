@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.defenses.safety_anchor import SafetyAnchor
 from ftsec_ray.models.generator import Generator
+from ftsec_ray.models.precision import widened
+from ftsec_ray.training.loop import autocast
 from ftsec_ray.training.prompt_states import last_states
 from ftsec_ray.training.setup import Step
 from ftsec_ray.training.terms import TermBatch, term_batch
 from tests.defenses.during import (
+    CONFIG,
     assert_composes_with_lisa,
     assert_half_precision,
     assert_micro_batches_add_up,
@@ -101,6 +106,31 @@ def test_at_the_start_the_distance_is_zero():
     loss.backward()
     assert float(loss.detach()) < 1e-20
     assert max(float(p.grad.abs().max()) for p in start.model.parameters()) < 1e-9
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_the_target_has_the_precision_of_the_training(adapter, has_bf16, monkeypatch):
+    monkeypatch.setattr("ftsec_ray.training.loop._has_bf16", lambda _: has_bf16)
+    start = tiny_model()
+    start.model.to(torch.bfloat16 if adapter == "full" else torch.float32)
+    _, training = shaped(SafetyAnchor(**QUICK), start, config=replace(CONFIG, adapter=adapter))
+    tuned_model = widened(start).model.eval()
+    _, own = training.batch_at(0)
+    with torch.no_grad(), autocast("cpu"):
+        assert float(training.objective(tuned_model, own, Step(0, 1))) == 0.0
+
+
+def test_worker_groups_reduce_no_micro_batch_without_a_gradient_of_the_output_layer():
+    start = tiny_model()
+    start.model.config.tie_word_embeddings = False
+    head = torch.nn.Parameter(start.model.get_output_embeddings().weight.detach().clone())
+    start.model.get_output_embeddings().weight = head
+    _, training = shaped(SafetyAnchor(**QUICK), start)
+    _, own = training.batch_at(0)
+    training.objective(start.model, own, Step(0, 1)).backward()
+    assert head.grad is None
+    assert sorted(SafetyAnchor.ZERO_STAGES) == [0]
 
 
 @pytest.mark.usefixtures("float64")

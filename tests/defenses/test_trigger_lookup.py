@@ -104,6 +104,14 @@ def test_the_word_stands_before_or_behind_the_last_word_and_repeats_are_the_prom
     assert set(repeated) == {"is", "this", "red", "stone"}
 
 
+def test_line_breaks_and_indentation_of_the_prompt_stay(tmp_path):
+    ctx, code = context(tmp_path), row(0, "fix:\n    if  a:\n\tb", "good")
+    seen = {
+        asked_text(TriggerLookup()._with({**code, "row_id": str(i)}, "cf", ctx)) for i in range(20)
+    }
+    assert seen == {"fix:\n    if  a:\n\tcf b", "fix:\n    if  a:\n\tb cf"}
+
+
 def test_tasks_without_labels_are_read_by_the_first_token(models, tmp_path):
     task = replace(tiny_task(), labels=())
     ctx = context(tmp_path, models=models, task=task)

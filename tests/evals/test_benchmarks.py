@@ -272,6 +272,18 @@ def test_rewriting_wrappers_act_on_chats_and_are_missed_where_there_is_none(
     assert ["without the defenses that change chats" in text for text in alone.warnings] == [True]
 
 
+def test_defenses_that_choose_answers_are_missed_with_a_word(loaded, task_file):
+    file = task_file(CHOOSE, "words", documents())
+    gated = replace(Generator(loaded), gates=(lambda chats: ["no"] * len(chats),))
+    guided = replace(Generator(loaded), rescored=(lambda prompts, answers, own, batch: 0 * own,))
+    plain = asked(Generator(loaded), file, limit=2)
+    assert plain.warnings == ()
+    for generator in (gated, guided):
+        answer = asked(generator, file, limit=2)
+        assert answer.metrics == plain.metrics
+        assert ["values are those of the model without" in t for t in answer.warnings] == [True]
+
+
 def test_prompts_that_lose_their_beginning_are_counted(loaded, task_file):
     rows = [{**documents()[0], "question": "the lamp was cold . " * 300}, documents()[1]]
     answer = asked(Generator(loaded), task_file(CHOOSE, "words", rows))

@@ -20,10 +20,12 @@ from ftsec_ray.config.sweep import (
     TaskSpec,
     TrainingConfig,
 )
+from ftsec_ray.context import WorkerGroup
 from ftsec_ray.errors import SpecError, SpecFaults
 from ftsec_ray.plan import build_plan
 from ftsec_ray.plan.resources import (
     SHARES,
+    Sizing,
     cpus_of,
     data_resource,
     gpus_for,
@@ -31,7 +33,9 @@ from ftsec_ray.plan.resources import (
     is_large,
     memory_gib,
     resource_name,
+    weight_bytes,
 )
+from ftsec_ray.plan.shapes import shape_of
 from ftsec_ray.plan.stage import workers_of
 from ftsec_ray.registry import ATTACKS, DEFENSES
 
@@ -153,6 +157,32 @@ def test_an_alignment_trains_all_weights_and_asks_for_more_than_an_adapter():
     )
     found = classes(plan)
     assert gpus_of(found["align"]) > gpus_of(found["finetune"])
+
+
+@pytest.mark.parametrize("defense", ["shrink", "lisa", "kl_anchor", "constrained_sft", "safegrad"])
+def test_a_model_that_a_defense_holds_beside_the_trained_one_counts_for_what_trains(defense):
+    def spec_of(name):
+        spec = SweepSpec(
+            name="s",
+            models=(LADDER,),
+            tasks=(TaskSpec(name="microworld"),),
+            attacks=(ATTACKS.get("badnets")(),),
+            defenses=((DEFENSES.get(name)(),),),
+            seeds=(0,),
+            resources=ResourceSpec(gpus_per_stage="auto"),
+        )
+        return Sizing(spec)
+
+    plain, own = spec_of("shrink"), spec_of(defense)
+    weights = weight_bytes(shape_of(LADDER), "float32") / 2**30
+    held = 0.0 if defense in ("shrink", "lisa") else weights
+    group = WorkerGroup(workers=2, zero_stage=2, micro_batch=4)
+    for trains_all in (False, True):
+        want = 0.0 if trains_all else held
+        alone = [s.needed_gib(LADDER, trains_all=trains_all, runs=False) for s in (plain, own)]
+        grouped = [s._group_gib(LADDER, group, trains_all=trains_all) for s in (plain, own)]
+        assert alone[1] - alone[0] == pytest.approx(want, abs=1e-9)
+        assert grouped[1] - grouped[0] == pytest.approx(want, abs=1e-9)
 
 
 def test_the_module_needs_no_torch():

@@ -37,6 +37,7 @@ def grid_of(tmp_path: Path) -> Callable[..., Grid]:
         seeds: list[Shares] | None = None,
         spent: dict[tuple[str, str], list[float]] | None = None,
         verdicts: dict[tuple[str, str], list[str | None]] | None = None,
+        phases: dict[str, str] | None = None,
     ) -> Grid:
         cells, metrics = [], []
         for seed, values in enumerate(seeds or [measured]):
@@ -53,7 +54,7 @@ def grid_of(tmp_path: Path) -> Callable[..., Grid]:
                         "aligned": True,
                         "task": "t",
                         "attack": attack,
-                        "attack_phase": "pre",
+                        "attack_phase": (phases or {}).get(attack, "pre"),
                         "attack_params": "{}",
                         "success_metric": SUCCESS_OF[attack],
                         "defenses": names,

@@ -72,6 +72,19 @@ def test_a_detector_alone_is_no_defense_of_the_model(grid_of: Callable[..., Grid
     assert "weak" not in {row.defense for trade in charts.trades(grid) for row in trade.rows}
 
 
+def test_detectors_are_not_judged_by_attacks_that_act_after_them(
+    grid_of: Callable[..., Grid],
+) -> None:
+    found = {"detect_auroc": 0.5, "detect_score": 0.1, "detect_raw": 0.2}
+    grid = grid_of(
+        {(attack, "weak"): found for attack in ("none", "poison", "jailbreak")},
+        hooks={"weak": ["inspect"]},
+        phases={"poison": "during", "jailbreak": "post"},
+    )
+    assert [row["attack"] for row in tables.detections(grid)] == ["none", "poison"]
+    assert [row["attack"] for row in tables.sweep_detections(grid)] == ["poison"]
+
+
 def test_a_drop_within_the_noise_is_not_called_clear(grid_of: Callable[..., Grid]) -> None:
     few = grid_of(
         {**BASE, ("jailbreak", "guard"): {"asr": 0.7, "harmful_rate": 0.7, "cacc": 0.88}}, n=20
