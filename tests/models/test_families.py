@@ -518,8 +518,8 @@ def test_vaccine_shifts_every_attention_by_its_share_of_rho(family):
     batch = _padded(ENCODED, 0, 1.0, "cpu")
     (shifts,) = perturbations(model, [batch], response_nll, Step(0, 1), rho=2.0)
     assert len(shifts) == LAYERS
-    assert sum(float(s.square().sum()) for s in shifts) == pytest.approx(4.0, rel=1e-4)
-    assert all(float(s.norm()) > 0 for s in shifts)
+    assert sum(float(s.square().sum()) for s in shifts.values()) == pytest.approx(4.0, rel=1e-4)
+    assert all(float(s.norm()) > 0 for s in shifts.values())
 
 
 @families

@@ -61,12 +61,15 @@ def shape_of(name: str, runtime: Runtime, folder: Path) -> Callable[[Training], 
         context = StageContext(seed=0, task=tiny_task(), runtime=runtime, workdir=folder, load=None)
         return Lisa(align_steps=1, user_steps=3, rho=0.1).shape_training(training, context)
 
-    from ftsec_ray.defenses.vaccine import Vaccine
+    from ftsec_ray.defenses.vaccine import vaccinated
+
+    def vaccine(training: Training) -> Training:
+        return replace(training, backward=vaccinated(training.backward, rho=0.5))
 
     known = {
         "decay": lambda training: replace(training, after_step=(decay,)),
         "cut": lambda training: replace(training, after_step=(cut,)),
-        "vaccine": Vaccine(rho=0.5)._shape,
+        "vaccine": vaccine,
         "lisa": lisa,
         "frozen": lambda training: replace(training, is_trainable=lambda name: "layers.0" in name),
     }

@@ -10,7 +10,7 @@ import torch
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime
 from ftsec_ray.defenses.lisa import Lisa
-from ftsec_ray.defenses.vaccine import Vaccine
+from ftsec_ray.defenses.vaccine import vaccinated
 from ftsec_ray.errors import StageError
 from ftsec_ray.models.load import decoder_layers
 from ftsec_ray.models.lora import attach_lora, lora_modules
@@ -37,7 +37,7 @@ CASES = [
 def shape_of(name):
     """What a method does to the tune."""
     if name == "vaccine":
-        return Vaccine(rho=0.5)._shape
+        return lambda training: replace(training, backward=vaccinated(training.backward, rho=0.5))
     if name == "lisa":
         return lambda training: Lisa(rho=1.0, user_steps=2).shape_training(training, context())
     return None
