@@ -16,7 +16,7 @@ import yaml
 
 from ftsec_ray import api
 from ftsec_ray.data.tasks import TASKS
-from ftsec_ray.registry import ATTACKS, DEFENSES, name_of
+from ftsec_ray.registry import ATTACKS, DEFENSES
 
 SWEEP = Path(__file__).parents[2] / "sweeps" / "paper_1b_4b.yaml"
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -5,8 +5,8 @@ changes weights, and evaluation.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
