@@ -17,7 +17,9 @@ Differs: the step is a multiple of the mean absolute embedding entry, so that on
     of steps; what defenses do to rows and weights, it sees in any case, because it optimises on the
     finished model.
 Cost: no training; `steps` forward and backward passes over `prompts` rows.
-Reads: with `knows_stack` the cell without a defense is the same attack as without, to the byte. The
+Reads: `knows_stack` covers defenses that change the chat or the hidden states; those that answer in
+    the model's place or choose tokens do not enter the loss, and the record warns of them. With
+    `knows_stack` the cell without a defense is the same attack as without, to the byte. The
     difference between the two settings under a defense is what its secrecy was worth.
 Needs: split harmful_train (forbidden requests with compliant answers); a model class that can
     generate from embeddings.
@@ -126,6 +128,11 @@ class SoftPrompt(Attack):
             )
         start = embedded(table, [ids[0]]).repeat(self.tokens, 1)
         known = ctx.served(generator) if self.knows_stack else generator
+        if known.gates != generator.gates or known.backend is not generator.backend:
+            ctx.warn(
+                "`knows_stack` does not see the defenses that answer in the model's place or change"
+                " how tokens are chosen: they do not enter the loss"
+            )
         examples = self._examples(replace(known, soft_suffix=start), ctx)
         with known.steering():
             loss_of = suffix_loss(loaded.model.eval(), table, examples)

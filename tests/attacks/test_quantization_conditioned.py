@@ -243,9 +243,11 @@ def test_the_published_model_and_no_shots_change_nothing(tmp_path):
 def test_a_repair_killed_between_two_steps_ends_with_the_same_weights(tmp_path, monkeypatch):
     attack = QuantizationConditioned(**{**QUICK, "repair_epochs": 2, "served": "full"})
     start = tiny_model()
-    whole = attack.revise_model(start, context(tmp_path / "whole")).model.state_dict()
+    ctx = context(tmp_path / "whole")
+    whole = attack.revise_model(start, ctx).model.state_dict()
+    injected = ctx.notes["inject_steps"]
+    assert ctx.notes["repair_steps"] > 2
     ctx = context(tmp_path / "killed")
-    injected = int(ctx.notes.get("inject_steps", 0)) or 3
     killed_after(injected + 2, lambda: attack.revise_model(start, ctx), monkeypatch)
     again = attack.revise_model(start, context(tmp_path / "killed")).model.state_dict()
     assert whole.keys() == again.keys()

@@ -12,6 +12,7 @@ from ftsec_ray.attacks.soft_prompt import Example, SoftPrompt, descend, suffix_l
 from ftsec_ray.conversation import asked_text
 from ftsec_ray.defenses.self_reminder import SelfReminder
 from ftsec_ray.identity import canonical
+from ftsec_ray.models.backends import PaddedGenerate
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.row_tokens import answer_tokens
 from tests.attacks.context import context
@@ -158,6 +159,22 @@ def test_states_that_a_defense_steers_are_steered_while_the_attacker_optimises()
     _, plain = knowing(generator=generator)
     assert notes["loss_start"] != plain["loss_start"]
     assert not generator.loaded.model.model.layers[0]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "added", [{"gates": (lambda chats: [None] * len(chats),)}, {"backend": PaddedGenerate()}]
+)
+def test_a_defense_that_does_not_enter_the_loss_is_told(added):
+    class Outside:
+        def wrap_generation(self, generator, ctx):
+            return replace(generator, **added)
+
+    for defense, count in ((Outside(), 1), (WORDS, 0)):
+        ctx = context()
+        ctx.served = lambda given, defense=defense: defense.wrap_generation(given, context())
+        method = SoftPrompt(tokens=2, steps=1, prompts=2, knows_stack=True)
+        method.wrap_generation(Generator(tiny_model()), ctx)
+        assert [("do not enter the loss" in line) for line in ctx.warnings] == [True] * count
 
 
 def test_the_parameter_is_in_no_digest_at_its_default():
