@@ -34,8 +34,10 @@ CONTENT = ("content", "text")
 """Keys of a message, or of a part of one, that hold its words."""
 OTHERS = ("role", "type", "name")
 """Keys of a message, or of a part of one, that hold no words."""
-SEARCHES = ("startswith", "endswith", "find", "rfind", "index", "count", "replace", "split")
-SEARCHES += ("rsplit", "partition", "rpartition")
+SEARCHES = (
+    *("startswith", "endswith", "find", "rfind", "index", "count"),
+    *("replace", "split", "rsplit", "partition", "rpartition"),
+)
 """Methods of a text that look for another."""
 _MARKS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 """Marks of trained answers, which plain Jinja does not know."""
