@@ -34,14 +34,8 @@ CONTENT = ("content", "text")
 """Keys of a message, or of a part of one, that hold its words."""
 OTHERS = ("role", "type", "name")
 """Keys of a message, or of a part of one, that hold no words."""
-<<<<<<< HEAD
 SEARCHES = frozenset(
     "startswith endswith find rfind index count replace split rsplit partition rpartition".split()
-=======
-SEARCHES = (
-    *("startswith", "endswith", "find", "rfind", "index", "count"),
-    *("replace", "split", "rsplit", "partition", "rpartition"),
->>>>>>> 7bc981956e652ac9f3bf6f22843d16c20db9a1fe
 )
 """Methods of a text that look for another."""
 _MARKS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
