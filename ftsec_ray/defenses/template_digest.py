@@ -35,7 +35,7 @@ CONTENT = ("content", "text")
 OTHERS = ("role", "type", "name")
 """Keys of a message, or of a part of one, that hold no words."""
 SEARCHES = frozenset(
-    "startswith endswith find rfind index count replace split rsplit partition rpartition".split()
+    ["startswith", "endswith", "find", "rfind", "index", "count", "replace", "split", "rsplit", "partition", "rpartition"]
 )
 """Methods of a text that look for another."""
 _MARKS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
