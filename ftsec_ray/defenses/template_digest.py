@@ -34,8 +34,9 @@ CONTENT = ("content", "text")
 """Keys of a message, or of a part of one, that hold its words."""
 OTHERS = ("role", "type", "name")
 """Keys of a message, or of a part of one, that hold no words."""
-SEARCHES = frozenset(
-    ["startswith", "endswith", "find", "rfind", "index", "count", "replace", "split", "rsplit", "partition", "rpartition"]
+SEARCHES = (
+    *("startswith", "endswith", "find", "rfind", "index", "count"),
+    *("replace", "split", "rsplit", "partition", "rpartition"),
 )
 """Methods of a text that look for another."""
 _MARKS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
