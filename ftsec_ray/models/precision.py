@@ -73,6 +73,23 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(own)
 
 
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block no weight asks for a gradient; then each has its own setting back.
+
+    torch multiplies by another kernel if a weight asks for one, even where none is recorded: a
+    model that is loaded would answer with other last bits than the same model just made.
+    """
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad = True
+
+
 def as_asked(loaded: LoadedModel) -> LoadedModel:
     """The model for evaluation. An adapter on float32 weights is merged once instead of being
     applied at every token; on weights of fewer bits it stays separate, because rounding would

@@ -54,7 +54,7 @@ def run(job: Job) -> Extra:
     from ftsec_ray.models.backends import BACKENDS, unused_settings
     from ftsec_ray.models.chat_format import chat_format, served, template_hash
     from ftsec_ray.models.generator import Generator, in_words
-    from ftsec_ray.models.precision import as_asked, asked_notes
+    from ftsec_ray.models.precision import as_asked, asked_notes, without_gradients
     from ftsec_ray.plan.decode import generation_of
 
     context = job.context()
@@ -66,14 +66,15 @@ def run(job: Job) -> Extra:
     probes = default_probes(context.task, config)
     methods = job.methods()
     context.served = partial(_defended, methods, context)
-    for method in methods:
-        if hasattr(method, "wrap_generation"):
-            generator = method.wrap_generation(generator, context)
-        if hasattr(method, "probes"):
-            probes += method.probes(context.task, context)
-    answers = ask(
-        generator, context.task, probes, config, runtime=context.runtime, seed=context.seed
-    )
+    with without_gradients(generator.loaded.model):
+        for method in methods:
+            if hasattr(method, "wrap_generation"):
+                generator = method.wrap_generation(generator, context)
+            if hasattr(method, "probes"):
+                probes += method.probes(context.task, context)
+        answers = ask(
+            generator, context.task, probes, config, runtime=context.runtime, seed=context.seed
+        )
     write_answers(answers, job.out)
     tokenizer = generator.loaded.tokenizer
     notes = {

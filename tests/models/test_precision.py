@@ -43,7 +43,14 @@ from ftsec_ray.models.families import REASONS, lacking
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.load import bare, copy_model, folded, load_model, merged, save_model
 from ftsec_ray.models.lora import attach_lora, lora_modules
-from ftsec_ray.models.precision import as_asked, in_float32, tell_rounding, weights_dtype, widened
+from ftsec_ray.models.precision import (
+    as_asked,
+    in_float32,
+    tell_rounding,
+    weights_dtype,
+    widened,
+    without_gradients,
+)
 from ftsec_ray.models.structure import missing
 from ftsec_ray.models.update import whole_weights
 from ftsec_ray.registry import ATTACKS, DEFENSES, name_of
@@ -226,6 +233,24 @@ def test_folding_adds_in_float32_and_says_what_rounding_lost(family):
         squares[1] += float(delta.double().square().sum())
     assert lost == pytest.approx(math.sqrt(squares[0] / squares[1]), rel=1e-3)
     assert folded(tuned(family_model(family)))[1] is None
+
+
+def test_whether_weights_ask_for_gradients_is_put_aside_and_given_back_after_an_error():
+    model = family_model("llama").model
+    chosen = list(model.parameters())[::2]
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    assert len(set(before)) == 2
+
+    def fail_within():
+        with without_gradients(model):
+            assert not any(parameter.requires_grad for parameter in model.parameters())
+            raise ValueError("within")
+
+    with pytest.raises(ValueError, match="within"):
+        fail_within()
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
 # methods
