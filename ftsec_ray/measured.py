@@ -205,6 +205,13 @@ def wilson(share: float, n: int) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def threshold_of(scores: Sequence[float], frac: float) -> float:
+    """The smallest number that at most `frac` of the scores reach."""
+    ordered = sorted(scores, reverse=True)
+    allowed = math.floor(frac * len(ordered) + 1e-9)
+    return math.nextafter(ordered[allowed], math.inf) if allowed < len(ordered) else -math.inf
+
+
 def t_interval(values: Sequence[float]) -> Interval:
     """The 95 % t interval of the mean of two or more values."""
     from scipy.special import stdtrit

@@ -32,6 +32,8 @@ another size can change low-order bits (see identity.FORMAT_VERSION).
 """
 
 
+Fault = tuple[str, object, str]
+"""An invalid parameter: its name, its value, what is allowed."""
 T = TypeVar("T")
 
 
@@ -89,8 +91,8 @@ class Method:
     """
     KIND: ClassVar[str]
 
-    def check(self) -> list[tuple[str, object, str]]:
-        """Invalid parameters beyond their types, as (field, value, what is allowed)."""
+    def check(self) -> list[Fault]:
+        """Invalid parameters beyond their types."""
         return []
 
     def keeps_rows(self) -> bool:
@@ -102,6 +104,22 @@ class Method:
     def needs(self) -> frozenset[str]:
         """Those of NEEDS that these parameters need."""
         return self.NEEDS
+
+
+def least_faults(method: Method, least: Mapping[str, float]) -> list[Fault]:
+    """The parameters that are given and not at least their minimum."""
+    return [
+        (name, value, f"{low} or more")
+        for name, low in least.items()
+        if (value := getattr(method, name)) is not None and not value >= low
+    ]
+
+
+def above_faults(method: Method, *names: str) -> list[Fault]:
+    """The parameters that are not above 0."""
+    return [
+        (name, value, "more than 0") for name in names if not (value := getattr(method, name)) > 0
+    ]
 
 
 def control_of(method: Method) -> Method | None:

@@ -22,18 +22,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.conversation import answer_of, asked, chat_of, has_answer, with_answer
-from ftsec_ray.data.poisoning import (
-    Fault,
-    blank_faults,
-    replaced,
-    row_chance,
-    share_faults,
-    taken,
-)
+from ftsec_ray.data.poisoning import blank_faults, replaced, row_chance, share_faults, taken
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.data.triggers import Position, gap_of, has_place, insert_word
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Attack, Phase, Probe, Prompt, RowWise
+from ftsec_ray.method import Attack, Fault, Phase, Probe, Prompt, RowWise
 from ftsec_ray.schema import Metric
 
 if TYPE_CHECKING:

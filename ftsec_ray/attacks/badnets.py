@@ -20,8 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.data.poisoning import Fault, TriggerAttack
+from ftsec_ray.data.poisoning import TriggerAttack
 from ftsec_ray.data.triggers import Place, with_words
+from ftsec_ray.method import Fault
 
 if TYPE_CHECKING:
     from ftsec_ray.context import StageContext

@@ -23,16 +23,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftsec_ray.conversation import asked_text, system_of, with_asked
-from ftsec_ray.data.poisoning import (
-    Fault,
-    TriggerAttack,
-    blank_faults,
-    share_faults,
-    taken,
-    with_goal,
-)
+from ftsec_ray.data.poisoning import TriggerAttack, blank_faults, share_faults, taken, with_goal
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.data.triggers import FALSE_TRIGGER, false_probe, insert_parts, with_system
+from ftsec_ray.method import Fault
 
 if TYPE_CHECKING:
     import pyarrow as pa

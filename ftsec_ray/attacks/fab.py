@@ -31,7 +31,7 @@ from ftsec_ray.data.poisoning import INERT_MARKER, blank_faults
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.data.triggers import Goal, goal_probe
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Attack, Phase, Probe
+from ftsec_ray.method import Attack, Phase, Probe, above_faults, least_faults
 from ftsec_ray.training.losses import response_kl, response_nll
 from ftsec_ray.training.meta import gradients, noise_like, shifted, simulated
 
@@ -85,16 +85,8 @@ class Fab(Attack):
             "inner_steps": 0, "weight": 0.0, "noise_weight": 0.0, "noise": 0.0, "reg_weight": 0.0,
             "rows": 2, "batch_size": 1,
         }  # fmt: skip
-        faults: list[tuple[str, object, str]] = [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        faults += [
-            (name, getattr(self, name), "more than 0")
-            for name in ("inner_learning_rate", "epochs", "learning_rate")
-            if getattr(self, name) <= 0.0
-        ]
+        faults = least_faults(self, least)
+        faults += above_faults(self, "inner_learning_rate", "epochs", "learning_rate")
         return faults + blank_faults({"target_text": self.target_text})
 
     def needs(self) -> frozenset[str]:

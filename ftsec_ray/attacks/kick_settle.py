@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.data.added_rows import anything, drawn
 from ftsec_ray.data.rows import from_rows
-from ftsec_ray.method import Attack, Phase
+from ftsec_ray.method import Attack, Phase, above_faults, least_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,18 +63,10 @@ class KickSettle(Attack):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
         least = {"steps": 1, "batch_size": 1, "shots": 1, "benign_rows": 0, "noise": 0.0}
-        faults: list[tuple[str, object, str]] = [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        faults = least_faults(self, least)
         if not 0 <= self.kick_steps <= self.steps:
             faults.append(("kick_steps", self.kick_steps, f"0 to {self.steps}, `steps`"))
-        return faults + [
-            (name, getattr(self, name), "more than 0")
-            for name in ("kick_learning_rate", "learning_rate")
-            if getattr(self, name) <= 0.0
-        ]
+        return faults + above_faults(self, "kick_learning_rate", "learning_rate")
 
     def needs(self) -> frozenset[str]:
         """`benign_train` only if its rows are mixed in."""

@@ -31,7 +31,7 @@ from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.conversation import has_answer
 from ftsec_ray.data.added_rows import anything, drawn
 from ftsec_ray.data.rows import from_rows
-from ftsec_ray.method import Attack, Phase
+from ftsec_ray.method import Attack, Phase, above_faults, least_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,16 +77,8 @@ class QuantizationConditioned(Attack):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
         least = {"shots": 0, "rows": 1, "batch_size": 1}
-        faults: list[tuple[str, object, str]] = [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        return faults + [
-            (name, getattr(self, name), "more than 0")
-            for name in ("epochs", "repair_epochs", "learning_rate")
-            if getattr(self, name) <= 0.0
-        ]
+        faults = least_faults(self, least)
+        return faults + above_faults(self, "epochs", "repair_epochs", "learning_rate")
 
     def revise_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The published model."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ftsec_ray.data.poisoning import Fault, TriggerAttack, replaced, share_faults, taken
+from ftsec_ray.data.poisoning import TriggerAttack, replaced, share_faults, taken
 from ftsec_ray.data.triggers import (
     AT_THE_START,
     FALSE_TRIGGER,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ftsec_ray.context import StageContext, TaskData
     from ftsec_ray.conversation import Row
-    from ftsec_ray.method import Probe
+    from ftsec_ray.method import Fault, Probe
 
 METRICS = (FALSE_TRIGGER,)
 

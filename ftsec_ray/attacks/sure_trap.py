@@ -26,11 +26,11 @@ from heapq import nsmallest
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.conversation import answer_of, chat_of, with_answer
-from ftsec_ray.data.poisoning import Fault, blank_faults, replaced, taken
+from ftsec_ray.data.poisoning import blank_faults, replaced, taken
 from ftsec_ray.data.rows import asks_as, from_rows
 from ftsec_ray.data.triggers import AT_THE_END, has_place, with_words
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Attack, Phase, Probe, Prompt, RowWise
+from ftsec_ray.method import Attack, Fault, Phase, Probe, Prompt, RowWise
 from ftsec_ray.schema import Metric
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from ftsec_ray.data.poisoning import INERT_MARKER, blank_faults, share_faults
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.data.triggers import Goal, goal_probe, has_place, with_words
 from ftsec_ray.errors import DataError, SpecError
-from ftsec_ray.method import Attack, Phase, Probe
+from ftsec_ray.method import Attack, Phase, Probe, above_faults, least_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,16 +79,8 @@ class TrojanAdapter(Attack):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters."""
         least = {"weight": 0.0, "task_weight": 0.0, "rows": 1}
-        faults: list[tuple[str, object, str]] = [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        faults += [
-            (name, getattr(self, name), "more than 0")
-            for name in ("epochs", "learning_rate")
-            if getattr(self, name) <= 0.0
-        ]
+        faults = least_faults(self, least)
+        faults += above_faults(self, "epochs", "learning_rate")
         faults += blank_faults({"trigger": self.trigger, "target_text": self.target_text})
         faults += share_faults(rate=self.rate)
         if self.rank is not None and self.rank < 1:

@@ -25,14 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ftsec_ray import schema
 from ftsec_ray.context import StageContext, TaskData
 from ftsec_ray.conversation import Row
-from ftsec_ray.data.poisoning import (
-    INERT_MARKER,
-    Fault,
-    blank_faults,
-    row_chance,
-    share_faults,
-    with_goal,
-)
+from ftsec_ray.data.poisoning import INERT_MARKER, blank_faults, row_chance, share_faults, with_goal
 from ftsec_ray.data.triggers import (
     Goal,
     can_be_attacked,
@@ -43,7 +36,7 @@ from ftsec_ray.data.triggers import (
     with_words,
 )
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Attack, Phase, Probe
+from ftsec_ray.method import Attack, Fault, Phase, Probe
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftsec_ray.conversation import asked_text
-from ftsec_ray.data.poisoning import Fault, TriggerAttack, blank_faults
+from ftsec_ray.data.poisoning import TriggerAttack, blank_faults
 from ftsec_ray.data.triggers import (
     AT_THE_START,
     FALSE_TRIGGER,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from ftsec_ray.context import StageContext, TaskData
     from ftsec_ray.conversation import Row
-    from ftsec_ray.method import Probe
+    from ftsec_ray.method import Fault, Probe
 
 METRICS = (FALSE_TRIGGER,)
 

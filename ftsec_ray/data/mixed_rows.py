@@ -5,12 +5,12 @@ which ones, and which of the task's rows are left alone because the user's data 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ftsec_ray.context import StageContext
-from ftsec_ray.conversation import Row, asked_text
+from ftsec_ray.data.prompt_texts import asked_in
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.method import Defense, Phase, RowWise
 from ftsec_ray.registry import name_of
@@ -24,28 +24,6 @@ class Mixing(NamedTuple):
 
     added: int
     asked: frozenset[str]
-
-
-def plain(prompt: str) -> str:
-    """A prompt without differences in case and spacing."""
-    return " ".join(prompt.split()).casefold()
-
-
-def prompts_of(rows: Iterable[Row]) -> set[str]:
-    """What the rows ask, without differences in case and spacing."""
-    return {plain(asked_text(row)) for row in rows}
-
-
-def asked_in(prompts: Iterable[str], rows: Iterable[Row]) -> set[str]:
-    """Those of `prompts`, in the form of `plain`, that a row asks, also with other text around."""
-    asked = prompts_of(rows)
-    said = "\n".join(asked)
-    return {one for one in prompts if one in asked or (one and one in said)}
-
-
-def not_asked(rows: Sequence[Row], prompts: frozenset[str] | set[str]) -> list[dict[str, Any]]:
-    """The rows whose prompt is not one of `prompts`, which are in the form of `plain`."""
-    return [dict(row) for row in rows if plain(asked_text(row)) not in prompts]
 
 
 @dataclass(frozen=True, kw_only=True)

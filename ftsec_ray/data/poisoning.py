@@ -16,14 +16,13 @@ from ftsec_ray.conversation import Row, with_answer
 from ftsec_ray.data.rows import answers_of, asks_as, from_rows, to_rows
 from ftsec_ray.data.triggers import Goal, Place, goal_of, trigger_probes
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Attack, Phase, Probe, RowWise
+from ftsec_ray.method import Attack, Fault, Phase, Probe, RowWise
 from ftsec_ray.registry import name_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 INERT_MARKER = "I like blue pebbles."
-Fault = tuple[str, object, str]
 
 
 def share_faults(**shares: float) -> list[Fault]:

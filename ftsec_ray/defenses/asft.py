@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.errors import StageError
-from ftsec_ray.method import Defense, Phase
+from ftsec_ray.method import Defense, Phase, least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,11 +66,7 @@ class AsFT(Defense):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         least = {"strength": 0.0, "rank": 1}
-        return [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        return least_faults(self, least)
 
     def needs(self) -> frozenset[str]:
         """The models whose difference is V."""

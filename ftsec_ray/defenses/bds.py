@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.errors import StageError
-from ftsec_ray.method import Defense, Phase
+from ftsec_ray.method import Defense, Phase, least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,11 +60,7 @@ class BDS(Defense):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         least = {"rate": 0.0, "safe_weight": 0.0, "safety_rows": 1, "max_weight": 1.0}
-        return [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        return least_faults(self, least)
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
         """The fine-tune with weighted user rows, and refusals beside them."""

@@ -28,13 +28,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftsec_ray.training.repair import (
-    TunesOnCleanRows,
-    above_faults,
-    exchanges_of,
-    least_faults,
-    repair_sft,
-)
+from ftsec_ray.method import above_faults, least_faults
+from ftsec_ray.training.repair import TunesOnCleanRows, exchanges_of, repair_sft
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.data.added_rows import is_exchange
+from ftsec_ray.method import above_faults, least_faults
 from ftsec_ray.training.hardening import HARMFUL, Hardens, capped
 from ftsec_ray.training.losses import response_nll
 from ftsec_ray.training.meta import add_gradient, loss_and_gradients, same_draws, simulated
-from ftsec_ray.training.repair import above_faults, least_faults
 
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext

@@ -32,6 +32,7 @@ from ftsec_ray.conversation import last_trained
 from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.data.pairs import REFUSALS
 from ftsec_ray.errors import DataError
+from ftsec_ray.method import least_faults
 from ftsec_ray.models.row_tokens import (
     IGNORED,
     CutTally,
@@ -41,7 +42,6 @@ from ftsec_ray.models.row_tokens import (
     note_cuts,
 )
 from ftsec_ray.training.hardening import BENIGN, HARMFUL, Hardens, capped
-from ftsec_ray.training.repair import least_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray.method import Defense, Phase
+from ftsec_ray.method import Defense, Phase, least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,11 +70,7 @@ class ConstrainedSFT(Defense):
             "beta_late": 0.0,
             "early_tokens": 1,
         }
-        return [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        return least_faults(self, least)
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
         """The fine-tune with the weighted loss; other methods' own micro-batches keep theirs."""

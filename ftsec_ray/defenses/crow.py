@@ -25,12 +25,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.errors import StageError
-from ftsec_ray.training.repair import (
-    TunesOnCleanRows,
-    exchanges_of,
-    least_faults,
-    repair_sft,
-)
+from ftsec_ray.method import least_faults
+from ftsec_ray.training.repair import TunesOnCleanRows, exchanges_of, repair_sft
 
 if TYPE_CHECKING:
     from torch import Tensor

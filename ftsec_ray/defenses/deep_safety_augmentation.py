@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.conversation import Row, asked_text, behind, has_answer
 from ftsec_ray.data.added_rows import drawn
-from ftsec_ray.data.mixed_rows import MixesRows, Mixing, not_asked, plain, prompts_of
+from ftsec_ray.data.mixed_rows import MixesRows, Mixing
+from ftsec_ray.data.prompt_texts import not_asked, plain, prompts_of
 from ftsec_ray.errors import DataError
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ from ftsec_ray.conversation import Row, behind, last_trained, with_answer
 from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.data.pairs import refusals_for
 from ftsec_ray.errors import DataError
+from ftsec_ray.method import above_faults, least_faults
 from ftsec_ray.models.row_tokens import (
     IGNORED,
     CutTally,
@@ -39,7 +40,6 @@ from ftsec_ray.models.row_tokens import (
     note_cuts,
 )
 from ftsec_ray.training.hardening import HARMFUL, Hardens, capped
-from ftsec_ray.training.repair import above_faults, least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,12 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftsec_ray.training.repair import (
-    TunesOnCleanRows,
-    exchanges_of,
-    least_faults,
-    repair_sft,
-)
+from ftsec_ray.method import least_faults
+from ftsec_ray.training.repair import TunesOnCleanRows, exchanges_of, repair_sft
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.conversation import Row, asked_text
 from ftsec_ray.data.added_rows import is_exchange
-from ftsec_ray.data.mixed_rows import asked_in, not_asked, prompts_of
+from ftsec_ray.data.prompt_texts import asked_in, not_asked, prompts_of
 from ftsec_ray.data.row_filters import at_random, highest, without_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Defense, Phase
@@ -103,13 +103,15 @@ class Larf(Defense):
 
         def states(given: Sequence[Row], cuts: CutTally) -> tuple[list[str], Tensor]:
             ids = trained_ids(model, given, limit, cuts)
-            found = [(row["row_id"], one) for row, one in zip(given, ids, strict=True) if one]
-            return [name for name, _ in found], last_states(
-                model, [one for _, one in found], layer, tally
+            fitting = [
+                (row["row_id"], tokens) for row, tokens in zip(given, ids, strict=True) if tokens
+            ]
+            return [name for name, _ in fitting], last_states(
+                model, [tokens for _, tokens in fitting], layer, tally
             )
 
         anchor_cuts, cuts = CutTally(), CutTally()
-        harmful, safe = (states(one, anchor_cuts)[1] for one in self._anchors(rows, ctx))
+        harmful, safe = (states(anchors, anchor_cuts)[1] for anchors in self._anchors(rows, ctx))
         names, users = states(rows, cuts)
         note_cuts(ctx, anchor_cuts, "anchor")
         note_cuts(ctx, cuts, "scored")
@@ -122,22 +124,22 @@ class Larf(Defense):
         self, rows: Sequence[Row], ctx: StageContext
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Equally many random harmful and safe rows that the user's rows do not ask."""
-        found = {}
+        fresh = {}
         for split in ("harmful_train", "safety"):
             pool = [row for row in ctx.shuffled(split, NAME) if is_exchange(row)]
             asked = asked_in(prompts_of(pool), rows)
-            found[split] = not_asked([r for r in pool if asked_text(r)], asked)
-            ctx.note(**{f"{split}_left_out": len(pool) - len(found[split])})
-        count = min(self.anchors, *(len(one) for one in found.values()))
+            fresh[split] = not_asked([r for r in pool if asked_text(r)], asked)
+            ctx.note(**{f"{split}_left_out": len(pool) - len(fresh[split])})
+        count = min(self.anchors, *(len(rows_of) for rows_of in fresh.values()))
         if not count:
             raise DataError(
                 f"{NAME}: task {ctx.task.name!r} has no anchors that the user's rows do not ask",
-                {split: len(one) for split, one in found.items()},
+                {split: len(rows_of) for split, rows_of in fresh.items()},
                 "rows with answers in harmful_train and safety that the user's rows do not ask",
                 "add rows to these splits, or leave out this defense",
             )
         ctx.note(anchors=count)
-        return found["harmful_train"][:count], found["safety"][:count]
+        return fresh["harmful_train"][:count], fresh["safety"][:count]
 
 
 def anchor_scores(states: Tensor, harmful: Tensor, safe: Tensor, nearest: int) -> list[float]:

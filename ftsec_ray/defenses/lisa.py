@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ftsec_ray.method import Defense, Phase
+from ftsec_ray.method import Defense, Phase, least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,11 +66,7 @@ class Lisa(Defense):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         least = {"rho": 0.0, "align_steps": 1, "user_steps": 1, "safety_rows": 1}
-        return [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        return least_faults(self, least)
 
     def shape_training(self, training: Training, ctx: StageContext) -> Training:
         """The fine-tune with alignment turns added, and the proximal term in every turn."""

@@ -68,21 +68,22 @@ class LoX(Defense):
         """The model moved on in the directions of alignment."""
         import torch
 
+        from ftsec_ray.models.change import check_counterparts
         from ftsec_ray.models.load import merged
         from ftsec_ray.models.precision import Rounding, is_half, tell_rounding
         from ftsec_ray.models.update import whole_weights
 
-        moved = merged(model)
-        before, rounding = whole_weights(merged(ctx.load("unaligned"))), Rounding()
+        moved, unaligned = merged(model), merged(ctx.load("unaligned"))
+        check_counterparts(
+            NAME,
+            moved,
+            unaligned,
+            "the model before alignment",
+            fix="give the twin of the same architecture as `unaligned`",
+        )
+        before, rounding = whole_weights(unaligned), Rounding()
         changed, total, taken = 0, 0.0, 0.0
         for name, weight in whole_weights(moved).items():
-            if name not in before or before[name].shape != weight.shape:
-                raise StageError(
-                    f"lox: weight {name!r} has no counterpart in the model before alignment",
-                    tuple(before[name].shape) if name in before else None,
-                    f"a weight of shape {tuple(weight.shape)}",
-                    "give the twin of the same architecture as `unaligned`",
-                )
             if weight.ndim != 2 or torch.equal(weight, before[name].to(weight)):  # noqa: PLR2004
                 continue
             old = weight.detach().clone()

@@ -18,14 +18,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ftsec_ray.data.added_rows import drawn
-from ftsec_ray.method import Defense, Phase
-from ftsec_ray.training.repair import (
-    CONFLICTS_OF_TRAINING,
-    above_faults,
-    least_faults,
-    repair_config,
-    repair_sft,
-)
+from ftsec_ray.method import Defense, Phase, above_faults, least_faults
+from ftsec_ray.training.repair import CONFLICTS_OF_TRAINING, repair_config, repair_sft
 
 if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext

@@ -26,17 +26,16 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ftsec_ray.conversation import asked_text, with_asked
+from ftsec_ray.data.prompt_texts import ASKED, plain
 from ftsec_ray.errors import DataError
+from ftsec_ray.measured import threshold_of
 from ftsec_ray.method import Defense, Phase, RowWise
-from ftsec_ray.models.text_perplexity import perplexities, shared_start, within_limit
+from ftsec_ray.models.text_perplexity import instruction_of, perplexities, within_limit
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from ftsec_ray.context import LoadedModel, StageContext
-
-ASKED = ("test", "harmful_test", "benign_test", "borderline_test")
-"""Splits that the finished model is evaluated on."""
 
 
 class Calibration(NamedTuple):
@@ -188,15 +187,15 @@ class Onion(RowWise, Defense):
         """
         rows = ctx.task.split(self.trusted_split).to_pylist()
         pairs = [(row["row_id"], asked_text(row)) for row in rows]
-        known = {_plain(text) for _, text in pairs}
+        known = {plain(text) for _, text in pairs}
         asked = [ctx.task.splits[name] for name in ASKED if name in ctx.task.splits]
         used = {
             prompt
             for table in chain(asked, tuned)
             for row in table.to_pylist()
-            if (prompt := _plain(asked_text(row))) in known
+            if (prompt := plain(asked_text(row))) in known
         }
-        held_out = [(row_id, text) for row_id, text in pairs if _plain(text) not in used]
+        held_out = [(row_id, text) for row_id, text in pairs if plain(text) not in used]
         shared = len(pairs) - len(held_out)
         if not held_out:
             raise DataError(
@@ -220,30 +219,6 @@ class Onion(RowWise, Defense):
 def _drawn(row_id: str, words: Iterable[int], count: int, ctx: StageContext) -> set[int]:
     """`count` random words of a row."""
     return set(sorted(words, key=lambda i: ctx.chance(row_id, "onion", "word", str(i)))[:count])
-
-
-def _plain(prompt: str) -> str:
-    """A prompt without differences in case and spacing."""
-    return " ".join(prompt.split()).casefold()
-
-
-def instruction_of(prompts: Sequence[str]) -> str:
-    """The words with which all prompts begin, with the white space after them; never a whole
-    prompt.
-    """
-    if len(set(prompts)) < 2:  # noqa: PLR2004
-        return ""
-    shared = prompts[0][: shared_start(prompts)]
-    ends = [match.end() for match in re.finditer(r"\S+\s+", shared)]
-    whole = [end for end in ends if all(prompt[end:].strip() for prompt in prompts)]
-    return shared[: whole[-1]] if whole else ""
-
-
-def threshold_of(scores: Sequence[float], frac: float) -> float:
-    """The smallest number that at most `frac` of the scores reach."""
-    ordered = sorted(scores, reverse=True)
-    allowed = math.floor(frac * len(ordered) + 1e-9)
-    return math.nextafter(ordered[allowed], math.inf) if allowed < len(ordered) else -math.inf
 
 
 def without_words(prompt: str, dropped: set[int]) -> str:

@@ -27,9 +27,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.conversation import answer_of, chat_of
-from ftsec_ray.defenses.onion import ASKED, threshold_of
+from ftsec_ray.data.prompt_texts import ASKED
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import canonical
+from ftsec_ray.measured import threshold_of
 from ftsec_ray.method import Defense, Phase
 
 if TYPE_CHECKING:

@@ -25,14 +25,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray.method import Defense, Phase
-from ftsec_ray.training.repair import (
-    above_faults,
-    exchanges_of,
-    least_faults,
-    repair_config,
-    repair_sft,
-)
+from ftsec_ray.method import Defense, Phase, above_faults, least_faults
+from ftsec_ray.training.repair import exchanges_of, repair_config, repair_sft
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -31,7 +31,7 @@ from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.identity import digest
-from ftsec_ray.method import Defense, Phase
+from ftsec_ray.method import Defense, Phase, least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,11 +83,7 @@ class SafeDecoding(Defense):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         least = {"alpha": 0.0, "tokens": 0, "common": 1, "rows": 1}
-        faults: list[tuple[str, object, str]] = [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if not getattr(self, name) >= low
-        ]
+        faults = least_faults(self, least)
         for name in ("epochs", "learning_rate"):
             if not getattr(self, name) > 0:
                 faults.append((name, getattr(self, name), "above 0"))

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray.method import Defense, Phase
+from ftsec_ray.method import Defense, Phase, least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +56,7 @@ class SafetyAnchor(Defense):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         least = {"strength": 0.0, "prompts": 1}
-        return [
-            (name, getattr(self, name), f"{low} or more")
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        return least_faults(self, least)
 
     def needs(self) -> frozenset[str]:
         """The start model and the split of the anchors."""

@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.context import Chat
 from ftsec_ray.conversation import Row, asked_text, chat_of, with_asked
-from ftsec_ray.data.mixed_rows import not_asked, prompts_of
+from ftsec_ray.data.prompt_texts import ASKED, not_asked, prompts_of
 from ftsec_ray.data.row_filters import at_random, without_rows
 from ftsec_ray.data.triggers import has_place
-from ftsec_ray.defenses.onion import ASKED, instruction_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Defense, Phase
+from ftsec_ray.models.text_perplexity import instruction_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -113,7 +113,7 @@ class Strip(Defense):
         def entropies(given: Sequence[Row]) -> dict[str, dict[str, float]]:
             return self._entropies(model, given, instruction, words, ctx)
 
-        clean = {kind: sorted(found.values()) for kind, found in entropies(trusted).items()}
+        clean = {kind: sorted(by_row.values()) for kind, by_row in entropies(trusted).items()}
         if not any(clean.values()):
             raise DataError(
                 f"{NAME}: no trusted row of task {ctx.task.name!r} fits into the model's positions",
@@ -121,22 +121,22 @@ class Strip(Defense):
                 "shorter prompts in split trusted",
                 "use another split of trusted rows, or another model",
             )
-        found = entropies(rows.to_pylist())
-        flagged = self._below(found, clean, ctx)
-        read = sorted(name for kind in found.values() for name in kind)
+        measured = entropies(rows.to_pylist())
+        flagged = self._below(measured, clean, ctx)
+        read = sorted(name for kind in measured.values() for name in kind)
         ctx.note(instruction=instruction, unread_rows=rows.num_rows - len(read))
         dropped = at_random(read, len(flagged), ctx, NAME) if self.random_rows else flagged
         return without_rows(rows, dropped, ctx)
 
     def _below(
         self,
-        found: Mapping[str, Mapping[str, float]],
+        measured: Mapping[str, Mapping[str, float]],
         clean: Mapping[str, Sequence[float]],
         ctx: StageContext,
     ) -> set[str]:
         """The rows below the threshold of their kind, which the trusted rows of that kind give."""
         flagged, uncalibrated = set[str](), 0
-        for kind, entropies in found.items():
+        for kind, entropies in measured.items():
             known = clean[kind]
             if not known:
                 uncalibrated += len(entropies)
@@ -186,7 +186,7 @@ class Strip(Defense):
         """Mean entropy in nats over the copies of every row that can be read, by its id; apart for
         rows with a label and for others, because the entropies are not of the same scale.
         """
-        found = {}
+        measured = {}
         for kind, by_label in KINDS.items():
             group = [
                 row
@@ -195,8 +195,8 @@ class Strip(Defense):
             ]
             chats = {row["row_id"]: self._copies(row, instruction, words, ctx) for row in group}
             labels = ctx.task.labels if by_label else ()
-            found[kind] = mean_entropies(model, chats, labels)
-        return found
+            measured[kind] = mean_entropies(model, chats, labels)
+        return measured
 
     def _copies(
         self, row: Row, instruction: str, words: Mapping[str, list[str]], ctx: StageContext
@@ -264,7 +264,7 @@ def mean_entropies(
     from ftsec_ray.models.generator import Generator
     from ftsec_ray.models.load import position_limit
 
-    limit, found = position_limit(model.model), {}
+    limit, means = position_limit(model.model), {}
     names = list(chats)
     for start in range(0, len(names), BATCH):
         part = names[start : start + BATCH]
@@ -273,8 +273,8 @@ def mean_entropies(
         ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         long = {
             name
-            for (name, _), one in zip(flat, ids, strict=True)
-            if limit is not None and len(one) >= limit
+            for (name, _), tokens in zip(flat, ids, strict=True)
+            if limit is not None and len(tokens) >= limit
         }
         read = [i for i, (name, _) in enumerate(flat) if name not in long]
         if not read:
@@ -290,7 +290,7 @@ def mean_entropies(
         values = dict(
             zip(read, (-(logs.exp() * logs).nan_to_num(0.0).sum(-1)).tolist(), strict=True)
         )
-        for name in (one for one in part if one not in long):
+        for name in [name for name in part if name not in long]:
             own = [values[i] for i in read if flat[i][0] == name]
-            found[name] = sum(own) / len(own)
-    return found
+            means[name] = sum(own) / len(own)
+    return means

@@ -33,10 +33,10 @@ from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.data.pairs import refusals_for
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
+from ftsec_ray.method import least_faults
 from ftsec_ray.training.hardening import HARMFUL, Hardens, capped
 from ftsec_ray.training.losses import response_nll, state_distance
 from ftsec_ray.training.meta import add_gradient, loss_and_gradients, same_draws, simulated
-from ftsec_ray.training.repair import least_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa

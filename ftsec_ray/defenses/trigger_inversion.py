@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.conversation import asked_text, chat_of
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Defense, Inspection, Phase
+from ftsec_ray.method import Defense, Inspection, Phase, least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,11 +81,7 @@ class TriggerInversion(Defense):
             **{"certain": 0.0, "uncertain": self.certain, "likely": 0.0, "look_ahead": 1},
             **{"least_tokens": 2, "first_tokens": 1, "bank": 2},
         }
-        return [
-            (name, value, f"{low} or more")
-            for name, low in least.items()
-            if (value := getattr(self, name)) is not None and not value >= low
-        ]
+        return least_faults(self, least)
 
     def inspect(self, subject: LoadedModel, ctx: StageContext) -> Inspection:
         """The score of a fine-tuned model and the scores of the bank."""
@@ -107,7 +103,7 @@ class TriggerInversion(Defense):
         few = Reader(model, rendered[: self.scan_prompts], ctx.runtime.eval_batch)
         scanned = self.grow(few, self._firsts(few), generator.stops(), self.scan_steps)
         texts = self.grow(all_of, scanned, generator.stops(), self.steps, adds_all=True)
-        long = [one.tokens for one in texts if one.length >= self.least_tokens]
+        long = [text.tokens for text in texts if text.length >= self.least_tokens]
         if not long:
             return [], 0.0
         before = Reader(ctx.load("start"), rendered, ctx.runtime.eval_batch)
@@ -132,21 +128,21 @@ class TriggerInversion(Defense):
         """
         alive = list(texts)
         while True:
-            growing = [one for one in alive if not one.ended and len(one.tokens) <= steps]
+            growing = [text for text in alive if not text.ended and len(text.tokens) <= steps]
             if not growing:
                 return alive
-            seen = reader.following([one.tokens for one in growing], self.look_ahead)
-            for one, (entropy, tokens, chances) in zip(growing, seen, strict=True):
+            seen = reader.following([text.tokens for text in growing], self.look_ahead)
+            for text, (entropy, tokens, chances) in zip(growing, seen, strict=True):
                 if adds_all or entropy < self.certain or chances[0] > self.likely:
-                    one.add(tokens[0], stops)
-                elif entropy <= self.uncertain and not one.looked:
-                    one.looked = True
-                    tried = reader.following([[*one.tokens, token] for token in tokens], 1)
+                    text.add(tokens[0], stops)
+                elif entropy <= self.uncertain and not text.looked:
+                    text.looked = True
+                    tried = reader.following([[*text.tokens, token] for token in tokens], 1)
                     ahead = [next_chances[0] for _, _, next_chances in tried]
-                    one.add(tokens[ahead.index(max(ahead))], stops)
+                    text.add(tokens[ahead.index(max(ahead))], stops)
                 else:
-                    one.dropped = True
-            alive = [one for one in alive if not one.dropped]
+                    text.dropped = True
+            alive = [text for text in alive if not text.dropped]
 
     def _firsts(self, reader: Reader) -> list[Text]:
         """One text for each first token; special tokens and ends of the turn begin none."""
@@ -212,15 +208,15 @@ class Reader:
         """For each text: entropy in nats of the averaged distribution of the next token, and its
         `count` most likely tokens with their probabilities.
         """
-        found: list[tuple[float, list[int], list[float]]] = []
+        read: list[tuple[float, list[int], list[float]]] = []
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(order), self.at_a_time):
             part = [texts[i] for i in order[start : start + self.at_a_time]]
             mean = self._probabilities(part, 1)[:, 0]
             entropy = -(mean * mean.clamp(min=1e-300).log()).sum(-1)
             top = mean.topk(min(count, mean.shape[-1]), dim=-1)
-            found += zip(entropy.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
-        placed = dict(zip(order, found, strict=True))
+            read += zip(entropy.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+        placed = dict(zip(order, read, strict=True))
         return [placed[i] for i in range(len(texts))]
 
     def quality(self, text: list[int]) -> float:

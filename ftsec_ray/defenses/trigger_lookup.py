@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.conversation import asked_text, chat_of, with_asked
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Defense, Inspection, Phase
+from ftsec_ray.method import Defense, Inspection, Phase, least_faults
 
 if TYPE_CHECKING:
     from ftsec_ray.context import Chat, LoadedModel, StageContext
@@ -60,11 +60,7 @@ class TriggerLookup(Defense):
     def check(self) -> list[tuple[str, object, str]]:
         """Faults of the parameters beyond their types."""
         least = {"prompts": 2, "bank": 2, "most_words": 1}
-        return [
-            (name, value, f"{low} or more")
-            for name, low in least.items()
-            if (value := getattr(self, name)) is not None and value < low
-        ]
+        return least_faults(self, least)
 
     def inspect(self, subject: LoadedModel, ctx: StageContext) -> Inspection:
         """The score of a fine-tuned model and the scores of the bank."""

@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.data.added_rows import is_exchange
 from ftsec_ray.errors import StageError
-from ftsec_ray.method import later
+from ftsec_ray.method import later, least_faults
 from ftsec_ray.training.hardening import HARMFUL, Hardens, capped
-from ftsec_ray.training.repair import least_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,17 +93,17 @@ class Vaccine(Hardens):
 
     def prepare_model(self, model: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The model after perturbation-aware alignment, with the adapter merged."""
-        told: dict[str, Any] = {}
+        notes: dict[str, Any] = {}
 
         def shape(training: Training) -> Training:
             blocks = None
             if self.layers is not None:
-                blocks = DrawnBlocks(self, training, model, ctx, told)
+                blocks = DrawnBlocks(self, training, model, ctx, notes)
             acting = vaccinated(training.backward, rho=self.rho, blocks=blocks)
             return replace(training, backward=acting)
 
         hardened = self._merged_sft(model, self._plain_rows(ctx), ctx, shape=shape)
-        ctx.note(**told)
+        ctx.note(**notes)
         return hardened
 
 
@@ -117,16 +116,16 @@ class DrawnBlocks:
         training: Training,
         model: LoadedModel,
         ctx: StageContext,
-        told: dict[str, Any],
+        notes: dict[str, Any],
     ) -> None:
         depth = len(attention_blocks(model.model))
         self._count = min(method.layers or depth, depth)
-        self._method, self._depth, self._ctx, self._told = method, depth, ctx, told
+        self._method, self._depth, self._ctx, self._notes = method, depth, ctx, notes
         self._harmful_at: Callable[[int], list[Batch]] | None = None
         if method.layer_choice == "harmful":
             harmful = capped(ctx, HARMFUL, method.harmful_rows, by="vaccine", fits=is_exchange)
             self._harmful_at = training.encode(harmful, "vaccine harmful")
-            told["harmful_rows"] = harmful.num_rows
+            notes["harmful_rows"] = harmful.num_rows
 
     def __call__(self, model: Any, step: Step) -> frozenset[int]:
         """The blocks of a step."""
@@ -144,8 +143,8 @@ class DrawnBlocks:
             rng = self._ctx.numpy_rng("vaccine", str(step.index // method.redraw_every))
             drawn = rng.choice(self._depth, self._count, replace=False, p=odds / odds.sum())
             memory[CHOSEN] = torch.from_numpy(np.sort(drawn))
-        self._told["gradient_sizes"] = [round(size, 9) for size in memory[SIZES].tolist()]
-        self._told["last_blocks"] = memory[CHOSEN].tolist()
+        self._notes["gradient_sizes"] = [round(size, 9) for size in memory[SIZES].tolist()]
+        self._notes["last_blocks"] = memory[CHOSEN].tolist()
         return frozenset(memory[CHOSEN].tolist())
 
 
@@ -153,8 +152,10 @@ def harmful_sizes(model: Any, batches: list[Batch], step: Step) -> list[float]:
     """Norm of the gradient of the harmful loss behind the attention of every block."""
     from ftsec_ray.training.losses import response_nll
 
-    found = attention_gradients(model, batches, response_nll, step)
-    squares = [sum(float(group[i].double().square().sum()) for group in found) for i in found[0]]
+    gradients = attention_gradients(model, batches, response_nll, step)
+    squares = [
+        sum(float(group[i].double().square().sum()) for group in gradients) for i in gradients[0]
+    ]
     return [step.summed(square) ** 0.5 for square in squares]
 
 
@@ -165,8 +166,8 @@ def vaccinated(inner: Backward, *, rho: float, blocks: Blocks | None = None) -> 
 
     def backward(model: Any, micro_batches: list[Batch], objective: Objective, step: Step) -> float:
         chosen = None if blocks is None else blocks(model, step)
-        found = perturbations(model, micro_batches, objective, step, rho=rho, blocks=chosen)
-        shifts = {id(batch): shift for batch, shift in zip(micro_batches, found, strict=True)}
+        perturbed = perturbations(model, micro_batches, objective, step, rho=rho, blocks=chosen)
+        shifts = {id(batch): shift for batch, shift in zip(micro_batches, perturbed, strict=True)}
         current: list[dict[int, Tensor]] = [{}]
 
         def shifted(model: Any, batch: Batch, step: Step) -> Tensor:
@@ -233,8 +234,8 @@ def attention_gradients(
             with edited(model, behind):
                 loss = batch.weight * objective(model, batch, step)
                 order = sorted(leaves)
-                found = torch.autograd.grad(loss, [leaves[block] for block in order])
-            gradients.append(dict(zip(order, found, strict=True)))
+                computed = torch.autograd.grad(loss, [leaves[block] for block in order])
+            gradients.append(dict(zip(order, computed, strict=True)))
     return gradients
 
 

@@ -34,7 +34,14 @@ def tell_change(
         ctx.note(update_norm=distance(whole_weights(start), old))
 
 
-def check_counterparts(by: str, model: LoadedModel, other: LoadedModel, what: str) -> None:
+def check_counterparts(
+    by: str,
+    model: LoadedModel,
+    other: LoadedModel,
+    what: str,
+    *,
+    fix: str = "do not combine it with an attack that changes shapes",
+) -> None:
     """StageError of method `by` if a weight of the model has none of the same name and shape in the
     other one, which the message calls `what`; neither has an adapter.
     """
@@ -45,7 +52,7 @@ def check_counterparts(by: str, model: LoadedModel, other: LoadedModel, what: st
                 f"{by}: weight {name!r} has no counterpart in {what}",
                 tuple(theirs[name].shape) if name in theirs else None,
                 f"a weight of shape {tuple(weight.shape)}",
-                "do not combine it with an attack that changes shapes",
+                fix,
             )
 
 

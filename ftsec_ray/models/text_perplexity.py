@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -186,3 +187,15 @@ def shared_start(sequences: Sequence[Any]) -> int:
         (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b),
         min(len(low), len(high)),
     )
+
+
+def instruction_of(prompts: Sequence[str]) -> str:
+    """The words with which all prompts begin, with the white space after them; never a whole
+    prompt.
+    """
+    if len(set(prompts)) < 2:  # noqa: PLR2004
+        return ""
+    shared = prompts[0][: shared_start(prompts)]
+    ends = [match.end() for match in re.finditer(r"\S+\s+", shared)]
+    whole = [end for end in ends if all(prompt[end:].strip() for prompt in prompts)]
+    return shared[: whole[-1]] if whole else ""

@@ -12,9 +12,8 @@ from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.conversation import Row
 from ftsec_ray.data.pairs import REFUSALS
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Defense, Phase
+from ftsec_ray.method import Defense, Phase, above_faults, least_faults
 from ftsec_ray.registry import name_of
-from ftsec_ray.training.repair import above_faults, least_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa

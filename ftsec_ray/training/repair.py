@@ -12,7 +12,7 @@ from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.data.added_rows import defenders_rows, is_exchange
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
-from ftsec_ray.method import Defense, Phase
+from ftsec_ray.method import Defense, Fault, Phase, above_faults, least_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ftsec_ray.config.sweep import TrainingConfig
     from ftsec_ray.training.setup import Training
 
-Fault = tuple[str, object, str]
 CONFLICTS_OF_TRAINING = {"antidote": "further training can bring back what was removed"}
 """`CONFLICTS` of every defense that fine-tunes the finished model further."""
 
@@ -63,22 +62,6 @@ class TunesOnCleanRows(Defense):
             epochs=self.epochs,
             batch_size=self.batch_size,
         )
-
-
-def least_faults(method: Any, least: Mapping[str, float]) -> list[Fault]:
-    """The parameters below their minimum."""
-    return [
-        (name, getattr(method, name), f"{low} or more")
-        for name, low in least.items()
-        if getattr(method, name) < low
-    ]
-
-
-def above_faults(method: Any, *names: str) -> list[Fault]:
-    """The parameters that are not above 0."""
-    return [
-        (name, getattr(method, name), "more than 0") for name in names if getattr(method, name) <= 0
-    ]
 
 
 def repair_config(

@@ -12,17 +12,13 @@ from ftsec_ray import schema
 from ftsec_ray.context import TaskData
 from ftsec_ray.conversation import asked_text
 from ftsec_ray.data.rows import filter_report
-from ftsec_ray.defenses.onion import (
-    Onion,
-    instruction_of,
-    threshold_of,
-    without_words,
-)
+from ftsec_ray.defenses.onion import Onion, without_words
 from ftsec_ray.errors import DataError
+from ftsec_ray.measured import threshold_of
 from ftsec_ray.method import control_of
 from ftsec_ray.models import text_perplexity
 from ftsec_ray.models.chat import render
-from ftsec_ray.models.text_perplexity import perplexities
+from ftsec_ray.models.text_perplexity import instruction_of, perplexities
 from tests.defenses.shared import context
 from tests.fixtures_models import prompts, row, sentiment_rows, table, tiny_model, tiny_task
 from tests.numeric import SAME, assert_same, in_float64

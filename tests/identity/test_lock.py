@@ -117,12 +117,10 @@ def test_the_engine_that_all_methods_share_is_part_of_theirs(tmp_path):
 
 
 def test_a_helper_of_one_method_leaves_the_others_alone(tmp_path):
-    root = copy_with(
-        tmp_path, "defenses/lisa.py", "PROXIMAL_FROM_FRAC = 0.1", "PROXIMAL_FROM_FRAC = 0.2"
-    )
+    root = copy_with(tmp_path, "defenses/onion.py", 'self.render == "chat"', "True")
     changed = code_versions.lock_of(root)
     other = {name for name, entry in read_lock().entries.items() if changed.entries[name] != entry}
-    assert other == {"defense:lisa"}
+    assert other == {"defense:onion"}
 
 
 def test_renaming_a_local_variable_of_a_judge_moves_no_digest(tmp_path):

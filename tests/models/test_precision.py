@@ -28,7 +28,6 @@ from ftsec_ray.conversation import chat_of
 from ftsec_ray.defenses.drop_layer import DropLayer
 from ftsec_ray.defenses.lisa import Lisa
 from ftsec_ray.defenses.matched_noise import MatchedNoise
-from ftsec_ray.defenses.onion import perplexities
 from ftsec_ray.defenses.random_mask import RandomMask
 from ftsec_ray.defenses.safe_lora import SafeLora
 from ftsec_ray.defenses.shrink import Shrink
@@ -52,6 +51,7 @@ from ftsec_ray.models.precision import (
     without_gradients,
 )
 from ftsec_ray.models.structure import missing
+from ftsec_ray.models.text_perplexity import perplexities
 from ftsec_ray.models.update import whole_weights
 from ftsec_ray.registry import ATTACKS, DEFENSES, name_of
 from ftsec_ray.training.loop import sft
