@@ -9,6 +9,7 @@ is merged into the original base.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftsec_ray.errors import DataError, EnvironmentFault
@@ -80,12 +81,41 @@ def _int8(weight: Any, in_features: int, out_features: int) -> nn.Module:
 def _nf4(weight: Any, in_features: int, out_features: int) -> nn.Module:
     import bitsandbytes as bnb
 
-    packed = bnb.nn.Linear4bit(
+    packed = _portable_nf4()(
         in_features, out_features, bias=False, compute_dtype=weight.dtype,
         compress_statistics=False, quant_type="nf4", device="meta",
     )  # fmt: skip
+    # On CPUs with AVX-512 BF16, bitsandbytes packs the weights anew for a kernel that computes in
+    # bfloat16; all CPUs take one way here.
+    packed.support_avx512bf16_for_cpu = False
     packed.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=packed
     )
     linear: nn.Module = packed
     return linear
+
+
+@cache
+def _portable_nf4() -> Any:
+    """The 4-bit layer of bitsandbytes, with its weights widened here where a block of weights
+    reaches beyond a row on a CPU: there the AVX-512 kernel of bitsandbytes 0.50 takes the scales of
+    other blocks.
+    """
+    import bitsandbytes as bnb
+    import torch
+
+    class PortableLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = self.weight.quant_state
+            if x.device.type != "cpu" or self.in_features % state.blocksize == 0:
+                answer: torch.Tensor = super().forward(x)
+                return answer
+            packed, count = self.weight.data.flatten(), self.in_features * self.out_features
+            values = state.code[torch.stack((packed >> 4, packed & 15), dim=1).flatten().long()]
+            scales = state.absmax.repeat_interleave(state.blocksize)[:count]
+            weight = (values[:count] * scales).view(self.out_features, self.in_features)
+            inputs = x.to(self.compute_dtype)
+            bias = None if self.bias is None else self.bias.to(inputs.dtype)
+            return torch.nn.functional.linear(inputs, weight.to(inputs.dtype), bias).to(x.dtype)
+
+    return PortableLinear4bit
