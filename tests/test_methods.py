@@ -161,6 +161,17 @@ def run_hook(method, hook, models, workdir):
     return canonical(probes)
 
 
+def bits(models):
+    """The weights of all models and the number of their hooks."""
+    return {
+        role: [
+            *(tensor.numpy().tobytes() for tensor in loaded.model.state_dict().values()),
+            sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loaded.model.modules()),
+        ]
+        for role, loaded in models.items()
+    }
+
+
 HOOKED = [
     (registry, name, hook) for registry, name in METHODS for hook in hooks_of(registry.get(name))
 ]
@@ -172,12 +183,13 @@ HOOKED = [
 def test_a_hook_acts_and_the_same_seed_gives_the_same_result(
     registry, name, hook, models, tmp_path
 ):
-    method = method_of(registry, name)
+    method, before = method_of(registry, name), bits(models)
     runs = []
     for i in range(2):
         (tmp_path / str(i)).mkdir()
         runs.append(run_hook(method, hook, models, tmp_path / str(i)))
     assert runs[0] == runs[1]
+    assert bits(models) == before, "stages share these models: a hook changes copies only"
     if hook == "craft_data":
         rows = runs[0]
         assert from_rows(rows).num_rows == len(rows)

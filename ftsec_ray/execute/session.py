@@ -13,6 +13,7 @@ from ftsec_ray.context import LoadedModel, Runtime, TaskData
 from ftsec_ray.data.rows import CRAFTED, read_table
 from ftsec_ray.data.tasks import read_task
 from ftsec_ray.models.load import bare, load_model, read_meta
+from ftsec_ray.models.precision import as_asked
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,6 +58,20 @@ class Session:
             under = self.model(base, on_host=is_packed) if base else None
             device = "cpu" if on_host else self._device
             self._keep(key, load_model(folder, base=under, device=device))
+        self._models.move_to_end(key)
+        return self._models[key][0]
+
+    def asked(self, digest: str) -> LoadedModel:
+        """The model of an artifact for evaluation, see `models.precision.as_asked`; callers share
+        it and must not change it.
+        """
+        key = f"{digest}/@asked"
+        if key not in self._models:
+            loaded = self.model(digest)
+            ready = as_asked(loaded)
+            if ready is loaded:
+                return loaded
+            self._keep(key, ready)
         self._models.move_to_end(key)
         return self._models[key][0]
 

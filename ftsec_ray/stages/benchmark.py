@@ -93,11 +93,10 @@ def run(job: Job) -> Extra:
     from ftsec_ray.evals.benchmarks import ask_benchmark, write_benchmark
     from ftsec_ray.models.chat_format import served
     from ftsec_ray.models.generator import Generator
-    from ftsec_ray.models.precision import as_asked
 
     context, params = job.context(), job.stage.params
-    loaded = served(job.session.model(job.inputs["model"]), params.get("serve_template"))
-    generator = Generator(as_asked(loaded))
+    loaded = served(job.session.asked(job.inputs["model"]), params.get("serve_template"))
+    generator = Generator(loaded)
     for method in job.methods():
         generator = method.wrap_generation(generator, context)  # type: ignore[attr-defined]
     answer = ask_benchmark(

@@ -54,15 +54,15 @@ def run(job: Job) -> Extra:
     from ftsec_ray.models.backends import BACKENDS, unused_settings
     from ftsec_ray.models.chat_format import chat_format, served, template_hash
     from ftsec_ray.models.generator import Generator, in_words
-    from ftsec_ray.models.precision import as_asked, asked_notes, without_gradients
+    from ftsec_ray.models.precision import asked_notes, without_gradients
     from ftsec_ray.plan.decode import generation_of
 
     context = job.context()
     config = generation_of(job.stage)
-    loaded = job.session.model(job.inputs["model"])
+    loaded = job.session.asked(job.inputs["model"])
     trained_under = template_hash(loaded.tokenizer)
     loaded = served(loaded, job.stage.params.get("serve_template"))
-    generator = Generator(as_asked(loaded), backend=BACKENDS[config.backend]())
+    generator = Generator(loaded, backend=BACKENDS[config.backend]())
     probes = default_probes(context.task, config)
     methods = job.methods()
     context.served = partial(_defended, methods, context)
