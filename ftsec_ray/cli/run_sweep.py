@@ -132,6 +132,7 @@ def report_sweep(
     from ftsec_ray.report.answer_text import answer_markdown
     from ftsec_ray.report.controls_markdown import controls_markdown
     from ftsec_ray.report.markdown import grid_markdown
+    from ftsec_ray.report.members_markdown import members_markdown
     from ftsec_ray.report.page import write_report
     from ftsec_ray.report.search_section import searches_markdown
 
@@ -143,7 +144,9 @@ def report_sweep(
     )
     found, page = api.open_results(folder), write_report(folder)
     if as_markdown:
-        sections = (grid_markdown, controls_markdown, searches_markdown, answer_markdown)
+        sections = (
+            grid_markdown, controls_markdown, members_markdown, searches_markdown, answer_markdown,
+        )  # fmt: skip
         say("\n\n".join(filter(None, (section(found) for section in sections))))
     else:
         _print_outcome(found, page)

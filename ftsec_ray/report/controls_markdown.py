@@ -17,7 +17,8 @@ LEGEND = (
     " leaves least, and what the corrected comparison of the two says. Last column: {utility}"
     " without an attack."
 )
-_WORDS = {"no difference shown": "no difference"}
+CONCLUSIONS = {"no difference shown": "no difference"}
+"""Conclusion of a comparison -> its form in a table, where it is shorter."""
 
 
 def controls_markdown(results: Results) -> str:
@@ -36,19 +37,20 @@ def controls_table(grid: Grid) -> str:
     attacks = [one.label for one in grid.real_attacks]
     several = len(grid.tasks) > 1
     head = ["model", *(["task"] if several else []), "defense", *attacks, "utility"]
-    lines = [_line(head), "|" + "---|" * len(head)]
+    lines = [markdown_line(head), "|" + "---|" * len(head)]
     for model, task in grid.slices():
         for stack in (NONE, *stacks):
             shown = [_shown(grid, (model.name, task, attack, stack)) for attack in attacks]
             if any(shown):
                 place = [model.name, *([task] if several else []), names.get(stack, stack)]
-                utility = _utility(grid, (model.name, task, NONE, stack))
-                lines.append(_line([*place, *shown, utility]))
+                utility = utility_text(grid, (model.name, task, NONE, stack))
+                lines.append(markdown_line([*place, *shown, utility]))
     metrics = dict.fromkeys(name for own in grid.utility_metrics.values() for name in own)
     return "\n".join([*lines, "", LEGEND.format(utility=" · ".join(metrics))])
 
 
-def _line(values: list[str]) -> str:
+def markdown_line(values: list[str]) -> str:
+    """One row of a Markdown table."""
     return f"| {' | '.join(map(for_markdown, values))} |"
 
 
@@ -65,10 +67,11 @@ def _shown(grid: Grid, key: Key) -> str:
     if not compared:
         return f"{own.value:.2f}"
     least, row = min(compared, key=lambda one: one[0])
-    word = "not tested" if row is None else _WORDS.get(row["conclusion"], row["conclusion"])
+    word = "not tested" if row is None else CONCLUSIONS.get(row["conclusion"], row["conclusion"])
     return f"{own.value:.2f} / {least:.2f} {word}"
 
 
-def _utility(grid: Grid, key: Key) -> str:
+def utility_text(grid: Grid, key: Key) -> str:
+    """The utility of a point, one number per metric."""
     measured = [grid.value(key, metric) for metric in grid.utility_metrics[key[1]]]
     return " · ".join("–" if one is None else f"{one.value:.2f}" for one in measured)

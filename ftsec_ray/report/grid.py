@@ -18,7 +18,7 @@ from ftsec_ray.config.sweep import BEFORE
 from ftsec_ray.errors import DataError
 from ftsec_ray.measured import Measured, utility_metrics
 from ftsec_ray.report.null_counts import with_nulls
-from ftsec_ray.results.compare import CONTROL, MOMENT
+from ftsec_ray.results.compare import CONTROL, MEMBER, MOMENT
 from ftsec_ray.results.lift import Lift, lifts
 from ftsec_ray.results.points import (
     NONE,
@@ -204,16 +204,19 @@ class Grid:
         return None if row is None or row["q"] is None else row
 
     @cached_property
-    def _controls(self) -> dict[Key, list[Key]]:
-        found: dict[Key, dict[Key, None]] = {}
+    def _against(self) -> dict[tuple[str, Key], list[Key]]:
+        found: dict[tuple[str, Key], dict[Key, None]] = {}
         for (own, other, _), row in self.compared.items():
-            if row["kind"] == CONTROL:
-                found.setdefault(own, {})[other] = None
+            found.setdefault((row["kind"], own), {})[other] = None
         return {own: list(others) for own, others in found.items()}
 
     def controls_at(self, key: Key) -> list[Key]:
         """The points that hold a control of this point's stack."""
-        return self._controls.get(key, [])
+        return self._against.get((CONTROL, key), [])
+
+    def best_member_at(self, key: Key) -> Key | None:
+        """The point of the best single member of this point's stack; None where there is none."""
+        return next(iter(self._against.get((MEMBER, key), [])), None)
 
     def success_row(self, key: Key, against: Key) -> Mapping[str, Any] | None:
         """The comparison of attack success of two points, tested or not: a drop is good for the

@@ -29,6 +29,7 @@ from ftsec_ray.report import sections as sections_of
 from ftsec_ray.report.answer import Answer, answer_of
 from ftsec_ray.report.answer_table import answer_table
 from ftsec_ray.report.grid import SHORT, WORDS, Grid, Key, build_grid, seeds_text
+from ftsec_ray.report.number_text import share, signed
 from ftsec_ray.report.took_effect import RULE, text_over
 from ftsec_ray.report.verdict import Summary, judge, own_utility_text
 from ftsec_ray.results.points import NONE, SUCCESS
@@ -195,8 +196,8 @@ def _environment() -> Environment:
         duration=tables.duration,
         metric_title=tables.metric_title,
         weights=figures.count,
-        share=_share,
-        signed=_signed,
+        share=share,
+        signed=signed,
         pvalue=_pvalue,
         seeds=seeds_text,
         hours=charts.hours_text,
@@ -229,14 +230,6 @@ def _policy(style: str, script: str) -> str:
         f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; "
         "img-src blob:; base-uri 'none'; form-action 'none'; frame-src 'none'; object-src 'none'"
     )
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _signed(value: float) -> str:
-    return "0.00" if abs(value) < 0.005 else f"{value:+.2f}".replace("-", "−")
 
 
 def _pvalue(value: float | None) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.identity import canonical
 from ftsec_ray.report.grid import seeds_text
+from ftsec_ray.report.number_text import share, signed
 from ftsec_ray.results.points import place_of
 from ftsec_ray.shown_text import for_markdown
 
@@ -67,14 +68,14 @@ def searched_rows(results: Results) -> list[tuple[str, ...]]:
             _value(row, "fixed_"),
             _value(row, "") if row["status"] == "chosen" else row["status"],
             (
-                f"{_signed(row['fixed_report_utility_loss'])};"
-                f" {_signed(row['report_utility_loss'])} (bound {row['max_utility_loss']:g})"
+                f"{signed(row['fixed_report_utility_loss'])};"
+                f" {signed(row['report_utility_loss'])} (bound {row['max_utility_loss']:g})"
             ),
             (
-                f"{_share(row['fixed_report_over_refusal_rate'])};"
-                f" {_share(row['report_over_refusal_rate'])}"
+                f"{share(row['fixed_report_over_refusal_rate'])};"
+                f" {share(row['report_over_refusal_rate'])}"
             ),
-            f"{_share(row['fixed_report_coherent_rate'])}; {_share(row['report_coherent_rate'])}",
+            f"{share(row['fixed_report_coherent_rate'])}; {share(row['report_coherent_rate'])}",
             _seeds(row),
             f"{row['n_within']} of {row['n_done']}"
             + (f", {row['n_failed']} failed" if row["n_failed"] else ""),
@@ -135,20 +136,6 @@ def _value(row: Row, side: str) -> str:
         if value is None
         else f"{value:.2f} ({low:.2f}–{high:.2f}), n {n}"
         + (f" [{null / (null + n):.0%} null]" if null else "")
-    )
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _signed(value: float | None) -> str:
-    return (
-        "–"
-        if value is None
-        else "0.00"
-        if abs(value) < 0.005
-        else f"{value:+.2f}".replace("-", "−")
     )
 
 

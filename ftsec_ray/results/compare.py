@@ -42,6 +42,8 @@ MOMENT = "before"
 """Kind of a comparison with the same cells before the fine-tune."""
 CONTROL = "control"
 """Kind of a comparison with a control in the place of one member."""
+MEMBER = "member"
+"""Kind of a comparison with the best single member of a stack."""
 Member = tuple[str, str]
 """Name and parameters (JSON) of one defense."""
 Stack = tuple[Member, ...]
@@ -143,7 +145,7 @@ class _Grid:
                     yield _Pair(place, "none", stack, ())
                 best = self._best_member(place, stack)
                 if best is not None:
-                    yield _Pair(place, "member", stack, best)
+                    yield _Pair(place, MEMBER, stack, best)
                 for other in stacks:
                     if self._is_controlled_by(stack, other):
                         yield _Pair(place, CONTROL, stack, other)

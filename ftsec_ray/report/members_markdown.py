@@ -1,0 +1,65 @@
+"""Every stack of several defenses beside its best member, as a Markdown table: one row per model,
+task and stack, one column per attack. A cell holds the attack's success with the stack and with the
+member alone, their difference with its 95 % interval, and what the corrected comparison says.
+"""
+
+from __future__ import annotations
+
+from ftsec_ray.report.answer import controls_of, short_names, stacks_only_controls
+from ftsec_ray.report.controls_markdown import CONCLUSIONS, markdown_line, utility_text
+from ftsec_ray.report.grid import Grid, Key, build_grid
+from ftsec_ray.report.number_text import signed
+from ftsec_ray.results.points import NONE
+from ftsec_ray.results.read import Results
+
+LEGEND = (
+    "Attack success with the stack / with the best member alone, by success in this sweep, which is"
+    " named; their difference with its 95 % interval, below 0 where the stack does better; what the"
+    " corrected comparison says. Last column: {utility} without an attack."
+)
+
+
+def members_markdown(results: Results) -> str:
+    """The table and its legend; empty if the sweep has no stack beside a member."""
+    return members_table(build_grid(results))
+
+
+def members_table(grid: Grid) -> str:
+    """The same of a grid."""
+    names = short_names(grid, stacks_only_controls(controls_of(grid)))
+    attacks = [one.label for one in grid.real_attacks]
+    several = len(grid.tasks) > 1
+    lines = []
+    for model, task in grid.slices():
+        for stack in (one.label for one in grid.defenses):
+            keys: list[Key] = [(model.name, task, attack, stack) for attack in attacks]
+            if any(grid.best_member_at(key) is not None for key in keys):
+                place = [model.name, *([task] if several else []), names.get(stack, stack)]
+                shown = [_shown(grid, key, names) for key in keys]
+                utility = utility_text(grid, (model.name, task, NONE, stack))
+                lines.append(markdown_line([*place, *shown, utility]))
+    if not lines:
+        return ""
+    head = ["model", *(["task"] if several else []), "stack", *attacks, "utility"]
+    metrics = dict.fromkeys(name for own in grid.utility_metrics.values() for name in own)
+    legend = LEGEND.format(utility=" · ".join(metrics))
+    return "\n".join([markdown_line(head), "|" + "---|" * len(head), *lines, "", legend])
+
+
+def _shown(grid: Grid, key: Key, names: dict[str, str]) -> str:
+    """Success with the stack and with its best member; empty where there is none."""
+    own, best = grid.value(key), grid.best_member_at(key)
+    if own is None:
+        return ""
+    other = None if best is None else grid.value(best)
+    if best is None or other is None:
+        return f"{own.value:.2f}"
+    pair = f"{own.value:.2f} / {other.value:.2f} {names.get(best[3], best[3])}"
+    row = grid.success_row(key, best)
+    if row is None or row["q"] is None:
+        return f"{pair}: not tested"
+    word = CONCLUSIONS.get(row["conclusion"], row["conclusion"])
+    between = (
+        "" if row["ci_low"] is None else f" ({signed(row['ci_low'])} to {signed(row['ci_high'])})"
+    )
+    return f"{pair}: {signed(row['effect'])}{between} {word}"
