@@ -1,5 +1,5 @@
-"""Every attack of the catalogue through the engine: in this process, and in a worker process that
-is killed within a stage of the attack; both leave the same bytes.
+"""Every attack and every defense of the catalogue through the engine: in this process, and in a
+worker process that is killed within a stage of the method; both leave the same bytes.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from ftsec_ray.schedule.execution import execute
 from ftsec_ray.store import Store
 from tests.execute.killing import RUNNER, STEPS, markers
 from tests.test_end_to_end import filled, sweep
-from tests.test_methods import quick
+from tests.test_methods import IDS, METHODS, quick
 
-NAMES = [name for name in ATTACKS.names() if name != "none"]
-ORDER = ("finetune", "prepare", "revise", "craft", "generate")
-"""Where an attack that acts in several stages is killed: in one that trains, if there is one."""
+ORDER = ("finetune", "prepare", "revise", "craft", "inspect", "generate")
+"""Where a method that acts in several stages is killed: in one that trains, if there is one."""
 RESOURCES = {"timeout_s": 600.0, "checkpoint_every_s": 1e-6}
 """Stages run in a worker process, and a fine-tune leaves a checkpoint after every step."""
 
 
-def sweep_of(world, name):
-    """One cell with an attack, on a task of a kind that the attack works with."""
+def sweep_of(world, registry, name):
+    """One cell with a method, on a task of a kind that the method works with."""
+    method = "none" if name == "none" else {name: dict(quick(registry, name))}
     given = sweep(
         world,
-        attacks=["none" if name == "none" else {name: dict(quick(ATTACKS, name))}],
-        defenses=["none"],
+        attacks=[method if registry is ATTACKS else "none"],
+        defenses=["none" if registry is ATTACKS else method],
         training={"epochs": 1, "batch_size": 8, "rank": 2},
         evaluation={"prompts": 4, "max_new_tokens": 4},
     )
     given["task"]["splits"]["train"]["language"] = "language"
     given["task"]["splits"]["test"]["language"] = "language"
-    kinds_of_task = ATTACKS.get(name).TASKS
+    kinds_of_task = registry.get(name).TASKS
     return {**given, "task": {"kind": min(kinds_of_task)}} if kinds_of_task else given
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder with a model and rows, and a store with all stages of the cell without attack."""
+    """A folder with a model and rows, and a store with all stages of the cell without methods."""
     world = filled(tmp_path_factory.mktemp("world"))
-    assert run(sweep_of(world, "none"), world / "store")
+    assert run(sweep_of(world, ATTACKS, "none"), world / "store")
     return world
 
 
@@ -64,15 +64,19 @@ def artifact(store, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_an_attack_killed_in_a_worker_process_leaves_the_bytes_of_this_process(
-    name, base, tmp_path
+@pytest.mark.parametrize(
+    ("registry", "name"),
+    [one for one in METHODS if one[1] != "none"],
+    ids=[one for one in IDS if not one.endswith(":none")],
+)
+def test_a_method_killed_in_a_worker_process_leaves_the_bytes_of_this_process(
+    registry, name, base, tmp_path
 ):
-    given = sweep_of(base, name)
+    given = sweep_of(base, registry, name)
     plan = api.make_plan(given)
     own = [stage for stage in plan.stages.values() if stage.method == name]
     own.sort(key=lambda stage: ORDER.index(stage.kind))
-    hooks = set(hooks_of(ATTACKS.get(name)))
+    hooks = set(hooks_of(registry.get(name)))
     assert (
         {kind for kind, one in kinds().items() if hooks & set(one.hooks)}
         >= {stage.kind for stage in own}
