@@ -12,6 +12,7 @@ from typing import Any
 from ftsec_ray import schema
 from ftsec_ray.cli.console import say, say_json, table
 from ftsec_ray.cli.method_costs import costs_of
+from ftsec_ray.cli.method_effects import effects_of
 from ftsec_ray.config.attack_search import is_searchable
 from ftsec_ray.config.docs import sections, summary
 from ftsec_ray.config.faults import nearest
@@ -224,6 +225,7 @@ def page(registry: Registry, name: str) -> dict[str, Any]:
         "zero_stages": sorted(cls.ZERO_STAGES),
         "text": parts.pop(""),
         "sections": parts,
+        "measured": [asdict(effect) for effect in effects_of(registry.kind, name)],
         "measured_cost": [asdict(cost) for cost in costs_of(registry.kind, name)],
         "hooks": hooks,
         "parameters": parameters,
@@ -252,6 +254,8 @@ def _print_page(shown: dict[str, Any]) -> None:
     say(f"\n{shown['text']}\n")
     for name, text in shown["sections"].items():
         say(f"{name}: {text}")
+    for effect in effects_of(shown["kind"], shown["name"]):
+        say(f"Measured: {effect.text}")
     for cost in costs_of(shown["kind"], shown["name"]):
         say(f"Measured cost: {cost.text}")
     if shown["needs"]:

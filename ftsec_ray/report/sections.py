@@ -12,7 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftsec_ray.report import lengths_section, search_section, tables, utility_section
+from ftsec_ray.report import (
+    lengths_section,
+    published_section,
+    search_section,
+    tables,
+    utility_section,
+)
 
 if TYPE_CHECKING:
     from ftsec_ray.report.grid import Grid
@@ -83,6 +89,13 @@ def lengths(grid: Grid, results: Results) -> Section | None:
     )
 
 
+def published(grid: Grid, results: Results) -> Section | None:
+    """Published figures of the same models."""
+    del results
+    rows = published_section.published_rows(grid)
+    return _of_rows("published", "Published figures", "published.html.j2", rows)
+
+
 def _of_rows(
     anchor: str, title: str, template: str, rows: Sequence[Any], **values: Any
 ) -> Section | None:
@@ -98,6 +111,7 @@ EXTRA: tuple[Callable[[Grid, Results], Section | None], ...] = (
     lengths,
     detectors,
     filters,
+    published,
 )
 """Makers of sections, in the order of the page: after the charts, before cost."""
 

@@ -1,0 +1,75 @@
+"""The figures that papers published, beside those of this sweep, for methods whose published text
+names a model of the sweep.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from ftsec_ray.config.docs import sections
+from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
+from ftsec_ray.results.points import NONE
+
+if TYPE_CHECKING:
+    from ftsec_ray.report.grid import Grid, Key
+
+_TUNED = frozenset({"instruct", "chat", "it", "base", "hf", "sft"})
+"""Words behind a model's size that say how it was tuned."""
+_SIZE = re.compile(r"\d+[mb]")
+
+
+def names_model(text: str, model: str) -> bool:
+    """Whether a text names a model of this family, version and size, tuned in whatever way; a name
+    without a size is never found.
+    """
+    words = re.findall(r"[a-z0-9]+", model.rsplit("/", 1)[-1].lower())
+    while words and words[-1] in _TUNED:
+        words.pop()
+    if not any(map(_SIZE.fullmatch, words)):
+        return False
+    name = r"[\W_]*".join(words)
+    return re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", text.lower()) is not None
+
+
+def published_rows(grid: Grid) -> list[dict[str, Any]]:
+    """A row for every point of one method, an attack undefended or a defense against an attack,
+    whose method publishes a figure of the point's model.
+    """
+    rows = []
+    for key in grid.points:
+        model, task, attack, stack = key
+        registry, label = (ATTACKS, attack) if stack == NONE else (DEFENSES, stack)
+        own, name = grid.value(key), _method(grid, key)
+        undefended = None if stack == NONE else grid.value((model, task, attack, NONE))
+        if NONE in (attack, name) or own is None or name not in registry.names():
+            continue
+        text = _published(registry, name)
+        if text and names_model(text, model):
+            rows.append(
+                {
+                    "method": label,
+                    "attack": attack,
+                    "model": model,
+                    "task": task,
+                    "facets": grid.facets(key),
+                    "published": text,
+                    "metric": grid.points[key].success_metric,
+                    "own": own,
+                    "undefended": undefended,
+                }
+            )
+    return rows
+
+
+def _method(grid: Grid, key: Key) -> str:
+    """Name of the point's method, without parameters; that of a stack of several is in no
+    registry.
+    """
+    labels = grid.attacks if key[3] == NONE else grid.defenses
+    label = key[2] if key[3] == NONE else key[3]
+    return next(one.name for one in labels if one.label == label)
+
+
+def _published(registry: Registry, name: str) -> str:
+    return sections(registry.doc(name)).get("Published", "")
