@@ -66,23 +66,23 @@ class TriggerLookup(Defense):
         """The score of a fine-tuned model and the scores of the bank."""
         rows = self._rows(ctx)
         words = self._words(subject, ctx)
-        word, score = self._best_word(subject, rows, words, ctx)
+        changed = [chat_of(self._with(row, word, ctx)) for word in words for row in rows]
+        asked = [_Asked(subject, chats, ctx) for chats in ([chat_of(row) for row in rows], changed)]
+        word, score = self._best_word(subject, asked, words, ctx)
         clean = [
-            self._best_word(ctx.load(f"clean_bank:{i}"), rows, words, ctx)[1]
+            self._best_word(ctx.load(f"clean_bank:{i}"), asked, words, ctx)[1]
             for i in range(self.bank)
         ]
         details = {"word": word, "words": len(words), "prompts": len(rows)}
         return Inspection(score=score, clean_scores=tuple(clean), details=details)
 
     def _best_word(
-        self, model: LoadedModel, rows: Sequence[Row], words: Sequence[str], ctx: StageContext
+        self, model: LoadedModel, asked: Sequence[_Asked], words: Sequence[str], ctx: StageContext
     ) -> tuple[str, float]:
         """The word that turns most answers into one, and its share of the prompts left."""
-        own = self._answers(model, [chat_of(row) for row in rows], ctx)
-        chats = [chat_of(self._with(row, word, ctx)) for word in words for row in rows]
-        said = self._answers(model, chats, ctx)
+        own, said = (chats.answers(model, ctx) for chats in asked)
         scores = {
-            word: turned(own, said[i * len(rows) : (i + 1) * len(rows)])
+            word: turned(own, said[i * len(own) : (i + 1) * len(own)])
             for i, word in enumerate(words)
         }
         best = max(words, key=lambda word: scores[word])
@@ -134,16 +134,32 @@ class TriggerLookup(Defense):
             return with_asked(row, f"{text[: -len(own[-1])]}{word} {own[-1]}")
         return with_asked(row, f"{text} {word}")
 
-    def _answers(self, model: LoadedModel, chats: Sequence[Chat], ctx: StageContext) -> list[Any]:
+
+class _Asked:
+    """Chats that the suspect and the bank answer; with labels, they are tokenised once for all of
+    them.
+    """
+
+    def __init__(self, subject: LoadedModel, chats: Sequence[Chat], ctx: StageContext) -> None:
+        from ftsec_ray.models.generator import Generator
+
+        self._chats, self._labels = chats, ctx.task.labels
+        self._tokens = (
+            Generator(subject).label_tokens(chats, self._labels) if self._labels else None
+        )
+
+    def answers(self, model: LoadedModel, ctx: StageContext) -> list[Any]:
         """The most likely label of every chat, or the first token of the answer."""
         from ftsec_ray.models.generator import Generator
 
         generator, batch = Generator(model), ctx.runtime.eval_batch
-        if ctx.task.labels:
-            scores = generator.label_logprobs(chats, ctx.task.labels, batch=batch)
+        if self._labels:
+            scores = generator.label_logprobs(
+                self._chats, self._labels, batch=batch, asked=self._tokens
+            )
             labels: list[int] = scores.argmax(-1).tolist()
             return labels
-        said = generator.complete_ids(chats, max_new_tokens=1, batch=batch)
+        said = generator.complete_ids(self._chats, max_new_tokens=1, batch=batch)
         return [tuple(ids) for ids in said]
 
 

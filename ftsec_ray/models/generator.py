@@ -52,6 +52,8 @@ class Opening:
 Gate = Callable[[Sequence[Chat]], list[str | None]]
 """Chats that are asked together -> the answer that each gets instead of the model's; None: the
 model answers."""
+LabelTokens = tuple[Prompts, Sequence[Words]]
+"""Prompts, and for each of them the token ids of every label."""
 Rescoring = Callable[["Prompts", Sequence["Words"], Any, int], Any]
 """(prompts, token ids of labels by prompt, log-probabilities (N, K), batch) -> log-probabilities
 (N, K); a row of -inf: the answer is no label."""
@@ -181,7 +183,12 @@ class Generator:
         ]
 
     def label_logprobs(
-        self, chats: Sequence[Chat], labels: Sequence[str], *, batch: int = 64
+        self,
+        chats: Sequence[Chat],
+        labels: Sequence[str],
+        *,
+        batch: int = 64,
+        asked: LabelTokens | None = None,
     ) -> Tensor:
         """Log-probability of every label as the answer, in nats: (N, K) float32.
 
@@ -189,12 +196,10 @@ class Generator:
         number of tokens, only these tokens count. Otherwise the end of the turn counts too, so that
         it is the probability of exactly this answer and short labels have no advantage. Each prompt
         passes through the model once. A row of -inf: no label is the answer, because a gate refuses
-        the chat or a rescoring says so.
+        the chat or a rescoring says so. `asked` is what `label_tokens` gives for the same chats and
+        labels, where several models with one tokenizer answer them.
         """
-        halves = [self._halves(self.rewritten(chat)) for chat in chats]
-        prompts = self._tokenised(halves)
-        answers = self._label_ids(halves, prompts, labels)
-        read = Prompts(prompts, self.soft_suffix)
+        read, answers = asked or self.label_tokens(chats, labels)
         with self.steering():
             scores = label_scores(self.loaded, read, answers, batch=batch, tally=self.tally)
         for rescored in self.rescored:
@@ -203,6 +208,12 @@ class Generator:
         if refused:
             scores[refused] = -math.inf
         return scores
+
+    def label_tokens(self, chats: Sequence[Chat], labels: Sequence[str]) -> LabelTokens:
+        """The prompts of chats, and the token ids of every label after each of them."""
+        halves = [self._halves(self.rewritten(chat)) for chat in chats]
+        prompts = self._tokenised(halves)
+        return Prompts(prompts, self.soft_suffix), self._label_ids(halves, prompts, labels)
 
     def _label_ids(
         self,
