@@ -109,8 +109,7 @@ def models(tmp_path_factory):
         "start": start,
         "unaligned": tiny_model(seed=9, aligned=False),
         "tuned": tuned(0),
-        "clean_bank:0": tuned(1),
-        "clean_bank:1": tuned(2),
+        **{f"clean_bank:{i}": tuned(1 + i) for i in range(4)},
     }
 
 

@@ -21,7 +21,7 @@ Needs: the clean bank and the model from which the fine-tune started. Scores dep
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -72,15 +72,7 @@ class WeightStatistics(Defense):
         suspect = features(subject, start)
         # one at a time: a bank of large models need not fit into memory together
         bank = [features(ctx.load(f"clean_bank:{i}"), start) for i in range(self.bank)]
-        names = [name for name in suspect if all(name in other for other in bank)]
-        if not names:
-            raise StageError(
-                "weight_statistics: the model and the clean bank have no fine-tuned layer in"
-                " common",
-                len(suspect),
-                "one common fine-tuned layer or more",
-                "train the bank with the recipe of the cell",
-            )
+        names = common_layers(suspect, bank)
         tables = [[other[name] for name in names] for other in (suspect, *bank)]
         scores = {
             "frobenius_std": frobenius_scores,
@@ -89,6 +81,19 @@ class WeightStatistics(Defense):
         }
         score, *clean = scores[self.statistic](tables)
         return Inspection(score=score, clean_scores=tuple(clean), details={"layers": len(names)})
+
+
+def common_layers(suspect: Mapping[str, object], bank: Sequence[Mapping[str, object]]) -> list[str]:
+    """The layers that the fine-tune changed in all of these models; StageError if there is none."""
+    names = [name for name in suspect if all(name in other for other in bank)]
+    if not names:
+        raise StageError(
+            "the model and the clean bank have no fine-tuned layer in common",
+            len(suspect),
+            "one common fine-tuned layer or more",
+            "train the bank with the recipe of the cell",
+        )
+    return names
 
 
 def frobenius_scores(tables: Sequence[Sequence[Mapping[str, float]]]) -> list[float]:
@@ -123,31 +128,53 @@ def spectral_scores(tables: Sequence[Sequence[Mapping[str, float]]]) -> list[flo
 def _distance(point: np.ndarray, bank: np.ndarray) -> float:
     import numpy as np
 
+    return float(np.sqrt(np.mean(deviations(point, bank) ** 2)))
+
+
+def deviations(point: np.ndarray, bank: np.ndarray) -> np.ndarray:
+    """Every feature of a model in standard deviations of a bank. Shapes: point (F,), bank (M, F) ->
+    (F,).
+    """
+    import numpy as np
+
     spread = bank.std(axis=0, ddof=1) + 1e-6 * np.abs(bank.mean(axis=0)) + 1e-12
-    return float(np.sqrt(np.mean(((point - bank.mean(axis=0)) / spread) ** 2)))
+    found: np.ndarray = (point - bank.mean(axis=0)) / spread
+    return found
 
 
 def features(model: LoadedModel, start: LoadedModel) -> dict[str, dict[str, float]]:
     """Features of every linear layer that the fine-tune changed, by the layer's dotted path."""
+    return {name: layer_features(left, right) for name, left, right in factors(model, start)}
+
+
+def factors(model: LoadedModel, start: LoadedModel) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """The update of every linear layer that the fine-tune changed, one at a time: the layer's
+    dotted path, and `left` and `right` of `layer_features`.
+    """
     from ftsec_ray.models.lora import lora_modules
     from ftsec_ray.models.update import updates
 
     if model.has_adapter:
-        factors: list[tuple[str, Any, Any]] = [
-            (m.name, m.scale * m.B.detach().float(), m.A.detach().float())
-            for m in lora_modules(model)
-        ]
-        return {
-            name: layer_features(left, right)
-            for name, left, right in factors
-            if bool(left.any() and right.any())
-        }
+        for m in lora_modules(model):
+            left, right = m.scale * m.B.detach().float(), m.A.detach().float()
+            if bool(left.any() and right.any()):
+                yield m.name, left, right
+        return
     _, changes = updates(model, start, low_rank=False)
-    return {
-        u.module: layer_features(u.delta(), None)
-        for u in changes
-        if u.weight.ndim == 2 and u.layer is not None
-    }  # noqa: PLR2004
+    for u in changes:
+        if u.weight.ndim == 2 and u.layer is not None:  # noqa: PLR2004
+            yield u.module, u.delta(), None
+
+
+def singular_values(left: Tensor, right: Tensor | None) -> Tensor:
+    """Singular values of an update, float64 in falling order, as many as it can have: `left @
+    right` is not computed. Shapes: as for `layer_features` -> (min(out, R, in),).
+    """
+    import torch
+
+    core = left if right is None else torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
+    sigma: Tensor = torch.linalg.svdvals(core.double())
+    return sigma
 
 
 def layer_features(left: Tensor, right: Tensor | None) -> dict[str, float]:
@@ -156,10 +183,7 @@ def layer_features(left: Tensor, right: Tensor | None) -> dict[str, float]:
 
     Shapes: left (out, R), right (R, in); or left (out, in) and None.
     """
-    import torch
-
-    core = left if right is None else torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
-    sigma = torch.linalg.svdvals(core.double())
+    sigma = singular_values(left, right)
     energy = sigma.square() / sigma.square().sum()
     frobenius = float(sigma.square().sum().sqrt())
     out, inner = left.shape[0], (left if right is None else right).shape[1]
