@@ -54,13 +54,17 @@ def stage_columns(plan: Plan, digest: str) -> dict[str, Any]:
 
 
 def defense_facts(spec: SweepSpec) -> dict[str, Any]:
-    """The properties of a sweep's defenses in `run.json`, for the comparisons."""
+    """The properties of a sweep's defenses in `run.json`, for the comparisons; values as JSON has
+    them, because they are compared with parameters that were read from it.
+    """
     defenses = {name_of(defense): type(defense) for stack in spec.defenses for defense in stack}
     return {
         "defense_hooks": {name: list(hooks_of(defense)) for name, defense in defenses.items()},
         "controls": sorted(name for name, defense in defenses.items() if defense.IS_CONTROL),  # type: ignore[attr-defined]
         "own_controls": {
-            name: dict(defense.CONTROL) for name, defense in defenses.items() if defense.CONTROL
+            name: json.loads(json.dumps(dict(defense.CONTROL)))
+            for name, defense in defenses.items()
+            if defense.CONTROL
         },
     }
 
