@@ -269,6 +269,21 @@ def test_a_defense_is_held_against_itself_with_its_mechanism_off_also_inside_a_s
     }
 
 
+def test_a_setting_that_is_switched_off_is_no_defense_beside_a_trivial_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(META["own_controls"], "guard", {"setting": "off"})
+    stacks = ("none", "guard:on", "guard:off", "shrink")
+    results = results_of(tmp_path, {("poison", stack, 0): {"asr": share(8, N)} for stack in stacks})
+    pairs = {
+        (row["defense_params"], *row["against"], row["against_params"])
+        for row in rows_of(results, kind="control")
+    }
+    on, off = json.dumps([{"setting": "on"}]), json.dumps([{"setting": "off"}])
+    assert pairs == {(on, "guard", off), (on, "shrink", "[{}]")}
+    assert {row["defense_params"] for row in rows_of(results, kind="none")} >= {on, off}
+
+
 def test_seeds_are_shared_seeds_and_prompts_shared_prompts(tmp_path: Path) -> None:
     answers = {
         ("poison", stack, seed): {"asr": share(hits, 20)}
