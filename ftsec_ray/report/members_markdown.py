@@ -1,6 +1,7 @@
 """Every stack of several defenses beside its best member, as a Markdown table: one row per model,
 task and stack, one column per attack. A cell holds the attack's success with the stack and with the
 member alone, their difference with its 95 % interval, and what the corrected comparison says.
+Stacks that are in the sweep as another's control have no row.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ def members_markdown(results: Results) -> str:
 
 def members_table(grid: Grid) -> str:
     """The same of a grid."""
-    names = short_names(grid, stacks_only_controls(controls_of(grid)))
+    only = stacks_only_controls(controls_of(grid))
+    names = short_names(grid, only)
     attacks = [one.label for one in grid.real_attacks]
     several = len(grid.tasks) > 1
     lines = []
     for model, task in grid.slices():
-        for stack in (one.label for one in grid.defenses):
+        for stack in (one.label for one in grid.defenses if one.label not in only):
             keys: list[Key] = [(model.name, task, attack, stack) for attack in attacks]
             if any(grid.best_member_at(key) is not None for key in keys):
                 place = [model.name, *([task] if several else []), names.get(stack, stack)]

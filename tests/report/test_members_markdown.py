@@ -43,6 +43,15 @@ def test_a_cell_is_the_success_of_stack_and_best_member_and_what_was_concluded(
     ]
 
 
+def test_a_stack_that_is_a_control_alone_has_no_row(grid_of: Make) -> None:
+    control = ("poison", "guard + weak", "guard", "asr")
+    rows = {
+        control: row("better", 0.3, 0.1, "member"),
+        ("poison", "guard", "guard + weak", "asr"): row("worse", 0.1, 0.3),
+    }
+    assert members_table(with_rows(grid_of(STACKED), rows)) == ""
+
+
 def test_a_sweep_without_stacks_has_no_such_table(grid_of: Make, make_results) -> None:
     assert members_table(grid_of(BASE)) == ""
     assert members_markdown(Results.open(make_results())) == ""
