@@ -131,6 +131,7 @@ def report_sweep(
     """
     from ftsec_ray.report.answer_text import answer_markdown
     from ftsec_ray.report.controls_markdown import controls_markdown
+    from ftsec_ray.report.detectors_markdown import detectors_markdown
     from ftsec_ray.report.markdown import grid_markdown
     from ftsec_ray.report.members_markdown import members_markdown
     from ftsec_ray.report.page import write_report
@@ -145,7 +146,8 @@ def report_sweep(
     found, page = api.open_results(folder), write_report(folder)
     if as_markdown:
         sections = (
-            grid_markdown, controls_markdown, members_markdown, searches_markdown, answer_markdown,
+            grid_markdown, controls_markdown, members_markdown, detectors_markdown,
+            searches_markdown, answer_markdown,
         )  # fmt: skip
         say("\n\n".join(filter(None, (section(found) for section in sections))))
     else:
