@@ -170,9 +170,8 @@ class Ping(Defense):
         best = max(scores[1:], key=lambda one: one.score)
         if best.score < scores[0].score and not self.placebo:
             ctx.warn(
-                f"{NAME}: on trusted prompts the best sentence scores {best.score:.2f}, and no"
-                f" sentence {scores[0].score:.2f}: in this place a sentence does this model more"
-                " harm than good"
+                f"{NAME}: the best sentence scores {best.score:.2f} on trusted prompts, against"
+                f" {scores[0].score:.2f} without one: in this place it does more harm than good"
             )
         return best.prefix
 
