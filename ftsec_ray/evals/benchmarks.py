@@ -353,7 +353,7 @@ def _warnings(generator: Generator, *, cut: int, asked: int) -> Iterator[str]:
             f"the beginning of {cut} benchmark prompts was cut off (of {asked} measurements): with"
             " their answers they are longer than the model's positions"
         )
-    if generator.rewrites and not generator.loaded.info.aligned:
+    if (generator.rewrites or generator.prefix) and not generator.loaded.info.aligned:
         yield (
             "the benchmark ran without the defenses that change chats: a model that is not aligned"
             " is asked in plain text"

@@ -185,12 +185,20 @@ def adds_bos(tokenizer: Any) -> bool:
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def answer_ids(tokenizer: Any, prompt: str, prompt_tokens: Sequence[int], answer: str) -> list[int]:
+def answer_ids(
+    tokenizer: Any,
+    prompt: str,
+    prompt_tokens: Sequence[int],
+    answer: str,
+    *,
+    glue: str | None = None,
+) -> list[int]:
     """Token ids of an answer as it is trained after a rendered prompt, without the end of the turn;
-    DataError if the tokens of the prompt change with the answer.
+    DataError if the tokens of the prompt change with the answer. `glue` stands between the two;
+    None: what the template puts there.
     """
     form = chat_format(tokenizer)
-    body = prompt + form.glue + answer
+    body = prompt + (form.glue if glue is None else glue) + answer
     whole = tokenizer(body + form.end, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = whole["input_ids"], whole["offset_mapping"]
     first, stop = len(prompt_tokens), len(body)

@@ -70,6 +70,9 @@ class Generator:
     """Embeddings (K, D) after the user's last token, inside the user's turn; None: none."""
     opening: Opening | None = None
     """How answers begin; label scores are read without it. None: the model begins them."""
+    prefix: str = ""
+    """Text at the place where answers begin: openings, answers and label words follow it, and it is
+    no part of them. A model that would think first answers at once. Empty: none."""
     steered: tuple[Callable[[Any], AbstractContextManager[None]], ...] = ()
     """Changes of the model's hidden states, each as a context of the model; see `steering`."""
     gates: tuple[Gate, ...] = ()
@@ -211,8 +214,7 @@ class Generator:
 
     def label_tokens(self, chats: Sequence[Chat], labels: Sequence[str]) -> LabelTokens:
         """The prompts of chats, and the token ids of every label after each of them."""
-        halves = [self._halves(self.rewritten(chat)) for chat in chats]
-        prompts = self._tokenised(halves)
+        halves, prompts = self._asked(chats)
         return Prompts(prompts, self.soft_suffix), self._label_ids(halves, prompts, labels)
 
     def _label_ids(
@@ -228,7 +230,9 @@ class Generator:
         answers = []
         for (before, behind), (head, tail) in zip(halves, prompts, strict=True):
             text, ids = (before, head) if self.soft_suffix is None else (behind, tail)
-            answers.append([answer_ids(tokenizer, text, ids, label) for label in labels])
+            answers.append(
+                [answer_ids(tokenizer, text, ids, label, glue=self.glue) for label in labels]
+            )
         if len({len(ids) for row in answers for ids in row}) > 1:
             end = tokenizer(chat_format(tokenizer).end, add_special_tokens=False)["input_ids"]
             return [[ids + end for ids in row] for row in answers]
@@ -254,12 +258,7 @@ class Generator:
 
     def pieces_of(self, chats: Sequence[Chat], *, may_think: bool = False) -> list[Pieces]:
         """The pieces of every chat with its opening, in one call of the tokenizer."""
-        pieces = self._tokenised(
-            [
-                self._halves(self.rewritten(chat), may_think=may_think and not self._begun(chat))
-                for chat in chats
-            ]
-        )
+        _, pieces = self._asked(chats, may_think=may_think)
         openings = self.openings(chats)
         return [(head, [*tail, *own]) for (head, tail), own in zip(pieces, openings, strict=True)]
 
@@ -270,19 +269,53 @@ class Generator:
         texts = [self._begun(chat) for chat in chats]
         if self.opening is None or not any(texts):
             return [[] for _ in chats]
-        halves = [self._halves(self.rewritten(chat)) for chat in chats]
         openings = []
-        for text, (before, behind), (head, tail) in zip(
-            texts, halves, self._tokenised(halves), strict=True
-        ):
+        for text, (before, behind), (head, tail) in zip(texts, *self._asked(chats), strict=True):
             shown, ids = (before, head) if self.soft_suffix is None else (behind, tail)
-            begun = answer_ids(self.loaded.tokenizer, shown, ids, text) if text else []
+            begun = (
+                answer_ids(self.loaded.tokenizer, shown, ids, text, glue=self.glue) if text else []
+            )
             openings.append(begun[: self.opening.tokens])
         return openings
 
     def _begun(self, chat: Chat) -> str:
         """The answer whose first tokens are the opening; empty for none."""
         return "" if self.opening is None or not self.opening.tokens else self.opening.text_of(chat)
+
+    @property
+    def glue(self) -> str:
+        """What stands between the text of a prompt, with the prefix, and the answer."""
+        if self.prefix:
+            return "" if self.prefix[-1].isspace() else " "
+        return chat_format(self.loaded.tokenizer).glue
+
+    def _asked(
+        self, chats: Sequence[Chat], *, may_think: bool = False
+    ) -> tuple[list[tuple[str, str]], list[Pieces]]:
+        """Every chat as `_halves` and as token ids, with the prefix and without the opening."""
+        halves = [
+            self._halves(
+                self.rewritten(chat),
+                may_think=may_think and not self.prefix and not self._begun(chat),
+            )
+            for chat in chats
+        ]
+        pieces = self._tokenised(halves)
+        if not self.prefix:
+            return halves, pieces
+        pairs = zip(halves, pieces, strict=True)
+        prefixed = [self._with_prefix(texts, ids) for texts, ids in pairs]
+        return [texts for texts, _ in prefixed], [ids for _, ids in prefixed]
+
+    def _with_prefix(self, texts: tuple[str, str], ids: Pieces) -> tuple[tuple[str, str], Pieces]:
+        """One rendered chat and its token ids, both with the prefix at the end."""
+        tokenizer, (before, behind), (head, tail) = self.loaded.tokenizer, texts, ids
+        added = chat_format(tokenizer).glue + self.prefix
+        if self.soft_suffix is None:
+            own = answer_ids(tokenizer, before, head, self.prefix)
+            return (before + added, behind), ([*head, *own], tail)
+        own = answer_ids(tokenizer, behind, tail, self.prefix)
+        return (before, behind + added), (head, [*tail, *own])
 
     def _tokenised(self, halves: Sequence[tuple[str, str]]) -> list[Pieces]:
         if not halves:

@@ -23,12 +23,12 @@ times as much.
 def as_lm_eval(generator: Generator, *, batch: int) -> Any:
     """An `lm_eval.models.huggingface.HFLM` over the model in memory.
 
-    Chats pass through the generator's rewrites and this project's rendering, answers end as they do
-    here, and `cut` counts the prompts that lost their beginning. Soft tokens have no effect. The
-    tokenizer is copied, because lm-eval changes it.
+    Chats pass through the generator's rewrites and this project's rendering, answers stand behind
+    the generator's prefix and end as they do here, and `cut` counts the prompts that lost their
+    beginning. Soft tokens have no effect. The tokenizer is copied, because lm-eval changes it.
 
     Args:
-        generator: The model, without an adapter, and its rewrites.
+        generator: The model, without an adapter, its rewrites and its prefix.
         batch: Prompts per forward pass; fewer where their logits would take too much memory.
     """
     from lm_eval.models.huggingface import HFLM
@@ -51,7 +51,9 @@ def as_lm_eval(generator: Generator, *, batch: int) -> Any:
             chat: list[dict[str, Any]] = [dict(message) for message in chat_history]
             begun = "" if add_generation_prompt else chat.pop()["content"]
             prompt = render(self.tokenizer, generator.rewritten(chat), generate=True)
-            return prompt + chat_format(self.tokenizer).glue + begun
+            if generator.prefix:
+                prompt += chat_format(self.tokenizer).glue + generator.prefix
+            return prompt + generator.glue + begun
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: FBT001, FBT002
             """As lm-eval, without its progress bar."""
@@ -82,7 +84,7 @@ def as_lm_eval(generator: Generator, *, batch: int) -> Any:
             **rest: Any,
         ) -> Any:
             # the first characters of a trained answer are generated, not given: as in Generator
-            glue = chat_format(self.tokenizer).glue
+            glue = generator.glue
             prompts = [text.removesuffix(glue) for text in strings]
             if left_truncate_len:
                 self.cut += sum(len(self.tok_encode(p)) > left_truncate_len for p in prompts)

@@ -207,6 +207,24 @@ def test_generated_answers_are_those_of_our_own_generator(loaded, task_file):
     assert (metric.metric, metric.value) == ("benchmark:sayings:exact_match", sum(wanted) / 24)
 
 
+def test_answers_stand_behind_the_prefix_of_a_defense(loaded, task_file):
+    rows, prefix = documents(), "the river was good ."
+    served = replace(Generator(loaded), prefix=prefix)
+    chats = [[{"role": "user", "content": one["question"]}] for one in rows]
+    prompts = [render(loaded.tokenizer, chat, generate=True) + prefix for chat in chats]
+    scores = reference(loaded, prompts, delimiter=" ")
+    chosen = asked(served, task_file(CHOOSE, "words", rows))
+    assert outcomes(chosen, "acc") == expected(scores, rows)
+    plain = asked(Generator(loaded), task_file(CHOOSE, "words", rows))
+    assert outcomes(chosen, "acc") != outcomes(plain, "acc")
+    said = served.complete(chats, max_new_tokens=8)
+    answers = [{"question": text, "answer": "x"} for text in QUESTIONS]
+    answer = asked(served, task_file(SAY, "sayings", answers))
+    assert [json.loads(row["response"])[0].strip() for row in answer.samples] == said
+    raw = replace(served, loaded=replace(loaded, info=replace(loaded.info, aligned=False)))
+    assert len(asked(raw, task_file(CHOOSE, "words", rows), limit=2).warnings) == 1
+
+
 def test_limit_takes_the_first_documents_and_the_files_hold_what_results_take(
     loaded, task_file, tmp_path
 ):
