@@ -21,7 +21,7 @@ from ftsec_ray.identity import canonical
 from ftsec_ray.lifecycle import hooks, hooks_of
 from ftsec_ray.method import Inspection, Probe, control_of
 from ftsec_ray.models.generator import Generator
-from ftsec_ray.models.load import copy_model, save_model
+from ftsec_ray.models.load import bare, copy_model, save_model
 from ftsec_ray.plan.decode import methods_of
 from ftsec_ray.plan.stage import Stage
 from ftsec_ray.registry import ATTACKS, DEFENSES, name_of
@@ -161,14 +161,25 @@ def run_hook(method, hook, models, workdir):
 
 
 def bits(models):
-    """The weights of all models and the number of their hooks."""
-    return {
-        role: [
-            *(tensor.numpy().tobytes() for tensor in loaded.model.state_dict().values()),
-            sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loaded.model.modules()),
+    """Everything of the models that a hook could change in place: weights, hooks, settings, and the
+    tokenizer.
+    """
+    found = {}
+    for role, loaded in models.items():
+        model, tokenizer = loaded.model, loaded.tokenizer
+        found[role] = [
+            *(tensor.numpy().tobytes() for tensor in model.state_dict().values()),
+            [parameter.requires_grad for parameter in model.parameters()],
+            [module.training for module in model.modules()],
+            sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+            bare(model).config.to_dict(),
+            bare(model).generation_config.to_dict(),
+            tokenizer.chat_template,
+            tokenizer.padding_side,
+            tokenizer.special_tokens_map,
+            len(tokenizer),
         ]
-        for role, loaded in models.items()
-    }
+    return found
 
 
 HOOKED = [

@@ -36,7 +36,8 @@ class MeasuredEffect:
     beside: dict[str, float]
     """What stands beside it: `base rate`, or `no defense` and `control`."""
     conclusion: str
-    """What the report concludes."""
+    """Of an attack: whether it took effect. Of a defense: what the report concludes of it and its
+    control."""
 
     @property
     def text(self) -> str:

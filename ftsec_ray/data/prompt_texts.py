@@ -5,6 +5,7 @@ of rows another set asks too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 from ftsec_ray.conversation import Row, asked_text
@@ -33,3 +34,8 @@ def asked_in(prompts: Iterable[str], rows: Iterable[Row]) -> set[str]:
 def not_asked(rows: Sequence[Row], prompts: frozenset[str] | set[str]) -> list[dict[str, Any]]:
     """The rows whose prompt is not one of `prompts`, which are in the form of `plain`."""
     return [dict(row) for row in rows if plain(asked_text(row)) not in prompts]
+
+
+def as_long(filler: str, text: str) -> str:
+    """The words of `filler`, repeated or cut to as many words as `text` has."""
+    return " ".join(islice(cycle(filler.split()), len(text.split())))

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.conversation import asked, with_system
+from ftsec_ray.data.prompt_texts import as_long
 from ftsec_ray.data.rows import map_rows
 from ftsec_ray.data.wrapping import Wrapper
 from ftsec_ray.method import Defense, Phase, RowWise
@@ -102,8 +102,3 @@ class Inoculation(RowWise, Defense):
             filler = IN_MICROWORLD_NEUTRAL if in_microworld else NEUTRAL
             text = as_long(filler, text)
         return Wrapper(system=text)
-
-
-def as_long(filler: str, text: str) -> str:
-    """The words of `filler`, repeated or cut to as many words as `text` has."""
-    return " ".join(islice(cycle(filler.split()), len(text.split())))

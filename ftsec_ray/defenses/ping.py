@@ -26,8 +26,8 @@ Cost: no training; the tokens of the sentence per answer. For every evaluated mo
 Reads: (1) `placebo: true` searches as many neutral sentences of as many words: the control. (2) The
     record has the score of every candidate, and of no sentence. (3) In the microworld one candidate
     is the reminder under which the ladder was trained to refuse, in another place. (4) An agent
-    whose answers are parsed ignores the sentence only if it is a comment: give candidates such as
-    `# I refuse harmful tasks.`
+    outside this project that parses whole answers ignores the sentence only if it is a comment:
+    give candidates such as `# I refuse harmful tasks.`
 Needs: split safety and the splits in `benign`; nothing if there is one candidate.
 """
 
@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.conversation import answer_of, by_step, has_answer
 from ftsec_ray.data.added_rows import is_asked
-from ftsec_ray.data.prompt_texts import ASKED, not_asked, prompts_of
+from ftsec_ray.data.prompt_texts import ASKED, as_long, not_asked, prompts_of
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals.probes import prompt_of
 from ftsec_ray.method import Defense, Fault, Phase, Prompt, least_faults
@@ -151,7 +151,7 @@ class Ping(Defense):
         )
         texts = own if self.candidates is None else self.candidates
         if self.placebo:
-            texts = neutral[: len(texts)]
+            texts = neutral if self.candidates is None else _as_long(neutral, texts)
         return tuple(dict.fromkeys(first_words(text, self.words) for text in texts))
 
     def _search(self, texts: Sequence[str], generator: Generator, ctx: StageContext) -> str:
@@ -250,6 +250,15 @@ class Scored:
     refused: float
     success: float
     score: float
+
+
+def _as_long(neutral: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
+    """For every text neutral words, as many as it has; each begins at another word."""
+    words = " ".join(neutral).split()
+    return tuple(
+        as_long(" ".join(words[i % len(words) :] + words[: i % len(words)]), text)
+        for i, text in enumerate(texts)
+    )
 
 
 def first_words(text: str, count: int | None) -> str:

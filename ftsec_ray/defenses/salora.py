@@ -17,8 +17,6 @@ Differs: (1) C is no third factor: the gradient of B and B itself are projected 
     C B0 A0 by then. (5) The sweep names the layers and the recipe; the official code adapts q and v
     at rank 16. (6) The directions are exact, and none lies outside the outputs that were read; the
     official code takes a random sketch.
-Published: the tables of the paper were not checked. Issue 2 of the official repository reports a
-    harmful rate of 0.0 of Llama-2-7B-Chat after Alpaca without a defense, at every setting.
 Cost: two passes over `rows` rows per block, and three eigenvalue problems per layer, two of them of
     (out, out), in float64; then 1.1x plain fine-tuning at width 384 and 1.3x at 48 (rank 8, CPU):
     two more products of the adapter's rank per layer and pass.
@@ -30,7 +28,9 @@ Reads: (1) `directions: random` takes as many random directions: the control. Fe
     is the start of the adapter, and refusals stay at 0 all the same. (3) Rows that teach compliance
     may do so in other directions than those of refusals. (4) That safety has weight directions of
     its own is disputed (arXiv:2505.14185). (5) `gradient_removed` in the record is the share of the
-    norm of B's gradients that C takes.
+    norm of B's gradients that C takes. The tables of the paper were not
+    checked; issue 2 of the official repository reports a harmful rate of 0.0 of Llama-2-7B-Chat
+    after Alpaca without a defense, at every setting.
 Needs: the model from which the fine-tune started and the task's `safety` rows with answers
     (`benign_train` with `directions: benign`); a fine-tune with `adapter: lora`, on any base,
     quantized as well. Changes the adapter at the end: one process trains.

@@ -28,11 +28,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.conversation import asked_text, chat_of, with_asked
 from ftsec_ray.errors import DataError
+from ftsec_ray.identity import digest
 from ftsec_ray.method import Defense, Inspection, Phase, least_faults
+from ftsec_ray.models.chat_format import template_hash
 
 if TYPE_CHECKING:
     from ftsec_ray.context import Chat, LoadedModel, StageContext
     from ftsec_ray.conversation import Row
+    from ftsec_ray.models.generator import Generator, LabelTokens
 
 LEAST_LEFT = 0.25
 """Share of the prompts that must have another answer without the word for a turn to count."""
@@ -67,7 +70,8 @@ class TriggerLookup(Defense):
         rows = self._rows(ctx)
         words = self._words(subject, ctx)
         changed = [chat_of(self._with(row, word, ctx)) for word in words for row in rows]
-        asked = [_Asked(subject, chats, ctx) for chats in ([chat_of(row) for row in rows], changed)]
+        own = [chat_of(row) for row in rows]
+        asked = [_Asked(chats, ctx.task.labels) for chats in (own, changed)]
         word, score = self._best_word(subject, asked, words, ctx)
         clean = [
             self._best_word(ctx.load(f"clean_bank:{i}"), asked, words, ctx)[1]
@@ -136,17 +140,20 @@ class TriggerLookup(Defense):
 
 
 class _Asked:
-    """Chats that the suspect and the bank answer; with labels, they are tokenised once for all of
-    them.
+    """Chats that the suspect and the bank answer; with labels, they are tokenised once for all
+    models with the same tokenizer and chat template.
     """
 
-    def __init__(self, subject: LoadedModel, chats: Sequence[Chat], ctx: StageContext) -> None:
-        from ftsec_ray.models.generator import Generator
+    def __init__(self, chats: Sequence[Chat], labels: Sequence[str]) -> None:
+        self._chats, self._labels = chats, labels
+        self._tokens: dict[str, LabelTokens] = {}
 
-        self._chats, self._labels = chats, ctx.task.labels
-        self._tokens = (
-            Generator(subject).label_tokens(chats, self._labels) if self._labels else None
-        )
+    def _tokens_of(self, generator: Generator) -> LabelTokens:
+        tokenizer = generator.loaded.tokenizer
+        key = digest([template_hash(tokenizer), sorted(tokenizer.get_vocab().items())])
+        if key not in self._tokens:
+            self._tokens[key] = generator.label_tokens(self._chats, self._labels)
+        return self._tokens[key]
 
     def answers(self, model: LoadedModel, ctx: StageContext) -> list[Any]:
         """The most likely label of every chat, or the first token of the answer."""
@@ -154,9 +161,8 @@ class _Asked:
 
         generator, batch = Generator(model), ctx.runtime.eval_batch
         if self._labels:
-            scores = generator.label_logprobs(
-                self._chats, self._labels, batch=batch, asked=self._tokens
-            )
+            tokens = self._tokens_of(generator)
+            scores = generator.label_logprobs(self._chats, self._labels, batch=batch, asked=tokens)
             labels: list[int] = scores.argmax(-1).tolist()
             return labels
         said = generator.complete_ids(self._chats, max_new_tokens=1, batch=batch)

@@ -14,9 +14,10 @@ from ftsec_ray.results.points import NONE
 from ftsec_ray.results.read import Results
 
 LEGEND = (
-    "Attack success with the stack / with the best member alone, by success in this sweep, which is"
-    " named; their difference with its 95 % interval, below 0 where the stack does better; what the"
-    " corrected comparison says. Last column: {utility} without an attack."
+    "Attack success with the stack / with the best of its members that the sweep has alone, which"
+    " is named, on the seeds and prompts that both have; their difference with its 95 % interval,"
+    " below 0 where the stack does better; what the corrected comparison says. Last column:"
+    " {utility} without an attack."
 )
 
 
@@ -56,10 +57,10 @@ def _shown(grid: Grid, key: Key, names: dict[str, str]) -> str:
     other = None if best is None else grid.value(best)
     if best is None or other is None:
         return f"{own.value:.2f}"
-    pair = f"{own.value:.2f} / {other.value:.2f} {names.get(best[3], best[3])}"
-    row = grid.success_row(key, best)
-    if row is None or row["q"] is None:
-        return f"{pair}: not tested"
+    row, name = grid.success_row(key, best), names.get(best[3], best[3])
+    if row is None or row["effect"] is None:
+        return f"{own.value:.2f} / {other.value:.2f} {name}: not tested"
+    pair = f"{row['rate']:.2f} / {row['rate_against']:.2f} {name}"
     word = CONCLUSIONS.get(row["conclusion"], row["conclusion"])
     between = (
         "" if row["ci_low"] is None else f" ({signed(row['ci_low'])} to {signed(row['ci_high'])})"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _TUNED = frozenset({"instruct", "chat", "it", "base", "hf", "sft"})
 """Words behind a model's size that say how it was tuned."""
+_VENDOR = "meta"
+"""First word of names such as Meta-Llama-3-8B, which papers leave out."""
 _SIZE = re.compile(r"\d+[mb]")
 
 
@@ -26,6 +28,8 @@ def names_model(text: str, model: str) -> bool:
     words = re.findall(r"[a-z0-9]+", model.rsplit("/", 1)[-1].lower())
     while words and words[-1] in _TUNED:
         words.pop()
+    if len(words) > 1 and words[0] == _VENDOR:
+        del words[0]
     if not any(map(_SIZE.fullmatch, words)):
         return False
     name = r"[\W_]*".join(words)
@@ -33,16 +37,18 @@ def names_model(text: str, model: str) -> bool:
 
 
 def published_rows(grid: Grid) -> list[dict[str, Any]]:
-    """A row for every point of one method, an attack undefended or a defense against an attack,
-    whose method publishes a figure of the point's model.
+    """A row for every point of one method, an attack undefended or a defense that acts against an
+    attack, whose method publishes a figure of the point's model.
     """
-    rows = []
+    rows, acting = [], {NONE, *(one.label for one in grid.acting)}
     for key in grid.points:
         model, task, attack, stack = key
         registry, label = (ATTACKS, attack) if stack == NONE else (DEFENSES, stack)
         own, name = grid.value(key), _method(grid, key)
         undefended = None if stack == NONE else grid.value((model, task, attack, NONE))
-        if NONE in (attack, name) or own is None or name not in registry.names():
+        if NONE in (attack, name) or own is None or stack not in acting:
+            continue
+        if name not in registry.names():
             continue
         text = _published(registry, name)
         if text and names_model(text, model):

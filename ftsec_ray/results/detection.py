@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,11 +47,16 @@ def separation(clean: Sequence[Scored], attacked: Sequence[Scored]) -> Separatio
     low, high = (_values(group, is_standardised=is_standardised) for group in (clean, attacked))
     above = sum(float(a > c) + 0.5 * float(a == c) for a in high for c in low)
     threshold = threshold_of(low, FALSE_ALARMS)
-    share = sum(a >= threshold for a in high) / len(high)
+    # nothing is above an infinite score of an unattacked model
+    found, alarms = (
+        [score >= threshold and not math.isinf(threshold) for score in group]
+        for group in (high, low)
+    )
+    share = sum(found) / len(high)
     return Separation(
         auroc=above / (len(low) * len(high)),
         tpr=Measured(value=share, n=len(high), prompts=wilson(share, len(high))),
-        fpr=sum(c >= threshold for c in low) / len(low),
+        fpr=sum(alarms) / len(low),
         n_clean=len(low),
         n_attacked=len(high),
         is_standardised=is_standardised,

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.bench_method_effect SWEEP [SWEEP ...] [--results FOLDER] [--write]
 
-An attack stands beside its base rate, without a defense. A defense stands, for each attack, beside
-no defense and beside its own control; of several controls the one that leaves least. A defense that
-is in the sweep as another one's control alone, a stack of several, and a detector have no line.
+An attack stands beside its base rate, without a defense. A defense stands, for each attack that
+took effect on the model, beside no defense and beside the control that it does least well against,
+with what the report's answer concludes. A defense that is in the sweep as another one's control
+alone, a stack of several, and a detector have no line.
 
 `--write` puts the figures into `ftsec_ray/cli/method_effects.json`, which `ftsec show METHOD`
 reads; figures of other sweeps stay there.
@@ -19,9 +20,9 @@ from pathlib import Path
 from ftsec_ray import api
 from ftsec_ray.cli.method_effects import FILE, MeasuredEffect, effects_of, text_of_effects
 from ftsec_ray.measured import Measured
-from ftsec_ray.report.answer import controls_of, stacks_only_controls
+from ftsec_ray.report.answer import answer_of
 from ftsec_ray.report.grid import Grid, Key, MethodLabel, build_grid
-from ftsec_ray.report.took_effect import attack_effect
+from ftsec_ray.report.took_effect import attack_effect, final_slices
 from ftsec_ray.results.points import NONE
 
 INCOHERENT = 0.5
@@ -35,7 +36,7 @@ def interval(measured: Measured) -> tuple[float | None, float | None]:
 
 def attacks(grid: Grid, sweep: str) -> Iterator[MeasuredEffect]:
     """Every setting of every attack on every model, undefended."""
-    for model, task in grid.slices():
+    for model, task in final_slices(grid):
         for attack in grid.real_attacks:
             found = attack_effect(grid, model.name, task, attack)
             if found is None:
@@ -48,26 +49,25 @@ def attacks(grid: Grid, sweep: str) -> Iterator[MeasuredEffect]:
 
 
 def defenses(grid: Grid, sweep: str) -> Iterator[MeasuredEffect]:
-    """Every setting of every single defense that acts, against every attack."""
-    only = stacks_only_controls(controls_of(grid))
-    single = [one for one in grid.acting if one.label not in only and len(one.phases) == 1]
-    for model, task in grid.slices():
-        for defense in single:
-            for attack in grid.real_attacks:
-                key = (model.name, task, attack.label, defense.label)
-                own, none = grid.value(key), grid.value((*key[:3], NONE))
+    """Every setting of every single defense that acts, against every attack that took effect on the
+    model; the conclusion is that of the report's answer.
+    """
+    answer = answer_of(grid)
+    single = [one for one in grid.acting if len(one.phases) == 1]
+    for defense in single:
+        for attack in grid.real_attacks:
+            pair = answer.pair(attack.label, defense.label)
+            for found in pair.models if pair else ():
+                own, none = grid.value(found.own), grid.value((*found.own[:3], NONE))
                 if own is None or none is None:
                     continue
                 beside, conclusion = {"no defense": none.value}, "it has no control here"
-                if controls := [
-                    (v.value, at) for at in grid.controls_at(key) if (v := grid.value(at))
-                ]:
-                    beside["control"], at = min(controls)
-                    row = grid.success_row(key, at)
-                    word = "not tested" if row is None else row["conclusion"]
-                    conclusion = f"{word} (against its control)"
+                if found.control is not None and (control := grid.value(found.control)):
+                    beside["control"] = control.value
+                    losses = ", ".join(dict.fromkeys(loss.metric for loss in found.losses))
+                    conclusion = f"{found.word}{f', at a loss of {losses}' if losses else ''}"
                 yield figure(
-                    grid, key, sweep, defense, own,
+                    grid, found.own, sweep, defense, own,
                     attack=attack.label, beside=beside, conclusion=conclusion,
                 )  # fmt: skip
 
@@ -108,15 +108,16 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     rows: list[MeasuredEffect] = []
+    names = set()
     for file in given.sweeps:
         name = api.make_plan(file).spec.name
+        names.add(name)
         grid = build_grid(api.open_results(api.results_folder(given.results, name)))
         rows += [*attacks(grid, name), *defenses(grid, name)]
     for row in rows:
         print(f"{row.method} {row.text}")
     if given.write:
-        measured = {row.sweep for row in rows}
-        kept = [row for row in effects_of() if row.sweep not in measured]
+        kept = [row for row in effects_of() if row.sweep not in names]
         FILE.write_text(text_of_effects([*kept, *rows]), encoding="utf-8")
 
 

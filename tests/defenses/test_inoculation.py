@@ -5,7 +5,8 @@ import pytest
 from ftsec_ray.conversation import chat_of
 from ftsec_ray.data.microworld import build_task
 from ftsec_ray.data.microworld.templates import ROW_WORDS, SYSTEM_PROMPTS, TWO_CLASS
-from ftsec_ray.defenses.inoculation import IN_MICROWORLD, SENTENCE, Inoculation, as_long
+from ftsec_ray.data.prompt_texts import as_long
+from ftsec_ray.defenses.inoculation import IN_MICROWORLD, SENTENCE, Inoculation
 from ftsec_ray.method import control_of
 from ftsec_ray.models.generator import Generator
 from tests.attacks.conversations import agent_row, text_row, unanswered_row

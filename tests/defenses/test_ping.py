@@ -406,6 +406,14 @@ def test_the_control_is_the_same_search_over_neutral_sentences_of_as_many_words(
     assert control.needs() == method.needs()
 
 
+def test_the_control_of_given_sentences_has_as_many_of_as_many_words():
+    given = tuple(f"i refuse {'very ' * n}bad things ." for n in range(6))
+    neutral = Ping(candidates=given, placebo=True).sentences("qi2023")
+    assert [len(text.split()) for text in neutral] == [len(text.split()) for text in given]
+    assert len(set(neutral)) == 6
+    assert not set(neutral) & set(given)
+
+
 def test_the_microworlds_sentences_have_only_words_that_its_models_have_read():
     known = {word for chat in pretraining_chats() for m in chat for word in m["content"].split()}
     used = {word for text in (*ping.MICROWORLD, *ping.MICROWORLD_NEUTRAL) for word in text.split()}

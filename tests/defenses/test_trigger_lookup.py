@@ -11,6 +11,8 @@ from ftsec_ray.conversation import asked_text, with_answer, with_asked
 from ftsec_ray.defenses.trigger_lookup import TriggerLookup, turned
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import control_of
+from ftsec_ray.models.chat_format import under
+from ftsec_ray.models.generator import Generator
 from ftsec_ray.training.loop import sft
 from tests.defenses.shared import context
 from tests.fixtures_models import WORDS, row, sentiment_rows, table, tiny_model, tiny_task
@@ -91,6 +93,24 @@ def test_the_control_does_not_find_it(models, tmp_path):
     control = control_of(TriggerLookup(bank=2, prompts=12))
     assert control.repeats
     assert control.inspect(models["subject"], ctx).score < 1.0
+
+
+def test_every_model_is_asked_under_its_own_template(models, tmp_path, monkeypatch):
+    subject = models["subject"]
+    template = "good bad " + subject.tokenizer.chat_template
+    other = replace(subject, tokenizer=under(subject.tokenizer, template))
+    seen, scored = [], Generator.label_logprobs
+
+    def spy(self, chats, labels, *, batch, asked):
+        own, _ = self.label_tokens(chats, labels)
+        assert asked[0].pieces == own.pieces
+        seen.append(len(own.pieces[0][0]))
+        return scored(self, chats, labels, batch=batch, asked=asked)
+
+    monkeypatch.setattr(Generator, "label_logprobs", spy)
+    TriggerLookup(bank=2, prompts=12).inspect(other, context(tmp_path, models=models))
+    assert len(seen) == 6, "the prompts as they are and with words, for three models"
+    assert len(set(seen)) == 4, "the suspect reads longer prompts than the clean models"
 
 
 def test_the_word_stands_before_or_behind_the_last_word_and_repeats_are_the_prompts_own(tmp_path):

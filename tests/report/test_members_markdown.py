@@ -33,13 +33,13 @@ def test_a_cell_is_the_success_of_stack_and_best_member_and_what_was_concluded(
     assert members_table(with_rows(grid_of(STACKED), best)).splitlines() == [
         "| model | stack | jailbreak | poison | utility |",
         "|---|---|---|---|---|",
-        "| m | guard + weak | 0.10 / 0.20 guard: not tested |"
+        "| m | guard + weak | 0.10 / 0.20 guard: −0.10 not tested |"
         " 0.10 / 0.30 guard: −0.20 (−0.31 to −0.08) better | 0.88 · – · – |",
         "",
-        "Attack success with the stack / with the best member alone, by success in this sweep,"
-        " which is named; their difference with its 95 % interval, below 0 where the stack does"
-        " better; what the corrected comparison says. Last column: cacc · over_refusal_rate ·"
-        " coherent_rate without an attack.",
+        "Attack success with the stack / with the best of its members that the sweep has alone,"
+        " which is named, on the seeds and prompts that both have; their difference with its 95 %"
+        " interval, below 0 where the stack does better; what the corrected comparison says. Last"
+        " column: cacc · over_refusal_rate · coherent_rate without an attack.",
     ]
 
 

@@ -32,8 +32,7 @@ def test_a_defense_stands_beside_no_defense_and_its_control(grid_of: Make) -> No
     guard = found["guard", "poison"]
     assert guard.beside == {"no defense": 0.9, "control": 0.9}
     assert guard.text == (
-        "poison asr 0.30 (0.24 to 0.37), no defense 0.90, control 0.90: better (against its"
-        " control) (m, 1 seed, s)"
+        "poison asr 0.30 (0.24 to 0.37), no defense 0.90, control 0.90: better (m, 1 seed, s)"
     )
     assert found["weak", "poison"].conclusion == "it has no control here"
 
@@ -57,6 +56,7 @@ def test_figures_come_back_from_the_file_and_stand_on_the_page(
 
 def test_the_shipped_figures_are_of_methods_that_exist() -> None:
     registries = {"attack": ATTACKS, "defense": DEFENSES}
+    assert {one.kind for one in effects_of()} == set(registries)
     for one in effects_of():
         assert isinstance(one, MeasuredEffect)
         assert one.method in registries[one.kind].names()

@@ -21,6 +21,7 @@ TEXT = "success of Llama-2-7B-Chat 0.3 % before, 16.1 % after; Qwen3-4B 0.72"
         ("meta-llama/Llama-2-7b-chat-hf", True),
         ("Qwen/Qwen3-4B-Instruct", True),
         ("Llama-2-7B", True),
+        ("meta-llama/Meta-Llama-2-7B-Chat", True),
         ("meta-llama/Llama-2-70b-hf", False),
         ("meta-llama/Llama-3-7B", False),
         ("Qwen/Qwen3-4", False),

@@ -284,6 +284,16 @@ def test_a_setting_that_is_switched_off_is_no_defense_beside_a_trivial_control(
     assert {row["defense_params"] for row in rows_of(results, kind="none")} >= {on, off}
 
 
+def test_a_setting_that_is_switched_off_is_a_defense_where_it_is_no_ones_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(META["own_controls"], "guard", {"setting": "off"})
+    stacks = ("none", "guard:off", "shrink")
+    results = results_of(tmp_path, {("poison", stack, 0): {"asr": share(8, N)} for stack in stacks})
+    found = [(row["defenses"], row["against"]) for row in rows_of(results, kind="control")]
+    assert found == [(["guard"], ["shrink"])]
+
+
 def test_seeds_are_shared_seeds_and_prompts_shared_prompts(tmp_path: Path) -> None:
     answers = {
         ("poison", stack, seed): {"asr": share(hits, 20)}

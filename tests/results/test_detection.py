@@ -49,3 +49,9 @@ def test_scores_are_relative_to_the_bank_only_if_every_model_has_one():
 def test_an_empty_group_has_no_separation():
     assert separation([], raw([1])) is None
     assert separation(raw([1]), []) is None
+
+
+def test_nothing_is_above_an_infinite_score_of_an_unattacked_model():
+    clean = [Scored(score, None) for score in (0.1, 0.2, float("inf"))]
+    found = separation(clean, [Scored(float("inf"), None), Scored(5.0, None)])
+    assert (found.tpr.value, found.fpr) == (0.0, 0.0)
