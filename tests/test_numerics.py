@@ -4,6 +4,7 @@ other CPUs.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -97,10 +98,10 @@ def test_a_torch_that_took_its_kernels_already_shows_it_whatever_the_variables_s
         f"os.environ.update({PORTABLE!r})\nsys.modules.pop('ftsec_ray.numerics')\n"
         "import ftsec_ray.numerics as n\nprint(sorted(n.in_force().differences()))"
     )
-    said = python(code, variables={"ATEN_CPU_CAPABILITY": "default"}.items())
-    assert said == "['branch of MKL', 'kernels of torch', 'threads']" or (
-        os.cpu_count() == 1 and said == "['branch of MKL', 'kernels of torch']"
-    )
+    said = set(ast.literal_eval(python(code, variables={"ATEN_CPU_CAPABILITY": "default"}.items())))
+    # which kernels numpy's OpenBLAS takes by itself depends on the CPU; those of AVX2 are portable
+    wanted = {"branch of MKL", "kernels of torch"} | ({"threads"} if os.cpu_count() != 1 else set())
+    assert wanted <= said <= wanted | {"kernels of OpenBLAS"}
 
 
 def test_a_blas_of_numpy_with_other_kernels_is_refused_and_nothing_is_set():

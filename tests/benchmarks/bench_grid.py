@@ -61,7 +61,7 @@ def bases_of(plan: Plan, cell: Cell) -> dict[str, str]:
     stage = plan.stages[cell.score]
     needed = [plan.stages[one].input("unaligned") for one in cell.stages]
     while stage.kind not in ("source", "align"):
-        stage = plan.stages[stage.input("model") or ""]
+        stage = plan.stages[stage.input("completions") or stage.input("model") or ""]
     twin = stage.input("model") or next((digest for digest in needed if digest), None)
     return {"reference": stage.digest, **({"unaligned": twin} if twin else {})}
 
