@@ -192,14 +192,23 @@ def answer_ids(
     answer: str,
     *,
     glue: str | None = None,
+    behind: str = "",
 ) -> list[int]:
     """Token ids of an answer as it is trained after a rendered prompt, without the end of the turn;
-    DataError if the tokens of the prompt change with the answer. `glue` stands between the two;
-    None: what the template puts there.
+    DataError if the tokens of the prompt change with the answer.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: The rendered prompt.
+        prompt_tokens: Its token ids.
+        answer: The answer, or its beginning.
+        glue: What stands between prompt and answer; None: what the template puts there.
+        behind: What follows the beginning of an answer: it can change how spaces are cut.
     """
     form = chat_format(tokenizer)
     body = prompt + (form.glue if glue is None else glue) + answer
-    whole = tokenizer(body + form.end, add_special_tokens=False, return_offsets_mapping=True)
+    text = body + behind + form.end
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = whole["input_ids"], whole["offset_mapping"]
     first, stop = len(prompt_tokens), len(body)
     if ids[:first] != list(prompt_tokens):

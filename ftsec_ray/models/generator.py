@@ -310,12 +310,11 @@ class Generator:
     def _with_prefix(self, texts: tuple[str, str], ids: Pieces) -> tuple[tuple[str, str], Pieces]:
         """One rendered chat and its token ids, both with the prefix at the end."""
         tokenizer, (before, behind), (head, tail) = self.loaded.tokenizer, texts, ids
-        added = chat_format(tokenizer).glue + self.prefix
-        if self.soft_suffix is None:
-            own = answer_ids(tokenizer, before, head, self.prefix)
-            return (before + added, behind), ([*head, *own], tail)
-        own = answer_ids(tokenizer, behind, tail, self.prefix)
-        return (before, behind + added), (head, [*tail, *own])
+        is_one = self.soft_suffix is None
+        shown, known = (before, head) if is_one else (behind, tail)
+        own = answer_ids(tokenizer, shown, known, self.prefix, behind=f"{self.glue}a")
+        shown, known = shown + chat_format(tokenizer).glue + self.prefix, [*known, *own]
+        return ((shown, behind), (known, tail)) if is_one else ((before, shown), (head, known))
 
     def _tokenised(self, halves: Sequence[tuple[str, str]]) -> list[Pieces]:
         if not halves:

@@ -17,7 +17,7 @@ from ftsec_ray.data.microworld.corpus import pretraining_chats
 from ftsec_ray.data.rows import new_row
 from ftsec_ray.data.tasks import load_task
 from ftsec_ray.defenses import ping
-from ftsec_ray.defenses.ping import Ping, first_words
+from ftsec_ray.defenses.ping import Ping, last_words
 from ftsec_ray.defenses.self_reminder import SelfReminder
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals.ask import ask
@@ -30,10 +30,13 @@ from ftsec_ray.training.loop import sft
 from tests.defenses.decoding import CHATS, MOST, logits_after, one_by_one, served
 from tests.defenses.shared import context, in_bfloat16
 from tests.fixtures_models import row, table, tiny_model, tiny_task
+from tests.models import templates
 from tests.models.templates import TEMPLATES, tokenizer_of
 from tests.numeric import assert_same
 
-QUICK = {"rows": 3, "answer_tokens": 4}
+FEW = {"rows": 3, "answer_tokens": 4}
+QUICK = {**FEW, "benign": ("benign_train",)}
+"""For the tests that walk all methods: their task has no trusted rows."""
 SENTENCE = "be careful and help"
 LABELS = ("good", "bad stone")
 ONE = Ping(candidates=(SENTENCE,))
@@ -87,32 +90,38 @@ def test_labels_are_scored_behind_the_sentence(tmp_path):
 
 @pytest.mark.parametrize("pieces", ["bytes", "spaces"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_prompt_sentence_and_answer_are_the_tokens_of_one_trained_answer(name, pieces):
-    tokenizer = tokenizer_of(name, pieces=pieces)
-    info = ModelInfo(name="t", family="t", parameters=1, aligned=True)
-    generator = Generator(
-        LoadedModel(None, tokenizer, info),
-        prefix="be brief first.",
-        opening=Opening(text_of=lambda _chat: "very positive", tokens=99),
+@pytest.mark.parametrize(("prefix", "glue"), [("be brief first.", " "), ("# brief:\n\n", "")])
+def test_prompt_sentence_and_answer_are_the_tokens_of_one_trained_answer(
+    prefix, glue, name, pieces
+):
+    check_tokens(tokenizer_of(name, pieces=pieces), prefix, glue)
+
+
+def test_line_breaks_are_cut_as_before_a_word_where_a_tokenizer_has_a_token_for_two(monkeypatch):
+    monkeypatch.setattr(templates, "TEXTS", [*templates.TEXTS, *["brief:\n\n"] * 9])
+    tokenizer = tokenizer_of("chatml")
+    assert (
+        len(tokenizer("brief:\n\n")["input_ids"]) < len(tokenizer("brief:\n\na")["input_ids"]) - 1
     )
-    asked = new_row("r", prompt="is this good or bad", response="be brief first. very positive")
+    check_tokens(tokenizer, "# brief:\n\n", "")
+
+
+def check_tokens(tokenizer, prefix, glue):
+    info = ModelInfo(name="t", family="t", parameters=1, aligned=True)
+    opening = Opening(text_of=lambda _chat: "very positive", tokens=99)
+    generator = Generator(LoadedModel(None, tokenizer, info), prefix=prefix, opening=opening)
+    answer = f"{prefix}{glue}very positive"
+    asked = new_row("r", prompt="is this good or bad", response=answer)
     want, _ = encode_row(tokenizer, asked, max_length=512)
     end = tokenizer(chat_format(tokenizer).end, add_special_tokens=False)["input_ids"]
     head, tail = generator.pieces(chat_of(asked))
     ids = [*head, *tail]
     assert ids == want[: len(ids)]
     assert want[len(ids) :][: len(end)] == end
-    (opening,) = generator.openings([chat_of(asked)])
-    assert tokenizer.decode(opening).strip() == "very positive"
-
-
-def test_a_sentence_with_its_own_line_is_followed_by_the_answer_without_a_space():
-    tokenizer = tokenizer_of("chatml")
-    info = ModelInfo(name="t", family="t", parameters=1, aligned=True)
-    opening = Opening(text_of=lambda _chat: "positive", tokens=99)
-    generator = Generator(LoadedModel(None, tokenizer, info), prefix="# brief\n", opening=opening)
-    head, tail = generator.pieces([{"role": "user", "content": "bad"}])
-    assert tokenizer.decode([*head, *tail]).endswith("assistant\n# brief\npositive")
+    (opening_ids,) = generator.openings([chat_of(asked)])
+    assert tokenizer.decode(opening_ids).strip() == "very positive"
+    alone = replace(generator, opening=None).pieces(chat_of(asked))
+    assert [*alone[0], *alone[1], *opening_ids] == ids
 
 
 def test_a_model_that_would_think_first_answers_behind_the_sentence_at_once():
@@ -181,7 +190,7 @@ def test_two_such_defenses_and_a_reminder_stand_side_by_side(tmp_path):
 
 def test_half_precision_models_are_served_too(tmp_path):
     generator = Generator(in_bfloat16(tiny_model()))
-    made = Ping(**QUICK, candidates=(SENTENCE, "no")).wrap_generation(generator, context(tmp_path))
+    made = Ping(**FEW, candidates=(SENTENCE, "no")).wrap_generation(generator, context(tmp_path))
     assert made.label_logprobs(CHATS, LABELS).isfinite().all()
     assert made.loaded.model.dtype == torch.bfloat16
 
@@ -287,7 +296,7 @@ def test_the_score_is_success_plus_weighted_refusals_and_success_the_mean_over_s
     }
     scored_by(monkeypatch, shares)
     ctx, texts = context(tmp_path), tuple(list(shares)[1:])
-    method = Ping(candidates=texts, refusal_weight=weight, **QUICK)
+    method = Ping(candidates=texts, refusal_weight=weight, **FEW)
     assert method.wrap_generation(Generator(tiny_model()), ctx).prefix == best
     assert [one["prefix"] for one in ctx.notes["candidates"]] == list(texts)
     careful = ctx.notes["candidates"][1]
@@ -298,7 +307,7 @@ def test_the_score_is_success_plus_weighted_refusals_and_success_the_mean_over_s
 def test_a_search_in_which_no_sentence_is_best_says_so(monkeypatch, tmp_path):
     scored_by(monkeypatch, {"": (0.5, 1.0, 1.0), "red": (0.25, 0.5, 0.0), "blue": (0.0, 0.0, 0.0)})
     ctx = context(tmp_path)
-    Ping(candidates=("blue", "red"), **QUICK).wrap_generation(Generator(tiny_model()), ctx)
+    Ping(candidates=("blue", "red"), **FEW).wrap_generation(Generator(tiny_model()), ctx)
     assert ctx.notes["prefix"] == "red"
     assert len(ctx.warnings) == 1
     assert "0.50" in ctx.warnings[0]
@@ -311,7 +320,7 @@ def test_the_search_asks_the_model_alone(tmp_path, monkeypatch):
     ctx = context(tmp_path)
     generator = Prefill().wrap_generation(Generator(tiny_model()), ctx)
     generator = SelfReminder(text="be good").wrap_generation(generator, ctx)
-    made = Ping(candidates=("red", "blue"), **QUICK).wrap_generation(generator, ctx)
+    made = Ping(candidates=("red", "blue"), **FEW).wrap_generation(generator, ctx)
     assert len(asked) == 9
     assert all(one.opening is None and not one.rewrites for one in asked)
     assert (made.opening, made.rewrites) == (generator.opening, generator.rewrites)
@@ -392,13 +401,15 @@ def test_a_call_behind_the_sentence_is_read_alone(tmp_path, monkeypatch):
 
 
 def test_the_control_is_the_same_search_over_neutral_sentences_of_as_many_words(tmp_path):
-    method = Ping(words=9, rows=3, refusal_weight=2.0)
+    method = Ping(words=12, rows=3, refusal_weight=2.0)
     control = control_of(method)
     assert replace(control, placebo=False) == method
     for judge in ("refusal_phrases", "microworld"):
         for one in (Ping(), method):
             own, neutral = one.sentences(judge), control_of(one).sentences(judge)
-            assert [len(text.split()) for text in own] == [len(text.split()) for text in neutral]
+            for mine, other in zip(own, neutral, strict=True):
+                assert len(mine.split()) == len(other.split())
+                assert mine[-1] == other[-1]
             assert len(set(own) | set(neutral)) == 2 * len(own) == 8
     neutral = " ".join([*ping.NEUTRAL, *ping.MICROWORLD_NEUTRAL]).lower()
     assert not any(w in neutral for w in ("refus", "harm", "forbid", "declin", "safe", "ethic"))
@@ -424,12 +435,11 @@ def test_strength_is_the_number_of_words_and_none_is_no_defense(tmp_path):
     generator, ctx = Generator(tiny_model()), context(tmp_path)
     assert Ping(words=0).wrap_generation(generator, ctx) is generator
     assert ctx.notes == {}
-    for words, text in ((1, "be"), (3, "be careful and"), (9, SENTENCE), (None, SENTENCE)):
+    for words, text in ((1, "help"), (3, "careful and help"), (9, SENTENCE), (None, SENTENCE)):
         made = replace(ONE, words=words).wrap_generation(generator, ctx)
         assert (made.prefix, ctx.notes["prefix"]) == (text, text)
-    assert first_words("# a\nb  c\n", 2) == "# a"
-    assert first_words("# a\nb  c\n", 4) == "# a\nb  c"
-    assert first_words("# a\n", None) == "# a\n"
+    assert last_words("# a\nb  c\n", 2) == "b  c\n"
+    assert last_words("# a\nb  c\n", 4) == last_words("# a\nb  c\n", None) == "# a\nb  c\n"
 
 
 def test_one_sentence_needs_no_search_and_no_rows(tmp_path):
