@@ -29,11 +29,11 @@ def markers(store: Path) -> Path:
 def run(stage: Stage, out: Path, session: Session) -> Mapping[str, Any] | None:
     """Run a stage, or die in it.
 
-    A kill within training leaves a marker `.training`, in which the retry writes the index of its
-    first step.
+    A kill within training leaves the index of the step that it prevented in a marker `.training`,
+    and the retry the indices of its steps in `.resumed`.
     """
     marker = markers(Path(session.store.uri)) / stage.digest
-    killed = marker.with_suffix(".training")
+    killed, resumed = marker.with_suffix(".training"), marker.with_suffix(".resumed")
     dies = marker.exists()
     marker.unlink(missing_ok=True)
     indices: list[int] = []
@@ -41,11 +41,11 @@ def run(stage: Stage, out: Path, session: Session) -> Mapping[str, Any] | None:
 
     def step(process: Any, training: Any, at: Any, *args: Any, **kwargs: Any) -> None:
         if dies and len(indices) == STEPS:
-            killed.touch()
-            _die()
-        if killed.exists() and not indices:
             killed.write_text(str(at.index))
+            _die()
         indices.append(at.index)
+        if killed.exists():
+            resumed.write_text(" ".join(map(str, indices)))
         one_step(process, training, at, *args, **kwargs)
 
     with patch.object(loop, "_one_step", step):
