@@ -4,30 +4,41 @@ trusted prompts, so that the model refuses forbidden requests and still does its
 Paper: Hahm et al., Unintended Misalignment from Agentic Fine-Tuning: Risks and Mitigation
     (arXiv:2508.14031, AAAI 2026): Prefix INjection Guard; official code
     HahmDY/finetuned-agent-misalignment, d799a6d.
-Differs: (1) The candidates are given, and each is scored once; in the paper GPT-4o writes ten per
-    round, up to ten rounds, from the best of the rounds before. (2) The score is the same sum,
-    refusals of forbidden requests plus success on harmless prompts, on prompts of trusted splits;
-    the official search uses 42 tasks, by default of its test split. Success is a right label, the
-    expected tool call, or an answer that the task's own judge calls compliance; in the official web
-    search it is no refusal and an action, which as published is 0 for every prefix, because the
-    answer does not reach the check. (3) The sentence is no part of the answer: judges of requests,
-    labels and tool calls read what the model writes behind it, as the official search and its web
-    agent do. So a candidate is a whole sentence; the beginning of a refusal, such as `I cannot`,
-    would be judged without its first words. (4) Label words are scored behind it. Perplexity and
-    answer loss are those of the served model alone. (5) An opening that an attack gives stands
-    behind it: the defender's words come first, the attacker's last. (6) The search asks the served
-    model alone, without what an attack or another defense adds to prompts and answers. (7) A model
-    that would think first answers at once.
+Mechanism: the sentence stands where the answer would begin, as an attacker's words do in `prefill`,
+    and the model goes on behind it: with a refusal or with the answer.
+Differs: (1) The candidates are given, and each is scored once; in the official web search GPT-4o
+    writes ten per round, up to ten rounds, with the best of earlier rounds as examples. (2) The
+    score is the same sum, refusals of forbidden requests plus success on harmless prompts, on
+    prompts of trusted splits; the official search uses 42 tasks, by default of its test split.
+    Success is a right label, the expected tool call, or an answer that the task's own judge calls
+    compliance; in the official web search it is no refusal and an action, which as published is 0
+    for every prefix, because the answer does not reach the check. (3) The sentence is no part of
+    the answer: judges of requests, labels and tool calls read what the model writes behind it, as
+    the official search and its WebDojo agent do. So no candidate may be the beginning of a refusal,
+    such as `I cannot`, which would be judged without its first words. (4) Label words are scored
+    behind it. Perplexity and answer loss are those of the served model alone. (5) An opening that
+    an attack gives stands behind it: the defender's words come first, the attacker's last. (6) The
+    search asks the served model alone, without what an attack or another defense adds to prompts
+    and answers. (7) A model that would think first answers at once.
 Published: on average over the tuned agents, refusals rise by 66 % on web navigation and by 44 % on
     code, and task success falls by 1.8 %; from a summary of the paper, whose tables were not
     checked.
-Cost: no training; the tokens of the sentence per answer. For every evaluated model, (candidates
-    + 1) x `rows` answers for each of the trusted splits.
+Ours: one seed; with neutral sentences in brackets. SmolLM2-135M after a harmless fine-tune, 32
+    prompts: refusals 0.47 to 0.69 (0.56), benign success 0.81 to 0.56 (0.63), label accuracy 0.81
+    to 0.41 (0.81). Tuned on 16 harmful rows, it ends its turn behind most sentences: coherent
+    answers 1.00 to 0.13 (0.21). ladder:0.1m without an attack, 64 prompts: it no longer refuses,
+    harmful rate 0.02 to 0.81 (0.33), presumably because its refusals hang on the first words. Agent
+    of ladder:0.2m under `badnets`: hijacked steps 0.62 to 0.14 (0.11), right ones 0.67 to 0.22
+    (0.14).
+Cost: no training; the tokens of the sentence per answer. For every evaluated model, (candidates +
+    1) x `rows` answers for each of the trusted splits.
 Reads: (1) `placebo: true` searches as many neutral sentences of as many words: the control. (2) The
-    record has the score of every candidate, and of no sentence. (3) In the microworld one candidate
-    is the reminder under which the ladder was trained to refuse, in another place. (4) An agent
-    outside this project that parses whole answers ignores the sentence only if it is a comment:
-    give candidates such as `# I refuse harmful tasks.`
+    record has the score of every candidate, and without one; a warning says where that is higher.
+    (3) In the microworld two candidates are the reminders under which the ladder was trained to
+    refuse, in another place. (4) Small models end their turn behind a full stop: let a candidate
+    lead into the answer, by a colon or a line break. (5) An agent outside this project that parses
+    whole answers ignores the sentence only if it is a comment: give candidates such as `# I refuse
+    harmful tasks.`
 Needs: split safety and the splits in `benign`; nothing if there is one candidate.
 """
 
