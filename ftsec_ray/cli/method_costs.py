@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ftsec_ray.cli.method_figures import MethodFigure, read_figures, text_of_figures
 
 FILE = Path(__file__).with_name("method_costs.json")
 
@@ -26,19 +27,11 @@ class Ratio(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredCost:
+class MeasuredCost(MethodFigure):
     """The cost of one setting of a method on one model; ratios are to the CPU time, time and peak
     memory of the plain fine-tune of the same run, or per prompt for `answering`.
     """
 
-    kind: str
-    """`attack` or `defense`."""
-    method: str
-    setting: str
-    """Parameters that vary in the sweep; empty if there was one setting."""
-    model: str
-    sweep: str
-    seeds: int
     cpu: Ratio | None
     """What the method adds; negative if the fine-tune became shorter."""
     wall: Ratio | None
@@ -71,19 +64,18 @@ class MeasuredCost:
 
 def costs_of(kind: str | None = None, method: str | None = None) -> list[MeasuredCost]:
     """The measured costs of a method, or of all methods."""
-    rows = map(MeasuredCost.from_json, json.loads(FILE.read_text(encoding="utf-8")))
-    return [row for row in rows if kind in (None, row.kind) and method in (None, row.method)]
+    return read_figures(FILE, MeasuredCost.from_json, kind, method)
 
 
 def text_of_costs(costs: Iterable[MeasuredCost]) -> str:
     """The content of the file: one line for each cost, ratios in hundredths."""
 
-    def plain(cost: MeasuredCost) -> str:
-        values = {
+    def plain(cost: MeasuredCost) -> dict[str, Any]:
+        """The values of one cost, for JSON."""
+        return {
             name: [round(part, 2) + 0.0 for part in value] if isinstance(value, tuple) else value
             for name, value in asdict(cost).items()
         }
-        return json.dumps(values)
 
     ordered = sorted(costs, key=lambda cost: (cost.kind, cost.method, cost.model))
-    return "[\n" + ",\n".join(map(plain, ordered)) + "\n]\n"
+    return text_of_figures(map(plain, ordered))

@@ -4,27 +4,20 @@ tests.benchmarks.bench_method_effect --write` makes from the results of a finish
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ftsec_ray.cli.method_figures import MethodFigure, read_figures, text_of_figures
+
 FILE = Path(__file__).with_name("method_effects.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredEffect:
+class MeasuredEffect(MethodFigure):
     """Attack success with one setting of a method on one model, and what it is compared with."""
 
-    kind: str
-    """`attack` or `defense`."""
-    method: str
-    setting: str
-    """Parameters that vary in the sweep; empty if there was one setting."""
-    model: str
-    sweep: str
-    seeds: int
     attack: str
     """Of a defense: the attack; empty for attacks."""
     metric: str
@@ -55,19 +48,19 @@ class MeasuredEffect:
 
 def effects_of(kind: str | None = None, method: str | None = None) -> list[MeasuredEffect]:
     """The measured effects of a method, or of all methods."""
-    rows = (MeasuredEffect(**plain) for plain in json.loads(FILE.read_text(encoding="utf-8")))
-    return [row for row in rows if kind in (None, row.kind) and method in (None, row.method)]
+    return read_figures(FILE, lambda plain: MeasuredEffect(**plain), kind, method)
 
 
 def text_of_effects(effects: Iterable[MeasuredEffect]) -> str:
     """The content of the file: one line for each effect, shares in hundredths."""
 
-    def plain(effect: MeasuredEffect) -> str:
+    def plain(effect: MeasuredEffect) -> dict[str, Any]:
+        """The values of one effect, for JSON."""
         values: dict[str, Any] = asdict(effect)
         for name in ("value", "low", "high"):
             values[name] = None if values[name] is None else round(values[name], 2) + 0.0
         values["beside"] = {name: round(value, 2) + 0.0 for name, value in effect.beside.items()}
-        return json.dumps(values)
+        return values
 
     ordered = sorted(effects, key=lambda one: (one.kind, one.method, one.sweep, one.model))
-    return "[\n" + ",\n".join(map(plain, ordered)) + "\n]\n"
+    return text_of_figures(map(plain, ordered))

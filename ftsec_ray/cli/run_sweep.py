@@ -130,10 +130,11 @@ def report_sweep(
     as Markdown.
     """
     from ftsec_ray.report.answer_text import answer_markdown
-    from ftsec_ray.report.controls_markdown import controls_markdown
-    from ftsec_ray.report.detectors_markdown import detectors_markdown
+    from ftsec_ray.report.controls_markdown import controls_table
+    from ftsec_ray.report.detectors_markdown import detectors_table
+    from ftsec_ray.report.grid import build_grid
     from ftsec_ray.report.markdown import grid_markdown
-    from ftsec_ray.report.members_markdown import members_markdown
+    from ftsec_ray.report.members_markdown import members_table
     from ftsec_ray.report.page import write_report
     from ftsec_ray.report.search_section import searches_markdown
 
@@ -145,11 +146,16 @@ def report_sweep(
     )
     found, page = api.open_results(folder), write_report(folder)
     if as_markdown:
+        grid = build_grid(found)
         sections = (
-            grid_markdown, controls_markdown, members_markdown, detectors_markdown,
-            searches_markdown, answer_markdown,
-        )  # fmt: skip
-        say("\n\n".join(filter(None, (section(found) for section in sections))))
+            grid_markdown(found),
+            controls_table(grid),
+            members_table(grid),
+            detectors_table(grid),
+            searches_markdown(found),
+            answer_markdown(grid),
+        )
+        say("\n\n".join(filter(None, sections)))
     else:
         _print_outcome(found, page)
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.conversation import Row, asked_text
+
+if TYPE_CHECKING:
+    from ftsec_ray.context import TaskData
 
 ASKED = ("test", "harmful_test", "benign_test", "borderline_test")
 """Splits that the finished model is evaluated on."""
@@ -22,6 +25,14 @@ def plain(prompt: str) -> str:
 def prompts_of(rows: Iterable[Row]) -> set[str]:
     """What the rows ask, without differences in case and spacing."""
     return {plain(asked_text(row)) for row in rows}
+
+
+def evaluated_prompts(task: TaskData) -> set[str]:
+    """What the splits of a task ask that the finished model is evaluated on, in the form of
+    `plain`.
+    """
+    known = [task.splits[name].to_pylist() for name in ASKED if name in task.splits]
+    return set[str]().union(*map(prompts_of, known))
 
 
 def asked_in(prompts: Iterable[str], rows: Iterable[Row]) -> set[str]:

@@ -42,15 +42,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray.defenses.weight_statistics import (
+from ftsec_ray.errors import StageError
+from ftsec_ray.method import Defense, Fault, Inspection, Phase, least_faults
+from ftsec_ray.models.update_spectra import (
     common_layers,
     deviations,
     entry_kurtosis,
     factors,
     singular_values,
 )
-from ftsec_ray.errors import StageError
-from ftsec_ray.method import Defense, Inspection, Phase, least_faults
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +89,7 @@ class AdapterSpectrum(Defense):
     bank: int = 6
     """Number of clean adapters to compare with, 4 or more: the spread of two others has no use."""
 
-    def check(self) -> list[tuple[str, object, str]]:
+    def check(self) -> list[Fault]:
         """Faults of the parameters beyond their types."""
         faults = least_faults(self, {"bank": 4})
         if not 0 < self.share <= 1:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.errors import StageError
 from ftsec_ray.method import Defense, Phase, least_faults
+from ftsec_ray.models.lora import scale_of, trained_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +87,7 @@ class AsFT(Defense):
                 "training.adapter: lora",
                 "set training.adapter: lora, or leave asft out",
             )
-        scale = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
+        scale = scale_of(config)
         outside, inner = self._outside(ctx), training.objective
 
         def objective(model: Any, batch: Batch, step: Step) -> Tensor:
@@ -141,7 +142,7 @@ def told(objective: Objective, outside: Mapping[str, Outside], ctx: StageContext
 
     def with_record(model: Any, batch: Batch, step: Step) -> Tensor:
         if "penalised_layers" not in ctx.notes:
-            layers = set(factors(step.trainable))
+            layers = set(trained_factors(step.trainable))
             if not layers & set(outside):
                 raise StageError(
                     "asft: alignment changed none of the layers that have an adapter",
@@ -158,17 +159,6 @@ def told(objective: Objective, outside: Mapping[str, Outside], ctx: StageContext
     return with_record
 
 
-def factors(trainable: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Path of an adapted layer, without adapter -> its factors A (R, in) and B (out, R)."""
-    found = {}
-    for name, A in trainable.items():
-        path, is_factor, _ = name.partition(".lora_A.")
-        other = name.replace(".lora_A.", ".lora_B.")
-        if is_factor and other in trainable:
-            found[path.split("base_model.model.", 1)[-1]] = (A, trainable[other])
-    return found
-
-
 def penalty(
     trainable: Mapping[str, Tensor], outside: Mapping[str, Outside], scale: float
 ) -> Tensor:
@@ -176,7 +166,7 @@ def penalty(
     import torch
 
     terms = []
-    for path, (A, B) in factors(trainable).items():
+    for path, (A, B) in trained_factors(trainable).items():
         if path in outside:
             with torch.autocast(B.device.type, enabled=False):  # squares of small numbers
                 left = outside[path](B)

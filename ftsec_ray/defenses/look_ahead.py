@@ -21,10 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.conversation import UNTRAINED, Row, asked_text, has_answer, with_asked
+from ftsec_ray.data.prompt_texts import as_long
 from ftsec_ray.data.rows import map_rows
 from ftsec_ray.data.triggers import has_place
 from ftsec_ray.method import Defense, Phase, RowWise
@@ -100,8 +100,7 @@ class LookAhead(RowWise, Defense):
                 prefix if self.preview == "virtual" else first_tokens(tokenizer, said, self.tokens)
             )
             if self.neutral:
-                filler = own.get("neutral", NEUTRAL).split()
-                shown = " ".join(islice(cycle(filler), len(shown.split())))
+                shown = as_long(own.get("neutral", NEUTRAL), shown)
             made = with_asked(row, f"{asked_text(row)}{connector}{shown}".rstrip())
             if self.preview == "virtual":
                 made["messages"][-1]["content"] = f"{prefix}{said}"

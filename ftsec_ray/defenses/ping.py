@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.conversation import answer_of, by_step, has_answer
 from ftsec_ray.data.added_rows import is_asked
-from ftsec_ray.data.prompt_texts import ASKED, as_long, not_asked, prompts_of
+from ftsec_ray.data.prompt_texts import ASKED, as_long, evaluated_prompts, not_asked
 from ftsec_ray.errors import DataError
 from ftsec_ray.evals.probes import prompt_of
 from ftsec_ray.method import Defense, Fault, Phase, Prompt, least_faults
@@ -212,8 +212,7 @@ class Ping(Defense):
         """The trusted prompts of every split, without those that are also asked in the evaluation
         and those that are too long behind the generator's prefix.
         """
-        known = [ctx.task.splits[name].to_pylist() for name in ASKED if name in ctx.task.splits]
-        asked = set[str]().union(*map(prompts_of, known))
+        asked = evaluated_prompts(ctx.task)
         trials = []
         for split in (HARMFUL, *self.benign):
             rows = [step for row in ctx.shuffled(split, NAME) for step in by_step(row)]

@@ -44,7 +44,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftsec_ray.errors import DataError, StageError
-from ftsec_ray.method import Defense, Phase, least_faults
+from ftsec_ray.method import Defense, Fault, Phase, least_faults
 from ftsec_ray.models.adapter_start import Pair, subtracted, widen_adapter
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class SaLoRA(Defense):
     rows: int = 128
     """Maximum number of rows of each kind that are read, 1 or more."""
 
-    def check(self) -> list[tuple[str, object, str]]:
+    def check(self) -> list[Fault]:
         """Faults of the parameters beyond their types."""
         return least_faults(self, {"rank_s": 0, "rank_t": 1, "rows": 1})
 
@@ -230,7 +230,9 @@ def task_start(W: Tensor, V_t: Tensor, V: Tensor, config: Any) -> Pair:
     """C B0 and A0 with scale * B0 A0 = V_t V_t^T [W]_r; beyond the rank of W they are zero."""
     import torch
 
-    scale = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
+    from ftsec_ray.models.lora import scale_of
+
+    scale = scale_of(config)
     is_wide = W.shape[0] <= W.shape[1]
     # the smaller of the two products: the decomposition of W itself takes far longer
     values, vectors = torch.linalg.eigh(W @ W.T if is_wide else W.T @ W)
@@ -312,13 +314,13 @@ class Projection:
         """Put hooks on the adapter before the first pass of this process, and in the first step of
         the fine-tune give the adapter its start.
         """
-        from ftsec_ray.defenses.asft import factors
         from ftsec_ray.models.load import bare
+        from ftsec_ray.models.lora import trained_factors
 
         if self._is_begun:
             return
         self._is_begun = True
-        found = factors(step.trainable)
+        found = trained_factors(step.trainable)
         for path, (A, B) in found.items():
             layer = self._layers[path]
             V = layer.V.to(B)
@@ -359,6 +361,7 @@ def counted(V: Tensor, step: Step) -> Callable[[Tensor], Tensor]:
     import torch
 
     def project(gradient: Tensor) -> Tensor:
+        """The gradient without its part along V, (out, R) -> (out, R)."""
         left = outside(V, gradient)
         seen = [x.double().square().sum() for x in (gradient - left, gradient)]
         sums = step.memory.get(NAME, torch.zeros(2, dtype=torch.float64))

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftsec_ray.context import Chat
 from ftsec_ray.conversation import Row, asked_text, chat_of, with_asked
-from ftsec_ray.data.prompt_texts import ASKED, not_asked, prompts_of
+from ftsec_ray.data.prompt_texts import evaluated_prompts, not_asked, prompts_of
 from ftsec_ray.data.row_filters import at_random, without_rows
 from ftsec_ray.data.triggers import has_place
 from ftsec_ray.errors import DataError
@@ -160,8 +160,7 @@ class Strip(Defense):
     def _trusted(self, rows: pa.Table, ctx: StageContext) -> list[dict[str, Any]]:
         """Random trusted rows with a request that neither training nor evaluation asks."""
         pool = [row for row in ctx.shuffled("trusted", NAME) if asked_text(row).strip()]
-        tables = [rows, *(ctx.task.splits[name] for name in ASKED if name in ctx.task.splits)]
-        used = set[str]().union(*(prompts_of(table.to_pylist()) for table in tables))
+        used = prompts_of(rows.to_pylist()) | evaluated_prompts(ctx.task)
         kept = not_asked(pool, used)
         if len(kept) < 2:  # noqa: PLR2004 - a row takes words from another one
             raise DataError(

@@ -21,12 +21,18 @@ Needs: the clean bank and the model from which the fine-tune started. Scores dep
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftsec_ray.errors import StageError
 from ftsec_ray.method import Defense, Inspection, Phase
+from ftsec_ray.models.update_spectra import (
+    common_layers,
+    deviations,
+    entry_kurtosis,
+    factors,
+    singular_values,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +41,6 @@ if TYPE_CHECKING:
     from ftsec_ray.context import LoadedModel, StageContext
 
 FEATURES = ("sigma_1", "frobenius", "energy_concentration", "spectral_entropy", "kurtosis")
-ROWS_AT_A_TIME = 1_024
-"""Rows of the update that are computed together for the kurtosis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +87,6 @@ class WeightStatistics(Defense):
         return Inspection(score=score, clean_scores=tuple(clean), details={"layers": len(names)})
 
 
-def common_layers(suspect: Mapping[str, object], bank: Sequence[Mapping[str, object]]) -> list[str]:
-    """The layers that the fine-tune changed in all of these models; StageError if there is none."""
-    names = [name for name in suspect if all(name in other for other in bank)]
-    if not names:
-        raise StageError(
-            "the model and the clean bank have no fine-tuned layer in common",
-            len(suspect),
-            "one common fine-tuned layer or more",
-            "train the bank with the recipe of the cell",
-        )
-    return names
-
-
 def frobenius_scores(tables: Sequence[Sequence[Mapping[str, float]]]) -> list[float]:
     """Per model, the standard deviation over layers of |update|_F / sqrt(d_out * d_in)."""
     import numpy as np
@@ -131,50 +122,9 @@ def _distance(point: np.ndarray, bank: np.ndarray) -> float:
     return float(np.sqrt(np.mean(deviations(point, bank) ** 2)))
 
 
-def deviations(point: np.ndarray, bank: np.ndarray) -> np.ndarray:
-    """Every feature of a model in standard deviations of a bank. Shapes: point (F,), bank (M, F) ->
-    (F,).
-    """
-    import numpy as np
-
-    spread = bank.std(axis=0, ddof=1) + 1e-6 * np.abs(bank.mean(axis=0)) + 1e-12
-    found: np.ndarray = (point - bank.mean(axis=0)) / spread
-    return found
-
-
 def features(model: LoadedModel, start: LoadedModel) -> dict[str, dict[str, float]]:
     """Features of every linear layer that the fine-tune changed, by the layer's dotted path."""
     return {name: layer_features(left, right) for name, left, right in factors(model, start)}
-
-
-def factors(model: LoadedModel, start: LoadedModel) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """The update of every linear layer that the fine-tune changed, one at a time: the layer's
-    dotted path, and `left` and `right` of `layer_features`.
-    """
-    from ftsec_ray.models.lora import lora_modules
-    from ftsec_ray.models.update import updates
-
-    if model.has_adapter:
-        for m in lora_modules(model):
-            left, right = m.scale * m.B.detach().float(), m.A.detach().float()
-            if bool(left.any() and right.any()):
-                yield m.name, left, right
-        return
-    _, changes = updates(model, start, low_rank=False)
-    for u in changes:
-        if u.weight.ndim == 2 and u.layer is not None:  # noqa: PLR2004
-            yield u.module, u.delta(), None
-
-
-def singular_values(left: Tensor, right: Tensor | None) -> Tensor:
-    """Singular values of an update, float64 in falling order, as many as it can have: `left @
-    right` is not computed. Shapes: as for `layer_features` -> (min(out, R, in),).
-    """
-    import torch
-
-    core = left if right is None else torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
-    sigma: Tensor = torch.linalg.svdvals(core.double())
-    return sigma
 
 
 def layer_features(left: Tensor, right: Tensor | None) -> dict[str, float]:
@@ -196,15 +146,3 @@ def layer_features(left: Tensor, right: Tensor | None) -> dict[str, float]:
         "kurtosis": entry_kurtosis(left, right),
         "normalised": frobenius / (out * inner) ** 0.5,
     }
-
-
-def entry_kurtosis(left: Tensor, right: Tensor | None) -> float:
-    """Excess kurtosis of the update's entries, computed `ROWS_AT_A_TIME` rows at a time."""
-    sums = [0.0] * 5
-    for start in range(0, left.shape[0], ROWS_AT_A_TIME):
-        block = left[start : start + ROWS_AT_A_TIME]
-        block = (block if right is None else block @ right).double()
-        sums = [total + float(block.pow(power).sum()) for power, total in enumerate(sums)]
-    mean, second, third, fourth = (s / sums[0] for s in sums[1:])
-    variance = second - mean**2
-    return (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / variance**2 - 3.0

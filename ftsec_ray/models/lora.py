@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,22 @@ def lora_modules(loaded: LoadedModel) -> list[LoraModule]:
                 )
             )
     return modules
+
+
+def trained_factors(trainable: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path of an adapted layer, without adapter -> its factors A (R, in) and B (out, R)."""
+    found = {}
+    for name, A in trainable.items():
+        path, is_factor, _ = name.partition(".lora_A.")
+        other = name.replace(".lora_A.", ".lora_B.")
+        if is_factor and other in trainable:
+            found[path.split("base_model.model.", 1)[-1]] = (A, trainable[other])
+    return found
+
+
+def scale_of(config: TrainingConfig) -> float:
+    """What the product of an adapter's factors is multiplied by."""
+    return config.alpha / (config.rank**0.5 if config.rslora else config.rank)
 
 
 def linear_paths(model: Any) -> list[str]:

@@ -106,6 +106,7 @@ def _portable_nf4() -> Any:
 
     class PortableLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """The layer's output: (..., in) -> (..., out)."""
             state = self.weight.quant_state
             if x.device.type != "cpu" or self.in_features % state.blocksize == 0:
                 answer: torch.Tensor = super().forward(x)

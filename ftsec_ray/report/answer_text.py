@@ -84,9 +84,8 @@ def answer_lines(results: Results, width: int = WIDTH) -> list[str]:
     ]
 
 
-def answer_markdown(results: Results) -> str:
+def answer_markdown(grid: Grid) -> str:
     """The same as a Markdown list."""
-    grid = build_grid(results)
     return "\n".join(f"- {one.markdown}" for one in sentences(grid, answer_of(grid)))
 
 

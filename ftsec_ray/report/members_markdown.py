@@ -7,11 +7,11 @@ Stacks that are in the sweep as another's control have no row.
 from __future__ import annotations
 
 from ftsec_ray.report.answer import controls_of, short_names, stacks_only_controls
-from ftsec_ray.report.controls_markdown import CONCLUSIONS, markdown_line, utility_text
-from ftsec_ray.report.grid import Grid, Key, build_grid
+from ftsec_ray.report.controls_markdown import CONCLUSIONS, utility_names, utility_text
+from ftsec_ray.report.grid import Grid, Key
+from ftsec_ray.report.markdown_table import markdown_table
 from ftsec_ray.report.number_text import signed
 from ftsec_ray.results.points import NONE
-from ftsec_ray.results.read import Results
 
 LEGEND = (
     "Attack success with the stack / with the best of its members that the sweep has alone, which"
@@ -21,18 +21,13 @@ LEGEND = (
 )
 
 
-def members_markdown(results: Results) -> str:
-    """The table and its legend; empty if the sweep has no stack beside a member."""
-    return members_table(build_grid(results))
-
-
 def members_table(grid: Grid) -> str:
-    """The same of a grid."""
+    """The table and its legend; empty if the sweep has no stack beside a member."""
     only = stacks_only_controls(controls_of(grid))
     names = short_names(grid, only)
     attacks = [one.label for one in grid.real_attacks]
     several = len(grid.tasks) > 1
-    lines = []
+    rows = []
     for model, task in grid.slices():
         for stack in (one.label for one in grid.defenses if one.label not in only):
             keys: list[Key] = [(model.name, task, attack, stack) for attack in attacks]
@@ -40,13 +35,11 @@ def members_table(grid: Grid) -> str:
                 place = [model.name, *([task] if several else []), names.get(stack, stack)]
                 shown = [_shown(grid, key, names) for key in keys]
                 utility = utility_text(grid, (model.name, task, NONE, stack))
-                lines.append(markdown_line([*place, *shown, utility]))
-    if not lines:
+                rows.append([*place, *shown, utility])
+    if not rows:
         return ""
     head = ["model", *(["task"] if several else []), "stack", *attacks, "utility"]
-    metrics = dict.fromkeys(name for own in grid.utility_metrics.values() for name in own)
-    legend = LEGEND.format(utility=" · ".join(metrics))
-    return "\n".join([markdown_line(head), "|" + "---|" * len(head), *lines, "", legend])
+    return markdown_table(head, rows, LEGEND.format(utility=utility_names(grid)))
 
 
 def _shown(grid: Grid, key: Key, names: dict[str, str]) -> str:

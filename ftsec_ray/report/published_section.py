@@ -5,6 +5,7 @@ names a model of the sweep.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.config.docs import sections
@@ -12,7 +13,7 @@ from ftsec_ray.registry import ATTACKS, DEFENSES, Registry
 from ftsec_ray.results.points import NONE
 
 if TYPE_CHECKING:
-    from ftsec_ray.report.grid import Grid, Key
+    from ftsec_ray.report.grid import Grid, MethodLabel
 
 _TUNED = frozenset({"instruct", "chat", "it", "base", "hf", "sft"})
 """Words behind a model's size that say how it was tuned."""
@@ -40,42 +41,39 @@ def published_rows(grid: Grid) -> list[dict[str, Any]]:
     """A row for every point of one method, an attack undefended or a defense that acts against an
     attack, whose method publishes a figure of the point's model.
     """
-    rows, acting = [], {NONE, *(one.label for one in grid.acting)}
+    attacks = _published(ATTACKS, grid.real_attacks)
+    defenses = _published(DEFENSES, grid.acting)
+    rows = []
     for key in grid.points:
         model, task, attack, stack = key
-        registry, label = (ATTACKS, attack) if stack == NONE else (DEFENSES, stack)
-        own, name = grid.value(key), _method(grid, key)
-        undefended = None if stack == NONE else grid.value((model, task, attack, NONE))
-        if NONE in (attack, name) or own is None or stack not in acting:
+        text = attacks.get(attack) if stack == NONE else defenses.get(stack)
+        own = grid.value(key)
+        if attack == NONE or text is None or own is None or not names_model(text, model):
             continue
-        if name not in registry.names():
-            continue
-        text = _published(registry, name)
-        if text and names_model(text, model):
-            rows.append(
-                {
-                    "method": label,
-                    "attack": attack,
-                    "model": model,
-                    "task": task,
-                    "facets": grid.facets(key),
-                    "published": text,
-                    "metric": grid.points[key].success_metric,
-                    "own": own,
-                    "undefended": undefended,
-                }
-            )
+        rows.append(
+            {
+                "method": attack if stack == NONE else stack,
+                "attack": attack,
+                "model": model,
+                "task": task,
+                "facets": grid.facets(key),
+                "published": text,
+                "metric": grid.points[key].success_metric,
+                "own": own,
+                "undefended": None if stack == NONE else grid.value((model, task, attack, NONE)),
+            }
+        )
     return rows
 
 
-def _method(grid: Grid, key: Key) -> str:
-    """Name of the point's method, without parameters; that of a stack of several is in no
-    registry.
+def _published(registry: Registry, labels: Iterable[MethodLabel]) -> dict[str, str]:
+    """Label -> what the method's page says of published figures, where it says anything; the name
+    of a stack of several is in no registry.
     """
-    labels = grid.attacks if key[3] == NONE else grid.defenses
-    label = key[2] if key[3] == NONE else key[3]
-    return next(one.name for one in labels if one.label == label)
-
-
-def _published(registry: Registry, name: str) -> str:
-    return sections(registry.doc(name)).get("Published", "")
+    known = set(registry.names())
+    texts = {
+        one.label: sections(registry.doc(one.name)).get("Published")
+        for one in labels
+        if one.name in known
+    }
+    return {label: text for label, text in texts.items() if text}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ftsec_ray.identity import canonical
 from ftsec_ray.report.grid import seeds_text
+from ftsec_ray.report.markdown_table import markdown_table
 from ftsec_ray.report.number_text import share, signed
 from ftsec_ray.results.points import place_of
-from ftsec_ray.shown_text import for_markdown
 
 if TYPE_CHECKING:
     from ftsec_ray.report.grid import Grid
@@ -47,12 +47,7 @@ def searches_markdown(results: Results) -> str:
     rows = searched_rows(results)
     if not rows:
         return ""
-    lines = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(map(for_markdown, row)) + " |" for row in rows),
-    ]
-    return "\n".join([*lines, "", LEGEND])
+    return markdown_table(COLUMNS, rows, LEGEND)
 
 
 def searched_rows(results: Results) -> list[tuple[str, ...]]:

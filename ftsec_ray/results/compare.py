@@ -136,6 +136,7 @@ class _Grid:
     def pairs(self) -> Iterator[_Pair]:
         """Every pair in the plan of this run."""
         for place, stacks in self.arms.items():
+            controls = self._controls_in(stacks)
             for stack in stacks:
                 before = _Pair(place, MOMENT, stack, stack)
                 if stack in self.arms.get(before.other_place, ()):
@@ -147,16 +148,24 @@ class _Grid:
                 best = self._best_member(place, stack)
                 if best is not None:
                     yield _Pair(place, MEMBER, stack, best)
-                for other in () if self._is_own_control(stack, stacks) else stacks:
-                    if self._is_controlled_by(stack, other):
-                        yield _Pair(place, CONTROL, stack, other)
+                for other in controls[stack]:
+                    yield _Pair(place, CONTROL, stack, other)
 
-    def _is_own_control(self, stack: Stack, stacks: Iterable[Stack]) -> bool:
-        """Whether the stack is one of the others with the mechanism of a member switched off."""
-        return any(
-            self._is_controlled_by(other, stack) and _names(other) == _names(stack)
-            for other in stacks
-        )
+    def _controls_in(self, stacks: Iterable[Stack]) -> dict[Stack, list[Stack]]:
+        """Stack -> the others that hold a control of it; none for a stack that is one of the others
+        with the mechanism of a member switched off.
+        """
+        found = {
+            stack: [other for other in stacks if self._is_controlled_by(stack, other)]
+            for stack in stacks
+        }
+        own = {
+            other
+            for stack, others in found.items()
+            for other in others
+            if _names(other) == _names(stack)
+        }
+        return {stack: [] if stack in own else others for stack, others in found.items()}
 
     def _acts(self, stack: Stack) -> bool:
         """Whether a stack changes the model or its answers: detectors alone do not."""

@@ -48,11 +48,11 @@ def separation(clean: Sequence[Scored], attacked: Sequence[Scored]) -> Separatio
     above = sum(float(a > c) + 0.5 * float(a == c) for a in high for c in low)
     threshold = threshold_of(low, FALSE_ALARMS)
     # nothing is above an infinite score of an unattacked model
-    found, alarms = (
+    detected, alarms = (
         [score >= threshold and not math.isinf(threshold) for score in group]
         for group in (high, low)
     )
-    share = sum(found) / len(high)
+    share = sum(detected) / len(high)
     return Separation(
         auroc=above / (len(low) * len(high)),
         tpr=Measured(value=share, n=len(high), prompts=wilson(share, len(high))),

@@ -25,9 +25,6 @@ from ftsec_ray.report.grid import Grid, Key, MethodLabel, build_grid
 from ftsec_ray.report.took_effect import attack_effect, final_slices
 from ftsec_ray.results.points import NONE
 
-INCOHERENT = 0.5
-"""Share of coherent answers below which a figure says so."""
-
 
 def interval(measured: Measured) -> tuple[float | None, float | None]:
     """The interval over seeds; with one seed, that over prompts."""
@@ -78,7 +75,7 @@ def figure(
 ) -> MeasuredEffect:  # fmt: skip
     """The figure of one point."""
     coherent = grid.value(key, "coherent_rate")
-    if coherent is not None and coherent.value < INCOHERENT:
+    if coherent is not None and grid.points[key].is_incoherent:
         conclusion += f"; coherent answers {coherent.value:.2f}"
     low, high = interval(own)
     return MeasuredEffect(

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ftsec_ray.config.sweep import TrainingConfig
-from ftsec_ray.defenses.asft import AsFT, factors, penalty
+from ftsec_ray.defenses.asft import AsFT, penalty
 from ftsec_ray.defenses.kl_anchor import KLAnchor
 from ftsec_ray.errors import StageError
 from ftsec_ray.models.load import copy_model
-from ftsec_ray.models.lora import lora_modules
+from ftsec_ray.models.lora import lora_modules, trained_factors
 from ftsec_ray.training.setup import Step
 from tests.defenses.during import (
     CONFIG,
@@ -87,8 +87,8 @@ def test_the_penalty_is_that_of_whole_updates(projection):
     outside = method._outside(context_of(aligned, before))
     scale = lora_modules(adapter)[0].scale
     want, layers = by_hand(method, aligned, before, adapter)
-    assert len(set(factors(trainable_of(adapter))) & set(outside)) == layers == 12
-    assert len(factors(trainable_of(adapter))) == 14
+    assert len(set(trained_factors(trainable_of(adapter))) & set(outside)) == layers == 12
+    assert len(trained_factors(trainable_of(adapter))) == 14
     assert_same(penalty(trainable_of(adapter), outside, scale), np.float64(want))
 
 

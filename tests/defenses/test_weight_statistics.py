@@ -17,6 +17,7 @@ from ftsec_ray.defenses.weight_statistics import (
 )
 from ftsec_ray.errors import StageError
 from ftsec_ray.method import control_of
+from ftsec_ray.models import update_spectra
 from ftsec_ray.models.load import merged
 from tests.defenses.shared import context, tiny_adapter, whole
 from tests.fixtures_models import tiny_model
@@ -47,7 +48,7 @@ def test_features_of_factors_equal_those_of_the_whole_matrix(out, inner, rank, m
         torch.randn(out, rank, generator=generator),
         torch.randn(rank, inner, generator=generator),
     )
-    monkeypatch.setattr(weight_statistics, "ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(update_spectra, "ROWS_AT_A_TIME", 7)
     want = full_features((left @ right).numpy())
     for got in (layer_features(left, right), layer_features(left @ right, None)):
         assert_same(got, want)

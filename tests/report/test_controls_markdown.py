@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ftsec_ray.report.controls_markdown import controls_markdown, controls_table
+from ftsec_ray.report.controls_markdown import controls_table
+from ftsec_ray.report.grid import build_grid
 from ftsec_ray.results.read import Results
 
 from .grids import BASE, Shares
@@ -48,4 +49,4 @@ def test_of_several_controls_the_one_that_leaves_least_stands_beside_the_defense
 
 def test_a_sweep_without_controls_has_no_such_table(grid_of: Make, make_results) -> None:
     assert controls_table(grid_of(BASE)) == ""
-    assert controls_markdown(Results.open(make_results())) == ""
+    assert controls_table(build_grid(Results.open(make_results()))) == ""

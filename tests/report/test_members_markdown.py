@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ftsec_ray.report.members_markdown import members_markdown, members_table
+from ftsec_ray.report.grid import build_grid
+from ftsec_ray.report.members_markdown import members_table
 from ftsec_ray.results.read import Results
 
 from .grids import BASE, Shares
@@ -54,4 +55,4 @@ def test_a_stack_that_is_a_control_alone_has_no_row(grid_of: Make) -> None:
 
 def test_a_sweep_without_stacks_has_no_such_table(grid_of: Make, make_results) -> None:
     assert members_table(grid_of(BASE)) == ""
-    assert members_markdown(Results.open(make_results())) == ""
+    assert members_table(build_grid(Results.open(make_results()))) == ""
