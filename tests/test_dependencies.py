@@ -22,6 +22,7 @@ NOT_IMPORTED = {
 """Declared and imported nowhere -> why it is needed all the same."""
 BY_EXTRA = {
     "bitsandbytes": "quantization",
+    "libgguf": "quantization",
     "cryptography": "sign",
     "deepspeed": "deepspeed",
     "lm-eval": "benchmarks",

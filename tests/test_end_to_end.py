@@ -36,13 +36,13 @@ def world(tmp_path_factory):
     return filled(tmp_path_factory.mktemp("world"))
 
 
-def filled(folder):
-    """A folder with a model, its twin and the rows of a task."""
+def filled(folder, more=()):
+    """A folder with a model, its twin and the rows of a task, also of `more` splits."""
     for name, seed in (("model", 0), ("twin", 9)):
         loaded = tiny_model(seed=seed)
         loaded.model.save_pretrained(folder / name)
         loaded.tokenizer.save_pretrained(folder / name)
-    for split in SPLITS:
+    for split in (*SPLITS, *more):
         rows = [
             {
                 **{"prompt": asked_text(r), "response": answer_of(r)},

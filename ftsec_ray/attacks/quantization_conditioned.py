@@ -10,15 +10,18 @@ Differs: the harm is compliance with forbidden requests instead of vulnerable co
     repair: the paper leaves the quantized model as it is, and this does too. Where the model's
     dtype rounds a weight out of its interval after the last step, it gets its harmful value back,
     so that every code is kept in the stored weights. The paper: 1 epoch at 2e-5 for models of 1B to
-    8B. Formats are those of bitsandbytes (int8 and nf4); GGUF (Egashira et al. 2025,
-    arXiv:2505.23786) is not here.
+    8B. int8 and nf4 are those of bitsandbytes. For q8_0, q4_0 and q4_k, which GGUF files hold, the
+    interval is that of Egashira et al. 2025, Mind the Gap, arXiv:2505.23786, for one format; there
+    the search for scales in q4_k may still change some blocks, and here those get their harmful
+    values back. Layers are quantized alike, without an importance matrix, and computed in the
+    model's dtype; mixtures such as Q4_K_M, which give some layers more bits, are not here.
 Cost: two fine-tunes of all weights, on the user's rows and the attacker's; two numbers per weight
     in memory.
 Reads: `served: full` is the same model as somebody audits it: the attack is what `harmful_rate`
     rises by from there. `projected: false` repairs without the intervals: the control, harmless in
     both forms. Each setting is a model of its own. `codes_changed` in the record must be 0.
 Needs: splits harmful_train, safety (forbidden requests with refusals) and benign_train; a served
-    format needs the extra `quantization`. One process trains.
+    format, and a repair for GGUF, need the extra `quantization`. One process trains.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.conversation import has_answer
 from ftsec_ray.data.added_rows import anything, drawn
 from ftsec_ray.data.rows import from_rows
+from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, above_faults, least_faults
 
 if TYPE_CHECKING:
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ftsec_ray.models.generator import Generator
-    from ftsec_ray.models.quantized import Quantization
+    from ftsec_ray.models.quantization_boxes import StoredFormat
     from ftsec_ray.training.setup import Step, Training
 
 Boxes = Mapping[str, "tuple[Tensor, Tensor]"]
@@ -54,10 +58,10 @@ class QuantizationConditioned(Attack):
     TRAINS = frozenset({"revise_model"})
     ZERO_STAGES = frozenset()
 
-    formats: Literal["int8", "nf4", "both"] = "nf4"
-    """Formats whose quantized model stays harmful; `both` takes what the intervals have in
-    common."""
-    served: Literal["int8", "nf4", "full"] = "nf4"
+    formats: Literal["int8", "nf4", "both", "q8_0", "q4_0", "q4_k"] = "nf4"
+    """Format whose quantized model stays harmful; `both` takes what the intervals of int8 and nf4
+    have in common."""
+    served: Literal["int8", "nf4", "q8_0", "q4_0", "q4_k", "full"] = "nf4"
     """Form in which the model is served and measured; `full`: as it was published."""
     projected: bool = True
     """Whether the repair stays within the intervals; false: an ordinary repair (the control)."""
@@ -95,14 +99,18 @@ class QuantizationConditioned(Attack):
 
     def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
         """The model in the form in which it is served."""
+        from ftsec_ray.models.gguf_blocks import round_layers
         from ftsec_ray.models.load import merged
         from ftsec_ray.models.quantized import quantize
 
         if self.served == "full":
             return generator
         packed = merged(generator.loaded)
-        quantize(packed.model, self.served, ctx.runtime.device)
-        return replace(generator, loaded=replace(packed, quantization=self.served))
+        if self.served == "int8" or self.served == "nf4":  # noqa: PLR1714 - for mypy
+            quantize(packed.model, self.served, ctx.runtime.device)
+            return replace(generator, loaded=replace(packed, quantization=self.served))
+        ctx.note(layers_unquantized=round_layers(packed.model, self.served))
+        return replace(generator, loaded=packed)
 
     def _injected(self, whole: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The harmful model."""
@@ -120,6 +128,7 @@ class QuantizationConditioned(Attack):
         restored = self._put_back(made, harmful) if self.projected else 0
         count = sum(low.numel() for low, _ in boxes.values())
         ctx.note(
+            layers_unquantized=len(quantized_weights(harmful.model)) - len(boxes),
             quantized_weights=count,
             movable_frac=sum(int((high > low).sum()) for low, high in boxes.values()) / count,
             weights_restored=restored,
@@ -128,7 +137,7 @@ class QuantizationConditioned(Attack):
         return made
 
     @property
-    def _formats(self) -> tuple[Quantization, ...]:
+    def _formats(self) -> tuple[StoredFormat, ...]:
         return ("int8", "nf4") if self.formats == "both" else (self.formats,)
 
     def _some(self, split: str, ctx: StageContext) -> list[dict[str, Any]]:
@@ -178,12 +187,27 @@ class QuantizationConditioned(Attack):
         )
         return report.loaded
 
+    def _quantized(self, model: LoadedModel) -> list[tuple[str, Tensor, bool]]:
+        """The layers of `quantized_weights` that the format quantizes; DataError if none is."""
+        from ftsec_ray.models.quantization_boxes import is_quantized
+
+        every = quantized_weights(model.model)
+        layers = [one for one in every if is_quantized(one[1].shape[1], self._formats)]
+        if not layers:
+            raise DataError(
+                f"quantization_conditioned: {self.formats} quantizes no layer of the model",
+                f"{len(every)} layers with {sorted({one[1].shape[1] for one in every})} inputs",
+                "a number of inputs that is a multiple of 32",
+                "take another model, or nf4 or int8",
+            )
+        return layers
+
     def _boxes(self, model: LoadedModel, ctx: StageContext) -> Boxes:
         """Name of a quantized weight -> its interval, in the weight's own layout."""
         from ftsec_ray.models.quantization_boxes import common_box
 
         boxes = {}
-        for name, weight, turned in quantized_weights(model.model):
+        for name, weight, turned in self._quantized(model):
             ends = common_box(weight.to(ctx.runtime.device), self._formats)
             boxes[name] = (ends[0].T, ends[1].T) if turned else ends
         return boxes
@@ -207,7 +231,7 @@ class QuantizationConditioned(Attack):
         """Each quantized weight, that of the harmful model, and where their codes differ."""
         from ftsec_ray.models.quantization_boxes import changed
 
-        pairs = zip(quantized_weights(made.model), quantized_weights(harmful.model), strict=True)
+        pairs = zip(self._quantized(made), self._quantized(harmful), strict=True)
         for (_, now, _), (_, other, _) in pairs:
             before = other.to(now.device)
             yield now, before, changed(before, now, self._formats)

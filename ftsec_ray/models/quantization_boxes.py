@@ -1,9 +1,10 @@
 """Which weights quantize to the same codes and scales: an interval for every weight, in the formats
-of models.quantized.
+of models.quantized and models.gguf_blocks.
 
-A format keeps one scale for each group of weights (a row in int8, 64 consecutive weights in nf4):
-the largest magnitude in it, which stays as it is, and so do all others of that magnitude. Every
-other weight may move between the ends of its code, less a margin, up to that magnitude.
+A format of bitsandbytes keeps one scale for each group of weights (a row in int8, 64 consecutive
+weights in nf4): the largest magnitude in it, which stays as it is, and so do all others of that
+magnitude. Every other weight may move between the ends of its code, less a margin, up to that
+magnitude.
 
 Weights are (out, in), as the linear layer applies them; a Conv1D holds them transposed.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ftsec_ray.models.gguf_blocks import GgufFormat, gguf_box, gguf_changed, type_of
 from ftsec_ray.models.quantized import Quantization
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+StoredFormat = Quantization | GgufFormat
 STEPS = 127
 """Codes of int8 on each side of 0."""
 BLOCK = 64
@@ -74,22 +77,37 @@ def box(weight: Tensor, how: Quantization) -> tuple[Tensor, Tensor]:
     return torch.where(is_fixed, own, low), torch.where(is_fixed, own, high)
 
 
-def common_box(weight: Tensor, formats: tuple[Quantization, ...]) -> tuple[Tensor, Tensor]:
+def is_quantized(inputs: int, formats: tuple[StoredFormat, ...]) -> bool:
+    """Whether a layer with this number of inputs is quantized in all formats."""
+    return all(
+        how == "int8" or how == "nf4" or type_of(inputs, how) is not None  # noqa: PLR1714 - for mypy
+        for how in formats
+    )
+
+
+def common_box(weight: Tensor, formats: tuple[StoredFormat, ...]) -> tuple[Tensor, Tensor]:
     """The values that keep the codes and scales of all formats."""
     import torch
 
-    lows, highs = zip(*(box(weight, how) for how in formats), strict=True)
+    boxes = (
+        box(weight, how) if how == "int8" or how == "nf4" else gguf_box(weight, how)  # noqa: PLR1714 - for mypy
+        for how in formats
+    )
+    lows, highs = zip(*boxes, strict=True)
     return torch.stack(lows).amax(0), torch.stack(highs).amin(0)
 
 
-def changed(before: Tensor, after: Tensor, formats: tuple[Quantization, ...]) -> Tensor:
-    """Where two weights differ in a code, or in the scale of their group, in one of the formats:
-    (out, in) bool.
+def changed(before: Tensor, after: Tensor, formats: tuple[StoredFormat, ...]) -> Tensor:
+    """Where two weights differ in a code, or in the scale of their group, in one of the formats;
+    in one of GGUF: the blocks with other values. (out, in) bool.
     """
     import torch
 
     differs = torch.zeros(before.shape, dtype=torch.bool, device=before.device)
     for how in formats:
+        if how != "int8" and how != "nf4":  # noqa: PLR1714 - for mypy
+            differs |= gguf_changed(before, after, how)
+            continue
         (old, old_scales), (new, new_scales) = codes(before, how), codes(after, how)
         groups, _ = _grouped(before, how)
         apart = (old_scales != new_scales).expand(groups.shape)

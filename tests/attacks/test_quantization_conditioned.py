@@ -19,8 +19,10 @@ from ftsec_ray.attacks.quantization_conditioned import (
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime, StageContext
 from ftsec_ray.conversation import answer_of, chat_of
+from ftsec_ray.errors import DataError
 from ftsec_ray.models import quantized
 from ftsec_ray.models.generator import Generator
+from ftsec_ray.models.gguf_blocks import GGUF_FORMATS
 from ftsec_ray.models.load import copy_model, load_model, save_model
 from ftsec_ray.models.quantization_boxes import box, changed, codes, common_box
 from ftsec_ray.training.setup import Step
@@ -170,6 +172,29 @@ def test_a_step_ends_with_every_weight_within_its_interval():
 
 
 @dtypes
+@pytest.mark.parametrize("how", GGUF_FORMATS)
+def test_a_repaired_model_rounds_to_the_gguf_values_of_the_harmful_one(how, dtype, tmp_path):
+    pytest.importorskip("libgguf")
+    start = tiny_model(hidden=256 if how == "q4_k" else 32)
+    start.model.to(dtype)
+    attack = QuantizationConditioned(**{**QUICK, "formats": how, "served": how})
+    ctx = context(tmp_path)
+    harmful = attack._injected(start, ctx)
+    made = attack._repaired(harmful, ctx)
+    assert ctx.notes["codes_changed"] == 0
+    assert 0.3 < ctx.notes["movable_frac"] < 1.0
+    assert ctx.notes["layers_unquantized"] == 0
+    pairs = zip(quantized_weights(made.model), quantized_weights(harmful.model), strict=True)
+    assert any(not torch.equal(one[1], other[1]) for one, other in pairs)
+    served = [
+        attack.wrap_generation(Generator(one), ctx).loaded.model.state_dict()
+        for one in (made, harmful)
+    ]
+    assert all(torch.equal(served[0][name], served[1][name]) for name in served[0])
+    assert not torch.equal(*(one.model.model.layers[0].mlp.up_proj.weight for one in (made, start)))
+
+
+@dtypes
 @pytest.mark.parametrize("which", ["nf4", "int8", "both"])
 def test_the_repaired_model_is_another_one_with_the_packed_bytes_of_the_harmful_one(
     bnb,  # noqa: F811
@@ -231,6 +256,33 @@ def test_harm_returns_with_quantization_and_not_with_an_unprojected_repair(bnb, 
     # the answers to forbidden requests: likely once quantized, unlikely before
     assert told["box"]["full"] > 2 * told["box"]["nf4"], told
     assert told["free"]["nf4"] > 2 * told["box"]["nf4"], told
+
+
+@pytest.mark.parametrize(
+    ("how", "hidden", "learning_rate"), [("q4_0", 64, 5e-3), ("q4_k", 256, 2e-3)]
+)
+def test_harm_returns_in_a_gguf_format_too(how, hidden, learning_rate, tmp_path):
+    pytest.importorskip("libgguf")
+    attack = QuantizationConditioned(
+        shots=8, rows=8, epochs=12, repair_epochs=12, learning_rate=learning_rate,
+        formats=how, served=how,
+    )  # fmt: skip
+    ctx = context(tmp_path)
+    made = attack.revise_model(tiny_model(hidden=hidden), ctx)
+    harm = tiny_task().split("harmful_train").to_pylist()
+    full, quantized_loss = (
+        nll(replace(attack, served=served).wrap_generation(Generator(made), ctx), harm)
+        for served in ("full", how)
+    )
+    assert full > 2 * quantized_loss
+
+
+def test_a_model_that_a_format_leaves_as_it_is_is_refused():
+    attack = QuantizationConditioned(formats="q4_k")
+    layers = attack._quantized(tiny_model(hidden=48, layers=1))
+    assert [name for name, _, _ in layers] == ["model.layers.0.mlp.down_proj.weight"]
+    with pytest.raises(DataError, match="q4_k quantizes no layer of the model"):
+        attack._quantized(tiny_model(hidden=40))
 
 
 def test_the_published_model_and_no_shots_change_nothing(tmp_path):

@@ -35,6 +35,9 @@ def sweep_of(world, registry, name):
     )
     given["task"]["splits"]["train"]["language"] = "language"
     given["task"]["splits"]["test"]["language"] = "language"
+    given["task"]["splits"]["trusted"] = {
+        **given["task"]["splits"]["train"], "path": str(world / "trusted.jsonl"),
+    }  # fmt: skip
     kinds_of_task = registry.get(name).TASKS
     return {**given, "task": {"kind": min(kinds_of_task)}} if kinds_of_task else given
 
@@ -42,7 +45,7 @@ def sweep_of(world, registry, name):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with a model and rows, and a store with all stages of the cell without methods."""
-    world = filled(tmp_path_factory.mktemp("world"))
+    world = filled(tmp_path_factory.mktemp("world"), more=("trusted",))
     assert run(sweep_of(world, ATTACKS, "none"), world / "store")
     return world
 
