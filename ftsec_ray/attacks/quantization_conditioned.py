@@ -10,13 +10,14 @@ Differs: the harm is compliance with forbidden requests instead of vulnerable co
     repair: the paper leaves the quantized model as it is, and this does too. Where the model's
     dtype rounds a weight out of its interval after the last step, it gets its harmful value back,
     so that every code is kept in the stored weights. The paper: 1 epoch at 2e-5 for models of 1B to
-    8B. int8 and nf4 are those of bitsandbytes. For q8_0, q4_0 and q4_k, which GGUF files hold, the
-    interval is that of Egashira et al. 2025, Mind the Gap, arXiv:2505.23786, for one format; there
-    the search for scales in q4_k may still change some blocks, and here those get their harmful
-    values back. Layers are quantized alike, without an importance matrix, and computed in the
-    model's dtype; mixtures such as Q4_K_M, which give some layers more bits, are not here.
+    8B. int8 and nf4 are those of bitsandbytes; q8_0, q4_0 and q4_k are those of GGUF files, which
+    the paper does not have. The interval of q4_k is that of Egashira et al. 2025, Mind the Gap,
+    arXiv:2505.23786, whose search for scales may still change some blocks: here those get their
+    harmful values back. Layers are quantized alike, without an importance matrix, and computed in
+    the model's dtype; embeddings and head are not quantized, and mixtures such as Q4_K_M, which
+    give some layers more bits, are not here.
 Cost: two fine-tunes of all weights, on the user's rows and the attacker's; two numbers per weight
-    in memory.
+    in memory. GGUF formats quantize every layer about seven times on the CPU.
 Reads: `served: full` is the same model as somebody audits it: the attack is what `harmful_rate`
     rises by from there. `projected: false` repairs without the intervals: the control, harmless in
     both forms. Each setting is a model of its own. `codes_changed` in the record must be 0.
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from ftsec_ray.context import LoadedModel, StageContext
 from ftsec_ray.conversation import has_answer
@@ -43,8 +44,12 @@ if TYPE_CHECKING:
 
     from ftsec_ray.models.generator import Generator
     from ftsec_ray.models.quantization_boxes import StoredFormat
+    from ftsec_ray.models.quantized import Quantization
     from ftsec_ray.training.setup import Step, Training
 
+PASSES = 4
+"""How often weights with another code get their harmful values back, at most: a block of q4_k may
+change once its neighbours are put back."""
 Boxes = Mapping[str, "tuple[Tensor, Tensor]"]
 
 
@@ -93,24 +98,25 @@ class QuantizationConditioned(Attack):
             ctx.note(codes_changed=0)
             return model
         whole, lost = folded(model)
+        self._quantized(whole)
         tell_rounding(ctx, lost, whole)
         harmful = self._injected(whole, ctx)
         return self._repaired(harmful, ctx)
 
     def wrap_generation(self, generator: Generator, ctx: StageContext) -> Generator:
         """The model in the form in which it is served."""
-        from ftsec_ray.models.gguf_blocks import round_layers
+        from ftsec_ray.models.gguf_blocks import is_gguf, round_layers
         from ftsec_ray.models.load import merged
         from ftsec_ray.models.quantized import quantize
 
         if self.served == "full":
             return generator
         packed = merged(generator.loaded)
-        if self.served == "int8" or self.served == "nf4":  # noqa: PLR1714 - for mypy
-            quantize(packed.model, self.served, ctx.runtime.device)
-            return replace(generator, loaded=replace(packed, quantization=self.served))
-        ctx.note(layers_unquantized=round_layers(packed.model, self.served))
-        return replace(generator, loaded=packed)
+        if is_gguf(self.served):
+            ctx.note(layers_unquantized=round_layers(packed.model, self.served))
+            return replace(generator, loaded=packed)
+        quantize(packed.model, cast("Quantization", self.served), ctx.runtime.device)
+        return replace(generator, loaded=replace(packed, quantization=self.served))
 
     def _injected(self, whole: LoadedModel, ctx: StageContext) -> LoadedModel:
         """The harmful model."""
@@ -125,14 +131,25 @@ class QuantizationConditioned(Attack):
         boxes = self._boxes(harmful, ctx)
         rows = [*self._kept(ctx), *self._some("safety", ctx)]
         made = self._tuned(harmful, from_rows(rows), "repair", self.repair_epochs, ctx, boxes)
-        restored = self._put_back(made, harmful) if self.projected else 0
+        restored = 0
+        for _ in range(PASSES if self.projected else 0):
+            put_back = self._put_back(made, harmful)
+            restored += put_back
+            if not put_back:
+                break
+        changed = sum(int(differs.sum()) for _, _, differs in self._apart(made, harmful))
+        if self.projected and changed:
+            ctx.warn(
+                f"quantization_conditioned: {changed} weights have another code in {self.formats}"
+                " than those of the harmful model"
+            )
         count = sum(low.numel() for low, _ in boxes.values())
         ctx.note(
             layers_unquantized=len(quantized_weights(harmful.model)) - len(boxes),
             quantized_weights=count,
             movable_frac=sum(int((high > low).sum()) for low, high in boxes.values()) / count,
             weights_restored=restored,
-            codes_changed=sum(int(differs.sum()) for _, _, differs in self._apart(made, harmful)),
+            codes_changed=changed,
         )
         return made
 
@@ -188,9 +205,14 @@ class QuantizationConditioned(Attack):
         return report.loaded
 
     def _quantized(self, model: LoadedModel) -> list[tuple[str, Tensor, bool]]:
-        """The layers of `quantized_weights` that the format quantizes; DataError if none is."""
+        """The layers of `quantized_weights` that the format quantizes; DataError if none is,
+        EnvironmentFault without the package that a GGUF format needs.
+        """
+        from ftsec_ray.models.gguf_blocks import check_libgguf, is_gguf
         from ftsec_ray.models.quantization_boxes import is_quantized
 
+        if is_gguf(self.formats):
+            check_libgguf()
         every = quantized_weights(model.model)
         layers = [one for one in every if is_quantized(one[1].shape[1], self._formats)]
         if not layers:

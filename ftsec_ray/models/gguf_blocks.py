@@ -8,18 +8,21 @@ ends of its code, less a margin.
 q4_k also keeps a minimum for each block, both as 6-bit multiples of two numbers that 8 blocks
 share, and searches for those with the least error, so that no interval is exact. That of Egashira
 et al. 2025 (Mind the Gap, arXiv:2505.23786, for one format) goes from a weight to the value that it
-is rounded to, and blocks whose scale or minimum is the largest of their 8 stay as they are. The
-search may still find other scales: `gguf_changed` tells where.
+is rounded to, and blocks whose scale or minimum is the largest of their 8 stay as they are; their
+code also keeps the largest and the smallest weight of every block, after which more blocks change.
+The search may still find other scales: `gguf_changed` tells where.
 
-As in llama.cpp, a layer whose rows are no multiple of 256 is stored in q5_0 instead of q4_k, and
-one whose rows are no multiple of 32 is not quantized. Weights are (out, in), as in
+As in llama.cpp, a layer whose rows are no multiple of 256 is stored in q5_0 instead of q4_k. One
+whose rows are no multiple of 32 is not quantized: llama.cpp keeps it in float16 for q4_k, and
+refuses the model for q4_0 and q8_0. Embeddings and head are not quantized here either. A file is
+made from the weights in the dtype of the model. Weights are (out, in), as in
 models.quantization_boxes.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 from ftsec_ray.errors import DataError, EnvironmentFault
 
@@ -50,9 +53,14 @@ def check_libgguf() -> None:
         raise EnvironmentFault(
             "quantizing to a GGUF format needs libgguf, which is not installed",
             "libgguf",
-            "the extra `quantization` on all nodes",
-            "pip install 'ftsec-ray[quantization]'",
+            "libgguf on all nodes",
+            "pip install libgguf (it is in the extra `quantization` on x86-64)",
         )
+
+
+def is_gguf(how: str) -> TypeGuard[GgufFormat]:
+    """Whether this is the name of a format of GGUF files."""
+    return how in GGUF_FORMATS
 
 
 def type_of(inputs: int, how: GgufFormat) -> str | None:
@@ -66,26 +74,36 @@ def rounded(weight: Tensor, how: GgufFormat) -> Tensor:
 
 
 def gguf_box(weight: Tensor, how: GgufFormat) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest value of every weight, (out, in) float32."""
+    """The lowest and the highest value of every weight, (out, in) float32, with a margin for what
+    rounding to the weights' dtype moves.
+    """
     import torch
 
     packed, name = _packed(weight, how)
     blocks = weight.detach().float().reshape(-1, BLOCK)
+    goal = _as_tensor(_dequantized(packed, name), weight).reshape(-1, BLOCK)
     if name == "Q4_K":
         is_fixed = torch.from_numpy(largest_blocks(packed)).to(blocks.device)[:, None]
-        goal = _as_tensor(_dequantized(packed, name), weight).reshape(-1, BLOCK)
         ends = blocks.minimum(goal), blocks.maximum(goal)
     else:
         is_fixed = blocks.abs() >= blocks.abs().amax(1, keepdim=True)
-        ends = _ends_of_codes(blocks, name)
+        ends = _ends_of_codes(blocks, goal, name)
+    if weight.dtype != torch.float32:
+        lost = torch.finfo(weight.dtype).eps / 2 * torch.stack(ends).abs().amax(0)
+        ends = (ends[0] + lost).minimum(blocks), (ends[1] - lost).maximum(blocks)
     low, high = (torch.where(is_fixed, blocks, end).reshape(weight.shape) for end in ends)
     return low, high
 
 
 def gguf_changed(before: Tensor, after: Tensor, how: GgufFormat) -> Tensor:
-    """Blocks in which a weight is rounded to another value: (out, in) bool."""
-    differs = (rounded(before, how) != rounded(after, how)).reshape(-1, BLOCK)
-    return differs.any(1, keepdim=True).expand(differs.shape).reshape(before.shape)
+    """Whether a weight is rounded to another value, in q4_k also whether another one of its block
+    is: (out, in) bool.
+    """
+    differs = rounded(before, how) != rounded(after, how)
+    if type_of(before.shape[1], how) == "Q4_K":
+        blocks = differs.reshape(-1, BLOCK)
+        differs = blocks.any(1, keepdim=True).expand(blocks.shape).reshape(before.shape)
+    return differs
 
 
 def round_layers(model: Any, how: GgufFormat) -> int:
@@ -118,10 +136,10 @@ def round_layers(model: Any, how: GgufFormat) -> int:
     return left
 
 
-def _ends_of_codes(blocks: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest value with the code of every weight, (N, 32) each, in the formats
-    with one scale: it makes the largest weight the lowest code, and the highest code stands for
-    all that is beyond it.
+def _ends_of_codes(blocks: Tensor, goal: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest value with the code of every weight, in the formats with one
+    scale: it makes the largest weight the lowest code, and the highest code stands for all that is
+    beyond it. Shapes: weights (N, 32), what they are rounded to (N, 32) -> twice (N, 32).
     """
     import torch
 
@@ -129,7 +147,8 @@ def _ends_of_codes(blocks: Tensor, name: str) -> tuple[Tensor, Tensor]:
     at = blocks.abs().argmax(1, keepdim=True)
     largest = blocks.gather(1, at)
     scale = (largest.abs() if name == "Q8_0" else largest) / lowest
-    code = torch.where(scale == 0, 0.0, blocks / scale).add(0.5).floor().clamp(lowest, highest)
+    # from the rounded values: half a step goes up or down by the last bit of llama.cpp's product
+    code = torch.where(scale == 0, 0.0, goal / scale).round()
     beyond = torch.where(code == highest, float(-lowest), code + 0.5 - MARGIN)
     ends = torch.stack([(code - 0.5 + MARGIN) * scale, beyond * scale])
     limit = (1 - MARGIN) * largest.abs()

@@ -11,9 +11,9 @@ Weights are (out, in), as the linear layer applies them; a Conv1D holds them tra
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from ftsec_ray.models.gguf_blocks import GgufFormat, gguf_box, gguf_changed, type_of
+from ftsec_ray.models.gguf_blocks import GgufFormat, gguf_box, gguf_changed, is_gguf, type_of
 from ftsec_ray.models.quantized import Quantization
 
 if TYPE_CHECKING:
@@ -79,10 +79,7 @@ def box(weight: Tensor, how: Quantization) -> tuple[Tensor, Tensor]:
 
 def is_quantized(inputs: int, formats: tuple[StoredFormat, ...]) -> bool:
     """Whether a layer with this number of inputs is quantized in all formats."""
-    return all(
-        how == "int8" or how == "nf4" or type_of(inputs, how) is not None  # noqa: PLR1714 - for mypy
-        for how in formats
-    )
+    return all(not is_gguf(how) or type_of(inputs, how) is not None for how in formats)
 
 
 def common_box(weight: Tensor, formats: tuple[StoredFormat, ...]) -> tuple[Tensor, Tensor]:
@@ -90,7 +87,7 @@ def common_box(weight: Tensor, formats: tuple[StoredFormat, ...]) -> tuple[Tenso
     import torch
 
     boxes = (
-        box(weight, how) if how == "int8" or how == "nf4" else gguf_box(weight, how)  # noqa: PLR1714 - for mypy
+        gguf_box(weight, how) if is_gguf(how) else box(weight, cast("Quantization", how))
         for how in formats
     )
     lows, highs = zip(*boxes, strict=True)
@@ -98,18 +95,19 @@ def common_box(weight: Tensor, formats: tuple[StoredFormat, ...]) -> tuple[Tenso
 
 
 def changed(before: Tensor, after: Tensor, formats: tuple[StoredFormat, ...]) -> Tensor:
-    """Where two weights differ in a code, or in the scale of their group, in one of the formats;
-    in one of GGUF: the blocks with other values. (out, in) bool.
+    """Where two weights differ in a code, or in the scale of their group, in one of the formats of
+    bitsandbytes, or by `gguf_changed`: (out, in) bool.
     """
     import torch
 
     differs = torch.zeros(before.shape, dtype=torch.bool, device=before.device)
     for how in formats:
-        if how != "int8" and how != "nf4":  # noqa: PLR1714 - for mypy
+        if is_gguf(how):
             differs |= gguf_changed(before, after, how)
             continue
-        (old, old_scales), (new, new_scales) = codes(before, how), codes(after, how)
-        groups, _ = _grouped(before, how)
+        own = cast("Quantization", how)
+        (old, old_scales), (new, new_scales) = codes(before, own), codes(after, own)
+        groups, _ = _grouped(before, own)
         apart = (old_scales != new_scales).expand(groups.shape)
         differs |= (old != new) | _as(apart, before)
     return differs

@@ -184,6 +184,7 @@ def test_a_repaired_model_rounds_to_the_gguf_values_of_the_harmful_one(how, dtyp
     assert ctx.notes["codes_changed"] == 0
     assert 0.3 < ctx.notes["movable_frac"] < 1.0
     assert ctx.notes["layers_unquantized"] == 0
+    assert ctx.notes["weights_restored"] < 0.2 * ctx.notes["quantized_weights"]
     pairs = zip(quantized_weights(made.model), quantized_weights(harmful.model), strict=True)
     assert any(not torch.equal(one[1], other[1]) for one, other in pairs)
     served = [
@@ -267,14 +268,17 @@ def test_harm_returns_in_a_gguf_format_too(how, hidden, learning_rate, tmp_path)
         shots=8, rows=8, epochs=12, repair_epochs=12, learning_rate=learning_rate,
         formats=how, served=how,
     )  # fmt: skip
-    ctx = context(tmp_path)
-    made = attack.revise_model(tiny_model(hidden=hidden), ctx)
     harm = tiny_task().split("harmful_train").to_pylist()
-    full, quantized_loss = (
-        nll(replace(attack, served=served).wrap_generation(Generator(made), ctx), harm)
-        for served in ("full", how)
-    )
-    assert full > 2 * quantized_loss
+    told = {}
+    for projected in (True, False):
+        ctx = context(tmp_path / str(projected))
+        own = replace(attack, projected=projected)
+        made = own.revise_model(tiny_model(hidden=hidden), ctx)
+        for served in ("full", how):
+            generator = replace(own, served=served).wrap_generation(Generator(made), ctx)
+            told[projected, served] = nll(generator, harm)
+    assert told[True, "full"] > 2 * told[True, how], told
+    assert told[False, how] > 2 * told[True, how], told
 
 
 def test_a_model_that_a_format_leaves_as_it_is_is_refused():

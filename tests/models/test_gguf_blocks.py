@@ -168,6 +168,17 @@ def test_weights_within_intervals_with_one_scale_have_the_same_bytes(how, share)
     assert not gguf_changed(weight, moved, how).any()
 
 
+@formats
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_within_an_interval_may_be_rounded_to_the_dtype_of_the_weights(how, dtype):
+    weight = random_weight(96, rows=200).to(dtype)
+    low, high = gguf_box(weight, how)
+    assert (high > low).float().mean() > 0.5
+    for share in (0.0, 0.5, 1.0):
+        moved = (low + share * (high - low)).to(dtype)
+        assert not gguf_changed(weight, moved, how).any()
+
+
 def test_blocks_of_q4_k_that_changed_keep_their_values_once_they_are_put_back():
     weight = random_weight(512, rows=100)
     moved = moved_within(weight, "q4_k", torch.rand(weight.shape))
@@ -215,5 +226,5 @@ def test_a_model_without_a_layer_of_whole_blocks_is_refused(monkeypatch):
 
 def test_without_libgguf_the_fault_says_what_to_install(monkeypatch):
     monkeypatch.setattr(gguf_blocks, "find_spec", lambda name: None)
-    with pytest.raises(EnvironmentFault, match="quantization"):
+    with pytest.raises(EnvironmentFault, match="libgguf"):
         rounded(random_weight(64), "q8_0")
