@@ -279,6 +279,7 @@ def projection(boxes: Boxes) -> Any:
     """A step's end at which every weight goes back into its interval."""
 
     def project(model: Any, step: Step) -> None:  # noqa: ARG001
+        """Move weights to the nearest end of their interval, in place."""
         import torch
 
         with torch.no_grad():

@@ -28,6 +28,7 @@ from ftsec_ray.results.points import (
     method_names,
     place_of,
     points_of,
+    sizes_of,
 )
 from ftsec_ray.success import is_driven_up, without_trigger
 
@@ -385,11 +386,14 @@ def _compared(
 
 
 def _models(cells: Sequence[Mapping[str, Any]]) -> tuple[Model, ...]:
+    sizes = sizes_of(cells)
     models = {
-        c["model"]: Model(c["model"], c["family"] or "", c["model_params"], c["aligned"])
+        c["model"]: Model(c["model"], c["family"] or "", sizes[c["model"]], c["aligned"])
         for c in cells
     }
-    return tuple(sorted(models.values(), key=lambda m: (m.family, m.params or 0, m.name)))
+    return tuple(
+        sorted(models.values(), key=lambda m: (m.family, m.params is None, m.params or 0, m.name))
+    )
 
 
 def _ordered(labels: Iterable[MethodLabel]) -> tuple[MethodLabel, ...]:

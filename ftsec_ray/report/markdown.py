@@ -18,7 +18,7 @@ from typing import Any
 from ftsec_ray.measured import NO_ANSWER, null_share, utility_metrics
 from ftsec_ray.report.utility_section import utility_markdown
 from ftsec_ray.results.lift import Lift, lifts
-from ftsec_ray.results.points import GridPoint, method_names, points_of
+from ftsec_ray.results.points import GridPoint, method_names, points_of, sizes_of
 from ftsec_ray.results.read import Results
 from ftsec_ray.results.stage_warnings import lines_of, warnings_in
 from ftsec_ray.shown_text import for_markdown
@@ -56,7 +56,9 @@ LEGEND_INCOHERENT = (
 
 def grid_markdown(results: Results) -> str:
     """The attack x defense table of a run; failed and pending cells say so."""
-    cells = sorted(results.cells.to_pylist(), key=_order)
+    cells = results.cells.to_pylist()
+    sizes = sizes_of(cells)
+    cells.sort(key=lambda cell: _order(cell, sizes[cell["model"]]))
     names = method_names(cells)
     attacks = list(dict.fromkeys(names[cell["cell"]][0] for cell in cells))
     stacks = list(dict.fromkeys(names[cell["cell"]][1] for cell in sorted(cells, key=_stack_order)))
@@ -114,13 +116,13 @@ def _legend(grid: str, points: Sequence[GridPoint], results: Results) -> list[st
     ]
 
 
-def _order(cell: Row) -> tuple[Any, ...]:
-    """By size, then in the order of the lifecycle, the undisturbed cell first, and along the
-    parameters.
+def _order(cell: Row, size: int | None) -> tuple[Any, ...]:
+    """By size, models of unknown size last, then in the order of the lifecycle, the undisturbed
+    cell first, and along the parameters.
     """
     params = json.loads(cell["attack_params"])
     numbers = [value for _, value in sorted(params.items()) if isinstance(value, (int, float))]
-    place = (cell["model_params"] or 0, cell["model"], cell["task"] or "")
+    place = (size is None, size or 0, cell["model"], cell["task"] or "")
     return (
         *place,
         cell["attack"] != "none",

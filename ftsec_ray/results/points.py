@@ -264,6 +264,14 @@ def attack_name(point: GridPoint, among: Iterable[GridPoint]) -> str:
     return _named(point.attack, point.params, _varied([(one.attack, one.params) for one in among]))
 
 
+def sizes_of(cells: Iterable[Mapping[str, Any]]) -> dict[str, int | None]:
+    """Number of parameters of every model; None if no cell knows it, as no pending one does."""
+    sizes: dict[str, int | None] = {}
+    for cell in cells:
+        sizes[cell["model"]] = cell["model_params"] or sizes.get(cell["model"])
+    return sizes
+
+
 def _params(text: str | None) -> dict[str, Any]:
     try:
         params = json.loads(text or "{}")

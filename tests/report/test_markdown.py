@@ -103,6 +103,26 @@ def test_tasks_are_rows_of_their_own_and_no_seeds_of_one():
     ]
 
 
+def test_models_stand_by_size_and_those_that_did_not_run_last():
+    sizes = {"large": [None, 2_000_000], "small": [1_000_000, None], "untold": [None, None]}
+    cells = [
+        {
+            **cell(f"{model}/{attack}", attack),
+            "model": model,
+            "model_params": size,
+            "status": status,
+        }
+        for model, (first, second) in sizes.items()
+        for attack, size in (("none", first), ("badnets", second))
+        for status in ["done" if size else "pending"]
+    ]
+    rates = [rate(one["cell"], "asr", 0.5) for one in cells if one["status"] == "done"]
+    run = Tables(cells, rates)
+    shown = [line.split(" | ")[:2] for line in grid_markdown(run).splitlines()[2:8]]
+    models = ["small", "large", "untold"]
+    assert shown == [[f"| {model}", attack] for model in models for attack in ("none", "badnets")]
+
+
 def test_many_stacks_and_few_attacks_make_a_row_of_each_stack():
     names = [f"d{number:02}" for number in range(12)]
     attacks = ("none", "badnets")
