@@ -37,6 +37,7 @@ from ftsec_ray.data.added_rows import anything, drawn
 from ftsec_ray.data.rows import from_rows
 from ftsec_ray.errors import DataError
 from ftsec_ray.method import Attack, Phase, above_faults, least_faults
+from ftsec_ray.models.lora import linear_weights
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -98,7 +99,7 @@ class QuantizationConditioned(Attack):
             ctx.note(codes_changed=0)
             return model
         whole, lost = folded(model)
-        self._quantized(whole)
+        self._quantized(whole)  # refused before the first fine-tune
         tell_rounding(ctx, lost, whole)
         harmful = self._injected(whole, ctx)
         return self._repaired(harmful, ctx)
@@ -136,8 +137,10 @@ class QuantizationConditioned(Attack):
             put_back = self._put_back(made, harmful)
             restored += put_back
             if not put_back:
+                changed = 0
                 break
-        changed = sum(int(differs.sum()) for _, _, differs in self._apart(made, harmful))
+        else:
+            changed = sum(int(differs.sum()) for _, _, differs in self._apart(made, harmful))
         if self.projected and changed:
             ctx.warn(
                 f"quantization_conditioned: {changed} weights have another code in {self.formats}"
@@ -145,7 +148,7 @@ class QuantizationConditioned(Attack):
             )
         count = sum(low.numel() for low, _ in boxes.values())
         ctx.note(
-            layers_unquantized=len(quantized_weights(harmful.model)) - len(boxes),
+            layers_unquantized=len(linear_weights(harmful.model)) - len(boxes),
             quantized_weights=count,
             movable_frac=sum(int((high > low).sum()) for low, high in boxes.values()) / count,
             weights_restored=restored,
@@ -205,7 +208,7 @@ class QuantizationConditioned(Attack):
         return report.loaded
 
     def _quantized(self, model: LoadedModel) -> list[tuple[str, Tensor, bool]]:
-        """The layers of `quantized_weights` that the format quantizes; DataError if none is,
+        """The layers of `linear_weights` that the format quantizes; DataError if none is,
         EnvironmentFault without the package that a GGUF format needs.
         """
         from ftsec_ray.models.gguf_blocks import check_libgguf, is_gguf
@@ -213,7 +216,7 @@ class QuantizationConditioned(Attack):
 
         if is_gguf(self.formats):
             check_libgguf()
-        every = quantized_weights(model.model)
+        every = linear_weights(model.model)
         layers = [one for one in every if is_quantized(one[1].shape[1], self._formats)]
         if not layers:
             raise DataError(
@@ -257,22 +260,6 @@ class QuantizationConditioned(Attack):
         for (_, now, _), (_, other, _) in pairs:
             before = other.to(now.device)
             yield now, before, changed(before, now, self._formats)
-
-
-def quantized_weights(model: Any) -> list[tuple[str, Tensor, bool]]:
-    """Name, weight as (out, in), and whether the layer holds it transposed, of every linear layer
-    that is quantized.
-    """
-    from ftsec_ray.models.lora import linear_paths
-    from ftsec_ray.models.residual import is_transposed
-
-    found = []
-    for path in linear_paths(model):
-        linear = model.get_submodule(path)
-        turned = is_transposed(linear)
-        weight = linear.weight.detach()
-        found.append((f"{path}.weight", weight.T if turned else weight, turned))
-    return found
 
 
 def projection(boxes: Boxes) -> Any:

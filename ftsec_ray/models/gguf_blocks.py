@@ -110,22 +110,15 @@ def round_layers(model: Any, how: GgufFormat) -> int:
     """Round the linear layers of a decoder in place to what a GGUF file of this format holds;
     how many are not quantized. DataError if none is.
     """
-    import torch
+    from ftsec_ray.models.lora import linear_weights
 
-    from ftsec_ray.models.lora import linear_paths
-    from ftsec_ray.models.residual import is_transposed
-
-    layers = [model.get_submodule(path) for path in linear_paths(model)]
+    layers = linear_weights(model)
     left = 0
-    for layer in layers:
-        turned = is_transposed(layer)
-        weight = layer.weight.detach().T if turned else layer.weight.detach()
+    for _, weight, _ in layers:
         if type_of(weight.shape[1], how) is None:
             left += 1
-            continue
-        values = rounded(weight, how)
-        with torch.no_grad():
-            layer.weight.copy_(values.T if turned else values)
+        else:
+            weight.copy_(rounded(weight, how))
     if left == len(layers):
         raise DataError(
             f"no layer of the model can be stored in {how}",

@@ -96,6 +96,19 @@ def linear_paths(model: Any) -> list[str]:
     ]
 
 
+def linear_weights(model: Any) -> list[tuple[str, Tensor, bool]]:
+    """Name, weight as (out, in) without a gradient, and whether the layer holds it transposed, of
+    every layer of `linear_paths`; the weight is a view of the layer's own.
+    """
+    weights = []
+    for path in linear_paths(model):
+        linear = model.get_submodule(path)
+        turned = is_transposed(linear)
+        weight = linear.weight.detach()
+        weights.append((f"{path}.weight", weight.T if turned else weight, turned))
+    return weights
+
+
 def attach_lora(
     loaded: LoadedModel, config: TrainingConfig, *, base_digest: str | None = None
 ) -> LoadedModel:

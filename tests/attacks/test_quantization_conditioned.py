@@ -14,7 +14,6 @@ import torch
 from ftsec_ray.attacks.quantization_conditioned import (
     QuantizationConditioned,
     projection,
-    quantized_weights,
 )
 from ftsec_ray.config.sweep import TrainingConfig
 from ftsec_ray.context import Runtime, StageContext
@@ -24,6 +23,7 @@ from ftsec_ray.models import quantized
 from ftsec_ray.models.generator import Generator
 from ftsec_ray.models.gguf_blocks import GGUF_FORMATS
 from ftsec_ray.models.load import copy_model, load_model, save_model
+from ftsec_ray.models.lora import linear_weights
 from ftsec_ray.models.quantization_boxes import box, changed, codes, common_box
 from ftsec_ray.training.setup import Step
 from tests.attacks.context import no_model
@@ -116,7 +116,7 @@ def test_weights_anywhere_within_the_intervals_have_the_bytes_of_the_first_ones(
     before = packed_bytes(loaded, how)
     for share in (0.0, 1.0, None):
         moved, number = copy_model(loaded), 0
-        for _, weight, _ in quantized_weights(moved.model):
+        for _, weight, _ in linear_weights(moved.model):
             low, high = box(weight, how)
             number += int((high > low).sum())
             at = torch.rand(weight.shape) if share is None else share
@@ -124,7 +124,7 @@ def test_weights_anywhere_within_the_intervals_have_the_bytes_of_the_first_ones(
         assert number > 0
         assert packed_bytes(moved, how) == before
     outside = copy_model(loaded)
-    for _, weight, _ in quantized_weights(outside.model):
+    for _, weight, _ in linear_weights(outside.model):
         weight.mul_(-1.0)
     assert packed_bytes(outside, how) != before
 
@@ -185,7 +185,7 @@ def test_a_repaired_model_rounds_to_the_gguf_values_of_the_harmful_one(how, dtyp
     assert 0.3 < ctx.notes["movable_frac"] < 1.0
     assert ctx.notes["layers_unquantized"] == 0
     assert ctx.notes["weights_restored"] < 0.2 * ctx.notes["quantized_weights"]
-    pairs = zip(quantized_weights(made.model), quantized_weights(harmful.model), strict=True)
+    pairs = zip(linear_weights(made.model), linear_weights(harmful.model), strict=True)
     assert any(not torch.equal(one[1], other[1]) for one, other in pairs)
     served = [
         attack.wrap_generation(Generator(one), ctx).loaded.model.state_dict()
@@ -211,14 +211,14 @@ def test_the_repaired_model_is_another_one_with_the_packed_bytes_of_the_harmful_
     made = attack._repaired(harmful, ctx)
     assert ctx.notes["codes_changed"] == 0
     assert 0.0 < ctx.notes["movable_frac"] < 1.0
-    pairs = zip(quantized_weights(made.model), quantized_weights(harmful.model), strict=True)
+    pairs = zip(linear_weights(made.model), linear_weights(harmful.model), strict=True)
     assert any(not torch.equal(one[1], other[1]) for one, other in pairs)
     (tmp_path / "a").mkdir()
     save_model(made, tmp_path / "a")
     back = load_model(tmp_path / "a")
     for how in FORMATS if which == "both" else (which,):
         assert packed_bytes(back, how) == packed_bytes(harmful, how)
-    own = {name for name, _, _ in quantized_weights(made.model)}
+    own = {name for name, _, _ in linear_weights(made.model)}
     others = dict(harmful.model.named_parameters())
     for name, weight in made.model.named_parameters():
         assert name in own or torch.equal(weight, others[name]), "frozen in the repair"
